@@ -1,0 +1,143 @@
+"""Where each axis of a tensor goes through Reshape, Transpose and their kind.
+
+A tensor's layout is a list of axes; an axis is a list of `Atom`s, outermost first, whose sizes multiply to the axis
+size. Reshape regroups atoms in row-major order and splits one where it must; a split is seen from every layout that
+holds the atom, so following a tensor forward also tells how its source's axes are composed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxtools.graph import attribute
+from onnxtools.infer import Facts
+
+
+@dataclass(eq=False)
+class Atom:
+    """An indivisible piece of an axis, until a Reshape splits it into `parts` (outer, inner).
+
+    `repeat` marks copies that Expand or Tile made: it carries no data of its own.
+    """
+
+    size: int
+    repeat: bool = False
+    parts: list[Atom] = field(default_factory=list)
+
+    def leaves(self) -> list[Atom]:
+        return [leaf for part in self.parts for leaf in part.leaves()] if self.parts else [self]
+
+    def split(self, outer: int) -> tuple[Atom, Atom]:
+        self.parts = [Atom(outer, self.repeat), Atom(self.size // outer, self.repeat)]
+        return self.parts[0], self.parts[1]
+
+
+Layout = list[list[Atom]]
+
+
+class LayoutError(Exception):
+    """The operator mixes axes in a way that cannot be followed."""
+
+
+def start(shape: Sequence[int]) -> Layout:
+    """A fresh layout: one atom an axis."""
+    return [[Atom(size)] for size in shape]
+
+
+def leaves(atoms: Iterable[Atom]) -> list[Atom]:
+    return [leaf for atom in atoms for leaf in atom.leaves()]
+
+
+LAYOUT_OPS = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Expand", "Tile", "Gather"}
+
+
+def follow(layout: Layout, node: ir.Node, facts: Facts) -> Layout:
+    """The layout of the output of `node`, given that of its first input.
+
+    Raises:
+        LayoutError: not a layout operator, or one whose effect depends on run-time data.
+    """
+    op, target = node.op_type, facts[node.outputs[0]].shape
+    if target is None:
+        raise LayoutError(f"the shape after node {node.name!r} ({op}) is unknown")
+    if op == "Transpose":
+        return [layout[p] for p in attribute(node, "perm", range(len(layout))[::-1])]
+    if op in ("Reshape", "Flatten", "Squeeze", "Unsqueeze"):
+        return regroup(layout, target)
+    if op in ("Expand", "Tile"):
+        return _repeat(layout, target)
+    if op == "Gather":
+        return _gather(layout, node, facts)
+    if target == tuple(math.prod(a.size for a in axis) for axis in layout):
+        return layout
+    raise LayoutError(f"node {node.name!r} ({op}) changes the shape")
+
+
+def regroup(layout: Layout, target: Sequence[int]) -> Layout:
+    """Distribute the atoms of `layout`, in order, over axes of the sizes `target` (row-major Reshape)."""
+    queue = [leaf for axis in layout for leaf in leaves(axis)]
+    result: Layout = []
+    for size in target:
+        axis: list[Atom] = []
+        have = 1
+        if size == 1:
+            if queue and queue[0].size == 1:
+                axis.append(queue.pop(0))
+            result.append(axis)
+            continue
+        while have < size:
+            if not queue:
+                raise LayoutError("the shapes do not match")
+            atom = queue.pop(0)
+            need = size // have
+            if atom.size > need:
+                if atom.size % need or size % have:
+                    raise LayoutError(f"an axis of {atom.size} is cut at {need}, which does not divide it")
+                atom, rest = atom.split(need)
+                queue.insert(0, rest)
+            axis.append(atom)
+            have *= atom.size
+        if have != size:
+            raise LayoutError("axes are merged across a boundary")
+        result.append(axis)
+    if queue and result:
+        result[-1].extend(atom for atom in queue if atom.size == 1)
+    return result
+
+
+def _repeat(layout: Layout, target: Sequence[int]) -> Layout:
+    padded: Layout = [[] for _ in range(len(target) - len(layout))] + layout
+    result: Layout = []
+    for axis, size in zip(padded, target, strict=True):
+        have = math.prod(atom.size for atom in axis)
+        if have == size:
+            result.append(axis)
+        elif size % have == 0:
+            result.append([Atom(size // have, repeat=True), *axis])
+        else:
+            raise LayoutError("an axis is repeated a fractional number of times")
+    return result
+
+
+def _gather(layout: Layout, node: ir.Node, facts: Facts) -> Layout:
+    """Gather as a repetition: indices 0,0,1,1,... (each repeated) or 0,1,0,1,... (tiled)."""
+    axis = attribute(node, "axis", 0) % len(layout)
+    size = math.prod(a.size for a in layout[axis])
+    index = facts[node.inputs[1]].value
+    if index is None or index.ndim != 1 or index.size % size:
+        raise LayoutError(f"node {node.name!r} (Gather) picks elements")
+    times = index.size // size
+    copies = Atom(times, repeat=True)
+    base = np.arange(size)
+    if np.array_equal(index, np.repeat(base, times)):
+        new = [*layout[axis], copies]
+    elif np.array_equal(index, np.tile(base, times)):
+        new = [copies, *layout[axis]]
+    else:
+        raise LayoutError(f"node {node.name!r} (Gather) picks elements")
+    return [*layout[:axis], new, *layout[axis + 1 :]]

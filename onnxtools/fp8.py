@@ -1,0 +1,78 @@
+"""FP8 E4M3 and MX (E8M0-scaled) quantization of stored weights, exactly as ONNX's QuantizeLinear defines it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from onnxtools.tensors import RowFunction
+
+Array = np.ndarray[Any, Any]
+
+E4M3_MAX = 448.0
+"""Largest finite value of float8_e4m3fn (OCP 8-bit floating point specification, table 1)."""
+MX_BLOCK = 32
+"""Elements that share one E8M0 scale (OCP microscaling formats specification, section 5.2)."""
+
+
+def to_e4m3(x: Array) -> Array:
+    """Round float32 to float8_e4m3fn, to nearest even, saturating at 448 (QuantizeLinear-19 with `saturate=1`).
+
+    NaN stays NaN. ml_dtypes alone would turn 500 into NaN, hence the clip.
+    """
+    return np.clip(x, -E4M3_MAX, E4M3_MAX).astype(ml_dtypes.float8_e4m3fn)
+
+
+def quantize_rows(scale: Array, axis: int) -> RowFunction:
+    """A row function w -> e4m3(w / scale), in float32.
+
+    Args:
+        scale: float32; one element, or one for each index of `axis`.
+        axis: the axis that a scale vector runs along.
+    """
+    if scale.size == 1:
+        return _per_tensor(np.float32(scale.reshape(())))
+
+    def per_axis(rows: Array, start: int) -> Array:
+        along = scale[start : start + len(rows)] if axis == 0 else scale
+        shape = [1] * rows.ndim
+        shape[axis] = len(along)
+        return to_e4m3(rows.astype(np.float32) / along.reshape(shape))
+
+    return per_axis
+
+
+def _per_tensor(scale: np.float32) -> RowFunction:
+    tables: dict[np.dtype[Any], Array] = {}
+
+    def quantize(rows: Array, start: int) -> Array:
+        if rows.dtype.itemsize != 2:
+            return to_e4m3(rows.astype(np.float32) / scale)
+        # 16-bit weights have only 65,536 values: quantize each of them once and look the rest up.
+        if rows.dtype not in tables:
+            every = np.arange(1 << 16, dtype=np.uint16).view(rows.dtype).astype(np.float32)
+            with np.errstate(invalid="ignore", over="ignore"):
+                tables[rows.dtype] = to_e4m3(every / scale).view(np.uint8)
+        return np.take(tables[rows.dtype], rows.view(np.uint16)).view(ml_dtypes.float8_e4m3fn)
+
+    return quantize
+
+
+def mx_scale_rows(rows: Array, start: int) -> Array:
+    """E8M0 scales [r, K/32] of rows [r, K]: the smallest power of two >= amax/448, as TransformerEngine's kernels round.
+
+    All-zero blocks get 2^-127, the smallest E8M0 value.
+    """
+    blocks = np.abs(rows.astype(np.float32)).reshape(*rows.shape[:-1], -1, MX_BLOCK).max(axis=-1)
+    with np.errstate(divide="ignore"):
+        exponent = np.ceil(np.log2(blocks / np.float32(E4M3_MAX)))
+    code = np.clip(np.nan_to_num(exponent, neginf=-127) + 127, 0, 254).astype(np.uint8)
+    return code.view(ml_dtypes.float8_e8m0fnu)
+
+
+def mx_data_rows(rows: Array, start: int) -> Array:
+    """float8_e4m3fn data [r, K] of rows [r, K], each block of 32 divided by its `mx_scale_rows` scale."""
+    scale = np.repeat(mx_scale_rows(rows, start).astype(np.float32), MX_BLOCK, axis=-1)
+    return to_e4m3(rows.astype(np.float32) / scale)

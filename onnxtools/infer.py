@@ -1,0 +1,568 @@
+"""What is known about every value of a graph without running it: dtype, shape, and elements where they follow from
+constants and shapes alone.
+
+Symbolic dimensions get stand-in sizes (distinct primes that divide no constant dimension), so shape arithmetic,
+position ids and masks can be evaluated with plain numpy. What is the same under two sets of stand-ins does not depend
+on them: that is what `constants` returns and what may be folded.
+
+Weights are never read: floating-point constants beyond `FLOAT_LIMIT` elements have a shape and no elements.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from onnxtools.graph import attribute, constant_tensor
+from onnxtools.model import Model
+
+FLOAT_LIMIT = 1 << 16
+VALUE_LIMIT = 1 << 22
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass
+class Fact:
+    """Knowledge about one value; None means unknown.
+
+    Attributes:
+        dtype: element type.
+        shape: sizes with stand-ins in place of symbolic dimensions.
+        value: the elements.
+        grown: made by Range, Expand and their kind; folding it would store what a node makes for free.
+    """
+
+    dtype: ir.DataType | None = None
+    shape: tuple[int, ...] | None = None
+    value: Array | None = None
+    grown: bool = False
+
+
+UNKNOWN = Fact()
+
+
+class Facts:
+    """Facts of all values of the main graph. Look up with `facts[value]`; absent values give `UNKNOWN`."""
+
+    def __init__(self, dims: dict[str, int]) -> None:
+        self.dims = dims
+        self._facts: dict[ir.Value, Fact] = {}
+
+    def __getitem__(self, value: ir.Value | None) -> Fact:
+        if value is None:
+            return UNKNOWN
+        if value not in self._facts:
+            tensor = constant_tensor(value)
+            if tensor is not None:
+                self._facts[value] = _constant_fact(tensor)
+        return self._facts.get(value, UNKNOWN)
+
+    def __setitem__(self, value: ir.Value, fact: Fact) -> None:
+        self._facts[value] = fact
+
+
+def _constant_fact(tensor: ir.TensorProtocol) -> Fact:
+    shape = tuple(int(d) for d in tensor.shape.numpy())
+    fact = Fact(tensor.dtype, shape)
+    whole = tensor.dtype in _WHOLE_TYPES
+    if whole and tensor.size <= (FLOAT_LIMIT if tensor.dtype.is_floating_point() else VALUE_LIMIT):
+        fact.value = np.array(tensor.numpy())
+        if isinstance(tensor, ir.ExternalTensor):
+            tensor.release()
+    return fact
+
+
+_WHOLE_TYPES = {
+    ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE, ir.DataType.BOOL, ir.DataType.INT8, ir.DataType.INT16,
+    ir.DataType.INT32, ir.DataType.INT64, ir.DataType.UINT8, ir.DataType.UINT16, ir.DataType.UINT32, ir.DataType.UINT64,
+}  # fmt: skip
+
+
+def stand_ins(model: Model, skip: int = 0) -> dict[str, int]:
+    """A prime for every symbolic dimension of the inputs; unnamed ones are called `<input>:<axis>`.
+
+    In integer inputs of rank 2 (token ids, position ids, attention masks) axis 0 is one batch and axis 1 one sequence
+    whatever names the exporter chose, since they meet in the same broadcasts. `skip` gives another set of primes.
+    """
+    constants = {int(d) for _, tensor in model.weights() for d in tensor.shape.numpy() if d}
+    primes = itertools.islice(_primes(constants), skip, None)
+    sizes: dict[str, int] = {}
+    roles: dict[int, int] = {}
+    for value in model.graph.inputs:
+        ids = is_ids_like(value)
+        for axis, dim in enumerate(value.shape or ()):
+            if isinstance(dim, int):
+                continue
+            name = dim_name(value, axis)
+            if name not in sizes:
+                sizes[name] = roles[axis] if ids and axis in roles else next(primes)
+            if ids:
+                roles.setdefault(axis, sizes[name])
+    return sizes
+
+
+def is_ids_like(value: ir.Value) -> bool:
+    """Token ids, position ids or an attention mask: integers [batch, sequence]."""
+    return value.shape is not None and len(value.shape) == 2 and value.dtype in (ir.DataType.INT64, ir.DataType.INT32)
+
+
+def dim_name(value: ir.Value, axis: int) -> str:
+    assert value.shape is not None
+    dim = value.shape[axis]
+    text = dim.value if isinstance(dim, ir.SymbolicDim) else None
+    return text or f"{value.name}:{axis}"
+
+
+def _primes(avoid: set[int]) -> Iterator[int]:
+    for candidate in itertools.count(11, 2):
+        prime = all(candidate % d for d in range(3, math.isqrt(candidate) + 1, 2))
+        if prime and not any(constant % candidate == 0 for constant in avoid):
+            yield candidate
+
+
+def analyse(model: Model, dims: Mapping[str, int] | None = None) -> Facts:
+    """Walk the main graph once, in order.
+
+    Args:
+        dims: sizes for symbolic input dimensions; `stand_ins(model)` by default.
+    """
+    facts = Facts(dict(dims) if dims is not None else stand_ins(model))
+    for value in model.graph.inputs:
+        if value.shape is not None:
+            sizes = tuple(d if isinstance(d, int) else facts.dims[dim_name(value, axis)] for axis, d in enumerate(value.shape))
+            facts[value] = Fact(value.dtype, sizes)
+    for node in model.graph:
+        infer_node(node, facts, model)
+    return facts
+
+
+def constants(model: Model) -> tuple[Facts, Facts, dict[ir.Value, Array]]:
+    """Two analyses with different stand-ins, and the elements of every node output on which they agree."""
+    facts, other = analyse(model), analyse(model, stand_ins(model, skip=7))
+    agreed: dict[ir.Value, Array] = {}
+    for node in model.graph:
+        for output in node.outputs:
+            a, b = facts[output].value, other[output].value
+            if a is not None and b is not None and a.shape == b.shape and np.array_equal(a, b, equal_nan=a.dtype.kind == "f"):
+                agreed[output] = a
+    return facts, other, agreed
+
+
+def infer_node(node: ir.Node, facts: Facts, model: Model) -> None:
+    """Fill in the facts of the outputs of one node."""
+    domain = "" if node.domain == "ai.onnx" else node.domain
+    if domain == "" and node.op_type == "Constant":
+        return
+    inputs = [facts[value] for value in node.inputs]
+    if domain == "trt":
+        _infer_te(node, inputs, facts)
+        return
+    if domain == "" and node.op_type == "Shape" and inputs[0].shape is not None:
+        _infer_shape_op(node, inputs[0], facts)
+        return
+    if domain == "" and node.op_type == "SequenceAt":
+        _infer_sequence_at(node, inputs, facts)
+        return
+    known = domain == "" and all(i.value is not None for v, i in zip(node.inputs, inputs, strict=True) if v is not None)
+    if known and node.op_type not in _OPAQUE and _evaluate(node, inputs, facts, model):
+        return
+    shapes: list[tuple[int, ...]] | None = None
+    if domain == "" and node.op_type in _SHAPE_RULES:
+        try:
+            shapes = _SHAPE_RULES[node.op_type](node, inputs)
+        except (ValueError, TypeError, IndexError, KeyError):
+            shapes = None
+        if shapes is not None:
+            dtypes = _output_dtypes(node, inputs)
+            for output, shape, dtype in zip(node.outputs, shapes, dtypes, strict=False):
+                facts[output] = Fact(dtype or output.dtype, tuple(int(d) for d in shape))
+            return
+    _infer_by_schema(node, inputs, facts, model)
+
+
+_OPAQUE = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial", "If", "Loop", "Scan",
+           "SplitToSequence", "SequenceAt", "SequenceConstruct", "ConcatFromSequence", "QuantizeLinear", "DequantizeLinear"}  # fmt: skip
+
+
+def _infer_te(node: ir.Node, inputs: list[Fact], facts: Facts) -> None:
+    shape = inputs[0].shape
+    if node.op_type.endswith("DequantizeLinear"):
+        facts[node.outputs[0]] = Fact(ir.DataType.FLOAT, shape)
+        return
+    facts[node.outputs[0]] = Fact(ir.DataType.FLOAT8E4M3FN, shape)
+    if len(node.outputs) > 1 and shape is not None:
+        facts[node.outputs[1]] = Fact(ir.DataType.FLOAT8E8M0, (*shape[:-1], -(-shape[-1] // 32)))
+
+
+def _infer_shape_op(node: ir.Node, source: Fact, facts: Facts) -> None:
+    assert source.shape is not None
+    dims = np.array(source.shape, dtype=np.int64)
+    start, end = attribute(node, "start", 0), attribute(node, "end", None)
+    part = slice(start, end)
+    facts[node.outputs[0]] = Fact(ir.DataType.INT64, (len(dims[part]),), dims[part])
+
+
+def _infer_sequence_at(node: ir.Node, inputs: list[Fact], facts: Facts) -> None:
+    """One piece of a SplitToSequence, which is all that exporters use sequences for."""
+    split = node.inputs[0].producer() if node.inputs[0] is not None else None
+    if split is None or split.op_type != "SplitToSequence":
+        return
+    data, index = facts[split.inputs[0]], inputs[1].value
+    if data.shape is None or index is None:
+        return
+    axis = attribute(split, "axis", 0) % len(data.shape)
+    sizes = sequence_sizes(split, data.shape[axis], facts)
+    if sizes is None:
+        return
+    shape = list(data.shape)
+    shape[axis] = sizes[int(index)]
+    if len(split.inputs) < 2 and not attribute(split, "keepdims", 1):
+        del shape[axis]
+    facts[node.outputs[0]] = Fact(data.dtype, tuple(shape))
+
+
+def sequence_sizes(split: ir.Node, size: int, facts: Facts) -> list[int] | None:
+    """Sizes of the pieces of a SplitToSequence along an axis of `size`; None where they are computed at run time."""
+    if len(split.inputs) < 2 or split.inputs[1] is None:
+        return [1] * size
+    given = facts[split.inputs[1]].value
+    if given is None:
+        return None
+    if given.ndim == 0:
+        return [min(int(given), size - start) for start in range(0, size, int(given))]
+    return [int(s) for s in given]
+
+
+def _evaluate(node: ir.Node, inputs: list[Fact], facts: Facts, model: Model) -> bool:
+    """Compute the elements with numpy (onnx's reference kernels for rare operators); False if they are too many."""
+    arrays = [i.value for i in inputs]
+    rule = _VALUE_RULES.get(node.op_type)
+    try:
+        if rule is not None:
+            result: Any = rule(node, arrays)
+        else:
+            result = _reference(node, inputs, model)
+    except Exception:  # an operator numpy or the reference cannot do stays unknown
+        return False
+    results = list(result) if isinstance(result, (tuple, list)) else [result]
+    grown = node.op_type in _GROWERS or any(i.grown for i in inputs)
+    for output, array in zip(node.outputs, results, strict=False):
+        array = np.asarray(array)
+        if array.size > VALUE_LIMIT:
+            return False
+        dtype = _output_dtypes(node, inputs)[0] or ir.DataType.from_numpy(array.dtype)
+        if array.dtype != dtype.numpy():
+            array = array.astype(dtype.numpy())
+        facts[output] = Fact(dtype, array.shape, array, grown and array.size > 1)
+    return True
+
+
+_GROWERS = {"Range", "Expand", "ConstantOfShape", "Trilu", "EyeLike", "Tile", "OneHot"}
+
+
+def _reference(node: ir.Node, inputs: list[Fact], model: Model) -> list[Array]:
+    from onnx.reference import ReferenceEvaluator
+
+    proto = ir.to_proto(node)
+    assert isinstance(proto, onnx.NodeProto)
+    names = [v.name if v is not None else "" for v in node.inputs]
+    graph = onnx.helper.make_graph(
+        [proto], "one", [onnx.helper.make_tensor_value_info(n, i.dtype.value, i.shape) for n, i in zip(names, inputs, strict=True) if n and i.dtype],
+        [onnx.ValueInfoProto(name=v.name) for v in node.outputs if v.name],
+    )  # fmt: skip
+    evaluator = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", model.opset)]))
+    feeds = {n: i.value for n, i in zip(names, inputs, strict=True) if n}
+    return list(evaluator.run(None, feeds))
+
+
+def _infer_by_schema(node: ir.Node, inputs: list[Fact], facts: Facts, model: Model) -> None:
+    """onnx's own inference for one node: slower, and it knows every operator."""
+    for output in node.outputs:
+        facts[output] = Fact(output.dtype)
+    try:
+        version = model.ir.opset_imports.get(node.domain, 1)
+        schema = onnx.defs.get_schema(node.op_type, version, node.domain)
+        proto = ir.to_proto(node)
+        types, data = {}, {}
+        for value, fact in zip(node.inputs, inputs, strict=True):
+            if value is None or value.name is None:
+                continue
+            if fact.dtype is None:
+                return
+            types[value.name] = onnx.helper.make_tensor_type_proto(fact.dtype.value, fact.shape)
+            if fact.value is not None and fact.value.size <= 1024:
+                data[value.name] = onnx.numpy_helper.from_array(fact.value)
+        opsets = [onnx.helper.make_opsetid(d, v) for d, v in model.ir.opset_imports.items()]
+        inferred = onnx.shape_inference.infer_node_outputs(schema, proto, types, data, opset_imports=opsets, ir_version=10)
+    except Exception:  # an unknown operator or a sequence type: nothing is known
+        return
+    for output in node.outputs:
+        proto_type = inferred.get(output.name)
+        if proto_type is None or not proto_type.HasField("tensor_type"):
+            continue
+        tensor_type = proto_type.tensor_type
+        dims = [d.dim_value if d.HasField("dim_value") else None for d in tensor_type.shape.dim]
+        known = tensor_type.HasField("shape") and None not in dims
+        facts[output] = Fact(ir.DataType(tensor_type.elem_type), tuple(dims) if known else None)  # type: ignore[arg-type]
+
+
+# --- elements ---------------------------------------------------------------------------------------------------------
+
+
+def _axes(node: ir.Node, arrays: Sequence[Array | None]) -> tuple[int, ...] | None:
+    """`axes` of Squeeze, Unsqueeze and Reduce*: an input since opset 13/18, an attribute before."""
+    given = arrays[1] if len(arrays) > 1 and arrays[1] is not None else attribute(node, "axes")
+    return None if given is None else tuple(int(a) for a in np.atleast_1d(given))
+
+
+def _unsqueeze(node: ir.Node, arrays: Sequence[Any]) -> Array:
+    axes = _axes(node, arrays) or ()
+    rank = arrays[0].ndim + len(axes)
+    return np.expand_dims(arrays[0], tuple(a % rank for a in axes))
+
+
+def reshape_target(shape: tuple[int, ...], target: Sequence[int], allowzero: int = 0) -> tuple[int, ...]:
+    """The sizes that ONNX Reshape gives: 0 copies (unless `allowzero`), -1 is what is left."""
+    sizes = [shape[i] if d == 0 and not allowzero else int(d) for i, d in enumerate(target)]
+    if -1 in sizes:
+        rest = math.prod(d for d in sizes if d != -1)
+        sizes[sizes.index(-1)] = math.prod(shape) // rest if rest else 0
+    if math.prod(sizes) != math.prod(shape):
+        raise ValueError(f"cannot reshape {shape} to {sizes}")
+    return tuple(sizes)
+
+
+def _reshape(node: ir.Node, arrays: Sequence[Any]) -> Array:
+    return np.asarray(arrays[0]).reshape(reshape_target(arrays[0].shape, arrays[1].tolist(), attribute(node, "allowzero", 0)))
+
+
+def _slice_index(node: ir.Node, rank: int, arrays: Sequence[Any]) -> tuple[slice, ...]:
+    starts, ends = arrays[1].tolist(), arrays[2].tolist()
+    axes = arrays[3].tolist() if len(arrays) > 3 and arrays[3] is not None else list(range(len(starts)))
+    steps = arrays[4].tolist() if len(arrays) > 4 and arrays[4] is not None else [1] * len(starts)
+    index = [slice(None)] * rank
+    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+        index[axis] = slice(start, None if step < 0 and end < -(2**31) else end, step)
+    return tuple(index)
+
+
+def _divide(node: ir.Node, arrays: Sequence[Any]) -> Array:
+    a, b = arrays
+    if np.issubdtype(a.dtype, np.integer):
+        return (np.sign(a) * np.sign(b) * (np.abs(a) // np.abs(b))).astype(a.dtype)  # ONNX truncates towards zero
+    return np.divide(a, b)  # type: ignore[no-any-return]
+
+
+def _split_sizes(node: ir.Node, size: int, arrays: Sequence[Any]) -> list[int]:
+    given = arrays[1] if len(arrays) > 1 and arrays[1] is not None else attribute(node, "split")
+    if given is not None:
+        return [int(s) for s in given]
+    parts = len(node.outputs)
+    chunk = -(-size // parts)
+    return [min(chunk, size - i * chunk) for i in range(parts)]
+
+
+def _split(node: ir.Node, arrays: Sequence[Any]) -> list[Array]:
+    axis = attribute(node, "axis", 0)
+    sizes = _split_sizes(node, arrays[0].shape[axis], arrays)
+    return np.split(arrays[0], np.cumsum(sizes)[:-1], axis=axis)
+
+
+def _cast(node: ir.Node, arrays: Sequence[Any]) -> Array:
+    return arrays[0].astype(ir.DataType(attribute(node, "to")).numpy())  # type: ignore[no-any-return]
+
+
+def _squeeze(node: ir.Node, arrays: Sequence[Any]) -> Array:
+    return np.squeeze(arrays[0], _axes(node, arrays))
+
+
+def _range(node: ir.Node, arrays: Sequence[Any]) -> Array:
+    start, limit, delta = (a.item() for a in arrays)
+    return np.arange(start, limit, delta, dtype=arrays[0].dtype)
+
+
+def _constant_of_shape(node: ir.Node, arrays: Sequence[Any]) -> Array:
+    fill = attribute(node, "value")
+    content = fill.numpy().reshape(()) if fill is not None else np.float32(0)
+    if math.prod(arrays[0].tolist()) > VALUE_LIMIT:
+        raise ValueError("too large")
+    return np.full(arrays[0].tolist(), content)
+
+
+def _expand(node: ir.Node, arrays: Sequence[Any]) -> Array:
+    shape = np.broadcast_shapes(arrays[0].shape, tuple(arrays[1].tolist()))
+    if math.prod(shape) > VALUE_LIMIT:
+        raise ValueError("too large")
+    return np.broadcast_to(arrays[0], shape).copy()
+
+
+def _trilu(node: ir.Node, arrays: Sequence[Any]) -> Array:
+    k = int(arrays[1]) if len(arrays) > 1 and arrays[1] is not None else 0
+    return np.triu(arrays[0], k) if attribute(node, "upper", 1) else np.tril(arrays[0], k)
+
+
+def _ufunc(function: Callable[..., Any]) -> Callable[[ir.Node, Sequence[Any]], Any]:
+    return lambda node, arrays: function(*arrays)
+
+
+_BINARY: dict[str, Callable[..., Any]] = {
+    "Add": np.add, "Sub": np.subtract, "Mul": np.multiply, "And": np.logical_and, "Or": np.logical_or, "Xor": np.logical_xor,
+    "Equal": np.equal, "Less": np.less, "LessOrEqual": np.less_equal, "Greater": np.greater, "GreaterOrEqual": np.greater_equal,
+    "Pow": np.power, "Where": np.where,
+}  # fmt: skip
+_UNARY: dict[str, Callable[..., Any]] = {
+    "Not": np.logical_not, "Neg": np.negative, "Sqrt": np.sqrt, "Abs": np.abs, "Floor": np.floor, "Ceil": np.ceil, "Exp": np.exp, "Log": np.log,
+    "Cos": np.cos, "Sin": np.sin, "Identity": lambda x: x, "Reciprocal": lambda x: (1 / x).astype(x.dtype), "Sign": np.sign,
+}  # fmt: skip
+_SAME_SHAPE_ONLY = {"Tanh", "Erf", "Sigmoid", "Relu", "Gelu", "Softmax", "LogSoftmax", "Clip", "LayerNormalization", "RMSNormalization", "Trilu",
+                    "QuantizeLinear", "DequantizeLinear", "Dropout", "CumSum", "Swish", "IsNaN", "Silu", "Elu", "LeakyRelu", "Softplus", "HardSwish", "BitwiseNot"}  # fmt: skip
+_BROADCAST_ONLY = {"Div", "Max", "Min", "Mod", "PRelu", "BitwiseAnd", "BitwiseOr", "Sum", "Mean"}
+
+_VALUE_RULES: dict[str, Callable[[ir.Node, Sequence[Any]], Any]] = {
+    **{name: _ufunc(function) for name, function in (_BINARY | _UNARY).items()},
+    "Div": _divide, "Cast": _cast, "CastLike": lambda n, a: a[0].astype(a[1].dtype), "Reshape": _reshape, "Unsqueeze": _unsqueeze,
+    "Squeeze": _squeeze, "Concat": lambda n, a: np.concatenate(a, attribute(n, "axis")), "Transpose": lambda n, a: np.transpose(a[0], attribute(n, "perm")),
+    "Gather": lambda n, a: np.take(a[0], a[1], axis=attribute(n, "axis", 0)), "Slice": lambda n, a: a[0][_slice_index(n, a[0].ndim, a)],
+    "Split": _split, "Range": _range, "ConstantOfShape": _constant_of_shape, "Expand": _expand, "Trilu": _trilu,
+    "Size": lambda n, a: np.int64(a[0].size), "Flatten": lambda n, a: a[0].reshape(math.prod(a[0].shape[: attribute(n, "axis", 1)]), -1),
+    "Tile": lambda n, a: np.tile(a[0], a[1]),
+}  # fmt: skip
+
+# --- shapes -----------------------------------------------------------------------------------------------------------
+
+Shapes = list[tuple[int, ...]]
+
+
+def _shape(fact: Fact) -> tuple[int, ...]:
+    if fact.shape is None:
+        raise ValueError("unknown shape")
+    return fact.shape
+
+
+def _value(fact: Fact) -> list[int]:
+    if fact.value is None:
+        raise ValueError("unknown elements")
+    return [int(v) for v in np.atleast_1d(fact.value)]
+
+
+def _matmul_shape(node: ir.Node, i: list[Fact]) -> Shapes:
+    a, b = _shape(i[0]), _shape(i[1])
+    if len(a) < 2 or len(b) < 2 or a[-1] != b[-2]:
+        raise ValueError("vector or mismatch")
+    return [(*np.broadcast_shapes(a[:-2], b[:-2]), a[-2], b[-1])]
+
+
+def _gemm_shape(node: ir.Node, i: list[Fact]) -> Shapes:
+    a, b = _shape(i[0]), _shape(i[1])
+    return [(a[1] if attribute(node, "transA", 0) else a[0], b[0] if attribute(node, "transB", 0) else b[1])]
+
+
+def _reshape_shape(node: ir.Node, i: list[Fact]) -> Shapes:
+    return [reshape_target(_shape(i[0]), _value(i[1]), attribute(node, "allowzero", 0))]
+
+
+def _concat_shape(node: ir.Node, i: list[Fact]) -> Shapes:
+    shapes = [list(_shape(f)) for f in i]
+    axis = attribute(node, "axis")
+    shapes[0][axis] = sum(s[axis] for s in shapes)
+    return [tuple(shapes[0])]
+
+
+def _gather_shape(node: ir.Node, i: list[Fact]) -> Shapes:
+    data, index = _shape(i[0]), _shape(i[1])
+    axis = attribute(node, "axis", 0) % len(data)
+    return [(*data[:axis], *index, *data[axis + 1 :])]
+
+
+def _split_shape(node: ir.Node, i: list[Fact]) -> Shapes:
+    shape = list(_shape(i[0]))
+    axis = attribute(node, "axis", 0)
+    sizes = _split_sizes(node, shape[axis], [f.value for f in i])
+    return [tuple(size if a == axis % len(shape) else d for a, d in enumerate(shape)) for size in sizes]
+
+
+def _slice_shape(node: ir.Node, i: list[Fact]) -> Shapes:
+    for fact, given in zip(i[1:], node.inputs[1:], strict=True):
+        if given is not None and fact.value is None:
+            raise ValueError("unknown bounds")
+    shape = _shape(i[0])
+    index = _slice_index(node, len(shape), [None, *(f.value for f in i[1:])])
+    return [tuple(len(range(*part.indices(d))) for part, d in zip(index, shape, strict=True))]
+
+
+def _dummy(shape: tuple[int, ...]) -> Array:
+    """An array of `shape` that takes no memory, to let numpy do shape arithmetic."""
+    return np.broadcast_to(np.zeros((), dtype=bool), shape)
+
+
+def _by_numpy(node: ir.Node, i: list[Fact]) -> Shapes:
+    arrays = [_dummy(_shape(i[0])), *(f.value for f in i[1:])]
+    if any(v is not None and f.value is None for v, f in zip(node.inputs[1:], i[1:], strict=True)):
+        raise ValueError("unknown elements")
+    return [np.shape({"Unsqueeze": _unsqueeze, "Squeeze": _squeeze}[node.op_type](node, arrays))]
+
+
+def _reduce_shape(node: ir.Node, i: list[Fact]) -> Shapes:
+    shape = _shape(i[0])
+    if len(node.inputs) > 1 and node.inputs[1] is not None and i[1].value is None:
+        raise ValueError("unknown axes")
+    axes = _axes(node, [f.value for f in i])
+    if not axes:
+        if attribute(node, "noop_with_empty_axes", 0):
+            return [shape]
+        axes = tuple(range(len(shape)))
+    axes = tuple(a % len(shape) for a in axes)
+    kept = [1 if a in axes else d for a, d in enumerate(shape)]
+    return [tuple(d for a, d in enumerate(kept) if attribute(node, "keepdims", 1) or a not in axes)]
+
+
+def _broadcast(node: ir.Node, i: list[Fact]) -> Shapes:
+    return [np.broadcast_shapes(*(_shape(f) for f in i))]
+
+
+_SHAPE_RULES: dict[str, Callable[[ir.Node, list[Fact]], Shapes]] = {
+    **dict.fromkeys([*_BINARY, *_BROADCAST_ONLY], _broadcast),
+    **{name: lambda n, i: [_shape(i[0])] for name in (*_UNARY, *_SAME_SHAPE_ONLY, "Cast", "CastLike")},
+    "MatMul": _matmul_shape, "Gemm": _gemm_shape, "Reshape": _reshape_shape, "Concat": _concat_shape, "Gather": _gather_shape,
+    "Split": _split_shape, "Slice": _slice_shape, "Unsqueeze": _by_numpy, "Squeeze": _by_numpy,
+    "Transpose": lambda n, i: [tuple(_shape(i[0])[p] for p in attribute(n, "perm", range(len(_shape(i[0])))[::-1]))],
+    "Expand": lambda n, i: [np.broadcast_shapes(_shape(i[0]), tuple(_value(i[1])))],
+    "ConstantOfShape": lambda n, i: [tuple(_value(i[0]))],
+    "Flatten": lambda n, i: [(math.prod(_shape(i[0])[: attribute(n, "axis", 1)]), math.prod(_shape(i[0])[attribute(n, "axis", 1) :]))],
+    **dict.fromkeys(["ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceSumSquare", "ReduceL2", "ReduceProd"], _reduce_shape),
+    "Tile": lambda n, i: [tuple(a * b for a, b in zip(_shape(i[0]), _value(i[1]), strict=True))],
+}  # fmt: skip
+
+_BOOLEAN = {"Not", "And", "Or", "Xor", "Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "IsNaN"}
+
+
+def _output_dtypes(node: ir.Node, inputs: list[Fact]) -> list[ir.DataType | None]:
+    """Element type of each output (the same for all outputs of the operators with a rule here)."""
+    op = node.op_type
+    if op in _BOOLEAN:
+        dtype: ir.DataType | None = ir.DataType.BOOL
+    elif op == "Cast":
+        dtype = ir.DataType(attribute(node, "to"))
+    elif op in ("CastLike", "Where"):
+        dtype = inputs[1].dtype
+    elif op in ("Shape", "Size"):
+        dtype = ir.DataType.INT64
+    elif op == "ConstantOfShape":
+        fill = attribute(node, "value")
+        dtype = fill.dtype if fill is not None else ir.DataType.FLOAT
+    elif op == "DequantizeLinear":
+        dtype = ir.DataType(attribute(node, "output_dtype", 0)) if attribute(node, "output_dtype", 0) else inputs[1].dtype
+    elif op == "QuantizeLinear":
+        given = attribute(node, "output_dtype", 0)
+        dtype = inputs[2].dtype if len(inputs) > 2 else (ir.DataType(given) if given else ir.DataType.UINT8)
+    else:
+        dtype = inputs[0].dtype if inputs else None
+    return [dtype] * len(node.outputs)

@@ -1,0 +1,103 @@
+"""`PassManager`: runs passes in order; everything else it does is an instrument hung on it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from onnxtools import __version__
+from onnxtools.model import Model
+from onnxtools.passbase import Pass, PassResult
+
+PROVENANCE_KEY = "onnxtools.provenance"
+
+
+@dataclass
+class Step:
+    """One executed pass: its result and what the instruments measured (flat `key: value`)."""
+
+    name: str
+    options: dict[str, Any]
+    result: PassResult
+    measures: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Report:
+    """All steps of one run, in order."""
+
+    steps: list[Step] = field(default_factory=list)
+
+    @property
+    def changed(self) -> bool:
+        return any(step.result.changed for step in self.steps)
+
+    def as_json(self) -> list[dict[str, Any]]:
+        return [asdict(step) for step in self.steps]
+
+
+class Instrument:
+    """Watches a run. Subclass what is needed; an exception in `after` fails the run."""
+
+    def before(self, pass_: Pass, model: Model) -> None:
+        """Called before `pass_` runs."""
+
+    def after(self, pass_: Pass, model: Model, step: Step) -> None:
+        """Called after `pass_` has run; put what you measured into `step.measures`."""
+
+    def failed(self, pass_: Pass, model: Model, error: BaseException) -> None:
+        """Called when `pass_` raised."""
+
+
+class PassManager:
+    """Runs `passes` (composites expanded) over a model, instruments around each."""
+
+    def __init__(self, passes: Sequence[Pass], instruments: Sequence[Instrument] = ()) -> None:
+        self.passes = [inner for outer in passes for inner in outer.expand()]
+        self.requested = list(passes)
+        self.instruments = list(instruments)
+
+    def run(self, model: Model) -> Report:
+        """Change `model` in place and record the provenance in its metadata.
+
+        Raises:
+            OnnxtoolsError: whatever a pass or an instrument refused.
+        """
+        report = Report()
+        for pass_ in self.passes:
+            for instrument in self.instruments:
+                instrument.before(pass_, model)
+            try:
+                pass_.requires(model)
+                result = pass_.apply(model)
+                pass_.ensures(model)
+                step = Step(pass_.name, pass_.options(), result)
+                for instrument in reversed(self.instruments):
+                    instrument.after(pass_, model, step)
+            except Exception as error:
+                for instrument in self.instruments:
+                    instrument.failed(pass_, model, error)
+                raise
+            report.steps.append(step)
+        record_provenance(model, self.requested)
+        return report
+
+
+def record_provenance(model: Model, passes: Sequence[Pass]) -> None:
+    """Append to `metadata_props['onnxtools.provenance']` (a JSON list): input hash, passes with options, versions."""
+    import numpy
+    import onnx
+    import onnx_ir
+
+    props = model.ir.metadata_props
+    history = json.loads(props.get(PROVENANCE_KEY, "[]"))
+    versions = {"onnxtools": __version__, "onnx": onnx.__version__, "onnx_ir": onnx_ir.__version__, "numpy": numpy.__version__}
+    entry = {
+        "input": model.path.name if model.path else None,
+        "input_sha256": model.sha256,
+        "passes": [{"pass": p.name, **p.options()} for p in passes],
+        "versions": versions,
+    }
+    props[PROVENANCE_KEY] = json.dumps([*history, entry])

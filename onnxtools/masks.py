@@ -1,0 +1,113 @@
+"""What an attention mask says, read off its evaluated elements rather than off the nodes that make it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxtools.infer import Facts
+from onnxtools.model import Model
+
+Array = np.ndarray[Any, Any]
+BLOCKING = -1e3
+"""An added value at or below this takes a key out of the softmax; exporters write -1e4, -65504, the lowest float or -inf."""
+
+
+class MaskError(Exception):
+    """The mask follows no rule that can be extended to longer sequences."""
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Which keys j a query i may see: j <= i if `causal`, and i - j < window if there is a `window`."""
+
+    causal: bool
+    window: int | None = None
+
+    def blocked(self, size: int) -> Array:
+        """Booleans [size, size], True where key j is hidden from query i."""
+        distance = np.arange(size)[:, None] - np.arange(size)[None, :]
+        hidden = distance < 0 if self.causal else np.zeros((size, size), dtype=bool)
+        return hidden | (distance >= self.window) if self.window is not None else hidden
+
+
+def square(array: Array, size: int) -> Array | None:
+    """The one [size, size] matrix that a broadcast mask [..., size, size] consists of, or None if it is no such mask."""
+    if array.ndim < 2 or array.shape[-2:] != (size, size):
+        return None
+    flat = array.reshape(-1, size, size)
+    if not all(np.array_equal(flat[0], other) for other in flat[1:]):
+        raise MaskError("differs between heads or batch rows")
+    return flat[0]  # type: ignore[no-any-return]
+
+
+def pattern_of(blocked: Array) -> Pattern | None:
+    """The rule behind a matrix of hidden keys; None if nothing is hidden.
+
+    Raises:
+        MaskError: no causal or sliding-window rule gives this matrix.
+    """
+    size = len(blocked)
+    if not blocked.any():
+        return None
+    visible = ~blocked[-1]
+    window = int(visible.sum()) if visible[-1] and not visible[0] else None
+    for candidate in (Pattern(True), Pattern(True, window), Pattern(False, window)):
+        if np.array_equal(candidate.blocked(size), blocked):
+            return candidate
+    raise MaskError("is neither causal nor a sliding window")
+
+
+def hidden_by_addition(array: Array) -> tuple[Array, float]:
+    """(hidden keys, the blocking value) of an additive mask.
+
+    Raises:
+        MaskError: it holds values other than zero and blocking ones: a position bias.
+    """
+    numbers = array.astype(np.float64)
+    hidden = numbers <= BLOCKING
+    if np.any(numbers[~hidden] != 0):
+        raise MaskError("adds a bias that depends on the position")
+    return hidden, float(numbers.min()) if hidden.any() else 0.0
+
+
+SENTINEL = 1 << 30
+"""Exporters write huge integers for "to the end"; they are no window."""
+
+
+def largest_constant(value: ir.Value, facts: Facts) -> int:
+    """The largest integer scalar that the mask is computed from: a window cannot be seen on a shorter sequence."""
+    largest, seen, todo = 0, set(), [value]
+    while todo:
+        current = todo.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        node = current.producer()
+        if node is not None and node.op_type != "Constant":
+            todo.extend(v for v in node.inputs if v is not None)
+            continue
+        array = facts[current].value
+        if array is not None and array.size == 1 and array.dtype.kind in "iu" and abs(int(array.reshape(-1)[0])) < SENTINEL:
+            largest = max(largest, abs(int(array.reshape(-1)[0])))
+    return largest
+
+
+def prime_above(number: int) -> int:
+    from itertools import count
+    from math import isqrt
+
+    return next(n for n in count(number + 1) if all(n % d for d in range(2, isqrt(n) + 1)))
+
+
+def sequence_dim(model: Model, facts: Facts) -> tuple[ir.Value, int] | None:
+    """(graph input, axis) that carries the sequence: axis 1 of the first integer input [batch, sequence]."""
+    from onnxtools.infer import is_ids_like
+
+    for value in model.graph.inputs:
+        if is_ids_like(value):
+            return value, 1
+    return None

@@ -1,0 +1,132 @@
+"""`Pass`: one graph transform. Its dataclass fields are its options, everywhere.
+
+The command line, YAML recipes and the provenance record all read `dataclasses.fields(pass_type)`; nothing else lists
+a pass's options.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, get_args, get_origin
+
+from onnxtools.errors import UsageError
+from onnxtools.model import Model
+
+Numerics = Literal["exact", "rounding", "lossy"]
+"""What a pass may do to the outputs: nothing but reordering, rounding of stored values, or real change."""
+
+
+def option(default: Any, help: str, *, flags: Mapping[str, Any] | None = None) -> Any:
+    """A field of a pass, with its help text.
+
+    Args:
+        default: the value when the user says nothing.
+        help: one sentence, shown by `--help`.
+        flags: extra command-line switches, each standing for a value (`{"--opset19": 19}`).
+    """
+    metadata = {"help": help, "flags": dict(flags or {})}
+    if isinstance(default, (list, dict, set)):
+        raise TypeError("options are immutable: use a tuple")
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class PassResult:
+    """What one `apply` did.
+
+    Attributes:
+        changed: whether the graph differs afterwards.
+        matches: how many places the pass worked on; 0 is reported, never silent.
+        notes: lines for people, most important first.
+        table: optional rows for people and `--json` (one mapping each, all with the same keys).
+    """
+
+    changed: bool
+    matches: int
+    notes: list[str] = field(default_factory=list)
+    table: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Base of all passes. Subclasses are frozen dataclasses named in the entry-point group `onnxtools.passes`.
+
+    Class attributes:
+        name: the command and recipe name, kebab-case.
+        numerics: how the outputs may change; decides how the numeric check judges.
+        example: a command line for `--help`.
+    """
+
+    name: ClassVar[str]
+    numerics: ClassVar[Numerics] = "exact"
+    example: ClassVar[str] = ""
+
+    def expand(self) -> list[Pass]:
+        """The passes that stand behind this one; itself unless it is a composite."""
+        return [self]
+
+    def requires(self, model: Model) -> None:
+        """Raise a `JobError` when `model` is not what this pass can work on."""
+
+    def apply(self, model: Model) -> PassResult:
+        """Change `model.ir` in place."""
+        raise NotImplementedError
+
+    def ensures(self, model: Model) -> None:
+        """Raise a `JobError` when the result is not what this pass promises."""
+
+    def options(self) -> dict[str, Any]:
+        """Option names and values as plain data (tuples become lists), for recipes and provenance."""
+        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Pass:
+        """Build a pass from plain data, checking names, types and choices.
+
+        Raises:
+            UsageError: an unknown option or a value of the wrong type.
+        """
+        types = typing.get_type_hints(cls)
+        known = {f.name for f in dataclasses.fields(cls)}
+        values: dict[str, Any] = {}
+        for key, value in options.items():
+            name = key.replace("-", "_")
+            if name not in known:
+                raise UsageError(f"{cls.name}: unknown option {key!r}; it has {', '.join(sorted(known)) or 'none'}")
+            values[name] = convert_option(cls.name, name, types[name], value)
+        return cls(**values)
+
+
+def choices(annotation: Any) -> tuple[Any, ...]:
+    """The values of a `Literal` annotation (or of an optional one), else ()."""
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    for inner in get_args(annotation):
+        if get_origin(inner) is Literal:
+            return get_args(inner)
+    return ()
+
+
+def convert_option(owner: str, name: str, annotation: Any, value: Any) -> Any:
+    """`value` as the type of the field `name`, or a UsageError that says what it should have been."""
+    wanted = choices(annotation)
+    optional = type(None) in get_args(annotation)
+    if value is None and optional:
+        return None
+    if wanted:
+        if value not in wanted:
+            raise UsageError(f"{owner}: {name} is {value!r}; choose one of {', '.join(map(str, wanted))}")
+        return value
+    if get_origin(annotation) is tuple:
+        items = value if isinstance(value, (list, tuple)) else [value]
+        return tuple(convert_option(owner, name, get_args(annotation)[0], item) for item in items)
+    base = next((t for t in get_args(annotation) if t is not type(None)), annotation)
+    if base is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, base) or (base is int and isinstance(value, bool)):
+        raise UsageError(f"{owner}: {name} is {value!r}; it takes {base.__name__}")
+    return value

@@ -1,0 +1,45 @@
+"""Passes and engine builders are found through Python entry points, so that other packages can add theirs.
+
+    [project.entry-points."onnxtools.passes"]
+    my-pass = "my_package.module:MyPass"
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from onnxtools.errors import UsageError
+from onnxtools.passbase import Pass
+
+PASSES = "onnxtools.passes"
+BUILDERS = "onnxtools.builders"
+
+
+@functools.cache
+def names(group: str = PASSES) -> dict[str, EntryPoint]:
+    """Entry points of `group` by name; nothing is imported."""
+    return {point.name: point for point in entry_points(group=group)}
+
+
+def load(name: str, group: str = PASSES) -> Any:
+    """Import what `name` stands for.
+
+    Raises:
+        UsageError: nobody registered that name; close names are suggested.
+    """
+    known = names(group)
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=3)
+        hint = f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(sorted(known))}"
+        raise UsageError(f"no {group.rpartition('.')[2].rstrip('es')} is named {name!r}; {hint}")
+    return known[name].load()
+
+
+def load_pass(name: str) -> type[Pass]:
+    found = load(name)
+    if not (isinstance(found, type) and issubclass(found, Pass)):
+        raise UsageError(f"entry point {name!r} is not a Pass; fix the package that registers it")
+    return found

@@ -1,0 +1,278 @@
+"""Masks of a cached graph: what the exporter computed for [sequence, sequence], written for [sequence, total]."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxtools.attention import Attention
+from onnxtools.errors import JobError
+from onnxtools.graph import Builder
+from onnxtools.infer import Facts, analyse, stand_ins
+from onnxtools.masks import MaskError, Pattern, hidden_by_addition, pattern_of, square
+from onnxtools.model import Model
+
+_LAYOUT = {"Reshape", "Unsqueeze", "Squeeze", "Expand", "Identity", "Dropout"}
+_POINTWISE = {
+    "Add", "Sub", "Mul", "Div", "And", "Or", "Not", "Where", "Cast", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Neg", "Max", "Min",
+    "Identity", "BitwiseNot", "Xor",
+}  # fmt: skip
+
+
+class MaskRewriter:
+    """Replays what stands between the query-key product and the Softmax, with masks grown to the total length.
+
+    Args:
+        size: the stand-in sequence length under which `facts` were computed.
+        past, total: int64 scalars in the graph: cache length before and after this step.
+    """
+
+    def __init__(self, model: Model, facts: Facts, builder: Builder, size: int, past: ir.Value, total: ir.Value) -> None:
+        self.model, self.facts, self.builder, self.size = model, facts, builder, size
+        self.past, self.total = past, total
+        self.anchor = builder.before
+        self.patterns: set[Pattern] = set()
+        self.inputs: set[str] = set()
+        self._made: dict[Any, ir.Value] = {}
+
+    def notes(self) -> list[str]:
+        lines = []
+        for pattern in self.patterns:
+            what = "causal" if pattern.causal else "all keys"
+            window = f", sliding window of {pattern.window}" if pattern.window else ""
+            lines.append(f"mask from positions ({what}{window}) written for the total length")
+        lines += [f"mask input {name!r} now spans total_sequence = past + new tokens" for name in sorted(self.inputs)]
+        return lines
+
+    def replay(self, scores: ir.Value, block: Attention, prefix: str) -> ir.Value:
+        """`scores` [batch, heads, sequence, total] through the block's scaling and masking."""
+        masked = False
+        for node, data in block.scores:
+            try:
+                scores, hides = self._step(scores, node, data, prefix)
+            except MaskError as error:
+                raise JobError(f"attention at {block.softmax.name!r}: the mask of node {node.name!r} ({node.op_type}) {error}; it cannot be extended to a cache") from None
+            masked |= hides
+        if not masked:
+            raise JobError(f"attention at {block.softmax.name!r} has no causal mask: earlier tokens see later ones, so a cache would change the result")
+        return scores
+
+    def _step(self, scores: ir.Value, node: ir.Node, data: int, prefix: str) -> tuple[ir.Value, bool]:
+        """One node replayed; also tells whether it hides keys."""
+        name = f"{prefix}/{node.op_type}"
+        if node.op_type in _LAYOUT:
+            return scores, False
+        if node.op_type == "Transpose":
+            raise MaskError("transposes the scores")
+        if node.op_type == "Where":
+            return self._where(scores, node, data, name)
+        inputs: list[ir.Value | None] = list(node.inputs)
+        inputs[data] = scores
+        hides = False
+        for index, side in enumerate(node.inputs):
+            if index == data or side is None:
+                continue
+            kept, grows = self._side(side, node)
+            if kept is None:
+                return scores, False
+            inputs[index], hides = kept, hides or grows
+        return self.builder.op(node.op_type, inputs, name, **{k: a.value for k, a in node.attributes.items()}), hides
+
+    def _side(self, side: ir.Value, node: ir.Node) -> tuple[ir.Value | None, bool]:
+        """The other operand of a pointwise node, grown; None when the node has no effect."""
+        fact = self.facts[side]
+        if fact.value is None:
+            return (side, False) if fact.shape is not None and np.prod(fact.shape) == 1 else (self.extend(side), True)
+        if fact.value.size == 1:
+            return side, False
+        if node.op_type in ("Add", "Sub") and not fact.value.any():
+            return None, False
+        matrix = square(fact.value, self.size)
+        if matrix is None:
+            if fact.value.shape[-1] == 1 and (fact.value.ndim < 2 or fact.value.shape[-2] == 1):
+                return side, False
+            raise MaskError(f"has the shape {list(fact.value.shape)}, which is no [sequence, sequence] mask")
+        if node.op_type != "Add":
+            raise MaskError("is not added")
+        hidden, fill = hidden_by_addition(matrix)
+        pattern = pattern_of(hidden)
+        return (None, False) if pattern is None else (self._additive(pattern, fill, fact.dtype), pattern.causal)
+
+    def _where(self, scores: ir.Value, node: ir.Node, data: int, name: str) -> tuple[ir.Value, bool]:
+        condition, fill = node.inputs[0], node.inputs[3 - data]
+        value = self.facts[fill].value
+        if value is None or value.size != 1:
+            raise MaskError("fills with something other than one constant")
+        known = self.facts[condition].value
+        if known is None:
+            assert condition is not None
+            inputs: list[ir.Value | None] = [self.extend(condition), None, None]
+            inputs[data], inputs[3 - data] = scores, fill
+            return self.builder.op("Where", inputs, name), True
+        matrix = square(known if data == 2 else ~known, self.size)
+        if matrix is None:
+            raise MaskError(f"has the shape {list(known.shape)}, which is no [sequence, sequence] mask")
+        pattern = pattern_of(matrix)
+        if pattern is None:
+            return scores, False
+        number = float(value.reshape(-1)[0])
+        if number > -1e3:
+            raise MaskError(f"fills hidden places with {number:g}, which does not hide them")
+        return self.builder.op("Add", [scores, self._additive(pattern, number, self.facts[fill].dtype)], name), pattern.causal
+
+    # --- masks from positions ----------------------------------------------------------------------------------------
+
+    def _hidden(self, pattern: Pattern) -> ir.Value:
+        """Booleans [sequence, total], True where a key is hidden; made once, at the start of the graph."""
+        if pattern in self._made:
+            return self._made[pattern]
+        self.patterns.add(pattern)
+        build, here = self.builder, self.builder.before
+        build.before = self.anchor
+        query, key = self._places()
+        parts = [build.op("Greater", [key, query], "/model/mask/future")] if pattern.causal else []
+        if pattern.window is not None:
+            distance = build.op("Sub", [query, key], "/model/mask/distance")
+            width = build.constant(np.array(pattern.window, dtype=np.int64), "window")
+            parts.append(build.op("GreaterOrEqual", [distance, width], "/model/mask/outside"))
+        hidden = parts[0] if len(parts) == 1 else build.op("Or", parts, "/model/mask/hidden")
+        build.before = here
+        self._made[pattern] = hidden
+        return hidden
+
+    def _places(self) -> tuple[ir.Value, ir.Value]:
+        """Positions of the new tokens [sequence, 1] and of all keys [total]."""
+        if "places" not in self._made:
+            build = self.builder
+            zero, one = (build.constant(np.array(n, dtype=np.int64), f"int_{n}") for n in (0, 1))
+            query = build.op("Range", [self.past, self.total, one], "/model/mask/query")
+            self._made["places"] = build.op("Unsqueeze", [query, build.constant([1], "axes_1")], "/model/mask/query_column")
+            self._made["keys"] = build.op("Range", [zero, self.total, one], "/model/mask/keys")
+        return self._made["places"], self._made["keys"]
+
+    def _additive(self, pattern: Pattern, fill: float, dtype: ir.DataType | None) -> ir.Value:
+        """0 or `fill`, [sequence, total] in the type of the scores: TensorRT fuses an added mask, not a boolean one."""
+        assert dtype is not None
+        key = (pattern, fill, dtype)
+        if key not in self._made:
+            hidden = self._hidden(pattern)
+            build, here = self.builder, self.builder.before
+            build.before = self.anchor
+            low = build.constant(np.array(fill, dtype=dtype.numpy()), "mask_fill", dtype)
+            zero = build.constant(np.array(0, dtype=dtype.numpy()), "mask_zero", dtype)
+            self._made[key] = build.op("Where", [hidden, low, zero], "/model/mask/additive")
+            build.before = here
+        return self._made[key]
+
+    # --- masks from inputs -------------------------------------------------------------------------------------------
+
+    def extend(self, value: ir.Value) -> ir.Value:
+        """`value`, a mask or a part of one, with its last axis grown from sequence to total."""
+        if value not in self._made:
+            self._made[value] = self._extend(value)
+        return self._made[value]
+
+    def _extend(self, value: ir.Value) -> ir.Value:
+        fact = self.facts[value]
+        if fact.value is not None:
+            return self._extend_known(value, fact.value)
+        if fact.shape is None:
+            raise MaskError(f"depends on {value.name!r}, whose shape is unknown")
+        if not fact.shape or fact.shape[-1] != self.size and self.size not in fact.shape:
+            return value
+        node = value.producer()
+        if node is None:
+            return self._extend_input(value)
+        source = node.inputs[0]
+        if node.op_type in ("Expand", "Slice", "Tile", "Identity") and source is not None:
+            return self.extend(source)
+        if node.op_type in ("Reshape", "Unsqueeze") and source is not None:
+            return self._extend_unsqueeze(source, fact.shape, node)
+        if node.op_type not in _POINTWISE:
+            raise MaskError(f"comes from node {node.name!r} ({node.op_type})")
+        inputs = [None if v is None else self.extend(v) for v in node.inputs]
+        if inputs == list(node.inputs):
+            return value
+        return self.builder.op(node.op_type, inputs, f"/model/mask/{node.op_type}", **{k: a.value for k, a in node.attributes.items()})
+
+    def _extend_known(self, value: ir.Value, array: Any) -> ir.Value:
+        matrix = square(array, self.size)
+        if matrix is None:
+            if array.ndim and array.shape[-1] == self.size:
+                if np.all(array == array.reshape(-1)[0]):
+                    return self.builder.constant(array.reshape(-1)[0], "mask_constant", self.facts[value].dtype)
+                raise MaskError(f"depends on {value.name!r}, which counts positions in its own way")
+            return value
+        if np.all(matrix == matrix[0, 0]):
+            return self.builder.constant(np.array(matrix[0, 0]), "mask_constant", self.facts[value].dtype)
+        if matrix.dtype != bool:
+            hidden, fill = hidden_by_addition(matrix)
+            pattern = pattern_of(hidden)
+            assert pattern is not None
+            return self._additive(pattern, fill, self.facts[value].dtype)
+        try:
+            pattern = pattern_of(matrix)
+            assert pattern is not None
+            return self._hidden(pattern)
+        except MaskError:
+            pattern = pattern_of(~matrix)
+            assert pattern is not None
+            return self.builder.op("Not", [self._hidden(pattern)], "/model/mask/visible")
+
+    def _extend_input(self, value: ir.Value) -> ir.Value:
+        shape = list(value.shape or ())
+        if self.facts[value].shape is None or self.facts[value].shape[-1] != self.size:  # type: ignore[index]
+            return value
+        shape[-1] = ir.SymbolicDim("total_sequence")
+        value.shape = ir.Shape(shape)
+        self.inputs.add(value.name or "")
+        return value
+
+    def _extend_unsqueeze(self, source: ir.Value, shape: tuple[int, ...], node: ir.Node) -> ir.Value:
+        """A Reshape or Unsqueeze that only adds axes of one."""
+        before = self.facts[source].shape
+        if before is None or [d for d in before if d != 1] != [d for d in shape if d != 1]:
+            raise MaskError(f"is rearranged by node {node.name!r} ({node.op_type})")
+        grown = self.extend(source)
+        axes, left = [], list(before)
+        for index, size in enumerate(shape):
+            if left and left[0] == size:
+                left.pop(0)
+            else:
+                axes.append(index)
+        return self.builder.op("Unsqueeze", [grown, self.builder.constant(axes, "axes")], "/model/mask/Unsqueeze") if axes else grown
+
+
+_SHAPE_ARGUMENTS = {"Reshape", "Expand", "Slice", "Tile", "ConstantOfShape", "Unsqueeze", "Squeeze", "Split", "Pad", "Resize"}
+
+
+def check_positions_follow_past(model: Model) -> None:
+    """Refuse a cached graph in which something still counts positions from zero.
+
+    Two analyses with different past lengths must disagree on every value that varies along the sequence and meets
+    data; a value on which they agree would give each new token the positions of the first ones.
+    """
+    sizes = stand_ins(model)
+    facts = analyse(model, sizes)
+    other = analyse(model, {name: size + (2 if "past" in name else 0) for name, size in sizes.items()})
+    sequences = {facts[value].shape[1] for value in model.graph.inputs if value.name == "input_ids" and facts[value].shape}  # type: ignore[index]
+    lengths = sequences or {size for name, size in sizes.items() if name == "sequence"}
+    for node in model.graph:
+        if node.op_type in _SHAPE_ARGUMENTS and node.domain == "":
+            inputs = node.inputs[:1]
+        else:
+            inputs = node.inputs
+        if any(facts[o].value is not None for o in node.outputs):
+            continue
+        for value in inputs:
+            a, b = facts[value].value, other[value].value
+            if value is None or a is None or b is None or a.shape != b.shape or not np.array_equal(a, b):
+                continue
+            for axis, size in enumerate(a.shape):
+                if size in lengths and not np.all(a == np.take(a, [0], axis=axis)):
+                    raise JobError(
+                        f"node {node.name!r} ({node.op_type}) uses {value.name!r}, which counts positions from zero whatever the cache holds;"
+                        " export the model with a position_ids input"
+                    )

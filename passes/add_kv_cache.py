@@ -1,0 +1,389 @@
+"""Give a full-sequence language model a key/value cache."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxtools.attention import Attention, Operand, find_attention
+from onnxtools.axes import Atom, leaves
+from onnxtools.errors import JobError, NoMatchError, UsageError
+from onnxtools.graph import Builder, forget_types, remove_unused, rename_or_bypass
+from onnxtools.infer import Facts, analyse, dim_name, stand_ins
+from onnxtools.masks import largest_constant, prime_above, sequence_dim
+from onnxtools.model import Model
+from onnxtools.passbase import Pass, PassResult, option
+from onnxtools.passes._dynamic_shapes import make_dynamic
+from onnxtools.passes._kv_mask import MaskRewriter, check_positions_follow_past
+from onnxtools.passes.decompose_attention import DecomposeAttention
+from onnxtools.positions import shift_positions
+
+_DTYPES = {"fp8": ir.DataType.FLOAT8E4M3FN, "fp16": ir.DataType.FLOAT16, "fp32": ir.DataType.FLOAT, "bf16": ir.DataType.BFLOAT16}
+_LARGEST_MASK = 4100
+
+
+@dataclass(frozen=True)
+class AddKvCache(Pass):
+    """Past keys and values become inputs, present ones outputs; the graph then takes any number of new tokens.
+
+    Rules:
+      - attention is found by structure; each block is rebuilt as MatMul, scale, mask, Softmax, MatMul over
+        [batch, heads, sequence, channels], so no reshape inside it depends on the exporter's idea of the lengths;
+      - the cache holds keys after rotary embedding and before heads are repeated (grouped and multi-query attention);
+      - a mask made from positions is evaluated; if it is causal, or a sliding window, it is written anew for
+        `past + i`; a mask input grows to the total length; any other mask is an error;
+      - positions counted in the graph (Range, sliced tables) start at the past length; `position_ids` inputs stay.
+    """
+
+    name = "add-kv-cache"
+    numerics = "rounding"
+    example = "onnxtools add-kv-cache qdq.onnx kv.onnx"
+
+    policy: Literal["concat", "new"] = option("concat", "Outputs: the whole cache (concat) or only the new keys and values (new).")
+    layout: Literal["bnsh", "sbnh"] = option("bnsh", "Cache axes: [batch, heads, sequence, channels] or [sequence, batch, heads, channels].")
+    naming: Literal["hf", "nemo"] = option("hf", "past_key_values.N.key / present.N.key, or NeMo's past_key_values.N.decoder.key.")
+    dtype: Literal["auto", "fp8", "fp16", "bf16", "fp32"] = option("auto", "Element type of the stored cache; auto is the graph's own.")
+    kv_scale: float = option(1.0, "Scale of an fp8 cache; 1.0 keeps values up to 448 and is not calibrated.")
+
+    def __post_init__(self) -> None:
+        if not (self.kv_scale > 0 and math.isfinite(self.kv_scale)):
+            raise UsageError(f"add-kv-cache: kv_scale is {self.kv_scale}; it must be a positive number")
+
+    def requires(self, model: Model) -> None:
+        cached = [v.name or "" for v in model.graph.inputs if "past_key" in (v.name or "") or "past_key_values" in (v.name or "")]
+        if cached:
+            raise JobError(f"the model already has a KV cache (input {cached[0]!r}); start from the model without one")
+        if self.dtype == "fp8" and model.opset < 19:
+            raise JobError(f"an fp8 cache needs opset 19 and the model is at {model.opset}; run `onnxtools convert IN OUT --opset19` first")
+        if sequence_dim(model, analyse_inputs(model)) is None:
+            raise NoMatchError("no integer input of shape [batch, sequence] (input_ids) was found; a KV cache needs token inputs")
+
+    def apply(self, model: Model) -> PassResult:
+        notes = make_dynamic(model)
+        if DecomposeAttention().apply(model).changed:
+            notes.append("Attention operators written as MatMul, Softmax, MatMul with an explicit mask")
+        _read_lengths_from_ids(model)
+        facts = _analyse_for_masks(model)
+        blocks = find_attention(model, facts)
+        if not blocks:
+            raise NoMatchError("no attention (Softmax between two MatMuls of activations) was found; nothing can be cached")
+        lowering = _Concat(self, model, facts)
+        for index, block in enumerate(blocks):
+            lowering.rewrite(index, block)
+        remove_unused(model)
+        shifted = shift_positions(model, facts, lowering.size, lowering.past, lowering.past_1d, lowering.builder)
+        _name_dimensions(model, lowering.ids)
+        forget_types(output for node in model.graph for output in node.outputs if not output.is_graph_output())
+        notes += lowering.notes(blocks)
+        if shifted:
+            notes.append(f"{len(shifted)} internally counted positions start at the past length ({', '.join(shifted[:3])})")
+        return PassResult(True, len(blocks), notes)
+
+    def ensures(self, model: Model) -> None:
+        check_positions_follow_past(model)
+
+
+def analyse_inputs(model: Model) -> Facts:
+    return Facts(stand_ins(model))
+
+
+def _analyse_for_masks(model: Model) -> Facts:
+    """Facts with a sequence long enough that a sliding window shows in the masks."""
+    facts = analyse(model)
+    longest = 0
+    for node in model.graph:
+        if node.op_type in ("Where", "Add") and node.domain == "":
+            for value in node.inputs:
+                known = facts[value]
+                if value is not None and known.value is not None and known.value.ndim >= 2 and known.value.shape[-1] == known.value.shape[-2] > 1:
+                    longest = max(longest, largest_constant(value, facts))
+    at = sequence_dim(model, facts)
+    assert at is not None
+    name = dim_name(*at)
+    if facts.dims.get(name, longest) >= longest:
+        return facts
+    if longest > _LARGEST_MASK:
+        raise JobError(f"a mask is computed from the constant {longest}; windows beyond {_LARGEST_MASK} positions cannot be checked")
+    size = facts.dims[name]
+    longer = prime_above(longest + 1)
+    return analyse(model, {key: longer if value == size else value for key, value in facts.dims.items()})
+
+
+def _read_lengths_from_ids(model: Model) -> None:
+    """Let shape arithmetic read batch and sequence from the token ids: a mask input will span more than the new tokens."""
+    facts = analyse(model)
+    at = sequence_dim(model, facts)
+    assert at is not None
+    for value in model.graph.inputs:
+        if value is not at[0] and facts[value].shape == facts[at[0]].shape:
+            for user, index in list(value.uses()):
+                if user.op_type == "Shape":
+                    user.replace_input_with(index, at[0])
+
+
+def _name_dimensions(model: Model, ids: ir.Value) -> None:
+    """Call the dynamic axes of token inputs `batch` and `sequence`, wherever they appear among inputs and outputs."""
+    assert ids.shape is not None
+    names = {dim.value: name for dim, name in zip(ids.shape, ("batch", "sequence"), strict=True) if isinstance(dim, ir.SymbolicDim)}
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.shape is not None:
+            value.shape = ir.Shape([names.get(d.value, d.value) if isinstance(d, ir.SymbolicDim) else d for d in value.shape])
+
+
+class _Concat:
+    """The `concat` lowering: present = Concat(past, new). Other lowerings would share `_operand` and the mask."""
+
+    def __init__(self, options: AddKvCache, model: Model, facts: Facts) -> None:
+        self.options, self.model, self.facts = options, model, facts
+        self.builder = Builder(model)
+        at = sequence_dim(model, facts)
+        assert at is not None
+        self.ids = at[0]
+        shape = facts[self.ids].shape
+        assert shape is not None and self.ids.shape is not None
+        self.batch_size, self.size = shape
+        self.batch_dim, self.sequence_dim = self.ids.shape[0], self.ids.shape[1]
+        self.mask: MaskRewriter | None = None
+        self.past: ir.Value
+        self.past_1d: ir.Value
+
+    def notes(self, blocks: list[Attention]) -> list[str]:
+        first = blocks[0].key
+        dtype = self.model.graph.inputs[-1].dtype
+        heads = f"{first.head_count} kv heads of {first.head_size}"
+        lines = [f"{len(blocks)} attention blocks found, {heads}, {len(blocks) * 2} cache tensors in {dtype}, layout {self.options.layout}"]
+        assert self.mask is not None
+        lines += self.mask.notes()
+        if self.options.dtype == "fp8":
+            lines.append(f"warning: fp8 cache with the uncalibrated scale {self.options.kv_scale:g}; values beyond ±{448 * self.options.kv_scale:g} saturate")
+        return lines
+
+    # --- one block ---------------------------------------------------------------------------------------------------
+
+    def rewrite(self, index: int, block: Attention) -> None:
+        prefix = f"/model/layers.{index}/attn"
+        build = self.builder
+        build.before = block.softmax if index else next(iter(self.model.graph))
+        pasts = [self._past_input(index, kind, operand) for kind, operand in (("key", block.key), ("value", block.value))]
+        if index == 0:
+            self._lengths(pasts[0])
+        build.before = block.product_pv
+        query = self._replay(self._to_bnsh(block.query, f"{prefix}/query"), block.query, f"{prefix}/query")
+        keys = self._cached(index, "key", block.key, pasts[0], f"{prefix}/key")
+        values = self._cached(index, "value", block.value, pasts[1], f"{prefix}/value")
+        transposed = build.op("Transpose", [keys], f"{prefix}/key/Transpose", perm=[0, 1, 3, 2])
+        scores = build.op("MatMul", [query, transposed], f"{prefix}/qk/MatMul")
+        assert self.mask is not None
+        scores = self.mask.replay(scores, block, f"{prefix}/scores")
+        probabilities = build.op("Softmax", [scores], f"{prefix}/Softmax", axis=-1)
+        for node, data in block.probabilities:
+            probabilities = self._replay_node(probabilities, node, data, f"{prefix}/probabilities")
+        context = build.op("MatMul", [probabilities, values], f"{prefix}/pv/MatMul")
+        rename_or_bypass(self.model.graph, block.output, self._from_bnsh(context, block, f"{prefix}/context"))
+
+    def _replay_node(self, value: ir.Value, node: ir.Node, data: int, prefix: str) -> ir.Value:
+        if node.op_type in ("Reshape", "Transpose", "Identity", "Dropout", "Squeeze", "Unsqueeze"):
+            return value
+        inputs = list(node.inputs)
+        if node.op_type == "Where":  # a guard against NaN in fully masked rows, which a causal model does not have
+            return value
+        inputs[data] = value
+        return self.builder.op(node.op_type, inputs, f"{prefix}/{node.op_type}", **_attributes(node))
+
+    def _replay(self, value: ir.Value, operand: Operand, prefix: str) -> ir.Value:
+        for node, data in operand.replay:
+            value = self._replay_node(value, node, data, prefix)
+        return value
+
+    # --- cache inputs and outputs -------------------------------------------------------------------------------------
+
+    def _names(self, index: int, kind: str) -> tuple[str, str]:
+        part = f"{index}.decoder.{kind}" if self.options.naming == "nemo" else f"{index}.{kind}"
+        whole = "present_key_values" if self.options.naming == "nemo" else "present"
+        return f"past_key_values.{part}", f"{whole if self.options.policy == 'concat' else 'new_key_values'}.{part}"
+
+    def _cache_shape(self, operand: Operand, length: object) -> list[object]:
+        batch, heads, channels = self.batch_dim, operand.head_count, operand.head_size
+        return [batch, heads, length, channels] if self.options.layout == "bnsh" else [length, batch, heads, channels]
+
+    def _stored_dtype(self, operand: Operand) -> ir.DataType:
+        own = self.facts[operand.value].dtype
+        if own is None:
+            raise JobError(f"the type of {operand.value.name!r} is unknown; run onnx shape inference first")
+        return _DTYPES.get(self.options.dtype, own)
+
+    def _past_input(self, index: int, kind: str, operand: Operand) -> ir.Value:
+        name = self._names(index, kind)[0]
+        value = ir.Input(self.builder.names(name), ir.Shape(self._cache_shape(operand, "past_sequence")), ir.TensorType(self._stored_dtype(operand)))
+        self.model.graph.inputs.append(value)
+        return value
+
+    def _lengths(self, past: ir.Value) -> None:
+        """Scalars: past and total length; then the rewriter of masks, which needs them."""
+        build, axis = self.builder, 2 if self.options.layout == "bnsh" else 0
+        self.past_1d = build.op("Shape", [past], "/model/kv/past_length", dtype=ir.DataType.INT64, shape=[1], start=axis, end=axis + 1)
+        zero = build.constant([0], "axes_0")
+        self.past = build.op("Squeeze", [self.past_1d, zero], "/model/kv/past", dtype=ir.DataType.INT64, shape=[])
+        new = build.op("Shape", [self.ids], "/model/kv/new_length", dtype=ir.DataType.INT64, shape=[1], start=1, end=2)
+        new = build.op("Squeeze", [new, zero], "/model/kv/new", dtype=ir.DataType.INT64, shape=[])
+        total = build.op("Add", [self.past, new], "/model/kv/total", dtype=ir.DataType.INT64, shape=[])
+        self.mask = MaskRewriter(self.model, self.facts, build, self.size, self.past, total)
+
+    def _cached(self, index: int, kind: str, operand: Operand, past: ir.Value, prefix: str) -> ir.Value:
+        """New keys or values to the cache and back: [batch, query heads, total, channels] in the graph's type."""
+        build = self.builder
+        axis = 2 if self.options.layout == "bnsh" else 0
+        new = self._to_bnsh(operand, prefix)
+        if self.options.layout == "sbnh":
+            new = build.op("Transpose", [new], f"{prefix}/to_cache", perm=[2, 0, 1, 3])
+        own, stored = self.facts[operand.value].dtype, self._stored_dtype(operand)
+        new = self._encode(new, own, stored, prefix)
+        present = build.op("Concat", [past, new], f"{prefix}/Concat", axis=axis)
+        whole = self.options.policy == "concat"
+        output = present if whole else new
+        output = self._output(output, self._names(index, kind)[1], self._cache_shape(operand, "total_sequence" if whole else self.sequence_dim), stored)
+        keys = self._decode(output if whole else present, own, stored, prefix)
+        if self.options.layout == "sbnh":
+            keys = build.op("Transpose", [keys], f"{prefix}/from_cache", perm=[1, 2, 0, 3])
+        return self._repeat(self._replay(keys, operand, prefix), operand, prefix)
+
+    def _output(self, value: ir.Value, name: str, shape: list[object], dtype: ir.DataType) -> ir.Value:
+        value.name = self.builder.names(name)
+        value.shape, value.dtype = ir.Shape(shape), dtype  # type: ignore[arg-type]
+        self.model.graph.outputs.append(value)
+        return value
+
+    def _encode(self, value: ir.Value, own: ir.DataType | None, stored: ir.DataType, prefix: str) -> ir.Value:
+        if stored == own:
+            return self._own_value(value, prefix)
+        if stored != ir.DataType.FLOAT8E4M3FN:
+            return self.builder.op("Cast", [value], f"{prefix}/to_stored", to=stored.value)
+        return self.builder.op("QuantizeLinear", [value, *self._scale(own)], f"{prefix}/QuantizeLinear")
+
+    def _own_value(self, value: ir.Value, prefix: str) -> ir.Value:
+        """A value that may become a graph output under the cache's name: not one that is an output already."""
+        if value.is_graph_output() or self.options.policy == "new" and value.producer() is None:
+            return self.builder.op("Identity", [value], f"{prefix}/Identity")
+        return value
+
+    def _decode(self, value: ir.Value, own: ir.DataType | None, stored: ir.DataType, prefix: str) -> ir.Value:
+        if stored == own or own is None:
+            return value
+        if stored != ir.DataType.FLOAT8E4M3FN:
+            return self.builder.op("Cast", [value], f"{prefix}/from_stored", to=own.value)
+        return self.builder.op("DequantizeLinear", [value, *self._scale(own)], f"{prefix}/DequantizeLinear")
+
+    def _scale(self, own: ir.DataType | None) -> list[ir.Value]:
+        assert own is not None
+        scale = self.builder.constant(np.array(self.options.kv_scale, dtype=own.numpy()), "kv_scale", own)
+        return [scale, self.builder.constant(np.zeros((), ir.DataType.FLOAT8E4M3FN.numpy()), "fp8_zero_point", ir.DataType.FLOAT8E4M3FN)]
+
+    def _repeat(self, value: ir.Value, operand: Operand, prefix: str) -> ir.Value:
+        """Copy each kv head `repeat` times, as grouped-query attention does."""
+        if operand.repeat == 1:
+            return value
+        build = self.builder
+        axis = 1 if operand.repeat_first else 2
+        value = build.op("Unsqueeze", [value, build.constant([axis], f"axes_{axis}")], f"{prefix}/Unsqueeze")
+        copies = [1, 1, 1, 1, 1]
+        copies[axis] = operand.repeat
+        value = build.op("Expand", [value, build.constant(copies, "kv_repeat")], f"{prefix}/Expand")
+        target = [0, operand.head_count * operand.repeat, -1, operand.head_size]
+        return build.op("Reshape", [value, build.constant(target, "kv_shape")], f"{prefix}/Repeat")
+
+    # --- layouts ------------------------------------------------------------------------------------------------------
+
+    def _to_bnsh(self, operand: Operand, prefix: str) -> ir.Value:
+        """`operand.value` as [batch, heads, sequence, channels]."""
+        build, value = self.builder, operand.value
+        axes = [leaves(axis) for axis in operand.layout]
+        empty = [i for i, axis in enumerate(axes) if not axis]
+        if empty:
+            value = build.op("Squeeze", [value, build.constant(empty, "axes")], f"{prefix}/Squeeze")
+            axes = [axis for axis in axes if axis]
+        roles = [_roles(axis, operand) for axis in axes]
+        if any(len(parts) > 1 for parts in roles):
+            value = build.op("Reshape", [value, build.constant(_split_target(roles), "split_heads")], f"{prefix}/Split")
+        order = [role for parts in roles for role, _ in parts]
+        wanted = sorted(range(len(order)), key=lambda i: ("batch", "heads", "sequence", "channels").index(order[i]))
+        if "heads" not in order:
+            value = build.op("Unsqueeze", [value, build.constant([len(order)], "axes")], f"{prefix}/Unsqueeze")
+            order.append("heads")
+            wanted = sorted(range(len(order)), key=lambda i: ("batch", "heads", "sequence", "channels").index(order[i]))
+        if wanted != list(range(len(order))):
+            value = build.op("Transpose", [value], f"{prefix}/Transpose", perm=wanted)
+        if len(order) > 4:
+            target = [0, operand.head_count, -1, operand.head_size]
+            value = build.op("Reshape", [value, build.constant(target, "kv_shape")], f"{prefix}/Merge")
+        return value
+
+    def _from_bnsh(self, value: ir.Value, block: Attention, prefix: str) -> ir.Value:
+        """The product [batch, heads, sequence, channels] in the layout that the rest of the graph expects."""
+        build = self.builder
+        groups = [_output_roles(axis, block) for axis in block.output_layout]
+        order = [role for group in groups for role in group]
+        perm = [("batch", "heads", "sequence", "channels").index(role) for role in order]
+        if sorted(perm) != [0, 1, 2, 3]:
+            raise JobError(f"the output {block.output.name!r} of attention interleaves heads and channels; no standard layout does")
+        if perm != [0, 1, 2, 3]:
+            value = build.op("Transpose", [value], f"{prefix}/Transpose", perm=perm)
+        if all(len(group) == 1 for group in groups):
+            return value
+        sizes = {"heads": block.query.head_count, "channels": block.value.head_size}
+        target: list[int] = []
+        for position, group in enumerate(groups):
+            if all(role in sizes for role in group):
+                target.append(math.prod(sizes[role] for role in group))
+            else:
+                target.append(0 if len(group) == 1 and order.index(group[0]) == position else -1)
+        if target.count(-1) > 1:
+            raise JobError(f"the output {block.output.name!r} of attention mixes batch and sequence with heads; export with [batch, sequence, hidden] outputs")
+        return build.op("Reshape", [value, build.constant(target, "merge_heads")], f"{prefix}/Reshape")
+
+
+def _attributes(node: ir.Node) -> dict[str, object]:
+    return {name: attribute.value for name, attribute in node.attributes.items()}
+
+
+def _roles(axis: list[Atom], operand: Operand) -> list[tuple[str, int]]:
+    """The parts of one axis, outermost first: neighbours of the same role are one part."""
+    parts: list[tuple[str, int]] = []
+    heads, channels = leaves(operand.heads), leaves(operand.channels)
+    for atom in axis:
+        role = "batch" if atom is operand.batch else "sequence" if atom is operand.sequence else "heads" if atom in heads else "channels"
+        if role == "channels" and atom not in channels:
+            raise JobError(f"an axis of {operand.value.name!r} is neither batch, sequence, heads nor channels")
+        size = atom.size
+        if parts and parts[-1][0] == role:
+            parts[-1] = (role, parts[-1][1] * size)
+        else:
+            parts.append((role, size))
+    return parts
+
+
+def _split_target(roles: list[list[tuple[str, int]]]) -> list[int]:
+    """Reshape target that gives every role an axis: 0 copies a dynamic axis in place, -1 is one that moved."""
+    target: list[int] = []
+    for index, parts in enumerate(roles):
+        for role, size in parts:
+            dynamic = role in ("batch", "sequence")
+            target.append(size if not dynamic else 0 if len(target) == index else -1)
+    if target.count(-1) > 1:
+        raise JobError("keys or values have batch and sequence behind a merged axis; export with [batch, sequence, ...] activations")
+    return target
+
+
+def _output_roles(axis: list[Atom], block: Attention) -> list[str]:
+    query, value = block.query, block.value
+    heads = leaves(query.heads)
+    roles: list[str] = []
+    for atom in leaves(axis):
+        role = "batch" if atom is query.batch else "sequence" if atom is query.sequence else "heads" if atom in heads else "channels"
+        if not roles or roles[-1] != role:
+            roles.append(role)
+    return roles
+
