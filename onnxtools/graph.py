@@ -40,6 +40,14 @@ def small_constant(value: ir.Value | None, limit: int = 4096) -> np.ndarray | No
     return tensor.numpy() if tensor is not None and tensor.size <= limit else None
 
 
+def is_constant_expression(value: ir.Value | None) -> bool:
+    """Whether `value` is computed from constants alone."""
+    if value is None or constant_tensor(value) is not None:
+        return True
+    node = value.producer()
+    return node is not None and all(is_constant_expression(v) for v in node.inputs)
+
+
 def is_op(node: ir.Node | None, *op_types: str, domain: str = "") -> bool:
     return node is not None and node.op_type in op_types and (node.domain or "").replace("ai.onnx", "") == domain
 

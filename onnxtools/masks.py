@@ -78,9 +78,11 @@ SENTINEL = 1 << 30
 """Exporters write huge integers for "to the end"; they are no window."""
 
 
-def largest_constant(value: ir.Value, facts: Facts) -> int:
-    """The largest integer scalar that the mask is computed from: a window cannot be seen on a shorter sequence."""
-    largest, seen, todo = 0, set(), [value]
+def mask_constants(value: ir.Value, facts: Facts) -> set[int]:
+    """Integer scalars that the mask is computed from: a window of w shows only in a sequence longer than w."""
+    found: set[int] = set()
+    seen: set[ir.Value] = set()
+    todo = [value]
     while todo:
         current = todo.pop()
         if current in seen:
@@ -92,8 +94,8 @@ def largest_constant(value: ir.Value, facts: Facts) -> int:
             continue
         array = facts[current].value
         if array is not None and array.size == 1 and array.dtype.kind in "iu" and abs(int(array.reshape(-1)[0])) < SENTINEL:
-            largest = max(largest, abs(int(array.reshape(-1)[0])))
-    return largest
+            found.add(abs(int(array.reshape(-1)[0])))
+    return found
 
 
 def prime_above(number: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from onnxtools.graph import Builder, constant_tensor, is_op
+from onnxtools.graph import Builder, is_constant_expression, is_op
 from onnxtools.infer import Facts
 from onnxtools.model import Model
 
@@ -49,12 +49,4 @@ def _slices_table(facts: Facts, node: ir.Node, size: int) -> bool:
     starts, ends = facts[node.inputs[1]].value, facts[node.inputs[2]].value
     if starts is None or ends is None or starts.size != 1 or starts.item() != 0 or ends.item() != size:
         return False
-    return _from_constants(data)
-
-
-def _from_constants(value: ir.Value | None) -> bool:
-    """Whether `value` is computed from constants alone (a table of positions)."""
-    if value is None or constant_tensor(value) is not None:
-        return True
-    node = value.producer()
-    return node is not None and not is_op(node, "Shape", "Range") and all(_from_constants(v) for v in node.inputs)
+    return is_constant_expression(data)

@@ -13,8 +13,8 @@ from onnxtools.attention import Attention, Operand, find_attention
 from onnxtools.axes import Atom, leaves
 from onnxtools.errors import JobError, NoMatchError, UsageError
 from onnxtools.graph import Builder, forget_types, remove_unused, rename_or_bypass
-from onnxtools.infer import Facts, analyse, dim_name, stand_ins
-from onnxtools.masks import largest_constant, prime_above, sequence_dim
+from onnxtools.infer import Facts, analyse, stand_ins
+from onnxtools.masks import mask_constants, prime_above, sequence_dim
 from onnxtools.model import Model
 from onnxtools.passbase import Pass, PassResult, option
 from onnxtools.passes._dynamic_shapes import make_dynamic
@@ -63,7 +63,7 @@ class AddKvCache(Pass):
             raise NoMatchError("no integer input of shape [batch, sequence] (input_ids) was found; a KV cache needs token inputs")
 
     def apply(self, model: Model) -> PassResult:
-        notes = make_dynamic(model)
+        notes: list[str] = []
         if DecomposeAttention().apply(model).changed:
             notes.append("Attention operators written as MatMul, Softmax, MatMul with an explicit mask")
         _read_lengths_from_ids(model)
@@ -75,7 +75,11 @@ class AddKvCache(Pass):
         for index, block in enumerate(blocks):
             lowering.rewrite(index, block)
         remove_unused(model)
-        shifted = shift_positions(model, facts, lowering.size, lowering.past, lowering.past_1d, lowering.builder)
+        shifted: list[str] = []
+        if lowering.static:
+            notes += make_dynamic(model, lowering.ids, lowering.past_1d, lowering.total, lowering.builder)
+        else:
+            shifted = shift_positions(model, facts, lowering.size, lowering.past, lowering.past_1d, lowering.builder)
         _name_dimensions(model, lowering.ids)
         forget_types(output for node in model.graph for output in node.outputs if not output.is_graph_output())
         notes += lowering.notes(blocks)
@@ -92,25 +96,29 @@ def analyse_inputs(model: Model) -> Facts:
 
 
 def _analyse_for_masks(model: Model) -> Facts:
-    """Facts with a sequence long enough that a sliding window shows in the masks."""
+    """Facts under a sequence long enough that a sliding window shows in the masks.
+
+    A mask cut from a stored table cannot be longer than the table, nor can the sequence; lengths that the graph does
+    not allow are skipped.
+    """
     facts = analyse(model)
-    longest = 0
-    for node in model.graph:
-        if node.op_type in ("Where", "Add") and node.domain == "":
-            for value in node.inputs:
-                known = facts[value]
-                if value is not None and known.value is not None and known.value.ndim >= 2 and known.value.shape[-1] == known.value.shape[-2] > 1:
-                    longest = max(longest, largest_constant(value, facts))
     at = sequence_dim(model, facts)
     assert at is not None
-    name = dim_name(*at)
-    if facts.dims.get(name, longest) >= longest:
-        return facts
-    if longest > _LARGEST_MASK:
-        raise JobError(f"a mask is computed from the constant {longest}; windows beyond {_LARGEST_MASK} positions cannot be checked")
-    size = facts.dims[name]
-    longer = prime_above(longest + 1)
-    return analyse(model, {key: longer if value == size else value for key, value in facts.dims.items()})
+    size = facts[at[0]].shape[1]  # type: ignore[index]
+    numbers: set[int] = set()
+    for node in model.graph:
+        for value in node.inputs if node.op_type in ("Where", "Add", "And", "Or") else ():
+            shape = facts[value].shape
+            if value is not None and facts[value].value is not None and shape is not None and shape[-2:] == (size, size):
+                numbers |= mask_constants(value, facts)
+    for number in sorted((n for n in numbers if n >= size), reverse=True):
+        if number > _LARGEST_MASK:
+            raise JobError(f"a mask is computed from the constant {number}; windows beyond {_LARGEST_MASK} positions cannot be checked")
+        longer = prime_above(number + 1)
+        longer_facts = analyse(model, {name: longer if value == size else value for name, value in facts.dims.items()})
+        if all(longer_facts[o].shape is not None for node in model.graph for o in node.outputs):
+            return longer_facts
+    return facts
 
 
 def _read_lengths_from_ids(model: Model) -> None:
@@ -146,10 +154,13 @@ class _Concat:
         shape = facts[self.ids].shape
         assert shape is not None and self.ids.shape is not None
         self.batch_size, self.size = shape
-        self.batch_dim, self.sequence_dim = self.ids.shape[0], self.ids.shape[1]
+        self.static = all(isinstance(dim, int) for dim in self.ids.shape)
+        self.batch_dim, self.sequence_dim = ("batch", "sequence") if self.static else (self.ids.shape[0], self.ids.shape[1])
         self.mask: MaskRewriter | None = None
+        self._decoded: dict[ir.Value, ir.Value] = {}
         self.past: ir.Value
         self.past_1d: ir.Value
+        self.total: ir.Value
 
     def notes(self, blocks: list[Attention]) -> list[str]:
         first = blocks[0].key
@@ -169,8 +180,10 @@ class _Concat:
         build = self.builder
         build.before = block.softmax if index else next(iter(self.model.graph))
         pasts = [self._past_input(index, kind, operand) for kind, operand in (("key", block.key), ("value", block.value))]
+        for past, operand in zip(pasts, (block.key, block.value), strict=True):
+            self._decoded[past] = self._decode(past, self.facts[operand.value].dtype, self._stored_dtype(operand), f"{prefix}/past")
         if index == 0:
-            self._lengths(pasts[0])
+            self._lengths(self._decoded[pasts[0]])
         build.before = block.product_pv
         query = self._replay(self._to_bnsh(block.query, f"{prefix}/query"), block.query, f"{prefix}/query")
         keys = self._cached(index, "key", block.key, pasts[0], f"{prefix}/key")
@@ -230,8 +243,8 @@ class _Concat:
         self.past = build.op("Squeeze", [self.past_1d, zero], "/model/kv/past", dtype=ir.DataType.INT64, shape=[])
         new = build.op("Shape", [self.ids], "/model/kv/new_length", dtype=ir.DataType.INT64, shape=[1], start=1, end=2)
         new = build.op("Squeeze", [new, zero], "/model/kv/new", dtype=ir.DataType.INT64, shape=[])
-        total = build.op("Add", [self.past, new], "/model/kv/total", dtype=ir.DataType.INT64, shape=[])
-        self.mask = MaskRewriter(self.model, self.facts, build, self.size, self.past, total)
+        self.total = build.op("Add", [self.past, new], "/model/kv/total", dtype=ir.DataType.INT64, shape=[])
+        self.mask = MaskRewriter(self.model, self.facts, build, self.size, self.past, self.total)
 
     def _cached(self, index: int, kind: str, operand: Operand, past: ir.Value, prefix: str) -> ir.Value:
         """New keys or values to the cache and back: [batch, query heads, total, channels] in the graph's type."""
@@ -241,12 +254,14 @@ class _Concat:
         if self.options.layout == "sbnh":
             new = build.op("Transpose", [new], f"{prefix}/to_cache", perm=[2, 0, 1, 3])
         own, stored = self.facts[operand.value].dtype, self._stored_dtype(operand)
-        new = self._encode(new, own, stored, prefix)
-        present = build.op("Concat", [past, new], f"{prefix}/Concat", axis=axis)
+        stored_new = self._encode(new, own, stored, prefix)
+        # Everything meets in the graph's own type: Concat takes no FP8, and old and new tokens must be rounded alike.
+        present = build.op("Concat", [self._decoded[past], self._decode(stored_new, own, stored, f"{prefix}/new")], f"{prefix}/Concat", axis=axis)
         whole = self.options.policy == "concat"
-        output = present if whole else new
-        output = self._output(output, self._names(index, kind)[1], self._cache_shape(operand, "total_sequence" if whole else self.sequence_dim), stored)
-        keys = self._decode(output if whole else present, own, stored, prefix)
+        output = (self._encode(present, own, stored, f"{prefix}/present") if stored != own else present) if whole else self._own_value(stored_new, prefix)
+        shape = self._cache_shape(operand, "total_sequence" if whole else self.sequence_dim)
+        output = self._output(output, self._names(index, kind)[1], shape, stored)
+        keys = output if whole and stored == own else present
         if self.options.layout == "sbnh":
             keys = build.op("Transpose", [keys], f"{prefix}/from_cache", perm=[1, 2, 0, 3])
         return self._repeat(self._replay(keys, operand, prefix), operand, prefix)
@@ -259,16 +274,16 @@ class _Concat:
 
     def _encode(self, value: ir.Value, own: ir.DataType | None, stored: ir.DataType, prefix: str) -> ir.Value:
         if stored == own:
-            return self._own_value(value, prefix)
+            return value
         if stored != ir.DataType.FLOAT8E4M3FN:
             return self.builder.op("Cast", [value], f"{prefix}/to_stored", to=stored.value)
         return self.builder.op("QuantizeLinear", [value, *self._scale(own)], f"{prefix}/QuantizeLinear")
 
     def _own_value(self, value: ir.Value, prefix: str) -> ir.Value:
-        """A value that may become a graph output under the cache's name: not one that is an output already."""
-        if value.is_graph_output() or self.options.policy == "new" and value.producer() is None:
-            return self.builder.op("Identity", [value], f"{prefix}/Identity")
-        return value
+        """A value that may carry the cache's name: one that is an output already, or made by the original graph, keeps its own."""
+        node = value.producer()
+        mine = node is not None and (node.name or "").startswith(prefix) and not value.is_graph_output()
+        return value if mine else self.builder.op("Identity", [value], f"{prefix}/Identity")
 
     def _decode(self, value: ir.Value, own: ir.DataType | None, stored: ir.DataType, prefix: str) -> ir.Value:
         if stored == own or own is None:
