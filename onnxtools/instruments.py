@@ -1,0 +1,176 @@
+"""What can be hung on a `PassManager`: time, memory, node counts, dumps, checks, and a reproducer for crashes."""
+
+from __future__ import annotations
+
+import resource
+import time
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import yaml
+
+from onnxtools.errors import JobError, OnnxtoolsError
+from onnxtools.manager import Instrument, Step
+from onnxtools.model import Model
+from onnxtools.ort import Feeds, Runner, random_feeds
+from onnxtools.passbase import Pass
+from onnxtools.validate import Difference, default_tolerance, empty_cache, is_cached
+
+CHECK_LIMIT = 256 << 20
+"""The numeric check runs by default on models with fewer weight bytes than this."""
+
+
+class Timing(Instrument):
+    """Wall time of each pass, in seconds (`measures['seconds']`)."""
+
+    def before(self, pass_: Pass, model: Model) -> None:
+        self._start = time.perf_counter()
+
+    def after(self, pass_: Pass, model: Model, step: Step) -> None:
+        step.measures["seconds"] = time.perf_counter() - self._start
+
+
+class PeakMemory(Instrument):
+    """Peak resident set of the process so far, in MiB (`measures['peak_mib']`)."""
+
+    def after(self, pass_: Pass, model: Model, step: Step) -> None:
+        step.measures["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+class NodeCount(Instrument):
+    """Nodes before and after (`measures['nodes_before']`, `['nodes_after']`)."""
+
+    def before(self, pass_: Pass, model: Model) -> None:
+        self._count = len(model.graph)
+
+    def after(self, pass_: Pass, model: Model, step: Step) -> None:
+        step.measures["nodes_before"], step.measures["nodes_after"] = self._count, len(model.graph)
+
+
+class Dump(Instrument):
+    """Writes the graph after each pass that changed it: `FOLDER/NN-pass.onnx`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._index = 0
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def after(self, pass_: Pass, model: Model, step: Step) -> None:
+        self._index += 1
+        if step.result.changed:
+            copy = Model(model.ir.clone(), model.path)
+            copy.save(self.folder / f"{self._index:02d}-{pass_.name}.onnx")
+
+
+class Checker(Instrument):
+    """onnx.checker with strict shape inference after each pass, on the graph without its large weights."""
+
+    def after(self, pass_: Pass, model: Model, step: Step) -> None:
+        if not step.result.changed:
+            return
+        try:
+            onnx.checker.check_model(skeleton(model), full_check=True)
+        except Exception as error:  # the checker raises several types
+            reason = " ".join(str(error).split())[:300]
+            raise JobError(f"pass {pass_.name!r} made an invalid graph: {reason}; please report it with the reproducer") from error
+
+
+def skeleton(model: Model) -> onnx.ModelProto:
+    """The graph as a proto in which weights above 1 KiB are inputs: small enough to check whatever the model's size."""
+    tensors = {}
+    for value, tensor in list(model.weights()):
+        if tensor.nbytes > 1024:
+            tensors[value] = tensor
+            value.const_value = _placeholder(tensor, value.name or "")
+    try:
+        proto = ir.to_proto(model.ir)
+    finally:
+        for value, tensor in tensors.items():
+            value.const_value = tensor
+    large = {value.name for value in tensors}
+    kept = [initializer for initializer in proto.graph.initializer if initializer.name not in large]
+    del proto.graph.initializer[:]
+    proto.graph.initializer.extend(kept)
+    names = {value.name for value in proto.graph.input}
+    for value, tensor in tensors.items():
+        if value.name not in names:
+            shape = [int(d) for d in tensor.shape.numpy()]
+            proto.graph.input.append(onnx.helper.make_tensor_value_info(value.name or "", tensor.dtype.value, shape))
+    return proto
+
+
+def _placeholder(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
+    return ir.ExternalTensor("none", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(list(tensor.shape.numpy())), name=name, base_dir="")
+
+
+class NumericCheck(Instrument):
+    """Runs the graph on ONNX Runtime after each pass and compares it with the graph before (`measures['rel_l2']`).
+
+    A pass that declares itself exact or rounding must stay within `tolerance`; a lossy one is reported, and what it
+    made becomes the reference of the next.
+    """
+
+    def __init__(self, feeds: Feeds | None = None, tolerance: float | None = None) -> None:
+        self.feeds, self.tolerance = feeds, tolerance
+        self._expected: dict[str, object] | None = None
+        self._skip = ""
+
+    def before(self, pass_: Pass, model: Model) -> None:
+        if self._expected is not None or self._skip:
+            return
+        try:
+            if self.feeds is None:
+                self.feeds = random_feeds(model)
+            self._expected = self._run(model)
+        except OnnxtoolsError as error:
+            self._skip = str(error)
+
+    def _run(self, model: Model) -> dict[str, object]:
+        assert self.feeds is not None
+        feeds = dict(self.feeds)
+        if is_cached(model):
+            feeds.update({name: array for name, array in empty_cache(model, next(iter(feeds.values())).shape[0]).items() if name not in feeds})
+        return dict(Runner(model)(feeds))
+
+    def after(self, pass_: Pass, model: Model, step: Step) -> None:
+        if self._skip or self._expected is None:
+            step.measures["numeric_skipped"] = self._skip
+            return
+        if not step.result.changed:
+            return
+        try:
+            actual = self._run(model)
+        except OnnxtoolsError as error:
+            self._skip = f"after {pass_.name}: {error}"
+            step.measures["numeric_skipped"] = self._skip
+            return
+        shared = [name for name in self._expected if name in actual]
+        worst = max((Difference.of(self._expected[name], actual[name]).rel_l2 for name in shared), default=0.0)  # type: ignore[arg-type]
+        step.measures["rel_l2"] = worst
+        allowed = self.tolerance if self.tolerance is not None else default_tolerance(model)
+        if pass_.numerics == "lossy":
+            self._expected = actual
+        elif worst > allowed:
+            raise JobError(f"pass {pass_.name!r} changed the outputs by {worst:.2e} (relative L2), more than {allowed:.0e}; nothing was written (--no-check skips this)")
+
+
+class Reproducer(Instrument):
+    """On a crash, leaves the graph as it was before the failing pass and a recipe that runs it again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._before: ir.Model | None = None
+
+    def before(self, pass_: Pass, model: Model) -> None:
+        self._before = model.ir.clone()
+
+    def failed(self, pass_: Pass, model: Model, error: BaseException) -> None:
+        if isinstance(error, OnnxtoolsError) or self._before is None:
+            return  # a refusal explains itself
+        self.folder.mkdir(parents=True, exist_ok=True)
+        graph = self.folder / "before.onnx"
+        Model(self._before, model.path).save(graph)
+        recipe = {"input": str(graph), "output": str(self.folder / "after.onnx"), "passes": [{"pass": pass_.name, **pass_.options()}]}
+        (self.folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+        error.add_note(f"reproduce with: onnxtools pipeline {self.folder / 'recipe.yaml'} --debug") if hasattr(error, "add_note") else None

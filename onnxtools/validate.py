@@ -1,0 +1,304 @@
+"""Does a transformed model still compute the same? Full runs, incremental decoding, and the first value that differs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxtools.errors import JobError
+from onnxtools.infer import is_ids_like
+from onnxtools.model import Model
+from onnxtools.ort import Array, Feeds, Runner, random_feeds
+
+LAYER_BUDGET = 256 << 20
+"""Bytes of inner values held at once while looking for the first divergent one."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far `b` is from the reference `a`, over all elements.
+
+    Attributes:
+        max_abs: largest |a - b|.
+        rel_l2: ||a - b|| / ||a||.
+        cosine: of the flattened tensors; 1 is the same direction.
+    """
+
+    max_abs: float
+    rel_l2: float
+    cosine: float
+
+    @classmethod
+    def of(cls, a: Array, b: Array) -> Difference:
+        x, y = (np.asarray(t).astype(np.float64).ravel() for t in (a, b))
+        if not np.array_equal(np.isfinite(x), np.isfinite(y)):
+            return cls(float("inf"), float("inf"), 0.0)
+        finite = np.isfinite(x)
+        x, y = x[finite], y[finite]
+        if not x.size:
+            return cls(0.0, 0.0, 1.0)
+        delta, norm_x, norm_y = np.abs(x - y), float(np.linalg.norm(x)), float(np.linalg.norm(y))
+        error = float(np.linalg.norm(delta))
+        relative = error / norm_x if norm_x else (0.0 if error == 0 else float("inf"))
+        product = norm_x * norm_y
+        return cls(float(delta.max()), relative, float(x @ y / product) if product else float(error == 0))
+
+
+@dataclass
+class Row:
+    """One comparison: what was compared, the difference, and whether it is within tolerance."""
+
+    check: str
+    output: str
+    difference: Difference
+    passed: bool
+
+
+@dataclass
+class Verdict:
+    """All comparisons of one validation."""
+
+    tolerance: float
+    rows: list[Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.rows) and all(row.passed for row in self.rows)
+
+    def add(self, check: str, output: str, a: Array, b: Array) -> None:
+        if a.shape != b.shape:
+            raise JobError(f"output {output!r} has the shape {list(b.shape)}, the reference {list(a.shape)}; compare models with the same inputs")
+        difference = Difference.of(a, b)
+        self.rows.append(Row(check, output, difference, difference.rel_l2 <= self.tolerance))
+
+    def as_json(self) -> dict[str, Any]:
+        rows = [{"check": r.check, "output": r.output, **asdict(r.difference), "passed": r.passed} for r in self.rows]
+        return {"passed": self.passed, "tolerance": self.tolerance, "rows": rows, "notes": self.notes}
+
+
+def default_tolerance(model: Model) -> float:
+    """Relative L2 that rounding alone may cause: float32 1e-5, float16 1e-2, bfloat16 and 16-bit FP8 graphs 0.1.
+
+    FP8 rounds to 3 bits, so one 16-bit rounding before it can flip a value by 6%; a few layers make percents of that.
+    """
+    types = {tensor.dtype for _, tensor in model.weights()}
+    types |= {value.dtype for value in (*model.graph.inputs, *model.graph.outputs) if value.dtype is not None}
+    half = ir.DataType.FLOAT16 in types
+    if ir.DataType.BFLOAT16 in types or (half and has_fp8(model)):
+        return 0.1
+    return 1e-2 if half else 1e-5
+
+
+def has_fp8(model: Model) -> bool:
+    fp8 = (ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E8M0)
+    return any(n.domain == "trt" for n in model.graph) or any(t.dtype in fp8 for _, t in model.weights())
+
+
+def is_cached(model: Model) -> bool:
+    return bool(cache_inputs(model))
+
+
+def cache_inputs(model: Model) -> list[ir.Value]:
+    return [value for value in model.graph.inputs if (value.name or "").startswith("past_key_values")]
+
+
+def validate(
+    reference: Model, model: Model, feeds: Feeds | None = None, tolerance: float | None = None, batch: int = 2, sequence: int = 16, seed: int = 0
+) -> Verdict:
+    """Compare `model` with `reference` on the same inputs; a model with a KV cache is also decoded in several steps.
+
+    Args:
+        feeds: inputs of the reference (full sequence); random by rule when None.
+        tolerance: largest accepted relative L2; by element type when None.
+    Raises:
+        JobError: a model does not run, or they share no output.
+    """
+    verdict = Verdict(tolerance if tolerance is not None else max(default_tolerance(reference), default_tolerance(model)))
+    given = feeds if feeds is not None else random_feeds(reference, batch, sequence, seed)
+    run_a, run_b = Runner(reference), Runner(model)
+    verdict.notes = list(dict.fromkeys([*run_a.notes, *run_b.notes]))
+    expected = run_a(_with_empty_cache(reference, given))
+    if is_cached(model):
+        _validate_decoding(verdict, expected, model, run_b, given)
+        return verdict
+    actual = run_b(given)
+    shared = [name for name in expected if name in actual]
+    if not shared:
+        raise JobError(f"the models share no output: {', '.join(expected)} against {', '.join(actual)}")
+    for name in shared:
+        verdict.add("full", name, expected[name], actual[name])
+    return verdict
+
+
+def _with_empty_cache(model: Model, feeds: Feeds) -> Feeds:
+    caches = cache_inputs(model)
+    return {**feeds, **empty_cache(model, _token_shape(model, feeds)[0])} if caches else feeds
+
+
+def empty_cache(model: Model, batch: int) -> Feeds:
+    """Cache inputs of length 0."""
+    feeds: Feeds = {}
+    for value in cache_inputs(model):
+        assert value.shape is not None and value.dtype is not None
+        names = [d if isinstance(d, int) else d.value for d in value.shape]
+        shape = [d if isinstance(d, int) else 0 if d and "past" in d else batch for d in names]
+        dtype = np.dtype(np.float32) if value.dtype == ir.DataType.BFLOAT16 else value.dtype.numpy()
+        feeds[value.name or ""] = np.zeros(shape, dtype=dtype)
+    return feeds
+
+
+def _token_shape(model: Model, feeds: Mapping[str, Array]) -> tuple[int, int]:
+    for value in model.graph.inputs:
+        if is_ids_like(value) and value.name in feeds:
+            batch, sequence = feeds[value.name].shape
+            return int(batch), int(sequence)
+    raise JobError("no input of shape [batch, sequence] was found to decode step by step; validate without a cache")
+
+
+def split_points(sequence: int) -> list[list[int]]:
+    """Ways to cut a sequence into steps: prefill at once, one by one, prefill then steps, uneven chunks."""
+    ways = [[sequence], [1] * sequence, [sequence - 1, 1], [sequence // 2] + [1] * (sequence - sequence // 2), [1, sequence // 3, sequence - 1 - sequence // 3]]
+    unique: list[list[int]] = []
+    for way in ways:
+        way = [step for step in way if step > 0]
+        if sum(way) == sequence and way not in unique:
+            unique.append(way)
+    return unique
+
+
+def decode(model: Model, run: Runner, feeds: Feeds, steps: Sequence[int]) -> dict[str, Array]:
+    """Feed `steps` tokens at a time, carrying the cache; outputs other than the cache, joined along the sequence (axis 1)."""
+    batch, _ = _token_shape(model, feeds)
+    cache = empty_cache(model, batch)
+    whole = {name: name.replace("past_key_values", "present") for name in cache}
+    policy_new = not any(name in run.outputs for name in whole.values()) and not any("present_key_values" in n for n in run.outputs)
+    axis = {value.name or "": _past_axis(value) for value in cache_inputs(model)}
+    pieces: dict[str, list[Array]] = {}
+    done = 0
+    for step in steps:
+        results = run({**{name: _part(name, array, model, done, step) for name, array in feeds.items() if name in run.inputs}, **cache})
+        for name in cache:
+            new = results[_cache_output(name, run.outputs)]
+            cache[name] = np.concatenate([cache[name].view(np.uint8), new.view(np.uint8)], axis[name]).view(new.dtype) if policy_new and new.dtype.itemsize == 1 else np.concatenate([cache[name], new], axis[name]) if policy_new else new
+        for name, array in results.items():
+            if "key_values" not in name and not name.startswith("present."):
+                pieces.setdefault(name, []).append(array)
+        done += step
+    return {name: np.concatenate(parts, axis=1) for name, parts in pieces.items()}
+
+
+def _cache_output(past: str, outputs: Sequence[str]) -> str:
+    rest = past.removeprefix("past_key_values")
+    for prefix in ("present", "present_key_values", "new_key_values"):
+        if prefix + rest in outputs:
+            return prefix + rest
+    raise JobError(f"no output matches the cache input {past!r}; expected present{rest}")
+
+
+def _past_axis(value: ir.Value) -> int:
+    names = [None if isinstance(d, int) else d.value for d in value.shape or ()]
+    return next((axis for axis, name in enumerate(names) if name and "past" in name), 2)
+
+
+def _part(name: str, array: Array, model: Model, done: int, step: int) -> Array:
+    """The slice of a full-sequence input that one step needs: new tokens, or everything up to them for a mask."""
+    value = next(v for v in model.graph.inputs if v.name == name)
+    dims = [d.value if isinstance(d, ir.SymbolicDim) else d for d in value.shape or ()]
+    index: list[slice] = []
+    for axis, dim in enumerate(dims):
+        if dim == "total_sequence":
+            index.append(slice(0, done + step))
+        elif dim == "sequence" and axis > 0:
+            index.append(slice(done, done + step))
+        else:
+            index.append(slice(None))
+    return array[tuple(index)]
+
+
+def _validate_decoding(verdict: Verdict, expected: Mapping[str, Array], model: Model, run: Runner, feeds: Feeds) -> None:
+    _, sequence = _token_shape(model, feeds)
+    for steps in split_points(sequence):
+        label = "prefill" if len(steps) == 1 else f"steps {_brief(steps)}"
+        actual = decode(model, run, feeds, steps)
+        shared = [name for name in expected if name in actual]
+        if not shared:
+            raise JobError(f"the models share no output: {', '.join(expected)} against {', '.join(actual)}")
+        for name in shared:
+            verdict.add(label, name, expected[name], actual[name])
+
+
+def _brief(steps: Sequence[int]) -> str:
+    ones = len(steps) - len([s for s in steps if s != 1])
+    return f"1 x {len(steps)}" if ones == len(steps) else "+".join(map(str, steps)) if len(steps) <= 4 else f"{steps[0]}+1 x {len(steps) - 1}"
+
+
+# --- first divergence -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The first shared value that differs, and the node that makes it in the second model."""
+
+    value: str
+    node: str
+    op_type: str
+    difference: Difference
+    compared: int
+
+
+def first_divergence(reference: Model, model: Model, feeds: Feeds, tolerance: float) -> Divergence | None:
+    """Walk the values that both graphs name alike, in order, a bounded number of bytes at a time.
+
+    Only the values of one group are outputs at once, and ONNX Runtime drops what they do not need, so memory stays
+    within `LAYER_BUDGET` and the graph stays as fused as it can be.
+    """
+    from onnxtools.infer import analyse
+
+    facts = analyse(reference, _sizes(reference, feeds))
+    known = {v.name for node in reference.graph for v in node.outputs if v.name}
+    names = [(v.name, node) for node in model.graph for v in node.outputs if v.name in known and v.name]
+    shapes = {v.name: facts[v] for node in reference.graph for v in node.outputs}
+    compared = 0
+    own = {**feeds, **_with_empty_cache(model, feeds)}
+    for group in _groups(names, shapes):
+        wanted = [name for name, _ in group]
+        a = Runner(reference, only=wanted)(feeds)
+        b = Runner(model, only=wanted)(own)
+        for name, node in group:
+            compared += 1
+            if a[name].shape != b[name].shape or a[name].dtype != b[name].dtype or a[name].dtype.kind not in "fVb":
+                continue
+            difference = Difference.of(a[name], b[name])
+            if difference.rel_l2 > tolerance:
+                return Divergence(name, node.name or "", node.op_type, difference, compared)
+    return None
+
+
+def _sizes(model: Model, feeds: Mapping[str, Array]) -> dict[str, int]:
+    from onnxtools.infer import dim_name
+
+    return {
+        dim_name(value, axis): int(feeds[value.name].shape[axis])
+        for value in model.graph.inputs if value.name in feeds
+        for axis, dim in enumerate(value.shape or ()) if not isinstance(dim, int)
+    }  # fmt: skip
+
+
+def _groups(names: list[tuple[str, ir.Node]], shapes: Mapping[str | None, Any]) -> Iterator[list[tuple[str, ir.Node]]]:
+    group: list[tuple[str, ir.Node]] = []
+    size = 0
+    for name, node in names:
+        fact = shapes[name]
+        nbytes = int(np.prod(fact.shape, dtype=np.int64)) * 4 if fact.shape is not None else 0
+        if group and (size + nbytes > LAYER_BUDGET or len(group) >= 32):
+            yield group
+            group, size = [], 0
+        group.append((name, node))
+        size += nbytes
+    if group:
+        yield group
