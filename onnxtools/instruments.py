@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnx
@@ -156,21 +157,19 @@ class NumericCheck(Instrument):
 
 
 class Reproducer(Instrument):
-    """On a crash, leaves the graph as it was before the failing pass and a recipe that runs it again."""
+    """On a crash, leaves a recipe in `folder` that runs the same passes on the same input again.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._before: ir.Model | None = None
+    A refusal (`OnnxtoolsError`) explains itself and leaves nothing.
+    """
 
-    def before(self, pass_: Pass, model: Model) -> None:
-        self._before = model.ir.clone()
+    def __init__(self, folder: Path, passes: Sequence[Pass]) -> None:
+        self.folder, self.passes = folder, passes
 
     def failed(self, pass_: Pass, model: Model, error: BaseException) -> None:
-        if isinstance(error, OnnxtoolsError) or self._before is None:
-            return  # a refusal explains itself
+        if isinstance(error, OnnxtoolsError) or model.path is None:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
-        graph = self.folder / "before.onnx"
-        Model(self._before, model.path).save(graph)
-        recipe = {"input": str(graph), "output": str(self.folder / "after.onnx"), "passes": [{"pass": pass_.name, **pass_.options()}]}
-        (self.folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
-        error.add_note(f"reproduce with: onnxtools pipeline {self.folder / 'recipe.yaml'} --debug") if hasattr(error, "add_note") else None
+        recipe = {"input": str(model.path.resolve()), "output": "after.onnx", "passes": [{p.name: p.options()} for p in self.passes]}
+        (self.folder / "recipe.yaml").write_text(f"# {pass_.name} failed: {type(error).__name__}\n" + yaml.safe_dump(recipe, sort_keys=False))
+        note = f"reproduce with: onnxtools pipeline {self.folder / 'recipe.yaml'} --debug"
+        error.__notes__ = [*getattr(error, "__notes__", []), note]  # BaseException.add_note exists since Python 3.11

@@ -90,15 +90,24 @@ class Pass:
         Raises:
             UsageError: an unknown option or a value of the wrong type.
         """
-        types = typing.get_type_hints(cls)
-        known = {f.name for f in dataclasses.fields(cls)}
-        values: dict[str, Any] = {}
-        for key, value in options.items():
-            name = key.replace("-", "_")
-            if name not in known:
-                raise UsageError(f"{cls.name}: unknown option {key!r}; it has {', '.join(sorted(known)) or 'none'}")
-            values[name] = convert_option(cls.name, name, types[name], value)
-        return cls(**values)
+        return cls(**convert_fields(cls, cls.name, options))
+
+
+def convert_fields(cls: type[Any], owner: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain data as values for the fields of the dataclass `cls`; `owner` names it in errors.
+
+    Raises:
+        UsageError: an unknown option or a value of the wrong type.
+    """
+    types = typing.get_type_hints(cls)
+    known = {f.name for f in dataclasses.fields(cls)}
+    values: dict[str, Any] = {}
+    for key, value in options.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            raise UsageError(f"{owner}: unknown option {key!r}; it has {', '.join(sorted(known)) or 'none'}")
+        values[name] = convert_option(owner, name, types[name], value)
+    return values
 
 
 def choices(annotation: Any) -> tuple[Any, ...]:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import difflib
 import functools
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from onnxtools.errors import UsageError
-from onnxtools.passbase import Pass
+
+if TYPE_CHECKING:
+    from onnxtools.passbase import Pass
 
 PASSES = "onnxtools.passes"
 BUILDERS = "onnxtools.builders"
@@ -39,6 +41,8 @@ def load(name: str, group: str = PASSES) -> Any:
 
 
 def load_pass(name: str) -> type[Pass]:
+    from onnxtools.passbase import Pass
+
     found = load(name)
     if not (isinstance(found, type) and issubclass(found, Pass)):
         raise UsageError(f"entry point {name!r} is not a Pass; fix the package that registers it")

@@ -94,5 +94,6 @@ def functions(opset: int) -> list[onnx.FunctionProto]:
     for function in parsed:
         function.opset_import[0].version = opset
         if function.name == "TRT_MXFP8DynamicQuantize":
-            function.attribute.extend(["axis", "block_size", "output_dtype"])
+            # Written by `te-mxfp8-to-qdq --keep-mx` for TensorRT; these are the only values it takes.
+            function.attribute_proto.extend([onnx.helper.make_attribute("axis", -1), onnx.helper.make_attribute("block_size", 32)])
     return parsed

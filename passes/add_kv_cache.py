@@ -83,6 +83,8 @@ class AddKvCache(Pass):
         _name_dimensions(model, lowering.ids)
         forget_types(output for node in model.graph for output in node.outputs if not output.is_graph_output())
         notes += lowering.notes(blocks)
+        if any(node.op_type == "QuantizeLinear" and node.inputs[1] is not None and not node.inputs[1].is_initializer() for node in model.graph):
+            notes.append("warning: quantization scales computed from the data (current scaling) see fewer tokens in a step than in a full run; results differ")
         if shifted:
             notes.append(f"{len(shifted)} internally counted positions start at the past length ({', '.join(shifted[:3])})")
         return PassResult(True, len(blocks), notes)

@@ -1,0 +1,6 @@
+"""`python -m onnxtools`."""
+
+from onnxtools.cli.main import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Show what a model or engine contains: operators, types, weights, inputs and outputs, quantization, sparsity, cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from onnxtools.cli.options import PATH, common_options
+
+
+@click.command(
+    help="""Show what MODEL contains.
+
+    \b
+    Example:
+      onnxtools inspect gpt.onnx --sparsity
+    """
+)
+@click.argument("model", type=PATH)
+@click.option("--sparsity", is_flag=True, help="Read the weights and count zeros and 2:4 groups.")
+@common_options
+def command(model: Path, sparsity: bool, as_json: bool, debug: bool) -> None:
+    from onnxtools.cli.render import print_json
+    from onnxtools.describe import describe
+    from onnxtools.model import Model
+
+    found = describe(Model.load(model), sparsity=sparsity)
+    if as_json:
+        print_json(found)
+    else:
+        _show(found)
+
+
+def _show(d: dict[str, Any]) -> None:
+    from onnxtools.cli.render import console, size, table
+
+    out = console()
+    opsets = ", ".join(f"{k or 'ai.onnx'} {v}" for k, v in d["opsets"].items())
+    out.print(f"{d['path']}: {d['nodes']} nodes, opset {opsets}, IR {d['ir_version']}, producer {d['producer'] or 'unknown'}", markup=False)
+    table("inputs and outputs", ("", "name", "type", "shape"), [(io["kind"], io["name"], io["dtype"], ' x '.join(map(str, io["shape"]))) for io in d["io"]])
+    table("operators", ("operator", "count"), d["ops"].items(), right=("count",))
+    rows = [(dtype, entry["count"], size(entry["bytes"])) for dtype, entry in d["weights"]["by_dtype"].items()]
+    where = ", ".join(d["weights"]["files"]) or "in the graph file"
+    table(f"weights: {size(d['weights']['bytes'])}, {where}", ("type", "tensors", "size"), rows, right=("tensors", "size"))
+    q = d["quantization"]
+    out.print(f"  quantized: {q['quantized_products']} of {q['products']} weight products, {q['weight_fraction']:.0%} of their weight elements", markup=False)
+    cache = d["cache"]
+    out.print(f"  cache: {cache['tensors']} tensors in {cache['dtype']}, {cache['shape']}" if cache else "  cache: none", markup=False)
+    for entry in d["provenance"]:
+        out.print(f"  made by: {', '.join(p['pass'] for p in entry['passes'])} from {entry['input']}", markup=False)
+    if d["sparsity"] is not None:
+        rows = [(s["name"], "x".join(map(str, s["shape"])), f"{s['zeros']:.1%}", "yes" if s["is_2_4"] else "no") for s in d["sparsity"]]
+        table("sparsity", ("weight", "shape", "zeros", "2:4"), rows, right=("zeros",))

@@ -1,0 +1,101 @@
+"""Entry point: finds commands lazily, so that `--help` imports neither onnx nor onnx_ir."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from onnxtools import __version__, registry
+
+COMMANDS = ("pipeline", "validate", "build", "inspect", "diff")
+MAIN_PASSES = ("convert", "add-kv-cache", "prune")
+
+
+class LazyGroup(click.Group):
+    """Subcommands are the built-in commands and every registered pass."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*MAIN_PASSES, *COMMANDS, *sorted(set(registry.names()) - set(MAIN_PASSES))]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in COMMANDS:
+            module = importlib.import_module(f"onnxtools.cli.{cmd_name}")
+            return module.command  # type: ignore[no-any-return]
+        if cmd_name in registry.names():
+            from onnxtools.cli.passes import pass_command
+
+            return pass_command(cmd_name)
+        return None
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0] if args else ""
+        if name and not name.startswith("-") and name not in self.list_commands(ctx):
+            import difflib
+
+            close = difflib.get_close_matches(name, self.list_commands(ctx), n=3)
+            hint = f"did you mean {', '.join(close)}?" if close else "see onnxtools --help"
+            ctx.fail(f"no command {name!r}; {hint}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        others = sorted(set(registry.names()) - set(MAIN_PASSES))
+        for title, names in (("Main job", (*MAIN_PASSES, *COMMANDS)), ("Single passes", others)):
+            with formatter.section(title):
+                formatter.write_dl([(name, short_help(name)) for name in names])
+
+
+def short_help(name: str) -> str:
+    """First line of the docstring of the module behind a command, read without importing it."""
+    points = registry.names()
+    module = points[name].module if name in points else f"onnxtools.cli.{name}"
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        return ""
+    text = ast.get_docstring(ast.parse(Path(spec.origin).read_text())) or ""
+    return text.split("\n", 1)[0]
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(__version__, prog_name="onnxtools")
+def cli() -> None:
+    """From a TransformerEngine (or torch) ONNX export to a TensorRT engine, one inspectable pass at a time.
+
+    \b
+    onnxtools convert      te.onnx  qdq.onnx --opset19
+    onnxtools add-kv-cache qdq.onnx kv.onnx
+    onnxtools build        kv.onnx  gpt.engine --fp8
+    """
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line; every deliberate error is one line on stderr."""
+    debug = "--debug" in (args if args is not None else sys.argv)
+    try:
+        result: Any = cli.main(args=args, standalone_mode=False)
+        sys.exit(result if isinstance(result, int) else 0)
+    except click.ClickException as error:
+        _fail(error.format_message(), error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        _fail("interrupted; no output was written", 130)
+    except BrokenPipeError:
+        sys.exit(1)
+    except Exception as error:
+        from onnxtools.errors import OnnxtoolsError
+
+        if debug:
+            raise
+        if isinstance(error, OnnxtoolsError):
+            _fail(str(error), error.exit_code)
+        notes = "; ".join(getattr(error, "__notes__", []))
+        _fail(f"internal error, {type(error).__name__}: {' '.join(str(error).split())[:300]}; {notes or 'run again with --debug and report it'}", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    click.echo(f"error: {' '.join(message.split())}", err=True)
+    sys.exit(code)

@@ -1,0 +1,75 @@
+"""Command-line options made from the fields of a dataclass, and values of those fields made from the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import click
+
+from onnxtools.passbase import choices
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+PATH = click.Path(path_type=Path)
+
+
+def dataclass_options(cls: type[Any]) -> list[click.Parameter]:
+    """One click option for each field: booleans get `--x/--no-x`, Literals a choice, tuples may be given several times."""
+    hints = typing.get_type_hints(cls)
+    parameters: list[click.Parameter] = []
+    for field in dataclasses.fields(cls):
+        parameters.append(_option(field, hints[field.name]))
+        for flag, value in field.metadata.get("flags", {}).items():
+            help_text = f"Same as --{field.name.replace('_', '-')} {value}."
+            parameters.append(click.Option([flag, _flag_name(field.name, value)], is_flag=True, help=help_text))
+    return parameters
+
+
+def _flag_name(name: str, value: Any) -> str:
+    return f"{name}__is__{value}"
+
+
+def _option(field: dataclasses.Field[Any], hint: Any) -> click.Option:
+    name = field.name.replace("_", "-")
+    help_text = field.metadata.get("help", "")
+    if field.default not in (None, (), "") and not isinstance(field.default, bool):
+        default = ", ".join(field.default) if isinstance(field.default, tuple) else field.default
+        help_text = f"{help_text} [default: {default}]"
+    common: dict[str, Any] = {"help": help_text, "default": None, "show_default": False}
+    inner = next((t for t in get_args(hint) if t is not type(None)), hint) if type(None) in get_args(hint) else hint
+    if inner is bool:
+        text = f"{help_text} [default: {'on' if field.default else 'off'}]"
+        return click.Option([f"--{name}/--no-{name}", field.name], help=text, default=None)
+    if choices(hint):
+        return click.Option([f"--{name}", field.name], type=click.Choice([str(c) for c in choices(hint)]), **common)
+    if get_origin(inner) is tuple:
+        return click.Option([f"--{name}", field.name], type=get_args(inner)[0], multiple=True, help=f"{help_text} May be given several times.")
+    return click.Option([f"--{name}", field.name], type=inner, **common)
+
+
+def from_parameters(cls: type[Any], values: dict[str, Any]) -> Any:
+    """Build `cls` from click's values (removed from `values`); what the user did not say keeps its default."""
+    given: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):
+        value = values.pop(field.name)
+        if value is not None and value != ():
+            given[field.name] = value
+        for flag_value in field.metadata.get("flags", {}).values():
+            if values.pop(_flag_name(field.name, flag_value)):
+                given[field.name] = flag_value
+    hints = typing.get_type_hints(cls)
+    for name, value in given.items():
+        wanted = choices(hints[name])
+        if wanted:
+            given[name] = next(c for c in wanted if str(c) == str(value))
+    return cls(**given)
+
+
+def common_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`--json` and `--debug`, which every command has."""
+    function = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")(function)
+    return click.option("--debug", is_flag=True, help="Show the traceback of an error.")(function)

@@ -1,0 +1,98 @@
+"""`onnxtools PASS INPUT OUTPUT`: one command for each registered pass."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from onnxtools.cli.options import PATH, dataclass_options, from_parameters
+from onnxtools.errors import UsageError
+from onnxtools.manager import Instrument, PassManager, Report
+from onnxtools.model import Model
+from onnxtools.passbase import Pass
+from onnxtools.registry import load_pass
+from onnxtools.storage import SaveReport
+
+RUN_OPTIONS: tuple[click.Parameter, ...] = (
+    click.Option(["--copy-weights"], is_flag=True, help="Make the output self-contained instead of referring to the input's data file."),
+    click.Option(["--check/--no-check"], default=None, help="Compare with the input on ONNX Runtime after each pass. [default: on below 256 MB of weights]"),
+    click.Option(["--inputs"], type=PATH, help="Inputs for the check: .npz or Polygraphy JSON. [default: random by rule]"),
+    click.Option(["--tolerance"], type=float, help="Largest accepted relative L2 of the check. [default: by element type]"),
+    click.Option(["--dump"], type=PATH, help="Write the graph after each pass into this folder."),
+    click.Option(["--json", "as_json"], is_flag=True, help="Print the result as JSON on stdout."),
+    click.Option(["--debug"], is_flag=True, help="Show the traceback of an error."),
+)  # fmt: skip
+
+
+def pass_command(name: str) -> click.Command:
+    """The click command of a pass; its options are the pass's fields."""
+    pass_type = load_pass(name)
+    module = sys.modules[pass_type.__module__]
+    summary = (module.__doc__ or "").strip().split("\n", 1)[0]
+    rules = (pass_type.__doc__ or "").strip()
+    help_text = f"{summary}\n\n\b\n{_unindent(rules)}\n\n\b\nExample:\n  {pass_type.example}"
+
+    def callback(input_path: Path, output_path: Path, **values: Any) -> None:
+        pass_ = from_parameters(pass_type, values)
+        run_passes([pass_], input_path, output_path, title=name, **values)
+
+    arguments: list[click.Parameter] = [
+        click.Argument(["input_path"], metavar="INPUT", type=PATH),
+        click.Argument(["output_path"], metavar="OUTPUT", type=PATH),
+    ]
+    return click.Command(name, params=[*arguments, *dataclass_options(pass_type), *RUN_OPTIONS], callback=callback, help=help_text)
+
+
+def _unindent(text: str) -> str:
+    return "\n".join(line.removeprefix("    ") for line in text.splitlines())
+
+
+def instruments(
+    passes: list[Pass], model: Model, check: bool | None, inputs: Path | None, tolerance: float | None, dump: Path | None, output: Path
+) -> list[Instrument]:
+    """The usual set: reproducer, dumps, numeric check, checker, memory, node counts, and time innermost."""
+    from onnxtools.instruments import CHECK_LIMIT, Checker, Dump, NodeCount, NumericCheck, PeakMemory, Reproducer, Timing
+
+    chosen: list[Instrument] = [Reproducer(output.parent / f"{output.name}.crash", passes)]
+    if dump is not None:
+        chosen.append(Dump(dump))
+    if check or (check is None and model.weight_bytes() < CHECK_LIMIT):
+        from onnxtools.ort import read_feeds
+
+        chosen.append(NumericCheck(read_feeds(inputs) if inputs else None, tolerance))
+    if check is not False:
+        chosen.append(Checker())
+    return [*chosen, PeakMemory(), NodeCount(), Timing()]
+
+
+def run_passes(
+    passes: list[Pass], input_path: Path, output_path: Path, *, title: str, copy_weights: bool, check: bool | None, inputs: Path | None,
+    tolerance: float | None, dump: Path | None, as_json: bool, debug: bool,
+) -> Model:  # fmt: skip
+    """Load, run, save, report."""
+    if output_path.suffix != ".onnx":
+        raise UsageError(f"the output {str(output_path)!r} does not end in .onnx; name an ONNX file")
+    model = Model.load(input_path)
+    used = instruments(passes, model, check, inputs, tolerance, dump, output_path)
+    report = PassManager(passes, used).run(model)
+    saved = model.save(output_path, copy_weights=copy_weights)
+    show(report, saved, model, input_path, title, as_json)
+    return model
+
+
+def show(report: Report, saved: SaveReport, model: Model, input_path: Path, title: str, as_json: bool) -> None:
+    from onnxtools.cli.render import console, print_json, report_table
+
+    if as_json:
+        print_json({"input": str(input_path), "output": str(saved.path), "steps": report.as_json(), "notes": [*model.notes, *saved.lines()]})
+        return
+    report_table(report, f"{title}: {input_path} -> {saved.path}")
+    for line in (*model.notes, *saved.lines()):
+        console().print(f"  {line}", markup=False)
+    if not report.changed:
+        console().print("  nothing matched: the output is the input", style="yellow", markup=False)
+
+

@@ -1,0 +1,74 @@
+"""Run a recipe: passes, validation and build declared in a YAML file."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from onnxtools.cli.options import PATH, common_options
+
+
+@click.command(
+    help="""Run the chain that RECIPE declares.
+
+    \b
+    input: te.onnx                 # paths are relative to the recipe
+    output: gpt.onnx
+    passes:
+      - convert: {opset: 19}
+      - add-kv-cache
+    validate: {against: te.onnx}   # optional
+    build: {engine: gpt.engine, fp8: true}   # optional
+
+    \b
+    Example:
+      onnxtools pipeline recipe.yaml
+    """
+)
+@click.argument("recipe", type=PATH)
+@click.option("--input", "input_path", type=PATH, help="Use this input instead of the recipe's.")
+@click.option("--output", "output_path", type=PATH, help="Use this output instead of the recipe's.")
+@click.option("--copy-weights", is_flag=True, help="Make the output self-contained instead of referring to the input's data file.")
+@click.option("--check/--no-check", default=None, help="Compare with the input on ONNX Runtime after each pass. [default: on below 256 MB of weights]")
+@click.option("--dump", type=PATH, help="Write the graph after each pass into this folder.")
+@common_options
+def command(
+    recipe: Path, input_path: Path | None, output_path: Path | None, copy_weights: bool, check: bool | None, dump: Path | None, as_json: bool, debug: bool
+) -> None:
+    from onnxtools.cli.passes import instruments, show
+    from onnxtools.cli.render import console, print_json, verdict_table
+    from onnxtools.manager import PassManager
+    from onnxtools.model import Model
+    from onnxtools.recipe import read_recipe
+
+    plan = read_recipe(recipe, input_path, output_path)
+    model = Model.load(plan.input)
+    report = PassManager(plan.passes, instruments(plan.passes, model, check, None, None, dump, plan.output)).run(model)
+    saved = model.save(plan.output, copy_weights=copy_weights)
+    result: dict[str, object] = {"input": str(plan.input), "output": str(plan.output), "steps": report.as_json(), "notes": [*model.notes, *saved.lines()]}
+    if not as_json:
+        show(report, saved, model, plan.input, recipe.name, False)
+    passed = True
+    if plan.against is not None:
+        from onnxtools.validate import validate
+
+        verdict = validate(Model.load(plan.against), Model.load(plan.output), tolerance=plan.tolerance)
+        result["validate"], passed = verdict.as_json(), verdict.passed
+        if not as_json:
+            verdict_table(verdict, f"{plan.against} against {plan.output} (tolerance {verdict.tolerance:g}, relative L2)")
+    if passed and plan.engine is not None and plan.spec is not None:
+        from onnxtools.engines.build import build
+
+        engine = build(plan.output, plan.engine, plan.spec)
+        result["build"] = engine.manifest
+        if not as_json:
+            from onnxtools.cli.build import show_manifest
+
+            show_manifest(engine)
+    elif plan.engine is not None:
+        console().print("  not built: validation failed", style="yellow")
+    if as_json:
+        print_json(result)
+    sys.exit(0 if passed else 1)

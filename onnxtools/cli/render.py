@@ -1,0 +1,78 @@
+"""What people see: tables on a terminal, plain text elsewhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from onnxtools.manager import Report
+from onnxtools.validate import Verdict
+
+
+def console() -> Console:
+    """A console on stdout; wide enough for a table where there is no terminal."""
+    made = Console(highlight=False)
+    return made if made.is_terminal else Console(highlight=False, width=120)
+
+
+def print_json(data: Any) -> None:
+    click.echo(json.dumps(data, indent=2, default=str))
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], right: Sequence[str] = ()) -> None:
+    """Print one table; `right` names the columns of numbers."""
+    made = Table(title=title, title_justify="left")
+    for column in columns:
+        made.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*(str(cell) for cell in row))
+    console().print(made)
+
+
+def number(value: float | None) -> str:
+    return "" if value is None else "0" if value == 0 else f"{value:.1e}"
+
+
+def report_table(report: Report, title: str) -> None:
+    """The passes of a run, then their notes."""
+    rows = []
+    for step in report.steps:
+        m = step.measures
+        nodes = f"{m['nodes_before']} -> {m['nodes_after']}" if m.get("nodes_before") != m.get("nodes_after") else str(m.get("nodes_after", ""))
+        check = number(m.get("rel_l2")) if "rel_l2" in m else "-"
+        matches = step.result.matches if step.result.matches or step.result.changed else "none"
+        rows.append((step.name, matches, nodes, f"{m.get('seconds', 0):.2f}", f"{m.get('peak_mib', 0):.0f}", check))
+    columns = ("pass", "matches", "nodes", "s", "peak MiB", "rel L2")
+    table(title, columns, rows, right=columns[1:])
+    out = console()
+    for step in report.steps:
+        for note in step.result.notes:
+            style = "yellow" if note.startswith("warning") else "dim" if not step.result.changed else None
+            out.print(f"  {step.name}: {note}", style=style, markup=False)
+    skipped = next((s.measures["numeric_skipped"] for s in report.steps if s.measures.get("numeric_skipped")), "")
+    if skipped:
+        out.print(f"  numeric check not done: {skipped}", style="yellow", markup=False)
+
+
+def verdict_table(verdict: Verdict, title: str) -> None:
+    rows = [
+        (r.check, r.output, number(r.difference.max_abs), number(r.difference.rel_l2), f"{r.difference.cosine:.6f}", "pass" if r.passed else "FAIL")
+        for r in verdict.rows
+    ]
+    table(title, ("check", "output", "max abs", "rel L2", "cosine", "verdict"), rows, right=("max abs", "rel L2", "cosine"))
+    for note in verdict.notes:
+        console().print(f"  {note}", style="dim", markup=False)
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    raise AssertionError

@@ -1,0 +1,104 @@
+"""Facts about a model for people and `--json`, and the differences between two models."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+import onnx_ir as ir
+
+from onnxtools.manager import PROVENANCE_KEY
+from onnxtools.model import Model
+from onnxtools.products import weight_products
+from onnxtools.validate import cache_inputs
+
+
+def describe(model: Model, *, sparsity: bool = False) -> dict[str, Any]:
+    """Plain data; weights are read only for `sparsity`."""
+    return {
+        "path": str(model.path),
+        "sha256": model.sha256,
+        "producer": " ".join(filter(None, (model.ir.producer_name, model.ir.producer_version))),
+        "ir_version": model.ir.ir_version,
+        "opsets": dict(model.ir.opset_imports),
+        "nodes": len(model.graph),
+        "ops": dict(Counter(_op(node) for node in model.graph.all_nodes()).most_common()),
+        "io": [_io("input", v) for v in model.graph.inputs] + [_io("output", v) for v in model.graph.outputs],
+        "weights": _weights(model),
+        "quantization": _quantization(model),
+        "cache": _cache(model),
+        "provenance": json.loads(model.ir.metadata_props.get(PROVENANCE_KEY, "[]")),
+        "sparsity": _sparsity(model) if sparsity else None,
+    }
+
+
+def _op(node: ir.Node) -> str:
+    return node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}::{node.op_type}"
+
+
+def shape_of(value: ir.Value) -> list[int | str]:
+    return [d if isinstance(d, int) else d.value or "?" for d in value.shape or ()]
+
+
+def _io(kind: str, value: ir.Value) -> dict[str, Any]:
+    return {"kind": kind, "name": value.name, "dtype": value.dtype.name if value.dtype else "?", "shape": shape_of(value)}
+
+
+def _weights(model: Model) -> dict[str, Any]:
+    by_dtype: dict[str, dict[str, int]] = {}
+    files: set[str] = set()
+    for _, tensor in model.weights():
+        entry = by_dtype.setdefault(tensor.dtype.name, {"count": 0, "bytes": 0})
+        entry["count"] += 1
+        entry["bytes"] += tensor.nbytes
+        if isinstance(tensor, ir.ExternalTensor):
+            files.add(str(tensor.location))
+    return {"bytes": sum(e["bytes"] for e in by_dtype.values()), "by_dtype": by_dtype, "files": sorted(files)}
+
+
+def _quantization(model: Model) -> dict[str, Any]:
+    products = list({p.node: p for p in weight_products(model)}.values())
+    sizes = [(p.tensor.size, p.quantized) for p in products]
+    total = sum(size for size, _ in sizes)
+    return {
+        "products": len(products),
+        "quantized_products": sum(quantized for _, quantized in sizes),
+        "weight_fraction": sum(size for size, quantized in sizes if quantized) / total if total else 0.0,
+    }
+
+
+def _cache(model: Model) -> dict[str, Any] | None:
+    caches = cache_inputs(model)
+    if not caches:
+        return None
+    first = caches[0]
+    return {"tensors": len(caches), "dtype": first.dtype.name if first.dtype else "?", "shape": " x ".join(map(str, shape_of(first)))}
+
+
+def _sparsity(model: Model) -> list[dict[str, Any]]:
+    from onnxtools.sparsity import count_2_4
+
+    rows = []
+    for product in {p.weight: p for p in weight_products(model)}.values():
+        counted = count_2_4(product.tensor, product.axis)
+        rows.append(
+            {"name": product.weight.name, "shape": [int(d) for d in product.tensor.shape.numpy()], "zeros": counted.zero_fraction, "is_2_4": counted.is_2_4}
+        )
+    return rows
+
+
+def differences(a: Model, b: Model) -> dict[str, list[dict[str, Any]]]:
+    """What `b` has that `a` has not, and the other way round: operators, inputs and outputs, weights by type, opsets."""
+    x, y = describe(a), describe(b)
+    return {
+        "opsets": _changes(x["opsets"], y["opsets"]),
+        "ops": _changes(x["ops"], y["ops"]),
+        "io": _changes(*({f"{io['kind']} {io['name']}": f"{io['dtype']} {'x'.join(map(str, io['shape']))}" for io in d["io"]} for d in (x, y))),
+        "weights": _changes(*({k: f"{v['count']} tensors, {v['bytes']} bytes" for k, v in d["weights"]["by_dtype"].items()} for d in (x, y))),
+        "initializers": _changes(*({v.name or "": f"{t.dtype.name} {'x'.join(str(d) for d in t.shape.numpy())}" for v, t in m.weights() if t.size > 1} for m in (a, b))),
+    }  # fmt: skip
+
+
+def _changes(a: dict[str, Any], b: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"name": key, "before": a.get(key), "after": b.get(key)} for key in dict.fromkeys([*a, *b]) if a.get(key) != b.get(key)]

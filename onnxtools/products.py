@@ -1,0 +1,81 @@
+"""Weight products: the MatMul, Gemm and Conv nodes of a graph and the stored weight behind each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from onnxtools.graph import attribute, constant_tensor
+from onnxtools.model import Model
+
+_THROUGH = {"QuantizeLinear", "DequantizeLinear", "Cast", "Identity", "TRT_FP8QuantizeLinear", "TRT_FP8DequantizeLinear"}
+
+
+@dataclass(frozen=True)
+class Product:
+    """One product of activations with a stored weight.
+
+    Attributes:
+        node: MatMul, Gemm or Conv.
+        weight: the initializer, behind Q/DQ, Cast, Identity and Transpose.
+        axis: the axis of the stored weight that is summed over (K).
+        path: the nodes between weight and product, product side first.
+    """
+
+    node: ir.Node
+    weight: ir.Value
+    axis: int
+    path: tuple[ir.Node, ...]
+
+    @property
+    def tensor(self) -> ir.TensorProtocol:
+        found = constant_tensor(self.weight)
+        assert found is not None
+        return found
+
+    @property
+    def quantized(self) -> bool:
+        return any(node.op_type.endswith("DequantizeLinear") for node in self.path)
+
+
+def weight_products(model: Model) -> Iterator[Product]:
+    """Every MatMul, Gemm and Conv of the main graph with a constant operand of rank 2 or more, in graph order."""
+    for node in model.graph:
+        if node.domain not in ("", "ai.onnx") or node.op_type not in ("MatMul", "Gemm", "Conv"):
+            continue
+        for index in (1, 0) if node.op_type != "Conv" else (1,):
+            found = _trace(node, index)
+            if found is not None:
+                yield found
+
+
+def _trace(node: ir.Node, index: int) -> Product | None:
+    value = node.inputs[index] if index < len(node.inputs) else None
+    path: list[ir.Node] = []
+    while value is not None and constant_tensor(value) is None:
+        producer = value.producer()
+        if producer is None or producer.op_type not in _THROUGH | {"Transpose"}:
+            return None
+        path.append(producer)
+        value = producer.inputs[0]
+    tensor = constant_tensor(value)
+    if value is None or tensor is None or len(tensor.shape) < 2:
+        return None
+    rank = len(tensor.shape)
+    axis = _reduction_axis(node, index, rank)
+    for producer in path:  # from the product up to the weight
+        if producer.op_type == "Transpose":
+            perm = attribute(producer, "perm", list(range(rank))[::-1])
+            axis = perm[axis]
+    return Product(node, value, axis, tuple(path))
+
+
+def _reduction_axis(node: ir.Node, index: int, rank: int) -> int:
+    if node.op_type == "Conv":
+        return 1
+    if node.op_type == "Gemm":
+        transposed = attribute(node, "transA" if index == 0 else "transB", 0)
+        return (0 if transposed else 1) if index == 0 else (1 if transposed else 0)
+    return rank - 1 if index == 0 else rank - 2

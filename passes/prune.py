@@ -1,0 +1,128 @@
+"""2:4 structured sparsity: zero the two smallest of every four weights along the summed axis."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxtools.errors import JobError
+from onnxtools.graph import is_op
+from onnxtools.model import Model
+from onnxtools.passbase import Pass, PassResult, option
+from onnxtools.products import Product, weight_products
+from onnxtools.sparsity import prune_2_4
+from onnxtools.tensors import StreamedTensor
+
+_DTYPES = {
+    ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E5M2,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Prune(Pass):
+    """Prune the weights of MatMul, Gemm and Conv to 2:4 by magnitude.
+
+    Without fine-tuning this is for speed studies: a 7B model goes from perplexity 5 to 55 (Wanda, arXiv 2306.11695,
+    table 3), so do not ship the result.
+
+    Rules:
+      - groups of 4 run along the axis that is summed over (K), for any rank, transposition or storage order;
+      - of equal magnitudes the one with the lower index goes; NaN counts as the largest;
+      - weights that anything but one kind of product reads (a tied embedding) and the language-model head (the product
+        that makes a graph output) stay, unless asked;
+      - FP8 weights are pruned by their stored magnitude, which has the order of the dequantized one per tensor and
+        per output channel.
+    """
+
+    name = "prune"
+    numerics = "lossy"
+    example = "onnxtools prune kv.onnx sparse.onnx"
+
+    include: tuple[str, ...] = option((), "Prune only weights or nodes whose name matches this pattern (* and ?).")
+    exclude: tuple[str, ...] = option((), "Leave weights or nodes whose name matches this pattern.")
+    lm_head: bool = option(False, "Prune the language-model head too.")
+    embeddings: bool = option(False, "Prune weights that are also read as an embedding table.")
+
+    def apply(self, model: Model) -> PassResult:
+        head = _head(model)
+        seen: dict[ir.Value, int] = {}
+        table: list[dict[str, Any]] = []
+        for product in weight_products(model):
+            if product.weight in seen:
+                if seen[product.weight] != product.axis:
+                    raise JobError(f"weight {product.weight.name!r} is summed along two different axes (node {product.node.name!r}); exclude it with --exclude")
+                continue
+            seen[product.weight] = product.axis
+            reason = self._reason(product, head)
+            if not reason:
+                _prune(product)
+            shape = "x".join(str(d) for d in product.tensor.shape.numpy())
+            table.append({"weight": product.weight.name, "node": product.node.name, "dtype": product.tensor.dtype.name, "shape": shape, "left": reason})
+        pruned = [row for row in table if not row["left"]]
+        return PassResult(bool(pruned), len(pruned), self._notes(table, pruned), table)
+
+    def _notes(self, table: list[dict[str, Any]], pruned: list[dict[str, Any]]) -> list[str]:
+        if not table:
+            return ["no MatMul, Gemm or Conv with a stored weight found"]
+        notes = [f"{len(pruned)} of {len(table)} weights pruned to 2:4 along K"]
+        notes += [f"{count} left: {reason}" for reason, count in Counter(row["left"] for row in table if row["left"]).items()]
+        if pruned:
+            notes.append("warning: magnitude pruning without fine-tuning is for speed studies; accuracy is lost")
+        return notes
+
+    def _reason(self, product: Product, head: ir.Node | None) -> str:
+        """Why a weight is left as it is; empty when it is to be pruned."""
+        names = [name for name in (product.weight.name, product.node.name) if name]
+        if self.include and not _matches(names, self.include):
+            return "not included"
+        if _matches(names, self.exclude):
+            return "excluded"
+        tensor = product.tensor
+        if tensor.dtype not in _DTYPES:
+            return f"type {tensor.dtype.name} cannot be pruned"
+        size = int(tensor.shape.numpy()[product.axis])
+        if size % 4:
+            return f"K = {size} is no multiple of 4"
+        if product.node is head and not self.lm_head:
+            return "language-model head (--lm-head prunes it)"
+        if not self.embeddings and any(is_op(user, "Gather", "GatherElements", "GatherND") for user, _ in product.weight.uses()):
+            return "also an embedding table (--embeddings prunes it)"
+        return ""
+
+
+def _matches(names: list[str], patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+
+_BETWEEN = {"Reshape", "Cast", "Add", "Identity", "Transpose", "Mul", "Div", "Squeeze", "Unsqueeze", "Gather", "Slice", "Tanh"}
+
+
+def _head(model: Model) -> ir.Node | None:
+    """The product that makes the first floating-point output, through casts, reshapes and a bias; None if it has fewer
+    outputs than a vocabulary would (a lone layer is no language model)."""
+    products = {product.node for product in weight_products(model)}
+    for output in model.graph.outputs:
+        node = output.producer()
+        while node is not None and node not in products and node.op_type in _BETWEEN:
+            value = next((v for v in node.inputs if v is not None and v.producer() is not None), None)
+            node = value.producer() if value is not None else None
+        if node in products and any(is_op(n, "Gather") and n.inputs[0] is not None and n.inputs[0].is_initializer() for n in model.graph):
+            return node
+    return None
+
+
+def _prune(product: Product) -> None:
+    """Replace the weight by one that is pruned while it is written; nothing is read now."""
+    tensor, axis = product.tensor, product.axis
+
+    def rows(block: np.ndarray[Any, Any], start: int) -> np.ndarray[Any, Any]:
+        return prune_2_4(block, axis)
+
+    pruned = StreamedTensor(tensor, rows, dtype=tensor.dtype, name=product.weight.name or "", row_multiple=4 if axis == 0 else 1)
+    product.weight.const_value = pruned
+    product.weight.metadata_props["onnxtools.sparsity"] = "2:4"
