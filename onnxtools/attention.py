@@ -215,11 +215,10 @@ def _operand(value: ir.Value | None, facts: Facts, sequence_axis: int) -> Operan
         if cut is None:
             continue
         at, layout, below = cut
-        operand = Operand(
+        return Operand(
             at, layout, batch, sequence[0], heads, channels, [(n, i) for n, i in below if n.op_type not in LAYOUT_OPS],
             math.prod(c.size for c in copies), bool(copies) and rest.index(copies[0]) < len(heads) and rest[0].repeat,
         )  # fmt: skip
-        return operand
     raise LayoutError(f"the axes of {value.name!r} cannot be told apart")
 
 

@@ -96,8 +96,12 @@ def differences(a: Model, b: Model) -> dict[str, list[dict[str, Any]]]:
         "ops": _changes(x["ops"], y["ops"]),
         "io": _changes(*({f"{io['kind']} {io['name']}": f"{io['dtype']} {'x'.join(map(str, io['shape']))}" for io in d["io"]} for d in (x, y))),
         "weights": _changes(*({k: f"{v['count']} tensors, {v['bytes']} bytes" for k, v in d["weights"]["by_dtype"].items()} for d in (x, y))),
-        "initializers": _changes(*({v.name or "": f"{t.dtype.name} {'x'.join(str(d) for d in t.shape.numpy())}" for v, t in m.weights() if t.size > 1} for m in (a, b))),
-    }  # fmt: skip
+        "initializers": _changes(_initializers(a), _initializers(b)),
+    }
+
+
+def _initializers(model: Model) -> dict[str, str]:
+    return {v.name or "": f"{t.dtype.name} {'x'.join(str(d) for d in t.shape.numpy())}" for v, t in model.weights() if t.size > 1}
 
 
 def _changes(a: dict[str, Any], b: dict[str, Any]) -> list[dict[str, Any]]:

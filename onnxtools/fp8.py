@@ -69,7 +69,7 @@ def mx_scale_rows(rows: Array, start: int) -> Array:
     with np.errstate(divide="ignore"):
         exponent = np.ceil(np.log2(blocks / np.float32(E4M3_MAX)))
     code = np.clip(np.nan_to_num(exponent, neginf=-127) + 127, 0, 254).astype(np.uint8)
-    return code.view(ml_dtypes.float8_e8m0fnu)
+    return np.asarray(code.view(ml_dtypes.float8_e8m0fnu))
 
 
 def mx_data_rows(rows: Array, start: int) -> Array:

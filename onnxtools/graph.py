@@ -74,7 +74,7 @@ class Names:
     """Hands out value and node names that the graph does not use yet."""
 
     def __init__(self, graph: ir.Graph) -> None:
-        self.taken: set[str | None] = set(graph.initializers) | {v.name for v in graph.inputs}
+        self.taken: set[str | None] = {*graph.initializers, *(v.name for v in graph.inputs)}
         for node in graph.all_nodes():
             self.taken.add(node.name)
             self.taken.update(v.name for v in node.outputs)

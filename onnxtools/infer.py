@@ -305,7 +305,7 @@ def _infer_by_schema(node: ir.Node, inputs: list[Fact], facts: Facts, model: Mod
     except Exception:  # an unknown operator or a sequence type: nothing is known
         return
     for output in node.outputs:
-        proto_type = inferred.get(output.name)
+        proto_type = inferred.get(output.name or "")
         if proto_type is None or not proto_type.HasField("tensor_type"):
             continue
         tensor_type = proto_type.tensor_type
@@ -357,7 +357,7 @@ def _slice_index(node: ir.Node, rank: int, arrays: Sequence[Any]) -> tuple[slice
 def _divide(node: ir.Node, arrays: Sequence[Any]) -> Array:
     a, b = arrays
     if np.issubdtype(a.dtype, np.integer):
-        return (np.sign(a) * np.sign(b) * (np.abs(a) // np.abs(b))).astype(a.dtype)  # ONNX truncates towards zero
+        return np.asarray(np.sign(a) * np.sign(b) * (np.abs(a) // np.abs(b)), dtype=a.dtype)  # ONNX truncates towards zero
     return np.divide(a, b)  # type: ignore[no-any-return]
 
 
@@ -381,7 +381,7 @@ def _cast(node: ir.Node, arrays: Sequence[Any]) -> Array:
 
 
 def _squeeze(node: ir.Node, arrays: Sequence[Any]) -> Array:
-    return np.squeeze(arrays[0], _axes(node, arrays))
+    return np.asarray(np.squeeze(arrays[0], _axes(node, arrays)))
 
 
 def _range(node: ir.Node, arrays: Sequence[Any]) -> Array:
@@ -422,8 +422,10 @@ _UNARY: dict[str, Callable[..., Any]] = {
     "Not": np.logical_not, "Neg": np.negative, "Sqrt": np.sqrt, "Abs": np.abs, "Floor": np.floor, "Ceil": np.ceil, "Exp": np.exp, "Log": np.log,
     "Cos": np.cos, "Sin": np.sin, "Identity": lambda x: x, "Reciprocal": lambda x: (1 / x).astype(x.dtype), "Sign": np.sign,
 }  # fmt: skip
-_SAME_SHAPE_ONLY = {"Tanh", "Erf", "Sigmoid", "Relu", "Gelu", "Softmax", "LogSoftmax", "Clip", "LayerNormalization", "RMSNormalization", "Trilu",
-                    "QuantizeLinear", "DequantizeLinear", "Dropout", "CumSum", "Swish", "IsNaN", "Silu", "Elu", "LeakyRelu", "Softplus", "HardSwish", "BitwiseNot"}  # fmt: skip
+_SAME_SHAPE_ONLY = {
+    "Tanh", "Erf", "Sigmoid", "Relu", "Gelu", "Softmax", "LogSoftmax", "Clip", "LayerNormalization", "RMSNormalization", "Trilu", "QuantizeLinear",
+    "DequantizeLinear", "Dropout", "CumSum", "Swish", "IsNaN", "Elu", "LeakyRelu", "Softplus", "HardSwish", "BitwiseNot",
+}  # fmt: skip
 _BROADCAST_ONLY = {"Div", "Max", "Min", "Mod", "PRelu", "BitwiseAnd", "BitwiseOr", "Sum", "Mean"}
 
 _VALUE_RULES: dict[str, Callable[[ir.Node, Sequence[Any]], Any]] = {

@@ -153,7 +153,8 @@ class NumericCheck(Instrument):
         if pass_.numerics == "lossy":
             self._expected = actual
         elif worst > allowed:
-            raise JobError(f"pass {pass_.name!r} changed the outputs by {worst:.2e} (relative L2), more than {allowed:.0e}; nothing was written (--no-check skips this)")
+            limit = f"{worst:.2e} (relative L2), more than {allowed:.0e}"
+            raise JobError(f"pass {pass_.name!r} changed the outputs by {limit}; nothing was written (--no-check skips this)")
 
 
 class Reproducer(Instrument):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import onnx
+import onnx_ir
 import onnx_ir as ir
 
 from onnxtools.errors import ModelError
@@ -81,7 +82,7 @@ class Model:
                 if value.const_value is not None:
                     yield value, value.const_value
 
-    def external_tensors(self) -> Iterator[ir.ExternalTensor]:
+    def external_tensors(self) -> Iterator[onnx_ir.ExternalTensor]:
         for _, tensor in self.weights():
             if isinstance(tensor, ir.ExternalTensor):
                 yield tensor
@@ -141,8 +142,7 @@ def _check_names(proto: onnx.ModelProto, path: Path) -> list[str]:
         domain = "" if node.domain == "ai.onnx" else node.domain
         if domain not in domains and not (domain == "" and "ai.onnx" in domains):
             raise ModelError(
-                f"{path}: node {node.name!r} is {node.domain}::{node.op_type} but the model imports no domain {node.domain!r};"
-                " add the opset import"
+                f"{path}: node {node.name!r} is {node.domain}::{node.op_type} but the model imports no domain {node.domain!r}; add the opset import"
             )
         for name in node.output:
             if name in defined:
@@ -185,7 +185,7 @@ def check_external(tensor: ir.ExternalTensor, model_path: Path) -> None:
     """
     location = str(tensor.location)
     where = f"{model_path}: weight {tensor.name!r} lies in external data {location!r}"
-    if os.path.isabs(location) or ".." in Path(location).parts:
+    if Path(location).is_absolute() or ".." in Path(location).parts:
         raise ModelError(f"{where}, which leaves the model's folder; move the file beside the model and re-save")
     file = external_path(tensor)
     probe = Path(tensor.base_dir)

@@ -208,8 +208,9 @@ def _dim(dim: int | ir.SymbolicDim, axis: int, value: ir.Value, batch: int, sequ
 
 def vocabulary(ids: ir.Value) -> int:
     """Rows of the smallest table that `ids` index; 2 where they index none."""
-    rows = [int(node.inputs[0].shape[0]) for node, index in ids.uses() if node.op_type == "Gather" and index == 1 and node.inputs[0] is not None and node.inputs[0].shape]  # type: ignore[arg-type]
-    return min(rows, default=2)
+    tables = [node.inputs[0] for node, index in ids.uses() if node.op_type == "Gather" and index == 1]
+    rows = [table.shape[0] for table in tables if table is not None and table.shape]
+    return min((size for size in rows if isinstance(size, int)), default=2)
 
 
 def read_feeds(path: Path) -> Feeds:

@@ -120,6 +120,11 @@ def choices(annotation: Any) -> tuple[Any, ...]:
     return ()
 
 
+def base_type(annotation: Any) -> Any:
+    """The plain type that a person writes for a field: the first of bool, int, float, str in a union, else itself."""
+    return next((t for t in get_args(annotation) if t in (bool, int, float, str)), annotation)
+
+
 def convert_option(owner: str, name: str, annotation: Any, value: Any) -> Any:
     """`value` as the type of the field `name`, or a UsageError that says what it should have been."""
     wanted = choices(annotation)
@@ -133,7 +138,7 @@ def convert_option(owner: str, name: str, annotation: Any, value: Any) -> Any:
     if get_origin(annotation) is tuple:
         items = value if isinstance(value, (list, tuple)) else [value]
         return tuple(convert_option(owner, name, get_args(annotation)[0], item) for item in items)
-    base = next((t for t in get_args(annotation) if t is not type(None)), annotation)
+    base = base_type(annotation)
     if base is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, base) or (base is int and isinstance(value, bool)):

@@ -1,7 +1,7 @@
 """Passes and engine builders are found through Python entry points, so that other packages can add theirs.
 
-    [project.entry-points."onnxtools.passes"]
-    my-pass = "my_package.module:MyPass"
+[project.entry-points."onnxtools.passes"]
+my-pass = "my_package.module:MyPass"
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield tmp
         with open(tmp, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(tmp, path)
+        tmp.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
         raise write_error(path, error) from error
@@ -143,7 +143,7 @@ def save(model: Model, path: Path, *, copy_weights: bool = False) -> SaveReport:
             with replacing(path) as graph_tmp:
                 graph_tmp.write_bytes(_serialize(model))
                 if moves:
-                    os.replace(tmp, data_file)
+                    tmp.replace(data_file)
         except BaseException:
             if moves:
                 data_file.unlink(missing_ok=True)

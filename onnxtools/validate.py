@@ -175,8 +175,7 @@ def decode(model: Model, run: Runner, feeds: Feeds, steps: Sequence[int]) -> dic
     """Feed `steps` tokens at a time, carrying the cache; outputs other than the cache, joined along the sequence (axis 1)."""
     batch, _ = _token_shape(model, feeds)
     cache = empty_cache(model, batch)
-    whole = {name: name.replace("past_key_values", "present") for name in cache}
-    policy_new = not any(name in run.outputs for name in whole.values()) and not any("present_key_values" in n for n in run.outputs)
+    policy_new = any(name.startswith("new_key_values") for name in run.outputs)
     axis = {value.name or "": _past_axis(value) for value in cache_inputs(model)}
     pieces: dict[str, list[Array]] = {}
     done = 0
@@ -184,12 +183,19 @@ def decode(model: Model, run: Runner, feeds: Feeds, steps: Sequence[int]) -> dic
         results = run({**{name: _part(name, array, model, done, step) for name, array in feeds.items() if name in run.inputs}, **cache})
         for name in cache:
             new = results[_cache_output(name, run.outputs)]
-            cache[name] = np.concatenate([cache[name].view(np.uint8), new.view(np.uint8)], axis[name]).view(new.dtype) if policy_new and new.dtype.itemsize == 1 else np.concatenate([cache[name], new], axis[name]) if policy_new else new
+            cache[name] = _joined(cache[name], new, axis[name]) if policy_new else new
         for name, array in results.items():
             if "key_values" not in name and not name.startswith("present."):
                 pieces.setdefault(name, []).append(array)
         done += step
     return {name: np.concatenate(parts, axis=1) for name, parts in pieces.items()}
+
+
+def _joined(old: Array, new: Array, axis: int) -> Array:
+    """Concatenation that also takes FP8, which numpy joins only as bytes."""
+    bytes_ = new.dtype.itemsize == 1
+    parts = [old.view(np.uint8), new.view(np.uint8)] if bytes_ else [old, new]
+    return np.concatenate(parts, axis).view(new.dtype)
 
 
 def _cache_output(past: str, outputs: Sequence[str]) -> str:

@@ -78,7 +78,8 @@ class _Tracer:
             for output in node.outputs:
                 self.layouts[output] = self._layout(node, output)
         except LayoutError as error:
-            raise JobError(f"node {node.name!r} ({node.op_type}): {error}, so its static size cannot be freed; export with dynamic batch and sequence") from None
+            where = f"node {node.name!r} ({node.op_type})"
+            raise JobError(f"{where}: {error}, so its static size cannot be freed; export with dynamic batch and sequence") from None
         for atom in (self.batch, self.sequence):
             if atom.parts:
                 raise JobError(f"node {node.name!r} ({node.op_type}) splits the batch or sequence axis; export with dynamic batch and sequence")
@@ -93,7 +94,7 @@ class _Tracer:
         if op == "MatMul":
             return self._matmul(node, output)
         if op == "Gemm":
-            rows = self.layouts.get(first) if first is not None else None  # type: ignore[arg-type]
+            rows = self.layouts.get(first) if first is not None else None
             fresh = self._fresh(output)
             return [rows[1 if attribute(node, "transA", 0) else 0], fresh[1]] if rows else fresh
         return self._pointwise(node, output)
@@ -156,7 +157,7 @@ class _Tracer:
         data, target = node.inputs[0], node.inputs[1]
         if constant_tensor(target) is None or data not in self.layouts:
             return
-        layout = follow(self.layouts[data], node, self.facts)  # type: ignore[index]
+        layout = follow(self.layouts[data], node, self.facts)
         if not any(self._dynamic(axis) for axis in layout):
             return
         parts: list[ir.Value] = []

@@ -53,7 +53,8 @@ class MaskRewriter:
             try:
                 scores, hides = self._step(scores, node, data, prefix)
             except MaskError as error:
-                raise JobError(f"attention at {block.softmax.name!r}: the mask of node {node.name!r} ({node.op_type}) {error}; it cannot be extended to a cache") from None
+                where = f"attention at {block.softmax.name!r}: the mask of node {node.name!r} ({node.op_type})"
+                raise JobError(f"{where} {error}; it cannot be extended to a cache") from None
             masked |= hides
         if not masked:
             raise JobError(f"attention at {block.softmax.name!r} has no causal mask: earlier tokens see later ones, so a cache would change the result")
@@ -180,7 +181,7 @@ class MaskRewriter:
             return self._extend_known(value, fact.value)
         if fact.shape is None:
             raise MaskError(f"depends on {value.name!r}, whose shape is unknown")
-        if not fact.shape or fact.shape[-1] != self.size and self.size not in fact.shape:
+        if not fact.shape or (fact.shape[-1] != self.size and self.size not in fact.shape):
             return value
         node = value.producer()
         if node is None:
@@ -260,10 +261,7 @@ def check_positions_follow_past(model: Model) -> None:
     sequences = {facts[value].shape[1] for value in model.graph.inputs if value.name == "input_ids" and facts[value].shape}  # type: ignore[index]
     lengths = sequences or {size for name, size in sizes.items() if name == "sequence"}
     for node in model.graph:
-        if node.op_type in _SHAPE_ARGUMENTS and node.domain == "":
-            inputs = node.inputs[:1]
-        else:
-            inputs = node.inputs
+        inputs = node.inputs[:1] if node.op_type in _SHAPE_ARGUMENTS and node.domain == "" else node.inputs
         if any(facts[o].value is not None for o in node.outputs):
             continue
         for value in inputs:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -24,6 +24,8 @@ from onnxtools.positions import shift_positions
 
 _DTYPES = {"fp8": ir.DataType.FLOAT8E4M3FN, "fp16": ir.DataType.FLOAT16, "fp32": ir.DataType.FLOAT, "bf16": ir.DataType.BFLOAT16}
 _LARGEST_MASK = 4100
+
+_Dim = int | str | ir.SymbolicDim | None
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,8 @@ class _Concat:
         assert shape is not None and self.ids.shape is not None
         self.batch_size, self.size = shape
         self.static = all(isinstance(dim, int) for dim in self.ids.shape)
-        self.batch_dim, self.sequence_dim = ("batch", "sequence") if self.static else (self.ids.shape[0], self.ids.shape[1])
+        dims: tuple[_Dim, _Dim] = ("batch", "sequence") if self.static else (self.ids.shape[0], self.ids.shape[1])
+        self.batch_dim, self.sequence_dim = dims
         self.mask: MaskRewriter | None = None
         self._decoded: dict[ir.Value, ir.Value] = {}
         self.past: ir.Value
@@ -221,7 +224,7 @@ class _Concat:
         whole = "present_key_values" if self.options.naming == "nemo" else "present"
         return f"past_key_values.{part}", f"{whole if self.options.policy == 'concat' else 'new_key_values'}.{part}"
 
-    def _cache_shape(self, operand: Operand, length: object) -> list[object]:
+    def _cache_shape(self, operand: Operand, length: _Dim) -> list[_Dim]:
         batch, heads, channels = self.batch_dim, operand.head_count, operand.head_size
         return [batch, heads, length, channels] if self.options.layout == "bnsh" else [length, batch, heads, channels]
 
@@ -268,9 +271,9 @@ class _Concat:
             keys = build.op("Transpose", [keys], f"{prefix}/from_cache", perm=[1, 2, 0, 3])
         return self._repeat(self._replay(keys, operand, prefix), operand, prefix)
 
-    def _output(self, value: ir.Value, name: str, shape: list[object], dtype: ir.DataType) -> ir.Value:
+    def _output(self, value: ir.Value, name: str, shape: list[_Dim], dtype: ir.DataType) -> ir.Value:
         value.name = self.builder.names(name)
-        value.shape, value.dtype = ir.Shape(shape), dtype  # type: ignore[arg-type]
+        value.shape, value.dtype = ir.Shape(shape), dtype
         self.model.graph.outputs.append(value)
         return value
 
@@ -362,7 +365,7 @@ class _Concat:
         return build.op("Reshape", [value, build.constant(target, "merge_heads")], f"{prefix}/Reshape")
 
 
-def _attributes(node: ir.Node) -> dict[str, object]:
+def _attributes(node: ir.Node) -> dict[str, Any]:
     return {name: attribute.value for name, attribute in node.attributes.items()}
 
 
@@ -395,7 +398,7 @@ def _split_target(roles: list[list[tuple[str, int]]]) -> list[int]:
 
 
 def _output_roles(axis: list[Atom], block: Attention) -> list[str]:
-    query, value = block.query, block.value
+    query = block.query
     heads = leaves(query.heads)
     roles: list[str] = []
     for atom in leaves(axis):
@@ -403,4 +406,3 @@ def _output_roles(axis: list[Atom], block: Attention) -> list[str]:
         if not roles or roles[-1] != role:
             roles.append(role)
     return roles
-

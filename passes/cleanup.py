@@ -48,9 +48,7 @@ def _drop_stale_shapes(model: Model) -> int:
             fact = facts[output]
             if output.shape is None or fact.shape is None:
                 continue
-            agrees = len(output.shape) == len(fact.shape) and all(
-                not isinstance(d, int) or d == size for d, size in zip(output.shape, fact.shape, strict=True)
-            )
+            agrees = len(output.shape) == len(fact.shape) and all(not isinstance(d, int) or d == size for d, size in zip(output.shape, fact.shape, strict=True))
             if not agrees or (fact.dtype is not None and output.dtype not in (None, fact.dtype)):
                 output.shape = output.type = None
                 dropped += 1

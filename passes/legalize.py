@@ -76,9 +76,10 @@ def _cast(node: ir.Node, facts: Facts, builder: Builder) -> str:
 
 
 def _cast_like(node: ir.Node, facts: Facts, builder: Builder) -> str:
-    target = facts[node.inputs[1]].dtype
-    if target is None:
-        raise JobError(f"node {node.name!r} (CastLike): the type of {node.inputs[1].name if node.inputs[1] else ''!r} is unknown; run onnx shape inference first")
+    like = node.inputs[1]
+    target = facts[like].dtype
+    if like is None or target is None:
+        raise JobError(f"node {node.name!r} (CastLike): the type that it casts to is unknown; run onnx shape inference first")
     if facts[node.inputs[0]].dtype == target:
         return _identity(node, facts, builder)
     new = builder.op("Cast", [node.inputs[0]], node.name or "Cast", dtype=target, to=target.value)
@@ -93,21 +94,21 @@ def _split_to_sequence(node: ir.Node, facts: Facts, builder: Builder) -> str:
     users = [user for user, _ in node.outputs[0].uses()]
     for user in users:
         if not is_op(user, "SequenceAt") or facts[user.inputs[1]].value is None:
-            raise JobError(f"node {user.name!r} ({user.op_type}) uses the sequence of {node.name!r} in a way that no Split can replace; export with constant split sizes")
+            where = f"node {user.name!r} ({user.op_type})"
+            raise JobError(f"{where} uses the sequence of {node.name!r} in a way that no Split can replace; export with constant split sizes")
     if shape is None:
         raise JobError(f"node {node.name!r} (SplitToSequence): the shape of {data.name if data else ''!r} is unknown; run onnx shape inference first")
     sizes = sequence_sizes(node, shape[axis], facts)
     if sizes is None:
         raise JobError(f"node {node.name!r} (SplitToSequence) has split sizes that are computed at run time; export with constant sizes")
-    outputs = builder.ops(
-        "Split", [data, builder.constant(sizes, f"{node.name}/split")], node.name or "Split", outputs=len(sizes), axis=axis % len(shape)
-    )
+    outputs = builder.ops("Split", [data, builder.constant(sizes, f"{node.name}/split")], node.name or "Split", outputs=len(sizes), axis=axis % len(shape))
     squeeze = len(node.inputs) < 2 and not attribute(node, "keepdims", 1)
     for user in users:
         index = facts[user.inputs[1]].value
         assert index is not None
         part = outputs[int(index)]
-        part.dtype = facts[data].dtype
+        if data is not None and data.dtype is not None:
+            part.dtype = data.dtype
         if squeeze:
             part = builder.op("Squeeze", [part, builder.constant([axis % len(shape)], "axes")], user.name or "Squeeze")
         rename_or_bypass(builder.graph, user.outputs[0], part)

@@ -7,15 +7,15 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
+from onnxtools.sparsity import prune_2_4
 
 from onnxtools.errors import JobError
-from onnxtools.graph import is_op
+from onnxtools.graph import constant_tensor, is_op
+from onnxtools.infer import Array
 from onnxtools.model import Model
 from onnxtools.passbase import Pass, PassResult, option
 from onnxtools.products import Product, weight_products
-from onnxtools.sparsity import prune_2_4
 from onnxtools.tensors import StreamedTensor
 
 _DTYPES = {
@@ -103,15 +103,18 @@ _BETWEEN = {"Reshape", "Cast", "Add", "Identity", "Transpose", "Mul", "Div", "Sq
 
 
 def _head(model: Model) -> ir.Node | None:
-    """The product that makes the first floating-point output, through casts, reshapes and a bias; None if it has fewer
-    outputs than a vocabulary would (a lone layer is no language model)."""
+    """The product that makes a graph output, through casts, reshapes and a bias, in a model that reads an embedding table.
+
+    A lone layer has no table, so its product is no head.
+    """
+    if not any(is_op(node, "Gather") and constant_tensor(node.inputs[0]) is not None for node in model.graph):
+        return None
     products = {product.node for product in weight_products(model)}
     for output in model.graph.outputs:
         node = output.producer()
         while node is not None and node not in products and node.op_type in _BETWEEN:
-            value = next((v for v in node.inputs if v is not None and v.producer() is not None), None)
-            node = value.producer() if value is not None else None
-        if node in products and any(is_op(n, "Gather") and n.inputs[0] is not None and n.inputs[0].is_initializer() for n in model.graph):
+            node = next((v.producer() for v in node.inputs if v is not None and v.producer() is not None), None)
+        if node is not None and node in products:
             return node
     return None
 
@@ -120,7 +123,7 @@ def _prune(product: Product) -> None:
     """Replace the weight by one that is pruned while it is written; nothing is read now."""
     tensor, axis = product.tensor, product.axis
 
-    def rows(block: np.ndarray[Any, Any], start: int) -> np.ndarray[Any, Any]:
+    def rows(block: Array, start: int) -> Array:
         return prune_2_4(block, axis)
 
     pruned = StreamedTensor(tensor, rows, dtype=tensor.dtype, name=product.weight.name or "", row_multiple=4 if axis == 0 else 1)

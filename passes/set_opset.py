@@ -73,7 +73,8 @@ def _upgrade(node: ir.Node, old: int, new: int, facts: Facts, builder: Builder) 
     op = node.op_type
     if op == "Split" and old < 18 <= new:
         return _split(node, facts, builder)
-    if old < 18 and new >= 18 and op in _REDUCE or old < 13 and op in ("ReduceSum", "Squeeze", "Unsqueeze"):
+    axes_became_input = (old < 18 <= new and op in _REDUCE) or (old < 13 and op in ("ReduceSum", "Squeeze", "Unsqueeze"))
+    if axes_became_input:
         return _attribute_to_input(node, "axes", builder)
     _check_same_meaning(node, old, new)
     return 0

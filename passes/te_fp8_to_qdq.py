@@ -74,9 +74,7 @@ class _Rewriter:
     def notes(self) -> list[str]:
         notes = [f"{self.dynamic} scales are computed from the data and stay dynamic"] if self.dynamic else []
         if self.denormal:
-            notes.append(
-                f"warning: scale of {self.denormal[0]} is denormal ({len(self.denormal)} such); hardware that flushes denormals divides by zero there"
-            )
+            notes.append(f"warning: scale of {self.denormal[0]} is denormal ({len(self.denormal)} such); hardware that flushes denormals divides by zero there")
         return notes
 
     def rewrite(self, node: ir.Node) -> None:
@@ -87,28 +85,29 @@ class _Rewriter:
         data, scale = node.inputs[0], self._scale(node)
         zero = self._zero_point(scale)
         op_type = "QuantizeLinear" if node.op_type == Q else "DequantizeLinear"
-        if op_type == "QuantizeLinear":
-            data = self._as_type(data, self.facts[scale].dtype or ir.DataType.FLOAT, node)
-        else:
-            data = self._as_fp8(data)
-        new = self.builder.op(op_type, [data, scale, zero], node.name or op_type, **self._axis(node, scale))
+        wide = self.facts[scale].dtype or ir.DataType.FLOAT
+        data = self._as_type(data, wide, node) if op_type == "QuantizeLinear" else self._as_fp8(data)
+        new = self.builder.op(op_type, [data, scale, zero], node.name or op_type, dtype=_FP8 if op_type == "QuantizeLinear" else wide)
+        axis = self._axis(node, scale)
+        if axis is not None:
+            new.producer().attributes["axis"] = ir.AttrInt64("axis", axis)  # type: ignore[union-attr]
         old = node.outputs[0]
-        new.dtype = _FP8 if op_type == "QuantizeLinear" else self.facts[scale].dtype or ir.DataType.FLOAT
         new.shape = old.shape
         self.facts[new] = self.facts[old]
         replace_keeping_name(self.model.graph, old, new)
 
-    def _axis(self, node: ir.Node, scale: ir.Value) -> dict[str, int]:
+    def _axis(self, node: ir.Node, scale: ir.Value) -> int | None:
+        """The axis of a scale vector; None for a scale of one element."""
         shape, data_shape = self.facts[scale].shape, self.facts[node.inputs[0]].shape
         if not shape or shape == (1,):
-            return {}
+            return None
         given = attribute(node, "axis")
         if given is None:
             fits = [a for a, d in enumerate(data_shape or ()) if d == shape[0]]
             if len(fits) != 1:
                 raise JobError(f"node {node.name!r}: a scale of shape {list(shape)} fits no single axis of {list(data_shape or ())}; add an axis attribute")
             given = fits[0]
-        return {"axis": int(given)}
+        return int(given)
 
     def _scale(self, node: ir.Node) -> ir.Value:
         """The scale as an initializer where it is constant (rank 0 for one element), else as it is."""

@@ -39,11 +39,11 @@ def _show(d: dict[str, Any]) -> None:
     out = console()
     opsets = ", ".join(f"{k or 'ai.onnx'} {v}" for k, v in d["opsets"].items())
     out.print(f"{d['path']}: {d['nodes']} nodes, opset {opsets}, IR {d['ir_version']}, producer {d['producer'] or 'unknown'}", markup=False)
-    table("inputs and outputs", ("", "name", "type", "shape"), [(io["kind"], io["name"], io["dtype"], ' x '.join(map(str, io["shape"]))) for io in d["io"]])
+    table("inputs and outputs", ("", "name", "type", "shape"), [(io["kind"], io["name"], io["dtype"], " x ".join(map(str, io["shape"]))) for io in d["io"]])
     table("operators", ("operator", "count"), d["ops"].items(), right=("count",))
-    rows = [(dtype, entry["count"], size(entry["bytes"])) for dtype, entry in d["weights"]["by_dtype"].items()]
+    by_type = [(dtype, entry["count"], size(entry["bytes"])) for dtype, entry in d["weights"]["by_dtype"].items()]
     where = ", ".join(d["weights"]["files"]) or "in the graph file"
-    table(f"weights: {size(d['weights']['bytes'])}, {where}", ("type", "tensors", "size"), rows, right=("tensors", "size"))
+    table(f"weights: {size(d['weights']['bytes'])}, {where}", ("type", "tensors", "size"), by_type, right=("tensors", "size"))
     q = d["quantization"]
     out.print(f"  quantized: {q['quantized_products']} of {q['products']} weight products, {q['weight_fraction']:.0%} of their weight elements", markup=False)
     cache = d["cache"]

@@ -10,7 +10,7 @@ from typing import Any, get_args, get_origin
 
 import click
 
-from onnxtools.passbase import choices
+from onnxtools.passbase import base_type, choices
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -40,7 +40,7 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> click.Option:
         default = ", ".join(field.default) if isinstance(field.default, tuple) else field.default
         help_text = f"{help_text} [default: {default}]"
     common: dict[str, Any] = {"help": help_text, "default": None, "show_default": False}
-    inner = next((t for t in get_args(hint) if t is not type(None)), hint) if type(None) in get_args(hint) else hint
+    inner = hint if get_origin(hint) is tuple else base_type(hint)
     if inner is bool:
         text = f"{help_text} [default: {'on' if field.default else 'off'}]"
         return click.Option([f"--{name}/--no-{name}", field.name], help=text, default=None)

@@ -94,5 +94,3 @@ def show(report: Report, saved: SaveReport, model: Model, input_path: Path, titl
         console().print(f"  {line}", markup=False)
     if not report.changed:
         console().print("  nothing matched: the output is the input", style="yellow", markup=False)
-
-

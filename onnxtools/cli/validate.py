@@ -31,8 +31,9 @@ from onnxtools.cli.options import PATH, common_options
 @click.option("--per-layer", is_flag=True, help="Find the first value, by name, that differs between the two graphs.")
 @common_options
 def command(
-    reference: Path, model: Path, inputs: Path | None, tolerance: float | None, batch: int, sequence: int, seed: int, per_layer: bool, as_json: bool, debug: bool
-) -> None:
+    reference: Path, model: Path, inputs: Path | None, tolerance: float | None, batch: int, sequence: int, seed: int, per_layer: bool,
+    as_json: bool, debug: bool,
+) -> None:  # fmt: skip
     from onnxtools.cli.render import console, print_json, verdict_table
     from onnxtools.model import Model
     from onnxtools.ort import random_feeds, read_feeds

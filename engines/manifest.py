@@ -1,0 +1,67 @@
+"""`gpt.engine.json`: what went into an engine and what came out, enough to check it later without the builder."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import resource
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from onnxtools import __version__
+from onnxtools.engines.builder import Builder, Built
+from onnxtools.engines.preflight import Preflight
+from onnxtools.engines.profiles import Profile
+from onnxtools.engines.spec import EngineSpec
+from onnxtools.manager import PROVENANCE_KEY
+from onnxtools.model import Model
+from onnxtools.tensors import external_path
+
+FORMAT = "onnxtools.engine/1"
+
+
+def manifest_path(engine_path: Path) -> Path:
+    return engine_path.with_name(f"{engine_path.name}.json")
+
+
+def hash_file(path: Path) -> dict[str, Any]:
+    """Name, size in bytes and sha256 of a file, read in pieces."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+        return {"file": path.name, "bytes": file.tell(), "sha256": digest.hexdigest()}
+
+
+def hash_weights(model: Model) -> list[dict[str, Any]]:
+    """`hash_file` of every data file that the graph refers to."""
+    return [hash_file(path) for path in sorted({external_path(tensor) for tensor in model.external_tensors()})]
+
+
+def make_manifest(
+    model: Model, engine_path: Path, spec: EngineSpec, builder: Builder, profiles: Sequence[Profile], checked: Preflight, built: Built,
+    *, weights: list[dict[str, Any]], notes: Sequence[str], seconds: float,
+) -> dict[str, Any]:  # fmt: skip
+    """The manifest as plain data. `seconds` is the wall time of parsing and building; `weights` is `hash_weights(model)`."""
+    return {
+        "format": FORMAT,
+        "onnxtools": __version__,
+        "backend": {"name": builder.name, "version": builder.version()},
+        "engine": {"file": engine_path.name, "bytes": built.size, "sha256": built.sha256},
+        "graph": {"file": model.path.name if model.path else None, "sha256": model.sha256, "opset": model.opset, "ir_version": model.ir.ir_version},
+        "weights": weights,
+        "provenance": json.loads(model.ir.metadata_props.get(PROVENANCE_KEY, "[]")),
+        "spec": spec.as_json(),
+        "compute_capabilities": list(spec.compute_capability),
+        "profiles": [profile.as_json() for profile in profiles],
+        "io_source": built.io_source,
+        "inputs": [dataclasses.asdict(info) for info in built.inputs],
+        "outputs": [dataclasses.asdict(info) for info in built.outputs],
+        "layers": {"source": "parsed network", "types": built.layers, "output_dtypes": built.precisions},
+        "sparsity": checked.sparsity.as_json() if checked.sparsity is not None else None,
+        "mends": built.mends,
+        "notes": [*model.notes, *checked.notes, *notes],
+        "warnings": built.warnings,
+        "build_seconds": round(seconds, 3),
+        "peak_rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+    }

@@ -1,0 +1,132 @@
+"""What is read from, checked and mended on the network that TensorRT's parser made.
+
+Every function takes the TensorRT module as `trt`: TensorRT and TensorRT-RTX share this interface.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxtools.engines.builder import TensorInfo
+from onnxtools.errors import JobError
+from onnxtools.model import Model
+
+_NAMES = {
+    "FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "FP8": "float8_e4m3fn", "INT64": "int64", "INT32": "int32",
+    "INT8": "int8", "UINT8": "uint8", "BOOL": "bool", "INT4": "int4", "FP4": "float4_e2m1fn", "E8M0": "float8_e8m0fnu",
+}  # fmt: skip
+
+
+def dtype_name(dtype: Any) -> str:
+    """numpy's (or ml_dtypes') name of a TensorRT data type."""
+    return _NAMES.get(dtype.name, dtype.name)
+
+
+def read_io(network: Any) -> tuple[list[TensorInfo], list[TensorInfo]]:
+    """Inputs and outputs of the network, in order."""
+
+    def info(tensor: Any) -> TensorInfo:
+        return TensorInfo(tensor.name, dtype_name(tensor.dtype), tuple(tensor.shape))
+
+    return [info(network.get_input(i)) for i in range(network.num_inputs)], [info(network.get_output(i)) for i in range(network.num_outputs)]
+
+
+def check_io(model: Model, inputs: list[TensorInfo], outputs: list[TensorInfo]) -> None:
+    """Refuse a network whose names or dtypes are not the graph's.
+
+    Raises:
+        JobError: names the tensor and both dtypes.
+    """
+    graph_inputs = [value for value in model.graph.inputs if not value.is_initializer()]
+    for kind, values, found in (("input", graph_inputs, inputs), ("output", model.graph.outputs, outputs)):
+        types = {info.name: info.dtype for info in found}
+        wanted = {value.name or "": value.dtype for value in values}
+        for name in sorted(set(types) ^ set(wanted)):
+            where = "the graph" if name in wanted else "the parsed network"
+            raise JobError(f"{model.path}: {kind} {name!r} is only in {where}; simplify the graph around it and report this")
+        for name, dtype in wanted.items():
+            if dtype is not None and types[name] != _graph_name(dtype):
+                raise JobError(f"{model.path}: {kind} {name!r} is {_graph_name(dtype)} in the graph but {types[name]} for TensorRT; cast it in the graph")
+
+
+def _graph_name(dtype: ir.DataType) -> str:
+    return str(dtype.numpy().name)
+
+
+def histogram(network: Any) -> tuple[dict[str, int], dict[str, int]]:
+    """(layer type -> count, dtype -> layer outputs) of the network, most frequent first."""
+    layers: Counter[str] = Counter()
+    precisions: Counter[str] = Counter()
+    for layer in map(network.get_layer, range(network.num_layers)):
+        layers[layer.type.name] += 1
+        precisions.update(dtype_name(layer.get_output(i).dtype) for i in range(layer.num_outputs) if layer.get_output(i) is not None)
+    return dict(layers.most_common()), dict(precisions.most_common())
+
+
+def refuse_shape_inputs(model: Model, network: Any) -> None:
+    """Refuse inputs whose values decide shapes: a profile would have to give values, not shapes.
+
+    Raises:
+        JobError: names the input.
+    """
+    for tensor in map(network.get_input, range(network.num_inputs)):
+        if tensor.is_shape_tensor:
+            raise JobError(f"{model.path}: the values of input {tensor.name!r} decide shapes, which profiles cannot give yet; compute it in the graph")
+
+
+def attentions(trt: Any, network: Any) -> list[Any]:
+    """The IAttention behind every Attention of the network; read and write it to see and change what the parser made."""
+    found = []
+    for layer in map(network.get_layer, range(network.num_layers)):
+        if layer.type == trt.LayerType.ATTENTION_INPUT:
+            layer.__class__ = trt.IAttentionInputLayer
+            found.append(layer.attention)
+    return found
+
+
+def mend_attention(trt: Any, network: Any) -> list[str]:
+    """Let every Attention build and mean what ONNX says; one line for each kind of mend.
+
+    - decomposable: without a fused kernel (fp32 has none) TensorRT would refuse it; with one nothing changes.
+    - boolean masks become additive masks in the compute dtype, which fused kernels take. Hidden keys get half of the
+      lowest finite number, whose exponential is 0; a row with every key hidden becomes the mean of the values.
+    Each change is read back from the network.
+
+    Raises:
+        JobError: a change did not hold.
+    """
+    decomposed, additive = [], []
+    for attention in attentions(trt, network):
+        if not attention.decomposable:
+            attention.decomposable = True
+            decomposed.append(attention)
+        if attention.mask is not None and attention.mask.dtype == trt.DataType.BOOL:
+            attention.mask = _additive(trt, network, attention)
+            additive.append(attention)
+    for attention in attentions(trt, network):
+        name, query = attention.name, attention.get_input(0).dtype
+        if not attention.decomposable or (attention.mask is not None and attention.mask.dtype != query):
+            raise JobError(f"node {name!r} (Attention): the network does not keep its mask or decomposable flag; run decompose-attention on the graph")
+    mends = [f"{len(decomposed)} Attention nodes marked decomposable"] if decomposed else []
+    return mends + ([f"{len(additive)} boolean attention masks made additive"] if additive else [])
+
+
+_NUMPY = {"FLOAT": np.dtype(np.float32), "HALF": np.dtype(np.float16)}
+
+
+def _additive(trt: Any, network: Any, attention: Any) -> Any:
+    """where(mask, 0, lowest / 2) in the dtype of the queries."""
+    mask, dtype = attention.mask, attention.get_input(0).dtype
+    shape = (1,) * len(mask.shape)
+    lowest = float(np.finfo(_NUMPY.get(dtype.name, _NUMPY["FLOAT"])).min) / 2
+
+    def constant(value: float) -> Any:
+        array = np.full(shape, value, dtype=np.float16 if dtype.name == "HALF" else np.float32)
+        tensor = network.add_constant(shape, array).get_output(0)
+        return tensor if dtype.name in _NUMPY else network.add_cast(tensor, dtype).get_output(0)
+
+    return network.add_select(mask, constant(0.0), constant(lowest)).get_output(0)

@@ -1,0 +1,150 @@
+"""Everything that can be refused before the builder starts, each refusal with the node and the next step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxtools.engines.builder import Builder
+from onnxtools.engines.sparse_weights import Sparsity, check_sparsity
+from onnxtools.engines.spec import EngineSpec, capability
+from onnxtools.engines.traps import Graph, check_traps, refuse
+from onnxtools.errors import JobError, UsageError
+from onnxtools.graph import attribute, constant_tensor, is_op
+from onnxtools.model import Model
+
+FP8_CAPABILITY = "8.9"
+"""The first compute capability with FP8 tensor cores (Ada)."""
+_FP8 = (ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E4M3FNUZ, ir.DataType.FLOAT8E5M2, ir.DataType.FLOAT8E5M2FNUZ)
+_TE_OPS = ("TRT_FP8QuantizeLinear", "TRT_FP8DequantizeLinear", "TRT_MXFP8DynamicQuantize", "TRT_MXFP8DequantizeLinear")
+
+
+@dataclass
+class Preflight:
+    """What the checks found that is no reason to stop: lines for people, and the sparsity count if it was asked for."""
+
+    notes: list[str] = field(default_factory=list)
+    sparsity: Sparsity | None = None
+
+
+def preflight(model: Model, spec: EngineSpec, builder: Builder) -> Preflight:
+    """Check the graph against the specification and the builder.
+
+    Raises:
+        UsageError: a compute capability that the builder does not know.
+        JobError: the graph is not what was asked for, or would be refused or misread; names the node.
+    """
+    graph, result = Graph(model), Preflight()
+    _check_limits(model, spec, builder)
+    _check_fp8(graph, spec)
+    _check_supported(graph, builder)
+    check_traps(graph)
+    _check_scales(graph)
+    if spec.sparsity:
+        result.sparsity = _check_sparsity(model)
+        result.notes.append(f"sparsity: {result.sparsity}{_dense_text(result.sparsity)}")
+    return result
+
+
+def _check_limits(model: Model, spec: EngineSpec, builder: Builder) -> None:
+    limits = builder.limits()
+    unknown = [text for text in spec.compute_capability if text not in limits.capabilities]
+    if unknown:
+        raise UsageError(f"--compute-capability {unknown[0]}: {builder.name} builds for {', '.join(limits.capabilities)}; choose among them")
+    if model.opset > limits.opset:
+        raise JobError(f"{model.path}: opset {model.opset}, but {builder.name} reads opsets up to {limits.opset}; export the model with one of those")
+    if model.ir.ir_version > limits.ir_version:
+        raise JobError(
+            f"{model.path}: IR version {model.ir.ir_version}, but {builder.name} reads up to {limits.ir_version};"
+            f" save it with ir_version={limits.ir_version}"
+        )
+
+
+def _dtype(value: ir.Value | None) -> ir.DataType | None:
+    if value is None:
+        return None
+    return value.const_value.dtype if value.const_value is not None else value.dtype
+
+
+def is_fp8_qdq(node: ir.Node) -> bool:
+    """Whether `node` quantizes to FP8 or back, in ONNX's way or in TransformerEngine's."""
+    if is_op(node, *_TE_OPS, domain="trt"):
+        return True
+    if not is_op(node, "QuantizeLinear", "DequantizeLinear"):
+        return False
+    values = [*node.inputs[2:3], node.inputs[0] if node.op_type == "DequantizeLinear" else node.outputs[0]]
+    return any(_dtype(value) in _FP8 for value in values) or attribute(node, "output_dtype", 0) in _FP8
+
+
+def _check_fp8(graph: Graph, spec: EngineSpec) -> None:
+    quantized = any(is_fp8_qdq(node) for node in graph.nodes())
+    if spec.fp8 and not quantized:
+        raise JobError(
+            f"{graph.model.path}: --fp8, but no QuantizeLinear or DequantizeLinear in the graph is FP8;"
+            " make one with `onnxtools convert IN OUT --opset19` from a TransformerEngine FP8 export"
+        )
+    lacking = [text for text in spec.compute_capability if capability(text) < capability(FP8_CAPABILITY)]
+    if lacking and (quantized or _holds_fp8(graph)):
+        raise JobError(
+            f"{graph.model.path}: the graph is FP8, which compute capability {', '.join(lacking)} lacks;"
+            f" build for {FP8_CAPABILITY} or newer, or build a graph without FP8"
+        )
+
+
+def _holds_fp8(graph: Graph) -> bool:
+    values = [value for value, _ in graph.model.weights()] + list(graph.model.graph.inputs)
+    return any(_dtype(v) in _FP8 for v in values) or any(is_op(n, "Cast") and attribute(n, "to") in _FP8 for n in graph.nodes())
+
+
+def _check_supported(graph: Graph, builder: Builder) -> None:
+    functions = graph.model.ir.functions
+    known: dict[str, bool] = {}
+    found: list[tuple[ir.Node, str]] = []
+    for node in graph.nodes():
+        if node.op_identifier() in functions:
+            continue
+        if node.op_type not in known:
+            known[node.op_type] = builder.supports(node.op_type)
+        if not known[node.op_type]:
+            found.append((node, f"{builder.name}'s parser has no such operator; `onnxtools convert` replaces those that exporters leave"))
+    refuse(found)
+
+
+def _check_scales(graph: Graph) -> None:
+    found: list[tuple[ir.Node, str]] = []
+    for node in graph.nodes():
+        if not is_op(node, "QuantizeLinear", "DequantizeLinear") and not is_op(node, *_TE_OPS[:2], domain="trt"):
+            continue
+        scale = _elements(graph, node.inputs[1])
+        if scale is None:
+            continue
+        with np.errstate(invalid="ignore"):
+            bad = scale[~(np.isfinite(scale) & (scale > 0))]
+        if bad.size:
+            found.append((node, f"its scale is {bad.flat[0]:g}, and TensorRT takes finite scales above 0 only; calibrate or train the model and export it again"))
+    refuse(found)
+
+
+def _elements(graph: Graph, value: ir.Value | None) -> np.ndarray | None:
+    """The elements of a constant, or of what constants make; None where they depend on the data. Always float32."""
+    if value is None:
+        return None
+    tensor = constant_tensor(value)
+    elements = tensor.numpy() if tensor is not None else graph.facts[value].constant
+    return None if elements is None else np.asarray(elements).astype(np.float32)
+
+
+def _check_sparsity(model: Model) -> Sparsity:
+    found = check_sparsity(model)
+    if found.sparse == 0:
+        raise JobError(f"{model.path}: --sparsity, but {found} along their reduction axis; prune them with `onnxtools prune IN OUT`")
+    return found
+
+
+def _dense_text(found: Sparsity) -> str:
+    if not found.dense:
+        return ""
+    more = f" and {len(found.dense) - 3} more" if len(found.dense) > 3 else ""
+    return f"; dense: {', '.join(found.dense[:3])}{more}"

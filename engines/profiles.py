@@ -1,0 +1,227 @@
+"""Optimization profiles: read from trtexec's shapes text, or derived from the names of the graph's dimensions."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+
+from onnxtools.engines.spec import EngineSpec
+from onnxtools.errors import JobError, UsageError
+from onnxtools.model import Model
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Range:
+    """The shapes one input may take in one profile, from `min` to `max`, fastest at `opt`."""
+
+    min: Shape
+    opt: Shape
+    max: Shape
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One optimization profile: a range for every dynamic input, by input name."""
+
+    name: str
+    shapes: Mapping[str, Range]
+
+    def as_json(self) -> dict[str, Any]:
+        ranges = {name: {"min": list(r.min), "opt": list(r.opt), "max": list(r.max)} for name, r in self.shapes.items()}
+        return {"name": self.name, "inputs": ranges}
+
+
+def profiles_for(model: Model, spec: EngineSpec) -> list[Profile]:
+    """The profiles to build with, checked against the graph's inputs; none for a graph whose inputs are all static.
+
+    Raises:
+        UsageError: the shapes text does not fit the graph.
+        JobError: the graph's dimensions do not say what they are, and no shapes were given.
+    """
+    if spec.min_shapes:
+        return _written_profiles(model, spec)
+    return derive_profiles(model, spec)
+
+
+def parse_shapes(text: str, option: str) -> dict[str, Shape]:
+    """`name:1x8,other:4` as a mapping; names may hold `*`.
+
+    Raises:
+        UsageError: names the option and the character (counted from 1) where the text goes wrong.
+    """
+    shapes: dict[str, Shape] = {}
+    start = 0
+    for entry in text.split(","):
+        colon = entry.rfind(":")
+        if colon <= 0:
+            expected = "a name before ':'" if colon == 0 else "'name:shape'"
+            raise _syntax_error(option, text, start, expected)
+        name, position, dims = entry[:colon], start + colon + 1, []
+        for part in entry[colon + 1 :].split("x"):
+            if not re.fullmatch(r"[0-9]+", part):
+                bad = len(part) - len(part.lstrip("0123456789"))
+                raise _syntax_error(option, text, position + bad, "'x' or ','" if bad else "a number")
+            dims.append(int(part))
+            position += len(part) + 1
+        if name in shapes:
+            raise _syntax_error(option, text, start, f"{name!r} only once")
+        shapes[name] = tuple(dims)
+        start += len(entry) + 1
+    return shapes
+
+
+def _syntax_error(option: str, text: str, index: int, expected: str) -> UsageError:
+    rest = f"before {text[index:]!r}" if index < len(text) else "at the end"
+    return UsageError(f"{option}: {text!r}: expected {expected} at character {index + 1}, {rest}")
+
+
+def _inputs(model: Model) -> dict[str, ir.Value]:
+    return {value.name or "": value for value in model.graph.inputs if not value.is_initializer()}
+
+
+def is_dynamic(value: ir.Value) -> bool:
+    """Whether a dimension is known only at run time; an input of unknown rank counts."""
+    return value.shape is None or not all(isinstance(dim, int) for dim in value.shape)
+
+
+def _written_profiles(model: Model, spec: EngineSpec) -> list[Profile]:
+    inputs = _inputs(model)
+    profiles = []
+    for index, texts in enumerate(zip(spec.min_shapes, spec.opt_shapes, spec.max_shapes, strict=True)):
+        options = ("--min-shapes", "--opt-shapes", "--max-shapes")
+        low, opt, high = (_resolve(parse_shapes(t, o), o, inputs) for t, o in zip(texts, options, strict=True))
+        where = f"profile {index}"
+        for name in {**low, **opt, **high}:
+            for option, shapes in zip(options, (low, opt, high), strict=True):
+                if name not in shapes:
+                    raise UsageError(f"{where}: {option} does not give input {name!r}, which the other shapes give; add it")
+        ranges = {name: Range(low[name], opt[name], high[name]) for name in low}
+        profiles.append(Profile(f"profile{index}", ranges))
+        check_profile(where, ranges, inputs)
+    return profiles
+
+
+def _resolve(shapes: dict[str, Shape], option: str, inputs: Mapping[str, ir.Value]) -> dict[str, Shape]:
+    """Shapes by input name: exact names first, then `*` patterns for inputs not named exactly."""
+    found = {name: shape for name, shape in shapes.items() if name in inputs}
+    for pattern, shape in shapes.items():
+        if pattern in inputs:
+            continue
+        expression = ".*".join(map(re.escape, pattern.split("*")))
+        matches = [name for name in inputs if "*" in pattern and re.fullmatch(expression, name)]
+        if not matches:
+            close = difflib.get_close_matches(pattern, inputs, n=3, cutoff=0.5)
+            hint = f"did you mean {', '.join(close)}?" if close else f"the inputs are {', '.join(inputs) or 'none'}"
+            raise UsageError(f"{option}: no input is named {pattern!r}; {hint}")
+        for name in matches:
+            if name not in shapes and found.setdefault(name, shape) != shape:
+                raise UsageError(f"{option}: {pattern!r} gives input {name!r} a second shape; name the input itself")
+    return found
+
+
+def check_profile(where: str, ranges: Mapping[str, Range], inputs: Mapping[str, ir.Value]) -> None:
+    """Refuse a profile that does not fit the inputs.
+
+    Raises:
+        UsageError: names the input, the axis and the values.
+    """
+    for name, value in inputs.items():
+        if name not in ranges and is_dynamic(value):
+            raise UsageError(f"{where}: input {name!r} has dynamic shape {_text(value)} and no shapes; add it to all three shape options")
+    for name, span in ranges.items():
+        dims = inputs[name].shape
+        for label, shape in (("min", span.min), ("opt", span.opt), ("max", span.max)):
+            if dims is not None and len(shape) != len(dims):
+                raise UsageError(f"{where}: {label} shape {'x'.join(map(str, shape))} of input {name!r} has rank {len(shape)}, but the input is {_text(inputs[name])}")
+        if len({len(span.min), len(span.opt), len(span.max)}) > 1:
+            raise UsageError(f"{where}: min, opt and max shape of input {name!r} differ in rank; give all three the same rank")
+        for axis, (low, opt, high) in enumerate(zip(span.min, span.opt, span.max, strict=True)):
+            if not low <= opt <= high:
+                raise UsageError(f"{where}: axis {axis} of input {name!r} has min {low}, opt {opt}, max {high}; they must not decrease")
+            fixed = dims[axis] if dims is not None else None
+            if isinstance(fixed, int) and not low == high == fixed:
+                raise UsageError(f"{where}: axis {axis} of input {name!r} is {fixed} in the graph, but the profile says {low} to {high}")
+
+
+def _text(value: ir.Value) -> str:
+    if value.shape is None:
+        return "of unknown rank"
+    return "[" + ", ".join(str(d) if isinstance(d, int) else d.value or "?" for d in value.shape) + "]"
+
+
+Span = tuple[int, int, int]
+"""(min, opt, max) of one dimension."""
+
+
+def derive_profiles(model: Model, spec: EngineSpec) -> list[Profile]:
+    """Profiles that follow from what the input dimensions are called.
+
+    A static graph needs none. Without a cache there is one, sequence 1..max. With a cache that grows by Concat (an input
+    with a `past` dimension) there are two: `context` (past 0, sequence 1..max) and `generation` (sequence 1, past
+    1..max-1). `total_sequence` is past + sequence throughout.
+
+    Raises:
+        JobError: a dynamic dimension is none of batch, sequence, past and total.
+    """
+    inputs = {name: value for name, value in _inputs(model).items() if is_dynamic(value)}
+    if not inputs:
+        return []
+    longest, batch = spec.max_seq_len, (1, spec.max_batch_size, spec.max_batch_size)
+    tuned = spec.opt_seq_len or max(1, longest // 2)
+    roles = {name: _roles(value) for name, value in inputs.items()}
+    if not any("past" in found for found in roles.values()):
+        return [_profile("sequence", inputs, roles, {"batch": batch, "past": (0, 0, 0), "sequence": (1, tuned, longest)})]
+    if longest < 2:
+        raise UsageError("--max-seq-len 1 leaves no room for a cache; give at least 2")
+    past = (1, min(tuned, longest - 1), longest - 1)
+    return [
+        _profile("context", inputs, roles, {"batch": batch, "past": (0, 0, 0), "sequence": (1, tuned, longest)}),
+        _profile("generation", inputs, roles, {"batch": batch, "past": past, "sequence": (1, 1, 1)}),
+    ]
+
+
+def _profile(name: str, inputs: Mapping[str, ir.Value], roles: Mapping[str, list[str]], spans: dict[str, Span]) -> Profile:
+    total: list[int] = [a + b for a, b in zip(spans["past"], spans["sequence"], strict=True)]
+    sizes: dict[str, list[int]] = {**{role: list(span) for role, span in spans.items()}, "total": total}
+
+    def shape(value: ir.Value, which: int) -> Shape:
+        assert value.shape is not None
+        found = roles[value.name or ""]
+        return tuple(d if isinstance(d, int) else sizes[found[axis]][which] for axis, d in enumerate(value.shape))
+
+    return Profile(name, {key: Range(shape(value, 0), shape(value, 1), shape(value, 2)) for key, value in inputs.items()})
+
+
+_ROLES: list[tuple[str, Callable[[str], bool]]] = [
+    ("total", lambda name: "total" in name or ("past" in name and ("+" in name or "plus" in name))),
+    ("past", lambda name: "past" in name),
+    ("batch", lambda name: "batch" in name),
+    ("sequence", lambda name: "max" not in name and ("seq" in name or "length" in name)),
+]
+
+
+def _roles(value: ir.Value) -> list[str]:
+    """What each dimension is: batch, sequence, past, total, or '' where it is static."""
+    if value.shape is None:
+        raise JobError(f"input {value.name!r} has no shape, so no profile can be derived; give --min-shapes, --opt-shapes and --max-shapes")
+    ids = len(value.shape) == 2 and value.dtype in (ir.DataType.INT64, ir.DataType.INT32)
+    roles = []
+    for axis, dim in enumerate(value.shape):
+        name = "" if isinstance(dim, int) else (dim.value or "").lower()
+        role = next((role for role, matches in _ROLES if matches(name)), "")
+        if not role and not isinstance(dim, int):
+            if not ids:
+                raise JobError(
+                    f"input {value.name!r} {_text(value)}: axis {axis} ({name or 'unnamed'}) is neither batch, sequence, past nor total;"
+                    " give --min-shapes, --opt-shapes and --max-shapes"
+                )
+            role = ("batch", "sequence")[axis]
+        roles.append(role)
+    return roles

@@ -1,0 +1,127 @@
+"""What TensorRT's ONNX parser misreads without a word, or refuses without a usable one. Found in the graph, before parsing.
+
+Measured with TensorRT-RTX 1.7.1:
+  - Attention: the `nonpad_kv_seqlen` input is dropped; `is_causal` becomes an upper-left aligned mask whatever the shapes
+    and cannot be combined with a mask; past inputs and a second output are refused.
+  - TensorScatter: only rank 4, axis -2, mode linear.
+  - an operator of an unknown domain that has the name of an ONNX operator is parsed as the ONNX operator.
+Boolean masks and fp32 Attention are mended on the parsed network instead (`onnxtools.engines.network`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+
+import onnx
+import onnx_ir as ir
+
+from onnxtools.errors import JobError
+from onnxtools.graph import attribute, is_op
+from onnxtools.infer import Facts, analyse
+from onnxtools.model import Model
+
+_KNOWN_DOMAINS = ("", "ai.onnx", "trt", "trt.plugins")
+
+
+class Graph:
+    """A model with its facts worked out once, when first asked for."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+
+    @cached_property
+    def facts(self) -> Facts:
+        return analyse(self.model)
+
+    def nodes(self) -> Iterator[ir.Node]:
+        """Every node, those of subgraphs and functions included."""
+        yield from self.model.graph.all_nodes()
+        for function in self.model.ir.functions.values():
+            yield from function.all_nodes()
+
+    def shape(self, value: ir.Value | None) -> tuple[int, ...] | None:
+        """Sizes with distinct stand-ins for symbolic dimensions: equal stand-ins are equal at run time."""
+        return None if value is None else self.facts[value].shape
+
+
+def label(node: ir.Node) -> str:
+    """`node 'X' (Op)`; a node without a name is known by its first output."""
+    domain = f"{node.domain}::" if node.domain not in ("", "ai.onnx") else ""
+    what = repr(node.name) if node.name else f"that makes {node.outputs[0].name!r}"
+    return f"node {what} ({domain}{node.op_type})"
+
+
+def refuse(found: list[tuple[ir.Node, str]]) -> None:
+    """Raise for the first of `found`, counting the others; nothing for an empty list.
+
+    Raises:
+        JobError: `node 'X' (Op): reason`.
+    """
+    if found:
+        node, reason = found[0]
+        more = f" (and {len(found) - 1} more such nodes)" if len(found) > 1 else ""
+        raise JobError(f"{label(node)}: {reason}{more}")
+
+
+def check_traps(graph: Graph) -> None:
+    """Refuse what would be built with another meaning, or not at all.
+
+    Raises:
+        JobError: names the first such node, the reason and what to do.
+    """
+    found: list[tuple[ir.Node, str]] = []
+    for node in graph.nodes():
+        reason = None
+        if is_op(node, "Attention"):
+            reason = _attention(node, graph)
+        elif is_op(node, "TensorScatter"):
+            reason = _tensor_scatter(node, graph)
+        elif _shadows_onnx(node, graph.model):
+            reason = f"TensorRT would read it as ONNX's {node.op_type}, whatever domain {node.domain!r} means; use the ONNX operator or rename the custom one"
+        if reason is not None:
+            found.append((node, reason))
+    refuse(found)
+
+
+def _given(node: ir.Node, index: int) -> bool:
+    return len(node.inputs) > index and node.inputs[index] is not None
+
+
+def _attention(node: ir.Node, graph: Graph) -> str | None:
+    explicit = "give Attention an explicit additive mask instead, as add-kv-cache and decompose-attention do"
+    if _given(node, 6):
+        return f"TensorRT's parser drops its nonpad_kv_seqlen input without a word; {explicit}"
+    if _given(node, 4) or _given(node, 5):
+        return "TensorRT takes no past_key or past_value input; concatenate the cache outside Attention, as add-kv-cache does"
+    if any(output.name for output in node.outputs[1:]):
+        return "TensorRT takes an Attention with one output only; compute the others outside, or drop them"
+    if not attribute(node, "is_causal", 0):
+        return None
+    if _given(node, 3):
+        return f"TensorRT cannot combine is_causal with a mask; put the causal part into the mask: {explicit}"
+    query, key = (graph.shape(node.inputs[index]) for index in (0, 1))
+    if query is None or key is None:
+        return f"is_causal=1 with unknown sequence lengths, and TensorRT aligns that mask upper-left; {explicit}"
+    lengths = [shape[2] if len(shape) == 4 else shape[1] for shape in (query, key)]
+    if lengths[0] != lengths[1]:
+        return f"is_causal=1 with fewer queries than keys, and TensorRT aligns that mask upper-left: a cached step would see the first key only; {explicit}"
+    return None
+
+
+def _tensor_scatter(node: ir.Node, graph: Graph) -> str | None:
+    shape = graph.shape(node.inputs[0])
+    rank = len(shape) if shape is not None else None
+    axis, mode = attribute(node, "axis", -2), attribute(node, "mode", "linear")
+    if rank == 4 and axis in (-2, 2) and mode == "linear":
+        return None
+    return (
+        f"TensorRT takes rank 4, axis -2 and mode linear, not rank {rank if rank is not None else 'unknown'}, axis {axis} and mode {mode};"
+        " lay the cache out as [batch, heads, sequence, head_dim]"
+    )
+
+
+def _shadows_onnx(node: ir.Node, model: Model) -> bool:
+    if node.domain in _KNOWN_DOMAINS or node.op_identifier() in model.ir.functions:
+        return False
+    return bool(onnx.defs.has(node.op_type))
