@@ -46,17 +46,17 @@ def build(source: Path | Model, engine_path: Path, spec: EngineSpec) -> Engine:
     builder = get_builder(spec.backend)
     profiles = profiles_for(model, spec)
     checked = preflight(model, spec, builder)
-    with replacing(manifest_path(engine_path)) as manifest_tmp:
-        # Hashing reads the same bytes as the parser, at the same time, and leaves the interpreter free.
-        with replacing(engine_path) as plan_tmp, ThreadPoolExecutor(1) as pool:
-            weights = pool.submit(hash_weights, model)
-            started = time.monotonic()
-            built = builder.build(model, source, plan_tmp, profiles, spec)
-            seconds = time.monotonic() - started
-            manifest = make_manifest(
-                model, engine_path, spec, builder, profiles, checked, built, weights=weights.result(), notes=notes, seconds=seconds
-            )
-            manifest_tmp.write_text(json.dumps(manifest, indent=2) + "\n")
+    # Both files are complete before either gets its name, and the plan gets it first. Hashing runs beside the build.
+    with replacing(manifest_path(engine_path)) as manifest_tmp, replacing(engine_path) as plan_tmp, ThreadPoolExecutor(1) as pool:
+        weights = pool.submit(hash_weights, model)
+        started = time.monotonic()
+        built = builder.build(model, source, plan_tmp, profiles, spec)
+        seconds = time.monotonic() - started
+        manifest = make_manifest(
+            model, spec, builder, profiles, checked, built,
+            engine=engine_path.name, weights=weights.result(), notes=notes, seconds=seconds,
+        )  # fmt: skip
+        manifest_tmp.write_text(json.dumps(manifest, indent=2) + "\n")
     return Engine(engine_path, manifest)
 
 

@@ -37,6 +37,9 @@ class TensorInfo:
     dtype: str
     shape: tuple[int, ...]
 
+    def as_json(self) -> dict[str, Any]:
+        return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
+
 
 @dataclass
 class Built:

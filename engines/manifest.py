@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import resource
@@ -20,6 +19,7 @@ from onnxtools.model import Model
 from onnxtools.tensors import external_path
 
 FORMAT = "onnxtools.engine/1"
+_PIECE = 8 << 20
 
 
 def manifest_path(engine_path: Path) -> Path:
@@ -28,9 +28,12 @@ def manifest_path(engine_path: Path) -> Path:
 
 def hash_file(path: Path) -> dict[str, Any]:
     """Name, size in bytes and sha256 of a file, read in pieces."""
+    digest, size = hashlib.sha256(), 0
     with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-        return {"file": path.name, "bytes": file.tell(), "sha256": digest.hexdigest()}
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+            size += len(piece)
+    return {"file": path.name, "bytes": size, "sha256": digest.hexdigest()}
 
 
 def hash_weights(model: Model) -> list[dict[str, Any]]:
@@ -39,24 +42,31 @@ def hash_weights(model: Model) -> list[dict[str, Any]]:
 
 
 def make_manifest(
-    model: Model, engine_path: Path, spec: EngineSpec, builder: Builder, profiles: Sequence[Profile], checked: Preflight, built: Built,
-    *, weights: list[dict[str, Any]], notes: Sequence[str], seconds: float,
+    model: Model, spec: EngineSpec, builder: Builder, profiles: Sequence[Profile], checked: Preflight, built: Built,
+    *, engine: str, weights: list[dict[str, Any]], notes: Sequence[str], seconds: float,
 ) -> dict[str, Any]:  # fmt: skip
-    """The manifest as plain data. `seconds` is the wall time of parsing and building; `weights` is `hash_weights(model)`."""
+    """The manifest as plain data.
+
+    Args:
+        engine: file name of the plan.
+        weights: `hash_weights(model)`.
+        seconds: wall time of parsing, building and writing.
+    """
+    graph = {"file": model.path.name if model.path else None, "sha256": model.sha256}
     return {
         "format": FORMAT,
         "onnxtools": __version__,
         "backend": {"name": builder.name, "version": builder.version()},
-        "engine": {"file": engine_path.name, "bytes": built.size, "sha256": built.sha256},
-        "graph": {"file": model.path.name if model.path else None, "sha256": model.sha256, "opset": model.opset, "ir_version": model.ir.ir_version},
+        "engine": {"file": engine, "bytes": built.size, "sha256": built.sha256},
+        "graph": {**graph, "opset": model.opset, "ir_version": model.ir.ir_version},
         "weights": weights,
         "provenance": json.loads(model.ir.metadata_props.get(PROVENANCE_KEY, "[]")),
         "spec": spec.as_json(),
         "compute_capabilities": list(spec.compute_capability),
         "profiles": [profile.as_json() for profile in profiles],
         "io_source": built.io_source,
-        "inputs": [dataclasses.asdict(info) for info in built.inputs],
-        "outputs": [dataclasses.asdict(info) for info in built.outputs],
+        "inputs": [info.as_json() for info in built.inputs],
+        "outputs": [info.as_json() for info in built.outputs],
         "layers": {"source": "parsed network", "types": built.layers, "output_dtypes": built.precisions},
         "sparsity": checked.sparsity.as_json() if checked.sparsity is not None else None,
         "mends": built.mends,

@@ -23,7 +23,7 @@ _NAMES = {
 
 def dtype_name(dtype: Any) -> str:
     """numpy's (or ml_dtypes') name of a TensorRT data type."""
-    return _NAMES.get(dtype.name, dtype.name)
+    return _NAMES.get(dtype.name, str(dtype.name))
 
 
 def read_io(network: Any) -> tuple[list[TensorInfo], list[TensorInfo]]:
@@ -32,7 +32,8 @@ def read_io(network: Any) -> tuple[list[TensorInfo], list[TensorInfo]]:
     def info(tensor: Any) -> TensorInfo:
         return TensorInfo(tensor.name, dtype_name(tensor.dtype), tuple(tensor.shape))
 
-    return [info(network.get_input(i)) for i in range(network.num_inputs)], [info(network.get_output(i)) for i in range(network.num_outputs)]
+    inputs = [info(network.get_input(i)) for i in range(network.num_inputs)]
+    return inputs, [info(network.get_output(i)) for i in range(network.num_outputs)]
 
 
 def check_io(model: Model, inputs: list[TensorInfo], outputs: list[TensorInfo]) -> None:
@@ -50,7 +51,8 @@ def check_io(model: Model, inputs: list[TensorInfo], outputs: list[TensorInfo]) 
             raise JobError(f"{model.path}: {kind} {name!r} is only in {where}; simplify the graph around it and report this")
         for name, dtype in wanted.items():
             if dtype is not None and types[name] != _graph_name(dtype):
-                raise JobError(f"{model.path}: {kind} {name!r} is {_graph_name(dtype)} in the graph but {types[name]} for TensorRT; cast it in the graph")
+                both = f"{_graph_name(dtype)} in the graph but {types[name]} for TensorRT"
+                raise JobError(f"{model.path}: {kind} {name!r} is {both}; cast it in the graph")
 
 
 def _graph_name(dtype: ir.DataType) -> str:
@@ -63,7 +65,8 @@ def histogram(network: Any) -> tuple[dict[str, int], dict[str, int]]:
     precisions: Counter[str] = Counter()
     for layer in map(network.get_layer, range(network.num_layers)):
         layers[layer.type.name] += 1
-        precisions.update(dtype_name(layer.get_output(i).dtype) for i in range(layer.num_outputs) if layer.get_output(i) is not None)
+        outputs = map(layer.get_output, range(layer.num_outputs))
+        precisions.update(dtype_name(output.dtype) for output in outputs if output is not None)
     return dict(layers.most_common()), dict(precisions.most_common())
 
 
@@ -75,7 +78,7 @@ def refuse_shape_inputs(model: Model, network: Any) -> None:
     """
     for tensor in map(network.get_input, range(network.num_inputs)):
         if tensor.is_shape_tensor:
-            raise JobError(f"{model.path}: the values of input {tensor.name!r} decide shapes, which profiles cannot give yet; compute it in the graph")
+            raise JobError(f"{model.path}: the values of input {tensor.name!r} decide shapes; compute them in the graph instead")
 
 
 def attentions(trt: Any, network: Any) -> list[Any]:
@@ -110,23 +113,23 @@ def mend_attention(trt: Any, network: Any) -> list[str]:
     for attention in attentions(trt, network):
         name, query = attention.name, attention.get_input(0).dtype
         if not attention.decomposable or (attention.mask is not None and attention.mask.dtype != query):
-            raise JobError(f"node {name!r} (Attention): the network does not keep its mask or decomposable flag; run decompose-attention on the graph")
+            raise JobError(f"node {name!r} (Attention): TensorRT loses its mended mask; run `onnxtools decompose-attention`")
     mends = [f"{len(decomposed)} Attention nodes marked decomposable"] if decomposed else []
     return mends + ([f"{len(additive)} boolean attention masks made additive"] if additive else [])
 
 
-_NUMPY = {"FLOAT": np.dtype(np.float32), "HALF": np.dtype(np.float16)}
 
 
 def _additive(trt: Any, network: Any, attention: Any) -> Any:
     """where(mask, 0, lowest / 2) in the dtype of the queries."""
     mask, dtype = attention.mask, attention.get_input(0).dtype
     shape = (1,) * len(mask.shape)
-    lowest = float(np.finfo(_NUMPY.get(dtype.name, _NUMPY["FLOAT"])).min) / 2
+    half = dtype.name == "HALF"
+    lowest = float(np.finfo(np.float16 if half else np.float32).min) / 2
 
     def constant(value: float) -> Any:
-        array = np.full(shape, value, dtype=np.float16 if dtype.name == "HALF" else np.float32)
+        array = np.full(shape, value, dtype=np.float16 if half else np.float32)
         tensor = network.add_constant(shape, array).get_output(0)
-        return tensor if dtype.name in _NUMPY else network.add_cast(tensor, dtype).get_output(0)
+        return tensor if tensor.dtype == dtype else network.add_cast(tensor, dtype).get_output(0)
 
     return network.add_select(mask, constant(0.0), constant(lowest)).get_output(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -44,7 +45,7 @@ def preflight(model: Model, spec: EngineSpec, builder: Builder) -> Preflight:
     _check_scales(graph)
     if spec.sparsity:
         result.sparsity = _check_sparsity(model)
-        result.notes.append(f"sparsity: {result.sparsity}{_dense_text(result.sparsity)}")
+        result.notes.append(f"sparsity: {result.sparsity}")
     return result
 
 
@@ -52,9 +53,9 @@ def _check_limits(model: Model, spec: EngineSpec, builder: Builder) -> None:
     limits = builder.limits()
     unknown = [text for text in spec.compute_capability if text not in limits.capabilities]
     if unknown:
-        raise UsageError(f"--compute-capability {unknown[0]}: {builder.name} builds for {', '.join(limits.capabilities)}; choose among them")
+        raise UsageError(f"--compute-capability {unknown[0]}: {builder.name} builds for {', '.join(limits.capabilities)} only")
     if model.opset > limits.opset:
-        raise JobError(f"{model.path}: opset {model.opset}, but {builder.name} reads opsets up to {limits.opset}; export the model with one of those")
+        raise JobError(f"{model.path}: opset {model.opset}, but {builder.name} reads up to {limits.opset}; export an older one")
     if model.ir.ir_version > limits.ir_version:
         raise JobError(
             f"{model.path}: IR version {model.ir.ir_version}, but {builder.name} reads up to {limits.ir_version};"
@@ -108,7 +109,8 @@ def _check_supported(graph: Graph, builder: Builder) -> None:
         if node.op_type not in known:
             known[node.op_type] = builder.supports(node.op_type)
         if not known[node.op_type]:
-            found.append((node, f"{builder.name}'s parser has no such operator; `onnxtools convert` replaces those that exporters leave"))
+            reason = f"{builder.name}'s parser has no such operator; `onnxtools convert` replaces those that exporters leave"
+            found.append((node, reason))
     refuse(found)
 
 
@@ -123,28 +125,22 @@ def _check_scales(graph: Graph) -> None:
         with np.errstate(invalid="ignore"):
             bad = scale[~(np.isfinite(scale) & (scale > 0))]
         if bad.size:
-            found.append((node, f"its scale is {bad.flat[0]:g}, and TensorRT takes finite scales above 0 only; calibrate or train the model and export it again"))
+            reason = f"its scale is {bad.flat[0]:g}, but TensorRT takes finite scales above 0 only; calibrate and export again"
+            found.append((node, reason))
     refuse(found)
 
 
-def _elements(graph: Graph, value: ir.Value | None) -> np.ndarray | None:
+def _elements(graph: Graph, value: ir.Value | None) -> np.ndarray[Any, Any] | None:
     """The elements of a constant, or of what constants make; None where they depend on the data. Always float32."""
     if value is None:
         return None
     tensor = constant_tensor(value)
-    elements = tensor.numpy() if tensor is not None else graph.facts[value].constant
+    elements = tensor.numpy() if tensor is not None else graph.constants.get(value)
     return None if elements is None else np.asarray(elements).astype(np.float32)
 
 
 def _check_sparsity(model: Model) -> Sparsity:
     found = check_sparsity(model)
     if found.sparse == 0:
-        raise JobError(f"{model.path}: --sparsity, but {found} along their reduction axis; prune them with `onnxtools prune IN OUT`")
+        raise JobError(f"{model.path}: --sparsity, but {found} along the summed axis; prune them with `onnxtools prune IN OUT`")
     return found
-
-
-def _dense_text(found: Sparsity) -> str:
-    if not found.dense:
-        return ""
-    more = f" and {len(found.dense) - 3} more" if len(found.dense) > 3 else ""
-    return f"; dense: {', '.join(found.dense[:3])}{more}"

@@ -134,20 +134,21 @@ def check_profile(where: str, ranges: Mapping[str, Range], inputs: Mapping[str, 
     """
     for name, value in inputs.items():
         if name not in ranges and is_dynamic(value):
-            raise UsageError(f"{where}: input {name!r} has dynamic shape {_text(value)} and no shapes; add it to all three shape options")
+            raise UsageError(f"{where}: dynamic input {name!r} {_text(value)} has no shapes; add it to all three shape options")
     for name, span in ranges.items():
         dims = inputs[name].shape
         for label, shape in (("min", span.min), ("opt", span.opt), ("max", span.max)):
             if dims is not None and len(shape) != len(dims):
-                raise UsageError(f"{where}: {label} shape {'x'.join(map(str, shape))} of input {name!r} has rank {len(shape)}, but the input is {_text(inputs[name])}")
+                given = f"{label} shape {'x'.join(map(str, shape))}"
+                raise UsageError(f"{where}: {given} has rank {len(shape)}, but input {name!r} is {_text(inputs[name])}")
         if len({len(span.min), len(span.opt), len(span.max)}) > 1:
             raise UsageError(f"{where}: min, opt and max shape of input {name!r} differ in rank; give all three the same rank")
         for axis, (low, opt, high) in enumerate(zip(span.min, span.opt, span.max, strict=True)):
             if not low <= opt <= high:
-                raise UsageError(f"{where}: axis {axis} of input {name!r} has min {low}, opt {opt}, max {high}; they must not decrease")
+                raise UsageError(f"{where}: axis {axis} of input {name!r}: min {low}, opt {opt}, max {high} must not decrease")
             fixed = dims[axis] if dims is not None else None
             if isinstance(fixed, int) and not low == high == fixed:
-                raise UsageError(f"{where}: axis {axis} of input {name!r} is {fixed} in the graph, but the profile says {low} to {high}")
+                raise UsageError(f"{where}: axis {axis} of input {name!r} is {fixed} in the graph, not {low} to {high}")
 
 
 def _text(value: ir.Value) -> str:
@@ -207,10 +208,13 @@ _ROLES: list[tuple[str, Callable[[str], bool]]] = [
 ]
 
 
+_GIVE = "give --min-shapes, --opt-shapes and --max-shapes"
+
+
 def _roles(value: ir.Value) -> list[str]:
     """What each dimension is: batch, sequence, past, total, or '' where it is static."""
     if value.shape is None:
-        raise JobError(f"input {value.name!r} has no shape, so no profile can be derived; give --min-shapes, --opt-shapes and --max-shapes")
+        raise JobError(f"input {value.name!r} has no shape to derive profiles from; {_GIVE}")
     ids = len(value.shape) == 2 and value.dtype in (ir.DataType.INT64, ir.DataType.INT32)
     roles = []
     for axis, dim in enumerate(value.shape):
@@ -218,10 +222,8 @@ def _roles(value: ir.Value) -> list[str]:
         role = next((role for role, matches in _ROLES if matches(name)), "")
         if not role and not isinstance(dim, int):
             if not ids:
-                raise JobError(
-                    f"input {value.name!r} {_text(value)}: axis {axis} ({name or 'unnamed'}) is neither batch, sequence, past nor total;"
-                    " give --min-shapes, --opt-shapes and --max-shapes"
-                )
+                what = f"axis {axis} ({name or 'unnamed'}) of input {value.name!r} {_text(value)}"
+                raise JobError(f"{what} is not batch, sequence, past or total; {_GIVE}")
             role = ("batch", "sequence")[axis]
         roles.append(role)
     return roles

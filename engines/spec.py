@@ -26,14 +26,14 @@ class EngineSpec:
     fp8: bool = option(False, "Demand FP8: refuse a graph without FP8 quantization.")
     sparsity: bool = option(False, "Let the builder use 2:4 sparse kernels; refuse a graph without 2:4 weights.")
     timing_cache: str | None = option(None, "Timing cache file (TensorRT-RTX has no timing cache and leaves it as it is).")
-    compute_capability: tuple[str, ...] = option(("8.9",), "GPU compute capability to build for, such as 8.9 or 12.0 (default 8.9).")
+    compute_capability: tuple[str, ...] = option(("8.9",), "Compute capability to build for, such as 8.9 or 12.0 (default 8.9).")
     min_shapes: tuple[str, ...] = option((), "Smallest input shapes of a profile, in trtexec's syntax.")
     opt_shapes: tuple[str, ...] = option((), "Input shapes that a profile is tuned for.")
     max_shapes: tuple[str, ...] = option((), "Largest input shapes of a profile.")
     max_batch_size: int = option(8, "Largest batch of derived profiles.")
     max_seq_len: int = option(1024, "Longest sequence, cache included, of derived profiles.")
-    opt_seq_len: int | None = option(None, "Sequence length that derived profiles are tuned for (default: half of the longest).")
-    builder_optimization_level: int | None = option(None, "0 (fast build) to 5 (fast engine); the builder's own default otherwise.")
+    opt_seq_len: int | None = option(None, "Sequence length that derived profiles are tuned for (default: half).")
+    builder_optimization_level: int | None = option(None, "0 (fast build) to 5 (fast engine); else the builder's default.")
     tf32: bool = option(True, "Allow TF32 in fp32 matrix products.")
 
     def __post_init__(self) -> None:
@@ -41,7 +41,7 @@ class EngineSpec:
             if not re.fullmatch(r"\d{1,2}\.\d", text):
                 raise UsageError(f"--compute-capability {text!r} is not a capability; write it as 8.9 or 12.0")
         if not self.compute_capability or len(set(self.compute_capability)) < len(self.compute_capability):
-            raise UsageError(f"--compute-capability {', '.join(self.compute_capability) or 'is empty'}: name at least one, each once")
+            raise UsageError(f"--compute-capability {', '.join(self.compute_capability)}: name at least one, each once")
         counts = (len(self.min_shapes), len(self.opt_shapes), len(self.max_shapes))
         if len(set(counts)) > 1:
             raise UsageError(

@@ -1,7 +1,8 @@
 """The TensorRT-RTX backend: builds on a CPU, for one or several compute capabilities.
 
-Measured with 1.7.1: a plan cannot be deserialized without a GPU driver (cudaError 35), so what the engine's inputs and
-outputs are is read from the parsed, strongly typed network, whose bindings the plan keeps.
+Measured with 1.7.1: a plan cannot be deserialized without a GPU driver (cudaError 35), so the engine's inputs and outputs
+are read from the parsed, strongly typed network, whose bindings the plan keeps. Shapes that no run could have are only
+warned of, and failing writes are ignored: both are errors here.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import tensorrt_rtx as trt  # type: ignore[import-untyped]
+import tensorrt_rtx as trt
 
 from onnxtools.engines import network as net
 from onnxtools.engines.builder import Built, Limits
@@ -27,8 +28,10 @@ from onnxtools.errors import JobError
 from onnxtools.model import Model
 from onnxtools.progress import DELAY_SECONDS
 
+IO_SOURCE = "parsed network (a plan is read back on a GPU only)"
 
-class TensorRTRTX:
+
+class TensorRTRTXBuilder:
     """See `onnxtools.engines.builder.Builder`."""
 
     name = "tensorrt-rtx"
@@ -63,9 +66,13 @@ class TensorRTRTX:
             writer = _Writer(file)
             _serialize(model, builder, network, config, writer)
         return Built(
-            inputs, outputs, io_source="parsed network", layers=layers, precisions=precisions, mends=mends, warnings=_LOGGER.lines(trt.ILogger.WARNING),
-            size=writer.size, sha256=writer.digest.hexdigest(),
+            inputs, outputs, io_source=IO_SOURCE, layers=layers, precisions=precisions, mends=mends,
+            warnings=_LOGGER.lines(trt.ILogger.WARNING), size=writer.size, sha256=writer.digest.hexdigest(),
         )  # fmt: skip
+
+
+_UNFIT = "Profile k"
+"""TensorRT builds an engine that fails at run time, and warns `Profile kMAX values are not self-consistent`."""
 
 
 def _new_network(builder: Any) -> Any:
@@ -89,7 +96,7 @@ def _config(builder: Any, profiles: Sequence[Profile], spec: EngineSpec) -> Any:
         for name, span in profile.shapes.items():
             made.set_shape(name, span.min, span.opt, span.max)
         if config.add_optimization_profile(made) < 0:
-            raise JobError(f"profile {profile.name!r} is refused: {_LOGGER.reason()}; change --min-shapes, --opt-shapes and --max-shapes")
+            raise JobError(f"profile {profile.name!r} is refused: {_LOGGER.reason()}; change the shapes")
     return config
 
 
@@ -101,8 +108,11 @@ def _serialize(model: Model, builder: Any, network: Any, config: Any, writer: _W
         raise KeyboardInterrupt
     if writer.error is not None:
         raise writer.error
+    unfit = [line for line in _LOGGER.lines(trt.ILogger.WARNING) if line.startswith(_UNFIT)]
+    if unfit:
+        raise JobError(f"{model.path}: the graph cannot run in its profiles: {unfit[0]}; lower --max-seq-len or the shapes")
     if not done or writer.size == 0:
-        raise JobError(f"{model.path}: TensorRT-RTX cannot build it: {_LOGGER.reason()}; inspect that part of the graph with `onnxtools inspect`")
+        raise JobError(f"{model.path}: TensorRT-RTX cannot build it: {_LOGGER.reason()}; see the graph with `onnxtools inspect`")
 
 
 class _Writer(trt.IStreamWriter):  # type: ignore[misc]
@@ -216,6 +226,10 @@ class _Monitor(trt.IProgressMonitor):  # type: ignore[misc]
             self.bars.update(self.tasks[phase_name], completed=step + 1)
         return not self.cancelled
 
+    def close(self) -> None:
+        if self.bars is not None and self.visible:
+            self.bars.stop()
+
     def phase_finish(self, phase_name: str) -> None:
         if self.bars is not None and phase_name in self.tasks:
             self.bars.remove_task(self.tasks.pop(phase_name))
@@ -236,8 +250,7 @@ def _monitor() -> Iterator[_Monitor]:
     finally:
         if main:
             signal.signal(signal.SIGINT, previous)
-        if monitor.visible:
-            monitor.bars.stop()
+        monitor.close()
 
 
 def _bars() -> Any | None:

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
+from typing import Any
 
 import onnx
 import onnx_ir as ir
 
 from onnxtools.errors import JobError
 from onnxtools.graph import attribute, is_op
-from onnxtools.infer import Facts, analyse
+from onnxtools.infer import Facts, constants
 from onnxtools.model import Model
 
 _KNOWN_DOMAINS = ("", "ai.onnx", "trt", "trt.plugins")
@@ -31,8 +32,14 @@ class Graph:
         self.model = model
 
     @cached_property
-    def facts(self) -> Facts:
-        return analyse(self.model)
+    def _analysis(self) -> tuple[Facts, dict[ir.Value, Any]]:
+        facts, _, agreed = constants(self.model)
+        return facts, agreed
+
+    @property
+    def constants(self) -> dict[ir.Value, Any]:
+        """Elements (numpy) of the node outputs that do not depend on the inputs."""
+        return self._analysis[1]
 
     def nodes(self) -> Iterator[ir.Node]:
         """Every node, those of subgraphs and functions included."""
@@ -42,7 +49,7 @@ class Graph:
 
     def shape(self, value: ir.Value | None) -> tuple[int, ...] | None:
         """Sizes with distinct stand-ins for symbolic dimensions: equal stand-ins are equal at run time."""
-        return None if value is None else self.facts[value].shape
+        return None if value is None else self._analysis[0][value].shape
 
 
 def label(node: ir.Node) -> str:
@@ -78,7 +85,7 @@ def check_traps(graph: Graph) -> None:
         elif is_op(node, "TensorScatter"):
             reason = _tensor_scatter(node, graph)
         elif _shadows_onnx(node, graph.model):
-            reason = f"TensorRT would read it as ONNX's {node.op_type}, whatever domain {node.domain!r} means; use the ONNX operator or rename the custom one"
+            reason = f"TensorRT would read it as ONNX's {node.op_type} whatever {node.domain!r} means; use ONNX's or rename it"
         if reason is not None:
             found.append((node, reason))
     refuse(found)
@@ -105,7 +112,7 @@ def _attention(node: ir.Node, graph: Graph) -> str | None:
         return f"is_causal=1 with unknown sequence lengths, and TensorRT aligns that mask upper-left; {explicit}"
     lengths = [shape[2] if len(shape) == 4 else shape[1] for shape in (query, key)]
     if lengths[0] != lengths[1]:
-        return f"is_causal=1 with fewer queries than keys, and TensorRT aligns that mask upper-left: a cached step would see the first key only; {explicit}"
+        return f"is_causal=1 on other lengths of queries and keys, and TensorRT aligns that mask upper-left; {explicit}"
     return None
 
 
@@ -116,7 +123,7 @@ def _tensor_scatter(node: ir.Node, graph: Graph) -> str | None:
     if rank == 4 and axis in (-2, 2) and mode == "linear":
         return None
     return (
-        f"TensorRT takes rank 4, axis -2 and mode linear, not rank {rank if rank is not None else 'unknown'}, axis {axis} and mode {mode};"
+        f"TensorRT takes rank 4, axis -2 and mode linear, not rank {rank or 'unknown'}, axis {axis} and mode {mode};"
         " lay the cache out as [batch, heads, sequence, head_dim]"
     )
 

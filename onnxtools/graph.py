@@ -52,6 +52,11 @@ def is_op(node: ir.Node | None, *op_types: str, domain: str = "") -> bool:
     return node is not None and node.op_type in op_types and (node.domain or "").replace("ai.onnx", "") == domain
 
 
+def has_dynamic_scales(model: Model) -> bool:
+    """Whether a QuantizeLinear takes its scale from the data (TransformerEngine's current scaling)."""
+    return any(is_op(node, "QuantizeLinear") and not is_constant_expression(node.inputs[1]) for node in model.graph)
+
+
 def attribute(node: ir.Node, name: str, default: Any = None) -> Any:
     found = node.attributes.get(name)
     return default if found is None else found.value

@@ -65,16 +65,33 @@ class Dump(Instrument):
 
 
 class Checker(Instrument):
-    """onnx.checker with strict shape inference after each pass, on the graph without its large weights."""
+    """onnx.checker with strict shape inference after each pass, on the graph without its large weights.
+
+    A pass must not break a valid graph; one that was invalid when it came (exporters record wrong shapes) may stay so
+    until a pass has mended it.
+    """
+
+    _valid: bool | None = None
+
+    def before(self, pass_: Pass, model: Model) -> None:
+        if self._valid is None:
+            self._valid = _check(model) is None
 
     def after(self, pass_: Pass, model: Model, step: Step) -> None:
         if not step.result.changed:
             return
-        try:
-            onnx.checker.check_model(skeleton(model), full_check=True)
-        except Exception as error:  # the checker raises several types
-            reason = " ".join(str(error).split())[:300]
-            raise JobError(f"pass {pass_.name!r} made an invalid graph: {reason}; please report it with the reproducer") from error
+        reason = _check(model)
+        if reason is not None and self._valid:
+            raise JobError(f"pass {pass_.name!r} made an invalid graph: {reason}; please report it (--no-check writes it nevertheless)")
+        self._valid = reason is None
+
+
+def _check(model: Model) -> str | None:
+    try:
+        onnx.checker.check_model(skeleton(model), full_check=True)
+    except Exception as error:  # the checker raises several types
+        return " ".join(str(error).split())[:300]
+    return None
 
 
 def skeleton(model: Model) -> onnx.ModelProto:

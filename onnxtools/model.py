@@ -67,7 +67,7 @@ class Model:
             raise ModelError(f"{self.path}: the graph has a cycle through {_cycle_node(self.ir.graph)}; an ONNX graph must be acyclic") from error
 
     @property
-    def graph(self) -> ir.Graph:
+    def graph(self) -> onnx_ir.Graph:
         return self.ir.graph
 
     @property
@@ -75,7 +75,7 @@ class Model:
         """Version of the default operator set."""
         return int(self.ir.opset_imports.get("", 1))
 
-    def weights(self) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
+    def weights(self) -> Iterator[tuple[onnx_ir.Value, onnx_ir.TensorProtocol]]:
         """(value, tensor) of every initializer, subgraphs included."""
         for graph in self.ir.graphs():
             for value in graph.initializers.values():

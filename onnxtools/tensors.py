@@ -54,7 +54,7 @@ def read_rows(tensor: ir.TensorProtocol, start: int, stop: int) -> np.ndarray:
     shape[0] = stop - start
     if isinstance(tensor, ir.ExternalTensor):
         out = np.empty(shape, dtype=tensor.dtype.numpy())
-        raw = memoryview(out.reshape(-1).view(np.uint8))
+        raw = raw_bytes(out)
         with open(external_path(tensor), "rb", buffering=0) as file:
             file.seek((tensor.offset or 0) + start * row_bytes(tensor))
             read = 0
@@ -85,6 +85,8 @@ class StreamedTensor(ir.LazyTensor):
 
     __slots__ = ("function", "row_multiple", "source")
 
+    row_multiple: int
+
     def __init__(
         self, source: ir.TensorProtocol, function: RowFunction, *, dtype: ir.DataType, name: str,
         row_multiple: int = 1, shape: tuple[int, ...] | None = None,
@@ -112,7 +114,7 @@ class StreamedTensor(ir.LazyTensor):
 
 def raw_bytes(array: np.ndarray) -> memoryview:
     """The bytes of `array` in ONNX order (little endian, row-major) without a copy where it is contiguous."""
-    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def write_rows(fd: int, array: np.ndarray, offset: int) -> None:

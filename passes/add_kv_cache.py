@@ -12,7 +12,7 @@ import onnx_ir as ir
 from onnxtools.attention import Attention, Operand, find_attention
 from onnxtools.axes import Atom, leaves
 from onnxtools.errors import JobError, NoMatchError, UsageError
-from onnxtools.graph import Builder, forget_types, remove_unused, rename_or_bypass
+from onnxtools.graph import Builder, forget_types, has_dynamic_scales, remove_unused, rename_or_bypass
 from onnxtools.infer import Facts, analyse, stand_ins
 from onnxtools.masks import mask_constants, prime_above, sequence_dim
 from onnxtools.model import Model
@@ -85,8 +85,8 @@ class AddKvCache(Pass):
         _name_dimensions(model, lowering.ids)
         forget_types(output for node in model.graph for output in node.outputs if not output.is_graph_output())
         notes += lowering.notes(blocks)
-        if any(node.op_type == "QuantizeLinear" and node.inputs[1] is not None and not node.inputs[1].is_initializer() for node in model.graph):
-            notes.append("warning: quantization scales computed from the data (current scaling) see fewer tokens in a step than in a full run; results differ")
+        if has_dynamic_scales(model):
+            notes.append("warning: scales computed from the data (current scaling) see fewer tokens in a step than in a full run, so results differ")
         if shifted:
             notes.append(f"{len(shifted)} internally counted positions start at the past length ({', '.join(shifted[:3])})")
         return PassResult(True, len(blocks), notes)

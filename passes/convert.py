@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from onnxtools.passbase import Pass, option
 from onnxtools.passes.cleanup import Cleanup
+from onnxtools.passes.drop_stale_types import DropStaleTypes
 from onnxtools.passes.fold_constants import FoldConstants
 from onnxtools.passes.legalize import Legalize
 from onnxtools.passes.set_opset import SetOpset
@@ -33,5 +34,5 @@ class Convert(Pass):
 
     def expand(self) -> list[Pass]:
         return [
-            SetOpset(self.opset), Legalize(), FoldConstants(), TeFp8ToQdq(self.fold_weights), TeMxfp8ToQdq(self.keep_mx), Cleanup(),
+            DropStaleTypes(), SetOpset(self.opset), Legalize(), FoldConstants(), TeFp8ToQdq(self.fold_weights), TeMxfp8ToQdq(self.keep_mx), Cleanup(),
         ]  # fmt: skip

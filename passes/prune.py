@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
-from onnxtools.sparsity import prune_2_4
 
 from onnxtools.errors import JobError
 from onnxtools.graph import constant_tensor, is_op
@@ -16,6 +15,7 @@ from onnxtools.infer import Array
 from onnxtools.model import Model
 from onnxtools.passbase import Pass, PassResult, option
 from onnxtools.products import Product, weight_products
+from onnxtools.sparsity import prune_2_4
 from onnxtools.tensors import StreamedTensor
 
 _DTYPES = {

@@ -26,12 +26,14 @@ def print_json(data: Any) -> None:
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], right: Sequence[str] = ()) -> None:
     """Print one table; `right` names the columns of numbers."""
-    made = Table(title=title, title_justify="left")
+    out = console()
+    out.print(title, style="bold", markup=False, soft_wrap=True)
+    made = Table()
     for column in columns:
         made.add_column(column, justify="right" if column in right else "left", overflow="fold")
     for row in rows:
         made.add_row(*(str(cell) for cell in row))
-    console().print(made)
+    out.print(made)
 
 
 def number(value: float | None) -> str:

@@ -1,0 +1,40 @@
+"""Drop recorded types and shapes that contradict what the operators give."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from onnxtools.infer import Fact, analyse
+from onnxtools.model import Model
+from onnxtools.passbase import Pass, PassResult
+
+
+@dataclass(frozen=True)
+class DropStaleTypes(Pass):
+    """Exporters record some values wrongly, and a checker or runtime that believes them refuses the graph.
+
+    TransformerEngine records the rank-0 scale of current scaling as [1], and FP8 data as uint8. What is dropped is
+    inferred again by whoever needs it; graph inputs and outputs stay as declared.
+    """
+
+    name = "drop-stale-types"
+    example = "onnxtools drop-stale-types model.onnx out.onnx"
+
+    def apply(self, model: Model) -> PassResult:
+        facts = analyse(model)
+        stale = [o for node in model.graph for o in node.outputs if not o.is_graph_output() and not _agrees(o, facts[o])]
+        for value in stale:
+            value.shape = value.type = None
+        if not stale:
+            return PassResult(False, 0, ["every recorded type and shape agrees with the graph"])
+        return PassResult(True, len(stale), [f"{len(stale)} recorded types or shapes contradicted the graph ({stale[0].name!r} first)"])
+
+
+def _agrees(value: ir.Value, fact: Fact) -> bool:
+    if fact.dtype is not None and value.dtype not in (None, fact.dtype):
+        return False
+    if value.shape is None or fact.shape is None:
+        return True
+    return len(value.shape) == len(fact.shape) and all(not isinstance(d, int) or d == size for d, size in zip(value.shape, fact.shape, strict=True))
