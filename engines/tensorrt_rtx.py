@@ -71,8 +71,8 @@ class TensorRTRTXBuilder:
         )  # fmt: skip
 
 
-_UNFIT = "Profile k"
-"""TensorRT builds an engine that fails at run time, and warns `Profile kMAX values are not self-consistent`."""
+_UNFIT = r"Profile k(MIN|MAX) values are not self-consistent|k(MIN|OPT|MAX) values for profile"
+"""Shapes that the graph contradicts. With the second text the build fails; with the first, a mere warning, the engine would."""
 
 
 def _new_network(builder: Any) -> Any:
@@ -108,7 +108,7 @@ def _serialize(model: Model, builder: Any, network: Any, config: Any, writer: _W
         raise KeyboardInterrupt
     if writer.error is not None:
         raise writer.error
-    unfit = [line for line in _LOGGER.lines(trt.ILogger.WARNING) if line.startswith(_UNFIT)]
+    unfit = [line for _, text in _LOGGER.messages if re.search(_UNFIT, line := _plain(text))]
     if unfit:
         raise JobError(f"{model.path}: the graph cannot run in its profiles: {unfit[0]}; lower --max-seq-len or the shapes")
     if not done or writer.size == 0:

@@ -166,17 +166,15 @@ def test_operator_the_parser_lacks(tmp_path: Path, make: Build) -> None:
 
 
 def test_every_parser_error_names_node_operator_and_output(tmp_path: Path, make: Build) -> None:
-    """GroupQueryAttention is 'supported' until it is parsed; ReduceMean needs constant axes."""
-    nodes = [
-        helper.make_node("ReduceMean", ["x", "axes"], ["mean"], name="/norm/ReduceMean"),
-        helper.make_node("Attention", ["q", "q", "q"], ["y"], name="/attn/Attention", softcap=2.0),
-    ]
-    inputs = [tensor("x", [4, 64]), tensor("axes", [1], INT64), tensor("q", [1, 4, 8, 32])]
-    message = refused(make, tmp_path, write(tmp_path / "m.onnx", nodes, inputs, [tensor("mean", None), tensor("y", None)]))
-    lines = message.splitlines()
+    """GroupQueryAttention counts as supported until it is parsed."""
+    nodes = [helper.make_node("Attention", ["q", "q", x], [y], name=f"/{y}/Attention", softcap=2.0) for x, y in (("q", "x"), ("x", "y"))]
+    lines = refused(make, tmp_path, write(tmp_path / "m.onnx", nodes, [tensor("q", [1, 4, 8, 32])], [tensor("y", None)])).splitlines()
     assert "TensorRT-RTX's parser refuses 2 nodes; `onnxtools convert`" in lines[0]
-    assert lines[1].startswith("  node '/norm/ReduceMean' (ReduceMean) -> 'mean': ")
-    assert lines[2] == "  node '/attn/Attention' (Attention) -> 'y': Setting softcap is not supported in TensorRT Attention"
+    reason = "Setting softcap is not supported in TensorRT Attention"
+    assert lines[1:] == [f"  node '/{y}/Attention' (Attention) -> '{y}': {reason}" for y in "xy"]
+    mean = [helper.make_node("ReduceMean", ["x", "axes"], ["y"], name="/norm/ReduceMean")]
+    source = write(tmp_path / "m.onnx", mean, [tensor("x", [4, 64]), tensor("axes", [1], INT64)], [tensor("y", None)])
+    assert "parser refuses node '/norm/ReduceMean' (ReduceMean) -> 'y': " in refused(make, tmp_path, source)
     one = [helper.make_node("GroupQueryAttention", ["q", "q", "q"], ["y"], name="gqa", domain="com.microsoft", num_heads=4, kv_num_heads=4)]
     source = write(tmp_path / "m.onnx", one, [tensor("q", [1, 8, 128])], [tensor("y", None)], domains=["com.microsoft"])
     assert "parser refuses node 'gqa' (GroupQueryAttention) -> 'y': " in refused(make, tmp_path, source)
@@ -191,11 +189,12 @@ def test_builder_error_is_one_line(tmp_path: Path, make: Build) -> None:
     assert "\n" not in message and "_src" not in message and "cudaError" not in message
 
 
-def test_profile_that_no_run_can_have(tmp_path: Path, make: Build) -> None:
+@pytest.mark.parametrize("longest", [16, 64])
+def test_profile_that_no_run_can_have(tmp_path: Path, make: Build, longest: int) -> None:
     """TensorRT only warns when the largest shapes contradict a constant of the graph, and builds an engine that fails."""
     source = write(tmp_path / "m.onnx", [helper.make_node("Add", ["x", "table"], ["y"], name="positions")],
                    [tensor("x", ["sequence", 64])], [tensor("y", ["sequence", 64])], weights(table=random(12, 64)))  # fmt: skip
-    message = refused(make, tmp_path, source, max_seq_len=16)
+    message = refused(make, tmp_path, source, max_seq_len=longest, opt_seq_len=12 if longest == 16 else None)
     assert "the graph cannot run in its profiles" in message and "lower --max-seq-len" in message
 
 
