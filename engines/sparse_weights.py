@@ -53,5 +53,4 @@ def is_sparse(tensor: ir.TensorProtocol, axis: int) -> bool:
     """Whether every group of four along `axis` has at least two zeros; types below one byte are not looked into."""
     if tensor.dtype.bitwidth < 8:
         return False
-    counted = count_2_4(tensor, axis)
-    return 0 < counted.groups == counted.sparse_groups
+    return count_2_4(tensor, axis).is_2_4

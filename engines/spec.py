@@ -26,7 +26,7 @@ class EngineSpec:
     fp8: bool = option(False, "Demand FP8: refuse a graph without FP8 quantization.")
     sparsity: bool = option(False, "Let the builder use 2:4 sparse kernels; refuse a graph without 2:4 weights.")
     timing_cache: str | None = option(None, "Timing cache file (TensorRT-RTX has no timing cache and leaves it as it is).")
-    compute_capability: tuple[str, ...] = option(("8.9",), "Compute capability to build for, such as 8.9 or 12.0 (default 8.9).")
+    compute_capability: tuple[str, ...] = option(("8.9",), "Compute capability to build for, such as 8.9 or 12.0.")
     min_shapes: tuple[str, ...] = option((), "Smallest input shapes of a profile, in trtexec's syntax.")
     opt_shapes: tuple[str, ...] = option((), "Input shapes that a profile is tuned for.")
     max_shapes: tuple[str, ...] = option((), "Largest input shapes of a profile.")

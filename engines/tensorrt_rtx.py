@@ -172,7 +172,8 @@ def _plain(text: str) -> str:
     text = " ".join(line for line in text.splitlines() if "cudaError 35" not in line)
     text = re.sub(r"^\w+::\w+: Error Code \d+: ", "", text)
     text = re.sub(r"\w+\.(cpp|h):\d+: ", "", text)
-    text = re.sub(r" ?\(See https?://[^)]*\)| In \w+ at /_src/[^ )]*", "", text)
+    text = re.sub(r" ?\(See https?://[^)]*\)|\.? In \S+ at /_src/[^ )]*", "", text)
+    text = re.sub(r"^Internal Error \((.*)\)$", r"\1", text)
     return re.sub(r"\s+", " ", text).strip().rstrip(".")
 
 

@@ -95,10 +95,12 @@ def _given(node: ir.Node, index: int) -> bool:
     return len(node.inputs) > index and node.inputs[index] is not None
 
 
+_DECOMPOSE = "`onnxtools decompose-attention IN OUT` writes an explicit mask"
+
+
 def _attention(node: ir.Node, graph: Graph) -> str | None:
-    explicit = "give Attention an explicit additive mask instead, as add-kv-cache and decompose-attention do"
     if _given(node, 6):
-        return f"TensorRT's parser drops its nonpad_kv_seqlen input without a word; {explicit}"
+        return "TensorRT's parser drops its nonpad_kv_seqlen input without a word; give it an explicit additive mask instead"
     if _given(node, 4) or _given(node, 5):
         return "TensorRT takes no past_key or past_value input; concatenate the cache outside Attention, as add-kv-cache does"
     if any(output.name for output in node.outputs[1:]):
@@ -106,13 +108,13 @@ def _attention(node: ir.Node, graph: Graph) -> str | None:
     if not attribute(node, "is_causal", 0):
         return None
     if _given(node, 3):
-        return f"TensorRT cannot combine is_causal with a mask; put the causal part into the mask: {explicit}"
+        return f"TensorRT cannot combine is_causal with a mask; {_DECOMPOSE}"
     query, key = (graph.shape(node.inputs[index]) for index in (0, 1))
     if query is None or key is None:
-        return f"is_causal=1 with unknown sequence lengths, and TensorRT aligns that mask upper-left; {explicit}"
+        return f"is_causal=1 with unknown sequence lengths, and TensorRT aligns that mask upper-left; {_DECOMPOSE}"
     lengths = [shape[2] if len(shape) == 4 else shape[1] for shape in (query, key)]
     if lengths[0] != lengths[1]:
-        return f"is_causal=1 on other lengths of queries and keys, and TensorRT aligns that mask upper-left; {explicit}"
+        return f"is_causal=1 on other lengths of queries and keys, and TensorRT aligns that mask upper-left; {_DECOMPOSE}"
     return None
 
 

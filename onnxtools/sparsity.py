@@ -1,13 +1,22 @@
 """2:4 structured sparsity by magnitude, in plain numpy integer arithmetic.
 
-Floating-point numbers with the sign bit cleared order like unsigned integers, so magnitudes are compared as integer
-keys. The difference of two keys fits the signed type, and its sign bit is the comparison: an arithmetic shift spreads
-it over the word, and majority logic on three such words gives the mask of an element, without booleans or branches.
+Floating-point numbers with the sign bit cleared order like unsigned integers (IEEE 754-2019, 5.10; OCP FP8
+likewise), so magnitudes are compared as integer keys. The difference of two keys fits the signed type and its
+sign bit is the comparison. In a group a, b, c, d with s = [b < a] and t = [d < c] two facts decide:
+
+    U = [max(c, d) < min(a, b)]   a and b stay           keep a: s & W | U       keep c: t & ~U | ~W
+    W = [min(c, d) < max(a, b)]   if not, c and d stay   keep b: ~s & W | U      keep d: ~t & ~U | ~W
+
+Otherwise the larger of each pair stays. That is 30 vector operations for four elements. Only sign bits matter
+until one arithmetic shift spreads them over the word; there are no booleans and no branches, and all buffers
+stay in the second-level cache. Groups that lie in memory as four neighbours are split by casts from double
+words to halves, which numpy vectorizes (strided access it does not). Integers are little endian, as in ONNX.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,102 +27,53 @@ from onnxtools.tensors import read_rows, slabs
 
 Array = np.ndarray[Any, Any]
 
-LANE_ELEMENTS = 16 * 1024
-"""Elements of each of the four lanes that are worked on at once: all buffers of a step stay in the second-level cache."""
+LANE_BYTES = 64 * 1024
+"""Bytes of each of the four lanes that are worked on at once; the scratch of a call is 12 lanes (768 KiB)."""
+PIECE_BYTES = 256 * 1024
+"""Arrays that are not C-contiguous are copied in pieces of at most this size."""
 
-_SIGNED = {1: np.int8, 2: np.int16, 4: np.int32}
-_NAMES = {"float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"}
+_NAMES = ("float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 
 
 def prune_2_4(weight: Array, axis: int, out: Array | None = None) -> Array:
     """Zero the two smallest magnitudes in every four consecutive elements along `axis`.
 
-    Of equal magnitudes the lower index goes first (a stable ascending sort); NaN counts as the largest; what is pruned
-    becomes +0. The result does not depend on how a tensor is cut into groups of whole quadruples.
+    What a stable ascending sort of |w| puts first goes: of equal magnitudes the lower index. -0 equals 0; NaN
+    is larger than infinity (NaNs among themselves order by payload); what is pruned becomes +0, what is kept
+    keeps its bits. The result does not depend on how a tensor is cut into whole groups; threads may call.
 
     Args:
-        weight: any rank; float32, float16, bfloat16, float8_e4m3fn or float8_e5m2.
+        weight: any rank >= 1, any strides, may be read-only or a memory map; float32, float16, bfloat16,
+            float8_e4m3fn or float8_e5m2 in native byte order.
         axis: its length must be a multiple of 4.
-        out: where to write, C-contiguous, of the shape and dtype of `weight`; a new array by default.
+        out: of the shape and dtype of `weight`; `weight` itself, or memory that does not overlap it. A new
+            C-contiguous array by default. With `out` a call needs under 4 MiB of memory, whatever the size.
+    Returns:
+        `out`.
     Raises:
-        ValueError: the length or the dtype does not fit.
+        ValueError: the axis, its length, the dtype or `out` does not fit.
     """
-    view = _lanes(weight, axis)
-    result = np.empty(weight.shape, weight.dtype) if out is None else out
-    target = _lanes(result, axis)
-    outer, groups, _, inner = view.shape
-    if inner == 1:  # the groups lie in one row: treat all of them as one long lane
-        view, target = (v.reshape(1, 1, outer * groups, 4).transpose(0, 1, 3, 2) for v in (view, target))
-        outer, groups, _, inner = view.shape
-    scratch = _Scratch(view.dtype)
-    width = min(inner, LANE_ELEMENTS)
-    height = max(1, LANE_ELEMENTS // width)
-    for index in range(outer):
-        for top in range(0, groups, height):
-            for left in range(0, inner, width):
-                part = (index, slice(top, top + height), slice(None), slice(left, left + width))
-                scratch.prune(view[part], target[part])
-    return result
-
-
-def _lanes(array: Array, axis: int) -> Array:
-    """`array` as signed integers [outer, groups, 4, inner]; a view where the memory allows."""
-    if array.dtype.name not in _NAMES:
-        raise ValueError(f"{array.dtype.name} cannot be pruned; use one of {', '.join(sorted(_NAMES))}")
-    axis %= array.ndim
-    length = array.shape[axis]
-    if length % 4:
-        raise ValueError(f"the axis has {length} elements, no multiple of 4")
-    outer, inner = math.prod(array.shape[:axis]), math.prod(array.shape[axis + 1 :])
-    return np.ascontiguousarray(array).view(_SIGNED[array.dtype.itemsize]).reshape(outer, length // 4, 4, inner)
-
-
-class _Scratch:
-    """Buffers of one worker: four lanes of keys and a few of masks."""
-
-    def __init__(self, dtype: np.dtype[Any]) -> None:
-        self.clear = np.array(np.iinfo(dtype).max, dtype)  # every bit but the sign
-        self.shift = np.array(dtype.itemsize * 8 - 1, dtype)
-        self.buffers = [np.empty(LANE_ELEMENTS, dtype) for _ in range(12)]
-
-    def prune(self, x: Array, out: Array) -> None:
-        """One step: x and out are [height, 4, width] with at most `LANE_ELEMENTS` elements a lane."""
-        shape = (x.shape[0], x.shape[2])
-        count = shape[0] * shape[1]
-        buffers = [buffer[:count].reshape(shape) for buffer in self.buffers]
-        keys, wins, a, b = buffers[:4], buffers[4:10], buffers[10], buffers[11]
-        for lane in range(4):
-            np.bitwise_and(x[:, lane], self.clear, out=keys[lane])
-        # wins[ij] is all ones where lane i beats the later lane j: key j - key i is negative.
-        for word, (i, j) in zip(wins, _PAIRS, strict=True):
-            np.subtract(keys[j], keys[i], out=word)
-            np.right_shift(word, self.shift, out=word)
-        w01, w02, w03, w12, w13, w23 = wins
-        self._keep(x, out, 0, w01, w02, w03, a, b)
-        np.invert(w01, out=w01)
-        self._keep(x, out, 1, w01, w12, w13, a, b)
-        np.invert(w02, out=w02)
-        np.invert(w12, out=w12)
-        self._keep(x, out, 2, w02, w12, w23, a, b)
-        for word in (w03, w13, w23):
-            np.invert(word, out=word)
-        self._keep(x, out, 3, w03, w13, w23, a, b)
-
-    def _keep(self, x: Array, out: Array, lane: int, p: Array, q: Array, r: Array, a: Array, b: Array) -> None:
-        """Keep a lane where at least two of its three comparisons are won: the majority of three words."""
-        np.bitwise_or(p, q, out=a)
-        np.bitwise_and(a, r, out=a)
-        np.bitwise_and(p, q, out=b)
-        np.bitwise_or(a, b, out=a)
-        np.bitwise_and(x[:, lane], a, out=out[:, lane])
-
-
-_PAIRS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
+    weight = np.asarray(weight)
+    axis = _check(weight, axis)
+    if out is None:
+        out = np.empty(weight.shape, weight.dtype)
+    elif out.shape != weight.shape or out.dtype != weight.dtype or not out.flags.writeable:
+        raise ValueError(f"out is {out.dtype} {out.shape}; not writeable {weight.dtype} {weight.shape}")
+    kernel = _Kernel(weight)
+    for index in _pieces(weight, axis, weight.flags.c_contiguous and out.flags.c_contiguous):
+        piece = out[index]
+        target = piece if piece.flags.c_contiguous else np.empty(piece.shape, piece.dtype)
+        x, y = _groups(weight[index], axis), _groups(target, axis)
+        for slab in _slabs(x):
+            (kernel.neighbours if x.shape[2] == 1 else kernel.rows)(x[slab], y[slab])
+        if target is not piece:
+            piece[...] = target
+    return out
 
 
 @dataclass
 class Sparsity:
-    """Zeros of a weight: elements, zero elements, groups of four along K, and groups with at least two zeros."""
+    """Zeros of a weight: elements, zero elements, groups of four along K, groups with at least two zeros."""
 
     elements: int = 0
     zeros: int = 0
@@ -130,10 +90,26 @@ class Sparsity:
 
 
 def is_2_4(weight: Array, axis: int) -> tuple[int, int]:
-    """(groups of four along `axis` with at least two zeros, groups in all)."""
-    lanes = _lanes(weight, axis)
-    zeros = (lanes & np.array(np.iinfo(lanes.dtype).max, lanes.dtype)) == 0
-    return int(np.count_nonzero(zeros.sum(axis=2, dtype=np.int8) >= 2)), zeros.size // 4
+    """(groups of four along `axis` with at least two zeros, groups in all), in less than 4 MiB of memory.
+
+    Args:
+        weight, axis: as of `prune_2_4`.
+    Raises:
+        ValueError: the axis, its length or the dtype does not fit.
+    """
+    weight = np.asarray(weight)
+    axis = _check(weight, axis)
+    sparse = 0
+    for index in _pieces(weight, axis, weight.flags.c_contiguous):
+        x = _groups(weight[index], axis)
+        for slab in _slabs(x):
+            zero = ((x[slab] << 1) == 0).view(np.uint8)
+            if x.shape[2] == 1:
+                words = zero.reshape(-1).view(np.uint32)
+                sparse += int(np.count_nonzero(words & (words - 1)))  # more than one of four bits
+            else:
+                sparse += int(np.count_nonzero(zero[:, 0] + zero[:, 1] + zero[:, 2] + zero[:, 3] > 1))
+    return sparse, weight.size // 4
 
 
 def count_2_4(tensor: ir.TensorProtocol, axis: int) -> Sparsity:
@@ -143,9 +119,129 @@ def count_2_4(tensor: ir.TensorProtocol, axis: int) -> Sparsity:
     for start, stop in slabs(tensor, 4 if axis == 0 else 1):
         rows = read_rows(tensor, start, stop)
         found.elements += rows.size
-        found.zeros += rows.size - int(np.count_nonzero(rows.astype(np.float32) if rows.dtype.itemsize == 1 else rows))
+        values = rows.astype(np.float32) if rows.dtype.itemsize == 1 else rows
+        found.zeros += rows.size - int(np.count_nonzero(values))
         if whole:
             sparse, groups = is_2_4(rows, axis)
             found.sparse_groups += sparse
             found.groups += groups
     return found
+
+
+def _check(weight: Array, axis: int) -> int:
+    """The axis counted from the front."""
+    if weight.dtype.name not in _NAMES or not weight.dtype.isnative:
+        raise ValueError(f"{weight.dtype} has no 2:4 pruning; use {', '.join(_NAMES)} in native byte order")
+    if not -weight.ndim <= axis < weight.ndim:
+        raise ValueError(f"axis {axis} of an array of rank {weight.ndim}")
+    if weight.shape[axis] % 4:
+        raise ValueError(f"axis {axis} has {weight.shape[axis]} elements, no multiple of 4")
+    return axis % weight.ndim
+
+
+def _groups(array: Array, axis: int) -> Array:
+    """Signed integers [groups, 4, elements after the axis]; a view where C-contiguous, else a copy."""
+    after = math.prod(array.shape[axis + 1 :])
+    lanes = np.ascontiguousarray(array).view(f"i{array.dtype.itemsize}")
+    return lanes.reshape(array.size // (4 * after), 4, after)
+
+
+def _pieces(array: Array, axis: int, whole: bool) -> Iterator[tuple[slice, ...]]:
+    """Indices that cover `array`: one if `whole`, else parts of PIECE_BYTES, by halving the longest axis."""
+    todo = [tuple(slice(0, size) for size in array.shape)] if array.size else []
+    units = [4 if i == axis else 1 for i in range(array.ndim)]
+    while todo:
+        index = todo.pop()
+        counts = [(part.stop - part.start) // unit for part, unit in zip(index, units, strict=True)]
+        if whole or 4 * math.prod(counts) * array.dtype.itemsize <= PIECE_BYTES:
+            yield index
+            continue
+        at = counts.index(max(counts))
+        low, high = index[at].start, index[at].stop
+        middle = low + counts[at] // 2 * units[at]
+        todo += [(*index[:at], slice(*ends), *index[at + 1 :]) for ends in ((low, middle), (middle, high))]
+
+
+def _slabs(x: Array) -> Iterator[tuple[slice, slice, slice]]:
+    """Indices that cut [groups, 4, n] into slabs whose lanes fit LANE_BYTES; long rows are cut evenly."""
+    lane = LANE_BYTES // x.dtype.itemsize
+    width = -(-x.shape[2] // -(-x.shape[2] // lane))
+    for top in range(0, x.shape[0], lane // width):
+        for left in range(0, x.shape[2], width):
+            yield slice(top, top + lane // width), slice(None), slice(left, left + width)
+
+
+class _Kernel:
+    """Scratch and constants of one call. Slabs are signed integers [h, 4, w] of at most LANE_BYTES a lane."""
+
+    def __init__(self, weight: Array) -> None:
+        bits = 8 * weight.dtype.itemsize
+        self.lane, self.word = np.dtype(f"u{bits // 8}"), np.dtype(f"u{bits // 4}")
+        signed = np.dtype(f"i{bits // 8}")
+        self.clear = np.array(np.iinfo(signed).max, signed)
+        self.sign = np.array(bits - 1, signed)
+        self.bits, self.one = np.array(bits, self.word), np.array(1 << bits, self.word)
+        size = min(weight.size, 4 * LANE_BYTES // signed.itemsize)
+        self.memory = np.empty((3, size + 64), signed)  # the 64 keep rows from aliasing in the cache
+
+    def rows(self, x: Array, out: Array) -> None:
+        """Each lane lies in rows: the pairs p = (a, c) and q = (b, d) are stacked copies."""
+        h, _, w = x.shape
+        n = h * w
+        a, b, c = self.memory[:, : 4 * n]
+        keys, result = a.reshape(2, 2, h, w), c.reshape(2, 2, n)
+        x, out = x.reshape(h, 2, 2, w), out.reshape(h, 2, 2, w)
+        np.bitwise_and(x.transpose(2, 1, 0, 3), self.clear, out=keys)
+        p, q = keys.reshape(2, 2, n)
+        m = b.reshape(4, n)  # max(a, b), min(a, b), min(c, d), max(c, d)
+        np.minimum(p, q, out=m[1:3])
+        np.maximum(p, q, out=m[::3])
+        np.subtract(q, p, out=result[0])  # s, t
+        facts = a.reshape(4, n)  # W, ~U, U, ~W; over the keys
+        np.subtract(m[2:], m[:2], out=facts[::2])
+        np.invert(facts[2::-2], out=facts[1::2])
+        self._keep(result, facts[:2], facts[2:])
+        np.bitwise_and(x, result.reshape(2, 2, h, w).transpose(2, 1, 0, 3), out=out)
+
+    def neighbours(self, x: Array, out: Array) -> None:
+        """The four lie together: p = (a, c, ...), q = (b, d, ...) are low and high halves of double words."""
+        n = x.size // 2
+        a, b, c = self.memory[:, : 2 * n]
+        result, aw, bw, bits = c.reshape(2, n), a.view(self.word), b.view(self.word), self.bits
+        np.bitwise_and(x.reshape(-1), self.clear, out=a)
+        p, q = result
+        np.copyto(p.view(self.lane), aw, casting="unsafe")
+        np.right_shift(aw, bits, out=bw)
+        np.copyto(q.view(self.lane), bw, casting="unsafe")
+        low, high = a.reshape(2, n)
+        yes, no = b.reshape(2, n)  # (U, ~W, ...) and (W, ~U, ...)
+        yes_w, no_w, high_w = yes.view(self.word), no.view(self.word), high.view(self.word)
+        np.minimum(p, q, out=low)
+        np.maximum(p, q, out=high)
+        np.subtract(q, p, out=result[0])
+        self._swap(high_w, yes_w, no_w)
+        np.subtract(yes, low, out=yes)  # max(c, d) - min(a, b), max(a, b) - min(c, d)
+        np.subtract(yes_w, self.one, out=yes_w)  # one less in the second: <= instead of <
+        self._swap(yes_w, no_w, high_w)
+        np.invert(no, out=no)
+        self._keep(result, no, yes)
+        np.copyto(aw, result[0].view(self.lane))
+        np.copyto(bw, result[1].view(self.lane))
+        np.left_shift(bw, bits, out=bw)
+        np.bitwise_or(aw, bw, out=aw)
+        np.bitwise_and(x.reshape(-1), a, out=out.reshape(-1))
+
+    def _swap(self, words: Array, out: Array, spare: Array) -> None:
+        """Exchange the halves of every word."""
+        np.right_shift(words, self.bits, out=out)
+        np.left_shift(words, self.bits, out=spare)
+        np.bitwise_or(out, spare, out=out)
+
+    def _keep(self, result: Array, both: Array, sure: Array) -> None:
+        """From result[0] = (s, t), both = (W, ~U), sure = (U, ~W): result = masks of (a, c) and (b, d)."""
+        first, second = result
+        np.bitwise_and(first, both, out=first)
+        np.bitwise_or(first, sure, out=first)
+        np.bitwise_xor(first, both, out=second)
+        np.bitwise_or(second, sure, out=second)
+        np.right_shift(result, self.sign, out=result)

@@ -12,6 +12,7 @@ Invariants of every save:
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -71,6 +72,7 @@ def replacing(path: Path) -> Iterator[Path]:
         JobError: the folder is missing or not writable, or the disk is full.
     """
     tmp = temporary(path)
+    _remove_orphans(path)
     try:
         yield tmp
         with open(tmp, "rb+") as file:
@@ -81,6 +83,14 @@ def replacing(path: Path) -> Iterator[Path]:
         raise write_error(path, error) from error
     finally:
         tmp.unlink(missing_ok=True)
+
+
+def _remove_orphans(path: Path) -> None:
+    """Delete temporary files of `path` whose process is gone (killed in the middle of a save)."""
+    for orphan in path.parent.glob(f".{glob.escape(path.name)}*.tmp"):
+        pid = orphan.suffixes[-2].removeprefix(".") if len(orphan.suffixes) > 1 else ""
+        if pid.isdigit() and not Path("/proc", pid).exists():
+            orphan.unlink(missing_ok=True)
 
 
 def write_error(path: Path, error: OSError) -> JobError:
@@ -381,7 +391,7 @@ def _free_data_name(path: Path) -> Path:
 def _referenced_files(path: Path) -> set[str]:
     """Data files of ours (`NAME.data`, `NAME.N.data`) that the graph file at `path` mentions."""
     content = path.read_bytes() if path.stat().st_size < 2**31 else b""
-    ours = [p.name for p in path.parent.glob(f"{path.name}.*data")]
+    ours = [p.name for p in path.parent.glob(f"{glob.escape(path.name)}.*data")]
     return {name for name in ours if name.encode() in content}
 
 

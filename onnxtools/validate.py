@@ -83,14 +83,15 @@ class Verdict:
 
 
 def default_tolerance(model: Model) -> float:
-    """Relative L2 that rounding alone may cause: float32 1e-5, float16 1e-2, bfloat16 and 16-bit FP8 graphs 0.1.
+    """Relative L2 that rounding alone may cause: float32 1e-5, float16 1e-2, bfloat16, 16-bit FP8 graphs and FP8 caches 0.1.
 
     FP8 rounds to 3 bits, so one 16-bit rounding before it can flip a value by 6%; a few layers make percents of that.
     """
     types = {tensor.dtype for _, tensor in model.weights()}
     types |= {value.dtype for value in (*model.graph.inputs, *model.graph.outputs) if value.dtype is not None}
     half = ir.DataType.FLOAT16 in types
-    if ir.DataType.BFLOAT16 in types or (half and has_fp8(model)):
+    fp8_cache = any(value.dtype == ir.DataType.FLOAT8E4M3FN for value in cache_inputs(model))
+    if ir.DataType.BFLOAT16 in types or fp8_cache or (half and has_fp8(model)):
         return 0.1
     return 1e-2 if half else 1e-5
 

@@ -360,9 +360,23 @@ class _Concat:
                 target.append(math.prod(sizes[role] for role in group))
             else:
                 target.append(0 if len(group) == 1 and order.index(group[0]) == position else -1)
-        if target.count(-1) > 1:
+        if target.count(-1) < 2:
+            return build.op("Reshape", [value, build.constant(target, "merge_heads")], f"{prefix}/Reshape")
+        return build.op("Reshape", [value, self._computed_target(groups, target, block, prefix)], f"{prefix}/Reshape")
+
+    def _computed_target(self, groups: list[list[str]], target: list[int], block: Attention, prefix: str) -> ir.Value:
+        """A Reshape target in which batch and sequence are read from the token ids, such as [batch * heads, sequence, channels]."""
+        build = self.builder
+        parts = []
+        for group, size in zip(groups, target, strict=True):
+            if group in (["batch"], ["sequence"]):
+                axis = 0 if group == ["batch"] else 1
+                parts.append(build.op("Shape", [self.ids], f"{prefix}/{group[0]}", start=axis, end=axis + 1))
+            else:
+                parts.append(build.constant([size], "size"))
+        if sum(size == -1 and group not in (["batch"], ["sequence"]) for group, size in zip(groups, target, strict=True)) > 1:
             raise JobError(f"the output {block.output.name!r} of attention mixes batch and sequence with heads; export with [batch, sequence, hidden] outputs")
-        return build.op("Reshape", [value, build.constant(target, "merge_heads")], f"{prefix}/Reshape")
+        return build.op("Concat", parts, f"{prefix}/shape", axis=0)
 
 
 def _attributes(node: ir.Node) -> dict[str, Any]:

@@ -61,17 +61,17 @@ command = click.Command(
 
 def show_manifest(engine: Engine) -> None:
     """The manifest as people read it."""
-    from onnxtools.cli.render import console, size, table
+    from onnxtools.cli.render import collapse, console, size, table
 
     m, out = engine.manifest, console()
     backend, capabilities = m["backend"], ", ".join(m["compute_capabilities"])
     rows = [("input", i["name"], i["dtype"], _dims(i["shape"])) for i in m["inputs"]]
     rows += [("output", i["name"], i["dtype"], _dims(i["shape"])) for i in m["outputs"]]
     title = f"{engine.path}: {size(m['engine']['bytes'])}, {backend['name']} {backend['version']}, compute capability {capabilities}"
-    table(f"{title} (from the {m['io_source']})", ("", "name", "type", "shape"), rows)
+    table(f"{title} (from the {m['io_source']})", ("", "name", "type", "shape"), collapse(rows, 1))
     for index, profile in enumerate(m["profiles"]):
         spans = [(name, *(_dims(span[which]) for which in ("min", "opt", "max"))) for name, span in profile["inputs"].items()]
-        table(f"profile {index}: {profile['name']}", ("input", "min", "opt", "max"), spans)
+        table(f"profile {index}: {profile['name']}", ("input", "min", "opt", "max"), collapse(spans, 0))
     types = ", ".join(f"{count} {name}" for name, count in m["layers"]["output_dtypes"].items())
     out.print(f"  layer outputs: {types}", markup=False)
     for line in (*m["mends"], *m["notes"]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -34,6 +35,19 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], rig
     for row in rows:
         made.add_row(*(str(cell) for cell in row))
     out.print(made)
+
+
+def collapse(rows: Iterable[tuple[Any, ...]], name: int) -> list[tuple[Any, ...]]:
+    """Rows that differ only in the number within their name become one: `past_key_values.*.key (24)`."""
+    merged: dict[tuple[Any, ...], list[tuple[Any, ...]]] = {}
+    for row in rows:
+        pattern = re.sub(r"\b\d+\b", "*", str(row[name]))
+        merged.setdefault((*row[:name], pattern, *row[name + 1 :]), []).append(row)
+    result = []
+    for key, group in merged.items():
+        shown = key[name] if len(group) > 1 else group[0][name]
+        result.append((*key[:name], f"{shown} ({len(group)})" if len(group) > 1 else shown, *key[name + 1 :]))
+    return result
 
 
 def number(value: float | None) -> str:

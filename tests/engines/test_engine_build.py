@@ -14,8 +14,6 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from conftest import Build
-from engine_graphs import BF16, FIXTURES, FLOAT, HALF, INT64, files, fp8_linear, helper, linear, manifest, random, tensor, weights, write
 
 from onnxtools.engines.build import build
 from onnxtools.engines.builder import get_builder
@@ -25,6 +23,8 @@ from onnxtools.engines.spec import EngineSpec
 from onnxtools.engines.trtexec import trtexec_line
 from onnxtools.errors import JobError, UsageError
 from onnxtools.model import Model
+from tests.engines.conftest import Build
+from tests.engines.graphs import BF16, FIXTURES, FLOAT, HALF, INT64, files, fp8_linear, helper, linear, manifest, random, tensor, weights, write
 
 TE_LINEAR = FIXTURES / "te" / "te_linear_fp8_ds.onnx"
 TE_GPT = FIXTURES / "te" / "te_gpt_fp8_ds_dyn.onnx"
@@ -186,7 +186,9 @@ def test_builder_error_is_one_line(tmp_path: Path, make: Build) -> None:
                    [tensor("a", ["n"]), tensor("b", ["m"])], [tensor("y", None)])  # fmt: skip
     text = {"min_shapes": ("a:2,b:3",), "opt_shapes": ("a:2,b:3",), "max_shapes": ("a:2,b:3",)}
     message = refused(make, tmp_path, source, **text)
-    assert "\n" not in message and "_src" not in message and "cudaError" not in message
+    assert message.endswith(
+        "cannot build it: API Usage Error (IElementWiseLayer sum: broadcast dimensions must be conformable); see the graph with `onnxtools inspect`"
+    )
 
 
 @pytest.mark.parametrize("longest", [16, 64])
@@ -257,7 +259,7 @@ def test_interrupt_cancels_and_leaves_nothing(tmp_path: Path) -> None:
     source = write(tmp_path / "m.onnx", nodes, [tensor("h0", ["batch", "sequence", 64])], [tensor("h300", None)], stored)
     threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
-        while True:
+        for _ in range(200):
             build(source, tmp_path / "e.engine", EngineSpec(max_seq_len=16))
     assert [name for name in files(tmp_path) if name.startswith(".")] == []
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_graphs import HALF, INT64, helper, linear, tensor, write
 
 from onnxtools.engines.profiles import Profile, derive_profiles, parse_shapes, profiles_for
 from onnxtools.engines.spec import EngineSpec
 from onnxtools.errors import JobError, UsageError
 from onnxtools.model import Model
+from tests.engines.graphs import HALF, INT64, helper, linear, tensor, write
 
 
 def decoder(path: Path, cache: bool, names: tuple[str, str, str] = ("batch", "sequence", "past_sequence")) -> Model:

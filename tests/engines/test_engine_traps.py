@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import tensorrt_rtx as trt
-from conftest import Build
-from engine_graphs import BOOL, FLOAT, HALF, INT64, attention, helper, manifest, random, tensor, two_of_four, weights, write
 
 from onnxtools.engines.network import attentions, mend_attention
 from onnxtools.errors import JobError
+from tests.engines.conftest import Build
+from tests.engines.graphs import BOOL, FLOAT, HALF, INT64, attention, helper, manifest, random, tensor, two_of_four, weights, write
 
 
 def parse(source: Path) -> tuple[Any, ...]:
@@ -46,7 +46,7 @@ def test_causal_on_other_lengths_is_refused(tmp_path: Path, make: Build) -> None
     for keys in ("total_sequence", 32):
         message = refusal(make, attention(tmp_path / "m.onnx", keys=keys, is_causal=1))
         assert message.startswith("node '/attn/Attention' (Attention): is_causal=1 on other lengths of queries and keys")
-        assert "explicit additive mask" in message
+        assert "`onnxtools decompose-attention IN OUT` writes an explicit mask" in message
 
 
 def test_causal_on_equal_lengths_builds_as_it_is(tmp_path: Path, make: Build) -> None:

@@ -1,0 +1,57 @@
+"""Fixtures of the whole suite: converted and cached models are made once a session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.support import SHARED, TE, Case, fixture_path, succeed
+
+Make = Callable[..., Path]
+
+
+def pytest_report_header() -> list[str]:
+    return [] if SHARED.is_dir() else [f"{SHARED} is absent: tests of {', '.join(n for n in TE if not fixture_path(n).exists())} are skipped"]
+
+
+@pytest.fixture
+def case(request: pytest.FixtureRequest) -> Case:
+    """A fixture by name (parametrize indirectly); skips where the file is not in this clone."""
+    found = Case(request.param)
+    if not found.path.exists():
+        pytest.skip(f"{found.path} is absent (it is not part of a clone)")
+    return found
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """`converted(name, *flags)`: the fixture through `onnxtools convert`, made once."""
+    folder, made = tmp_path_factory.mktemp("converted"), dict[tuple[str, ...], Path]()
+
+    def make(name: str, *flags: str) -> Path:
+        key = (name, *flags)
+        if key not in made:
+            made[key] = folder / f"{len(made)}_{name}.onnx"
+            succeed("convert", fixture_path(name), made[key], *flags)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def cached(tmp_path_factory: pytest.TempPathFactory, converted: Make) -> Make:
+    """`cached(name, *flags)`: the converted fixture through `onnxtools add-kv-cache`, made once."""
+    folder, made = tmp_path_factory.mktemp("cached"), dict[tuple[str, ...], Path]()
+
+    def make(name: str, *flags: str) -> Path:
+        key = (name, *flags)
+        if key not in made:
+            made[key] = folder / f"{len(made)}_{name}.onnx"
+            succeed("add-kv-cache", converted(name), made[key], *flags)
+        return made[key]
+
+    return make
+
+
