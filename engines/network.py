@@ -118,8 +118,6 @@ def mend_attention(trt: Any, network: Any) -> list[str]:
     return mends + ([f"{len(additive)} boolean attention masks made additive"] if additive else [])
 
 
-
-
 def _additive(trt: Any, network: Any, attention: Any) -> Any:
     """where(mask, 0, lowest / 2) in the dtype of the queries."""
     mask, dtype = attention.mask, attention.get_input(0).dtype

@@ -58,8 +58,7 @@ def _check_limits(model: Model, spec: EngineSpec, builder: Builder) -> None:
         raise JobError(f"{model.path}: opset {model.opset}, but {builder.name} reads up to {limits.opset}; export an older one")
     if model.ir.ir_version > limits.ir_version:
         raise JobError(
-            f"{model.path}: IR version {model.ir.ir_version}, but {builder.name} reads up to {limits.ir_version};"
-            f" save it with ir_version={limits.ir_version}"
+            f"{model.path}: IR version {model.ir.ir_version}, but {builder.name} reads up to {limits.ir_version}; save it with ir_version={limits.ir_version}"
         )
 
 

@@ -45,8 +45,7 @@ class EngineSpec:
         counts = (len(self.min_shapes), len(self.opt_shapes), len(self.max_shapes))
         if len(set(counts)) > 1:
             raise UsageError(
-                f"--min-shapes, --opt-shapes and --max-shapes are given {counts[0]}, {counts[1]} and {counts[2]} times;"
-                " give all three once for each profile"
+                f"--min-shapes, --opt-shapes and --max-shapes are given {counts[0]}, {counts[1]} and {counts[2]} times; give all three once for each profile"
             )
         for name in ("max_batch_size", "max_seq_len"):
             if getattr(self, name) < 1:

@@ -22,6 +22,7 @@ import tensorrt_rtx as trt
 
 from onnxtools.engines import network as net
 from onnxtools.engines.builder import Built, Limits
+from onnxtools.engines.lowering import lowered
 from onnxtools.engines.profiles import Profile
 from onnxtools.engines.spec import EngineSpec
 from onnxtools.errors import JobError
@@ -54,10 +55,12 @@ class TensorRTRTXBuilder:
         builder = trt.Builder(_LOGGER)
         network = _new_network(builder)
         parser = trt.OnnxParser(network, _LOGGER)  # owns the weights: it must outlive the build
-        if not parser.parse_from_file(str(source)):
+        other = lowered(model)
+        parsed = parser.parse(other[0], str(source)) if other else parser.parse_from_file(str(source))
+        if not parsed:
             raise JobError(_parser_error(model, parser))
         net.refuse_shape_inputs(model, network)
-        mends = net.mend_attention(trt, network)
+        mends = [*(other[1] if other else []), *net.mend_attention(trt, network)]
         inputs, outputs = net.read_io(network)
         net.check_io(model, inputs, outputs)
         layers, precisions = net.histogram(network)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 PASSES = "onnxtools.passes"
 BUILDERS = "onnxtools.builders"
+_KIND = {PASSES: "pass", BUILDERS: "builder"}
 
 
 @functools.cache
@@ -36,7 +37,7 @@ def load(name: str, group: str = PASSES) -> Any:
     if name not in known:
         close = difflib.get_close_matches(name, known, n=3)
         hint = f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(sorted(known))}"
-        raise UsageError(f"no {group.rpartition('.')[2].rstrip('es')} is named {name!r}; {hint}")
+        raise UsageError(f"no {_KIND[group]} is named {name!r}; {hint}")
     return known[name].load()
 
 

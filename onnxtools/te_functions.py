@@ -93,7 +93,7 @@ def functions(opset: int) -> list[onnx.FunctionProto]:
     parsed = [parser.parse_function(text.strip()) for text in (*_FP8, *_MX)]
     for function in parsed:
         function.opset_import[0].version = opset
-        if function.name == "TRT_MXFP8DynamicQuantize":
+        if function.name.startswith("TRT_MXFP8"):
             # Written by `te-mxfp8-to-qdq --keep-mx` for TensorRT; these are the only values it takes.
             function.attribute_proto.extend([onnx.helper.make_attribute("axis", -1), onnx.helper.make_attribute("block_size", 32)])
     return parsed

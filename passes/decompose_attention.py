@@ -24,8 +24,7 @@ class DecomposeAttention(Pass):
 
     Rules (ONNX operator specification, Attention):
       - scores = (Q * scale) K^T + mask, scale = 1/sqrt(channels) by default; keys and values of grouped queries are repeated;
-      - `is_causal` becomes a mask from positions: ONNX aligns it bottom-right, TensorRT's parser upper-left, and an
-        explicit mask means the same to both;
+      - `is_causal` becomes a mask from positions, top-left aligned as the operator is without past inputs;
       - softcap, extra outputs, past inputs and `nonpad_kv_seqlen` are refused by name.
     """
 
@@ -65,7 +64,7 @@ def _decompose(node: ir.Node, facts: Facts, build: Builder) -> None:
     query = build.op("Mul", [query, build.constant(np.array(scale, dtype=dtype.numpy()), "attention_scale", dtype)], f"{name}/Scale")
     scores = build.op("MatMul", [query, build.op("Transpose", [key], f"{name}/Transpose", perm=[0, 1, 3, 2])], f"{name}/QK")
     if attribute(node, "is_causal", 0):
-        scores = build.op("Add", [scores, _causal(node, dtype, build)], f"{name}/Causal")
+        scores = build.op("Add", [scores, _causal(node, query, key, dtype, build)], f"{name}/Causal")
     if len(node.inputs) > 3 and node.inputs[3] is not None:
         scores = _masked(scores, node.inputs[3], facts, dtype, build, name)
     probabilities = build.op("Softmax", [scores], f"{name}/Softmax", axis=-1)
@@ -98,21 +97,22 @@ def _repeat(value: ir.Value, repeat: int, facts: Facts, build: Builder, name: st
     return build.op("Reshape", [value, build.constant([0, shape[1] * repeat, -1, shape[3]], "repeated")], f"{name}/Repeat")
 
 
-def _causal(node: ir.Node, dtype: ir.DataType, build: Builder) -> ir.Value:
-    """Additive [sequence, sequence] mask that hides later keys."""
-    query = node.inputs[0]
-    assert query is not None
+def _causal(node: ir.Node, query: ir.Value, key: ir.Value, dtype: ir.DataType, build: Builder) -> ir.Value:
+    """Additive mask [query length, key length] that hides keys later than the query."""
     name = f"{node.name}/mask"
-    axis = -2 if query.shape is None or len(query.shape) == 4 else 1
-    length = build.op("Shape", [query], f"{name}/Shape")
-    index = np.array(2 if axis == -2 else 1, dtype=np.int64)
-    length = build.op("Gather", [length, build.constant(index, "sequence_axis")], f"{name}/Length", axis=0)
-    zero, one = (build.constant(np.array(n, dtype=np.int64), f"int_{n}") for n in (0, 1))
-    places = build.op("Range", [zero, length, one], f"{name}/Range")
-    column = build.op("Unsqueeze", [places, build.constant([1], "axes_1")], f"{name}/Column")
-    hidden = build.op("Greater", [places, column], f"{name}/Greater")
+    rows, columns = (_count(value, f"{name}/{part}", build) for value, part in ((query, "queries"), (key, "keys")))
+    column = build.op("Unsqueeze", [rows, build.constant([1], "axes_1")], f"{name}/Column")
+    hidden = build.op("Greater", [columns, column], f"{name}/Greater")
     fill, none = (build.constant(np.array(n, dtype=dtype.numpy()), "mask", dtype) for n in (LOWEST, 0))
     return build.op("Where", [hidden, fill, none], f"{name}/Where")
+
+
+def _count(value: ir.Value, name: str, build: Builder) -> ir.Value:
+    """0, 1, ... along the sequence of [batch, heads, sequence, channels]."""
+    length = build.op("Shape", [value], f"{name}/Shape", start=2, end=3)
+    length = build.op("Squeeze", [length, build.constant([0], "axes_0")], f"{name}/Length")
+    zero, one = (build.constant(np.array(n, dtype=np.int64), f"int_{n}") for n in (0, 1))
+    return build.op("Range", [zero, length, one], f"{name}/Range")
 
 
 def _masked(scores: ir.Value, mask: ir.Value, facts: Facts, dtype: ir.DataType, build: Builder, name: str) -> ir.Value:

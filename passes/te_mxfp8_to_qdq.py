@@ -68,8 +68,10 @@ class TeMxfp8ToQdq(Pass):
     def _strip(self, node: ir.Node) -> None:
         if node.op_type != QUANTIZE[0]:
             node.op_type = QUANTIZE[0]
-        for name, value in (("axis", -1), ("block_size", MX_BLOCK)):
-            node.attributes.setdefault(name, ir.AttrInt64(name, value))
+        readers = [user for user, _ in node.outputs[0].uses() if is_op(user, DEQUANTIZE, domain="trt")]
+        for kept in (node, *readers):  # TensorRT's own defaults fit rank 2 only
+            for name, value in (("axis", -1), ("block_size", MX_BLOCK)):
+                kept.attributes.setdefault(name, ir.AttrInt64(name, value))
         for output in node.outputs:
             output.type = output.shape = None
 

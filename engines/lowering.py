@@ -1,0 +1,41 @@
+"""What is said differently to TensorRT than in the ONNX file that is kept."""
+
+from __future__ import annotations
+
+import onnx
+import onnx_ir as ir
+
+from onnxtools.model import Model
+
+MX_DEQUANTIZE = "TRT_MXFP8DequantizeLinear"
+
+
+def lowered(model: Model) -> tuple[bytes, list[str]] | None:
+    """The graph as TensorRT's parser wants it and what was changed; None when the file can be parsed as it is.
+
+    MXFP8 weights: TensorRT-RTX 1.7 imports no FLOAT8E8M0 initializer. DequantizeLinear-24 with such a scale becomes TensorRT's
+    own operator, whose scale is the same bytes as uint8. External weights stay where they are: parse with the file's path.
+    """
+    scales = {
+        node.inputs[1].name
+        for node in model.graph.all_nodes()
+        if node.op_type == "DequantizeLinear" and len(node.inputs) > 1 and node.inputs[1] is not None and _is_e8m0(node.inputs[1])
+    }
+    if not scales:
+        return None
+    proto = ir.to_proto(model.ir)
+    for initializer in proto.graph.initializer:
+        if initializer.name in scales:
+            initializer.data_type = onnx.TensorProto.UINT8
+    count = 0
+    for node in proto.graph.node:
+        if node.op_type == "DequantizeLinear" and len(node.input) > 1 and node.input[1] in scales:
+            node.op_type, node.domain, count = MX_DEQUANTIZE, "trt", count + 1
+    if not any(entry.domain == "trt" for entry in proto.opset_import):
+        proto.opset_import.append(onnx.helper.make_opsetid("trt", 1))
+    del proto.graph.value_info[:]
+    return proto.SerializeToString(), [f"{count} MXFP8 weights handed to TensorRT as {MX_DEQUANTIZE}"]
+
+
+def _is_e8m0(value: ir.Value) -> bool:
+    return value.const_value is not None and value.const_value.dtype == ir.DataType.FLOAT8E8M0
