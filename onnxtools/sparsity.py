@@ -99,11 +99,11 @@ def is_2_4(weight: Array, axis: int) -> tuple[int, int]:
     """
     weight = np.asarray(weight)
     axis = _check(weight, axis)
-    sparse = 0
+    sparse, clear = 0, _clear(weight.dtype.itemsize)
     for index in _pieces(weight, axis, weight.flags.c_contiguous):
         x = _groups(weight[index], axis)
         for slab in _slabs(x):
-            zero = ((x[slab] << 1) == 0).view(np.uint8)
+            zero = ((x[slab] & clear) == 0).view(np.uint8)
             if x.shape[2] == 1:
                 words = zero.reshape(-1).view(np.uint32)
                 sparse += int(np.count_nonzero(words & (words - 1)))  # more than one of four bits
@@ -137,6 +137,12 @@ def _check(weight: Array, axis: int) -> int:
     if weight.shape[axis] % 4:
         raise ValueError(f"axis {axis} has {weight.shape[axis]} elements, no multiple of 4")
     return axis % weight.ndim
+
+
+def _clear(size: int) -> Array:
+    """All bits but the sign of a `size`-byte integer."""
+    signed = np.dtype(f"i{size}")
+    return np.array(np.iinfo(signed).max, signed)
 
 
 def _groups(array: Array, axis: int) -> Array:
@@ -177,8 +183,8 @@ class _Kernel:
     def __init__(self, weight: Array) -> None:
         bits = 8 * weight.dtype.itemsize
         self.lane, self.word = np.dtype(f"u{bits // 8}"), np.dtype(f"u{bits // 4}")
-        signed = np.dtype(f"i{bits // 8}")
-        self.clear = np.array(np.iinfo(signed).max, signed)
+        self.clear = _clear(bits // 8)
+        signed = self.clear.dtype
         self.sign = np.array(bits - 1, signed)
         self.bits, self.one = np.array(bits, self.word), np.array(1 << bits, self.word)
         size = min(weight.size, 4 * LANE_BYTES // signed.itemsize)

@@ -18,6 +18,7 @@ from onnxtools.masks import mask_constants, prime_above, sequence_dim
 from onnxtools.model import Model
 from onnxtools.passbase import Pass, PassResult, option
 from onnxtools.passes._dynamic_shapes import make_dynamic
+from onnxtools.passes._kv_layout import from_bnsh, to_bnsh
 from onnxtools.passes._kv_mask import MaskRewriter, check_positions_follow_past
 from onnxtools.passes.decompose_attention import DecomposeAttention
 from onnxtools.positions import shift_positions
@@ -190,7 +191,7 @@ class _Concat:
         if index == 0:
             self._lengths(self._decoded[pasts[0]])
         build.before = block.product_pv
-        query = self._replay(self._to_bnsh(block.query, f"{prefix}/query"), block.query, f"{prefix}/query")
+        query = self._replay(to_bnsh(build, block.query, f"{prefix}/query"), block.query, f"{prefix}/query")
         keys = self._cached(index, "key", block.key, pasts[0], f"{prefix}/key")
         values = self._cached(index, "value", block.value, pasts[1], f"{prefix}/value")
         transposed = build.op("Transpose", [keys], f"{prefix}/key/Transpose", perm=[0, 1, 3, 2])
@@ -201,7 +202,7 @@ class _Concat:
         for node, data in block.probabilities:
             probabilities = self._replay_node(probabilities, node, data, f"{prefix}/probabilities")
         context = build.op("MatMul", [probabilities, values], f"{prefix}/pv/MatMul")
-        rename_or_bypass(self.model.graph, block.output, self._from_bnsh(context, block, f"{prefix}/context"))
+        rename_or_bypass(self.model.graph, block.output, from_bnsh(build, self.ids, context, block, f"{prefix}/context"))
 
     def _replay_node(self, value: ir.Value, node: ir.Node, data: int, prefix: str) -> ir.Value:
         if node.op_type in ("Reshape", "Transpose", "Identity", "Dropout", "Squeeze", "Unsqueeze"):
@@ -236,7 +237,7 @@ class _Concat:
 
     def _past_input(self, index: int, kind: str, operand: Operand) -> ir.Value:
         name = self._names(index, kind)[0]
-        value = ir.Input(self.builder.names(name), ir.Shape(self._cache_shape(operand, "past_sequence")), ir.TensorType(self._stored_dtype(operand)))
+        value = ir.val(self.builder.names(name), self._stored_dtype(operand), ir.Shape(self._cache_shape(operand, "past_sequence")))
         self.model.graph.inputs.append(value)
         return value
 
@@ -255,7 +256,7 @@ class _Concat:
         """New keys or values to the cache and back: [batch, query heads, total, channels] in the graph's type."""
         build = self.builder
         axis = 2 if self.options.layout == "bnsh" else 0
-        new = self._to_bnsh(operand, prefix)
+        new = to_bnsh(build, operand, prefix)
         if self.options.layout == "sbnh":
             new = build.op("Transpose", [new], f"{prefix}/to_cache", perm=[2, 0, 1, 3])
         own, stored = self.facts[operand.value].dtype, self._stored_dtype(operand)
@@ -315,69 +316,6 @@ class _Concat:
         target = [0, operand.head_count * operand.repeat, -1, operand.head_size]
         return build.op("Reshape", [value, build.constant(target, "kv_shape")], f"{prefix}/Repeat")
 
-    # --- layouts ------------------------------------------------------------------------------------------------------
-
-    def _to_bnsh(self, operand: Operand, prefix: str) -> ir.Value:
-        """`operand.value` as [batch, heads, sequence, channels]."""
-        build, value = self.builder, operand.value
-        axes = [leaves(axis) for axis in operand.layout]
-        empty = [i for i, axis in enumerate(axes) if not axis]
-        if empty:
-            value = build.op("Squeeze", [value, build.constant(empty, "axes")], f"{prefix}/Squeeze")
-            axes = [axis for axis in axes if axis]
-        roles = [_roles(axis, operand) for axis in axes]
-        if any(len(parts) > 1 for parts in roles):
-            value = build.op("Reshape", [value, build.constant(_split_target(roles), "split_heads")], f"{prefix}/Split")
-        order = [role for parts in roles for role, _ in parts]
-        wanted = sorted(range(len(order)), key=lambda i: ("batch", "heads", "sequence", "channels").index(order[i]))
-        if "heads" not in order:
-            value = build.op("Unsqueeze", [value, build.constant([len(order)], "axes")], f"{prefix}/Unsqueeze")
-            order.append("heads")
-            wanted = sorted(range(len(order)), key=lambda i: ("batch", "heads", "sequence", "channels").index(order[i]))
-        if wanted != list(range(len(order))):
-            value = build.op("Transpose", [value], f"{prefix}/Transpose", perm=wanted)
-        if len(order) > 4:
-            target = [0, operand.head_count, -1, operand.head_size]
-            value = build.op("Reshape", [value, build.constant(target, "kv_shape")], f"{prefix}/Merge")
-        return value
-
-    def _from_bnsh(self, value: ir.Value, block: Attention, prefix: str) -> ir.Value:
-        """The product [batch, heads, sequence, channels] in the layout that the rest of the graph expects."""
-        build = self.builder
-        groups = [_output_roles(axis, block) for axis in block.output_layout]
-        order = [role for group in groups for role in group]
-        perm = [("batch", "heads", "sequence", "channels").index(role) for role in order]
-        if sorted(perm) != [0, 1, 2, 3]:
-            raise JobError(f"the output {block.output.name!r} of attention interleaves heads and channels; no standard layout does")
-        if perm != [0, 1, 2, 3]:
-            value = build.op("Transpose", [value], f"{prefix}/Transpose", perm=perm)
-        if all(len(group) == 1 for group in groups):
-            return value
-        sizes = {"heads": block.query.head_count, "channels": block.value.head_size}
-        target: list[int] = []
-        for position, group in enumerate(groups):
-            if all(role in sizes for role in group):
-                target.append(math.prod(sizes[role] for role in group))
-            else:
-                target.append(0 if len(group) == 1 and order.index(group[0]) == position else -1)
-        if target.count(-1) < 2:
-            return build.op("Reshape", [value, build.constant(target, "merge_heads")], f"{prefix}/Reshape")
-        return build.op("Reshape", [value, self._computed_target(groups, target, block, prefix)], f"{prefix}/Reshape")
-
-    def _computed_target(self, groups: list[list[str]], target: list[int], block: Attention, prefix: str) -> ir.Value:
-        """A Reshape target in which batch and sequence are read from the token ids, such as [batch * heads, sequence, channels]."""
-        build = self.builder
-        parts = []
-        for group, size in zip(groups, target, strict=True):
-            if group in (["batch"], ["sequence"]):
-                axis = 0 if group == ["batch"] else 1
-                parts.append(build.op("Shape", [self.ids], f"{prefix}/{group[0]}", start=axis, end=axis + 1))
-            else:
-                parts.append(build.constant([size], "size"))
-        if sum(size == -1 and group not in (["batch"], ["sequence"]) for group, size in zip(groups, target, strict=True)) > 1:
-            raise JobError(f"the output {block.output.name!r} of attention mixes batch and sequence with heads; export with [batch, sequence, hidden] outputs")
-        return build.op("Concat", parts, f"{prefix}/shape", axis=0)
-
 
 def _attributes(node: ir.Node) -> dict[str, Any]:
     return {name: attribute.value for name, attribute in node.attributes.items()}
@@ -397,26 +335,3 @@ def _roles(axis: list[Atom], operand: Operand) -> list[tuple[str, int]]:
         else:
             parts.append((role, size))
     return parts
-
-
-def _split_target(roles: list[list[tuple[str, int]]]) -> list[int]:
-    """Reshape target that gives every role an axis: 0 copies a dynamic axis in place, -1 is one that moved."""
-    target: list[int] = []
-    for index, parts in enumerate(roles):
-        for role, size in parts:
-            dynamic = role in ("batch", "sequence")
-            target.append(size if not dynamic else 0 if len(target) == index else -1)
-    if target.count(-1) > 1:
-        raise JobError("keys or values have batch and sequence behind a merged axis; export with [batch, sequence, ...] activations")
-    return target
-
-
-def _output_roles(axis: list[Atom], block: Attention) -> list[str]:
-    query = block.query
-    heads = leaves(query.heads)
-    roles: list[str] = []
-    for atom in leaves(axis):
-        role = "batch" if atom is query.batch else "sequence" if atom is query.sequence else "heads" if atom in heads else "channels"
-        if not roles or roles[-1] != role:
-            roles.append(role)
-    return roles

@@ -1,0 +1,115 @@
+"""`set-opset`: a higher opset means the same, and nothing is ever lowered."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper
+
+from tests.support import INT64, Session, info, normal, opsets, refuse, rel_l2, stored, succeed, write
+
+X = np.abs(normal(4, 6)) + 0.5
+REDUCE = {
+    "ReduceMean": X.mean(-1, keepdims=True), "ReduceMax": X.max(-1, keepdims=True), "ReduceMin": X.min(-1, keepdims=True), "ReduceProd": X.prod(-1, keepdims=True),
+    "ReduceSumSquare": (X * X).sum(-1, keepdims=True), "ReduceL1": np.abs(X).sum(-1, keepdims=True), "ReduceL2": np.sqrt((X * X).sum(-1, keepdims=True)),
+    "ReduceLogSum": np.log(X.sum(-1, keepdims=True)), "ReduceLogSumExp": np.log(np.exp(X).sum(-1, keepdims=True)),
+}  # fmt: skip
+
+
+def upgrade(path: Path, version: int = 19) -> Path:
+    out = path.with_name("out.onnx")
+    succeed("set-opset", path, out, "--version", str(version))
+    onnx.checker.check_model(str(out), full_check=True)
+    return out
+
+
+@pytest.mark.parametrize("op", REDUCE)
+def test_axes_attribute_becomes_an_input(op: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "in.onnx", [helper.make_node(op, ["x"], ["y"], axes=[-1])], [info("x", [4, 6])], [info("y", [4, 1])], opset=17)
+    assert rel_l2(Session(upgrade(path))({"x": X})["y"], REDUCE[op]) <= 1e-6
+
+
+@pytest.mark.parametrize("keepdims", [0, 1])
+def test_reduce_without_axes_reduces_all(keepdims: int, tmp_path: Path) -> None:
+    shape = [1, 1] if keepdims else []
+    path = write(tmp_path / "in.onnx", [helper.make_node("ReduceMax", ["x"], ["y"], keepdims=keepdims)], [info("x", [4, 6])], [info("y", shape)], opset=17)
+    assert np.array_equal(Session(upgrade(path))({"x": X})["y"], X.max().reshape(shape))
+
+
+@pytest.mark.parametrize(("count", "width"), [(2, 3), (3, 2)])
+def test_split_without_sizes(count: int, width: int, tmp_path: Path) -> None:
+    names = [f"y{i}" for i in range(count)]
+    path = write(tmp_path / "in.onnx", [helper.make_node("Split", ["x"], names, axis=-1)], [info("x", [4, 6])], [info(n, [4, width]) for n in names], opset=17)
+    result = Session(upgrade(path))({"x": X})
+    assert all(np.array_equal(result[f"y{i}"], part) for i, part in enumerate(np.split(X, count, -1)))
+
+
+def test_split_with_sizes_keeps_them(tmp_path: Path) -> None:
+    nodes = [helper.make_node("Split", ["x", "sizes"], ["a", "b"], axis=1)]
+    path = write(tmp_path / "in.onnx", nodes, [info("x", [4, 6])], [info("a", [4, 5]), info("b", [4, 1])], stored(sizes=np.array([5, 1])), opset=17)
+    assert np.array_equal(Session(upgrade(path))({"x": X})["b"], X[:, 5:])
+
+
+def test_axes_of_opset_11(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Unsqueeze", ["x"], ["u"], axes=[0, 3]), helper.make_node("ReduceSum", ["u"], ["r"], axes=[1], keepdims=1),
+        helper.make_node("Squeeze", ["r"], ["q"], axes=[0, 1]), helper.make_node("Split", ["q"], ["a", "b"], axis=0, split=[2, 4]), helper.make_node("Neg", ["b"], ["y"]),
+    ]  # fmt: skip
+    path = write(tmp_path / "in.onnx", nodes, [info("x", [4, 6])], [info("y", [4, 1]), info("a", [2, 1])], opset=11, ir_version=6)
+    assert rel_l2(Session(upgrade(path))({"x": X})["y"], -X.sum(0)[2:, None]) <= 1e-6
+
+
+@pytest.mark.parametrize("version", [13, 19, 20])
+def test_an_opset_is_never_lowered(version: int, tmp_path: Path) -> None:
+    path = write(tmp_path / "in.onnx", [helper.make_node("Gelu", ["x"], ["y"])], [info("x", [4, 6])], [info("y", [4, 6])], opset=20)
+    assert opsets(upgrade(path, version)) == {"": 20}
+
+
+@pytest.mark.parametrize("version", [13, 17, 19, 21, 23, 24, 25])
+def test_the_ir_version_carries_the_opset(version: int, tmp_path: Path) -> None:
+    """ONNX Runtime loads IR up to 13; the checker knows which IR an opset needs."""
+    path = write(tmp_path / "in.onnx", [helper.make_node("Relu", ["x"], ["y"])], [info("x", [4, 6])], [info("y", [4, 6])], opset=13, ir_version=7)
+    out = upgrade(path, version)
+    assert opsets(out) == {"": version}
+    assert np.array_equal(Session(out)({"x": X})["y"], X)
+
+
+def test_the_old_names_of_the_default_domain(tmp_path: Path) -> None:
+    path = write(tmp_path / "in.onnx", [helper.make_node("ReduceMax", ["x"], ["y"], axes=[1], domain="ai.onnx")], [info("x", [4, 6])], [info("y", [4, 1])], opset=17)
+    assert np.array_equal(Session(upgrade(path))({"x": X})["y"], X.max(1, keepdims=True))
+
+
+@pytest.mark.parametrize(("op", "attributes", "old"), [("Softmax", {"axis": 1}, 12), ("BatchNormalization", {}, 13), ("Hardmax", {"axis": 1}, 12)])
+def test_an_operator_that_changed_its_meaning_is_named(op: str, attributes: dict[str, int], old: int, tmp_path: Path) -> None:
+    extra = ["scale", "bias", "mean", "var"] if op == "BatchNormalization" else []
+    path = write(
+        tmp_path / "in.onnx", [helper.make_node(op, ["x", *extra], ["y"], "the_node", **attributes)], [info("x", [4, 6])], [info("y", [4, 6])],
+        stored(**{name: np.ones(6, np.float32) for name in extra}), opset=old, ir_version=7,
+    )  # fmt: skip
+    assert "the_node" in refuse("set-opset", path, tmp_path / "out.onnx")
+    assert not (tmp_path / "out.onnx").exists()
+
+
+@pytest.mark.parametrize("version", ["12", "26", "x"])
+def test_versions_out_of_range_are_usage_errors(version: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "in.onnx", [helper.make_node("Relu", ["x"], ["y"])], [info("x", [4])], [info("y", [4])], opset=13)
+    refuse("set-opset", path, tmp_path / "out.onnx", "--version", version, code=2)
+
+
+def test_reduce_inside_a_subgraph(tmp_path: Path) -> None:
+    """Both branches of an If hold operators whose form changed."""
+    then = helper.make_graph([helper.make_node("ReduceMax", ["x"], ["t"], axes=[1])], "then", [], [info("t", [4, 1])])
+    other = helper.make_graph([helper.make_node("ReduceMin", ["x"], ["e"], axes=[1])], "else", [], [info("e", [4, 1])])
+    node = helper.make_node("If", ["flag"], ["y"], "choice", then_branch=then, else_branch=other)
+    path = write(tmp_path / "in.onnx", [node], [info("x", [4, 6]), info("flag", [], onnx.TensorProto.BOOL)], [info("y", [4, 1])], opset=17)
+    session = Session(upgrade(path))
+    assert np.array_equal(session({"x": X, "flag": np.array(True)})["y"], X.max(1, keepdims=True))
+    assert np.array_equal(session({"x": X, "flag": np.array(False)})["y"], X.min(1, keepdims=True))
+
+
+def test_cast_to_and_integer_types_survive(tmp_path: Path) -> None:
+    path = write(tmp_path / "in.onnx", [helper.make_node("Cast", ["x"], ["y"], to=INT64)], [info("x", [4, 6])], [info("y", [4, 6], INT64)], opset=13, ir_version=7)
+    assert np.array_equal(Session(upgrade(path))({"x": X})["y"], X.astype(np.int64))
