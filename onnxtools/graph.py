@@ -28,9 +28,9 @@ def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
         if name == "value":
             return attribute.as_tensor()
         if name in ("value_float", "value_floats"):
-            return ir.tensor(np.array(attribute.value, dtype=np.float32))
+            return ir.Tensor(np.array(attribute.value, dtype=np.float32))
         if name in ("value_int", "value_ints"):
-            return ir.tensor(np.array(attribute.value, dtype=np.int64))
+            return ir.Tensor(np.array(attribute.value, dtype=np.int64))
     return None
 
 
@@ -134,7 +134,7 @@ class Builder:
     def constant(self, array: np.ndarray | Sequence[int], name: str, dtype: ir.DataType | None = None) -> ir.Value:
         """An initializer; equal small constants are shared."""
         data = np.asarray(array, dtype=np.int64) if not isinstance(array, np.ndarray) else array
-        tensor = ir.tensor(data, dtype=dtype) if dtype is not None else ir.tensor(data)
+        tensor = ir.Tensor(data, dtype=dtype)  # ir.tensor() checks protocols, which takes 100 us
         key = (tensor.dtype, data.shape, data.tobytes())
         if key not in self._constants:
             self._constants[key] = self.initializer(tensor, name)

@@ -65,24 +65,32 @@ class Dump(Instrument):
 
 
 class Checker(Instrument):
-    """onnx.checker with strict shape inference after each pass, on the graph without its large weights.
+    """onnx.checker with strict shape inference, on the graph without its large weights: after each pass, or once at the end.
 
     A pass must not break a valid graph; one that was invalid when it came (exporters record wrong shapes) may stay so
     until a pass has mended it.
     """
 
-    _valid: bool | None = None
+    def __init__(self, each: bool = True) -> None:
+        self.each = each
+        self._valid: bool | None = None
 
     def before(self, pass_: Pass, model: Model) -> None:
         if self._valid is None:
-            self._valid = _check(model) is None
+            self._valid = not self.each or _check(model) is None
 
     def after(self, pass_: Pass, model: Model, step: Step) -> None:
-        if not step.result.changed:
-            return
+        if self.each and step.result.changed:
+            self._judge(model, f"pass {pass_.name!r}")
+
+    def finished(self, model: Model) -> None:
+        if not self.each:
+            self._judge(model, "the chain of passes")
+
+    def _judge(self, model: Model, culprit: str) -> None:
         reason = _check(model)
         if reason is not None and self._valid:
-            raise JobError(f"pass {pass_.name!r} made an invalid graph: {reason}; please report it (--no-check writes it nevertheless)")
+            raise JobError(f"{culprit} made an invalid graph: {reason}; please report it (--no-check writes it nevertheless)")
         self._valid = reason is None
 
 

@@ -47,6 +47,9 @@ class Instrument:
     def after(self, pass_: Pass, model: Model, step: Step) -> None:
         """Called after `pass_` has run; put what you measured into `step.measures`."""
 
+    def finished(self, model: Model) -> None:
+        """Called once, after the last pass; an exception here fails the run too."""
+
     def failed(self, pass_: Pass, model: Model, error: BaseException) -> None:
         """Called when `pass_` raised."""
 
@@ -81,6 +84,8 @@ class PassManager:
                     instrument.failed(pass_, model, error)
                 raise
             report.steps.append(step)
+        for instrument in self.instruments:
+            instrument.finished(model)
         record_provenance(model, self.requested)
         return report
 

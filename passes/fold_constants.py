@@ -46,7 +46,7 @@ class FoldConstants(Pass):
                 for output in node.outputs:
                     array = agreed[output]
                     dtype = facts[output].dtype or ir.DataType.from_numpy(array.dtype)
-                    _become(output, ir.tensor(np.asarray(array, dtype=dtype.numpy()), dtype=dtype), builder)
+                    _become(output, ir.Tensor(np.asarray(array, dtype=dtype.numpy()), dtype=dtype), builder)
                 folded += 1
         neutral = sum(_remove_neutral(node, facts, other, model) for node in list(model.graph))
         removed = remove_unused(model)

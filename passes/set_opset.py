@@ -9,7 +9,6 @@ import onnx_ir as ir
 
 from onnxtools.errors import JobError, UsageError
 from onnxtools.graph import Builder, attribute
-from onnxtools.infer import Facts, analyse
 from onnxtools.model import MAX_IR_VERSION, Model
 from onnxtools.passbase import Pass, PassResult, option
 
@@ -49,13 +48,12 @@ class SetOpset(Pass):
             return PassResult(changed, 0, [f"opset {old} kept (already at or above {self.version}; nothing is lowered)"])
         if old < 11:
             raise JobError(f"opset {old} is older than any exporter of these models; export the model again with opset 17 or later")
-        facts = analyse(model)
         builder = Builder(model)
         rewritten = 0
         for node in list(model.graph.all_nodes()):
             if node.domain in ("", "ai.onnx"):
                 builder.before = node
-                rewritten += _upgrade(node, old, self.version, facts, builder)
+                rewritten += _upgrade(node, old, self.version, builder)
         model.ir.opset_imports[""] = self.version
         return PassResult(True, rewritten, [f"opset {old} -> {self.version}, {rewritten} nodes rewritten"])
 
@@ -69,10 +67,10 @@ def _ir_version(opset: int) -> int:
     return onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])
 
 
-def _upgrade(node: ir.Node, old: int, new: int, facts: Facts, builder: Builder) -> int:
+def _upgrade(node: ir.Node, old: int, new: int, builder: Builder) -> int:
     op = node.op_type
     if op == "Split" and old < 18 <= new:
-        return _split(node, facts, builder)
+        return _split(node, builder)
     axes_became_input = (old < 18 <= new and op in _REDUCE) or (old < 13 and op in ("ReduceSum", "Squeeze", "Unsqueeze"))
     if axes_became_input:
         return _attribute_to_input(node, "axes", builder)
@@ -90,7 +88,7 @@ def _attribute_to_input(node: ir.Node, name: str, builder: Builder) -> int:
     return 1
 
 
-def _split(node: ir.Node, facts: Facts, builder: Builder) -> int:
+def _split(node: ir.Node, builder: Builder) -> int:
     if attribute(node, "split") is not None:
         return _attribute_to_input(node, "split", builder)
     if len(node.inputs) > 1 and node.inputs[1] is not None:

@@ -19,6 +19,7 @@ from onnxtools.tensors import StreamedTensor
 
 Q, DQ = "TRT_FP8QuantizeLinear", "TRT_FP8DequantizeLinear"
 _FP8 = ir.DataType.FLOAT8E4M3FN
+_NOTHING = "no TransformerEngine FP8 operator and no FP8-quantized constant weight found"
 _DENORMAL = float(np.finfo(np.float32).tiny)
 
 
@@ -46,6 +47,8 @@ class TeFp8ToQdq(Pass):
             raise JobError(f"FP8 Q/DQ needs opset 19 and the model is at {model.opset}; run set-opset first (`onnxtools convert` does)")
 
     def apply(self, model: Model) -> PassResult:
+        if not any(is_op(node, Q, DQ, domain="trt") or is_op(node, "QuantizeLinear") for node in model.graph):
+            return PassResult(False, 0, [_NOTHING])
         facts, _, agreed = constants(model)
         rewriter = _Rewriter(model, facts, agreed)
         nodes = [node for node in model.graph if is_op(node, Q, DQ, domain="trt")]
@@ -53,7 +56,7 @@ class TeFp8ToQdq(Pass):
             rewriter.rewrite(node)
         folded = sum(rewriter.fold(node) for node in list(model.graph) if self.fold_weights and is_op(node, "QuantizeLinear"))
         if not nodes and not folded:
-            return PassResult(False, 0, ["no TransformerEngine FP8 operator and no FP8-quantized constant weight found"])
+            return PassResult(False, 0, [_NOTHING])
         remove_unused(model)
         notes = [f"{len(nodes)} TransformerEngine Q/DQ operators made standard", f"{folded} weights stored as FP8"]
         return PassResult(True, len(nodes) + folded, notes + rewriter.notes())

@@ -59,12 +59,13 @@ def instruments(
     chosen: list[Instrument] = [Reproducer(output.parent / f"{output.name}.crash", passes)]
     if dump is not None:
         chosen.append(Dump(dump))
-    if check or (check is None and model.weight_bytes() < CHECK_LIMIT):
+    numeric = check or (check is None and model.weight_bytes() < CHECK_LIMIT)
+    if numeric:
         from onnxtools.ort import read_feeds
 
         chosen.append(NumericCheck(read_feeds(inputs) if inputs else None, tolerance))
     if check is not False:
-        chosen.append(Checker())
+        chosen.append(Checker(each=bool(numeric)))
     return [*chosen, PeakMemory(), NodeCount(), Timing()]
 
 

@@ -89,10 +89,10 @@ def test_every_group_of_special_values(dtype: np.dtype) -> None:
 
 
 @per_dtype
-@pytest.mark.parametrize("across", [(4, 70001), (36, 8209), (262148, 1), (40004, 9)], ids=str)
+@pytest.mark.parametrize("across", [(4, 270001), (36, 40009), (1048592, 1), (160004, 9)], ids=str)
 def test_larger_than_a_slab(dtype: np.dtype, across: tuple[int, int]) -> None:
     weight = data(dtype, across)
-    assert weight.size > sparsity.LANE_BYTES // dtype.itemsize
+    assert weight.size > 4 * sparsity.LANE_BYTES // dtype.itemsize
     check(weight, 0, prune_2_4(weight, 0))
     turned = np.ascontiguousarray(weight.T)
     check(turned, 1, prune_2_4(turned, 1))
@@ -154,7 +154,7 @@ def test_read_only_map_in_bounded_memory(axis: int, tmp_path: object) -> None:
     prune_2_4(mapped.T, axis, turned)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 4 << 20
+    assert peak < 8 << 20
     assert found == (weight.size // 4, weight.size // 4)
     check(weight, axis, out)
     check(np.ascontiguousarray(weight.T), axis, turned)
