@@ -77,15 +77,18 @@ class Checker(Instrument):
 
     def before(self, pass_: Pass, model: Model) -> None:
         if self._valid is None:
-            self._valid = not self.each or _check(model) is None
+            self._valid = _check(model) is None if self.each else True
 
     def after(self, pass_: Pass, model: Model, step: Step) -> None:
         if self.each and step.result.changed:
             self._judge(model, f"pass {pass_.name!r}")
 
     def finished(self, model: Model) -> None:
-        if not self.each:
-            self._judge(model, "the chain of passes")
+        if self.each:
+            return
+        if _check(model) is not None and model.path is not None:  # rare, so only now look at what came in
+            self._valid = _check(Model.load(model.path)) is None
+        self._judge(model, "the chain of passes")
 
     def _judge(self, model: Model, culprit: str) -> None:
         reason = _check(model)
