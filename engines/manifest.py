@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import resource
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from onnxtools.engines.preflight import Preflight
 from onnxtools.engines.profiles import Profile
 from onnxtools.engines.spec import EngineSpec
 from onnxtools.manager import PROVENANCE_KEY
+from onnxtools.memory import peak_mib
 from onnxtools.model import Model
 from onnxtools.tensors import external_path
 
@@ -73,5 +73,5 @@ def make_manifest(
         "notes": [*model.notes, *checked.notes, *notes],
         "warnings": built.warnings,
         "build_seconds": round(seconds, 3),
-        "peak_rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+        "peak_rss_mib": round(peak_mib(), 1),
     }

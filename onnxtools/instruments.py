@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import yaml
 
 from onnxtools.errors import JobError, OnnxtoolsError
 from onnxtools.manager import Instrument, Step
+from onnxtools.memory import peak_mib
 from onnxtools.model import Model
 from onnxtools.ort import Feeds, Runner, random_feeds
 from onnxtools.passbase import Pass
@@ -36,7 +36,7 @@ class PeakMemory(Instrument):
     """Peak resident set of the process so far, in MiB (`measures['peak_mib']`)."""
 
     def after(self, pass_: Pass, model: Model, step: Step) -> None:
-        step.measures["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        step.measures["peak_mib"] = peak_mib()
 
 
 class NodeCount(Instrument):

@@ -135,7 +135,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(kind: str, command: str, tmp_p
     path = make(tmp_path)
     (tmp_path / "result").mkdir()
     message = refuse(command, path, tmp_path / "result" / "out.onnx")
-    assert named in message and "in.onnx" in message or "absent.onnx" in message
+    assert (named in message and "in.onnx" in message) or "absent.onnx" in message
     assert not list((tmp_path / "result").iterdir())
 
 

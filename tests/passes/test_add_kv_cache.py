@@ -12,8 +12,32 @@ from onnx import TensorProto, helper
 
 from tests.conftest import Make
 from tests.support import (
-    E4M3, FLOAT, FP8, HALF, HALF_PRECISION, INT64, MX, NO_ATTENTION, STATIC, STYLE, TE, Array, Case, Feeds, Session, decode, dims, info, max_abs, normal, ops,
-    refuse, rel_l2, splits, stored, succeed, write,
+    E4M3,
+    FLOAT,
+    FP8,
+    HALF,
+    HALF_PRECISION,
+    INT64,
+    MX,
+    NO_ATTENTION,
+    STATIC,
+    STYLE,
+    TE,
+    Array,
+    Case,
+    Feeds,
+    Session,
+    decode,
+    dims,
+    info,
+    max_abs,
+    normal,
+    refuse,
+    rel_l2,
+    splits,
+    stored,
+    succeed,
+    write,
 )  # fmt: skip
 
 CURRENT = "gpt_current_scaling"

@@ -12,7 +12,24 @@ import pytest
 from onnx import helper
 
 from tests.support import (
-    E4M3, FLOAT, FP8, HALF, UINT8, Array, Session, e4m3, info, initializers, normal, ops, opsets, refuse, rel_l2, stored, succeed, write,
+    E4M3,
+    FLOAT,
+    FP8,
+    HALF,
+    UINT8,
+    Array,
+    Session,
+    e4m3,
+    info,
+    initializers,
+    normal,
+    ops,
+    opsets,
+    refuse,
+    rel_l2,
+    stored,
+    succeed,
+    write,
 )  # fmt: skip
 
 X, W = normal(4, 16, seed=1), normal(32, 16)
