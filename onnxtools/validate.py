@@ -36,9 +36,9 @@ class Difference:
     @classmethod
     def of(cls, a: Array, b: Array) -> Difference:
         x, y = (np.asarray(t).astype(np.float64).ravel() for t in (a, b))
-        if not np.array_equal(np.isfinite(x), np.isfinite(y)):
-            return cls(float("inf"), float("inf"), 0.0)
         finite = np.isfinite(x)
+        if not np.array_equal(x[~finite], y[~finite], equal_nan=True) or not np.isfinite(y[finite]).all():
+            return cls(float("inf"), float("inf"), 0.0)
         x, y = x[finite], y[finite]
         if not x.size:
             return cls(0.0, 0.0, 1.0)
@@ -130,13 +130,22 @@ def validate(
             verdict.notes.append("scales are computed from the data (current scaling): a step sees fewer tokens than the full run, so steps differ by rounding")
         _validate_decoding(verdict, expected, model, run_b, given)
         return verdict
-    actual = run_b(given)
+    _compare(verdict, "full", expected, run_b(given))
+    return verdict
+
+
+def _compare(verdict: Verdict, check: str, expected: Mapping[str, Array], actual: Mapping[str, Array]) -> None:
+    """Add one row for each shared output, and a note for each that only one model has."""
     shared = [name for name in expected if name in actual]
     if not shared:
         raise JobError(f"the models share no output: {', '.join(expected)} against {', '.join(actual)}")
     for name in shared:
-        verdict.add("full", name, expected[name], actual[name])
-    return verdict
+        verdict.add(check, name, expected[name], actual[name])
+    for owner, mine, other in (("the reference", expected, actual), ("the model", actual, expected)):
+        lonely = [name for name in mine if name not in other]
+        note = f"warning: only {owner} has {', '.join(map(repr, lonely))}; not compared"
+        if lonely and note not in verdict.notes:
+            verdict.notes.append(note)
 
 
 def _with_empty_cache(model: Model, feeds: Feeds) -> Feeds:
@@ -234,12 +243,7 @@ def _validate_decoding(verdict: Verdict, expected: Mapping[str, Array], model: M
     _, sequence = _token_shape(model, feeds)
     for steps in split_points(sequence):
         label = "prefill" if len(steps) == 1 else f"steps {_brief(steps)}"
-        actual = decode(model, run, feeds, steps)
-        shared = [name for name in expected if name in actual]
-        if not shared:
-            raise JobError(f"the models share no output: {', '.join(expected)} against {', '.join(actual)}")
-        for name in shared:
-            verdict.add(label, name, expected[name], actual[name])
+        _compare(verdict, label, expected, decode(model, run, feeds, steps))
 
 
 def _brief(steps: Sequence[int]) -> str:

@@ -53,5 +53,3 @@ def cached(tmp_path_factory: pytest.TempPathFactory, converted: Make) -> Make:
         return made[key]
 
     return make
-
-

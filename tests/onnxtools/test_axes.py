@@ -99,7 +99,13 @@ def test_copies_are_marked(op: str, shape: list[int], repeats: int, tmp_path: Pa
 
 @pytest.mark.parametrize(("index", "good"), [([0, 0, 1, 1, 2, 2], True), ([0, 1, 2, 0, 1, 2], True), ([2, 1, 0], False), ([0, 0, 1, 2], False)])
 def test_gather_is_followed_only_as_a_repetition(index: list[int], good: bool, tmp_path: Path) -> None:
-    path = write(tmp_path / "in.onnx", [helper.make_node("Gather", ["x", "i"], ["y"], axis=1)], [info("x", list(SHAPE))], [info("y", [2, len(index), 8])], stored(i=np.array(index)))
+    path = write(
+        tmp_path / "in.onnx",
+        [helper.make_node("Gather", ["x", "i"], ["y"], axis=1)],
+        [info("x", list(SHAPE))],
+        [info("y", [2, len(index), 8])],
+        stored(i=np.array(index)),
+    )
     model = Model.load(path)
     if not good:
         with pytest.raises(LayoutError):

@@ -55,13 +55,24 @@ def test_python_m_and_the_script_are_the_same(tmp_path: Path) -> None:
 
 
 USAGE: dict[str, list[str]] = {
-    "unknown command": ["convrt", "a.onnx", "b.onnx"], "unknown option": ["convert", "a.onnx", "b.onnx", "--colour"], "no arguments": ["convert"], "no output": ["convert", "a.onnx"],
-    "too many": ["convert", "a.onnx", "b.onnx", "c.onnx"], "not a number": ["convert", "a.onnx", "b.onnx", "--opset", "high"], "a missing value": ["convert", "a.onnx", "b.onnx", "--opset"],
-    "not a choice": ["add-kv-cache", "a.onnx", "b.onnx", "--layout", "zigzag"], "output not onnx": ["convert", "a.onnx", "b.pb"], "output a folder": ["convert", "a.onnx", "."],
-    "output without a suffix": ["prune", "a.onnx", "b"], "global option": ["--colour"], "no recipe": ["pipeline"], "batch of 0": ["validate", "a.onnx", "a.onnx", "--batch", "0"],
-    "tolerance text": ["validate", "a.onnx", "a.onnx", "--tolerance", "low"], "no function": ["graphsurgeon", "a.onnx", "b.onnx"],
+    "unknown command": ["convrt", "a.onnx", "b.onnx"],
+    "unknown option": ["convert", "a.onnx", "b.onnx", "--colour"],
+    "no arguments": ["convert"],
+    "no output": ["convert", "a.onnx"],
+    "too many": ["convert", "a.onnx", "b.onnx", "c.onnx"],
+    "not a number": ["convert", "a.onnx", "b.onnx", "--opset", "high"],
+    "a missing value": ["convert", "a.onnx", "b.onnx", "--opset"],
+    "not a choice": ["add-kv-cache", "a.onnx", "b.onnx", "--layout", "zigzag"],
+    "output not onnx": ["convert", "a.onnx", "b.pb"],
+    "output a folder": ["convert", "a.onnx", "."],
+    "output without a suffix": ["prune", "a.onnx", "b"],
+    "global option": ["--colour"],
+    "no recipe": ["pipeline"],
+    "batch of 0": ["validate", "a.onnx", "a.onnx", "--batch", "0"],
+    "tolerance text": ["validate", "a.onnx", "a.onnx", "--tolerance", "low"],
+    "no function": ["graphsurgeon", "a.onnx", "b.onnx"],
     "output empty": ["convert", "a.onnx", ""],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", USAGE)
@@ -151,5 +162,12 @@ def test_diff_sees_a_weight_of_another_shape(tmp_path: Path) -> None:
 
 
 def test_a_closed_pipe_is_no_traceback(tmp_path: Path) -> None:
-    done = subprocess.run(f"{sys.executable} -m onnxtools inspect {linear(tmp_path / 'in.onnx')} --json | head -c 1", shell=True, cwd=ROOT, check=False, capture_output=True, text=True)
+    done = subprocess.run(
+        f"{sys.executable} -m onnxtools inspect {linear(tmp_path / 'in.onnx')} --json | head -c 1",
+        shell=True,
+        cwd=ROOT,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
     assert done.stdout == "{" and "Traceback" not in done.stderr

@@ -65,8 +65,13 @@ def test_a_static_export_needs_no_stand_ins(case: Case) -> None:
 
 
 SHAPES = [
-    ((2, 3, 4), [0, -1], 0, (2, 12)), ((2, 3, 4), [-1], 0, (24,)), ((2, 3, 4), [4, 3, 2], 0, (4, 3, 2)), ((0, 3), [0, 3], 1, (0, 3)), ((0, 3), [0, -1], 0, (0, 0)), ((1,), [], 0, ()),
-]  # fmt: skip
+    ((2, 3, 4), [0, -1], 0, (2, 12)),
+    ((2, 3, 4), [-1], 0, (24,)),
+    ((2, 3, 4), [4, 3, 2], 0, (4, 3, 2)),
+    ((0, 3), [0, 3], 1, (0, 3)),
+    ((0, 3), [0, -1], 0, (0, 0)),
+    ((1,), [], 0, ()),
+]
 
 
 @pytest.mark.parametrize(("shape", "target", "allowzero", "expected"), SHAPES)
@@ -116,13 +121,33 @@ RULES: dict[str, tuple[list[onnx.NodeProto], int]] = {
     "unsqueeze twice": ([helper.make_node("Unsqueeze", ["a", "axes"], ["y"])], INT64),
     "shape part": ([helper.make_node("Shape", ["x"], ["y"], start=-1)], INT64),
     "size of a part": ([helper.make_node("Shape", ["x"], ["s"]), helper.make_node("Gather", ["s", "one"], ["y"])], INT64),
-    "not": ([helper.make_node("Cast", ["a"], ["c"], to=onnx.TensorProto.BOOL), helper.make_node("Not", ["c"], ["n"]), helper.make_node("Cast", ["n"], ["y"], to=INT64)], INT64),
-}  # fmt: skip
+    "not": (
+        [
+            helper.make_node("Cast", ["a"], ["c"], to=onnx.TensorProto.BOOL),
+            helper.make_node("Not", ["c"], ["n"]),
+            helper.make_node("Cast", ["n"], ["y"], to=INT64),
+        ],
+        INT64,
+    ),
+}
 CONSTANTS = INTEGERS | {
-    "a3": np.array([1, 2, 3]), "i3": np.array([3]), "i0": np.array([0]), "m1": np.array([-1]), "m2": np.array([-2]), "low": np.array([-(2**31) - 1]), "high": np.array([2**62]),
-    "f": np.array([1.5, -1.5, 2.5, -0.5], np.float32), "seven": np.array(7), "zero": np.array(0), "minus": np.array(-2), "one": np.array(1), "two": np.float32(2),
-    "square": normal(4, 4), "pair": np.array([5, 9]), "axes": np.array([0, -1]),
-}  # fmt: skip
+    "a3": np.array([1, 2, 3]),
+    "i3": np.array([3]),
+    "i0": np.array([0]),
+    "m1": np.array([-1]),
+    "m2": np.array([-2]),
+    "low": np.array([-(2**31) - 1]),
+    "high": np.array([2**62]),
+    "f": np.array([1.5, -1.5, 2.5, -0.5], np.float32),
+    "seven": np.array(7),
+    "zero": np.array(0),
+    "minus": np.array(-2),
+    "one": np.array(1),
+    "two": np.float32(2),
+    "square": normal(4, 4),
+    "pair": np.array([5, 9]),
+    "axes": np.array([0, -1]),
+}
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -94,7 +94,9 @@ class Diary(Instrument):
 def test_instruments_nest_around_each_pass(model: Model) -> None:
     lines: list[str] = []
     PassManager([Cleanup(), Scale()], [Diary("a", lines), Diary("b", lines)]).run(model)
-    assert lines == [f"{who} {when} {which}" for which in ("cleanup", "scale") for who, when in (("a", "before"), ("b", "before"), ("b", "after"), ("a", "after"))]
+    assert lines == [
+        f"{who} {when} {which}" for which in ("cleanup", "scale") for who, when in (("a", "before"), ("b", "before"), ("b", "after"), ("a", "after"))
+    ]
 
 
 def test_a_failing_pass_is_told_to_every_instrument_and_raised(model: Model) -> None:

@@ -30,9 +30,14 @@ def test_nothing_hidden_is_no_mask() -> None:
 def test_anything_else_is_an_error(kind: str) -> None:
     i, j = np.indices((12, 12))
     mask = {
-        "random": normal(12, 12) > 0, "one place": (i == 3) & (j == 5), "prefix": (j > i) & (j >= 4), "blocks": j // 3 > i // 3, "strict": j >= i, "all": i >= 0,
+        "random": normal(12, 12) > 0,
+        "one place": (i == 3) & (j == 5),
+        "prefix": (j > i) & (j >= 4),
+        "blocks": j // 3 > i // 3,
+        "strict": j >= i,
+        "all": i >= 0,
         "dilated": (j > i) | ((i - j) % 2 == 1),
-    }[kind]  # fmt: skip
+    }[kind]
     with pytest.raises(MaskError):
         pattern_of(mask)
 

@@ -30,7 +30,7 @@ def outside(path: Path, location: str, *, offset: int = 0, length: int | None = 
     del tensor.dims[:]
     tensor.dims.extend(dims)
     path.write_bytes(proto.SerializeToString())
-    if not os.path.isabs(location) and not (path.parent / location).exists():
+    if not Path(location).is_absolute() and not (path.parent / location).exists():
         (path.parent / location).write_bytes(data)
     return path
 

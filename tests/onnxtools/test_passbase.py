@@ -29,13 +29,30 @@ class Sample(Pass):
 
 
 GOOD: list[tuple[dict[str, Any], str, Any]] = [
-    ({"flag": True}, "flag", True), ({"count": 7}, "count", 7), ({"ratio": 2}, "ratio", 2.0), ({"ratio": 0.25}, "ratio", 0.25), ({"kind": "b"}, "kind", "b"),
-    ({"word": None}, "word", None), ({"word": "x"}, "word", "x"), ({"many": ["x", "y"]}, "many", ("x", "y")), ({"many": "x"}, "many", ("x",)),
-]  # fmt: skip
+    ({"flag": True}, "flag", True),
+    ({"count": 7}, "count", 7),
+    ({"ratio": 2}, "ratio", 2.0),
+    ({"ratio": 0.25}, "ratio", 0.25),
+    ({"kind": "b"}, "kind", "b"),
+    ({"word": None}, "word", None),
+    ({"word": "x"}, "word", "x"),
+    ({"many": ["x", "y"]}, "many", ("x", "y")),
+    ({"many": "x"}, "many", ("x",)),
+]
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"flag": 1}, "flag"), ({"flag": "yes"}, "flag"), ({"count": True}, "count"), ({"count": 1.5}, "count"), ({"count": "3"}, "count"), ({"count": None}, "count"),
-    ({"ratio": "x"}, "ratio"), ({"ratio": True}, "ratio"), ({"kind": "c"}, "a, b"), ({"many": [1]}, "many"), ({"colour": 1}, "colour"), ({"word": 5}, "word"),
-]  # fmt: skip
+    ({"flag": 1}, "flag"),
+    ({"flag": "yes"}, "flag"),
+    ({"count": True}, "count"),
+    ({"count": 1.5}, "count"),
+    ({"count": "3"}, "count"),
+    ({"count": None}, "count"),
+    ({"ratio": "x"}, "ratio"),
+    ({"ratio": True}, "ratio"),
+    ({"kind": "c"}, "a, b"),
+    ({"many": [1]}, "many"),
+    ({"colour": 1}, "colour"),
+    ({"word": 5}, "word"),
+]
 
 
 @pytest.mark.parametrize(("given", "name", "expected"), GOOD)

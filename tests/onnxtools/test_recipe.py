@@ -20,7 +20,9 @@ def recipe(folder: Path, text: str) -> Path:
 
 
 def test_a_recipe_is_read(tmp_path: Path) -> None:
-    plan = read_recipe(recipe(tmp_path, HEAD + "passes:\n - convert: {opset: 21, fold-weights: false}\n - add-kv-cache\nvalidate: {against: a.onnx, tolerance: 1}\n"))
+    plan = read_recipe(
+        recipe(tmp_path, HEAD + "passes:\n - convert: {opset: 21, fold-weights: false}\n - add-kv-cache\nvalidate: {against: a.onnx, tolerance: 1}\n")
+    )
     assert plan.input == tmp_path / "in.onnx" and plan.output == tmp_path / "out.onnx" and plan.against == tmp_path / "a.onnx"
     assert plan.passes == [Convert(opset=21, fold_weights=False), AddKvCache()] and plan.tolerance == 1 and plan.engine is None
 
@@ -46,14 +48,30 @@ def test_input_and_output_can_be_given_on_the_command_line(tmp_path: Path) -> No
 
 
 BAD = {
-    "not yaml": "input: [", "a list": "- convert", "a word": "convert", "empty": "", "no input": "output: out.onnx\npasses: [convert]", "no output": "input: in.onnx\npasses: [convert]",
-    "unknown key": HEAD + "steps: [convert]", "unknown pass": HEAD + "passes: [convrt]", "unknown option": HEAD + "passes: [{convert: {colour: 1}}]",
-    "wrong type": HEAD + "passes: [{convert: {opset: high}}]", "wrong value": HEAD + "passes: [{convert: {opset: 99}}]", "wrong choice": HEAD + "passes: [{add-kv-cache: {layout: x}}]",
-    "passes no list": HEAD + "passes: convert", "two in one": HEAD + "passes: [{convert: {}, prune: {}}]", "number as pass": HEAD + "passes: [3]",
-    "options no mapping": HEAD + "passes: [{convert: 19}]", "validate unknown": HEAD + "passes: []\nvalidate: {with: a.onnx}", "validate word": HEAD + "passes: []\nvalidate: a.onnx",
-    "tolerance text": HEAD + "passes: []\nvalidate: {against: in.onnx, tolerance: low}", "build no engine": HEAD + "passes: []\nbuild: {fp8: true}",
-    "build unknown": HEAD + "passes: []\nbuild: {engine: e, colour: 1}", "input number": "input: 5\noutput: o.onnx\npasses: []", "bytes": "\x00\x01",
-}  # fmt: skip
+    "not yaml": "input: [",
+    "a list": "- convert",
+    "a word": "convert",
+    "empty": "",
+    "no input": "output: out.onnx\npasses: [convert]",
+    "no output": "input: in.onnx\npasses: [convert]",
+    "unknown key": HEAD + "steps: [convert]",
+    "unknown pass": HEAD + "passes: [convrt]",
+    "unknown option": HEAD + "passes: [{convert: {colour: 1}}]",
+    "wrong type": HEAD + "passes: [{convert: {opset: high}}]",
+    "wrong value": HEAD + "passes: [{convert: {opset: 99}}]",
+    "wrong choice": HEAD + "passes: [{add-kv-cache: {layout: x}}]",
+    "passes no list": HEAD + "passes: convert",
+    "two in one": HEAD + "passes: [{convert: {}, prune: {}}]",
+    "number as pass": HEAD + "passes: [3]",
+    "options no mapping": HEAD + "passes: [{convert: 19}]",
+    "validate unknown": HEAD + "passes: []\nvalidate: {with: a.onnx}",
+    "validate word": HEAD + "passes: []\nvalidate: a.onnx",
+    "tolerance text": HEAD + "passes: []\nvalidate: {against: in.onnx, tolerance: low}",
+    "build no engine": HEAD + "passes: []\nbuild: {fp8: true}",
+    "build unknown": HEAD + "passes: []\nbuild: {engine: e, colour: 1}",
+    "input number": "input: 5\noutput: o.onnx\npasses: []",
+    "bytes": "\x00\x01",
+}
 
 
 @pytest.mark.parametrize("kind", BAD)

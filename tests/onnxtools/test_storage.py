@@ -112,12 +112,23 @@ def test_a_changed_weight_goes_to_a_new_file_and_the_rest_stays(tmp_path: Path) 
 @pytest.mark.parametrize("size", [7, 255, 256, 1000])
 def test_weights_of_odd_sizes_and_types_survive_a_copy(size: int, tmp_path: Path) -> None:
     """Small ones, an empty one, bytes, 16-bit and packed 4-bit ones, at unaligned offsets."""
-    arrays = {"a": normal(size, 3), "b": normal(5).astype(np.float16), "empty": np.zeros((0, 4), np.float32), "c": np.arange(size, dtype=np.int64), "d": np.arange(size, dtype=np.uint8)}
+    arrays = {
+        "a": normal(size, 3),
+        "b": normal(5).astype(np.float16),
+        "empty": np.zeros((0, 4), np.float32),
+        "c": np.arange(size, dtype=np.int64),
+        "d": np.arange(size, dtype=np.uint8),
+    }
     four = helper.make_tensor("e", TensorProto.INT4, [size], np.random.default_rng(0).bytes((size + 1) // 2 - size % 2) + b"\x03" * (size % 2), raw=True)
     nodes = [helper.make_node("Size", [name], [f"n_{name}"]) for name in (*arrays, "e")] + [helper.make_node("Neg", ["x"], ["y"])]
     path = external(
         write(
-            tmp_path / "in.onnx", nodes, [info("x", [2])], [info("y", [2]), *(info(f"n_{n}", [], TensorProto.INT64) for n in (*arrays, "e"))], [*stored(**arrays), four], opset=21
+            tmp_path / "in.onnx",
+            nodes,
+            [info("x", [2])],
+            [info("y", [2]), *(info(f"n_{n}", [], TensorProto.INT64) for n in (*arrays, "e"))],
+            [*stored(**arrays), four],
+            opset=21,
         )
     )
     (tmp_path / "other").mkdir()
@@ -286,7 +297,9 @@ def test_killed_at_every_step_of_a_save(tmp_path: Path) -> None:
         for path in folder.iterdir():
             path.unlink()
         Model.load(external(linear(tmp_path / "old.onnx", old), "old.bin")).save(target)
-        done = subprocess.run([sys.executable, "-c", KILLED_AT, str(moment), str(folder), "cleanup", str(source), str(target)], cwd=ROOT, check=False, capture_output=True)
+        done = subprocess.run(
+            [sys.executable, "-c", KILLED_AT, str(moment), str(folder), "cleanup", str(source), str(target)], cwd=ROOT, check=False, capture_output=True
+        )
         found = complete(target)
         assert np.array_equal(found, old) or np.array_equal(found, new), moment
         outcomes.append(np.array_equal(found, new))

@@ -38,7 +38,7 @@ from tests.support import (
     stored,
     succeed,
     write,
-)  # fmt: skip
+)
 
 CURRENT = "gpt_current_scaling"
 FAMILIES = [name for name in (*TE, *STYLE) if name not in (*NO_ATTENTION, *MX)]
@@ -142,8 +142,12 @@ def test_left_padding_gives_the_unpadded_rows(cached: Make) -> None:
 # --- options ----------------------------------------------------------------------------------------------------------
 
 OPTIONS = [
-    ["--policy", "new"], ["--layout", "sbnh"], ["--naming", "nemo"], ["--policy", "new", "--layout", "sbnh", "--naming", "nemo"], ["--dtype", "fp32"],
-]  # fmt: skip
+    ["--policy", "new"],
+    ["--layout", "sbnh"],
+    ["--naming", "nemo"],
+    ["--policy", "new", "--layout", "sbnh", "--naming", "nemo"],
+    ["--dtype", "fp32"],
+]
 
 
 @pytest.mark.parametrize("flags", OPTIONS, ids=" ".join)
@@ -156,14 +160,19 @@ def test_layouts_policies_and_names(case: Case, flags: list[str], converted: Mak
     onnx.checker.check_model(str(path), full_check=True)
 
 
-KV = {"te_gpt_fp8_ds_dyn": (4, 32), "rms_swiglu_gqa_rope": (2, 16), "mqa_srelu_zcg": (1, 16), "sdpa_gqa": (2, 16), "attention_op": (2, 16), "rope_no_fp8": (2, 16)}
+KV = {
+    "te_gpt_fp8_ds_dyn": (4, 32),
+    "rms_swiglu_gqa_rope": (2, 16),
+    "mqa_srelu_zcg": (1, 16),
+    "sdpa_gqa": (2, 16),
+    "attention_op": (2, 16),
+    "rope_no_fp8": (2, 16),
+}
 
 
 @pytest.mark.parametrize(("name", "kv"), KV.items())
 def test_the_cache_holds_kv_heads(name: str, kv: tuple[int, int], cached: Make) -> None:
-    expected = {
-        f"past_key_values.{layer}.{kind}": (FLOAT, ["batch", kv[0], "past_sequence", kv[1]]) for layer in range(2) for kind in ("key", "value")
-    }
+    expected = {f"past_key_values.{layer}.{kind}": (FLOAT, ["batch", kv[0], "past_sequence", kv[1]]) for layer in range(2) for kind in ("key", "value")}
     assert caches(cached(name)) == expected
 
 
@@ -232,27 +241,40 @@ HEADS, SIZE, VOCABULARY = 2, 4, 11
 
 
 def attention_model(
-    path: Path, mask: Callable[[list[onnx.NodeProto]], str | None], *, extra: Sequence[onnx.ValueInfoProto] = (), **arrays: Array,
-) -> Path:  # fmt: skip
+    path: Path,
+    mask: Callable[[list[onnx.NodeProto]], str | None],
+    *,
+    extra: Sequence[onnx.ValueInfoProto] = (),
+    **arrays: Array,
+) -> Path:
     """ids -> embedding -> one attention with the mask that `mask` adds to `nodes` -> logits."""
     nodes = [helper.make_node("Gather", ["table", "input_ids"], ["h"], "embed")]
     for name in "qkv":
         nodes += [
-            helper.make_node("MatMul", ["h", f"w{name}"], [f"{name}2"], f"{name}_proj"), helper.make_node("Reshape", [f"{name}2", "split"], [f"{name}3"], f"{name}_split"),
+            helper.make_node("MatMul", ["h", f"w{name}"], [f"{name}2"], f"{name}_proj"),
+            helper.make_node("Reshape", [f"{name}2", "split"], [f"{name}3"], f"{name}_split"),
             helper.make_node("Transpose", [f"{name}3"], [f"{name}4"], f"{name}_heads", perm=[0, 2, 3, 1] if name == "k" else [0, 2, 1, 3]),
-        ]  # fmt: skip
+        ]
     nodes.append(helper.make_node("MatMul", ["q4", "k4"], ["scores"], "qk"))
     masked = mask(nodes) or "scores"
     nodes += [
-        helper.make_node("Softmax", [masked], ["p"], "softmax", axis=-1), helper.make_node("MatMul", ["p", "v4"], ["c"], "pv"),
-        helper.make_node("Transpose", ["c"], ["ct"], "merge", perm=[0, 2, 1, 3]), helper.make_node("Reshape", ["ct", "join"], ["cj"], "join_heads"),
+        helper.make_node("Softmax", [masked], ["p"], "softmax", axis=-1),
+        helper.make_node("MatMul", ["p", "v4"], ["c"], "pv"),
+        helper.make_node("Transpose", ["c"], ["ct"], "merge", perm=[0, 2, 1, 3]),
+        helper.make_node("Reshape", ["ct", "join"], ["cj"], "join_heads"),
         helper.make_node("MatMul", ["cj", "head"], ["logits"], "lm_head"),
-    ]  # fmt: skip
+    ]
     width = HEADS * SIZE
     weights = {
-        "table": normal(VOCABULARY, width), "wq": normal(width, width, seed=1), "wk": normal(width, width, seed=2), "wv": normal(width, width, seed=3),
-        "head": normal(width, VOCABULARY, seed=4), "split": np.array([0, 0, HEADS, SIZE]), "join": np.array([0, 0, width]), **arrays,
-    }  # fmt: skip
+        "table": normal(VOCABULARY, width),
+        "wq": normal(width, width, seed=1),
+        "wk": normal(width, width, seed=2),
+        "wv": normal(width, width, seed=3),
+        "head": normal(width, VOCABULARY, seed=4),
+        "split": np.array([0, 0, HEADS, SIZE]),
+        "join": np.array([0, 0, width]),
+        **arrays,
+    }
     inputs = [info("input_ids", ["batch", "sequence"], INT64), *extra]
     return write(path, nodes, inputs, [info("logits", ["batch", "sequence", VOCABULARY])], stored(**weights), opset=19)
 
@@ -260,9 +282,11 @@ def attention_model(
 def lengths(nodes: list[onnx.NodeProto]) -> None:
     """Positions of queries [s, 1] and of keys [s], counted in the graph."""
     nodes += [
-        helper.make_node("Shape", ["input_ids"], ["s1"], start=1, end=2), helper.make_node("Squeeze", ["s1"], ["s"]),
-        helper.make_node("Range", ["zero", "s", "one"], ["j"]), helper.make_node("Unsqueeze", ["j", "one_axis"], ["i"]),
-    ]  # fmt: skip
+        helper.make_node("Shape", ["input_ids"], ["s1"], start=1, end=2),
+        helper.make_node("Squeeze", ["s1"], ["s"]),
+        helper.make_node("Range", ["zero", "s", "one"], ["j"]),
+        helper.make_node("Unsqueeze", ["j", "one_axis"], ["i"]),
+    ]
 
 
 NUMBERS = {"zero": np.array(0), "one": np.array(1), "one_axis": np.array([1]), "low": np.float32(-1e4), "none": np.float32(0)}
@@ -278,9 +302,11 @@ def bidirectional_block(nodes: list[onnx.NodeProto]) -> str:
     """Blocks of three tokens that see each other: no causal rule."""
     lengths(nodes)
     nodes += [
-        helper.make_node("Div", ["i", "three"], ["bi"]), helper.make_node("Div", ["j", "three"], ["bj"]), helper.make_node("Greater", ["bj", "bi"], ["hide"]),
+        helper.make_node("Div", ["i", "three"], ["bi"]),
+        helper.make_node("Div", ["j", "three"], ["bj"]),
+        helper.make_node("Greater", ["bj", "bi"], ["hide"]),
         helper.make_node("Where", ["hide", "low", "scores"], ["masked"], "block_mask"),
-    ]  # fmt: skip
+    ]
     return "masked"
 
 
@@ -288,9 +314,12 @@ def alibi(nodes: list[onnx.NodeProto]) -> str:
     """A bias that grows with distance."""
     lengths(nodes)
     nodes += [
-        helper.make_node("Sub", ["j", "i"], ["d"]), helper.make_node("Cast", ["d"], ["df"], to=FLOAT), helper.make_node("Greater", ["j", "i"], ["hide"]),
-        helper.make_node("Where", ["hide", "low", "df"], ["bias"]), helper.make_node("Add", ["scores", "bias"], ["masked"], "alibi_mask"),
-    ]  # fmt: skip
+        helper.make_node("Sub", ["j", "i"], ["d"]),
+        helper.make_node("Cast", ["d"], ["df"], to=FLOAT),
+        helper.make_node("Greater", ["j", "i"], ["hide"]),
+        helper.make_node("Where", ["hide", "low", "df"], ["bias"]),
+        helper.make_node("Add", ["scores", "bias"], ["masked"], "alibi_mask"),
+    ]
     return "masked"
 
 
@@ -315,8 +344,12 @@ def test_the_small_model_decodes(tmp_path: Path) -> None:
 
 
 BAD_MASKS = [
-    (bidirectional_block, "block_mask"), (alibi, "alibi_mask"), (anticausal, "softmax"), (weak, "softmax"), (lambda nodes: None, "no causal mask"),
-]  # fmt: skip
+    (bidirectional_block, "block_mask"),
+    (alibi, "alibi_mask"),
+    (anticausal, "softmax"),
+    (weak, "softmax"),
+    (lambda nodes: None, "no causal mask"),
+]
 
 
 @pytest.mark.parametrize(("mask", "named"), BAD_MASKS, ids=["blocks", "alibi", "anticausal", "weak", "none"])
@@ -331,11 +364,13 @@ def test_positions_of_unknown_origin_are_refused(tmp_path: Path) -> None:
 
     def mask(nodes: list[onnx.NodeProto]) -> str:
         nodes[0:1] = [
-            helper.make_node("Gather", ["table", "input_ids"], ["words"]), helper.make_node("Shape", ["input_ids"], ["ids_shape"]),
+            helper.make_node("Gather", ["table", "input_ids"], ["words"]),
+            helper.make_node("Shape", ["input_ids"], ["ids_shape"]),
             helper.make_node("ConstantOfShape", ["ids_shape"], ["ones"], value=helper.make_tensor("", INT64, [1], [1])),
-            helper.make_node("CumSum", ["ones", "one"], ["places"], "count_up"), helper.make_node("Gather", ["positions", "places"], ["p_emb"], "position_table"),
+            helper.make_node("CumSum", ["ones", "one"], ["places"], "count_up"),
+            helper.make_node("Gather", ["positions", "places"], ["p_emb"], "position_table"),
             helper.make_node("Add", ["words", "p_emb"], ["h"]),
-        ]  # fmt: skip
+        ]
         return causal(nodes)
 
     path = attention_model(tmp_path / "in.onnx", mask, **NUMBERS, positions=normal(256, HEADS * SIZE, seed=5))
@@ -364,7 +399,9 @@ def test_a_cached_model_is_refused(flags: list[str], cached: Make, tmp_path: Pat
     assert "already has a KV cache" in message and "past_key_values.0" in message
 
 
-@pytest.mark.parametrize("flags", [["--kv-scale", "0"], ["--kv-scale", "-1"], ["--kv-scale", "nan"], ["--kv-scale", "inf"], ["--dtype", "int8"], ["--layout", "x"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "flags", [["--kv-scale", "0"], ["--kv-scale", "-1"], ["--kv-scale", "nan"], ["--kv-scale", "inf"], ["--dtype", "int8"], ["--layout", "x"]], ids=" ".join
+)
 def test_wrong_options_are_usage_errors(flags: list[str], converted: Make, tmp_path: Path) -> None:
     refuse("add-kv-cache", converted("rms_swiglu_gqa_rope"), tmp_path / "kv.onnx", *flags, code=2)
     assert not list(tmp_path.iterdir())

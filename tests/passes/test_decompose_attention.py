@@ -17,7 +17,15 @@ HEADS, KV, LENGTH, SIZE = 4, 2, 5, 8
 
 
 def model(
-    path: Path, *, flat: bool = False, kv_heads: int = HEADS, mask: Array | None = None, keys: int = LENGTH, outputs: int = 1, past: bool = False, **attributes: Any
+    path: Path,
+    *,
+    flat: bool = False,
+    kv_heads: int = HEADS,
+    mask: Array | None = None,
+    keys: int = LENGTH,
+    outputs: int = 1,
+    past: bool = False,
+    **attributes: Any,
 ) -> tuple[Path, Feeds]:
     """One Attention on [batch, heads, sequence, channels], or [batch, sequence, hidden] if `flat`."""
     heads = {"q": HEADS, "k": kv_heads, "v": kv_heads}
@@ -61,7 +69,11 @@ def test_heads_layouts_and_causality(kv_heads: int, flat: bool, causal: int, tmp
     check(*model(tmp_path / "in.onnx", kv_heads=kv_heads, flat=flat, is_causal=causal))
 
 
-@pytest.mark.parametrize("mask", [BOOLEAN, ADDED, np.broadcast_to(BOOLEAN, (2, 1, LENGTH, LENGTH)).copy(), np.broadcast_to(ADDED, (1, HEADS, LENGTH, LENGTH)).copy()], ids=["bool", "float", "bool 4d", "float 4d"])
+@pytest.mark.parametrize(
+    "mask",
+    [BOOLEAN, ADDED, np.broadcast_to(BOOLEAN, (2, 1, LENGTH, LENGTH)).copy(), np.broadcast_to(ADDED, (1, HEADS, LENGTH, LENGTH)).copy()],
+    ids=["bool", "float", "bool 4d", "float 4d"],
+)
 @pytest.mark.parametrize("causal", [0, 1])
 def test_masks(mask: Array, causal: int, tmp_path: Path) -> None:
     check(*model(tmp_path / "in.onnx", mask=mask, is_causal=causal), "--no-check")

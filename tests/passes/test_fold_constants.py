@@ -35,9 +35,11 @@ def graph(path: Path, nodes: Sequence[onnx.NodeProto], output: Sequence[int | st
 
 def test_a_chain_of_constants_becomes_an_initializer(tmp_path: Path) -> None:
     nodes = [
-        helper.make_node("Constant", [], ["c"], value_floats=[4.0]), helper.make_node("Reciprocal", ["c"], ["r"]), helper.make_node("Cast", ["r"], ["k"], to=FLOAT),
+        helper.make_node("Constant", [], ["c"], value_floats=[4.0]),
+        helper.make_node("Reciprocal", ["c"], ["r"]),
+        helper.make_node("Cast", ["r"], ["k"], to=FLOAT),
         helper.make_node("Mul", ["x", "k"], ["y"]),
-    ]  # fmt: skip
+    ]
     out = check(graph(tmp_path / "in.onnx", nodes))
     assert ops(out) == ["Mul"]
     assert [a.tolist() for a in initializers(out).values()] == [[0.25]]
@@ -46,17 +48,23 @@ def test_a_chain_of_constants_becomes_an_initializer(tmp_path: Path) -> None:
 def test_shape_arithmetic_of_a_static_axis_is_folded(tmp_path: Path) -> None:
     """Shape -> Gather -> Concat -> Reshape: the second axis is 6 for every batch."""
     nodes = [
-        helper.make_node("Shape", ["x"], ["s"]), helper.make_node("Gather", ["s", "one"], ["g"]), helper.make_node("Unsqueeze", ["g", "zero"], ["u"]),
-        helper.make_node("Concat", ["minus", "u"], ["t"], axis=0), helper.make_node("Reshape", ["x", "t"], ["r"]), helper.make_node("Neg", ["r"], ["y"]),
-    ]  # fmt: skip
+        helper.make_node("Shape", ["x"], ["s"]),
+        helper.make_node("Gather", ["s", "one"], ["g"]),
+        helper.make_node("Unsqueeze", ["g", "zero"], ["u"]),
+        helper.make_node("Concat", ["minus", "u"], ["t"], axis=0),
+        helper.make_node("Reshape", ["x", "t"], ["r"]),
+        helper.make_node("Neg", ["r"], ["y"]),
+    ]
     out = check(graph(tmp_path / "in.onnx", nodes, one=np.array(1), zero=np.array([0]), minus=np.array([-1])))
     assert ops(out) == ["Neg"]
 
 
 def test_shape_arithmetic_of_a_dynamic_axis_stays(tmp_path: Path) -> None:
     nodes = [
-        helper.make_node("Shape", ["x"], ["s"], start=0, end=1), helper.make_node("Cast", ["s"], ["f"], to=FLOAT), helper.make_node("Div", ["x", "f"], ["y"]),
-    ]  # fmt: skip
+        helper.make_node("Shape", ["x"], ["s"], start=0, end=1),
+        helper.make_node("Cast", ["s"], ["f"], to=FLOAT),
+        helper.make_node("Div", ["x", "f"], ["y"]),
+    ]
     assert "Shape" in ops(check(graph(tmp_path / "in.onnx", nodes)))
 
 
@@ -73,16 +81,19 @@ def test_results_beyond_the_limit_stay(tmp_path: Path) -> None:
 @pytest.mark.parametrize("make", ["Range", "Expand", "ConstantOfShape"])
 def test_what_grows_from_nothing_is_not_stored(make: str, tmp_path: Path) -> None:
     first = {
-        "Range": helper.make_node("Range", ["zero", "n", "one"], ["big"]), "Expand": helper.make_node("Expand", ["one", "shape"], ["big"]),
+        "Range": helper.make_node("Range", ["zero", "n", "one"], ["big"]),
+        "Expand": helper.make_node("Expand", ["one", "shape"], ["big"]),
         "ConstantOfShape": helper.make_node("ConstantOfShape", ["shape"], ["big"], value=helper.make_tensor("", INT64, [1], [3])),
-    }[make]  # fmt: skip
+    }[make]
     nodes = [first, helper.make_node("Cast", ["big"], ["f"], to=FLOAT), helper.make_node("Add", ["x", "f"], ["y"])]
     out = check(graph(tmp_path / "in.onnx", nodes, zero=np.array(0), n=np.array(6), one=np.array(1), shape=np.array([6])))
     assert make in ops(out)
     assert all(array.size == 1 for array in initializers(out).values())
 
 
-@pytest.mark.parametrize(("op", "number", "dropped"), [("Add", 0, True), ("Mul", 1, True), ("Add", 1, False), ("Mul", 0, False), ("Sub", 0, False), ("Div", 1, False)])
+@pytest.mark.parametrize(
+    ("op", "number", "dropped"), [("Add", 0, True), ("Mul", 1, True), ("Add", 1, False), ("Mul", 0, False), ("Sub", 0, False), ("Div", 1, False)]
+)
 @pytest.mark.parametrize("first", [True, False])
 def test_neutral_operands(op: str, number: int, dropped: bool, first: bool, tmp_path: Path) -> None:
     """x + 0 and x * 1 go; x * 0 stays for NaN and infinity; Sub and Div may stay (they do not commute)."""
@@ -99,9 +110,11 @@ def test_a_neutral_operand_that_broadcasts_stays(tmp_path: Path) -> None:
 def test_minus_zero_and_a_changed_type_stay(tmp_path: Path) -> None:
     """A slice that takes everything goes, one with a step or an end inside stays."""
     nodes = [
-        helper.make_node("Slice", ["x", "zero", "end", "axis"], ["a"]), helper.make_node("Slice", ["a", "zero", "five", "axis"], ["b"]),
-        helper.make_node("Slice", ["b", "minus", "start", "axis", "minus"], ["c"]), helper.make_node("Neg", ["c"], ["y"]),
-    ]  # fmt: skip
+        helper.make_node("Slice", ["x", "zero", "end", "axis"], ["a"]),
+        helper.make_node("Slice", ["a", "zero", "five", "axis"], ["b"]),
+        helper.make_node("Slice", ["b", "minus", "start", "axis", "minus"], ["c"]),
+        helper.make_node("Neg", ["c"], ["y"]),
+    ]
     arrays = {"zero": [0], "end": [2**31 - 1], "axis": [1], "five": [5], "minus": [-1], "start": [-(2**31)]}
     out = check(graph(tmp_path / "in.onnx", nodes, ("n", 5), **{k: np.array(v) for k, v in arrays.items()}))
     assert ops(out) == ["Slice", "Slice", "Neg"]
@@ -115,10 +128,14 @@ def test_a_constant_graph_output_stays_an_output(tmp_path: Path) -> None:
 
 def test_constants_of_every_kind(tmp_path: Path) -> None:
     nodes = [
-        helper.make_node("Constant", [], ["a"], value_float=2.0), helper.make_node("Constant", [], ["b"], value_int=1), helper.make_node("Constant", [], ["c"], value_ints=[1, 6]),
-        helper.make_node("Constant", [], ["d"], value=helper.make_tensor("", FLOAT, [6], range(6))), helper.make_node("Reshape", ["d", "c"], ["e"]),
-        helper.make_node("Cast", ["b"], ["f"], to=FLOAT), helper.make_node("Sum", ["x", "a", "e", "f"], ["y"]),
-    ]  # fmt: skip
+        helper.make_node("Constant", [], ["a"], value_float=2.0),
+        helper.make_node("Constant", [], ["b"], value_int=1),
+        helper.make_node("Constant", [], ["c"], value_ints=[1, 6]),
+        helper.make_node("Constant", [], ["d"], value=helper.make_tensor("", FLOAT, [6], range(6))),
+        helper.make_node("Reshape", ["d", "c"], ["e"]),
+        helper.make_node("Cast", ["b"], ["f"], to=FLOAT),
+        helper.make_node("Sum", ["x", "a", "e", "f"], ["y"]),
+    ]
     assert ops(check(graph(tmp_path / "in.onnx", nodes))) == ["Sum"]
 
 
@@ -127,16 +144,21 @@ def test_a_constant_of_a_subgraph_is_not_lost(tmp_path: Path) -> None:
     then = helper.make_graph([helper.make_node("Mul", ["x", "r"], ["t"])], "then", [], [info("t", ["n", 6])])
     other = helper.make_graph([helper.make_node("Neg", ["x"], ["e"])], "else", [], [info("e", ["n", 6])])
     nodes = [
-        helper.make_node("Reciprocal", ["c"], ["r"]), helper.make_node("ReduceMax", ["x"], ["m"], keepdims=0), helper.make_node("Less", ["zero", "m"], ["flag"]),
+        helper.make_node("Reciprocal", ["c"], ["r"]),
+        helper.make_node("ReduceMax", ["x"], ["m"], keepdims=0),
+        helper.make_node("Less", ["zero", "m"], ["flag"]),
         helper.make_node("If", ["flag"], ["y"], then_branch=then, else_branch=other),
-    ]  # fmt: skip
+    ]
     check(graph(tmp_path / "in.onnx", nodes, c=np.float32(4), zero=np.float32(0)))
 
 
 def test_cleanup_merges_equal_nodes_and_drops_the_unused(tmp_path: Path) -> None:
     nodes = [
-        helper.make_node("Exp", ["x"], ["a"]), helper.make_node("Exp", ["x"], ["b"]), helper.make_node("Add", ["a", "b"], ["y"]), helper.make_node("Neg", ["x"], ["unused"]),
-    ]  # fmt: skip
+        helper.make_node("Exp", ["x"], ["a"]),
+        helper.make_node("Exp", ["x"], ["b"]),
+        helper.make_node("Add", ["a", "b"], ["y"]),
+        helper.make_node("Neg", ["x"], ["unused"]),
+    ]
     out = check(graph(tmp_path / "in.onnx", nodes, spare=normal(3)), "cleanup")
     assert ops(out) == ["Exp", "Add"] and not initializers(out)
 

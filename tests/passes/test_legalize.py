@@ -34,9 +34,10 @@ def pieces(split: Sequence[str], indices: Sequence[int], **attributes: int) -> l
     nodes = [helper.make_node("SplitToSequence", ["x", *split], ["seq"], "cut", **attributes)]
     for index, number in enumerate(indices):
         nodes += [
-            helper.make_node("Constant", [], [f"i{index}"], value=helper.make_tensor("", INT64, [], [number])), helper.make_node("SequenceAt", ["seq", f"i{index}"], [f"p{index}"]),
+            helper.make_node("Constant", [], [f"i{index}"], value=helper.make_tensor("", INT64, [], [number])),
+            helper.make_node("SequenceAt", ["seq", f"i{index}"], [f"p{index}"]),
             helper.make_node("Neg", [f"p{index}"], [f"y{index}"]),
-        ]  # fmt: skip
+        ]
     return nodes
 
 
@@ -73,15 +74,21 @@ def test_a_sequence_with_a_computed_index_is_refused_by_name(tmp_path: Path) -> 
 
 def test_computed_sizes_are_refused_by_name(tmp_path: Path) -> None:
     nodes = [
-        helper.make_node("SplitToSequence", ["x", "sizes"], ["seq"], "cut", axis=1), helper.make_node("Constant", [], ["i"], value_int=0),
+        helper.make_node("SplitToSequence", ["x", "sizes"], ["seq"], "cut", axis=1),
+        helper.make_node("Constant", [], ["i"], value_int=0),
         helper.make_node("SequenceAt", ["seq", "i"], ["y"], "pick"),
-    ]  # fmt: skip
+    ]
     path = write(tmp_path / "in.onnx", nodes, [info("x", [4, 6]), info("sizes", [2], INT64)], [info("y", [4, None])])
     assert "cut" in refuse("legalize", path, tmp_path / "out.onnx", "--no-check")
 
 
 def test_cast_like_becomes_cast(tmp_path: Path) -> None:
-    nodes = [helper.make_node("CastLike", ["x", "like"], ["c"]), helper.make_node("Cast", ["c"], ["y"], to=FLOAT), helper.make_node("CastLike", ["x", "x"], ["z0"]), helper.make_node("Neg", ["z0"], ["z"])]
+    nodes = [
+        helper.make_node("CastLike", ["x", "like"], ["c"]),
+        helper.make_node("Cast", ["c"], ["y"], to=FLOAT),
+        helper.make_node("CastLike", ["x", "x"], ["z0"]),
+        helper.make_node("Neg", ["z0"], ["z"]),
+    ]
     out = check(write(tmp_path / "in.onnx", nodes, [info("x", [4, 6])], [info("y", [4, 6]), info("z", [4, 6])], stored(like=np.float16(0))))
     assert sorted(ops(out)) == ["Cast", "Cast", "Neg"]
 
@@ -121,7 +128,11 @@ def test_dropout_in_training_mode_stays(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("target", [[-1], [1]])
 def test_a_reshaped_scalar_becomes_unsqueeze(target: list[int], tmp_path: Path) -> None:
-    nodes = [helper.make_node("ReduceMax", ["x"], ["m"], keepdims=0), helper.make_node("Reshape", ["m", "t"], ["r"]), helper.make_node("Mul", ["x", "r"], ["y"])]
+    nodes = [
+        helper.make_node("ReduceMax", ["x"], ["m"], keepdims=0),
+        helper.make_node("Reshape", ["m", "t"], ["r"]),
+        helper.make_node("Mul", ["x", "r"], ["y"]),
+    ]
     assert "Reshape" not in ops(check(write(tmp_path / "in.onnx", nodes, [info("x", [4, 6])], [info("y", [4, 6])], stored(t=np.array(target)))))
 
 
@@ -129,7 +140,11 @@ def test_functions_are_inlined(tmp_path: Path) -> None:
     """Two calls of one function with an attribute-free body; the reference evaluates the function itself."""
     body = [helper.make_node("Mul", ["a", "a"], ["s"]), helper.make_node("Identity", ["s"], ["b"])]
     function = helper.make_function("mine", "Square", ["a"], ["b"], body, [helper.make_opsetid("", 18)])
-    nodes = [helper.make_node("Square", ["x"], ["s"], domain="mine"), helper.make_node("Square", ["s"], ["q"], domain="mine"), helper.make_node("Neg", ["q"], ["y"])]
+    nodes = [
+        helper.make_node("Square", ["x"], ["s"], domain="mine"),
+        helper.make_node("Square", ["s"], ["q"], domain="mine"),
+        helper.make_node("Neg", ["q"], ["y"]),
+    ]
     path = write(tmp_path / "in.onnx", nodes, [info("x", [4, 6])], [info("y", [4, 6])], domains=["mine"])
     proto = onnx.load(path)
     proto.functions.append(function)

@@ -118,7 +118,15 @@ def test_the_head_on_request(tmp_path: Path) -> None:
     assert same(both, "table", reference(normal(32, 16), 1))
 
 
-@pytest.mark.parametrize(("flags", "pruned"), [(["--include", "w"], {"w"}), (["--include", "lm_*", "--lm-head"], {"head"}), (["--exclude", "proj"], set()), (["--include", "*", "--exclude", "w"], set())])
+@pytest.mark.parametrize(
+    ("flags", "pruned"),
+    [
+        (["--include", "w"], {"w"}),
+        (["--include", "lm_*", "--lm-head"], {"head"}),
+        (["--exclude", "proj"], set()),
+        (["--include", "*", "--exclude", "w"], set()),
+    ],
+)
 def test_patterns(flags: list[str], pruned: set[str], tmp_path: Path) -> None:
     path = gpt(tmp_path / "in.onnx")
     before, after = initializers(path), initializers(prune(path, *flags))
@@ -155,7 +163,11 @@ def test_the_input_data_file_is_untouched(tmp_path: Path) -> None:
 def test_bf16_and_unsupported_types_are_told_apart(tmp_path: Path) -> None:
     weight = np.arange(64 * 8).reshape(64, 8).astype(np.float64)
     path = write(
-        tmp_path / "in.onnx", [helper.make_node("MatMul", ["x", "w"], ["y"])], [info("x", [4, 64], TensorProto.DOUBLE)], [info("y", [4, 8], TensorProto.DOUBLE)], stored(w=weight)
+        tmp_path / "in.onnx",
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        [info("x", [4, 64], TensorProto.DOUBLE)],
+        [info("y", [4, 8], TensorProto.DOUBLE)],
+        stored(w=weight),
     )
     assert "DOUBLE cannot be pruned" in succeed("prune", path, tmp_path / "out.onnx").out
     assert onnx.load(path).graph.initializer[0].raw_data == onnx.load(tmp_path / "out.onnx").graph.initializer[0].raw_data

@@ -13,10 +13,16 @@ from tests.support import INT64, Session, info, normal, opsets, refuse, rel_l2, 
 
 X = np.abs(normal(4, 6)) + 0.5
 REDUCE = {
-    "ReduceMean": X.mean(-1, keepdims=True), "ReduceMax": X.max(-1, keepdims=True), "ReduceMin": X.min(-1, keepdims=True), "ReduceProd": X.prod(-1, keepdims=True),
-    "ReduceSumSquare": (X * X).sum(-1, keepdims=True), "ReduceL1": np.abs(X).sum(-1, keepdims=True), "ReduceL2": np.sqrt((X * X).sum(-1, keepdims=True)),
-    "ReduceLogSum": np.log(X.sum(-1, keepdims=True)), "ReduceLogSumExp": np.log(np.exp(X).sum(-1, keepdims=True)),
-}  # fmt: skip
+    "ReduceMean": X.mean(-1, keepdims=True),
+    "ReduceMax": X.max(-1, keepdims=True),
+    "ReduceMin": X.min(-1, keepdims=True),
+    "ReduceProd": X.prod(-1, keepdims=True),
+    "ReduceSumSquare": (X * X).sum(-1, keepdims=True),
+    "ReduceL1": np.abs(X).sum(-1, keepdims=True),
+    "ReduceL2": np.sqrt((X * X).sum(-1, keepdims=True)),
+    "ReduceLogSum": np.log(X.sum(-1, keepdims=True)),
+    "ReduceLogSumExp": np.log(np.exp(X).sum(-1, keepdims=True)),
+}
 
 
 def upgrade(path: Path, version: int = 19) -> Path:
@@ -55,9 +61,12 @@ def test_split_with_sizes_keeps_them(tmp_path: Path) -> None:
 
 def test_axes_of_opset_11(tmp_path: Path) -> None:
     nodes = [
-        helper.make_node("Unsqueeze", ["x"], ["u"], axes=[0, 3]), helper.make_node("ReduceSum", ["u"], ["r"], axes=[1], keepdims=1),
-        helper.make_node("Squeeze", ["r"], ["q"], axes=[0, 1]), helper.make_node("Split", ["q"], ["a", "b"], axis=0, split=[2, 4]), helper.make_node("Neg", ["b"], ["y"]),
-    ]  # fmt: skip
+        helper.make_node("Unsqueeze", ["x"], ["u"], axes=[0, 3]),
+        helper.make_node("ReduceSum", ["u"], ["r"], axes=[1], keepdims=1),
+        helper.make_node("Squeeze", ["r"], ["q"], axes=[0, 1]),
+        helper.make_node("Split", ["q"], ["a", "b"], axis=0, split=[2, 4]),
+        helper.make_node("Neg", ["b"], ["y"]),
+    ]
     path = write(tmp_path / "in.onnx", nodes, [info("x", [4, 6])], [info("y", [4, 1]), info("a", [2, 1])], opset=11, ir_version=6)
     assert rel_l2(Session(upgrade(path))({"x": X})["y"], -X.sum(0)[2:, None]) <= 1e-6
 
@@ -78,7 +87,9 @@ def test_the_ir_version_carries_the_opset(version: int, tmp_path: Path) -> None:
 
 
 def test_the_old_names_of_the_default_domain(tmp_path: Path) -> None:
-    path = write(tmp_path / "in.onnx", [helper.make_node("ReduceMax", ["x"], ["y"], axes=[1], domain="ai.onnx")], [info("x", [4, 6])], [info("y", [4, 1])], opset=17)
+    path = write(
+        tmp_path / "in.onnx", [helper.make_node("ReduceMax", ["x"], ["y"], axes=[1], domain="ai.onnx")], [info("x", [4, 6])], [info("y", [4, 1])], opset=17
+    )
     assert np.array_equal(Session(upgrade(path))({"x": X})["y"], X.max(1, keepdims=True))
 
 
@@ -86,9 +97,14 @@ def test_the_old_names_of_the_default_domain(tmp_path: Path) -> None:
 def test_an_operator_that_changed_its_meaning_is_named(op: str, attributes: dict[str, int], old: int, tmp_path: Path) -> None:
     extra = ["scale", "bias", "mean", "var"] if op == "BatchNormalization" else []
     path = write(
-        tmp_path / "in.onnx", [helper.make_node(op, ["x", *extra], ["y"], "the_node", **attributes)], [info("x", [4, 6])], [info("y", [4, 6])],
-        stored(**{name: np.ones(6, np.float32) for name in extra}), opset=old, ir_version=7,
-    )  # fmt: skip
+        tmp_path / "in.onnx",
+        [helper.make_node(op, ["x", *extra], ["y"], "the_node", **attributes)],
+        [info("x", [4, 6])],
+        [info("y", [4, 6])],
+        stored(**{name: np.ones(6, np.float32) for name in extra}),
+        opset=old,
+        ir_version=7,
+    )
     assert "the_node" in refuse("set-opset", path, tmp_path / "out.onnx")
     assert not (tmp_path / "out.onnx").exists()
 
@@ -111,5 +127,7 @@ def test_reduce_inside_a_subgraph(tmp_path: Path) -> None:
 
 
 def test_cast_to_and_integer_types_survive(tmp_path: Path) -> None:
-    path = write(tmp_path / "in.onnx", [helper.make_node("Cast", ["x"], ["y"], to=INT64)], [info("x", [4, 6])], [info("y", [4, 6], INT64)], opset=13, ir_version=7)
+    path = write(
+        tmp_path / "in.onnx", [helper.make_node("Cast", ["x"], ["y"], to=INT64)], [info("x", [4, 6])], [info("y", [4, 6], INT64)], opset=13, ir_version=7
+    )
     assert np.array_equal(Session(upgrade(path))({"x": X})["y"], X.astype(np.int64))

@@ -200,7 +200,9 @@ def test_casts_around_a_pair_stay_right(dtype: int, tmp_path: Path) -> None:
 def test_values_beyond_the_range_saturate_and_nan_stays(tmp_path: Path) -> None:
     weight = W.copy()
     weight[0, :4] = [1e9, -1e9, np.inf, np.nan]
-    out = convert(model(tmp_path / "in.onnx", [*pair("w", "s", "wd"), helper.make_node("Neg", ["wd"], ["y"])], [32, 16], w=weight, s=np.float32(1)), "--no-check")
+    out = convert(
+        model(tmp_path / "in.onnx", [*pair("w", "s", "wd"), helper.make_node("Neg", ["wd"], ["y"])], [32, 16], w=weight, s=np.float32(1)), "--no-check"
+    )
     assert np.array_equal(Session(out)({"x": X})["y"], -rounded(weight, 1), equal_nan=True)
     assert rounded(weight, 1)[0, :3].tolist() == [448, -448, 448]
 
@@ -273,5 +275,3 @@ def test_old_exporter_split_and_reduce(tmp_path: Path) -> None:
     product = X @ rounded(W, 0.02).T
     gated = product[:, :16] * product[:, 16:]
     assert rel_l2(Session(convert(path))({"x": X})["y"], gated / (gated**2).sum(-1, keepdims=True)) <= 1e-6
-
-

@@ -57,7 +57,6 @@ def evaluate(path: Path, x: Array) -> Array:
     return np.asarray(ReferenceEvaluator(proto, new_ops=REFERENCE_OPS).run(None, {"x": x})[0])
 
 
-
 @pytest.mark.parametrize("case", MX, indirect=True)
 def test_a_dynamic_quantize_is_refused_by_name(case: Case, tmp_path: Path) -> None:
     message = refuse("convert", case.path, tmp_path / "out.onnx")
