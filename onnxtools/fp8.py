@@ -66,9 +66,10 @@ def mx_scale_rows(rows: Array, start: int) -> Array:
     All-zero blocks get 2^-127, the smallest E8M0 value.
     """
     blocks = np.abs(rows.astype(np.float32)).reshape(*rows.shape[:-1], -1, MX_BLOCK).max(axis=-1)
-    with np.errstate(divide="ignore"):
-        exponent = np.ceil(np.log2(blocks / np.float32(E4M3_MAX)))
-    code = np.clip(np.nan_to_num(exponent, neginf=-127) + 127, 0, 254).astype(np.uint8)
+    ratio = blocks / np.float32(E4M3_MAX)
+    mantissa, exponent = np.frexp(ratio)  # ratio = mantissa * 2^exponent with the mantissa in [0.5, 1): exact, where log2 rounds
+    exponent = np.where(ratio == 0, -127, exponent - (mantissa == 0.5))
+    code = np.clip(exponent + 127, 0, 254).astype(np.uint8)
     return np.asarray(code.view(ml_dtypes.float8_e8m0fnu))
 
 

@@ -63,16 +63,21 @@ def attribute(node: ir.Node, name: str, default: Any = None) -> Any:
 
 
 def rename_or_bypass(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
-    """Let every user of `old`, graph outputs included, use `new`."""
+    """Let every user of `old`, graph outputs included, use `new`; a graph output keeps its name, type and shape."""
+    output = old.is_graph_output()
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    if output:
+        name, old.name = old.name, f"{old.name}__replaced"
+        new.name, new.type, new.shape = name, old.type or new.type, old.shape or new.shape
 
 
 def replace_keeping_name(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
     """`rename_or_bypass`, and `new` takes over the name of `old`, so that tools and people can follow the value."""
+    output = old.is_graph_output()
     rename_or_bypass(graph, old, new)
-    name = old.name
-    old.name = f"{name}__replaced"
-    new.name = name
+    if not output:
+        name, old.name = old.name, f"{old.name}__replaced"
+        new.name = name
 
 
 class Names:

@@ -55,10 +55,25 @@ class Model:
             raise ModelError(f"{path}: ill-formed ONNX graph ({_one_line(error)}); re-export the model") from error
         ir.external_data.set_base_dir(model.graph, path.parent)
         loaded = cls(model, path, digest, notes)
+        loaded._lift_external_constants()
         loaded._sort()
         for tensor in loaded.external_tensors():
             check_external(tensor, path)
         return loaded
+
+    def _lift_external_constants(self) -> None:
+        """Constant nodes whose tensor lies in a data file become initializers, so that all such weights are in one place."""
+        for node in list(self.ir.graph):
+            value = node.attributes.get("value") if node.op_type == "Constant" else None
+            if value is None or not isinstance(value.value, ir.ExternalTensor):
+                continue
+            old, tensor = node.outputs[0], value.value
+            name, old.name = old.name or "constant", f"{old.name}__node"
+            tensor.name = name
+            new = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(list(tensor.shape.numpy())), const_value=tensor)
+            self.ir.graph.register_initializer(new)
+            ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+            self.ir.graph.remove(node)
 
     def _sort(self) -> None:
         try:
@@ -153,7 +168,24 @@ def _check_names(proto: onnx.ModelProto, path: Path) -> list[str]:
             node.name, renamed = _unique(node.name, node_names), renamed + 1
         if node.name:
             node_names.add(node.name)
+    _check_defined(proto.graph, set(), path)
     return [f"{renamed} nodes shared a name with another; given unique names"] if renamed else []
+
+
+def _check_defined(graph: onnx.GraphProto, outer: set[str], path: Path) -> None:
+    """Refuse uses of values that nothing defines, in the graph and its subgraphs."""
+    known = outer | {v.name for v in graph.input} | {t.name for t in graph.initializer} | {t.values.name for t in graph.sparse_initializer}
+    known |= {name for node in graph.node for name in node.output}
+    for node in graph.node:
+        for name in node.input:
+            if name and name not in known:
+                raise ModelError(f"{path}: node {node.name!r} ({node.op_type}) uses the value {name!r}, which nothing defines; export the model again")
+        for attribute in node.attribute:
+            for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                _check_defined(inner, known, path)
+    for value in graph.output:
+        if value.name not in known:
+            raise ModelError(f"{path}: nothing defines the output {value.name!r}; export the model again")
 
 
 def _unique(name: str, taken: set[str]) -> str:

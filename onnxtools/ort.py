@@ -11,6 +11,7 @@ import onnx
 import onnx_ir as ir
 
 from onnxtools.errors import JobError
+from onnxtools.graph import constant_tensor
 from onnxtools.infer import is_ids_like
 from onnxtools.model import Model
 from onnxtools.tensors import StreamedTensor
@@ -144,8 +145,18 @@ def _with_te_functions(proto: onnx.ModelProto, model: Model) -> onnx.ModelProto:
             ir.external_data.set_base_dir(copy.graph, model.path.parent)
         SetOpset(19).apply(copy)
         proto, version = ir.to_proto(copy.ir), 19
+    _retype_fp8_bytes(proto)
     proto.functions.extend(functions(version))
     return proto
+
+
+def _retype_fp8_bytes(proto: onnx.ModelProto) -> None:
+    """uint8 initializers that feed a dequantize directly hold FP8 bytes (fp8_model_init)."""
+    read = {node.input[0] for node in proto.graph.node if node.domain == "trt" and node.op_type == "TRT_FP8DequantizeLinear"}
+    for initializer in proto.graph.initializer:
+        if initializer.name in read and initializer.data_type == onnx.TensorProto.UINT8:
+            raw = onnx.numpy_helper.to_array(initializer).tobytes()
+            initializer.CopyFrom(onnx.TensorProto(name=initializer.name, data_type=onnx.TensorProto.FLOAT8E4M3FN, dims=initializer.dims, raw_data=raw))
 
 
 def _elem_type(value: onnx.ValueInfoProto) -> int:
@@ -187,12 +198,28 @@ def _feed(value: ir.Value, batch: int, sequence: int, generator: np.random.Gener
     if "position" in name and is_ids_like(value):
         return np.broadcast_to(np.arange(shape[1], dtype=dtype), shape).copy()
     if "mask" in name:
-        if value.dtype == ir.DataType.BOOL and len(shape) == 4:  # NeMo: True hides a key
-            return np.broadcast_to(np.triu(np.ones(shape[-2:], dtype=bool), shape[-1] - shape[-2] + 1), shape).copy()
+        if value.dtype == ir.DataType.BOOL and len(shape) == 4:
+            causal = np.triu(np.ones(shape[-2:], dtype=bool), shape[-1] - shape[-2] + 1)
+            return np.broadcast_to(causal if _true_hides(value) else ~causal, shape).copy()
         return np.ones(shape, dtype=dtype) if value.dtype in (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL) else np.zeros(shape, dtype=dtype)
     if value.dtype in (ir.DataType.INT64, ir.DataType.INT32):
         return generator.integers(0, vocabulary(value), shape).astype(dtype)
     return generator.standard_normal(shape).astype(dtype)
+
+
+def _true_hides(mask: ir.Value) -> bool:
+    """Whether True takes a key out (NeMo: Where(mask, -10000, scores)) or keeps it (the Attention operator, Where(mask, scores, ...))."""
+    for node, index in mask.uses():
+        if node.op_type == "Attention":
+            return False
+        if node.op_type == "Where" and index == 0:
+            fill = constant_tensor(node.inputs[1])
+            return fill is not None and fill.size == 1
+        if node.op_type == "Not":
+            return not _true_hides(node.outputs[0])
+        if node.op_type in ("Unsqueeze", "Identity", "Expand", "Cast", "Slice", "Reshape"):
+            return _true_hides(node.outputs[0])
+    return True
 
 
 def _dim(dim: int | ir.SymbolicDim, axis: int, value: ir.Value, batch: int, sequence: int) -> int:

@@ -38,7 +38,12 @@ def load(name: str, group: str = PASSES) -> Any:
         close = difflib.get_close_matches(name, known, n=3)
         hint = f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(sorted(known))}"
         raise UsageError(f"no {_KIND[group]} is named {name!r}; {hint}")
-    return known[name].load()
+    try:
+        return known[name].load()
+    except (ImportError, AttributeError) as error:
+        distribution = known[name].dist
+        package = distribution.name if distribution is not None else known[name].value
+        raise UsageError(f"{_KIND[group]} {name!r} of package {package!r} cannot be imported ({error}); repair or uninstall the package") from error
 
 
 def load_pass(name: str) -> type[Pass]:

@@ -69,13 +69,18 @@ def instruments(
     return [*chosen, PeakMemory(), NodeCount(), Timing()]
 
 
+def check_output(path: Path) -> None:
+    """Refuse a model output that is not called so, before any work."""
+    if path.suffix != ".onnx":
+        raise UsageError(f"the output {str(path)!r} does not end in .onnx; name an ONNX file")
+
+
 def run_passes(
     passes: list[Pass], input_path: Path, output_path: Path, *, title: str, copy_weights: bool, check: bool | None, inputs: Path | None,
     tolerance: float | None, dump: Path | None, as_json: bool, debug: bool,
 ) -> Model:  # fmt: skip
     """Load, run, save, report."""
-    if output_path.suffix != ".onnx":
-        raise UsageError(f"the output {str(output_path)!r} does not end in .onnx; name an ONNX file")
+    check_output(output_path)
     model = Model.load(input_path)
     used = instruments(passes, model, check, inputs, tolerance, dump, output_path)
     report = PassManager(passes, used).run(model)

@@ -37,13 +37,14 @@ from onnxtools.cli.options import PATH, common_options
 def command(
     recipe: Path, input_path: Path | None, output_path: Path | None, copy_weights: bool, check: bool | None, dump: Path | None, as_json: bool, debug: bool
 ) -> None:
-    from onnxtools.cli.passes import instruments, show
+    from onnxtools.cli.passes import check_output, instruments, show
     from onnxtools.cli.render import console, print_json, verdict_table
     from onnxtools.manager import PassManager
     from onnxtools.model import Model
     from onnxtools.recipe import read_recipe
 
     plan = read_recipe(recipe, input_path, output_path)
+    check_output(plan.output)
     model = Model.load(plan.input)
     report = PassManager(plan.passes, instruments(plan.passes, model, check, None, None, dump, plan.output)).run(model)
     saved = model.save(plan.output, copy_weights=copy_weights)

@@ -86,7 +86,6 @@ def test_an_absent_recipe_is_named(tmp_path: Path) -> None:
     assert "absent.yaml" in refuse("pipeline", tmp_path / "absent.yaml", code=2)
 
 
-@pytest.mark.xfail(strict=True, reason="single passes refuse an output that does not end in .onnx, pipeline does not")
 @pytest.mark.parametrize("output", ["out.pb", "out"])
 def test_an_output_that_is_not_onnx_is_a_usage_error(output: str, tmp_path: Path) -> None:
     linear(tmp_path / "in.onnx")

@@ -34,6 +34,7 @@ from tests.support import (
     normal,
     refuse,
     rel_l2,
+    run,
     splits,
     stored,
     succeed,
@@ -377,6 +378,147 @@ def test_positions_of_unknown_origin_are_refused(tmp_path: Path) -> None:
     message = refuse("add-kv-cache", path, tmp_path / "kv.onnx", "--no-check")
     assert "position" in message
     assert not (tmp_path / "kv.onnx").exists()
+
+
+def before(nodes: list[onnx.NodeProto], *extra: onnx.NodeProto) -> str:
+    """Put `extra` between the embedding (`words`) and the projections (which read `h`); causal mask, positions counted first."""
+    causal(nodes)
+    counted = [node for node in nodes if node.output[0] in ("s1", "s", "j", "i")]
+    rest = [node for node in nodes[1:] if node not in counted]
+    nodes[:] = [helper.make_node("Gather", ["table", "input_ids"], ["words"], "embed"), *counted, *extra, *rest]
+    return "masked"
+
+
+MIXERS: dict[str, list[onnx.NodeProto]] = {
+    "mean over the sequence": [
+        helper.make_node("ReduceMean", ["words", "one_axis"], ["m"], "mixer", keepdims=1),
+        helper.make_node("Add", ["words", "m"], ["h"]),
+    ],
+    "running sum": [helper.make_node("CumSum", ["words", "one"], ["h"], "mixer")],
+    "positions from the end": [
+        helper.make_node("Sub", ["s", "j"], ["back"], "mixer"),
+        helper.make_node("Gather", ["positions", "back"], ["p"]),
+        helper.make_node("Add", ["words", "p"], ["h"]),
+    ],
+}
+
+
+@pytest.mark.xfail(strict=True, reason="tokens that meet outside attention are not noticed: decoding is silently wrong")
+@pytest.mark.parametrize("kind", MIXERS)
+def test_tokens_that_meet_outside_attention_are_refused(kind: str, tmp_path: Path) -> None:
+    path = attention_model(tmp_path / "in.onnx", lambda nodes: before(nodes, *MIXERS[kind]), **NUMBERS, positions=normal(256, HEADS * SIZE))
+    assert "mixer" in refuse("add-kv-cache", path, tmp_path / "kv.onnx")
+
+
+def windowed(nodes: list[onnx.NodeProto]) -> str:
+    lengths(nodes)
+    nodes += [
+        helper.make_node("Sub", ["i", "j"], ["d"]),
+        helper.make_node("GreaterOrEqual", ["d", "width"], ["far"]),
+        helper.make_node("Greater", ["j", "i"], ["later"]),
+        helper.make_node("Or", ["far", "later"], ["hide"]),
+        helper.make_node("Where", ["hide", "low", "scores"], ["masked"], "mask"),
+    ]
+    return "masked"
+
+
+TOO_WIDE = pytest.mark.xfail(strict=True, reason="masks beyond 2047 places are not evaluated, so a window of 4096 is refused for a wrong reason")
+
+
+@pytest.mark.parametrize("width", [1, 2, 5, 64, 1024, pytest.param(4096, marks=TOO_WIDE)])
+def test_windows_of_many_widths(width: int, tmp_path: Path) -> None:
+    """The note names the width, and decoding past it (where that is cheap) hides the same keys as the full run."""
+    path = attention_model(tmp_path / "in.onnx", windowed, **NUMBERS, width=np.array(width))
+    assert f"sliding window of {width}" in succeed("add-kv-cache", path, tmp_path / "kv.onnx").out
+    feeds = {"input_ids": np.random.default_rng(0).integers(0, VOCABULARY, (2, 12))}
+    assert max_abs(decode(Session(tmp_path / "kv.onnx"), feeds, [3, 1, 8]), full(path, feeds)) <= TOLERANCE
+
+
+MASKS: dict[str, list[onnx.NodeProto]] = {
+    "a table of booleans": [
+        helper.make_node("Slice", ["triangle", "zero_axis", "s1", "one_axis"], ["t1"]),
+        helper.make_node("Slice", ["t1", "zero_axis", "s1", "zero_axis"], ["t2"]),
+        helper.make_node("Where", ["t2", "low", "scores"], ["masked"]),
+    ],
+    "multiplied and added": [
+        helper.make_node("Greater", ["j", "i"], ["hide"]),
+        helper.make_node("Cast", ["hide"], ["hf"], to=FLOAT),
+        helper.make_node("Mul", ["hf", "low"], ["bias"]),
+        helper.make_node("Add", ["bias", "scores"], ["masked"]),
+    ],
+    "softcap before the mask": [
+        helper.make_node("Div", ["scores", "five"], ["sd"]),
+        helper.make_node("Tanh", ["sd"], ["st"]),
+        helper.make_node("Mul", ["st", "five"], ["sm"]),
+        helper.make_node("Greater", ["j", "i"], ["hide"]),
+        helper.make_node("Where", ["hide", "low", "sm"], ["masked"]),
+    ],
+    "a scale for each head": [
+        helper.make_node("Mul", ["scores", "per_head"], ["sm"]),
+        helper.make_node("LessOrEqual", ["j", "i"], ["keep"]),
+        helper.make_node("Where", ["keep", "sm", "low"], ["masked"]),
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_ways_to_write_a_causal_mask(kind: str, tmp_path: Path) -> None:
+    def mask(nodes: list[onnx.NodeProto]) -> str:
+        lengths(nodes)
+        nodes += MASKS[kind]
+        return "masked"
+
+    extra = {"triangle": np.triu(np.ones((64, 64), bool), 1), "zero_axis": np.array([0]), "five": np.float32(5)}
+    path = attention_model(tmp_path / "in.onnx", mask, **NUMBERS, **extra, per_head=np.array([1, 2], np.float32).reshape(1, 2, 1, 1))
+    succeed("add-kv-cache", path, tmp_path / "kv.onnx")
+    feeds = {"input_ids": np.random.default_rng(0).integers(0, VOCABULARY, (3, 11))}
+    expected = full(path, feeds)
+    for steps in splits(11):
+        assert rel_l2(decode(Session(tmp_path / "kv.onnx"), feeds, steps), expected) <= 1e-6
+
+
+TABLES: dict[str, list[onnx.NodeProto]] = {
+    "gathered": [helper.make_node("Gather", ["positions", "j"], ["p"])],
+    "sliced": [helper.make_node("Slice", ["positions", "zero_axis", "s1"], ["p"])],
+}
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_learned_positions_counted_inside(kind: str, tmp_path: Path) -> None:
+    nodes = [*TABLES[kind], helper.make_node("Add", ["words", "p"], ["h"])]
+    arrays = {"positions": normal(64, HEADS * SIZE, seed=5), "zero_axis": np.array([0])}
+    path = attention_model(tmp_path / "in.onnx", lambda n: before(n, *nodes), **NUMBERS, **arrays)
+    succeed("add-kv-cache", path, tmp_path / "kv.onnx")
+    feeds = {"input_ids": np.random.default_rng(0).integers(0, VOCABULARY, (3, 11))}
+    assert rel_l2(decode(Session(tmp_path / "kv.onnx"), feeds, [4, 1, 6]), full(path, feeds)) <= 1e-6
+
+
+def test_positions_counted_from_the_mask_are_right_or_refused(tmp_path: Path) -> None:
+    """Hugging Face: position_ids = attention_mask.cumsum(-1) - 1, and the mask hides padding too."""
+
+    def mask(nodes: list[onnx.NodeProto]) -> str:
+        places = [
+            helper.make_node("CumSum", ["attention_mask", "one"], ["c"], "count_mask"),
+            helper.make_node("Sub", ["c", "one"], ["places"]),
+            helper.make_node("Gather", ["positions", "places"], ["p"]),
+        ]
+        before(nodes, *places, helper.make_node("Add", ["words", "p"], ["h"]))
+        nodes += [
+            helper.make_node("Unsqueeze", ["attention_mask", "middle"], ["am"]),
+            helper.make_node("Equal", ["am", "zero"], ["padded"]),
+            helper.make_node("Where", ["padded", "low", "masked"], ["masked2"], "padding"),
+        ]
+        return "masked2"
+
+    extra = [info("attention_mask", ["batch", "sequence"], INT64)]
+    arrays = {"positions": normal(64, HEADS * SIZE, seed=5), "middle": np.array([1, 2])}
+    path = attention_model(tmp_path / "in.onnx", mask, extra=extra, **NUMBERS, **arrays)
+    feeds = {"input_ids": np.random.default_rng(0).integers(0, VOCABULARY, (2, 7)), "attention_mask": np.ones((2, 7), np.int64)}
+    expected = full(path, feeds)
+    if run("add-kv-cache", path, tmp_path / "kv.onnx").code:
+        refuse("add-kv-cache", path, tmp_path / "kv.onnx")
+    else:
+        assert rel_l2(decode(Session(tmp_path / "kv.onnx"), feeds, [4, 1, 2]), expected) <= 1e-6
 
 
 @pytest.mark.parametrize("case", ["te_linear_fp8_ds"], indirect=True)

@@ -174,7 +174,6 @@ def test_primary_fp8_weights_are_reinterpreted(tmp_path: Path) -> None:
     assert rel_l2(Session(out)({"x": X})["y"], X @ rounded(W, 0.02).T) <= 1e-6
 
 
-@pytest.mark.xfail(strict=True, reason="the numeric check computes with the uint8 numbers instead of the FP8 values they hold")
 def test_primary_fp8_weights_pass_the_numeric_check(tmp_path: Path) -> None:
     """The check before and after must read uint8 bytes as FP8 too: a right conversion is not refused."""
     dequantize = helper.make_node("TRT_FP8DequantizeLinear", ["w", "s"], ["wd"], "dq", domain="trt")
