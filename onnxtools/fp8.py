@@ -25,6 +25,12 @@ def to_e4m3(x: Array) -> Array:
     return np.clip(x, -E4M3_MAX, E4M3_MAX).astype(ml_dtypes.float8_e4m3fn)
 
 
+def _divide(x: Array, scale: Any) -> Array:
+    """x / scale in float32; a quotient that overflows saturates later."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.asarray(x.astype(np.float32) / scale)
+
+
 def quantize_rows(scale: Array, axis: int) -> RowFunction:
     """A row function w -> e4m3(w / scale), in float32.
 
@@ -39,7 +45,7 @@ def quantize_rows(scale: Array, axis: int) -> RowFunction:
         along = scale[start : start + len(rows)] if axis == 0 else scale
         shape = [1] * rows.ndim
         shape[axis] = len(along)
-        return to_e4m3(rows.astype(np.float32) / along.reshape(shape))
+        return to_e4m3(_divide(rows, along.reshape(shape)))
 
     return per_axis
 
@@ -49,12 +55,11 @@ def _per_tensor(scale: np.float32) -> RowFunction:
 
     def quantize(rows: Array, start: int) -> Array:
         if rows.dtype.itemsize != 2:
-            return to_e4m3(rows.astype(np.float32) / scale)
+            return to_e4m3(_divide(rows, scale))
         # 16-bit weights have only 65,536 values: quantize each of them once and look the rest up.
         if rows.dtype not in tables:
-            every = np.arange(1 << 16, dtype=np.uint16).view(rows.dtype).astype(np.float32)
-            with np.errstate(invalid="ignore", over="ignore"):
-                tables[rows.dtype] = to_e4m3(every / scale).view(np.uint8)
+            every = np.arange(1 << 16, dtype=np.uint16).view(rows.dtype)
+            tables[rows.dtype] = to_e4m3(_divide(every, scale)).view(np.uint8)
         return np.take(tables[rows.dtype], rows.view(np.uint16)).view(ml_dtypes.float8_e4m3fn)
 
     return quantize
@@ -76,4 +81,4 @@ def mx_scale_rows(rows: Array, start: int) -> Array:
 def mx_data_rows(rows: Array, start: int) -> Array:
     """float8_e4m3fn data [r, K] of rows [r, K], each block of 32 divided by its `mx_scale_rows` scale."""
     scale = np.repeat(mx_scale_rows(rows, start).astype(np.float32), MX_BLOCK, axis=-1)
-    return to_e4m3(rows.astype(np.float32) / scale)
+    return to_e4m3(_divide(rows, scale))

@@ -3,7 +3,8 @@ constants and shapes alone.
 
 Symbolic dimensions get stand-in sizes (distinct primes that divide no constant dimension), so shape arithmetic,
 position ids and masks can be evaluated with plain numpy. What is the same under two sets of stand-ins does not depend
-on them: that is what `constants` returns and what may be folded.
+on them: that is what `constants` returns and what may be folded. One set is small, one larger than any length that a
+graph compares with, and one is all ones, so that neither a crop nor a special case for one token looks constant.
 
 Weights are never read: floating-point constants beyond `FLOAT_LIMIT` elements have a shape and no elements.
 """
@@ -24,7 +25,9 @@ from onnxtools.graph import attribute, constant_tensor
 from onnxtools.model import Model
 
 FLOAT_LIMIT = 1 << 16
-VALUE_LIMIT = 1 << 22
+VALUE_LIMIT = 1 << 25
+CONSTANT_LIMIT = 1 << 22
+LONG = 100_003
 
 Array = np.ndarray[Any, Any]
 
@@ -52,8 +55,9 @@ UNKNOWN = Fact()
 class Facts:
     """Facts of all values of the main graph. Look up with `facts[value]`; absent values give `UNKNOWN`."""
 
-    def __init__(self, dims: dict[str, int]) -> None:
+    def __init__(self, dims: dict[str, int], limit: int = VALUE_LIMIT) -> None:
         self.dims = dims
+        self.limit = limit  # elements of a value that are computed
         self._facts: dict[ir.Value, Fact] = {}
 
     def __getitem__(self, value: ir.Value | None) -> Fact:
@@ -73,7 +77,8 @@ def _constant_fact(tensor: ir.TensorProtocol) -> Fact:
     shape = tuple(int(d) for d in tensor.shape.numpy())
     fact = Fact(tensor.dtype, shape)
     whole = tensor.dtype in _WHOLE_TYPES
-    if whole and tensor.size <= (FLOAT_LIMIT if tensor.dtype.is_floating_point() else VALUE_LIMIT):
+    small = tensor.dtype.is_floating_point() or (tensor.dtype.itemsize == 1 and tensor.dtype != ir.DataType.BOOL)
+    if whole and tensor.size <= (FLOAT_LIMIT if small else CONSTANT_LIMIT):
         fact.value = np.array(tensor.numpy())
         if isinstance(tensor, ir.ExternalTensor):
             tensor.release()
@@ -86,14 +91,14 @@ _WHOLE_TYPES = {
 }  # fmt: skip
 
 
-def stand_ins(model: Model, skip: int = 0) -> dict[str, int]:
+def stand_ins(model: Model, above: int = 10) -> dict[str, int]:
     """A prime for every symbolic dimension of the inputs; unnamed ones are called `<input>:<axis>`.
 
     In integer inputs of rank 2 (token ids, position ids, attention masks) axis 0 is one batch and axis 1 one sequence
-    whatever names the exporter chose, since they meet in the same broadcasts. `skip` gives another set of primes.
+    whatever names the exporter chose, since they meet in the same broadcasts. All are larger than `above`.
     """
     constants = {int(d) for _, tensor in model.weights() for d in tensor.shape.numpy() if d}
-    primes = itertools.islice(_primes(constants), skip, None)
+    primes = _primes(constants, above)
     sizes: dict[str, int] = {}
     roles: dict[int, int] = {}
     for value in model.graph.inputs:
@@ -121,20 +126,21 @@ def dim_name(value: ir.Value, axis: int) -> str:
     return text or f"{value.name}:{axis}"
 
 
-def _primes(avoid: set[int]) -> Iterator[int]:
-    for candidate in itertools.count(11, 2):
+def _primes(avoid: set[int], above: int) -> Iterator[int]:
+    for candidate in itertools.count(above | 1, 2):
         prime = all(candidate % d for d in range(3, math.isqrt(candidate) + 1, 2))
         if prime and not any(constant % candidate == 0 for constant in avoid):
             yield candidate
 
 
-def analyse(model: Model, dims: Mapping[str, int] | None = None) -> Facts:
+def analyse(model: Model, dims: Mapping[str, int] | None = None, limit: int = VALUE_LIMIT) -> Facts:
     """Walk the main graph once, in order.
 
     Args:
         dims: sizes for symbolic input dimensions; `stand_ins(model)` by default.
+        limit: values with more elements are not computed.
     """
-    facts = Facts(dict(dims) if dims is not None else stand_ins(model))
+    facts = Facts(dict(dims) if dims is not None else stand_ins(model), limit)
     for value in model.graph.inputs:
         if value.shape is not None:
             sizes = tuple(d if isinstance(d, int) else facts.dims[dim_name(value, axis)] for axis, d in enumerate(value.shape))
@@ -144,16 +150,24 @@ def analyse(model: Model, dims: Mapping[str, int] | None = None) -> Facts:
     return facts
 
 
-def constants(model: Model) -> tuple[Facts, Facts, dict[ir.Value, Array]]:
-    """Two analyses with different stand-ins, and the elements of every node output on which they agree."""
-    facts, other = analyse(model), analyse(model, stand_ins(model, skip=7))
+def constants(model: Model) -> tuple[list[Facts], dict[ir.Value, Array]]:
+    """Analyses under three sets of sizes, and the elements of every node output on which they agree."""
+    small, large = stand_ins(model), stand_ins(model, above=LONG)
+    views = [analyse(model, small)]
+    if small:  # a static graph has but one set of sizes
+        views += [analyse(model, large, limit=2 * LONG), analyse(model, dict.fromkeys(small, 1))]
     agreed: dict[ir.Value, Array] = {}
     for node in model.graph:
         for output in node.outputs:
-            a, b = facts[output].value, other[output].value
-            if a is not None and b is not None and a.shape == b.shape and np.array_equal(a, b, equal_nan=a.dtype.kind == "f"):
-                agreed[output] = a
-    return facts, other, agreed
+            arrays = [view[output].value for view in views]
+            first = arrays[0]
+            if first is not None and all(other is not None and _same(first, other) for other in arrays[1:]):
+                agreed[output] = first
+    return views, agreed
+
+
+def _same(a: Array, b: Array) -> bool:
+    return a.shape == b.shape and np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
 
 
 def infer_node(node: ir.Node, facts: Facts, model: Model) -> None:
@@ -243,6 +257,8 @@ def sequence_sizes(split: ir.Node, size: int, facts: Facts) -> list[int] | None:
 
 def _evaluate(node: ir.Node, inputs: list[Fact], facts: Facts, model: Model) -> bool:
     """Compute the elements with numpy (onnx's reference kernels for rare operators); False if they are too many."""
+    if _too_large(node, inputs, facts.limit):
+        return False
     arrays = [i.value for i in inputs]
     rule = _VALUE_RULES.get(node.op_type)
     try:
@@ -256,13 +272,24 @@ def _evaluate(node: ir.Node, inputs: list[Fact], facts: Facts, model: Model) -> 
     grown = node.op_type in _GROWERS or any(i.grown for i in inputs)
     for output, array in zip(node.outputs, results, strict=False):
         array = np.asarray(array)
-        if array.size > VALUE_LIMIT:
+        if array.size > facts.limit:
             return False
         dtype = _output_dtypes(node, inputs)[0] or ir.DataType.from_numpy(array.dtype)
         if array.dtype != dtype.numpy():
             array = array.astype(dtype.numpy())
         facts[output] = Fact(dtype, array.shape, array, grown and array.size > 1)
     return True
+
+
+def _too_large(node: ir.Node, inputs: list[Fact], limit: int) -> bool:
+    """Whether the result would have too many elements; asked before it is computed."""
+    rule = _SHAPE_RULES.get(node.op_type)
+    if rule is None or (node.op_type not in _GROWERS and sum(i.value.size for i in inputs if i.value is not None) < 4096):
+        return False
+    try:
+        return any(math.prod(shape) > limit for shape in rule(node, inputs))
+    except (ValueError, TypeError, IndexError, KeyError):
+        return False
 
 
 _GROWERS = {"Range", "Expand", "ConstantOfShape", "Trilu", "EyeLike", "Tile", "OneHot"}
@@ -392,15 +419,11 @@ def _range(node: ir.Node, arrays: Sequence[Any]) -> Array:
 def _constant_of_shape(node: ir.Node, arrays: Sequence[Any]) -> Array:
     fill = attribute(node, "value")
     content = fill.numpy().reshape(()) if fill is not None else np.float32(0)
-    if math.prod(arrays[0].tolist()) > VALUE_LIMIT:
-        raise ValueError("too large")
     return np.full(arrays[0].tolist(), content)
 
 
 def _expand(node: ir.Node, arrays: Sequence[Any]) -> Array:
     shape = np.broadcast_shapes(arrays[0].shape, tuple(arrays[1].tolist()))
-    if math.prod(shape) > VALUE_LIMIT:
-        raise ValueError("too large")
     return np.broadcast_to(arrays[0], shape).copy()
 
 

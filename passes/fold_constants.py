@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,7 +36,8 @@ class FoldConstants(Pass):
     max_elements: int = option(1024, "Largest result, in elements, that is stored.")
 
     def apply(self, model: Model) -> PassResult:
-        facts, other, agreed = constants(model)
+        views, agreed = constants(model)
+        facts = views[0]
         builder = Builder(model)
         folded = 0
         for node in list(model.graph):
@@ -48,7 +50,7 @@ class FoldConstants(Pass):
                     dtype = facts[output].dtype or ir.DataType.from_numpy(array.dtype)
                     _become(output, ir.Tensor(np.asarray(array, dtype=dtype.numpy()), dtype=dtype), builder)
                 folded += 1
-        neutral = sum(_remove_neutral(node, facts, other, model) for node in list(model.graph))
+        neutral = sum(_remove_neutral(node, views, model) for node in list(model.graph))
         removed = remove_unused(model)
         notes = [f"{folded} nodes folded, {neutral} no-op nodes removed, {removed} unused nodes and initializers dropped"]
         return PassResult(bool(folded or neutral or removed), folded + neutral, notes if folded or neutral or removed else ["nothing to fold"])
@@ -76,30 +78,36 @@ def _become(value: ir.Value, tensor: ir.TensorProtocol, builder: Builder) -> Non
     rename_or_bypass(builder.graph, value, new)
 
 
-def _remove_neutral(node: ir.Node, facts: Facts, other: Facts, model: Model) -> int:
+def _remove_neutral(node: ir.Node, views: list[Facts], model: Model) -> int:
     """`x + 0`, `x * 1`, and slices, expansions and reshapes to the shape that x has."""
     if node.domain == "" and node.op_type in ("Slice", "Expand", "Reshape") and not node.outputs[0].is_graph_output():
-        return _remove_same_shape(node, facts, other, model)
+        return _remove_same_shape(node, views, model)
     if node.domain != "" or node.op_type not in ("Add", "Mul") or node.outputs[0].is_graph_output():
         return 0
-    neutral = 0 if node.op_type == "Add" else 1
     for keep, drop in ((0, 1), (1, 0)):
         data, side = node.inputs[keep], node.inputs[drop]
-        value = facts[side].value
-        if data is None or value is None or facts[data].value is not None:
-            continue
-        same = facts[data].shape is not None and facts[data].shape == facts[node.outputs[0]].shape
-        if same and value.size and np.all(value == neutral):
+        neutral = 0 if node.op_type == "Add" else 1
+        if data is not None and views[0][data].value is None and all(_neutral(view, data, side, node.outputs[0], neutral) for view in views):
             rename_or_bypass(model.graph, node.outputs[0], data)
             return 1
     return 0
 
 
-def _remove_same_shape(node: ir.Node, facts: Facts, other: Facts, model: Model) -> int:
+def _neutral(view: Facts, data: ir.Value, side: ir.Value | None, result: ir.Value, neutral: int) -> bool:
+    """Whether `side` changes nothing under the sizes of `view`; elements that were too many to compute are taken on trust of the other views."""
+    value, shape = view[side].value, view[data].shape
+    if shape is None or shape != view[result].shape:
+        return False
+    if value is None:
+        return math.prod(view[side].shape or ()) > view.limit
+    return value.size > 0 and bool(np.all(value == neutral))
+
+
+def _remove_same_shape(node: ir.Node, views: list[Facts], model: Model) -> int:
     data, result = node.inputs[0], node.outputs[0]
-    if data is None or facts[data].value is not None:
+    if data is None or views[0][data].value is not None:
         return 0
-    for view in (facts, other):  # equal under both sets of stand-ins: equal for every size
+    for view in views:
         steps = view[node.inputs[4]].value if len(node.inputs) > 4 and node.inputs[4] is not None else None
         if view[data].shape is None or view[data].shape != view[result].shape or (steps is not None and np.any(steps != 1)):
             return 0

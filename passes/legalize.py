@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from onnxtools.errors import JobError
-from onnxtools.graph import Builder, attribute, is_op, remove_unused, rename_or_bypass
+from onnxtools.graph import Builder, attribute, is_constant_expression, is_op, remove_unused, rename_or_bypass
 from onnxtools.infer import Facts, analyse, sequence_sizes
 from onnxtools.model import Model
 from onnxtools.passbase import Pass, PassResult
@@ -100,8 +101,8 @@ def _split_to_sequence(node: ir.Node, facts: Facts, builder: Builder) -> str:
         raise JobError(f"node {node.name!r} (SplitToSequence): the shape of {data.name if data else ''!r} is unknown; run onnx shape inference first")
     sizes = sequence_sizes(node, shape[axis], facts)
     if sizes is None:
-        raise JobError(f"node {node.name!r} (SplitToSequence) has split sizes that are computed at run time; export with constant sizes")
-    outputs = builder.ops("Split", [data, builder.constant(sizes, f"{node.name}/split")], node.name or "Split", outputs=len(sizes), axis=axis % len(shape))
+        raise JobError(f"node {node.name!r} (SplitToSequence) has split sizes that depend on the data; export with constant sizes")
+    outputs = _pieces(node, sizes, axis % len(shape), facts, builder)
     squeeze = len(node.inputs) < 2 and not attribute(node, "keepdims", 1)
     for user in users:
         index = facts[user.inputs[1]].value
@@ -113,6 +114,33 @@ def _split_to_sequence(node: ir.Node, facts: Facts, builder: Builder) -> str:
             part = builder.op("Squeeze", [part, builder.constant([axis % len(shape)], "axes")], user.name or "Squeeze")
         rename_or_bypass(builder.graph, user.outputs[0], part)
     return "SplitToSequence made Split"
+
+
+def _pieces(node: ir.Node, sizes: list[int], axis: int, facts: Facts, builder: Builder) -> Sequence[ir.Value]:
+    """The pieces as values: of one Split where the sizes are constant, else of a Slice each, from sizes known at run time."""
+    data, given = node.inputs[0], node.inputs[1] if len(node.inputs) > 1 else None
+    name = node.name or "Split"
+    vector = given is not None and (known := facts[given].value) is not None and known.ndim == 1
+    if is_constant_expression(given) and (vector or _static_axis(data, axis)):
+        return builder.ops("Split", [data, builder.constant(sizes, f"{name}/split")], name, outputs=len(sizes), axis=axis)
+    if not vector or given is None:
+        raise JobError(f"node {node.name!r} (SplitToSequence) cuts an axis of dynamic size into equal parts; export with constant sizes")
+    start = builder.constant([0], "int_0_1d")
+    pieces = []
+    for index in range(len(sizes)):
+        bounds = [builder.constant([i], "piece") for i in (index, index + 1)]
+        size = builder.op("Slice", [given, *bounds, builder.constant([0], "axes_0")], f"{name}/size_{index}")
+        end = builder.op("Add", [start, size], f"{name}/end_{index}")
+        pieces.append(builder.op("Slice", [data, start, end, builder.constant([axis], "axis")], f"{name}/piece_{index}"))
+        start = end
+    return pieces
+
+
+def _static_axis(data: ir.Value | None, axis: int) -> bool:
+    """Whether the file records a fixed size for this axis; unrecorded ones are taken from the constants that made them."""
+    if data is None or data.shape is None or axis >= len(data.shape):
+        return True
+    return isinstance(data.shape[axis], int)
 
 
 def _reshape_scalar(node: ir.Node, facts: Facts, builder: Builder) -> str:

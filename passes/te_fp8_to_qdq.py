@@ -49,8 +49,8 @@ class TeFp8ToQdq(Pass):
     def apply(self, model: Model) -> PassResult:
         if not any(is_op(node, Q, DQ, domain="trt") or is_op(node, "QuantizeLinear") for node in model.graph):
             return PassResult(False, 0, [_NOTHING])
-        facts, _, agreed = constants(model)
-        rewriter = _Rewriter(model, facts, agreed)
+        views, agreed = constants(model)
+        rewriter = _Rewriter(model, views[0], agreed)
         nodes = [node for node in model.graph if is_op(node, Q, DQ, domain="trt")]
         for node in nodes:
             rewriter.rewrite(node)
