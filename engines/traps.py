@@ -33,8 +33,8 @@ class Graph:
 
     @cached_property
     def _analysis(self) -> tuple[Facts, dict[ir.Value, Any]]:
-        facts, _, agreed = constants(self.model)
-        return facts, agreed
+        views, agreed = constants(self.model)
+        return views[0], agreed
 
     @property
     def constants(self) -> dict[ir.Value, Any]:

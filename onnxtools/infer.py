@@ -119,6 +119,27 @@ def is_ids_like(value: ir.Value) -> bool:
     return value.shape is not None and len(value.shape) == 2 and value.dtype in (ir.DataType.INT64, ir.DataType.INT32)
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """The token ids of a model and which of their two axes is the sequence (the other is the batch)."""
+
+    value: ir.Value
+    axis: int
+
+    @property
+    def batch_axis(self) -> int:
+        return 1 - self.axis
+
+
+def token_input(model: Model) -> Tokens | None:
+    """The first integer input of rank 2: [batch, sequence], or [sequence, batch] where its dimensions are named so."""
+    for value in model.graph.inputs:
+        if is_ids_like(value):
+            names = [dim.value or "" if isinstance(dim, ir.SymbolicDim) else "" for dim in value.shape or ()]
+            return Tokens(value, 0 if "seq" in names[0].lower() and "seq" not in names[1].lower() else 1)
+    return None
+
+
 def dim_name(value: ir.Value, axis: int) -> str:
     assert value.shape is not None
     dim = value.shape[axis]

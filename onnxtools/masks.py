@@ -9,7 +9,6 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxtools.infer import Facts
-from onnxtools.model import Model
 
 Array = np.ndarray[Any, Any]
 BLOCKING = -1e3
@@ -103,13 +102,3 @@ def prime_above(number: int) -> int:
     from math import isqrt
 
     return next(n for n in count(number + 1) if all(n % d for d in range(2, isqrt(n) + 1)))
-
-
-def sequence_dim(model: Model, facts: Facts) -> tuple[ir.Value, int] | None:
-    """(graph input, axis) that carries the sequence: axis 1 of the first integer input [batch, sequence]."""
-    from onnxtools.infer import is_ids_like
-
-    for value in model.graph.inputs:
-        if is_ids_like(value):
-            return value, 1
-    return None

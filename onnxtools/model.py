@@ -153,7 +153,8 @@ def _check_names(proto: onnx.ModelProto, path: Path) -> list[str]:
         defined.setdefault(tensor.name, "an initializer")
     node_names: set[str] = set()
     renamed = 0
-    for node in proto.graph.node:
+    for index, node in enumerate(proto.graph.node):
+        node.name = node.name or f"{node.op_type}_{index}"  # errors, checks and TensorRT all speak of nodes by name
         domain = "" if node.domain == "ai.onnx" else node.domain
         if domain not in domains and not (domain == "" and "ai.onnx" in domains):
             raise ModelError(
@@ -166,8 +167,7 @@ def _check_names(proto: onnx.ModelProto, path: Path) -> list[str]:
                 defined[name] = f"node {node.name!r}"
         if node.name in node_names:
             node.name, renamed = _unique(node.name, node_names), renamed + 1
-        if node.name:
-            node_names.add(node.name)
+        node_names.add(node.name)
     _check_defined(proto.graph, set(), path)
     return [f"{renamed} nodes shared a name with another; given unique names"] if renamed else []
 

@@ -196,7 +196,8 @@ def _feed(value: ir.Value, batch: int, sequence: int, generator: np.random.Gener
     name = (value.name or "").lower()
     dtype = np.dtype(np.float32) if value.dtype == ir.DataType.BFLOAT16 else value.dtype.numpy()
     if "position" in name and is_ids_like(value):
-        return np.broadcast_to(np.arange(shape[1], dtype=dtype), shape).copy()
+        along = np.arange(shape[1], dtype=dtype) if shape[1] == sequence else np.arange(shape[0], dtype=dtype)[:, None]
+        return np.broadcast_to(along, shape).copy()
     if "mask" in name:
         if value.dtype == ir.DataType.BOOL and len(shape) == 4:
             causal = np.triu(np.ones(shape[-2:], dtype=bool), shape[-1] - shape[-2] + 1)

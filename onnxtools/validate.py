@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from onnxtools.errors import JobError
 from onnxtools.graph import has_dynamic_scales
-from onnxtools.infer import is_ids_like
+from onnxtools.infer import token_input
 from onnxtools.model import Model
 from onnxtools.ort import Array, Feeds, Runner, random_feeds
 
@@ -166,10 +166,10 @@ def empty_cache(model: Model, batch: int) -> Feeds:
 
 
 def _token_shape(model: Model, feeds: Mapping[str, Array]) -> tuple[int, int]:
-    for value in model.graph.inputs:
-        if is_ids_like(value) and value.name and value.name in feeds:
-            batch, sequence = feeds[value.name].shape
-            return int(batch), int(sequence)
+    tokens = token_input(model)
+    if tokens is not None and tokens.value.name in feeds:
+        shape = feeds[tokens.value.name or ""].shape
+        return int(shape[tokens.batch_axis]), int(shape[tokens.axis])
     raise JobError("no input of shape [batch, sequence] was found to decode step by step; validate without a cache")
 
 
@@ -201,7 +201,14 @@ def decode(model: Model, run: Runner, feeds: Feeds, steps: Sequence[int]) -> dic
             if "key_values" not in name and not name.startswith("present."):
                 pieces.setdefault(name, []).append(array)
         done += step
-    return {name: np.concatenate(parts, axis=1) for name, parts in pieces.items()}
+    return {name: np.concatenate(parts, axis=_sequence_axis(model, name)) for name, parts in pieces.items()}
+
+
+def _sequence_axis(model: Model, output: str) -> int:
+    """The axis of an output along which steps are joined: the one called `sequence`, else 1."""
+    value = next(v for v in model.graph.outputs if v.name == output)
+    names = [d.value if isinstance(d, ir.SymbolicDim) else None for d in value.shape or ()]
+    return names.index("sequence") if "sequence" in names else 1
 
 
 def _joined(old: Array, new: Array, axis: int) -> Array:
@@ -232,7 +239,7 @@ def _part(name: str, array: Array, model: Model, done: int, step: int) -> Array:
     for axis, dim in enumerate(dims):
         if dim == "total_sequence":
             index.append(slice(0, done + step))
-        elif dim == "sequence" and axis > 0:
+        elif dim == "sequence":
             index.append(slice(done, done + step))
         else:
             index.append(slice(None))

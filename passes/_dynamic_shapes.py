@@ -8,13 +8,13 @@ import onnx_ir as ir
 from onnxtools.axes import Atom, Layout, LayoutError, follow, leaves
 from onnxtools.errors import JobError
 from onnxtools.graph import Builder, attribute, constant_tensor, is_constant_expression
-from onnxtools.infer import Facts, analyse, is_ids_like, stand_ins
+from onnxtools.infer import Facts, Tokens, analyse, is_ids_like, stand_ins
 from onnxtools.model import Model
 
 _MOVES = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Expand"}
 
 
-def make_dynamic(model: Model, ids: ir.Value, past_1d: ir.Value, total: ir.Value, builder: Builder) -> list[str]:
+def make_dynamic(model: Model, tokens: Tokens, past_1d: ir.Value, total: ir.Value, builder: Builder) -> list[str]:
     """Follow the batch and sequence axes from the token inputs through the graph and free them.
 
     Rules:
@@ -25,7 +25,7 @@ def make_dynamic(model: Model, ids: ir.Value, past_1d: ir.Value, total: ir.Value
     Returns:
         Notes for people.
     """
-    tracer = _Tracer(model, ids, past_1d, total, builder)
+    tracer = _Tracer(model, tokens.value, past_1d, total, builder)
     for node in list(model.graph):
         builder.before = node
         tracer.visit(node)

@@ -10,6 +10,7 @@ from onnxtools.attention import Attention, Operand
 from onnxtools.axes import Atom, leaves
 from onnxtools.errors import JobError
 from onnxtools.graph import Builder
+from onnxtools.infer import Tokens
 
 _ORDER = ("batch", "heads", "sequence", "channels")
 
@@ -39,7 +40,7 @@ def to_bnsh(build: Builder, operand: Operand, prefix: str) -> ir.Value:
     return value
 
 
-def from_bnsh(build: Builder, ids: ir.Value, value: ir.Value, block: Attention, prefix: str) -> ir.Value:
+def from_bnsh(build: Builder, tokens: Tokens, value: ir.Value, block: Attention, prefix: str) -> ir.Value:
     """The product [batch, heads, sequence, channels] in the layout that the rest of the graph expects."""
     groups = [_output_roles(axis, block) for axis in block.output_layout]
     order = [role for group in groups for role in group]
@@ -62,20 +63,20 @@ def from_bnsh(build: Builder, ids: ir.Value, value: ir.Value, block: Attention, 
             target.append(0 if len(group) == 1 and order.index(group[0]) == position else -1)
     if target.count(-1) < 2:
         return build.op("Reshape", [value, build.constant(target, "merge_heads")], f"{prefix}/Reshape")
-    return build.op("Reshape", [value, _computed_target(build, ids, groups, target, block, prefix)], f"{prefix}/Reshape")
+    return build.op("Reshape", [value, _computed_target(build, tokens, groups, target, block, prefix)], f"{prefix}/Reshape")
 
 
 def _constant_size(role: str, block: Attention) -> int | None:
     return {"heads": block.query.head_count, "channels": block.value.head_size}.get(role)
 
 
-def _computed_target(build: Builder, ids: ir.Value, groups: list[list[str]], target: list[int], block: Attention, prefix: str) -> ir.Value:
+def _computed_target(build: Builder, tokens: Tokens, groups: list[list[str]], target: list[int], block: Attention, prefix: str) -> ir.Value:
     """A Reshape target in which batch and sequence are read from the token ids, such as [batch * heads, sequence, channels]."""
     parts = []
     for group, size in zip(groups, target, strict=True):
         if group in (["batch"], ["sequence"]):
-            axis = 0 if group == ["batch"] else 1
-            parts.append(build.op("Shape", [ids], f"{prefix}/{group[0]}", start=axis, end=axis + 1))
+            axis = tokens.batch_axis if group == ["batch"] else tokens.axis
+            parts.append(build.op("Shape", [tokens.value], f"{prefix}/{group[0]}", start=axis, end=axis + 1))
         else:
             parts.append(build.constant([size], "size"))
     if sum(size == -1 and group not in (["batch"], ["sequence"]) for group, size in zip(groups, target, strict=True)) > 1:

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from onnxtools.attention import Attention
 from onnxtools.errors import JobError
 from onnxtools.graph import Builder
-from onnxtools.infer import Facts, analyse, stand_ins
+from onnxtools.infer import Facts, analyse, stand_ins, token_input
 from onnxtools.masks import MaskError, Pattern, hidden_by_addition, pattern_of, square
 from onnxtools.model import Model
 
@@ -35,6 +35,7 @@ class MaskRewriter:
         self.anchor = builder.before
         self.patterns: set[Pattern] = set()
         self.inputs: set[str] = set()
+        self.kept: set[ir.Node] = set()  # nodes of the exporter that now work on the total length
         self._made: dict[Any, ir.Value] = {}
 
     def notes(self) -> list[str]:
@@ -191,10 +192,13 @@ class MaskRewriter:
             return self.extend(source)
         if node.op_type in ("Reshape", "Unsqueeze") and source is not None:
             return self._extend_unsqueeze(source, fact.shape, node)
+        if node.op_type == "GatherND":
+            return self._extend_gather(node)
         if node.op_type not in _POINTWISE:
             raise MaskError(f"comes from node {node.name!r} ({node.op_type})")
         inputs = [None if v is None else self.extend(v) for v in node.inputs]
         if inputs == list(node.inputs):
+            self.kept.add(node)
             return value
         return self.builder.op(node.op_type, inputs, f"/model/mask/{node.op_type}", **{k: a.value for k, a in node.attributes.items()})
 
@@ -231,6 +235,18 @@ class MaskRewriter:
         self.inputs.add(value.name or "")
         return value
 
+    def _extend_gather(self, node: ir.Node) -> ir.Value:
+        """`mask[b, j]` for every batch b and key j, as transformers spells the padding mask: [batch, 1, 1, total]."""
+        data, index = node.inputs[0], self.facts[node.inputs[1]].value
+        shape = self.facts[data].shape
+        if data is None or shape is None or len(shape) != 2 or index is None or index.shape[-1] != 2 or index.ndim != 5:
+            raise MaskError(f"comes from node {node.name!r} (GatherND)")
+        rows, keys = (np.broadcast_to(index[..., i], index.shape[:-1]) for i in range(2))
+        by_row = np.array_equal(rows, np.broadcast_to(np.arange(shape[0])[:, None, None, None], rows.shape))
+        if not by_row or not np.array_equal(keys, np.broadcast_to(np.arange(shape[1]), keys.shape)):
+            raise MaskError(f"picks elements by node {node.name!r} (GatherND)")
+        return self.builder.op("Unsqueeze", [self.extend(data), self.builder.constant([1, 2], "axes")], "/model/mask/Unsqueeze")
+
     def _extend_unsqueeze(self, source: ir.Value, shape: tuple[int, ...], node: ir.Node) -> ir.Value:
         """A Reshape or Unsqueeze that only adds axes of one."""
         before = self.facts[source].shape
@@ -250,27 +266,34 @@ _SHAPE_ARGUMENTS = {"Reshape", "Expand", "Slice", "Tile", "ConstantOfShape", "Un
 
 
 def check_positions_follow_past(model: Model) -> None:
-    """Refuse a cached graph in which something still counts positions from zero.
+    """Refuse a cached graph in which a token's position depends on how the sequence was cut into steps.
 
-    Two analyses with different past lengths must disagree on every value that varies along the sequence and meets
-    data; a value on which they agree would give each new token the positions of the first ones.
+    The graph is analysed once as a step (past P, S new tokens) and once as a full run (past 0, P + S tokens). Every value
+    that follows from shapes alone and meets data must be, in the step, the last S entries of the full run.
     """
     sizes = stand_ins(model)
-    facts = analyse(model, sizes)
-    other = analyse(model, {name: size + (2 if "past" in name else 0) for name, size in sizes.items()})
-    sequences = {facts[value].shape[1] for value in model.graph.inputs if value.name == "input_ids" and facts[value].shape}  # type: ignore[index]
-    lengths = sequences or {size for name, size in sizes.items() if name == "sequence"}
+    tokens = token_input(model)
+    past = next((size for name, size in sizes.items() if "past" in name), None)
+    step = analyse(model, sizes)
+    if tokens is None or past is None or (shape := step[tokens.value].shape) is None:
+        return
+    size = shape[tokens.axis]
+    whole = analyse(model, {name: 0 if "past" in name else past + size if value == size else value for name, value in sizes.items()})
     for node in model.graph:
-        inputs = node.inputs[:1] if node.op_type in _SHAPE_ARGUMENTS and node.domain == "" else node.inputs
-        if any(facts[o].value is not None for o in node.outputs):
+        if any(step[o].value is not None for o in node.outputs):
             continue
-        for value in inputs:
-            a, b = facts[value].value, other[value].value
-            if value is None or a is None or b is None or a.shape != b.shape or not np.array_equal(a, b):
-                continue
-            for axis, size in enumerate(a.shape):
-                if size in lengths and not np.all(a == np.take(a, [0], axis=axis)):
-                    raise JobError(
-                        f"node {node.name!r} ({node.op_type}) uses {value.name!r}, which counts positions from zero whatever the cache holds;"
-                        " export the model with a position_ids input"
-                    )
+        for value in node.inputs[:1] if node.op_type in _SHAPE_ARGUMENTS and node.domain == "" else node.inputs:
+            a, b = step[value].value, whole[value].value
+            if value is not None and a is not None and b is not None and size in a.shape and not _is_tail(a, b, past):
+                raise JobError(
+                    f"node {node.name!r} ({node.op_type}) uses {value.name!r}, whose positions do not follow the cache;"
+                    " export the model with a position_ids input"
+                )
+
+
+def _is_tail(step: Any, whole: Any, past: int) -> bool:
+    """Whether `step` is `whole` without its first `past` entries along every axis on which it is that much shorter."""
+    if step.ndim != whole.ndim:
+        return False
+    index = tuple(slice(past, None) if b == a + past else slice(None) for a, b in zip(step.shape, whole.shape, strict=True))
+    return np.array_equal(whole[index], step)

@@ -13,18 +13,22 @@ from onnxtools.attention import Attention, Operand, find_attention
 from onnxtools.axes import Atom, leaves
 from onnxtools.errors import JobError, NoMatchError, UsageError
 from onnxtools.graph import Builder, forget_types, has_dynamic_scales, remove_unused, rename_or_bypass
-from onnxtools.infer import Facts, analyse, stand_ins
-from onnxtools.masks import mask_constants, prime_above, sequence_dim
+from onnxtools.infer import Facts, Tokens, analyse, token_input
+from onnxtools.masks import mask_constants, prime_above
 from onnxtools.model import Model
 from onnxtools.passbase import Pass, PassResult, option
 from onnxtools.passes._dynamic_shapes import make_dynamic
 from onnxtools.passes._kv_layout import from_bnsh, to_bnsh
+from onnxtools.passes._kv_locality import check_locality, restrict_to_new_tokens
 from onnxtools.passes._kv_mask import MaskRewriter, check_positions_follow_past
 from onnxtools.passes.decompose_attention import DecomposeAttention
 from onnxtools.positions import shift_positions
 
 _DTYPES = {"fp8": ir.DataType.FLOAT8E4M3FN, "fp16": ir.DataType.FLOAT16, "fp32": ir.DataType.FLOAT, "bf16": ir.DataType.BFLOAT16}
 _LARGEST_MASK = 4100
+
+_SCALE_OPS = {"Abs", "ReduceMax", "ReduceMin", "Max", "Min", "Div", "Mul", "Reciprocal", "Cast", "Identity", "Reshape", "Neg", "Add", "Clip"}
+"""What computes a current-scaling factor: no operator here depends on how the tensor is laid out."""
 
 _Dim = int | str | ir.SymbolicDim | None
 
@@ -62,7 +66,7 @@ class AddKvCache(Pass):
             raise JobError(f"the model already has a KV cache (input {cached[0]!r}); start from the model without one")
         if self.dtype == "fp8" and model.opset < 19:
             raise JobError(f"an fp8 cache needs opset 19 and the model is at {model.opset}; run `onnxtools convert IN OUT --opset19` first")
-        if sequence_dim(model, analyse_inputs(model)) is None:
+        if token_input(model) is None:
             raise NoMatchError("no integer input of shape [batch, sequence] (input_ids) was found; a KV cache needs token inputs")
 
     def apply(self, model: Model) -> PassResult:
@@ -74,16 +78,19 @@ class AddKvCache(Pass):
         blocks = find_attention(model, facts)
         if not blocks:
             raise NoMatchError("no attention (Softmax between two MatMuls of activations) was found; nothing can be cached")
+        originals = set(model.graph)
         lowering = _Concat(self, model, facts)
         for index, block in enumerate(blocks):
             lowering.rewrite(index, block)
         remove_unused(model)
+        restrict_to_new_tokens(lowering.grown_inputs(), originals, lowering.wide_nodes(), lowering.past_1d, lowering.total, lowering.builder)
         shifted: list[str] = []
         if lowering.static:
-            notes += make_dynamic(model, lowering.ids, lowering.past_1d, lowering.total, lowering.builder)
+            notes += make_dynamic(model, lowering.tokens, lowering.past_1d, lowering.total, lowering.builder)
         else:
             shifted = shift_positions(model, facts, lowering.size, lowering.past, lowering.past_1d, lowering.builder)
-        _name_dimensions(model, lowering.ids)
+        _name_dimensions(model, lowering.tokens)
+        check_locality(model, originals)
         forget_types(output for node in model.graph for output in node.outputs if not output.is_graph_output())
         notes += lowering.notes(blocks)
         if has_dynamic_scales(model):
@@ -96,8 +103,16 @@ class AddKvCache(Pass):
         check_positions_follow_past(model)
 
 
-def analyse_inputs(model: Model) -> Facts:
-    return Facts(stand_ins(model))
+def _tokens(model: Model) -> Tokens:
+    found = token_input(model)
+    assert found is not None  # `requires` has looked
+    return found
+
+
+def _length(tokens: Tokens, facts: Facts) -> int:
+    shape = facts[tokens.value].shape
+    assert shape is not None
+    return shape[tokens.axis]
 
 
 def _analyse_for_masks(model: Model) -> Facts:
@@ -107,9 +122,7 @@ def _analyse_for_masks(model: Model) -> Facts:
     not allow are skipped.
     """
     facts = analyse(model)
-    at = sequence_dim(model, facts)
-    assert at is not None
-    size = facts[at[0]].shape[1]  # type: ignore[index]
+    size = _length(_tokens(model), facts)
     numbers: set[int] = set()
     for node in model.graph:
         for value in node.inputs if node.op_type in ("Where", "Add", "And", "Or") else ():
@@ -129,19 +142,20 @@ def _analyse_for_masks(model: Model) -> Facts:
 def _read_lengths_from_ids(model: Model) -> None:
     """Let shape arithmetic read batch and sequence from the token ids: a mask input will span more than the new tokens."""
     facts = analyse(model)
-    at = sequence_dim(model, facts)
-    assert at is not None
+    tokens = _tokens(model).value
     for value in model.graph.inputs:
-        if value is not at[0] and facts[value].shape == facts[at[0]].shape:
+        if value is not tokens and facts[value].shape == facts[tokens].shape:
             for user, index in list(value.uses()):
                 if user.op_type == "Shape":
-                    user.replace_input_with(index, at[0])
+                    user.replace_input_with(index, tokens)
 
 
-def _name_dimensions(model: Model, ids: ir.Value) -> None:
+def _name_dimensions(model: Model, tokens: Tokens) -> None:
     """Call the dynamic axes of token inputs `batch` and `sequence`, wherever they appear among inputs and outputs."""
-    assert ids.shape is not None
-    names = {dim.value: name for dim, name in zip(ids.shape, ("batch", "sequence"), strict=True) if isinstance(dim, ir.SymbolicDim)}
+    assert tokens.value.shape is not None
+    axes = ((tokens.batch_axis, "batch"), (tokens.axis, "sequence"))
+    dims = [(tokens.value.shape[axis], name) for axis, name in axes]
+    names = {dim.value: name for dim, name in dims if isinstance(dim, ir.SymbolicDim)}
     for value in (*model.graph.inputs, *model.graph.outputs):
         if value.shape is not None:
             value.shape = ir.Shape([names.get(d.value, d.value) if isinstance(d, ir.SymbolicDim) else d for d in value.shape])
@@ -153,20 +167,29 @@ class _Concat:
     def __init__(self, options: AddKvCache, model: Model, facts: Facts) -> None:
         self.options, self.model, self.facts = options, model, facts
         self.builder = Builder(model)
-        at = sequence_dim(model, facts)
-        assert at is not None
-        self.ids = at[0]
-        shape = facts[self.ids].shape
-        assert shape is not None and self.ids.shape is not None
-        self.batch_size, self.size = shape
-        self.static = all(isinstance(dim, int) for dim in self.ids.shape)
-        dims: tuple[_Dim, _Dim] = ("batch", "sequence") if self.static else (self.ids.shape[0], self.ids.shape[1])
+        self.tokens = _tokens(model)
+        self.size = _length(self.tokens, facts)
+        shape = self.tokens.value.shape
+        assert shape is not None
+        self.static = all(isinstance(dim, int) for dim in shape)
+        dims: tuple[_Dim, _Dim] = ("batch", "sequence") if self.static else (shape[self.tokens.batch_axis], shape[self.tokens.axis])
         self.batch_dim, self.sequence_dim = dims
         self.mask: MaskRewriter | None = None
         self._decoded: dict[ir.Value, ir.Value] = {}
+        self._renewed: dict[ir.Value, ir.Value] = {}
         self.past: ir.Value
         self.past_1d: ir.Value
         self.total: ir.Value
+
+    def grown_inputs(self) -> list[ir.Value]:
+        """Mask inputs that now span the total length."""
+        assert self.mask is not None
+        return [value for value in self.model.graph.inputs if value.name in self.mask.inputs]
+
+    def wide_nodes(self) -> set[ir.Node]:
+        """Nodes of the exporter that are part of a grown mask."""
+        assert self.mask is not None
+        return self.mask.kept
 
     def notes(self, blocks: list[Attention]) -> list[str]:
         first = blocks[0].key
@@ -202,16 +225,36 @@ class _Concat:
         for node, data in block.probabilities:
             probabilities = self._replay_node(probabilities, node, data, f"{prefix}/probabilities")
         context = build.op("MatMul", [probabilities, values], f"{prefix}/pv/MatMul")
-        rename_or_bypass(self.model.graph, block.output, from_bnsh(build, self.ids, context, block, f"{prefix}/context"))
+        rename_or_bypass(self.model.graph, block.output, from_bnsh(build, self.tokens, context, block, f"{prefix}/context"))
 
     def _replay_node(self, value: ir.Value, node: ir.Node, data: int, prefix: str) -> ir.Value:
-        if node.op_type in ("Reshape", "Transpose", "Identity", "Dropout", "Squeeze", "Unsqueeze"):
+        """`node` on `value` in place of its data input; scales that were computed from the old data are computed from the new."""
+        old = node.inputs[data]
+        assert old is not None
+        self._renewed[old] = value
+        if node.op_type in ("Reshape", "Transpose", "Identity", "Dropout", "Squeeze", "Unsqueeze") or node.op_type == "Where":
+            new = value
+        else:
+            inputs = [value if i == data else self._renew(v, prefix) for i, v in enumerate(node.inputs)]
+            new = self.builder.op(node.op_type, inputs, f"{prefix}/{node.op_type}", **_attributes(node))
+        self._renewed[node.outputs[0]] = new
+        return new
+
+    def _renew(self, value: ir.Value | None, prefix: str) -> ir.Value | None:
+        """`value` computed from the rebuilt attention where it was computed from the old one (dynamic quantization scales)."""
+        if value is None or value in self._renewed:
+            return None if value is None else self._renewed[value]
+        node = value.producer()
+        if node is None or self.facts[value].value is not None:
             return value
-        inputs = list(node.inputs)
-        if node.op_type == "Where":  # a guard against NaN in fully masked rows, which a causal model does not have
+        inputs = [self._renew(v, prefix) for v in node.inputs]
+        if inputs == list(node.inputs):
+            self._renewed[value] = value
             return value
-        inputs[data] = value
-        return self.builder.op(node.op_type, inputs, f"{prefix}/{node.op_type}", **_attributes(node))
+        if node.op_type not in _SCALE_OPS:
+            raise JobError(f"node {node.name!r} ({node.op_type}) reads the inside of attention; only quantization scales may")
+        self._renewed[value] = self.builder.op(node.op_type, inputs, f"{prefix}/{node.op_type}", **_attributes(node))
+        return self._renewed[value]
 
     def _replay(self, value: ir.Value, operand: Operand, prefix: str) -> ir.Value:
         for node, data in operand.replay:
@@ -247,7 +290,7 @@ class _Concat:
         self.past_1d = build.op("Shape", [past], "/model/kv/past_length", dtype=ir.DataType.INT64, shape=[1], start=axis, end=axis + 1)
         zero = build.constant([0], "axes_0")
         self.past = build.op("Squeeze", [self.past_1d, zero], "/model/kv/past", dtype=ir.DataType.INT64, shape=[])
-        new = build.op("Shape", [self.ids], "/model/kv/new_length", dtype=ir.DataType.INT64, shape=[1], start=1, end=2)
+        new = build.op("Shape", [self.tokens.value], "/model/kv/new_length", shape=[1], start=self.tokens.axis, end=self.tokens.axis + 1)
         new = build.op("Squeeze", [new, zero], "/model/kv/new", dtype=ir.DataType.INT64, shape=[])
         self.total = build.op("Add", [self.past, new], "/model/kv/total", dtype=ir.DataType.INT64, shape=[])
         self.mask = MaskRewriter(self.model, self.facts, build, self.size, self.past, self.total)

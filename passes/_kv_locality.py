@@ -1,0 +1,100 @@
+"""A cached step sees only its own tokens outside attention: what would need the others is refused or mended."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from onnxtools.errors import JobError
+from onnxtools.graph import Builder, attribute, is_op
+from onnxtools.infer import Facts, analyse, token_input
+from onnxtools.model import Model
+
+
+def check_locality(model: Model, originals: set[ir.Node]) -> None:
+    """Refuse nodes of the exporter through which tokens meet outside attention.
+
+    A reduction over everything to one number is the scale of current scaling: it is warned of elsewhere.
+
+    Raises:
+        JobError: names the first such node.
+    """
+    facts = analyse(model)
+    tokens = token_input(model)
+    shape = facts[tokens.value].shape if tokens is not None else None
+    if tokens is None or shape is None:
+        return
+    size = shape[tokens.axis]
+    for node in model.graph:
+        if node in originals and all(facts[o].value is None for o in node.outputs) and _mixes(node, facts, size):
+            raise JobError(
+                f"node {node.name!r} ({node.op_type}) mixes tokens outside attention: a step would not see the earlier ones, so no cache can be added"
+            )
+
+
+def _mixes(node: ir.Node, facts: Facts, size: int) -> bool:
+    shape = facts[node.inputs[0]].shape if node.inputs else None
+    if shape is None or size not in shape:
+        return node.op_type == "MatMul" and len(node.inputs) > 1 and _at(facts[node.inputs[1]].shape, -2) == size
+    op = node.op_type
+    if op.startswith("Reduce"):
+        given = facts[node.inputs[1]].value if len(node.inputs) > 1 else None
+        axes = [int(a) for a in given] if given is not None else list(attribute(node, "axes", None) or [])
+        return bool(axes) and any(shape[a] == size for a in axes)
+    if op == "CumSum":
+        axis = facts[node.inputs[1]].value
+        return axis is None or shape[int(axis)] == size
+    if op in ("Softmax", "LogSoftmax", "Hardmax"):
+        return bool(shape[attribute(node, "axis", -1)] == size)
+    if op in ("LayerNormalization", "RMSNormalization"):
+        axis = attribute(node, "axis", -1) % len(shape)
+        return size in shape[axis:]
+    if op == "MatMul":
+        return shape[-1] == size
+    if op == "Conv":
+        return size in shape[2:]
+    return op == "Concat" and shape[attribute(node, "axis")] == size
+
+
+def _at(shape: tuple[int, ...] | None, axis: int) -> int | None:
+    return shape[axis] if shape is not None and len(shape) >= -axis else None
+
+
+def restrict_to_new_tokens(inputs: list[ir.Value], originals: set[ir.Node], wide: set[ir.Node], past_1d: ir.Value, total: ir.Value, builder: Builder) -> int:
+    """Give users of a mask input that work on tokens, not on keys, the part of the new tokens.
+
+    Args:
+        originals: nodes of the exporter; `wide`: those of them that are part of a mask and take all keys.
+
+    A count along the mask (`cumsum`, Hugging Face's position ids) runs over all of it and is cut afterwards.
+
+    Returns:
+        How many cuts were made.
+    """
+    return sum(_restrict(value, originals, wide, past_1d, total, builder) for value in inputs)
+
+
+def _restrict(value: ir.Value, originals: set[ir.Node], wide: set[ir.Node], past_1d: ir.Value, total: ir.Value, builder: Builder) -> int:
+    cuts = 0
+    for user, index in list(value.uses()):
+        if user not in originals or user.op_type == "Shape":
+            continue
+        if user in wide or is_op(user, "Cast", "Identity", "Not", "Neg"):
+            cuts += _restrict(user.outputs[0], originals, wide, past_1d, total, builder)
+            continue
+        whole = user.outputs[0] if is_op(user, "CumSum") else value
+        builder.before = user
+        if whole is value:
+            user.replace_input_with(index, _cut(whole, past_1d, total, builder, user))
+        else:
+            later = list(whole.uses())
+            builder.before = later[0][0] if later else None
+            cut = _cut(whole, past_1d, total, builder, user)
+            for other, at in later:
+                other.replace_input_with(at, cut)
+        cuts += 1
+    return cuts
+
+
+def _cut(value: ir.Value, past_1d: ir.Value, total: ir.Value, builder: Builder, user: ir.Node) -> ir.Value:
+    end = builder.op("Unsqueeze", [total, builder.constant([0], "axes_0")], f"{user.name}/total")
+    return builder.op("Slice", [value, past_1d, end, builder.constant([-1], "last_axis")], f"{user.name}/new_tokens")
