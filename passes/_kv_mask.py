@@ -242,6 +242,8 @@ class MaskRewriter:
         if data is None or shape is None or len(shape) != 2 or index is None or index.shape[-1] != 2 or index.ndim != 5:
             raise MaskError(f"comes from node {node.name!r} (GatherND)")
         rows, keys = (np.broadcast_to(index[..., i], index.shape[:-1]) for i in range(2))
+        if keys.shape[0] != shape[0] or keys.shape[-1] != shape[1]:
+            raise MaskError(f"compares tokens by node {node.name!r} (GatherND)")
         by_row = np.array_equal(rows, np.broadcast_to(np.arange(shape[0])[:, None, None, None], rows.shape))
         if not by_row or not np.array_equal(keys, np.broadcast_to(np.arange(shape[1]), keys.shape)):
             raise MaskError(f"picks elements by node {node.name!r} (GatherND)")

@@ -142,12 +142,31 @@ def _analyse_for_masks(model: Model) -> Facts:
 def _read_lengths_from_ids(model: Model) -> None:
     """Let shape arithmetic read batch and sequence from the token ids: a mask input will span more than the new tokens."""
     facts = analyse(model)
-    tokens = _tokens(model).value
+    tokens = _tokens(model)
+    shape = facts[tokens.value].shape
+    assert shape is not None
+    builder = Builder(model)
     for value in model.graph.inputs:
-        if value is not tokens and facts[value].shape == facts[tokens].shape:
-            for user, index in list(value.uses()):
-                if user.op_type == "Shape":
-                    user.replace_input_with(index, tokens)
+        dims = value.shape
+        if value is tokens.value or dims is None or all(isinstance(dim, int) for dim in dims):
+            continue
+        for user, _ in list(value.uses()):
+            if user.op_type == "Shape":
+                builder.before = user
+                part = slice(user.attributes.get_int("start", 0), user.attributes.get_int("end", len(dims)))
+                rename_or_bypass(model.graph, user.outputs[0], _lengths_of(value, range(len(dims))[part], shape, facts, tokens, builder))
+
+
+def _lengths_of(value: ir.Value, axes: range, shape: tuple[int, ...], facts: Facts, tokens: Tokens, builder: Builder) -> ir.Value:
+    """The sizes of `axes` of an input, shape [len(axes)], read from the token ids where they are the same dimension."""
+    sizes = facts[value].shape
+    assert sizes is not None
+    parts = []
+    for axis in axes:
+        same = tokens.axis if sizes[axis] == shape[tokens.axis] else tokens.batch_axis if sizes[axis] == shape[tokens.batch_axis] else None
+        source, at = (value, axis) if same is None else (tokens.value, same)
+        parts.append(builder.op("Shape", [source], "/model/kv/shape", start=at, end=at + 1))
+    return parts[0] if len(parts) == 1 else builder.op("Concat", parts, "/model/kv/shapes", axis=0)
 
 
 def _name_dimensions(model: Model, tokens: Tokens) -> None:
