@@ -27,7 +27,11 @@ def peers(folder: Path) -> list[list[str]]:
         "GraphSurgeon import + export": "g = gs.import_onnx(onnx.load(a)); onnx.save_model(gs.export_onnx(g), b, save_as_external_data=True, location='peer-out.data')",
         "onnx_ir load + save": "m = ir.load(a); ir.save(m, b, external_data='peer-out.data')",
     }
-    imports = {"onnx load + save": "import onnx", "GraphSurgeon import + export": "import onnx, onnx_graphsurgeon as gs", "onnx_ir load + save": "import onnx_ir as ir"}
+    imports = {
+        "onnx load + save": "import onnx",
+        "GraphSurgeon import + export": "import onnx, onnx_graphsurgeon as gs",
+        "onnx_ir load + save": "import onnx_ir as ir",
+    }
     rows = []
     ours = run([ONNXTOOLS, "cleanup", str(path), str(folder / "ours" / "out.onnx")])
     rows.append(["onnxtools cleanup, other folder", f"{size / 1e9:.1f} GB", f"{ours.seconds:.2f}", f"{ours.peak_mib:.0f}", "1.0"])

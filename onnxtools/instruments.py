@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 import yaml
 
-from onnxtools.errors import JobError, OnnxtoolsError
+from onnxtools.errors import JobError, OnnxtoolsError, UsageError
 from onnxtools.manager import Instrument, Step
 from onnxtools.memory import peak_mib
 from onnxtools.model import Model
@@ -55,7 +55,10 @@ class Dump(Instrument):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._index = 0
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--dump {folder}: cannot be made a folder ({error.strerror}); name another") from None
 
     def after(self, pass_: Pass, model: Model, step: Step) -> None:
         self._index += 1

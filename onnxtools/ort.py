@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 
 from onnxtools.errors import JobError
-from onnxtools.graph import constant_tensor
+from onnxtools.graph import constant_tensor, is_op
 from onnxtools.infer import is_ids_like
 from onnxtools.model import Model
 from onnxtools.tensors import StreamedTensor
@@ -184,7 +184,7 @@ def _bf16_as_fp32(proto: onnx.ModelProto, model: Model) -> None:
 
 
 def random_feeds(model: Model, batch: int = BATCH, sequence: int = SEQUENCE, seed: int = 0) -> Feeds:
-    """Inputs by rule: token ids within the embedding, positions 0.., masks that keep everything, empty caches, normal floats."""
+    """Inputs by rule: token ids within the embedding, positions 0.., causal 4-D masks, other masks that keep everything, empty caches, normal floats."""
     generator = np.random.default_rng(seed)
     return {value.name or "": _feed(value, batch, sequence, generator) for value in model.graph.inputs}
 
@@ -202,6 +202,8 @@ def _feed(value: ir.Value, batch: int, sequence: int, generator: np.random.Gener
         if value.dtype == ir.DataType.BOOL and len(shape) == 4:
             causal = np.triu(np.ones(shape[-2:], dtype=bool), shape[-1] - shape[-2] + 1)
             return np.broadcast_to(causal if _true_hides(value) else ~causal, shape).copy()
+        if value.dtype.is_floating_point() and len(shape) == 4:
+            return np.broadcast_to(np.triu(np.full(shape[-2:], -10000.0), shape[-1] - shape[-2] + 1), shape).astype(dtype)
         return np.ones(shape, dtype=dtype) if value.dtype in (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL) else np.zeros(shape, dtype=dtype)
     if value.dtype in (ir.DataType.INT64, ir.DataType.INT32):
         return generator.integers(0, vocabulary(value), shape).astype(dtype)
@@ -214,7 +216,10 @@ def _true_hides(mask: ir.Value) -> bool:
         if node.op_type == "Attention":
             return False
         if node.op_type == "Where" and index == 0:
-            fill = constant_tensor(node.inputs[1])
+            chosen = node.inputs[1]
+            while chosen is not None and is_op(chosen.producer(), "Cast", "CastLike"):
+                chosen = chosen.producer().inputs[0]  # type: ignore[union-attr]
+            fill = constant_tensor(chosen)
             return fill is not None and fill.size == 1
         if node.op_type == "Not":
             return not _true_hides(node.outputs[0])

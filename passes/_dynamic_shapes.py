@@ -14,7 +14,7 @@ from onnxtools.model import Model
 _MOVES = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Expand"}
 
 
-def make_dynamic(model: Model, tokens: Tokens, past_1d: ir.Value, total: ir.Value, builder: Builder) -> list[str]:
+def make_dynamic(model: Model, tokens: Tokens, past_1d: ir.Value, total: ir.Value, originals: set[ir.Node], builder: Builder) -> list[str]:
     """Follow the batch and sequence axes from the token inputs through the graph and free them.
 
     Rules:
@@ -25,7 +25,7 @@ def make_dynamic(model: Model, tokens: Tokens, past_1d: ir.Value, total: ir.Valu
     Returns:
         Notes for people.
     """
-    tracer = _Tracer(model, tokens.value, past_1d, total, builder)
+    tracer = _Tracer(model, tokens.value, past_1d, total, originals, builder)
     for node in list(model.graph):
         builder.before = node
         tracer.visit(node)
@@ -40,8 +40,8 @@ def make_dynamic(model: Model, tokens: Tokens, past_1d: ir.Value, total: ir.Valu
 
 
 class _Tracer:
-    def __init__(self, model: Model, ids: ir.Value, past_1d: ir.Value, total: ir.Value, builder: Builder) -> None:
-        self.model, self.ids, self.builder = model, ids, builder
+    def __init__(self, model: Model, ids: ir.Value, past_1d: ir.Value, total: ir.Value, originals: set[ir.Node], builder: Builder) -> None:
+        self.model, self.ids, self.builder, self.originals = model, ids, builder, originals
         self.past_1d, self.total = past_1d, total
         shape = tuple(d for d in ids.shape or () if isinstance(d, int))
         # The new cache inputs are dynamic already; here their batch must be the static one.
@@ -73,7 +73,7 @@ class _Tracer:
         if not traced or node.op_type == "Shape":
             return
         try:
-            if node.op_type == "Reshape":
+            if node.op_type == "Reshape" and node in self.originals:  # ours are dynamic already
                 self._free_reshape(node)
             for output in node.outputs:
                 self.layouts[output] = self._layout(node, output)

@@ -86,7 +86,7 @@ class AddKvCache(Pass):
         restrict_to_new_tokens(lowering.grown_inputs(), originals, lowering.wide_nodes(), lowering.past_1d, lowering.total, lowering.builder)
         shifted: list[str] = []
         if lowering.static:
-            notes += make_dynamic(model, lowering.tokens, lowering.past_1d, lowering.total, lowering.builder)
+            notes += make_dynamic(model, lowering.tokens, lowering.past_1d, lowering.total, originals, lowering.builder)
         else:
             shifted = shift_positions(model, facts, lowering.size, lowering.past, lowering.past_1d, lowering.builder)
         _name_dimensions(model, lowering.tokens)

@@ -34,12 +34,13 @@ def command(model: Path, sparsity: bool, as_json: bool, debug: bool) -> None:
 
 
 def _show(d: dict[str, Any]) -> None:
-    from onnxtools.cli.render import console, size, table
+    from onnxtools.cli.render import collapse, console, size, table
 
     out = console()
     opsets = ", ".join(f"{k or 'ai.onnx'} {v}" for k, v in d["opsets"].items())
     out.print(f"{d['path']}: {d['nodes']} nodes, opset {opsets}, IR {d['ir_version']}, producer {d['producer'] or 'unknown'}", markup=False)
-    table("inputs and outputs", ("", "name", "type", "shape"), [(io["kind"], io["name"], io["dtype"], " x ".join(map(str, io["shape"]))) for io in d["io"]])
+    rows = [(io["kind"], io["name"], io["dtype"], " x ".join(map(str, io["shape"]))) for io in d["io"]]
+    table("inputs and outputs", ("", "name", "type", "shape"), collapse(rows, 1))
     table("operators", ("operator", "count"), d["ops"].items(), right=("count",))
     by_type = [(dtype, entry["count"], size(entry["bytes"])) for dtype, entry in d["weights"]["by_dtype"].items()]
     where = ", ".join(d["weights"]["files"]) or "in the graph file"
