@@ -98,6 +98,8 @@ def _block(softmax: ir.Node, facts: Facts) -> Attention | None:
         return None
     product_pv, probabilities = down
     up = _up_to_product(softmax.inputs[0], facts)
+    if up is None and not _between_tokens(softmax, facts):
+        return None  # a router over experts, not over tokens
     if up is None:
         raise JobError(f"node {softmax.name!r} (Softmax) feeds the product {product_pv.name!r}, but no query-key MatMul was found before it; is it an Einsum?")
     product_qk, scores = up
@@ -111,6 +113,12 @@ def _block(softmax: ir.Node, facts: Facts) -> Attention | None:
     except LayoutError as error:
         raise JobError(f"attention at node {softmax.name!r} (Softmax): {error}; export the model with plain MatMul-Softmax-MatMul attention") from None
     return block
+
+
+def _between_tokens(softmax: ir.Node, facts: Facts) -> bool:
+    """Whether the axis that is normalized is as long as a dynamic dimension: keys, not experts."""
+    shape = facts[softmax.inputs[0]].shape
+    return shape is None or not facts.dims or shape[-1] in facts.dims.values()
 
 
 def _is_activation(value: ir.Value | None, facts: Facts) -> bool:

@@ -145,6 +145,7 @@ class NumericCheck(Instrument):
 
     def __init__(self, feeds: Feeds | None = None, tolerance: float | None = None) -> None:
         self.feeds, self.tolerance = feeds, tolerance
+        self.given = feeds is not None
         self._expected: dict[str, object] | None = None
         self._skip = ""
 
@@ -156,6 +157,8 @@ class NumericCheck(Instrument):
                 self.feeds = random_feeds(model)
             self._expected = self._run(model)
         except OnnxtoolsError as error:
+            if self.given:
+                raise  # inputs that the user named must work
             self._skip = str(error)
 
     def _run(self, model: Model) -> dict[str, object]:
@@ -174,6 +177,8 @@ class NumericCheck(Instrument):
         try:
             actual = self._run(model)
         except OnnxtoolsError as error:
+            if "NOT_IMPLEMENTED" not in str(error) and model.weight_bytes() < CHECK_LIMIT:
+                raise JobError(f"pass {pass_.name!r} made a graph that ONNX Runtime cannot run, while it ran before: {error} (--no-check writes it)") from error
             self._skip = f"after {pass_.name}: {error}"
             step.measures["numeric_skipped"] = self._skip
             return

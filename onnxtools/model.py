@@ -56,6 +56,7 @@ class Model:
         ir.external_data.set_base_dir(model.graph, path.parent)
         loaded = cls(model, path, digest, notes)
         loaded._lift_external_constants()
+        loaded._drop_initializer_inputs()
         loaded._sort()
         for tensor in loaded.external_tensors():
             check_external(tensor, path)
@@ -74,6 +75,14 @@ class Model:
             self.ir.graph.register_initializer(new)
             ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
             self.ir.graph.remove(node)
+
+    def _drop_initializer_inputs(self) -> None:
+        """Initializers that are listed as inputs too (IR < 4) become constants: every pass and runtime treats them so."""
+        both = [value for value in self.ir.graph.inputs if value.name in self.ir.graph.initializers]
+        for value in both:
+            self.ir.graph.inputs.remove(value)
+        if both:
+            self.notes.append(f"{len(both)} initializers were listed as graph inputs; they are constants now")
 
     def _sort(self) -> None:
         try:

@@ -55,6 +55,8 @@ def read_recipe(path: Path, input_path: Path | None = None, output_path: Path | 
     passes = [_pass(path, entry) for entry in _list(path, data.get("passes", []))]
     check = _mapping(path, "validate", data.get("validate"), {"against", "tolerance"})
     build = _mapping(path, "build", data.get("build"), None)
+    if "build" in data and not build:
+        raise UsageError(f"{path}: build is empty; give at least the key 'engine', or remove it")
     engine = _path(path, build, "engine")
     if build and engine is None:
         raise UsageError(f"{path}: build needs the key 'engine', the file to write")

@@ -210,14 +210,17 @@ def decode(model: Model, run: Runner, feeds: Feeds, steps: Sequence[int]) -> dic
             if "key_values" not in name and not name.startswith("present."):
                 pieces.setdefault(name, []).append(array)
         done += step
-    return {name: np.concatenate(parts, axis=_sequence_axis(model, name)) for name, parts in pieces.items()}
+    axes = {name: _sequence_axis(model, name) for name in pieces}
+    return {name: parts[-1] if axes[name] is None else np.concatenate(parts, axis=axes[name]) for name, parts in pieces.items()}
 
 
-def _sequence_axis(model: Model, output: str) -> int:
-    """The axis of an output along which steps are joined: the one called `sequence`, else 1."""
+def _sequence_axis(model: Model, output: str) -> int | None:
+    """The axis of an output along which steps are joined; None where each step replaces the one before (last-token logits)."""
     value = next(v for v in model.graph.outputs if v.name == output)
     names = [d.value if isinstance(d, ir.SymbolicDim) else None for d in value.shape or ()]
-    return names.index("sequence") if "sequence" in names else 1
+    if "sequence" in names:
+        return names.index("sequence")
+    return None if value.shape is not None and len(value.shape) > 1 and isinstance(value.shape[1], int) else 1
 
 
 def _joined(old: Array, new: Array, axis: int) -> Array:

@@ -134,7 +134,7 @@ class _Tracer:
         result = self._align(len(fresh), [side for side in sides if len(side) <= len(fresh)], fresh)
         lost = [a for side in sides for axis in side for a in leaves(axis) if a in (self.batch, self.sequence)]
         kept = {id(a) for axis in result for a in leaves(axis)}
-        if any(id(a) not in kept for a in lost) and node.op_type not in ("ReduceMax", "ReduceMin", "ReduceMean", "ReduceSum", "Concat"):
+        if any(id(a) not in kept for a in lost) and node.op_type not in ("ReduceMax", "ReduceMin", "ReduceMean", "ReduceSum", "Concat", "Slice"):
             raise LayoutError("a batch or sequence axis disappears")
         for index, value in enumerate(node.inputs):
             if value is not None and value not in self.layouts and len(self.facts[value].shape or ()) > 0:

@@ -77,7 +77,9 @@ class AddKvCache(Pass):
         facts = _analyse_for_masks(model)
         blocks = find_attention(model, facts)
         if not blocks:
-            raise NoMatchError("no attention (Softmax between two MatMuls of activations) was found; nothing can be cached")
+            einsum = next((node.name for node in model.graph if node.op_type == "Einsum"), None)
+            hint = f" (node {einsum!r} is an Einsum: export attention with MatMul)" if einsum else ""
+            raise NoMatchError(f"no attention (Softmax between two MatMuls of activations) was found{hint}; nothing can be cached")
         originals = set(model.graph)
         lowering = _Concat(self, model, facts)
         for index, block in enumerate(blocks):

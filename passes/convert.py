@@ -8,6 +8,7 @@ from onnxtools.passbase import Pass, option
 from onnxtools.passes.cleanup import Cleanup
 from onnxtools.passes.drop_stale_types import DropStaleTypes
 from onnxtools.passes.fold_constants import FoldConstants
+from onnxtools.passes.inline_functions import InlineFunctions
 from onnxtools.passes.legalize import Legalize
 from onnxtools.passes.set_opset import SetOpset
 from onnxtools.passes.te_fp8_to_qdq import TeFp8ToQdq
@@ -34,5 +35,12 @@ class Convert(Pass):
 
     def expand(self) -> list[Pass]:
         return [
-            DropStaleTypes(), SetOpset(self.opset), Legalize(), FoldConstants(), TeFp8ToQdq(self.fold_weights), TeMxfp8ToQdq(self.keep_mx), Cleanup(),
-        ]  # fmt: skip
+            InlineFunctions(),
+            DropStaleTypes(),
+            SetOpset(self.opset),
+            Legalize(),
+            FoldConstants(),
+            TeFp8ToQdq(self.fold_weights),
+            TeMxfp8ToQdq(self.keep_mx),
+            Cleanup(),
+        ]

@@ -19,7 +19,6 @@ class Legalize(Pass):
     """Use only operators that TensorRT's parser takes.
 
     Rules:
-      - model-local functions are inlined;
       - SplitToSequence + SequenceAt (torch.split, torch.chunk) becomes Split; any other use of the sequence is an error;
       - CastLike becomes Cast; a Cast to the type that the value has goes, as do Identity and inference-mode Dropout;
       - reshaping a scalar to one element becomes Unsqueeze, which shape inference follows;
@@ -31,11 +30,6 @@ class Legalize(Pass):
 
     def apply(self, model: Model) -> PassResult:
         counts: dict[str, int] = {}
-        if model.ir.functions:
-            from onnx_ir.passes.common import InlinePass
-
-            counts["functions inlined"] = len(model.ir.functions)
-            InlinePass()(model.ir)
         facts = analyse(model)
         builder = Builder(model)
         for node in list(model.graph):

@@ -9,7 +9,6 @@ from typing import Any
 
 import onnx_ir as ir
 
-from onnxtools.errors import JobError
 from onnxtools.graph import constant_tensor, is_op
 from onnxtools.infer import Array
 from onnxtools.model import Model
@@ -50,15 +49,16 @@ class Prune(Pass):
 
     def apply(self, model: Model) -> PassResult:
         head = _head(model)
-        seen: dict[ir.Value, int] = {}
+        axes: dict[ir.Value, set[int]] = {}
+        for product in weight_products(model):
+            axes.setdefault(product.weight, set()).add(product.axis)
+        seen: set[ir.Value] = set()
         table: list[dict[str, Any]] = []
         for product in weight_products(model):
             if product.weight in seen:
-                if seen[product.weight] != product.axis:
-                    raise JobError(f"weight {product.weight.name!r} is summed along two different axes (node {product.node.name!r}); exclude it with --exclude")
                 continue
-            seen[product.weight] = product.axis
-            reason = self._reason(product, head)
+            seen.add(product.weight)
+            reason = "summed along two different axes" if len(axes[product.weight]) > 1 else self._reason(product, head)
             if not reason:
                 _prune(product)
             shape = "x".join(str(d) for d in product.tensor.shape.numpy())
@@ -71,6 +71,8 @@ class Prune(Pass):
             return ["no MatMul, Gemm or Conv with a stored weight found"]
         notes = [f"{len(pruned)} of {len(table)} weights pruned to 2:4 along K"]
         notes += [f"{count} left: {reason}" for reason, count in Counter(row["left"] for row in table if row["left"]).items()]
+        if self.include and all(row["left"] == "not included" for row in table):
+            notes.insert(0, f"warning: nothing matches --include {' '.join(self.include)}")
         if pruned:
             notes.append("warning: magnitude pruning without fine-tuning is for speed studies; accuracy is lost")
         return notes

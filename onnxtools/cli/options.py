@@ -17,6 +17,23 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 PATH = click.Path(path_type=Path)
 
 
+class _Tolerance(click.ParamType[float]):
+    name = "float"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            number = float(value)
+        except ValueError:
+            number = -1.0
+        if not number >= 0:  # NaN too
+            self.fail(f"{value!r} is no number of 0 or more", param, ctx)
+        return number
+
+
+TOLERANCE = _Tolerance()
+"""A relative L2: 0 or more, not NaN."""
+
+
 def dataclass_options(cls: type[Any]) -> list[click.Parameter]:
     """One click option for each field: booleans get `--x/--no-x`, Literals a choice, tuples may be given several times."""
     hints = typing.get_type_hints(cls)

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from onnxtools.cli.options import PATH, dataclass_options, from_parameters
+from onnxtools.cli.options import PATH, TOLERANCE, dataclass_options, from_parameters
 from onnxtools.errors import UsageError
 from onnxtools.manager import Instrument, PassManager, Report
 from onnxtools.model import Model
@@ -20,7 +20,7 @@ RUN_OPTIONS: tuple[click.Parameter, ...] = (
     click.Option(["--copy-weights"], is_flag=True, help="Make the output self-contained instead of referring to the input's data file."),
     click.Option(["--check/--no-check"], default=None, help="Compare with the input on ONNX Runtime after each pass. [default: on below 256 MB of weights]"),
     click.Option(["--inputs"], type=PATH, help="Inputs for the check: .npz or Polygraphy JSON. [default: random by rule]"),
-    click.Option(["--tolerance"], type=float, help="Largest accepted relative L2 of the check. [default: by element type]"),
+    click.Option(["--tolerance"], type=TOLERANCE, help="Largest accepted relative L2 of the check. [default: by element type]"),
     click.Option(["--dump"], type=PATH, help="Write the graph after each pass into this folder."),
     click.Option(["--json", "as_json"], is_flag=True, help="Print the result as JSON on stdout."),
     click.Option(["--debug"], is_flag=True, help="Show the traceback of an error."),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from onnxtools.cli.options import PATH, common_options
+from onnxtools.cli.options import PATH, TOLERANCE, common_options
 
 
 @click.command(
@@ -24,7 +24,7 @@ from onnxtools.cli.options import PATH, common_options
 @click.argument("reference", type=PATH)
 @click.argument("model", type=PATH)
 @click.option("--inputs", type=PATH, help="Full-sequence inputs: .npz or Polygraphy JSON. [default: random by rule]")
-@click.option("--tolerance", type=float, help="Largest accepted relative L2. [default: 1e-5 fp32, 1e-2 fp16, 0.1 bf16 and 16-bit FP8]")
+@click.option("--tolerance", type=TOLERANCE, help="Largest accepted relative L2. [default: 1e-5 fp32, 1e-2 fp16, 0.1 bf16 and 16-bit FP8]")
 @click.option("--batch", type=click.IntRange(1), default=2, show_default=True, help="Batch of random inputs.")
 @click.option("--sequence", type=click.IntRange(1), default=16, show_default=True, help="Tokens of random inputs.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of random inputs.")
