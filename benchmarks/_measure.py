@@ -1,81 +1,201 @@
-"""Shared by the benchmarks: whole processes measured from outside, tables, and the facts of the machine."""
+"""Shared by the benchmarks: whole processes measured from outside, interleaved; tables; the facts of the machine."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
+import shlex
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-ONNXTOOLS = str(Path(sys.executable).with_name("onnxtools"))
+PACKAGES = ("onnx", "onnx-ir", "onnxruntime", "numpy", "ml-dtypes", "polygraphy", "onnx-graphsurgeon")
+MEMORY_TARGET = "<= 200 MB"
+
+Command = Sequence[str]
 
 
 @dataclass(frozen=True)
 class Run:
-    """Wall seconds and peak resident MiB of one process (VmHWM, sampled until it ends)."""
+    """Wall seconds and peak resident MB (10^6 bytes) of one process (VmHWM, sampled until it ends)."""
 
     seconds: float
-    peak_mib: float
+    peak_mb: float
 
 
-def run(command: Sequence[str]) -> Run:
-    """Run `command` to its end; raises CalledProcessError if it fails."""
-    started = time.perf_counter()
-    process = subprocess.Popen(list(command), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    peak = 0.0
-    while process.poll() is None:
-        peak = max(peak, _hwm(process.pid))
-        time.sleep(0.005)
-    seconds = time.perf_counter() - started
-    error = process.stderr.read().decode() if process.stderr else ""
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, list(command), stderr=error)
+@dataclass(frozen=True)
+class Row:
+    """One line of a table; `seconds` is the median of the runs, `peak_mb` their maximum."""
+
+    what: str
+    gigabytes: float
+    seconds: float
+    fastest: float
+    slowest: float
+    peak_mb: float
+    ratio: str = ""
+    target: str = ""
+
+
+def tool(name: str) -> str:
+    """Path of a program installed beside this Python."""
+    return str(Path(sys.executable).with_name(name))
+
+
+def parser(doc: str | None, runs: int) -> argparse.ArgumentParser:
+    """The options that every benchmark has."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--runs", type=int, default=runs, help=f"repetitions of each measurement [{runs}]")
+    made.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where the models go; they are removed at the end")
+    made.add_argument("--json", action="store_true", help="print the rows as JSON")
+    return made
+
+
+@contextmanager
+def scratch(parent: Path) -> Iterator[Path]:
+    """A folder that is gone afterwards."""
+    folder = Path(tempfile.mkdtemp(prefix="onnxtools-bench-", dir=parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def run(command: Command) -> Run:
+    """Run `command` to its end; raises CalledProcessError if it fails.
+
+    The peak is read from /proc: `ru_maxrss` of a child starts at what its parent held when it forked.
+    """
+    with tempfile.TemporaryFile() as errors:
+        started = time.perf_counter()
+        process = subprocess.Popen(list(command), stdout=subprocess.DEVNULL, stderr=errors)
+        peak = 0.0
+        while process.poll() is None:
+            peak = max(peak, _high_water_mb(process.pid))
+            time.sleep(0.005)
+        seconds = time.perf_counter() - started
+        if process.returncode:
+            errors.seek(0)
+            raise subprocess.CalledProcessError(process.returncode, list(command), stderr=errors.read().decode(errors="replace"))
     return Run(seconds, peak)
 
 
-def _hwm(pid: int) -> float:
+def _high_water_mb(pid: int) -> float:
     try:
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("VmHWM"):
-                return int(line.split()[1]) / 1024
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
-        pass
-    return 0.0
+        return 0.0
+    return next((int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmHWM")), 0.0)
 
 
-def median(runs: Sequence[Run]) -> Run:
-    return Run(statistics.median(r.seconds for r in runs), max(r.peak_mib for r in runs))
+def interleave(cases: Mapping[str, Command], runs: int, before: Callable[[], None]) -> dict[str, list[Run]]:
+    """Run the commands in turn (A B A B); `before` each one, the page cache is settled and is not timed."""
+    found: dict[str, list[Run]] = {name: [] for name in cases}
+    for _ in range(runs):
+        for name, command in cases.items():
+            before()
+            os.sync()
+            found[name].append(run(command))
+    return found
 
 
 def warm(path: Path) -> None:
     """Read a file once, so that it lies in the page cache."""
+    buffer = bytearray(16 << 20)
     with open(path, "rb", buffering=0) as file:
-        while file.read(64 << 20):
+        while file.readinto(buffer):
             pass
 
 
-def machine() -> str:
+def empty(folder: Path) -> None:
+    """Make `folder` exist and hold nothing."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+
+
+def times_faster(base: Sequence[Run], found: Sequence[Run]) -> float:
+    """Median over the rounds of `base` seconds over `found` seconds, so that a drift of the machine cancels."""
+    return statistics.median(b.seconds / f.seconds for b, f in zip(base, found, strict=True))
+
+
+def row(what: str, size: int, runs: Sequence[Run], ratio: str = "", target: str = "") -> Row:
+    seconds = [r.seconds for r in runs]
+    return Row(what, size / 1e9, statistics.median(seconds), min(seconds), max(seconds), max(r.peak_mb for r in runs), ratio, target)
+
+
+def against_cp(data: Path, out: Path, commands: Mapping[str, Command], runs: int, target: str) -> list[Row]:
+    """`cp`, `cp` + sync of the file `data` into `out`, and `commands` that write there; `data` warm before each run."""
+    copy = str(out / "copy")
+    cases: dict[str, Command] = {
+        "cp": ["cp", str(data), copy],
+        "cp + sync": ["sh", "-c", 'cp "$0" "$1" && sync "$1"', str(data), copy],
+        **commands,
+    }
+
+    def before() -> None:
+        empty(out)
+        warm(data)
+
+    found = interleave(cases, runs, before)
+    empty(out)
+    size = data.stat().st_size
+    rows = [row(name, size, found[name]) for name in ("cp", "cp + sync")]
+    for name in commands:
+        plain, synced = (times_faster(found[base], found[name]) for base in ("cp", "cp + sync"))
+        rows.append(row(name, size, found[name], f"{plain:.0%} of cp, {synced:.0%} of cp + sync", target))
+    return rows
+
+
+def machine(folder: Path) -> str:
+    """Cores, CPU, memory, system, and the file system of `folder`."""
     cpu = next((line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "unknown CPU")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{os.cpu_count()} cores ({cpu}), {memory:.0f} GiB, {platform.system()} {platform.release()}"
+    return f"{os.cpu_count()} cores ({cpu}), {memory:.0f} GiB, {platform.system()} {platform.release()}, {_file_system(folder)}"
 
 
-def report(name: str, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str], as_json: bool) -> None:
-    """Print the table and write benchmarks/results/NAME.md."""
-    packages = ("onnx", "onnx-ir", "onnxruntime", "numpy", "ml-dtypes", "polygraphy", "onnx-graphsurgeon")
-    versions = ", ".join(f"{p} {version(p)}" for p in packages)
-    lines = [f"# {title}", "", f"{date.today()}, Python {platform.python_version()}, {versions}", "", machine(), "", f"`python {' '.join(sys.argv)}`", ""]
-    lines += [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}", *(f"| {' | '.join(row)} |" for row in rows), ""]
-    lines += [f"- {note}" for note in notes]
+def _file_system(folder: Path) -> str:
+    mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
+    inside = [(place, kind) for place, kind in mounts if folder.resolve().is_relative_to(place)]
+    return max(inside, key=lambda mount: len(mount[0]))[1]
+
+
+def report(name: str, title: str, rows: Sequence[Row], notes: Sequence[str], options: argparse.Namespace) -> None:
+    """Print the table (or JSON) and write benchmarks/results/NAME.md."""
+    columns = ("what", "weights GB", "s (fastest - slowest)", "GB/s", "peak MB", "ratio", "target")
+    lines = [
+        f"# {title}",
+        "",
+        f"{date.today()}, Python {platform.python_version()}, {', '.join(f'{p} {version(p)}' for p in PACKAGES)}",
+        "",
+        machine(options.folder),
+        "",
+        f"`python {shlex.join([f'benchmarks/{Path(sys.argv[0]).name}', *sys.argv[1:]])}`",
+        "",
+        f"| {' | '.join(columns)} |",
+        f"|{' --- |' * len(columns)}",
+        *(f"| {' | '.join(_cells(r))} |" for r in rows),
+        "",
+        f"- Whole processes, medians of {options.runs}, interleaved (A B A B); ratios are medians of each round's ratio; the peak is VmHWM.",
+        "- Page cache warm: the data file is read once before each timed run. Our saves are durable (fsync before the rename); `cp` alone is not.",
+        *(f"- {note}" for note in notes),
+    ]
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n")
-    print(json.dumps([dict(zip(columns, row, strict=True)) for row in rows], indent=2) if as_json else "\n".join(lines))
+    print(json.dumps([asdict(r) for r in rows], indent=2) if options.json else "\n".join(lines))
+
+
+def _cells(r: Row) -> list[str]:
+    spread = f" ({r.fastest:.2f} - {r.slowest:.2f})" if r.slowest > r.fastest else ""
+    return [r.what, f"{r.gigabytes:.2f}", f"{r.seconds:.2f}{spread}", f"{r.gigabytes / r.seconds:.2f}", f"{r.peak_mb:.0f}", r.ratio, r.target]

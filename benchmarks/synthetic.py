@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-HIDDEN, HEADS, VOCABULARY, POSITIONS = 4096, 32, 51200, 2048
+HIDDEN, HEADS, POSITIONS = 4096, 32, 2048
+VOCABULARY, SMALL_VOCABULARY = 51200, 8192
+ITEM_BYTES: dict[int, int] = {TensorProto.FLOAT: 4, TensorProto.FLOAT16: 2}
 
 
 class Graph:
@@ -26,7 +29,7 @@ class Graph:
         self.offset = 0
         self.count = 0
 
-    def op(self, op_type: str, *inputs: str, domain: str = "", **attributes: object) -> str:
+    def op(self, op_type: str, *inputs: str, domain: str = "", **attributes: Any) -> str:
         self.count += 1
         name = f"{op_type.lower()}_{self.count}"
         self.nodes.append(helper.make_node(op_type, list(inputs), [name], f"node_{name}", domain=domain, **attributes))
@@ -40,7 +43,7 @@ class Graph:
 
     def weight(self, name: str, *shape: int) -> str:
         tensor = TensorProto(name=name, data_type=self.dtype, dims=shape, data_location=TensorProto.EXTERNAL)
-        length = int(np.prod(shape)) * (4 if self.dtype == TensorProto.FLOAT else 2)
+        length = int(np.prod(shape)) * ITEM_BYTES[self.dtype]
         for key, value in (("location", self.data.name), ("offset", self.offset), ("length", length)):
             tensor.external_data.add(key=key, value=str(value))
         self.offset += -(-length // 4096) * 4096
@@ -107,26 +110,36 @@ def gelu(g: Graph, x: str) -> str:
     return g.op("Mul", x, g.op("Mul", constant(0.5), g.op("Add", tanh, constant(1.0))))
 
 
+def weights_path(path: Path) -> Path:
+    """The data file of the model at `path`."""
+    return path.with_name(f"{path.name}.weights")
+
+
 def make(path: Path, gigabytes: float, *, fp8: bool = False, dtype: int = TensorProto.FLOAT16) -> int:
-    """Write `path` and `path`.weights; returns the bytes of the data file."""
-    data = path.with_name(f"{path.name}.weights")
+    """Write a model of about `gigabytes` to `path` and its data file; returns the bytes of that.
+
+    Args:
+        fp8: TransformerEngine's FP8 operators around every linear layer.
+        dtype: FLOAT16 or FLOAT.
+    """
+    data = weights_path(path)
+    vocabulary = VOCABULARY if gigabytes >= 2 else SMALL_VOCABULARY
     g = Graph(data, dtype)
     for name, axis in (("batch_size", 0), ("length", 1)):
         shape = g.op("Shape", "input_ids", start=axis, end=axis + 1)
         g.nodes.append(helper.make_node("Squeeze", [shape], [name], f"node_{name}"))
-    table = g.weight("wte.weight", VOCABULARY, HIDDEN)
+    table = g.weight("wte.weight", vocabulary, HIDDEN)
     x = g.op("Add", g.op("Gather", table, "input_ids"), g.op("Gather", g.weight("wpe.weight", POSITIONS, HIDDEN), "position_ids"))
-    layer = 0
-    while layer == 0 or g.offset + 12 * HIDDEN * HIDDEN * (4 if dtype == TensorProto.FLOAT else 2) < gigabytes * 1e9:
+    layers = max(1, round((gigabytes * 1e9 - g.offset) / (12 * HIDDEN * HIDDEN * ITEM_BYTES[dtype])))
+    for layer in range(layers):
         name = f"layers.{layer}"
         x = g.op("Add", x, attention(g, norm(g, x, f"{name}.norm1"), f"{name}.attention", fp8))
         hidden = gelu(g, linear(g, norm(g, x, f"{name}.norm2"), f"{name}.fc1", HIDDEN, 4 * HIDDEN, fp8))
         x = g.op("Add", x, linear(g, hidden, f"{name}.fc2", 4 * HIDDEN, HIDDEN, fp8))
-        layer += 1
     logits = g.op("MatMul", norm(g, x, "norm"), g.op("Transpose", table, perm=[1, 0]))
     g.nodes.append(helper.make_node("Cast", [logits], ["logits"], "node_logits", to=TensorProto.FLOAT))
     ids = [helper.make_tensor_value_info(n, TensorProto.INT64, ["batch", "sequence"]) for n in ("input_ids", "position_ids")]
-    output = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "sequence", VOCABULARY])
+    output = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "sequence", vocabulary])
     graph = helper.make_graph(g.nodes, "synthetic", ids, [output], g.initializers)
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid("trt", 1)]
     path.write_bytes(helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString())
@@ -135,19 +148,21 @@ def make(path: Path, gigabytes: float, *, fp8: bool = False, dtype: int = Tensor
 
 
 def _fill(data: Path, size: int, dtype: int) -> None:
-    """Random weights of scale 0.02 from one block, each copy with its own bit flips so that no two weights are equal."""
+    """Random weights of scale 0.02 from one block, each copy with its own low mantissa bits so that no two weights are equal."""
     values = np.random.default_rng(0).standard_normal(8 << 20, dtype=np.float32) * np.float32(0.02)
-    block = (values if dtype == TensorProto.FLOAT else values.astype(np.float16)).view(np.uint16)
-    with open(data, "wb") as file:
-        for start in range(0, size, block.nbytes):
-            mixed = block ^ np.uint16((start // block.nbytes) % 256)
-            file.write(memoryview(mixed).cast("B")[: size - start])
+    block = values.view(np.uint32) if dtype == TensorProto.FLOAT else values.astype(np.float16).view(np.uint16)
+    with open(data, "wb", buffering=0) as file:
+        for index, start in enumerate(range(0, size, block.nbytes)):
+            mixed = block ^ block.dtype.type(index % 1024)
+            file.write(mixed.view(np.uint8).data[: size - start])
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("path", type=Path)
     parser.add_argument("--gb", type=float, default=10)
-    parser.add_argument("--fp8", action="store_true")
+    parser.add_argument("--fp8", action="store_true", help="TransformerEngine's FP8 operators around every linear layer")
+    parser.add_argument("--fp32", action="store_true", help="fp32 instead of fp16")
     options = parser.parse_args()
-    print(f"{make(options.path, options.gb, fp8=options.fp8) / 1e9:.2f} GB")
+    size = make(options.path, options.gb, fp8=options.fp8, dtype=TensorProto.FLOAT if options.fp32 else TensorProto.FLOAT16)
+    print(f"{size / 1e9:.2f} GB")

@@ -77,12 +77,14 @@ class Model:
             self.ir.graph.remove(node)
 
     def _drop_initializer_inputs(self) -> None:
-        """Initializers that are listed as inputs too (IR < 4) become constants: every pass and runtime treats them so."""
+        """Initializers that IR < 4 forced to be inputs too become constants; in a newer model they are meant to be overridden."""
         both = [value for value in self.ir.graph.inputs if value.name in self.ir.graph.initializers]
-        for value in both:
-            self.ir.graph.inputs.remove(value)
-        if both:
-            self.notes.append(f"{len(both)} initializers were listed as graph inputs; they are constants now")
+        if both and (self.ir.ir_version or 0) >= 4:
+            self.notes.append(f"{len(both)} initializers are graph inputs too ({both[0].name!r} first): callers may override them, so they are left alone")
+        elif both:
+            for value in both:
+                self.ir.graph.inputs.remove(value)
+            self.notes.append(f"{len(both)} initializers were listed as graph inputs (IR {self.ir.ir_version}); they are constants now")
 
     def _sort(self) -> None:
         try:

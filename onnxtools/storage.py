@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -34,7 +33,6 @@ INLINE_BYTES = 1024
 INLINE_TOTAL = 1 << 30
 """A model whose new weights exceed this gets a data file (a protobuf cannot exceed 2 GiB)."""
 WORKERS = min(4, os.cpu_count() or 1)
-SYNC_BYTES = 256 << 20
 
 
 @dataclass
@@ -240,21 +238,17 @@ def _new_data_file(path: Path) -> Iterator[Path]:
 
 def _write_data(moves: list[_Move], tmp: Path, report: SaveReport) -> None:
     total = max(move.offset + move.tensor.nbytes for move in moves)
-    with open(tmp, "wb") as file, _Syncer(file.fileno()) as syncer:
+    with open(tmp, "wb") as file:
         fd = file.fileno()
         os.truncate(fd, total)
         with progress("writing weights", sum(m.tensor.nbytes for m in moves)) as advance, ThreadPoolExecutor(WORKERS) as pool:
-
-            def done(count: int) -> None:
-                advance(count)
-                syncer.wrote(count)
-
-            jobs = [pool.submit(job, fd, done) for job in _jobs(moves, report)]
+            jobs = [pool.submit(job, fd, advance) for job in _jobs(moves, report)]
             finished, pending = wait(jobs, return_when=FIRST_EXCEPTION)
             for future in pending:
                 future.cancel()
             for future in finished:
                 future.result()
+        os.fdatasync(fd)  # once: flushing while others still write makes them wait
     report.written_bytes = sum(m.tensor.nbytes for m in moves if not m.is_copy)
     report.copied_bytes = sum(m.tensor.nbytes for m in moves if m.is_copy)
 
@@ -335,40 +329,6 @@ def _compute_job(move: _Move) -> _Job:
             done(raw_bytes(rows).nbytes)
 
     return job
-
-
-class _Syncer:
-    """Flushes a growing file to disk in the background, so that the final flush finds little left to do."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self._wake = threading.Event()
-        self._unsynced = 0
-        self._stop = False
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def _run(self) -> None:
-        while not self._stop:
-            self._wake.wait()
-            self._wake.clear()
-            if not self._stop:
-                os.fdatasync(self._fd)
-
-    def wrote(self, count: int) -> None:
-        self._unsynced += count
-        if self._unsynced >= SYNC_BYTES:
-            self._unsynced = 0
-            self._wake.set()
-
-    def __enter__(self) -> _Syncer:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop = True
-        self._wake.set()
-        self._thread.join()
-        os.fdatasync(self._fd)
 
 
 def _refer(move: _Move, data_file: Path) -> None:
