@@ -37,7 +37,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table; `seconds` is the median of the runs, `peak_mb` their maximum."""
+    """One line of a table; `seconds` is the median of the runs, `peak_mb` their maximum; `moved`: the weights were read."""
 
     what: str
     gigabytes: float
@@ -47,6 +47,7 @@ class Row:
     peak_mb: float
     ratio: str = ""
     target: str = ""
+    moved: bool = True
 
 
 def tool(name: str) -> str:
@@ -130,9 +131,9 @@ def times_faster(base: Sequence[Run], found: Sequence[Run]) -> float:
     return statistics.median(b.seconds / f.seconds for b, f in zip(base, found, strict=True))
 
 
-def row(what: str, size: int, runs: Sequence[Run], ratio: str = "", target: str = "") -> Row:
+def row(what: str, size: int, runs: Sequence[Run], ratio: str = "", target: str = "", *, moved: bool = True) -> Row:
     seconds = [r.seconds for r in runs]
-    return Row(what, size / 1e9, statistics.median(seconds), min(seconds), max(seconds), max(r.peak_mb for r in runs), ratio, target)
+    return Row(what, size / 1e9, statistics.median(seconds), min(seconds), max(seconds), max(r.peak_mb for r in runs), ratio, target, moved)
 
 
 def against_cp(data: Path, out: Path, commands: Mapping[str, Command], runs: int, target: str) -> list[Row]:
@@ -198,4 +199,5 @@ def report(name: str, title: str, rows: Sequence[Row], notes: Sequence[str], opt
 
 def _cells(r: Row) -> list[str]:
     spread = f" ({r.fastest:.2f} - {r.slowest:.2f})" if r.slowest > r.fastest else ""
-    return [r.what, f"{r.gigabytes:.2f}", f"{r.seconds:.2f}{spread}", f"{r.gigabytes / r.seconds:.2f}", f"{r.peak_mb:.0f}", r.ratio, r.target]
+    speed = f"{r.gigabytes / r.seconds:.2f}" if r.moved else ""
+    return [r.what, f"{r.gigabytes:.2f}", f"{r.seconds:.2f}{spread}", speed, f"{r.peak_mb:.0f}", r.ratio, r.target]
