@@ -45,7 +45,7 @@ def against_polygraphy(folder: Path, gigabytes: float, runs: int) -> list[Row]:
 
 def main() -> None:
     made = parser(__doc__, runs=5)
-    made.add_argument("--gb", type=float, default=2.5, help="size of the model that is compared with cp [2.5]")
+    made.add_argument("--gb", type=float, default=5, help="size of the model that is compared with cp [5]")
     made.add_argument("--large-gb", type=float, default=10, help="size of the model for peak memory, one run; 0 leaves it out [10]")
     made.add_argument("--peer-gb", type=float, default=0.5, help="size of the file that polygraphy gets [0.5]")
     made.add_argument("--skip-polygraphy", action="store_true", help="leave out the peer, which takes seven minutes")

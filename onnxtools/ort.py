@@ -14,7 +14,7 @@ from onnxtools.errors import JobError
 from onnxtools.graph import constant_tensor, is_op
 from onnxtools.infer import is_ids_like
 from onnxtools.model import Model
-from onnxtools.tensors import StreamedTensor
+from onnxtools.tensors import RowTensor
 
 Array = np.ndarray[Any, Any]
 Feeds = dict[str, Array]
@@ -119,7 +119,7 @@ def _to_numpy(value: Any) -> Array:
 
 def _runnable(model: Model, notes: list[str]) -> onnx.ModelProto:
     """A proto that ONNX Runtime takes: functions for `trt::`, no stale types, float32 for bfloat16."""
-    streamed = sum(t.nbytes for _, t in model.weights() if isinstance(t, StreamedTensor))
+    streamed = sum(t.nbytes for _, t in model.weights() if isinstance(t, RowTensor))
     if streamed > IN_MEMORY_LIMIT:
         raise JobError(f"{streamed / 1e9:.1f} GB of changed weights are not on disk yet; save the model, then validate the files")
     proto = ir.to_proto(model.ir)

@@ -1,8 +1,9 @@
 """Writing models: atomic, streamed, and without copying what did not change.
 
 Invariants of every save:
-1. A reader sees the old file or the new one, never half of one: everything is written to `.NAME.PID.tmp`, flushed to
-   disk, and renamed; the data file is renamed before the graph that refers to it.
+1. A reader sees the old file or the new one, never half of one: everything is written to `.NAME.PID.tmp` and renamed;
+   the data file is renamed before the graph that refers to it. Where an older file is replaced, the new bytes are on
+   the disk first, so a power cut leaves one of the two; a new file is as durable as after `cp`.
 2. A data file that a graph in the folder refers to is never overwritten: a new one gets a free name, and the old one
    goes only when no graph in the folder mentions it any more.
 3. A weight that no pass changed is not read: in the same folder the new graph refers to the old data file, elsewhere
@@ -14,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -24,7 +26,7 @@ import onnx_ir as ir
 from onnxtools.errors import JobError, ModelError
 from onnxtools.model import Model
 from onnxtools.progress import progress
-from onnxtools.tensors import StreamedTensor, external_path, raw_bytes, read_rows, slabs, write_rows
+from onnxtools.tensors import RowTensor, Scratch, external_path, raw_bytes, read_rows, slabs, write_bytes
 
 ALIGNMENT = 4096
 """Offset alignment of weights of at least this size: lets file systems share extents and runtimes map pages."""
@@ -64,7 +66,7 @@ def temporary(path: Path) -> Path:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success flush it and rename it over `path`, else remove it.
+    """Yield a temporary path beside `path`; on success rename it over `path` (flushed first if `path` exists), else remove it.
 
     Raises:
         JobError: the folder is missing or not writable, or the disk is full.
@@ -73,10 +75,9 @@ def replacing(path: Path) -> Iterator[Path]:
     _remove_orphans(path)
     try:
         yield tmp
-        with open(tmp, "rb+") as file:
-            os.fsync(file.fileno())
+        if path.exists():
+            _flush(tmp)
         tmp.replace(path)
-        _sync_folder(path.parent)
     except OSError as error:
         raise write_error(path, error) from error
     finally:
@@ -96,12 +97,10 @@ def write_error(path: Path, error: OSError) -> JobError:
     return JobError(f"{path}: cannot be written ({reason}); free space or choose another folder")
 
 
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def _flush(path: Path) -> None:
+    """Wait until the bytes of `path` are on the disk."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
 
 
 @dataclass
@@ -142,6 +141,8 @@ def save(model: Model, path: Path, *, copy_weights: bool = False) -> SaveReport:
             tmp = stack.enter_context(_new_data_file(data_file))
             try:
                 _write_data(moves, tmp, report)
+                if path.exists():
+                    _flush(tmp)
             except OSError as error:
                 raise write_error(data_file, error) from error
             for move in moves:
@@ -185,16 +186,14 @@ def _plan(model: Model, path: Path, copy_weights: bool, report: SaveReport) -> l
                 moving.append((value, tensor))
         elif tensor.nbytes >= INLINE_BYTES and tensor.dtype != ir.DataType.STRING:
             fresh.append((value, tensor))
-            has_external |= isinstance(tensor, StreamedTensor) and _external_source(tensor)
+            has_external |= _external_source(tensor)
     if has_external or sum(tensor.nbytes for _, tensor in fresh) > INLINE_TOTAL:
         moving.extend(fresh)
     return _layout(moving)
 
 
 def _external_source(tensor: ir.TensorProtocol) -> bool:
-    while isinstance(tensor, StreamedTensor):
-        tensor = tensor.source
-    return isinstance(tensor, ir.ExternalTensor)
+    return isinstance(tensor, ir.ExternalTensor) or (isinstance(tensor, RowTensor) and any(map(_external_source, tensor.sources)))
 
 
 def _layout(moving: list[tuple[ir.Value, ir.TensorProtocol]]) -> list[_Move]:
@@ -248,7 +247,6 @@ def _write_data(moves: list[_Move], tmp: Path, report: SaveReport) -> None:
                 future.cancel()
             for future in finished:
                 future.result()
-        os.fdatasync(fd)  # once: flushing while others still write makes them wait
     report.written_bytes = sum(m.tensor.nbytes for m in moves if not m.is_copy)
     report.copied_bytes = sum(m.tensor.nbytes for m in moves if m.is_copy)
 
@@ -309,24 +307,30 @@ def copy_range(source: int, target: int, start: int, offset: int, length: int, d
 _NO_RANGE_COPY = {18, 22, 38, 95}  # EXDEV, EINVAL, ENOSYS, EOPNOTSUPP
 
 
+class _Worker(threading.local):
+    """What each thread of the pool keeps."""
+
+    def __init__(self) -> None:
+        self.scratch = Scratch()
+
+
+_worker = _Worker()
+
+
 def _compute_job(move: _Move) -> _Job:
     tensor = move.tensor
 
     def job(fd: int, done: Callable[[int], None]) -> None:
-        if not isinstance(tensor, StreamedTensor):
-            view = memoryview(tensor.tobytes())
-            offset = move.offset
-            while view:
-                count = os.pwrite(fd, view, offset)
-                view, offset = view[count:], offset + count
+        if not isinstance(tensor, RowTensor):
+            write_bytes(fd, memoryview(tensor.tobytes()), move.offset)
             done(tensor.nbytes)
             return
         offset = move.offset
-        for start, stop in slabs(tensor.source, tensor.row_multiple):
-            rows = read_rows(tensor, start, stop)
-            write_rows(fd, rows, offset)
-            offset += raw_bytes(rows).nbytes
-            done(raw_bytes(rows).nbytes)
+        for start, stop in slabs(tensor):
+            data = raw_bytes(read_rows(tensor, start, stop, _worker.scratch))
+            write_bytes(fd, data, offset)
+            offset += data.nbytes
+            done(data.nbytes)
 
     return job
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import onnx_ir as ir
@@ -33,27 +33,51 @@ def row_bytes(tensor: ir.TensorProtocol) -> int:
     return tensor.nbytes // rows if rows else 0
 
 
+def _working_bytes(tensor: ir.TensorProtocol) -> int:
+    """Bytes in memory for one row: of the tensor, or of what it is made from where that is larger."""
+    sources = tensor.sources if isinstance(tensor, RowTensor) else ()
+    return max([row_bytes(tensor), *map(_working_bytes, sources)])
+
+
 def slabs(tensor: ir.TensorProtocol, multiple: int = 1, limit: int = SLAB_BYTES) -> Iterator[tuple[int, int]]:
     """Cut the rows of `tensor` into ranges of about `limit` bytes whose bounds are multiples of `multiple`."""
     shape = tensor.shape.numpy()
     rows = int(shape[0]) if shape else 1
-    step = max(1, limit // max(1, row_bytes(tensor)))
+    if isinstance(tensor, RowTensor):
+        multiple = math.lcm(multiple, tensor.row_multiple)
+    step = max(1, limit // max(1, _working_bytes(tensor)))
     step = max(multiple, step // multiple * multiple)
     for start in range(0, rows, step):
         yield start, min(rows, start + step)
 
 
-def read_rows(tensor: ir.TensorProtocol, start: int, stop: int) -> np.ndarray:
+class Scratch:
+    """Memory that one worker reads slab after slab into: fresh pages for each cost more than the work on them."""
+
+    def __init__(self) -> None:
+        self._memory = np.empty(0, np.uint8)
+
+    def array(self, shape: list[int], dtype: np.dtype[Any]) -> np.ndarray:
+        """An array over the memory, which grows as needed; valid until the next call."""
+        size = math.prod(shape) * dtype.itemsize
+        if size > self._memory.nbytes:
+            self._memory = np.empty(size, np.uint8)
+        return self._memory[:size].view(dtype).reshape(shape)
+
+
+def read_rows(tensor: ir.TensorProtocol, start: int, stop: int, scratch: Scratch | None = None) -> np.ndarray:
     """Rows `start:stop` along the first axis, shape [stop - start, ...]; a scalar counts as one row, shape [1].
 
-    Only whole-byte dtypes: packed 4-bit tensors have no byte address for a row.
+    The rows are the caller's to overwrite. With `scratch` they may lie in it. Only whole-byte dtypes: packed 4-bit
+    tensors have no byte address for a row.
     """
-    if isinstance(tensor, StreamedTensor):
-        return tensor.rows(start, stop)
+    if isinstance(tensor, RowTensor):
+        return tensor.rows(start, stop, scratch)
     shape = list(tensor.shape.numpy()) or [1]
     shape[0] = stop - start
     if isinstance(tensor, ir.ExternalTensor):
-        out = np.empty(shape, dtype=tensor.dtype.numpy())
+        dtype = tensor.dtype.numpy()
+        out = np.empty(shape, dtype) if scratch is None else scratch.array(shape, dtype)
         raw = raw_bytes(out)
         with open(external_path(tensor), "rb", buffering=0) as file:
             file.seek((tensor.offset or 0) + start * row_bytes(tensor))
@@ -65,51 +89,70 @@ def read_rows(tensor: ir.TensorProtocol, start: int, stop: int) -> np.ndarray:
                 read += count
         return out
     array = tensor.numpy()
-    return array.reshape(1) if array.ndim == 0 else array[start:stop]
+    return np.array(array.reshape(1) if array.ndim == 0 else array[start:stop])
 
 
 RowFunction = Callable[[np.ndarray, int], np.ndarray]
-"""(rows, index of the first row) -> the transformed rows; must not depend on how rows were cut."""
+"""(rows, index of the first row) -> the transformed rows, made in place or new; must not depend on how rows were cut."""
 
 
-class StreamedTensor(ir.LazyTensor):
-    """A weight defined as a row-wise function of another weight; evaluated slab by slab while it is written.
+class RowTensor(ir.LazyTensor):
+    """A weight whose rows are computed when they are asked for, so that it is never whole in memory.
+
+    Subclasses give `rows`; whole-byte types only.
 
     Args:
-        source: the weight that is read, never changed.
-        function: maps rows [r, ...] of `source` to rows [r, ...] of this tensor.
-        dtype: element type of the result (whole-byte types only).
-        row_multiple: slabs start and end on multiples of this many rows (4 when 2:4 groups lie along the rows).
-        shape: of the result, the source's by default; the first axis must be the source's.
+        sources: the weights it is made from.
+        row_multiple: rows are asked for in ranges that start and end on multiples of this many.
     """
 
-    __slots__ = ("function", "row_multiple", "source")
+    __slots__ = ("row_multiple", "sources")
 
     row_multiple: int
+    sources: tuple[ir.TensorProtocol, ...]
 
-    def __init__(
-        self, source: ir.TensorProtocol, function: RowFunction, *, dtype: ir.DataType, name: str,
-        row_multiple: int = 1, shape: tuple[int, ...] | None = None,
-    ) -> None:  # fmt: skip
-        sizes = list(source.shape.numpy()) if shape is None else list(shape)
-        super().__init__(self._materialize, dtype=dtype, shape=ir.Shape(sizes), name=name)
-        self.source = source
-        self.function = function
-        inner = source.row_multiple if isinstance(source, StreamedTensor) else 1
-        self.row_multiple = math.lcm(row_multiple, inner)
+    def __init__(self, shape: Sequence[int], dtype: ir.DataType, name: str, sources: Sequence[ir.TensorProtocol] = (), row_multiple: int = 1) -> None:
+        super().__init__(self._materialize, dtype=dtype, shape=ir.Shape(list(shape)), name=name)
+        self.sources = tuple(sources)
+        self.row_multiple = math.lcm(row_multiple, *(s.row_multiple for s in sources if isinstance(s, RowTensor)))
 
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        return self.function(read_rows(self.source, start, stop), start)
+    def rows(self, start: int, stop: int, scratch: Scratch | None = None) -> np.ndarray:
+        """Rows `start:stop`, shape [stop - start, ...], the caller's to overwrite; they may lie in `scratch`."""
+        raise NotImplementedError
 
     def _materialize(self) -> ir.TensorProtocol:
-        parts = [self.rows(a, b) for a, b in slabs(self.source, self.row_multiple)]
+        parts = [self.rows(a, b) for a, b in slabs(self)]
         shape = list(self.shape.numpy())
         array = np.concatenate(parts).reshape(shape) if parts else np.empty(shape, self.dtype.numpy())
         return ir.Tensor(array, name=self.name, dtype=self.dtype)
 
     def tofile(self, file: BinaryIO) -> None:
-        for start, stop in slabs(self.source, self.row_multiple):
+        for start, stop in slabs(self):
             file.write(raw_bytes(self.rows(start, stop)))
+
+
+class StreamedTensor(RowTensor):
+    """A weight defined as a row-wise function of another weight; evaluated slab by slab while it is written.
+
+    Args:
+        source: the weight that is read, never changed.
+        function: maps rows [r, ...] of `source` to rows [r, ...] of this tensor.
+        dtype: element type of the result.
+        row_multiple: slabs start and end on multiples of this many rows (4 when 2:4 groups lie along the rows).
+        shape: of the result, the source's by default; the first axis must be the source's.
+    """
+
+    __slots__ = ("function",)
+
+    def __init__(
+        self, source: ir.TensorProtocol, function: RowFunction, *, dtype: ir.DataType, name: str,
+        row_multiple: int = 1, shape: tuple[int, ...] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(source.shape.numpy() if shape is None else shape, dtype, name, (source,), row_multiple)
+        self.function = function
+
+    def rows(self, start: int, stop: int, scratch: Scratch | None = None) -> np.ndarray:
+        return self.function(read_rows(self.sources[0], start, stop, scratch), start)
 
 
 def raw_bytes(array: np.ndarray) -> memoryview:
@@ -117,9 +160,8 @@ def raw_bytes(array: np.ndarray) -> memoryview:
     return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
-def write_rows(fd: int, array: np.ndarray, offset: int) -> None:
-    """Write all of `array` at `offset` of the open file `fd`."""
-    view = raw_bytes(array)
-    while view:
-        written = os.pwrite(fd, view, offset)
-        view, offset = view[written:], offset + written
+def write_bytes(fd: int, data: memoryview, offset: int) -> None:
+    """Write all of `data` at `offset` of the open file `fd`."""
+    while data:
+        written = os.pwrite(fd, data, offset)
+        data, offset = data[written:], offset + written

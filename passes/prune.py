@@ -126,7 +126,7 @@ def _prune(product: Product) -> None:
     tensor, axis = product.tensor, product.axis
 
     def rows(block: Array, start: int) -> Array:
-        return prune_2_4(block, axis)
+        return prune_2_4(block, axis, out=block)
 
     pruned = StreamedTensor(tensor, rows, dtype=tensor.dtype, name=product.weight.name or "", row_multiple=4 if axis == 0 else 1)
     product.weight.const_value = pruned
