@@ -120,11 +120,11 @@ class Model:
     def weight_bytes(self) -> int:
         return sum(tensor.nbytes for _, tensor in self.weights())
 
-    def save(self, path: str | os.PathLike[str], *, copy_weights: bool = False) -> SaveReport:
+    def save(self, path: str | os.PathLike[str], *, copy_weights: bool = False, weights: bool = True) -> SaveReport:
         """Write the graph to `path` atomically; see `onnxtools.storage.save`."""
         from onnxtools import storage
 
-        return storage.save(self, Path(path), copy_weights=copy_weights)
+        return storage.save(self, Path(path), copy_weights=copy_weights, weights=weights)
 
 
 def _read_proto(path: Path) -> tuple[onnx.ModelProto, str]:

@@ -37,14 +37,7 @@ def read_recipe(path: Path, input_path: Path | None = None, output_path: Path | 
     Raises:
         UsageError: not YAML, unknown keys, passes or options, or no input or output.
     """
-    try:
-        data = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not YAML ({' '.join(str(error).split())[:160]})") from None
-    if not isinstance(data, dict):
-        raise UsageError(f"{path}: a recipe is a mapping with the keys {', '.join(sorted(_KEYS))}")
+    data = read_yaml(path, f"a recipe with the keys {', '.join(sorted(_KEYS))}")
     unknown = set(data) - _KEYS
     if unknown:
         raise UsageError(f"{path}: unknown key {sorted(map(str, unknown))[0]!r}; a recipe has {', '.join(sorted(_KEYS))}")
@@ -65,6 +58,23 @@ def read_recipe(path: Path, input_path: Path | None = None, output_path: Path | 
     if tolerance is not None and not isinstance(tolerance, (int, float)):
         raise UsageError(f"{path}: validate.tolerance is {tolerance!r}; it takes a number such as 0.00001")
     return Recipe(source, target, passes, _path(path, check, "against"), tolerance, engine, spec)
+
+
+def read_yaml(path: Path, what: str) -> dict[str, Any]:
+    """The mapping in a YAML file; `what` says what it should be.
+
+    Raises:
+        UsageError: unreadable, not YAML, or no mapping.
+    """
+    try:
+        data = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not YAML ({' '.join(str(error).split())[:160]})") from None
+    if not isinstance(data, dict):
+        raise UsageError(f"{path}: not a mapping; it should be {what}")
+    return data
 
 
 def _spec(options: dict[str, Any]) -> EngineSpec:

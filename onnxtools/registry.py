@@ -1,4 +1,4 @@
-"""Passes and engine builders are found through Python entry points, so that other packages can add theirs.
+"""Passes, engine builders and model families are found through Python entry points, so that other packages can add theirs.
 
 [project.entry-points."onnxtools.passes"]
 my-pass = "my_package.module:MyPass"
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 PASSES = "onnxtools.passes"
 BUILDERS = "onnxtools.builders"
-_KIND = {PASSES: "pass", BUILDERS: "builder"}
+FAMILIES = "onnxtools.families"
+_KIND = {PASSES: "pass", BUILDERS: "builder", FAMILIES: "family"}
 
 
 @functools.cache

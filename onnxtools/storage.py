@@ -46,10 +46,13 @@ class SaveReport:
     written_bytes: int = 0
     copied_bytes: int = 0
     referenced: set[str] = field(default_factory=set)
+    left_out: tuple[str, int] | None = None
 
     def lines(self) -> Iterator[str]:
         if self.referenced:
             yield f"weights stay in {', '.join(sorted(self.referenced))} (not copied; --copy-weights makes the output self-contained)"
+        if self.left_out is not None:
+            yield f"no weights written: {self.left_out[0]} would hold {_size(self.left_out[1])}"
         if self.data_file is not None:
             made = f"{_size(self.written_bytes)} computed" if self.written_bytes else ""
             copied = f"{_size(self.copied_bytes)} copied" if self.copied_bytes else ""
@@ -116,11 +119,12 @@ class _Move:
         return isinstance(self.tensor, ir.ExternalTensor)
 
 
-def save(model: Model, path: Path, *, copy_weights: bool = False) -> SaveReport:
+def save(model: Model, path: Path, *, copy_weights: bool = False, weights: bool = True) -> SaveReport:
     """Write `model` to `path`; weights go where the rules above say.
 
     Args:
         copy_weights: put every external weight into the output's own data file.
+        weights: False writes a graph that refers to a data file which is not written (shapes only).
     Returns:
         What was written, copied and referred to.
     Raises:
@@ -131,30 +135,28 @@ def save(model: Model, path: Path, *, copy_weights: bool = False) -> SaveReport:
     if path.is_dir():
         raise JobError(f"{path}: is a folder; name a file")
     report = SaveReport(path)
-    moves = _plan(model, path, copy_weights, report)
+    moves = _plan(model, path, copy_weights, weights, report)
     old_data = _referenced_files(path) if path.exists() else set()
     originals = [(value, value.const_value) for move in moves for value in move.values]
     with contextlib.ExitStack() as stack:
         if moves:
             data_file = _free_data_name(path)
-            report.data_file = data_file
             tmp = stack.enter_context(_new_data_file(data_file))
-            try:
-                _write_data(moves, tmp, report)
-                if path.exists():
-                    _flush(tmp)
-            except OSError as error:
-                raise write_error(data_file, error) from error
+            if weights:
+                report.data_file = data_file
+                _fill(tmp, moves, report, data_file, flush=path.exists())
+            else:
+                report.left_out = (data_file.name, sum(move.tensor.nbytes for move in moves))
             for move in moves:
                 _refer(move, data_file)
         try:
             # The data file gets its name first: a graph must never refer to a file that is not there.
             with replacing(path) as graph_tmp:
                 graph_tmp.write_bytes(_serialize(model))
-                if moves:
+                if moves and weights:
                     tmp.replace(data_file)
         except BaseException:
-            if moves:
+            if moves and weights:
                 data_file.unlink(missing_ok=True)
             for value, tensor in originals:
                 value.const_value = tensor
@@ -171,7 +173,7 @@ def _serialize(model: Model) -> bytes:
         raise JobError(f"{model.path}: the graph cannot be serialized ({error}); it may exceed protobuf's 2 GiB") from error
 
 
-def _plan(model: Model, path: Path, copy_weights: bool, report: SaveReport) -> list[_Move]:
+def _plan(model: Model, path: Path, copy_weights: bool, weights: bool, report: SaveReport) -> list[_Move]:
     """Decide for each weight: keep the reference, keep it inline, or move it to the new data file."""
     folder = path.parent.resolve()
     fresh: list[tuple[ir.Value, ir.TensorProtocol]] = []
@@ -187,7 +189,7 @@ def _plan(model: Model, path: Path, copy_weights: bool, report: SaveReport) -> l
         elif tensor.nbytes >= INLINE_BYTES and tensor.dtype != ir.DataType.STRING:
             fresh.append((value, tensor))
             has_external |= _external_source(tensor)
-    if has_external or sum(tensor.nbytes for _, tensor in fresh) > INLINE_TOTAL:
+    if has_external or not weights or sum(tensor.nbytes for _, tensor in fresh) > INLINE_TOTAL:
         moving.extend(fresh)
     return _layout(moving)
 
@@ -233,6 +235,15 @@ def _new_data_file(path: Path) -> Iterator[Path]:
         yield tmp
     finally:
         tmp.unlink(missing_ok=True)
+
+
+def _fill(tmp: Path, moves: list[_Move], report: SaveReport, data_file: Path, *, flush: bool) -> None:
+    try:
+        _write_data(moves, tmp, report)
+        if flush:
+            _flush(tmp)
+    except OSError as error:
+        raise write_error(data_file, error) from error
 
 
 def _write_data(moves: list[_Move], tmp: Path, report: SaveReport) -> None:

@@ -10,10 +10,10 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxtools.attention import Attention, Operand, find_attention
-from onnxtools.axes import Atom, leaves
 from onnxtools.errors import JobError, NoMatchError, UsageError
 from onnxtools.graph import Builder, forget_types, has_dynamic_scales, remove_unused, rename_or_bypass
 from onnxtools.infer import Facts, Tokens, analyse, token_input
+from onnxtools.kvcache import Dim, KvCache
 from onnxtools.masks import mask_constants, prime_above
 from onnxtools.model import Model
 from onnxtools.passbase import Pass, PassResult, option
@@ -29,8 +29,6 @@ _LARGEST_MASK = 4100
 
 _SCALE_OPS = {"Abs", "ReduceMax", "ReduceMin", "Max", "Min", "Div", "Mul", "Reciprocal", "Cast", "Identity", "Reshape", "Neg", "Add", "Clip"}
 """What computes a current-scaling factor: no operator here depends on how the tensor is laid out."""
-
-_Dim = int | str | ir.SymbolicDim | None
 
 
 @dataclass(frozen=True)
@@ -193,8 +191,9 @@ class _Concat:
         shape = self.tokens.value.shape
         assert shape is not None
         self.static = all(isinstance(dim, int) for dim in shape)
-        dims: tuple[_Dim, _Dim] = ("batch", "sequence") if self.static else (shape[self.tokens.batch_axis], shape[self.tokens.axis])
+        dims: tuple[Dim, Dim] = ("batch", "sequence") if self.static else (shape[self.tokens.batch_axis], shape[self.tokens.axis])
         self.batch_dim, self.sequence_dim = dims
+        self.cache = KvCache(self.builder, self.batch_dim, options.naming, options.policy, options.layout)
         self.mask: MaskRewriter | None = None
         self._decoded: dict[ir.Value, ir.Value] = {}
         self._renewed: dict[ir.Value, ir.Value] = {}
@@ -284,15 +283,6 @@ class _Concat:
 
     # --- cache inputs and outputs -------------------------------------------------------------------------------------
 
-    def _names(self, index: int, kind: str) -> tuple[str, str]:
-        part = f"{index}.decoder.{kind}" if self.options.naming == "nemo" else f"{index}.{kind}"
-        whole = "present_key_values" if self.options.naming == "nemo" else "present"
-        return f"past_key_values.{part}", f"{whole if self.options.policy == 'concat' else 'new_key_values'}.{part}"
-
-    def _cache_shape(self, operand: Operand, length: _Dim) -> list[_Dim]:
-        batch, heads, channels = self.batch_dim, operand.head_count, operand.head_size
-        return [batch, heads, length, channels] if self.options.layout == "bnsh" else [length, batch, heads, channels]
-
     def _stored_dtype(self, operand: Operand) -> ir.DataType:
         own = self.facts[operand.value].dtype
         if own is None:
@@ -300,15 +290,12 @@ class _Concat:
         return _DTYPES.get(self.options.dtype, own)
 
     def _past_input(self, index: int, kind: str, operand: Operand) -> ir.Value:
-        name = self._names(index, kind)[0]
-        value = ir.val(self.builder.names(name), self._stored_dtype(operand), ir.Shape(self._cache_shape(operand, "past_sequence")))
-        self.model.graph.inputs.append(value)
-        return value
+        return self.cache.past(index, kind, operand.head_count, operand.head_size, self._stored_dtype(operand))
 
     def _lengths(self, past: ir.Value) -> None:
         """Scalars: past and total length; then the rewriter of masks, which needs them."""
-        build, axis = self.builder, 2 if self.options.layout == "bnsh" else 0
-        self.past_1d = build.op("Shape", [past], "/model/kv/past_length", dtype=ir.DataType.INT64, shape=[1], start=axis, end=axis + 1)
+        build = self.builder
+        self.past_1d = self.cache.past_length(past, "/model/kv/past_length")
         zero = build.constant([0], "axes_0")
         self.past = build.op("Squeeze", [self.past_1d, zero], "/model/kv/past", dtype=ir.DataType.INT64, shape=[])
         new = build.op("Shape", [self.tokens.value], "/model/kv/new_length", shape=[1], start=self.tokens.axis, end=self.tokens.axis + 1)
@@ -319,28 +306,21 @@ class _Concat:
     def _cached(self, index: int, kind: str, operand: Operand, past: ir.Value, prefix: str) -> ir.Value:
         """New keys or values to the cache and back: [batch, query heads, total, channels] in the graph's type."""
         build = self.builder
-        axis = 2 if self.options.layout == "bnsh" else 0
         new = to_bnsh(build, operand, prefix)
         if self.options.layout == "sbnh":
             new = build.op("Transpose", [new], f"{prefix}/to_cache", perm=[2, 0, 1, 3])
         own, stored = self.facts[operand.value].dtype, self._stored_dtype(operand)
         stored_new = self._encode(new, own, stored, prefix)
         # Everything meets in the graph's own type: Concat takes no FP8, and old and new tokens must be rounded alike.
-        present = build.op("Concat", [self._decoded[past], self._decode(stored_new, own, stored, f"{prefix}/new")], f"{prefix}/Concat", axis=axis)
+        present = self.cache.concat(self._decoded[past], self._decode(stored_new, own, stored, f"{prefix}/new"), prefix)
         whole = self.options.policy == "concat"
         output = (self._encode(present, own, stored, f"{prefix}/present") if stored != own else present) if whole else self._own_value(stored_new, prefix)
-        shape = self._cache_shape(operand, "total_sequence" if whole else self.sequence_dim)
-        output = self._output(output, self._names(index, kind)[1], shape, stored)
+        length = "total_sequence" if whole else self.sequence_dim
+        output = self.cache.present(output, index, kind, operand.head_count, operand.head_size, stored, length)
         keys = output if whole and stored == own else present
         if self.options.layout == "sbnh":
             keys = build.op("Transpose", [keys], f"{prefix}/from_cache", perm=[1, 2, 0, 3])
         return self._repeat(self._replay(keys, operand, prefix), operand, prefix)
-
-    def _output(self, value: ir.Value, name: str, shape: list[_Dim], dtype: ir.DataType) -> ir.Value:
-        value.name = self.builder.names(name)
-        value.shape, value.dtype = ir.Shape(shape), dtype
-        self.model.graph.outputs.append(value)
-        return value
 
     def _encode(self, value: ir.Value, own: ir.DataType | None, stored: ir.DataType, prefix: str) -> ir.Value:
         if stored == own:
@@ -383,19 +363,3 @@ class _Concat:
 
 def _attributes(node: ir.Node) -> dict[str, Any]:
     return {name: attribute.value for name, attribute in node.attributes.items()}
-
-
-def _roles(axis: list[Atom], operand: Operand) -> list[tuple[str, int]]:
-    """The parts of one axis, outermost first: neighbours of the same role are one part."""
-    parts: list[tuple[str, int]] = []
-    heads, channels = leaves(operand.heads), leaves(operand.channels)
-    for atom in axis:
-        role = "batch" if atom is operand.batch else "sequence" if atom is operand.sequence else "heads" if atom in heads else "channels"
-        if role == "channels" and atom not in channels:
-            raise JobError(f"an axis of {operand.value.name!r} is neither batch, sequence, heads nor channels")
-        size = atom.size
-        if parts and parts[-1][0] == role:
-            parts[-1] = (role, parts[-1][1] * size)
-        else:
-            parts.append((role, size))
-    return parts

@@ -13,7 +13,7 @@ import click
 
 from onnxtools import __version__, registry
 
-COMMANDS = ("pipeline", "validate", "build", "inspect", "diff")
+COMMANDS = ("export", "pipeline", "validate", "build", "inspect", "diff")
 MAIN_PASSES = ("convert", "add-kv-cache", "prune")
 
 
@@ -21,7 +21,7 @@ class LazyGroup(click.Group):
     """Subcommands are the built-in commands and every registered pass."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [*MAIN_PASSES, *COMMANDS, *sorted(set(registry.names()) - set(MAIN_PASSES))]
+        return ["export", *MAIN_PASSES, *COMMANDS[1:], *sorted(set(registry.names()) - set(MAIN_PASSES))]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name in COMMANDS:
@@ -45,7 +45,7 @@ class LazyGroup(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         others = sorted(set(registry.names()) - set(MAIN_PASSES))
-        for title, names in (("Main job", (*MAIN_PASSES, *COMMANDS)), ("Single passes", others)):
+        for title, names in (("Main job", ("export", *MAIN_PASSES, *COMMANDS[1:])), ("Single passes", others)):
             with formatter.section(title):
                 formatter.write_dl([(name, short_help(name)) for name in names])
 
@@ -64,9 +64,10 @@ def short_help(name: str) -> str:
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(__version__, prog_name="onnxtools")
 def cli() -> None:
-    """From a TransformerEngine (or torch) ONNX export to a TensorRT engine, one inspectable pass at a time.
+    """From a checkpoint, or a TransformerEngine or torch ONNX export, to a TensorRT engine, one inspectable pass at a time.
 
     \b
+    onnxtools export       ./SmolLM2 -o model.onnx
     onnxtools convert      te.onnx  qdq.onnx --opset19
     onnxtools add-kv-cache qdq.onnx kv.onnx
     onnxtools build        kv.onnx  gpt.engine --fp8

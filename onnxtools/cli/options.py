@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import click
 
-from onnxtools.passbase import base_type, choices
+from onnxtools.passbase import base_type, choices, convert_fields
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -68,9 +68,9 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> click.Option:
     return click.Option([f"--{name}", field.name], type=inner, **common)
 
 
-def from_parameters(cls: type[Any], values: dict[str, Any]) -> Any:
-    """Build `cls` from click's values (removed from `values`); what the user did not say keeps its default."""
-    given: dict[str, Any] = {}
+def from_parameters(cls: type[Any], values: dict[str, Any], settings: Mapping[str, Any] | None = None) -> Any:
+    """Build `cls` from click's values (removed from `values`), else from `settings`; what the user did not say keeps its default."""
+    given: dict[str, Any] = convert_fields(cls, "settings", settings or {})
     for field in dataclasses.fields(cls):
         value = values.pop(field.name)
         if value is not None and value != ():

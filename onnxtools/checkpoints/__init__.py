@@ -1,0 +1,1 @@
+"""Reading checkpoints: what lies where in the files, one tensor at a time. Knows formats, not models."""

@@ -1,0 +1,59 @@
+"""Merging the shards of tensor- and pipeline-parallel Megatron checkpoints, lazily (rules: FACTS 6.5, Megatron's layers)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import onnx_ir as ir
+
+from onnxtools.errors import ModelError
+from onnxtools.weights import hstack, row_range, vstack
+
+_COLUMN = ("word_embeddings.weight", "output_layer.weight", "query_key_value", "linear_qkv", "layernorm_qkv", "dense_h_to_4h", "linear_fc1", "fc1_")
+"""Split over ranks along the outputs (rows of [out, in]), biases too."""
+_ROW = ("dense.weight", "proj.weight", "dense_4h_to_h.weight", "linear_fc2.weight", "fc2_weight", "linear_proj.weight")
+"""Split over ranks along the inputs (columns); the biases are whole on every rank."""
+_FC1 = ("dense_h_to_4h.", "linear_fc1.", "layernorm_mlp.fc1_")
+_LAYER = re.compile(r"(\.layers\.)(\d+)(\.)")
+
+
+def merge(stages: Sequence[Sequence[Mapping[str, Any]]], config: Mapping[str, Any], label: str) -> dict[str, Any]:
+    """One state dict from [pipeline rank][tensor rank] ones.
+
+    Raises:
+        ModelError: ranks that do not hold the same names, or layers that do not divide.
+    """
+    if int(config.get("virtual_pipeline_model_parallel_size") or 1) > 1:
+        raise ModelError(f"{label}: was trained with a virtual pipeline, whose order of layers is not supported; merge it with NeMo first")
+    found: dict[str, Any] = {}
+    per_stage = int(config.get("num_layers") or 0) // len(stages)
+    if len(stages) > 1 and per_stage * len(stages) != int(config.get("num_layers") or 0):
+        raise ModelError(f"{label}: {config.get('num_layers')} layers do not divide into {len(stages)} pipeline stages; check model_config.yaml")
+    for rank, stage in enumerate(stages):
+        for name in stage[0]:
+            shards = [shard[name] for shard in stage if name in shard]
+            if len(shards) < len(stage):
+                raise ModelError(f"{label}: {name!r} is not in every tensor-parallel shard; fetch the checkpoint again")
+            whole = _merged(name, shards, config)
+            found.setdefault(_LAYER.sub(lambda m: f"{m[1]}{int(m[2]) + rank * per_stage}{m[3]}", name), whole)
+    return found
+
+
+def _merged(name: str, shards: list[Any], config: Mapping[str, Any]) -> Any:
+    if len(shards) == 1 or not isinstance(shards[0], ir.TensorProtocol):
+        return shards[0]
+    if "layer_norm" in name or "layernorm.weight" in name or "layernorm.bias" in name:
+        return shards[0]
+    if any(part in name for part in _FC1) and str(config.get("activation", "gelu")).startswith("fast-"):
+        # Every rank holds [its gate rows; its up rows].
+        halves = [int(shard.shape.numpy()[0]) // 2 for shard in shards]
+        gates = [row_range(shard, 0, half) for shard, half in zip(shards, halves, strict=True)]
+        ups = [row_range(shard, half, 2 * half) for shard, half in zip(shards, halves, strict=True)]
+        return vstack([*gates, *ups], name)
+    if any(part in name for part in _COLUMN):
+        return vstack(shards, name)
+    if any(name.endswith(part) for part in _ROW):
+        return hstack(shards, name)
+    return shards[0]

@@ -1,0 +1,41 @@
+"""Which reader opens a path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from onnxtools.checkpoints.base import Checkpoint
+from onnxtools.errors import ModelError
+
+
+def open_checkpoint(path: Path, *, weights: bool = True) -> Checkpoint:
+    """Open a Hugging Face folder, a .nemo archive or folder, a .ckpt, or a GGUF file.
+
+    Args:
+        weights: False reads a Hugging Face folder's configuration alone.
+    Raises:
+        ModelError: no such path, or nothing that a reader knows.
+    """
+    if not path.exists():
+        raise ModelError(f"{path}: no such file or folder; check the path")
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            from onnxtools.checkpoints.huggingface import read_folder
+
+            return read_folder(path, weights=weights)
+        if any((path / name).exists() for name in ("model_config.yaml", "weights", "context")):
+            from onnxtools.checkpoints.nemo import read_nemo
+
+            return read_nemo(path)
+        raise ModelError(f"{path}: has neither config.json (Hugging Face) nor model_config.yaml (NeMo); name the folder of the checkpoint")
+    if path.suffix == ".gguf":
+        from onnxtools.checkpoints.gguf import read_gguf
+
+        return read_gguf(path)
+    if path.suffix in (".nemo", ".ckpt"):
+        from onnxtools.checkpoints import nemo
+
+        return nemo.read_nemo(path) if path.suffix == ".nemo" else nemo.read_ckpt(path)
+    if path.suffix in (".safetensors", ".bin"):
+        raise ModelError(f"{path}: weights alone do not say what model they are; name the folder that holds config.json too")
+    raise ModelError(f"{path}: no reader for {path.suffix or 'a file without suffix'}; a Hugging Face folder, .nemo, .ckpt or .gguf can be read")

@@ -1,0 +1,79 @@
+"""safetensors files: 8 bytes of header length, a JSON header, raw tensors (format: the safetensors README)."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import onnx_ir as ir
+
+from onnxtools.checkpoints.base import MAX_JSON_BYTES, Region, json_object, read_json, reading
+from onnxtools.errors import ModelError
+
+_DTYPES = {
+    "F64": ir.DataType.DOUBLE, "F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16,
+    "F8_E4M3": ir.DataType.FLOAT8E4M3FN, "F8_E5M2": ir.DataType.FLOAT8E5M2, "I64": ir.DataType.INT64, "I32": ir.DataType.INT32,
+    "I16": ir.DataType.INT16, "I8": ir.DataType.INT8, "U8": ir.DataType.UINT8, "BOOL": ir.DataType.BOOL,
+}  # fmt: skip
+
+
+def read_safetensors(path: Path) -> dict[str, ir.TensorProtocol]:
+    """The tensors of one file, by name; only the header is read.
+
+    Raises:
+        ModelError: missing, truncated, or a header that does not fit the file.
+    """
+    with reading(path):
+        region = Region.of(path)
+        if region.size < 8:
+            raise ModelError(f"{path}: {region.size} bytes are no safetensors file; fetch it again")
+        (length,) = struct.unpack("<Q", region.read(0, 8))
+        if length > min(MAX_JSON_BYTES, region.size - 8):
+            raise ModelError(f"{path}: its header claims {length} bytes and the file has {region.size}; it is truncated or no safetensors file, fetch it again")
+        header = json_object(region.read(8, length), f"{path}: header")
+    header.pop("__metadata__", None)
+    data = Region(region.path, 8 + length, region.size - 8 - length, str(path))
+    return {name: _tensor(data, name, entry) for name, entry in header.items()}
+
+
+def _tensor(data: Region, name: str, entry: object) -> ir.ExternalTensor:
+    try:
+        assert isinstance(entry, dict)
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        assert all(isinstance(number, int) for number in (*shape, begin, end))
+    except (AssertionError, KeyError, TypeError, ValueError):
+        raise ModelError(f"{data.label}: tensor {name!r} has an ill-formed header entry; fetch the file again") from None
+    if dtype not in _DTYPES:
+        raise ModelError(f"{data.label}: tensor {name!r} has the type {dtype}; {', '.join(_DTYPES)} can be read")
+    tensor = data.tensor(name, _DTYPES[dtype], shape, begin)
+    if end - begin != tensor.nbytes:
+        raise ModelError(f"{data.label}: tensor {name!r} of shape {list(shape)} needs {tensor.nbytes} bytes but its header gives {end - begin}; fetch it again")
+    return tensor
+
+
+def read_sharded(index: Path) -> dict[str, ir.TensorProtocol]:
+    """The tensors of all files that `*.safetensors.index.json` names; its map and the files must agree.
+
+    Raises:
+        ModelError: a file is missing or lies elsewhere, or a tensor is not where the index says.
+    """
+    places = weight_map(index)
+    found: dict[str, ir.TensorProtocol] = {}
+    for file in sorted(set(places.values())):
+        tensors = read_safetensors(index.parent / file)
+        absent = sorted(name for name, place in places.items() if place == file and name not in tensors)
+        if absent:
+            raise ModelError(f"{index.parent / file}: has no tensor {absent[0]!r}, which {index.name} places there ({len(absent)} in all); fetch both again")
+        found.update({name: tensor for name, tensor in tensors.items() if places.get(name, file) == file})
+    return found
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """Tensor name to file name, as an index of shards gives it; only files in its own folder are accepted."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise ModelError(f"{index}: has no weight_map; fetch it again")
+    for name, file in places.items():
+        if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
+            raise ModelError(f"{index}: places {name!r} in {file!r}; shards must lie beside the index")
+    return places

@@ -1,0 +1,241 @@
+"""Files of torch.save (zip format) without torch: the pickle is read by a restricted unpickler, tensors stay in the file.
+
+The rules are those of `torch.load(weights_only=True)`: a global that is not on the list below is refused by name, so no
+code of the file can run. The list: https://docs.pytorch.org/docs/stable/notes/serialization.html
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import struct
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxtools.checkpoints.base import Region
+from onnxtools.errors import ModelError
+
+MAX_PICKLE_BYTES = 256 << 20
+"""The pickle holds names and shapes, no weights; the state dict of a 175B model has about 1 MB."""
+_LOCAL_HEADER = 30  # bytes before the name in a zip entry (APPNOTE.TXT, 4.3.7)
+
+_DTYPES = {
+    "DoubleStorage": ir.DataType.DOUBLE, "FloatStorage": ir.DataType.FLOAT, "HalfStorage": ir.DataType.FLOAT16,
+    "BFloat16Storage": ir.DataType.BFLOAT16, "LongStorage": ir.DataType.INT64, "IntStorage": ir.DataType.INT32,
+    "ShortStorage": ir.DataType.INT16, "CharStorage": ir.DataType.INT8, "ByteStorage": ir.DataType.UINT8, "BoolStorage": ir.DataType.BOOL,
+    "UntypedStorage": ir.DataType.UINT8,
+}  # fmt: skip
+_SCALARS = {
+    "float64": ir.DataType.DOUBLE, "float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16,
+    "int64": ir.DataType.INT64, "int32": ir.DataType.INT32, "int16": ir.DataType.INT16, "int8": ir.DataType.INT8, "uint8": ir.DataType.UINT8,
+    "bool": ir.DataType.BOOL, "float8_e4m3fn": ir.DataType.FLOAT8E4M3FN, "float8_e5m2": ir.DataType.FLOAT8E5M2,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _StorageType:
+    dtype: ir.DataType
+
+
+@dataclass(frozen=True)
+class _Storage:
+    """Bytes of one storage: where they lie, or the bytes themselves."""
+
+    dtype: ir.DataType
+    region: Region | None
+    data: bytes = b""
+
+    def tensor(self, offset: int, shape: tuple[int, ...]) -> ir.TensorProtocol:
+        if self.region is not None:
+            return self.region.tensor("", self.dtype, shape, offset * self.dtype.itemsize)
+        array = np.frombuffer(self.data, self.dtype.numpy(), int(np.prod(shape, dtype=np.int64)), offset * self.dtype.itemsize)
+        return ir.Tensor(array.reshape(shape), dtype=self.dtype)
+
+
+def read_torch(region: Region) -> Any:
+    """The object in a file of torch.save; tensors are references into the file.
+
+    Raises:
+        ModelError: not that format, damaged, or a pickle that wants more than data.
+    """
+    with open(region.path, "rb") as file:
+        window = _Window(file, region.start, region.size)
+        try:
+            archive = zipfile.ZipFile(window)
+        except zipfile.BadZipFile:
+            raise ModelError(
+                f"{region.label}: not a zip archive of torch.save, or truncated; fetch it again (files of torch < 1.6 must be loaded and saved again)"
+            ) from None
+        entries = {info.filename: info for info in archive.infolist()}
+        name = next((n for n in entries if n.endswith("/data.pkl") or n == "data.pkl"), None)
+        if name is None:
+            raise ModelError(f"{region.label}: a zip archive without data.pkl is no file of torch.save; name the checkpoint itself")
+        prefix, info = name.removesuffix("data.pkl"), entries[name]
+        if info.file_size > MAX_PICKLE_BYTES or info.compress_type != zipfile.ZIP_STORED:
+            raise ModelError(f"{region.label}: its data.pkl claims {info.file_size} bytes, which no state dict has; do not trust this file")
+        if f"{prefix}byteorder" in entries and _stored(region, entries[f"{prefix}byteorder"]).size < 16 and archive.read(f"{prefix}byteorder") == b"big":
+            raise ModelError(f"{region.label}: holds big-endian tensors; save it on a little-endian machine")
+        payload = archive.read(name)
+
+    def storage(persistent: Any) -> _Storage:
+        kind, key = _storage_id(persistent, region.label)
+        entry = entries.get(f"{prefix}data/{key}")
+        if entry is None:
+            raise ModelError(f"{region.label}: the storage {key!r} is missing from the archive; fetch it again")
+        return _Storage(kind, _stored(region, entry))
+
+    return _unpickle(payload, storage, region.label)
+
+
+def _storage_id(persistent: Any, label: str) -> tuple[ir.DataType, str]:
+    """('storage', type, key, location, elements) of torch.serialization."""
+    if isinstance(persistent, tuple) and len(persistent) == 5 and persistent[0] == "storage" and isinstance(persistent[1], _StorageType):
+        return persistent[1].dtype, str(persistent[2])
+    raise ModelError(f"{label}: refers to something that is no storage; fetch it again")
+
+
+def _stored(region: Region, info: zipfile.ZipInfo) -> Region:
+    """Where the bytes of an entry lie; torch never compresses them."""
+    if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
+        raise ModelError(f"{region.label}: {info.filename!r} is compressed, which torch.save never does; save it again with torch.save")
+    name, extra = struct.unpack("<HH", region.read(info.header_offset + 26, 4))
+    start = info.header_offset + _LOCAL_HEADER + name + extra
+    if start + info.file_size > region.size:
+        raise ModelError(f"{region.label}: {info.filename!r} claims {info.file_size} bytes, more than the file has; it is truncated, fetch it again")
+    return Region(region.path, region.start + start, info.file_size, region.label)
+
+
+def _unpickle(payload: bytes, storage: Callable[[Any], _Storage], label: str) -> Any:
+    reader = _Unpickler(io.BytesIO(payload), storage, label)
+    try:
+        return reader.load()
+    except ModelError:
+        raise
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise ModelError(f"{label}: its pickle is damaged ({type(error).__name__}: {' '.join(str(error).split())[:100]}); fetch it again") from None
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows tensors and plain containers; refuses every other global by name."""
+
+    def __init__(self, file: io.BytesIO, storage: Callable[[Any], _Storage], label: str) -> None:
+        super().__init__(file, encoding="utf-8")
+        self._storage, self._label = storage, label
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        return self._storage(pid)
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module in ("torch", "torch.storage") and name in _DTYPES:
+            return _StorageType(_DTYPES[name])
+        if module == "torch" and name in _SCALARS:
+            return _SCALARS[name]
+        allowed = _GLOBALS.get((module, name))
+        if allowed is None:
+            raise ModelError(
+                f"{self._label}: its pickle wants {module}.{name}, which is not data and may run code; refused: "
+                "load it where you trust it and save the state dict alone"
+            )
+        return allowed
+
+
+def _rebuild_tensor(storage: _Storage, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> ir.TensorProtocol:
+    expected = 1
+    for extent, step in zip(reversed(size), reversed(stride), strict=True):
+        if extent > 1 and step != expected:
+            raise ModelError(f"a tensor of shape {list(size)} is stored with strides {list(stride)}; save it with .contiguous()")
+        expected *= max(extent, 1)
+    return storage.tensor(offset, tuple(size))
+
+
+def _rebuild_parameter(tensor: ir.TensorProtocol, *_: Any) -> ir.TensorProtocol:
+    return tensor
+
+
+def _load_from_bytes(data: bytes) -> _Storage:
+    """A storage inside a plain pickle of a tensor: torch's older format (five pickles, then the count and the bytes)."""
+    stream = io.BytesIO(data)
+    kinds: dict[str, ir.DataType] = {}
+
+    def storage(persistent: Any) -> _Storage:
+        kind, key = _storage_id((persistent if len(persistent) == 5 else persistent[:5]), "a nested tensor")
+        kinds[key] = kind
+        return _Storage(kind, None)
+
+    for _ in range(3):  # magic number, protocol version, system information
+        _Unpickler(stream, storage, "a nested tensor").load()
+    _Unpickler(stream, storage, "a nested tensor").load()
+    keys = _Unpickler(stream, storage, "a nested tensor").load()
+    count = int(np.frombuffer(stream.read(8), np.int64)[0])
+    kind = kinds[str(keys[0])]
+    return _Storage(kind, None, stream.read(count * kind.itemsize))
+
+
+_GLOBALS: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    ("torch.storage", "_load_from_bytes"): _load_from_bytes,
+    ("torch", "Size"): tuple,
+    ("torch", "device"): lambda *_: None,
+    ("_io", "BytesIO"): io.BytesIO,
+    ("_codecs", "encode"): lambda text, encoding: text.encode("latin1"),
+}
+
+
+def loads(data: bytes, label: str) -> Any:
+    """A pickle or a torch.save archive in memory (the extra state of TransformerEngine), read by the same rules.
+
+    Raises:
+        ModelError: damaged, or it wants more than data.
+    """
+    if not data.startswith(b"PK"):
+        return _unpickle(data, lambda pid: _Storage(_storage_id(pid, label)[0], None), label)
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            name = next(n for n in archive.namelist() if n.endswith("data.pkl"))
+            prefix = name.removesuffix("data.pkl")
+            if sum(info.file_size for info in archive.infolist()) > MAX_PICKLE_BYTES:
+                raise ModelError(f"{label}: claims more than {MAX_PICKLE_BYTES} bytes; do not trust this file")
+
+            def storage(persistent: Any) -> _Storage:
+                kind, key = _storage_id(persistent, label)
+                return _Storage(kind, None, archive.read(f"{prefix}data/{key}"))
+
+            return _unpickle(archive.read(name), storage, label)
+    except (zipfile.BadZipFile, KeyError, StopIteration):
+        raise ModelError(f"{label}: a damaged archive of torch.save; fetch the checkpoint again") from None
+
+
+class _Window(io.RawIOBase):
+    """A read-only view of a byte range of an open file (a zip archive inside a tar)."""
+
+    def __init__(self, file: io.BufferedReader, start: int, size: int) -> None:
+        self._file, self._start, self._size, self._at = file, start, size, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._at = max(0, offset + (0, self._at, self._size)[whence])
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self._size - self._at)
+        self._file.seek(self._start + self._at)
+        data = self._file.read(left if size < 0 else min(size, left))
+        self._at += len(data)
+        return data

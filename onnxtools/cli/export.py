@@ -1,0 +1,112 @@
+"""Write the ONNX graph of a checkpoint (NeMo, Hugging Face, GGUF) or of random weights, straight from its files."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from onnxtools.cli.options import PATH, dataclass_options, from_parameters
+from onnxtools.errors import UsageError
+from onnxtools.export.options import ExportOptions
+
+if TYPE_CHECKING:
+    from onnxtools.export.export import Exported
+
+_HELP = """Write SOURCE as an ONNX model with a KV cache; no tracing, no GPU, no framework of the checkpoint's author.
+
+SOURCE is a Hugging Face folder (config.json with safetensors or .bin), a .nemo archive or its unpacked folder, a Megatron
+.ckpt, or a .gguf file. Weights go from their file to ours one piece at a time; in the folder of the checkpoint itself the
+graph refers to them where they lie. The tokenizer's files and onnxtools.json (what the model is) go beside the output.
+
+Every option can come from a YAML file (--config; keys as below, and `source`, `output`), and --set overrides it.
+
+\b
+Examples:
+  onnxtools export ./SmolLM2 -o model.onnx
+  onnxtools export model.nemo -o model.onnx --dtype bf16
+  onnxtools export SmolLM2.Q4_1.gguf -o model.onnx
+  onnxtools export --random --n-layer 96 --n-embd 12288 --n-head 96 --no-weights -o gpt175b.onnx
+  onnxtools export --config config.yaml --set dtype=fp16
+"""
+
+
+def _callback(source: Path | None, output: Path | None, config_path: Path | None, settings: tuple[str, ...], as_json: bool, debug: bool, **values: Any) -> None:
+    from onnxtools.cli.passes import check_output
+    from onnxtools.export.export import export
+
+    given = _settings(config_path, settings)
+    source = source or _path(given, "source", config_path)
+    output = output or _path(given, "output", config_path)
+    if output is None:
+        raise UsageError("export: no output; say -o MODEL.onnx")
+    check_output(output)
+    made = export(source, output, from_parameters(ExportOptions, values, given))
+    _show(made, source, as_json)
+
+
+def _settings(config_path: Path | None, settings: tuple[str, ...]) -> dict[str, Any]:
+    """Option values of a YAML file, then of `key=value` settings."""
+    from onnxtools.recipe import read_yaml
+
+    found = read_yaml(config_path, "a configuration") if config_path is not None else {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise UsageError(f"export: --set takes key=value, not {setting!r}")
+        import yaml
+
+        try:
+            found[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UsageError(f"export: --set {setting!r} is not YAML; quote the value") from None
+    return {str(key).replace("-", "_"): value for key, value in found.items()}
+
+
+def _path(given: dict[str, Any], key: str, config_path: Path | None) -> Path | None:
+    """A path of the YAML file, relative to it."""
+    value = given.pop(key, None)
+    if value is None:
+        return None
+    return (config_path.parent if config_path is not None else Path()) / str(value)
+
+
+command = click.Command(
+    "export",
+    help=_HELP,
+    callback=_callback,
+    params=[
+        click.Argument(["source"], metavar="[SOURCE]", type=PATH, required=False),
+        click.Option(["-o", "--output"], type=PATH, help="The ONNX file to write."),
+        click.Option(["--config", "config_path"], type=PATH, help="Options as YAML."),
+        click.Option(["--set", "settings"], multiple=True, metavar="KEY=VALUE", help="An option's value; wins over --config. May be given several times."),
+        *dataclass_options(ExportOptions),
+        click.Option(["--json", "as_json"], is_flag=True, help="Print the result as JSON on stdout."),
+        click.Option(["--debug"], is_flag=True, help="Show the traceback of an error."),
+    ],
+)
+
+
+def _show(made: Exported, source: Path | None, as_json: bool) -> None:
+    from onnxtools.cli.render import console, print_json, size, table
+
+    c, path = made.config, made.saved.path
+    if as_json:
+        print_json({
+            "output": str(path), "source": str(source) if source else None, "config": dataclasses.asdict(c), "weight_bytes": made.model.weight_bytes(),
+            "files": [str(file) for file in made.files], "notes": [*made.notes, *made.saved.lines()],
+        })  # fmt: skip
+        return
+    attention = f"{c.num_attention_heads} heads of {c.head_dim}, {c.num_key_value_heads} for keys and values"
+    mlp = f"{c.intermediate_size}, {c.activation}{', gated' if c.gated_mlp else ''}"
+    positions = f"rotary, {c.rope.dim} of {c.head_dim} channels, {c.rope.kind}" if c.rope is not None else "learned"
+    rows = [
+        ("family", c.family), ("layers", str(c.num_hidden_layers)), ("hidden", str(c.hidden_size)), ("attention", attention), ("MLP", mlp),
+        ("norm", c.norm), ("positions", f"{positions}, up to {c.max_position_embeddings}"), ("vocabulary", f"{c.vocab_size}{', tied' if c.tie_word_embeddings else ''}"),
+        ("weights", size(made.model.weight_bytes())),
+    ]  # fmt: skip
+    table(f"export: {source or 'random weights'} -> {path}", ("", ""), rows)
+    for line in (*made.notes, *made.saved.lines(), f"beside it: {', '.join(file.name for file in made.files)}"):
+        console().print(f"  {line}", markup=False)

@@ -1,0 +1,1 @@
+"""From a checkpoint to ONNX: families say what a checkpoint means, one set of builders writes the graph."""

@@ -1,0 +1,261 @@
+"""Attention and its cache: one mask and one set of positions for all layers, four ways to keep keys and values.
+
+The mask is explicit and additive, [batch, 1, new tokens, cached tokens]: TensorRT reads `is_causal` as upper-left and drops
+`nonpad_kv_seqlen`. Its low value is half the type's lowest number, so that adding a score cannot reach -infinity and a row
+without a visible token stays finite.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from onnxtools.export.layers import FLOAT, INT64, Layers
+from onnxtools.kvcache import KvCache
+
+MICROSOFT = "com.microsoft"
+_Q, _K, _V = "q", "k", "v"
+
+
+@dataclass
+class _Inputs:
+    """Graph inputs, and values of their lengths (each shape [1], int64)."""
+
+    ids: ir.Value
+    mask: ir.Value | None
+    positions: ir.Value | None
+    write_indices: ir.Value | None
+    batch: ir.Value
+    new: ir.Value
+
+
+class Attention:
+    """Makes inputs, mask, positions and caches, then one attention for each call."""
+
+    def __init__(self, layers: Layers) -> None:
+        self.layers, self.build, self.config, self.options = layers, layers.build, layers.config, layers.options
+        self.cache = KvCache(self.build)
+        self.kind = self.options.kv_cache
+        self._shared: dict[str, ir.Value] = {}
+        self.inputs = self._make_inputs()
+        self._pasts = self._make_pasts() if self.kind != "none" else []
+        self._first = self.cache.past_length(self._pasts[0][0], "/model/kv/past_length") if self._pasts else self._zero()
+        self.positions = self._make_positions()
+        if self.kind == "gqa":
+            self._lengths = self._make_lengths()
+        else:
+            self._mask = self._make_mask()
+        self._tables = self._make_tables()
+
+    # --- inputs ------------------------------------------------------------------------------------------------------
+
+    def _input(self, name: str, *shape: str) -> ir.Value:
+        value = ir.val(self.build.names(name), INT64, ir.Shape(shape))
+        self.build.graph.inputs.append(value)
+        return value
+
+    def _make_inputs(self) -> _Inputs:
+        total = {"none": "sequence", "scatter": "cache_sequence"}.get(self.kind, "total_sequence")
+        ids = self._input("input_ids", "batch", "sequence")
+        alone = self.options.use_one_input
+        mask = None if alone else self._input("attention_mask", "batch", total)
+        # GroupQueryAttention counts positions itself, from the mask.
+        wanted = not alone and (self.kind != "gqa" or self.config.rope is None)
+        positions = self._input("position_ids", "batch", "sequence") if wanted else None
+        write = self._input("write_indices", "batch") if self.kind == "scatter" else None
+        batch = self.layers.op("Shape", [ids], "/model/batch", start=0, end=1)
+        return _Inputs(ids, mask, positions, write, batch, self.layers.op("Shape", [ids], "/model/sequence", start=1, end=2))
+
+    def _make_pasts(self) -> list[tuple[ir.Value, ir.Value]]:
+        c, length = self.config, {"concat": "past_sequence", "gqa": "past_sequence", "scatter": "cache_sequence"}[self.kind]
+        pasts = []
+        for n in range(c.num_hidden_layers):
+            key, value = (self.cache.past(n, kind, c.num_key_value_heads, c.head_dim, self.layers.dtype, length) for kind in ("key", "value"))
+            pasts.append((key, value))
+        return pasts
+
+    def _zero(self) -> ir.Value:
+        return self.build.constant([0], "zero")
+
+    # --- positions and mask -------------------------------------------------------------------------------------------
+
+    def _scalar(self, value: ir.Value, name: str) -> ir.Value:
+        return self.layers.op("Squeeze", [value, self._zero()], name)
+
+    def _range(self, start: ir.Value, length: ir.Value, name: str) -> ir.Value:
+        """start, start + 1, ... of `length` elements; both are shape [1]."""
+        first, stop = self._scalar(start, f"{name}/start"), self._scalar(self.layers.op("Add", [start, length], name), f"{name}/stop")
+        return self.layers.op("Range", [first, stop, self.build.constant(np.array(1), "step")], name)
+
+    def _make_positions(self) -> ir.Value | None:
+        """[batch, sequence]: the input, or counted from the length of the cache."""
+        if self.inputs.positions is not None or self.kind == "gqa":
+            return self.inputs.positions
+        counted = self._range(self._first, self.inputs.new, "/model/positions")
+        shape = self.layers.op("Concat", [self.inputs.batch, self.inputs.new], "/model/positions/shape", axis=0)
+        return self.layers.op("Expand", [counted, shape], "/model/positions")
+
+    def _make_mask(self) -> ir.Value:
+        """Additive, [batch or 1, 1, new, total]: a token sees itself and what was before it, except padding."""
+        op, build, inputs = self.layers.op, self.build, self.inputs
+        if self.kind == "scatter":
+            total = self._first  # the whole buffer; what lies beyond the new tokens is in the future
+            assert inputs.write_indices is not None
+            start = op("Unsqueeze", [inputs.write_indices, build.constant([1], "axis_1")], "/model/mask/start")
+            places = op("Add", [start, self._range(self._zero(), inputs.new, "/model/mask/new")], "/model/mask/places")
+            query = op("Unsqueeze", [places, build.constant([1, 3], "axes_1_3")], "/model/mask/query")
+        else:
+            total = op("Add", [self._first, inputs.new], "/model/mask/total") if self._pasts else inputs.new
+            query = op("Unsqueeze", [self._range(self._first, inputs.new, "/model/mask/new"), build.constant([1], "axis_1")], "/model/mask/query")
+        visible = op("LessOrEqual", [self._range(self._zero(), total, "/model/mask/keys"), query], "/model/mask/causal")
+        if inputs.mask is not None:
+            real = op("Unsqueeze", [op("Cast", [inputs.mask], "/model/mask", to=ir.DataType.BOOL.value), build.constant([1, 2], "axes_1_2")], "/model/mask/real")
+            visible = op("And", [visible, real], "/model/mask/visible")
+        elif self.kind != "scatter":
+            visible = op("Unsqueeze", [visible, build.constant([0, 1], "axes_0_1")], "/model/mask/visible")
+        low = float(ml_dtypes.finfo(self.layers.dtype.numpy()).min) / 2
+        return op("Where", [visible, self.layers.scalar(0.0, "mask_visible"), self.layers.scalar(low, "mask_hidden")], "/model/mask")
+
+    def _make_lengths(self) -> tuple[ir.Value, ir.Value]:
+        """GroupQueryAttention's seqlens_k [batch] (last valid position) and total_sequence_length, both int32."""
+        op, mask = self.layers.op, self.inputs.mask
+        assert mask is not None
+        count = op("ReduceSum", [mask, self.build.constant([1], "axis_1")], "/model/kv/count", keepdims=0)
+        last = op("Sub", [count, self.build.constant(np.array(1), "step")], "/model/kv/last")
+        total = self._scalar(op("Shape", [mask], "/model/kv/total", start=1, end=2), "/model/kv/total")
+        int32 = ir.DataType.INT32.value
+        return op("Cast", [last], "/model/kv/seqlens_k", to=int32), op("Cast", [total], "/model/kv/total_sequence_length", to=int32)
+
+    def _make_tables(self) -> tuple[ir.Value, ir.Value] | None:
+        """cos and sin, [max_position_embeddings, rotary dim / 2], one pair for all layers."""
+        rope, dtype = self.config.rope, self.layers.dtype
+        if rope is None:
+            return None
+        cos, sin = (table.astype(np.float32).astype(dtype.numpy()) for table in rope.tables(self.config.max_position_embeddings))
+        return self.build.initializer(ir.Tensor(cos, dtype=dtype), "model.rope.cos"), self.build.initializer(ir.Tensor(sin, dtype=dtype), "model.rope.sin")
+
+    def last_token(self) -> ir.Value:
+        """[batch, 1]: index of each row's last real token among the new ones."""
+        op, mask, new = self.layers.op, self.inputs.mask, self.inputs.new
+        one = self.build.constant([1], "axis_1")
+        if mask is None:
+            shape = op("Concat", [self.inputs.batch, one], "/model/last/shape", axis=0)
+            return op("Expand", [op("Sub", [new, one], "/model/last"), shape], "/model/last")
+        if self.inputs.write_indices is not None:
+            start = op("Unsqueeze", [self.inputs.write_indices, one], "/model/last/start")
+            places = op("Add", [start, self._range(self._zero(), new, "/model/last/new")], "/model/last/places")
+            real = op("GatherElements", [mask, places], "/model/last", axis=1)
+        else:
+            end = self.build.constant([np.iinfo(np.int64).max], "end")
+            real = op("Slice", [mask, op("Neg", [new], "/model/last"), end, one], "/model/last")
+        # The largest index among the real ones; 0 where a row has none.
+        indices = op("Mul", [real, self._range(self._zero(), new, "/model/last/indices")], "/model/last")
+        return op("ReduceMax", [indices, one], "/model/last", keepdims=1)
+
+    # --- one layer ---------------------------------------------------------------------------------------------------
+
+    def __call__(self, hidden: ir.Value, n: int) -> ir.Value:
+        """[batch * sequence, hidden] to the same: projections, cache, attention, output projection."""
+        c, weight, name = self.config, f"model.layers.{n}.self_attn", f"/model/layers.{n}/attn"
+        q, k, v = (self.layers.linear(hidden, f"{weight}.{part}_proj", f"{name}/{part}_proj", bias=c.attention_bias) for part in (_Q, _K, _V))
+        context = self._grouped(q, k, v, n, name) if self.kind == "gqa" else self._standard(q, k, v, n, name)
+        flat = self.layers.op("Reshape", [context, self.build.constant([-1, c.q_size], "context_shape")], f"{name}/context")
+        return self.layers.linear(flat, f"{weight}.o_proj", f"{name}/o_proj", bias=c.output_bias)
+
+    def _grouped(self, q: ir.Value, k: ir.Value, v: ir.Value, n: int, name: str) -> ir.Value:
+        """com.microsoft.GroupQueryAttention, which rotates, appends to the cache and attends."""
+        c = self.config
+        q, k, v = (self.shaped(x, (size,), f"{name}/{part}") for x, size, part in ((q, c.q_size, _Q), (k, c.kv_size, _K), (v, c.kv_size, _V)))
+        inputs = [q, k, v, *self._pasts[n], *self._lengths, *(self._tables or ())]
+        found = self.build.ops(
+            "GroupQueryAttention", inputs, f"{name}/GroupQueryAttention", outputs=3, domain=MICROSOFT, num_heads=c.num_attention_heads,
+            kv_num_heads=c.num_key_value_heads, scale=c.attention_scale, do_rotary=int(self._tables is not None),
+        )  # fmt: skip
+        for kind, value in zip(("key", "value"), found[1:], strict=True):
+            self._present(value, n, kind)
+        return found[0]
+
+    def _standard(self, q: ir.Value, k: ir.Value, v: ir.Value, n: int, name: str) -> ir.Value:
+        """[batch, sequence, heads, head_dim] of attention over the cache."""
+        c = self.config
+        q = self._rotated(self._heads(q, c.num_attention_heads, f"{name}/{_Q}"), f"{name}/{_Q}")
+        k = self._rotated(self._heads(k, c.num_key_value_heads, f"{name}/{_K}"), f"{name}/{_K}")
+        v = self._heads(v, c.num_key_value_heads, f"{name}/{_V}")
+        if self._pasts:
+            k, v = (self._cached(new, n, i, f"{name}/{kind}") for i, (new, kind) in enumerate(((k, "key"), (v, "value"))))
+        if self.options.opset >= 23:
+            context = self.layers.op("Attention", [q, k, v, self._mask], name, scale=c.attention_scale, softmax_precision=FLOAT.value)
+        else:
+            context = self._primitive(q, k, v, name)
+        return self.layers.op("Transpose", [context], f"{name}/context", perm=[0, 2, 1, 3])
+
+    def shaped(self, value: ir.Value, sizes: tuple[int, ...], name: str) -> ir.Value:
+        """[tokens, ...] as [batch, sequence, *sizes]; the target is shared by all layers."""
+        key = "/model/shape/" + "x".join(map(str, sizes))
+        if key not in self._shared:
+            self._shared[key] = self.layers.op("Concat", [self.inputs.batch, self.inputs.new, self.build.constant(list(sizes), "sizes")], key, axis=0)
+        return self.layers.op("Reshape", [value, self._shared[key]], name)
+
+    def _heads(self, value: ir.Value, heads: int, name: str) -> ir.Value:
+        split = self.shaped(value, (heads, self.config.head_dim), name)
+        return self.layers.op("Transpose", [split], name, perm=[0, 2, 1, 3])
+
+    def _present(self, value: ir.Value, n: int, kind: str) -> ir.Value:
+        length = "cache_sequence" if self.kind == "scatter" else "total_sequence"
+        return self.cache.present(value, n, kind, self.config.num_key_value_heads, self.config.head_dim, self.layers.dtype, length)
+
+    def _cached(self, new: ir.Value, n: int, which: int, name: str) -> ir.Value:
+        """The cache with the new keys or values in it; it is an output too."""
+        past = self._pasts[n][which]
+        if self.kind == "concat":
+            whole = self.cache.concat(past, new, name)
+        else:
+            whole = self.layers.op("TensorScatter", [past, new, self.inputs.write_indices], name, axis=-2, mode="linear")
+        return self._present(whole, n, ("key", "value")[which])
+
+    def _rotated(self, x: ir.Value, name: str) -> ir.Value:
+        """Rotary embedding of the first channels of [batch, heads, sequence, head_dim] (halves, not neighbours)."""
+        rope = self.config.rope
+        if rope is None or self._tables is None:
+            return x
+        if self.options.opset >= 23:
+            return self.layers.op("RotaryEmbedding", [x, *self._tables, self.positions], name, rotary_embedding_dim=rope.dim if rope.dim < self.config.head_dim else 0)
+        return self._rotated_primitive(x, rope.dim, name)
+
+    def _rotated_primitive(self, x: ir.Value, dim: int, name: str) -> ir.Value:
+        op, build = self.layers.op, self.build
+        if "angles" not in self._shared:
+            assert self._tables is not None
+            for key, table in zip(("angles", "sines"), self._tables, strict=True):
+                rows = op("Gather", [table, self.positions], f"/model/rope/{key}")
+                self._shared[key] = op("Unsqueeze", [rows, build.constant([1], "axis_1")], f"/model/rope/{key}")
+        cos, sin, rest = self._shared["angles"], self._shared["sines"], self.config.head_dim - dim
+        sizes = build.constant([dim // 2, dim // 2, *([rest] if rest else [])], "rope_parts")
+        parts = build.ops("Split", [x, sizes], f"{name}/Split", outputs=3 if rest else 2, axis=-1)
+        a, b = parts[:2]
+        first = op("Sub", [op("Mul", [a, cos], f"{name}/a_cos"), op("Mul", [b, sin], f"{name}/b_sin")], f"{name}/first")
+        second = op("Add", [op("Mul", [b, cos], f"{name}/b_cos"), op("Mul", [a, sin], f"{name}/a_sin")], f"{name}/second")
+        return op("Concat", [first, second, *parts[2:]], f"{name}/rotated", axis=-1)
+
+    def _primitive(self, q: ir.Value, k: ir.Value, v: ir.Value, name: str) -> ir.Value:
+        """MatMul, mask, Softmax in fp32, MatMul."""
+        c, op = self.config, self.layers.op
+        k, v = self._repeated(k, f"{name}/key"), self._repeated(v, f"{name}/value")
+        scaled = op("Mul", [q, self.layers.scalar(c.attention_scale, "attention_scale")], f"{name}/{_Q}/scaled")
+        scores = op("MatMul", [scaled, op("Transpose", [k], f"{name}/key", perm=[0, 1, 3, 2])], f"{name}/qk")
+        masked = self.layers.cast(op("Add", [scores, self._mask], f"{name}/scores"), FLOAT, f"{name}/scores")
+        probabilities = self.layers.cast(op("Softmax", [masked], name, axis=-1), self.layers.dtype, f"{name}/probabilities")
+        return op("MatMul", [probabilities, v], f"{name}/pv")
+
+    def _repeated(self, x: ir.Value, name: str) -> ir.Value:
+        """Each key/value head once for every query head that shares it."""
+        c, build = self.config, self.build
+        repeat = c.num_attention_heads // c.num_key_value_heads
+        if repeat == 1:
+            return x
+        copies = self.layers.op("Expand", [self.layers.op("Unsqueeze", [x, build.constant([2], "axis_2")], name), build.constant([1, 1, repeat, 1, 1], "repeat")], name)
+        target = build.constant([0, c.num_attention_heads, -1, c.head_dim], "repeated_shape")
+        return self.layers.op("Reshape", [copies, target], f"{name}/repeated")

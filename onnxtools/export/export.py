@@ -1,0 +1,152 @@
+"""`export`: a checkpoint, or nothing but sizes, becomes an ONNX file with its tokenizer and onnxtools.json beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from onnxtools import __version__, registry
+from onnxtools.checkpoints.base import Checkpoint
+from onnxtools.checkpoints.open import open_checkpoint
+from onnxtools.errors import JobError, UsageError
+from onnxtools.export.config import DecoderConfig, weight_shapes
+from onnxtools.export.family import Family, Source, family_for
+from onnxtools.export.graph import DTYPES, build_decoder
+from onnxtools.export.options import ExportOptions
+from onnxtools.model import Model
+from onnxtools.storage import SaveReport, replacing
+from onnxtools.weights import RandomRows, Tensor
+
+INFO = "onnxtools.json"
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+_SIZES = {
+    "n_layer": ("n_layer", "num_hidden_layers", "num_layers"), "n_embd": ("n_embd", "hidden_size"), "n_head": ("n_head", "num_attention_heads"),
+    "n_kv_head": ("num_key_value_heads", "num_query_groups"), "n_inner": ("n_inner", "intermediate_size", "ffn_hidden_size"),
+    "n_positions": ("n_positions", "max_position_embeddings"), "vocab_size": ("_vocab_size", "vocab_size"),
+}  # fmt: skip
+"""Our size options to the spellings of configurations; the first that the family's example has is set, else the first."""
+
+
+@dataclass
+class Exported:
+    """What an export made."""
+
+    model: Model
+    config: DecoderConfig
+    saved: SaveReport
+    files: list[Path]
+    notes: list[str]
+
+
+def export(source: Path | None, output: Path, options: ExportOptions) -> Exported:
+    """Write `output` (.onnx), its data file, the tokenizer's files and onnxtools.json.
+
+    Args:
+        source: Hugging Face folder, .nemo archive or folder, .ckpt or .gguf; None with `options.random`.
+    Raises:
+        UsageError: neither a source nor --random.
+        ModelError: the checkpoint cannot be read, or its weights do not fit its configuration.
+    """
+    if source is None and not options.random:
+        raise UsageError("export: name a checkpoint, or say --random")
+    if not output.parent.is_dir():
+        raise JobError(f"{output}: the folder {str(output.parent)!r} does not exist; create it first")
+    checkpoint = open_checkpoint(source, weights=not options.random) if source is not None else None
+    config, weights, dtype = _random(checkpoint, options) if options.random else _bound(_opened(checkpoint), options)
+    model = build_decoder(config, options, weights, dtype)
+    info = describe(config, options, dtype)
+    model.graph.metadata_props["onnxtools.model"] = json.dumps(info)
+    model.ir.metadata_props["onnxtools.model"] = json.dumps(info)
+    saved = model.save(output, copy_weights=options.copy_weights, weights=options.weights)
+    files = _write_beside(output.parent, checkpoint.files if checkpoint is not None else {}, info)
+    return Exported(model, config, saved, files, list(checkpoint.notes) if checkpoint is not None else [])
+
+
+def _opened(checkpoint: Checkpoint | None) -> Checkpoint:
+    assert checkpoint is not None
+    return checkpoint
+
+
+def _bound(checkpoint: Checkpoint, options: ExportOptions) -> tuple[DecoderConfig, dict[str, Tensor], ir.DataType]:
+    """The configuration, every weight by canonical name, and the compute type."""
+    family = family_for(checkpoint.architecture, str(checkpoint.path))
+    config = family.config(checkpoint.config)
+    source = Source(checkpoint.tensors, checkpoint.config)
+    weights = family.weights(config, source)
+    source.check(str(checkpoint.path), family.ignored)
+    return config, weights, _dtype(options, weights)
+
+
+def _dtype(options: ExportOptions, weights: Mapping[str, Tensor]) -> ir.DataType:
+    if options.dtype != "auto":
+        return DTYPES[options.dtype]
+    own = weights["model.layers.0.self_attn.q_proj.weight"].dtype
+    return own if own in _FLOATS else ir.DataType.FLOAT
+
+
+def _random(checkpoint: Checkpoint | None, options: ExportOptions) -> tuple[DecoderConfig, dict[str, Tensor], ir.DataType]:
+    """Normal(0, 0.02) weights as GPT-2 is initialized, gains near 1; the same for the same sizes."""
+    if checkpoint is None:
+        family: Family = registry.load(options.family, registry.FAMILIES)
+        raw: dict[str, Any] = dict(family.example)
+        if not raw:
+            raise UsageError(f"export: family {options.family!r} has no sizes of its own; name a folder with config.json")
+    else:
+        family, raw = family_for(checkpoint.architecture, str(checkpoint.path)), dict(checkpoint.config)
+    for name, spellings in _SIZES.items():
+        value = getattr(options, name)
+        if value is not None:
+            raw[next((s for s in spellings if s in family.example), spellings[0])] = value
+    if options.n_embd and not options.n_inner:
+        raw.update({name: 4 * options.n_embd for name in _SIZES["n_inner"] if name in raw})
+    if options.n_head and not options.n_kv_head:
+        raw.update({name: options.n_head for name in _SIZES["n_kv_head"] if name in raw})
+    if options.n_embd or options.n_head:
+        raw.pop("head_dim", None)
+    config = family.config(raw)
+    dtype = DTYPES["fp16" if options.dtype == "auto" else options.dtype]
+    made: dict[str, Tensor] = {}
+    for name, shape in weight_shapes(config).items():
+        is_gain = name.endswith("norm.weight")
+        made[name] = RandomRows(shape, dtype, name, 1.0 if is_gain else 0.0, 0.02)
+    return config, made, dtype
+
+
+def describe(config: DecoderConfig, options: ExportOptions, dtype: ir.DataType) -> dict[str, Any]:
+    """The content of onnxtools.json: what the model is, for runtimes and engine profiles."""
+    names = {value: key for key, value in DTYPES.items()}
+    model = dataclasses.asdict(config)
+    tokens = {key: model.pop(key) for key in ("bos_token_id", "eos_token_ids", "pad_token_id")}
+    return {
+        "format": 1,
+        "producer": f"onnxtools {__version__}",
+        "model": model,
+        "tokens": tokens,
+        "dtype": names[dtype],
+        "kv_cache": {
+            "kind": options.kv_cache, "dtype": names[dtype], "layout": "bnsh", "past": "past_key_values.{n}.{kind}", "present": "present.{n}.{kind}",
+            "layers": config.num_hidden_layers, "heads": config.num_key_value_heads, "head_dim": config.head_dim,
+        } if options.kv_cache != "none" else None,
+        "logits": options.logits,
+        "options": {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if getattr(options, f.name) != f.default},
+    }  # fmt: skip
+
+
+def _write_beside(folder: Path, files: Mapping[str, Path | bytes], info: dict[str, Any]) -> list[Path]:
+    """Copy the tokenizer's files and write onnxtools.json; a file that is its own source stays."""
+    contents = {**files, INFO: (json.dumps(info, indent=2) + "\n").encode()}
+    for name, content in contents.items():
+        target = folder / name
+        if isinstance(content, Path):
+            if content.resolve() == target.resolve():
+                continue
+            content = content.read_bytes()
+        with replacing(target) as tmp:
+            tmp.write_bytes(content)
+    return [folder / name for name in contents]

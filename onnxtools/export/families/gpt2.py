@@ -1,0 +1,62 @@
+"""GPT-2 (Hugging Face `gpt2`): learned positions, fused QKV, Conv1D weights [in, out], tied head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from onnxtools.errors import ModelError
+from onnxtools.export.config import DecoderConfig, activation_of, head_dim_of, need, token_ids
+from onnxtools.export.family import Family, Source
+from onnxtools.weights import Tensor, columns
+
+
+def config(raw: Mapping[str, Any]) -> DecoderConfig:
+    if raw.get("scale_attn_by_inverse_layer_idx"):
+        raise ModelError("gpt2: scale_attn_by_inverse_layer_idx is not supported; only models without it are")
+    hidden, heads = need(raw, "gpt2", "n_embd"), need(raw, "gpt2", "n_head")
+    head_dim = head_dim_of("gpt2", hidden, heads)
+    return DecoderConfig(
+        family="gpt2", vocab_size=need(raw, "gpt2", "vocab_size"), hidden_size=hidden, num_hidden_layers=need(raw, "gpt2", "n_layer"),
+        num_attention_heads=heads, num_key_value_heads=heads, head_dim=head_dim, intermediate_size=raw.get("n_inner") or 4 * hidden,
+        max_position_embeddings=need(raw, "gpt2", "n_positions"), norm="layer_norm", norm_eps=float(raw.get("layer_norm_epsilon") or 1e-5),
+        activation=activation_of(raw, "gpt2", "activation_function", "gelu_new"), gated_mlp=False, rope=None,
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings", True)), attention_scale=head_dim**-0.5 if raw.get("scale_attn_weights", True) else 1.0,
+        attention_bias=True, output_bias=True, mlp_bias=True, norm_bias=True, linear_in_out=True, **token_ids(raw),
+    )  # fmt: skip
+
+
+def weights(c: DecoderConfig, source: Source) -> dict[str, Tensor]:
+    # GPT2Model alone saves names without the prefix that GPT2LMHeadModel adds.
+    root = "transformer." if "transformer.wte.weight" in source else ""
+    h, inner = c.hidden_size, c.intermediate_size
+    found = {
+        "model.embed_tokens.weight": source.take(f"{root}wte.weight", c.vocab_size, h),
+        "model.embed_positions.weight": source.take(f"{root}wpe.weight", c.max_position_embeddings, h),
+    }
+    if c.tie_word_embeddings:
+        source.skip("lm_head.weight")
+    else:
+        found["lm_head.weight"] = source.take("lm_head.weight", c.vocab_size, h)
+    parts = [("self_attn.o_proj", "attn.c_proj", h, h), ("mlp.up_proj", "mlp.c_fc", h, inner), ("mlp.down_proj", "mlp.c_proj", inner, h)]
+    for n in range(c.num_hidden_layers):
+        to, of = f"model.layers.{n}", f"{root}h.{n}"
+        qkv = {"weight": source.take(f"{of}.attn.c_attn.weight", h, 3 * h), "bias": source.take(f"{of}.attn.c_attn.bias", 3 * h)}
+        for index, name in enumerate("qkv"):
+            for kind, tensor in qkv.items():
+                found[f"{to}.self_attn.{name}_proj.{kind}"] = columns(tensor, index * h, (index + 1) * h)
+        for name, theirs, inputs, outputs in parts:
+            found[f"{to}.{name}.weight"] = source.take(f"{of}.{theirs}.weight", inputs, outputs)
+            found[f"{to}.{name}.bias"] = source.take(f"{of}.{theirs}.bias", outputs)
+        found |= _norm(source, f"{to}.input_layernorm", f"{of}.ln_1", h) | _norm(source, f"{to}.post_attention_layernorm", f"{of}.ln_2", h)
+    return found | _norm(source, "model.norm", f"{root}ln_f", h)
+
+
+def _norm(source: Source, name: str, theirs: str, size: int) -> dict[str, Tensor]:
+    return {f"{name}.{kind}": source.take(f"{theirs}.{kind}", size) for kind in ("weight", "bias")}
+
+
+FAMILY = Family(
+    "gpt2", ("gpt2",), config, weights, ignored=("*.attn.bias", "*.attn.masked_bias"),
+    example={"model_type": "gpt2", "vocab_size": 50257, "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024},
+)  # fmt: skip

@@ -1,0 +1,59 @@
+"""GPTBigCode (Hugging Face `gpt_bigcode`: SantaCoder, StarCoder): GPT-2 with multi-query attention and Linear weights [out, in]."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from onnxtools.export.config import DecoderConfig
+from onnxtools.export.families import gpt2
+from onnxtools.export.family import Family, Source
+from onnxtools.weights import Tensor, pick_rows, row_range
+
+
+def config(raw: Mapping[str, Any]) -> DecoderConfig:
+    made = gpt2.config({"activation_function": "gelu_pytorch_tanh", **raw})
+    heads = 1 if raw.get("multi_query", True) else made.num_attention_heads
+    return replace(made, family="gpt_bigcode", num_key_value_heads=heads, linear_in_out=False)
+
+
+def weights(c: DecoderConfig, source: Source) -> dict[str, Tensor]:
+    h, kv, inner = c.hidden_size, c.kv_size, c.intermediate_size
+    found = {
+        "model.embed_tokens.weight": source.take("transformer.wte.weight", c.vocab_size, h),
+        "model.embed_positions.weight": source.take("transformer.wpe.weight", c.max_position_embeddings, h),
+    }
+    if c.tie_word_embeddings:
+        source.skip("lm_head.weight")
+    else:
+        found["lm_head.weight"] = source.take("lm_head.weight", c.vocab_size, h)
+    parts = [("self_attn.o_proj", "attn.c_proj", h, h), ("mlp.up_proj", "mlp.c_fc", inner, h), ("mlp.down_proj", "mlp.c_proj", h, inner)]
+    norms = [("input_layernorm", "ln_1"), ("post_attention_layernorm", "ln_2")]
+    for n in range(c.num_hidden_layers):
+        to, of = f"model.layers.{n}", f"transformer.h.{n}"
+        for kind, shape in (("weight", (h + 2 * kv, h)), ("bias", (h + 2 * kv,))):
+            fused = source.take(f"{of}.attn.c_attn.{kind}", *shape)
+            for name, part in zip("qkv", _split(fused, c), strict=True):
+                found[f"{to}.self_attn.{name}_proj.{kind}"] = part
+        for name, theirs, outputs, inputs in parts:
+            found[f"{to}.{name}.weight"] = source.take(f"{of}.{theirs}.weight", outputs, inputs)
+            found[f"{to}.{name}.bias"] = source.take(f"{of}.{theirs}.bias", outputs)
+        for name, theirs in norms:
+            found |= {f"{to}.{name}.{kind}": source.take(f"{of}.{theirs}.{kind}", h) for kind in ("weight", "bias")}
+    return found | {f"model.norm.{kind}": source.take(f"transformer.ln_f.{kind}", h) for kind in ("weight", "bias")}
+
+
+def _split(fused: Tensor, c: DecoderConfig) -> list[Tensor]:
+    """Multi-query: all queries, the key head, the value head. Multi-head: [heads, 3, head_dim] rows."""
+    if c.num_key_value_heads == 1 and c.num_attention_heads > 1:
+        ends = (0, c.q_size, c.q_size + c.kv_size, c.q_size + 2 * c.kv_size)
+        return [row_range(fused, start, stop) for start, stop in zip(ends, ends[1:], strict=False)]
+    d = c.head_dim
+    return [pick_rows(fused, [((3 * head + i) * d, (3 * head + i + 1) * d) for head in range(c.num_attention_heads)], "qkv"[i]) for i in range(3)]
+
+
+FAMILY = Family(
+    "gpt_bigcode", ("gpt_bigcode",), config, weights, ignored=("*.attn.bias", "*.attn.masked_bias"),
+    example={"model_type": "gpt_bigcode", "vocab_size": 49280, "n_embd": 2048, "n_layer": 24, "n_head": 16, "n_positions": 2048},
+)  # fmt: skip

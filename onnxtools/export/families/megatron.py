@@ -1,0 +1,180 @@
+"""Megatron GPT and GPT-Next from NeMo (`.nemo`, `.ckpt`): legacy, legacy with TransformerEngine, and megatron-core names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from onnxtools.checkpoints.base import nested
+from onnxtools.errors import ModelError
+from onnxtools.export.config import Activation, DecoderConfig, head_dim_of, need
+from onnxtools.export.family import Family, Source
+from onnxtools.export.rope import Rope
+from onnxtools.weights import Tensor, flatten, pick_rows, plus_one, row_range
+
+_LAYER_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
+    # {part: (spellings of its module or of its weight and bias)}, tried in order; `{}` stands for weight or bias.
+    "legacy": {
+        "norm1": ("input_layernorm.{}", "self_attention.layernorm_qkv.layer_norm_{}"),
+        "qkv": ("self_attention.query_key_value.{}", "self_attention.layernorm_qkv.{}"),
+        "out": ("self_attention.dense.{}", "self_attention.proj.{}"),
+        "norm2": ("post_attention_layernorm.{}", "layernorm_mlp.layer_norm_{}"),
+        "fc1": ("mlp.dense_h_to_4h.{}", "layernorm_mlp.fc1_{}"),
+        "fc1_up": ("mlp.dense_h_to_4h_2.{}",),
+        "fc2": ("mlp.dense_4h_to_h.{}", "layernorm_mlp.fc2_{}"),
+    },
+    "core": {
+        "norm1": ("input_layernorm.{}", "self_attention.linear_qkv.layer_norm_{}"),
+        "qkv": ("self_attention.linear_qkv.{}",),
+        "out": ("self_attention.linear_proj.{}",),
+        "norm2": ("pre_mlp_layernorm.{}", "mlp.linear_fc1.layer_norm_{}"),
+        "fc1": ("mlp.linear_fc1.{}",),
+        "fc1_up": (),
+        "fc2": ("mlp.linear_fc2.{}",),
+    },
+}
+_GATED = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}
+_UNSUPPORTED = {"headscale": True, "qk_layernorm": True, "num_moe_experts": None, "multi_query_attention": True}
+
+
+def config(raw: Mapping[str, Any]) -> DecoderConfig:
+    hidden, heads = need(raw, "megatron", "hidden_size"), need(raw, "megatron", "num_attention_heads")
+    head_dim = raw.get("kv_channels") or head_dim_of("megatron", hidden, heads)
+    for key, value in _UNSUPPORTED.items():
+        if raw.get(key) and (value is None or raw[key] == value):
+            raise ModelError(f"megatron: {key}={raw[key]} is not supported; only dense decoders without it are")
+    if raw.get("transformer_block_type", "pre_ln") != "pre_ln":
+        raise ModelError(f"megatron: transformer_block_type is {raw['transformer_block_type']!r}; only pre_ln is supported")
+    positions = need(raw, "megatron", "max_position_embeddings", "encoder_seq_length")
+    activation, gated = _activation(raw)
+    bias = bool(raw.get("bias", True))
+    normalization = str(raw.get("normalization", "layernorm")).lower()
+    if normalization not in ("layernorm", "layernorm1p", "rmsnorm"):
+        raise ModelError(f"megatron: normalization {normalization!r} is not supported; layernorm, layernorm1p and rmsnorm are")
+    return DecoderConfig(
+        family="megatron", vocab_size=need(raw, "megatron", "_vocab_size"), hidden_size=hidden, num_hidden_layers=need(raw, "megatron", "num_layers"),
+        num_attention_heads=heads, num_key_value_heads=raw.get("num_query_groups") or heads, head_dim=head_dim,
+        intermediate_size=raw.get("ffn_hidden_size") or 4 * hidden, max_position_embeddings=positions,
+        norm="rms_norm" if normalization == "rmsnorm" else "layer_norm", norm_eps=float(raw.get("layernorm_epsilon") or 1e-5), activation=activation,
+        gated_mlp=gated, rope=_rope(raw, head_dim), tie_word_embeddings=bool(raw.get("share_embeddings_and_output_weights", True)),
+        attention_scale=head_dim**-0.5 if raw.get("normalize_attention_scores", True) else 1.0,
+        attention_bias=bias, output_bias=bias, mlp_bias=bias, norm_bias=normalization != "rmsnorm", **_token_ids(raw),
+    )  # fmt: skip
+
+
+def _activation(raw: Mapping[str, Any]) -> tuple[Activation, bool]:
+    """(activation, gated). `gelu` means erf or tanh by the flags that choose Megatron's implementation (FACTS 6.5)."""
+    wanted = str(raw.get("activation", "gelu")).removeprefix("fast-")
+    gated = wanted in _GATED
+    name = _GATED.get(wanted, {"squared-relu": "relu2"}.get(wanted, wanted))
+    if name == "gelu":
+        fused = raw.get("bias_activation_fusion", True) and raw.get("bias", True)
+        tanh = raw.get("openai_gelu") or raw.get("transformer_engine") or (fused and not raw.get("onnx_safe"))
+        return ("gelu_tanh" if tanh else "gelu"), gated
+    if name in ("silu", "relu", "relu2"):
+        return name, gated  # type: ignore[return-value]
+    raise ModelError(f"megatron: the activation {raw.get('activation')!r} is not supported; gelu, squared-relu, relu, swiglu, geglu and reglu are")
+
+
+def _rope(raw: Mapping[str, Any], head_dim: int) -> Rope | None:
+    kind = raw.get("position_embedding_type", "learned_absolute")
+    if kind == "learned_absolute":
+        return None
+    if kind != "rope":
+        raise ModelError(f"megatron: position_embedding_type {kind!r} is not supported; learned_absolute and rope are")
+    dim, theta = int(head_dim * float(raw.get("rotary_percentage") or 1.0)), float(raw.get("rotary_base") or 10000)
+    factor = raw.get("seq_len_interpolation_factor")
+    return Rope(dim, theta, "linear", {"factor": float(factor)}) if factor else Rope(dim, theta)
+
+
+def _token_ids(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """GPT-2's BPE, the default tokenizer, ends texts with its last token; others say so in their own files."""
+    is_gpt2 = nested(raw, "tokenizer", "type") == "GPT2BPETokenizer"
+    return {"bos_token_id": 50256, "eos_token_ids": (50256,)} if is_gpt2 else {}
+
+
+def weights(c: DecoderConfig, source: Source) -> dict[str, Tensor]:
+    return _Reader(c, source).read()
+
+
+class _Reader:
+    def __init__(self, c: DecoderConfig, source: Source) -> None:
+        self.c, self.source = c, source
+        roots = [name.removesuffix("embedding.word_embeddings.weight") for name in source.tensors if name.endswith("embedding.word_embeddings.weight")]
+        self.root = roots[0] if roots else "model."
+        self.kind = "legacy" if any(".encoder.layers." in f".{name}" for name in source.tensors) else "core"
+        self.stack = f"{self.root}{'encoder' if self.kind == 'legacy' else 'decoder'}"
+        one = str(source.config.get("normalization", "")).lower() == "layernorm1p" or source.config.get("layernorm_zero_centered_gamma")
+        self.centred = bool(one)
+
+    def read(self) -> dict[str, Tensor]:
+        c, take = self.c, self.source.take
+        found = {"model.embed_tokens.weight": take(f"{self.root}embedding.word_embeddings.weight", c.vocab_size, c.hidden_size)}
+        if c.rope is None:
+            found["model.embed_positions.weight"] = take(f"{self.root}embedding.position_embeddings.weight", c.max_position_embeddings, c.hidden_size)
+        if c.tie_word_embeddings:
+            self.source.skip("model.word_embeddings.weight")
+            self.source.skip(f"{self.root}output_layer.weight")
+        else:
+            found["lm_head.weight"] = take(f"{self.root}output_layer.weight", c.vocab_size, c.hidden_size)
+        for n in range(c.num_hidden_layers):
+            found |= self._layer(n)
+        found |= {f"model.norm.{kind}": self._gain(kind, take(f"{self.stack}.final_layernorm.{kind}", c.hidden_size)) for kind in self._norm_kinds()}
+        return found
+
+    def _norm_kinds(self) -> tuple[str, ...]:
+        return ("weight", "bias") if self.c.norm_bias else ("weight",)
+
+    def _gain(self, kind: str, tensor: Tensor) -> Tensor:
+        return plus_one(tensor) if kind == "weight" and self.centred else tensor
+
+    def _take(self, layer: int, part: str, kind: str, *shape: int) -> Tensor:
+        """A weight or bias of a layer under the first of its spellings that the checkpoint has."""
+        names = [f"{self.stack}.layers.{layer}.{spelling.format(kind)}" for spelling in _LAYER_NAMES[self.kind][part]]
+        return self.source.take(next((name for name in names if name in self.source), names[0]), *shape)
+
+    def _layer(self, n: int) -> dict[str, Tensor]:
+        c, to = self.c, f"model.layers.{n}"
+        found = {}
+        for kind in self._norm_kinds():
+            found[f"{to}.input_layernorm.{kind}"] = self._gain(kind, self._take(n, "norm1", kind, c.hidden_size))
+            found[f"{to}.post_attention_layernorm.{kind}"] = self._gain(kind, self._take(n, "norm2", kind, c.hidden_size))
+        for kind in ("weight", "bias") if c.attention_bias else ("weight",):
+            wide = (c.hidden_size,) if kind == "weight" else ()
+            fused = self._take(n, "qkv", kind, c.q_size + 2 * c.kv_size, *wide)
+            for name, ranges in zip("qkv", self._qkv_rows(), strict=True):
+                found[f"{to}.self_attn.{name}_proj.{kind}"] = pick_rows(fused, ranges, name)
+            found[f"{to}.self_attn.o_proj.{kind}"] = self._take(n, "out", kind, c.hidden_size, *((c.q_size,) if kind == "weight" else ()))
+            found |= {f"{to}.mlp.{name}.{kind}": tensor for name, tensor in self._fc1(n, kind, wide).items()}
+            found[f"{to}.mlp.down_proj.{kind}"] = self._take(n, "fc2", kind, c.hidden_size, *((c.intermediate_size,) if kind == "weight" else ()))
+        return found
+
+    def _fc1(self, n: int, kind: str, wide: tuple[int, ...]) -> dict[str, Tensor]:
+        """Gated: [gate; up] in one weight, or in two (`dense_h_to_4h_2`)."""
+        size = self.c.intermediate_size
+        if not self.c.gated_mlp:
+            return {"up_proj": self._take(n, "fc1", kind, size, *wide)}
+        if f"{self.stack}.layers.{n}.mlp.dense_h_to_4h_2.{kind}" in self.source:
+            return {"gate_proj": self._take(n, "fc1", kind, size, *wide), "up_proj": self._take(n, "fc1_up", kind, size, *wide)}
+        fused = self._take(n, "fc1", kind, 2 * size, *wide)
+        return {"gate_proj": row_range(fused, 0, size), "up_proj": row_range(fused, size, 2 * size)}
+
+    def _qkv_rows(self) -> list[list[tuple[int, int]]]:
+        """Row ranges of q, k and v: [groups, heads / groups + 2, head_dim] rows, or [3, heads, head_dim] with `megatron_legacy`."""
+        c, d = self.c, self.c.head_dim
+        if self.source.config.get("megatron_legacy"):
+            return [[(i * c.q_size, (i + 1) * c.q_size)] for i in range(3)]
+        each = c.num_attention_heads // c.num_key_value_heads
+        starts = [group * (each + 2) * d for group in range(c.num_key_value_heads)]
+        spans = ((0, each), (each, each + 1), (each + 1, each + 2))
+        return [flatten([[(start + a * d, start + b * d)] for start in starts]) for a, b in spans]
+
+
+FAMILY = Family(
+    "megatron", ("megatron",), config, weights, ignored=("*_extra_state", "*.inv_freq", "*.core_attention.*"),
+    example={
+        "num_layers": 24, "hidden_size": 2048, "num_attention_heads": 16, "max_position_embeddings": 2048, "_vocab_size": 50304,
+        "ffn_hidden_size": 8192, "position_embedding_type": "rope", "rotary_percentage": 0.5, "activation": "fast-swiglu", "bias": False,
+        "normalization": "layernorm1p", "share_embeddings_and_output_weights": False,
+    },
+)  # fmt: skip

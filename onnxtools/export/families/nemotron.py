@@ -1,0 +1,38 @@
+"""Nemotron (Hugging Face `nemotron`: Minitron-4B): LayerNorm1p, squared ReLU, partial rotary, grouped-query attention."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from onnxtools.export.config import DecoderConfig, activation_of
+from onnxtools.export.families import llama
+from onnxtools.export.family import Family, Source
+from onnxtools.export.rope import rope_of
+from onnxtools.weights import Tensor, plus_one
+
+
+def config(raw: Mapping[str, Any]) -> DecoderConfig:
+    made = llama.config({"head_dim": None, **raw, "hidden_act": None})
+    bias = bool(raw.get("attention_bias", False))
+    return replace(
+        made, family="nemotron", norm="layer_norm", norm_eps=float(raw.get("norm_eps") or 1e-5), norm_bias=True, gated_mlp=False,
+        activation=activation_of(raw, "nemotron", "hidden_act", "relu2"), rope=rope_of(raw, "nemotron", made.head_dim, partial=0.5),
+        max_position_embeddings=raw.get("max_position_embeddings") or 4096, attention_bias=bias, output_bias=bias,
+    )  # fmt: skip
+
+
+def weights(c: DecoderConfig, source: Source) -> dict[str, Tensor]:
+    """As Llama's; the norms store their gain minus one."""
+    found = llama.weights(c, source)
+    return {name: plus_one(tensor) if name.endswith("norm.weight") else tensor for name, tensor in found.items()}
+
+
+FAMILY = Family(
+    "nemotron", ("nemotron",), config, weights, ignored=("*.rotary_emb.inv_freq",),
+    example={
+        "model_type": "nemotron", "vocab_size": 256000, "hidden_size": 3072, "num_hidden_layers": 32, "num_attention_heads": 24, "num_key_value_heads": 8,
+        "intermediate_size": 9216, "max_position_embeddings": 4096, "head_dim": 128,
+    },
+)  # fmt: skip

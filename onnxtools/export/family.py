@@ -1,0 +1,107 @@
+"""`Family`: what one kind of checkpoint means. Each is a small file in `onnxtools.export.families`.
+
+Other packages add theirs through the entry-point group `onnxtools.families`.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import onnx_ir as ir
+
+from onnxtools import registry
+from onnxtools.errors import ModelError
+from onnxtools.export.config import DecoderConfig, weight_shapes
+from onnxtools.weights import Tensor, shape_of
+
+_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a checkpoint becomes a decoder.
+
+    Attributes:
+        name: as `--family` and onnxtools.json spell it.
+        architectures: the values of `Checkpoint.architecture` that it reads.
+        config: the checkpoint's configuration as a DecoderConfig.
+        weights: (config, source) -> canonical name to weight, for every name of `weight_shapes`.
+        ignored: patterns of checkpoint tensors that carry no weights (buffers).
+        example: a configuration in the checkpoint's own spelling, for `--random`.
+    """
+
+    name: str
+    architectures: tuple[str, ...]
+    config: Callable[[Mapping[str, Any]], DecoderConfig]
+    weights: Callable[[DecoderConfig, Source], dict[str, Tensor]]
+    ignored: tuple[str, ...] = ()
+    example: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Source:
+    """A checkpoint's tensors, taken by name and expected shape; what does not fit is collected and said all at once."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+        self.tensors, self.config = tensors, config
+        self._taken: set[str] = set()
+        self._missing: list[str] = []
+        self._misshaped: list[str] = []
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """The tensor `name`, which must have this shape; a stand-in of zeros where it does not, reported by `check`."""
+        self._taken.add(name)
+        tensor = self.tensors.get(name)
+        if tensor is None:
+            self._missing.append(name)
+        elif shape_of(tensor) != shape:
+            self._misshaped.append(f"{name} is {list(shape_of(tensor))} and should be {list(shape)}")
+        else:
+            return tensor
+        return ir.LazyTensor(_never, dtype=ir.DataType.FLOAT, shape=ir.Shape(shape), name=name)
+
+    def skip(self, name: str) -> None:
+        """A tensor that is known and not needed."""
+        self._taken.add(name)
+
+    def check(self, label: str, ignored: Sequence[str]) -> None:
+        """Raise one ModelError that lists every missing, mis-shaped and unknown tensor."""
+        extra = [n for n in self.tensors if n not in self._taken and not any(fnmatch.fnmatchcase(n, pattern) for pattern in ignored)]
+        lists = (("missing", self._missing), ("of the wrong shape", self._misshaped), ("unknown", sorted(extra)))
+        problems = [f"{len(names)} weights {what}: {_few(names)}" for what, names in lists if names]
+        if problems:
+            raise ModelError(f"{label}: {'; '.join(problems)}; check that the checkpoint is whole and that its configuration belongs to it")
+
+
+def _never() -> ir.TensorProtocol:
+    raise AssertionError("a stand-in for a missing weight was read")
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def as_stored(c: DecoderConfig, source: Source) -> dict[str, Tensor]:
+    """For checkpoints whose names and layouts are the canonical ones."""
+    return {name: source.take(name, *shape) for name, shape in weight_shapes(c).items()}
+
+
+def family_for(architecture: str, label: str) -> Family:
+    """The family that reads `architecture`.
+
+    Raises:
+        ModelError: nobody does.
+    """
+    families = [registry.load(name, registry.FAMILIES) for name in registry.names(registry.FAMILIES)]
+    for family in families:
+        if architecture in family.architectures:
+            found: Family = family
+            return found
+    known = sorted({name for family in families for name in family.architectures})
+    raise ModelError(f"{label}: the architecture {architecture!r} is not supported; {', '.join(known)} are")

@@ -1,0 +1,106 @@
+"""The layers of a decoder as ONNX nodes: embedding, norm, linear, MLP, head. Activations are [batch * sequence, hidden].
+
+Linear layers are Gemm with the weight as the checkpoint stores it ([out, in] and transB=1): a weight is copied, never
+transposed, a tied head reads the embedding table, and the bias is part of the node.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxtools.export.config import Activation, DecoderConfig
+from onnxtools.export.options import ExportOptions
+from onnxtools.graph import Builder
+from onnxtools.weights import Tensor, cast
+
+FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
+
+
+class Layers:
+    """Builders that share a graph, its weights and the compute type."""
+
+    def __init__(self, build: Builder, config: DecoderConfig, options: ExportOptions, weights: dict[str, Tensor], dtype: ir.DataType) -> None:
+        self.build, self.config, self.options, self.dtype = build, config, options, dtype
+        self._weights = weights
+        self._made: dict[str, ir.Value] = {}
+
+    def op(self, op_type: str, inputs: list[ir.Value | None], name: str, **attributes: Any) -> ir.Value:
+        return self.build.op(op_type, inputs, f"{name}/{op_type}", **attributes)
+
+    def weight(self, name: str) -> ir.Value:
+        """The weight in the compute type, one initializer however often it is used."""
+        if name not in self._made:
+            tensor = cast(self._weights[name], self.dtype)
+            self._made[name] = self.build.initializer(tensor, name)
+        return self._made[name]
+
+    def scalar(self, value: float, name: str, dtype: ir.DataType | None = None) -> ir.Value:
+        dtype = dtype or self.dtype
+        return self.build.constant(np.array(value, dtype.numpy()), name, dtype)
+
+    def embedding(self, ids: ir.Value, positions: ir.Value | None) -> ir.Value:
+        """[batch, sequence] ids to [batch * sequence, hidden]; learned positions are added."""
+        hidden = self.op("Gather", [self.weight("model.embed_tokens.weight"), ids], "/model/embed_tokens")
+        if positions is not None:
+            places = self.op("Gather", [self.weight("model.embed_positions.weight"), positions], "/model/embed_positions")
+            hidden = self.op("Add", [hidden, places], "/model/embed")
+        return self.op("Reshape", [hidden, self.build.constant([-1, self.config.hidden_size], "tokens_shape")], "/model/embed")
+
+    def norm(self, hidden: ir.Value, weight: str, name: str) -> ir.Value:
+        """LayerNorm or RMSNorm over the last axis, computed in fp32 (stash_type 1)."""
+        c, scale = self.config, self.weight(f"{weight}.weight")
+        if c.norm == "layer_norm":
+            bias = [self.weight(f"{weight}.bias")] if c.norm_bias else []
+            return self.op("LayerNormalization", [hidden, scale, *bias], name, axis=-1, epsilon=c.norm_eps, stash_type=1)
+        if self.options.opset >= 23:
+            return self.op("RMSNormalization", [hidden, scale], name, axis=-1, epsilon=c.norm_eps, stash_type=1)
+        wide = self.cast(hidden, FLOAT, f"{name}/wide")
+        mean = self.op("ReduceMean", [self.op("Mul", [wide, wide], name), self.build.constant([-1], "last_axis")], name, keepdims=1)
+        root = self.op("Sqrt", [self.op("Add", [mean, self.scalar(c.norm_eps, "norm_eps", FLOAT)], name)], name)
+        return self.op("Mul", [self.cast(self.op("Div", [wide, root], name), self.dtype, f"{name}/narrow"), scale], f"{name}/scale")
+
+    def cast(self, value: ir.Value, dtype: ir.DataType, name: str) -> ir.Value:
+        return value if self.dtype == FLOAT and dtype == FLOAT else self.op("Cast", [value], name, to=dtype.value)
+
+    def linear(self, hidden: ir.Value, weight: str, name: str, *, bias: bool) -> ir.Value:
+        """[tokens, in] to [tokens, out]."""
+        inputs = [hidden, self.weight(f"{weight}.weight"), *([self.weight(f"{weight}.bias")] if bias else [])]
+        return self.op("Gemm", inputs, name, **({} if self.config.linear_in_out else {"transB": 1}))
+
+    def mlp(self, hidden: ir.Value, weight: str, name: str) -> ir.Value:
+        c = self.config
+        up = self.linear(hidden, f"{weight}.up_proj", f"{name}/up_proj", bias=c.mlp_bias)
+        if c.gated_mlp:
+            gate = self.linear(hidden, f"{weight}.gate_proj", f"{name}/gate_proj", bias=c.mlp_bias)
+            inner = self.op("Mul", [self.activation(gate, c.activation, f"{name}/act"), up], name)
+        else:
+            inner = self.activation(up, c.activation, f"{name}/act")
+        return self.linear(inner, f"{weight}.down_proj", f"{name}/down_proj", bias=c.mlp_bias)
+
+    def activation(self, x: ir.Value, kind: Activation, name: str) -> ir.Value:
+        """GELU (Hendrycks and Gimpel, arXiv 1606.08415, section 2), SiLU, ReLU or its square (arXiv 2109.08668)."""
+        if kind == "silu":
+            return self.op("Swish", [x], name) if self.options.opset >= 24 else self.op("Mul", [x, self.op("Sigmoid", [x], name)], name)
+        if kind.startswith("relu"):
+            positive = self.op("Relu", [x], name)
+            return self.op("Mul", [positive, positive], name) if kind == "relu2" else positive
+        if self.options.opset >= 20:
+            return self.op("Gelu", [x], name, approximate="tanh" if kind == "gelu_tanh" else "none")
+        if kind == "gelu":
+            inner = self.op("Erf", [self.op("Mul", [x, self.scalar(math.sqrt(0.5), "sqrt_half")], f"{name}/scale")], name)
+        else:
+            cube = self.op("Mul", [x, self.op("Mul", [x, x], f"{name}/square")], f"{name}/cube")
+            bent = self.op("Add", [x, self.op("Mul", [cube, self.scalar(0.044715, "gelu_cubic")], f"{name}/cubic")], f"{name}/bent")
+            inner = self.op("Tanh", [self.op("Mul", [bent, self.scalar(math.sqrt(2 / math.pi), "sqrt_2_pi")], f"{name}/scale")], name)
+        half = self.op("Mul", [x, self.scalar(0.5, "half")], f"{name}/half")
+        return self.op("Mul", [half, self.op("Add", [inner, self.scalar(1.0, "one")], name)], name)
+
+    def head(self, hidden: ir.Value) -> ir.Value:
+        """Logits in fp32."""
+        table = "model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
+        logits = self.op("Gemm", [hidden, self.weight(table)], "/lm_head", transB=1)
+        return self.cast(logits, FLOAT, "/lm_head")

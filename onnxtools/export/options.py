@@ -1,0 +1,43 @@
+"""`ExportOptions`: the one definition behind `export`'s flags, its YAML keys and the record in onnxtools.json."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from onnxtools.errors import UsageError
+from onnxtools.passbase import option
+
+OLDEST_OPSET, NEWEST_OPSET = 19, 24
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How the graph is written, and the sizes of a random model."""
+
+    kv_cache: Literal["concat", "scatter", "gqa", "none"] = option(
+        "concat", "concat: past and present, standard ONNX. scatter: static cache, TensorScatter-24. gqa: com.microsoft.GroupQueryAttention. none: no cache."
+    )
+    logits: Literal["all", "last"] = option("all", "Logits of all new tokens, or of the last real one of each row.")
+    opset: int = option(24, "24 is the canonical form; 19 writes norms, rotary embedding and attention in primitive operators.")
+    dtype: Literal["auto", "fp32", "fp16", "bf16"] = option("auto", "Type of weights and activations; auto is the checkpoint's. Norms, softmax and logits are fp32.")
+    use_one_input: bool = option(False, "input_ids (and the cache) are the only inputs: no attention_mask, no position_ids, so no padding.")
+    weights: bool = option(True, "Write the weights; off writes the graph alone.")
+    copy_weights: bool = option(False, "Copy weights even where the graph could refer to the checkpoint in the same folder.")
+    random: bool = option(False, "Random weights. The sizes come from a folder with config.json, or from --family and the options below.")
+    family: str = option("gpt2", "Family of a random model without a folder: gpt2, gpt_bigcode, llama, nemotron, megatron.")
+    n_layer: int | None = option(None, "Layers of a random model.")
+    n_embd: int | None = option(None, "Hidden size of a random model.")
+    n_head: int | None = option(None, "Attention heads of a random model.")
+    n_kv_head: int | None = option(None, "Key/value heads of a random model.")
+    n_inner: int | None = option(None, "Size of the MLP of a random model. [default: 4 x --n-embd]")
+    n_positions: int | None = option(None, "Longest sequence of a random model.")
+    vocab_size: int | None = option(None, "Vocabulary of a random model.")
+
+    def __post_init__(self) -> None:
+        if not OLDEST_OPSET <= self.opset <= NEWEST_OPSET:
+            raise UsageError(f"export: opset is {self.opset}; it takes {OLDEST_OPSET} to {NEWEST_OPSET}")
+        if self.kv_cache == "scatter" and self.opset < 24:
+            raise UsageError(f"export: --kv-cache scatter needs opset 24 (TensorScatter) and opset is {self.opset}; use --opset 24 or --kv-cache concat")
+        if self.use_one_input and self.kv_cache in ("scatter", "gqa"):
+            raise UsageError(f"export: --kv-cache {self.kv_cache} needs to be told how full the cache is; use --use-one-input with concat or none")

@@ -1,0 +1,110 @@
+"""Rotary position embedding: frequencies and their scaling, as `transformers.modeling_rope_utils` defines them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from onnxtools.errors import ModelError
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotation of the first `dim` channels of a head by halves (channel j with j + dim / 2).
+
+    Attributes:
+        theta: the base of the frequencies.
+        kind: default, linear, llama3 or yarn.
+        scaling: the parameters of the kind, in Hugging Face's names.
+    """
+
+    dim: int
+    theta: float
+    kind: str = "default"
+    scaling: Mapping[str, Any] = field(default_factory=dict)
+
+    def tables(self, length: int) -> tuple[Array, Array]:
+        """cos and sin, each [length, dim / 2], of position times frequency."""
+        frequencies, factor = _KINDS[self.kind](self)
+        angles = np.outer(np.arange(length, dtype=np.float64), frequencies)
+        return np.cos(angles) * factor, np.sin(angles) * factor
+
+
+def rope_of(config: Mapping[str, Any], family: str, head_dim: int, *, partial: float = 1.0) -> Rope:
+    """From a Hugging Face configuration: `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling`.
+
+    Raises:
+        ModelError: a kind that is not supported, or one whose parameters are missing.
+    """
+    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(found, Mapping):
+        raise ModelError(f"{family}: rope_parameters is {found!r}, not a mapping; fetch the configuration again")
+    kind = str(found.get("rope_type") or found.get("type") or "default")
+    if kind not in _KINDS:
+        raise ModelError(f"{family}: the rope type {kind!r} is not supported; {', '.join(_KINDS)} are")
+    scaling = {"original_max_position_embeddings": config.get("max_position_embeddings"), **{k: v for k, v in found.items() if v is not None}}
+    absent = [name for name in _NEEDED[kind] if scaling.get(name) is None]
+    if absent:
+        raise ModelError(f"{family}: rope type {kind} needs {', '.join(absent)}; fetch the configuration again")
+    theta = found.get("rope_theta") or config.get("rope_theta") or 10000.0
+    partial = float(found.get("partial_rotary_factor") or config.get("partial_rotary_factor") or partial)
+    return Rope(int(head_dim * partial), float(theta), kind, scaling)
+
+
+def _default(rope: Rope) -> tuple[Array, float]:
+    """theta^(-2j / dim) (Su et al., arXiv 2104.09864, section 3.4.2)."""
+    return 1.0 / rope.theta ** (np.arange(0, rope.dim, 2, dtype=np.float64) / rope.dim), 1.0
+
+
+def _linear(rope: Rope) -> tuple[Array, float]:
+    """Positions divided by the factor (Chen et al., arXiv 2306.15595)."""
+    return _default(rope)[0] / float(rope.scaling["factor"]), 1.0
+
+
+def _llama3(rope: Rope) -> tuple[Array, float]:
+    """Low frequencies divided by the factor, high ones kept, those between blended (Llama 3.1's reference code)."""
+    plain, _ = _default(rope)
+    s = {name: float(rope.scaling[name]) for name in _NEEDED["llama3"]}
+    wavelength = 2 * math.pi / plain
+    smooth = (s["original_max_position_embeddings"] / wavelength - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
+    smooth = np.clip(smooth, 0, 1)
+    return (1 - smooth) * plain / s["factor"] + smooth * plain, 1.0
+
+
+def _yarn(rope: Rope) -> tuple[Array, float]:
+    """NTK-by-parts interpolation and a factor on cos and sin (Peng et al., arXiv 2309.00071, sections 3.2 to 3.4)."""
+    plain, _ = _default(rope)
+    scaling = rope.scaling
+    factor, original = float(scaling["factor"]), float(scaling["original_max_position_embeddings"])
+
+    def place(rotations: float) -> float:
+        """The (fractional) pair whose channel turns `rotations` times over the original length."""
+        return rope.dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = place(float(scaling.get("beta_fast") or 32)), place(float(scaling.get("beta_slow") or 1))
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rope.dim - 1)
+    ramp = np.clip((np.arange(rope.dim // 2) - low) / max(high - low, 0.001), 0, 1)
+    attention = scaling.get("attention_factor")
+    if attention is None:
+        both = scaling.get("mscale"), scaling.get("mscale_all_dim")
+        attention = _magnitude(factor, both[0]) / _magnitude(factor, both[1]) if both[0] and both[1] else _magnitude(factor)
+    return plain / factor * ramp + plain * (1 - ramp), float(attention)
+
+
+def _magnitude(factor: float, scale: float = 1.0) -> float:
+    return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+_KINDS = {"default": _default, "linear": _linear, "llama3": _llama3, "yarn": _yarn}
+_NEEDED: dict[str, tuple[str, ...]] = {
+    "default": (), "linear": ("factor",), "yarn": ("factor", "original_max_position_embeddings"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}  # fmt: skip

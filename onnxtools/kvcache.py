@@ -1,0 +1,67 @@
+"""The KV cache as inputs and outputs of a graph: names, shapes, axes. Shared by `add-kv-cache` and `export`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import onnx_ir as ir
+
+from onnxtools.graph import Builder
+
+Dim = int | str | ir.SymbolicDim | None
+Kind = Literal["key", "value"]
+
+
+@dataclass(frozen=True)
+class KvCache:
+    """Declares the cache tensors of a graph.
+
+    Attributes:
+        naming: `hf`: past_key_values.N.key / present.N.key; `nemo`: past_key_values.N.decoder.key / present_key_values.N.decoder.key.
+        policy: `concat`: outputs hold the whole cache; `new`: only the new tokens (new_key_values.N.key).
+        layout: `bnsh` [batch, kv_heads, sequence, head_dim]; `sbnh` [sequence, batch, kv_heads, head_dim].
+        batch: size or name of the batch axis.
+    """
+
+    builder: Builder
+    batch: Dim = "batch"
+    naming: Literal["hf", "nemo"] = "hf"
+    policy: Literal["concat", "new"] = "concat"
+    layout: Literal["bnsh", "sbnh"] = "bnsh"
+
+    @property
+    def axis(self) -> int:
+        """The sequence axis."""
+        return 2 if self.layout == "bnsh" else 0
+
+    def names(self, index: int, kind: str) -> tuple[str, str]:
+        """Input and output of block `index`."""
+        part = f"{index}.decoder.{kind}" if self.naming == "nemo" else f"{index}.{kind}"
+        whole = "present_key_values" if self.naming == "nemo" else "present"
+        return f"past_key_values.{part}", f"{whole if self.policy == 'concat' else 'new_key_values'}.{part}"
+
+    def shape(self, heads: int, length: Dim, channels: int) -> list[Dim]:
+        return [self.batch, heads, length, channels] if self.layout == "bnsh" else [length, self.batch, heads, channels]
+
+    def past(self, index: int, kind: str, heads: int, channels: int, dtype: ir.DataType, length: Dim = "past_sequence") -> ir.Value:
+        """Add the input."""
+        shape = ir.Shape(self.shape(heads, length, channels))
+        value = ir.val(self.builder.names(self.names(index, kind)[0]), dtype, shape)
+        self.builder.graph.inputs.append(value)
+        return value
+
+    def present(self, value: ir.Value, index: int, kind: str, heads: int, channels: int, dtype: ir.DataType, length: Dim = "total_sequence") -> ir.Value:
+        """Make `value` the output."""
+        value.name = self.builder.names(self.names(index, kind)[1])
+        value.shape, value.dtype = ir.Shape(self.shape(heads, length, channels)), dtype
+        self.builder.graph.outputs.append(value)
+        return value
+
+    def concat(self, past: ir.Value, new: ir.Value, prefix: str) -> ir.Value:
+        """Past, then new, along the sequence."""
+        return self.builder.op("Concat", [past, new], f"{prefix}/Concat", axis=self.axis)
+
+    def past_length(self, past: ir.Value, name: str) -> ir.Value:
+        """Tokens in the cache, shape [1]."""
+        return self.builder.op("Shape", [past], name, dtype=ir.DataType.INT64, shape=[1], start=self.axis, end=self.axis + 1)

@@ -1,0 +1,164 @@
+"""Weights made from others without reading them: slices, stacks, casts. What is a plain byte range stays one."""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxtools.tensors import RowTensor, Scratch, StreamedTensor, external_path, read_rows, row_bytes
+
+Tensor = ir.TensorProtocol
+
+
+def shape_of(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(int(extent) for extent in tensor.shape.numpy())
+
+
+def row_range(tensor: Tensor, start: int, stop: int) -> Tensor:
+    """Rows `start:stop`; of a weight in a file a shorter byte range, so that it can still be copied or referred to."""
+    shape = (stop - start, *shape_of(tensor)[1:])
+    if shape == shape_of(tensor):
+        return tensor
+    if isinstance(tensor, ir.ExternalTensor):
+        size = row_bytes(tensor)
+        return ir.ExternalTensor(
+            tensor.location, (tensor.offset or 0) + start * size, (stop - start) * size, tensor.dtype,
+            shape=ir.Shape(shape), name=tensor.name or "", base_dir=tensor.base_dir,
+        )  # fmt: skip
+    return _Stack([(tensor, start, stop)], tensor.name or "")
+
+
+def vstack(tensors: Sequence[Tensor], name: str) -> Tensor:
+    """The rows of all, one after the other; neighbours in a file become one byte range."""
+    parts = [tensors[0]]
+    for tensor in tensors[1:]:
+        joined = _joined(parts[-1], tensor)
+        parts[-1:] = [parts[-1], tensor] if joined is None else [joined]
+    return parts[0] if len(parts) == 1 else _Stack([(part, 0, shape_of(part)[0]) for part in parts], name)
+
+
+def _joined(a: Tensor, b: Tensor) -> Tensor | None:
+    """`a` and `b` as one byte range where `b` follows `a` in the file."""
+    if not (isinstance(a, ir.ExternalTensor) and isinstance(b, ir.ExternalTensor)) or external_path(a) != external_path(b):
+        return None
+    if (a.offset or 0) + a.nbytes != (b.offset or 0) or shape_of(a)[1:] != shape_of(b)[1:] or a.dtype != b.dtype:
+        return None
+    shape = (shape_of(a)[0] + shape_of(b)[0], *shape_of(a)[1:])
+    return ir.ExternalTensor(a.location, a.offset, a.nbytes + b.nbytes, a.dtype, shape=ir.Shape(shape), name=a.name or "", base_dir=a.base_dir)
+
+
+class _Stack(RowTensor):
+    """Row ranges (tensor, start, stop) of weights of one width and type, one after the other."""
+
+    __slots__ = ("_parts",)
+
+    def __init__(self, parts: Sequence[tuple[Tensor, int, int]], name: str) -> None:
+        first = parts[0][0]
+        super().__init__((sum(stop - start for _, start, stop in parts), *shape_of(first)[1:]), first.dtype, name, [part for part, _, _ in parts])
+        self.row_multiple = 1  # `_read` keeps to the parts' own multiples
+        self._parts = parts
+
+    def rows(self, start: int, stop: int, scratch: Scratch | None = None) -> np.ndarray:
+        found, at = [], 0
+        for tensor, first, last in self._parts:
+            low, high = max(start, at), min(stop, at + last - first)
+            if low < high:
+                found.append(_read(tensor, first + low - at, first + high - at))
+            at += last - first
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+
+def _read(tensor: Tensor, start: int, stop: int) -> np.ndarray:
+    """Any rows, read in the multiples that the weight asks for."""
+    step = tensor.row_multiple if isinstance(tensor, RowTensor) else 1
+    low = start // step * step
+    high = min(-(-stop // step) * step, shape_of(tensor)[0])
+    return read_rows(tensor, low, high)[start - low : stop - low]
+
+
+class _Beside(RowTensor):
+    """The columns of all, side by side."""
+
+    def rows(self, start: int, stop: int, scratch: Scratch | None = None) -> np.ndarray:
+        return np.concatenate([_read(source, start, stop) for source in self.sources], axis=1)
+
+
+def hstack(tensors: Sequence[Tensor], name: str) -> Tensor:
+    """Matrices of the same rows side by side."""
+    shapes = [shape_of(tensor) for tensor in tensors]
+    return _Beside((shapes[0][0], sum(shape[1] for shape in shapes)), tensors[0].dtype, name, tensors)
+
+
+def columns(tensor: Tensor, start: int, stop: int) -> Tensor:
+    """Columns `start:stop` of a matrix, or those elements of a vector."""
+    if len(shape_of(tensor)) == 1:
+        return row_range(tensor, start, stop)
+    shape = (shape_of(tensor)[0], stop - start)
+    return StreamedTensor(tensor, lambda rows, _: np.ascontiguousarray(rows[:, start:stop]), dtype=tensor.dtype, name=tensor.name or "", shape=shape)
+
+
+def pick_rows(tensor: Tensor, ranges: Sequence[tuple[int, int]], name: str) -> Tensor:
+    """Several row ranges, in this order."""
+    return vstack([row_range(tensor, start, stop) for start, stop in ranges], name)
+
+
+def plus_one(tensor: Tensor) -> Tensor:
+    """`1 + tensor` in fp32: the gain of a zero-centred norm (LayerNorm1p)."""
+    return StreamedTensor(tensor, lambda rows, _: rows.astype(np.float32) + 1, dtype=ir.DataType.FLOAT, name=tensor.name or "")
+
+
+def half_rotation(tensor: Tensor, heads: int) -> Tensor:
+    """Rows of queries or keys from llama.cpp's neighbouring rotary pairs to Hugging Face's halves.
+
+    llama.cpp's converter stores channel j of half h of a head at 2 j + h (convert_hf_to_gguf.py, `permute`).
+    """
+    size = shape_of(tensor)[0] // heads
+
+    def rows(block: np.ndarray, _: int) -> np.ndarray:
+        return np.ascontiguousarray(block.reshape(-1, size // 2, 2, *block.shape[1:]).swapaxes(1, 2)).reshape(block.shape)
+
+    return StreamedTensor(tensor, rows, dtype=tensor.dtype, name=tensor.name or "", row_multiple=size)
+
+
+def cast(tensor: Tensor, dtype: ir.DataType) -> Tensor:
+    """The weight in another float type, rounded to nearest even."""
+    if tensor.dtype == dtype:
+        return tensor
+    return StreamedTensor(tensor, lambda rows, _: rows.astype(dtype.numpy()), dtype=dtype, name=tensor.name or "")
+
+
+class RandomRows(RowTensor):
+    """Normal random numbers that depend on the name and the place alone, not on how rows are cut."""
+
+    __slots__ = ("_deviation", "_mean")
+
+    def __init__(self, shape: Sequence[int], dtype: ir.DataType, name: str, mean: float, deviation: float) -> None:
+        width = int(np.prod(shape[1:], dtype=np.int64))
+        super().__init__(shape, dtype, name, row_multiple=max(1, (1 << 16) // max(1, width)))
+        self._mean, self._deviation = np.float32(mean), np.float32(deviation)
+
+    def rows(self, start: int, stop: int, scratch: Scratch | None = None) -> np.ndarray:
+        step, inner = self.row_multiple, shape_of(self)[1:]
+        blocks = range(start // step, -(-stop // step))
+        out = np.empty((stop - start, *inner), self.dtype.numpy())
+        seed = zlib.crc32((self.name or "").encode())
+        for block in blocks:
+            low, high = block * step - start, min((block + 1) * step, shape_of(self)[0]) - start
+            values = np.random.Generator(np.random.SFC64((seed, block))).standard_normal((high - low, *inner), np.float32)
+            out[low:high] = values * self._deviation + self._mean
+        return out
+
+
+def flatten(groups: Sequence[Sequence[tuple[int, int]]]) -> list[tuple[int, int]]:
+    """Row ranges of several groups as one list, neighbours joined."""
+    joined: list[tuple[int, int]] = []
+    for start, stop in itertools.chain.from_iterable(groups):
+        if joined and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], stop)
+        else:
+            joined.append((start, stop))
+    return joined

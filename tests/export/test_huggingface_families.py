@@ -1,0 +1,50 @@
+"""Every Hugging Face family against transformers: one run, prefill and steps, padding on either side, every cache lowering."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("transformers", reason="the references are transformers' own models (make setup installs it)")
+
+from onnxtools.export.export import export
+from onnxtools.export.options import ExportOptions
+
+from tests.export import hf
+from tests.export.driver import decode
+
+BATCH, LENGTH = 2, 18
+SPLITS = (10, 1, 1, 1, 1, 1, 1, 1, 1)
+
+
+@pytest.fixture(scope="module", params=sorted(hf.CASES))
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    folder = tmp_path_factory.mktemp(request.param)
+    return folder, hf.make(request.param, folder)
+
+
+def inputs(side: str) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids and mask; the second row has three padded tokens. On the right, they are followed by real ones."""
+    ids = np.random.default_rng(3).integers(3, 97, (BATCH, LENGTH))
+    mask = np.ones((BATCH, LENGTH), np.int64)
+    if side == "left":
+        mask[1, :3] = 0
+    elif side == "right":
+        mask[1, SPLITS[0] - 3 : SPLITS[0]] = 0
+    return ids, mask
+
+
+@pytest.mark.parametrize(
+    ("kind", "opset", "side"),
+    [("none", 24, "left"), ("none", 19, "left"), ("concat", 24, "left"), ("concat", 24, "right"), ("concat", 19, "left"), ("concat", 20, "none"),
+     ("scatter", 24, "left"), ("scatter", 24, "right"), ("gqa", 24, "none"), ("gqa", 19, "none")],
+)  # fmt: skip
+def test_logits_equal_transformers(checkpoint: tuple[Path, Any], tmp_path: Path, kind: str, opset: int, side: str) -> None:
+    folder, model = checkpoint
+    export(folder, tmp_path / "m.onnx", ExportOptions(kv_cache=kind, opset=opset))  # type: ignore[arg-type]
+    ids, mask = inputs(side)
+    found, expected = decode(tmp_path / "m.onnx", kind, ids, mask, SPLITS), hf.logits(model, ids, mask)
+    assert np.abs(found - expected)[mask.astype(bool)].max() <= 1e-4
