@@ -36,9 +36,13 @@ def merge(stages: Sequence[Sequence[Mapping[str, Any]]], config: Mapping[str, An
             shards = [shard[name] for shard in stage if name in shard]
             if len(shards) < len(stage):
                 raise ModelError(f"{label}: {name!r} is not in every tensor-parallel shard; fetch the checkpoint again")
-            whole = _merged(name, shards, config)
-            found.setdefault(_LAYER.sub(lambda m: f"{m[1]}{int(m[2]) + rank * per_stage}{m[3]}", name), whole)
+            found.setdefault(_global_name(name, rank * per_stage), _merged(name, shards, config))
     return found
+
+
+def _global_name(name: str, first_layer: int) -> str:
+    """The name with its layer counted over all pipeline stages."""
+    return _LAYER.sub(lambda match: f"{match[1]}{int(match[2]) + first_layer}{match[3]}", name)
 
 
 def _merged(name: str, shards: list[Any], config: Mapping[str, Any]) -> Any:

@@ -53,8 +53,8 @@ class _Storage:
 
     def tensor(self, offset: int, shape: tuple[int, ...]) -> ir.TensorProtocol:
         if self.region is not None:
-            return self.region.tensor("", self.dtype, shape, offset * self.dtype.itemsize)
-        array = np.frombuffer(self.data, self.dtype.numpy(), int(np.prod(shape, dtype=np.int64)), offset * self.dtype.itemsize)
+            return self.region.tensor("", self.dtype, shape, offset * int(self.dtype.itemsize))
+        array = np.frombuffer(self.data, self.dtype.numpy(), int(np.prod(shape, dtype=np.int64)), offset * int(self.dtype.itemsize))
         return ir.Tensor(array.reshape(shape), dtype=self.dtype)
 
 
@@ -132,6 +132,8 @@ class _Unpickler(pickle.Unpickler):
         return self._storage(pid)
 
     def find_class(self, module: str, name: str) -> Any:
+        if module.startswith("transformer_engine."):  # the recipe beside FP8 scales: kept as data, never made
+            return _Opaque
         if module in ("torch", "torch.storage") and name in _DTYPES:
             return _StorageType(_DTYPES[name])
         if module == "torch" and name in _SCALARS:
@@ -143,6 +145,14 @@ class _Unpickler(pickle.Unpickler):
                 "load it where you trust it and save the state dict alone"
             )
         return allowed
+
+
+class _Opaque:
+    """Stands for an object of a class that is not imported."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def __setstate__(self, _: Any) -> None: ...
 
 
 def _rebuild_tensor(storage: _Storage, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> ir.TensorProtocol:
@@ -174,7 +184,7 @@ def _load_from_bytes(data: bytes) -> _Storage:
     keys = _Unpickler(stream, storage, "a nested tensor").load()
     count = int(np.frombuffer(stream.read(8), np.int64)[0])
     kind = kinds[str(keys[0])]
-    return _Storage(kind, None, stream.read(count * kind.itemsize))
+    return _Storage(kind, None, stream.read(count * int(kind.itemsize)))
 
 
 _GLOBALS: dict[tuple[str, str], Any] = {

@@ -104,8 +104,8 @@ def _show(made: Exported, source: Path | None, as_json: bool) -> None:
     positions = f"rotary, {c.rope.dim} of {c.head_dim} channels, {c.rope.kind}" if c.rope is not None else "learned"
     rows = [
         ("family", c.family), ("layers", str(c.num_hidden_layers)), ("hidden", str(c.hidden_size)), ("attention", attention), ("MLP", mlp),
-        ("norm", c.norm), ("positions", f"{positions}, up to {c.max_position_embeddings}"), ("vocabulary", f"{c.vocab_size}{', tied' if c.tie_word_embeddings else ''}"),
-        ("weights", size(made.model.weight_bytes())),
+        ("norm", c.norm), ("positions", f"{positions}, up to {c.max_position_embeddings}"),
+        ("vocabulary", f"{c.vocab_size}{', tied' if c.tie_word_embeddings else ''}"), ("weights", size(made.model.weight_bytes())),
     ]  # fmt: skip
     table(f"export: {source or 'random weights'} -> {path}", ("", ""), rows)
     for line in (*made.notes, *made.saved.lines(), f"beside it: {', '.join(file.name for file in made.files)}"):

@@ -13,7 +13,8 @@ import click
 
 from onnxtools import __version__, registry
 
-COMMANDS = ("export", "pipeline", "validate", "build", "inspect", "diff")
+COMMANDS = ("pipeline", "validate", "build", "inspect", "diff")
+FIRST = "export"
 MAIN_PASSES = ("convert", "add-kv-cache", "prune")
 
 
@@ -21,10 +22,10 @@ class LazyGroup(click.Group):
     """Subcommands are the built-in commands and every registered pass."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return ["export", *MAIN_PASSES, *COMMANDS[1:], *sorted(set(registry.names()) - set(MAIN_PASSES))]
+        return [FIRST, *MAIN_PASSES, *COMMANDS, *sorted(set(registry.names()) - set(MAIN_PASSES))]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name in COMMANDS:
+        if cmd_name in (FIRST, *COMMANDS):
             module = importlib.import_module(f"onnxtools.cli.{cmd_name}")
             return module.command  # type: ignore[no-any-return]
         if cmd_name in registry.names():
@@ -45,7 +46,7 @@ class LazyGroup(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         others = sorted(set(registry.names()) - set(MAIN_PASSES))
-        for title, names in (("Main job", ("export", *MAIN_PASSES, *COMMANDS[1:])), ("Single passes", others)):
+        for title, names in (("Main job", (FIRST, *MAIN_PASSES, *COMMANDS)), ("Single passes", others)):
             with formatter.section(title):
                 formatter.write_dl([(name, short_help(name)) for name in names])
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -18,6 +17,8 @@ from onnxtools.kvcache import KvCache
 
 MICROSOFT = "com.microsoft"
 _Q, _K, _V = "q", "k", "v"
+_LOWEST = {ir.DataType.FLOAT: -3.4e38, ir.DataType.FLOAT16: -65504.0, ir.DataType.BFLOAT16: -3.38e38}
+"""Near enough to the lowest finite numbers: half of them is what hides a token."""
 
 
 @dataclass
@@ -112,11 +113,12 @@ class Attention:
             query = op("Unsqueeze", [self._range(self._first, inputs.new, "/model/mask/new"), build.constant([1], "axis_1")], "/model/mask/query")
         visible = op("LessOrEqual", [self._range(self._zero(), total, "/model/mask/keys"), query], "/model/mask/causal")
         if inputs.mask is not None:
-            real = op("Unsqueeze", [op("Cast", [inputs.mask], "/model/mask", to=ir.DataType.BOOL.value), build.constant([1, 2], "axes_1_2")], "/model/mask/real")
+            real = op("Cast", [inputs.mask], "/model/mask", to=ir.DataType.BOOL.value)
+            real = op("Unsqueeze", [real, build.constant([1, 2], "axes_1_2")], "/model/mask/real")
             visible = op("And", [visible, real], "/model/mask/visible")
         elif self.kind != "scatter":
             visible = op("Unsqueeze", [visible, build.constant([0, 1], "axes_0_1")], "/model/mask/visible")
-        low = float(ml_dtypes.finfo(self.layers.dtype.numpy()).min) / 2
+        low = _LOWEST[self.layers.dtype] / 2
         return op("Where", [visible, self.layers.scalar(0.0, "mask_visible"), self.layers.scalar(low, "mask_hidden")], "/model/mask")
 
     def _make_lengths(self) -> tuple[ir.Value, ir.Value]:
@@ -222,7 +224,8 @@ class Attention:
         if rope is None or self._tables is None:
             return x
         if self.options.opset >= 23:
-            return self.layers.op("RotaryEmbedding", [x, *self._tables, self.positions], name, rotary_embedding_dim=rope.dim if rope.dim < self.config.head_dim else 0)
+            dim = rope.dim if rope.dim < self.config.head_dim else 0  # 0: all channels
+            return self.layers.op("RotaryEmbedding", [x, *self._tables, self.positions], name, rotary_embedding_dim=dim)
         return self._rotated_primitive(x, rope.dim, name)
 
     def _rotated_primitive(self, x: ir.Value, dim: int, name: str) -> ir.Value:
@@ -256,6 +259,7 @@ class Attention:
         repeat = c.num_attention_heads // c.num_key_value_heads
         if repeat == 1:
             return x
-        copies = self.layers.op("Expand", [self.layers.op("Unsqueeze", [x, build.constant([2], "axis_2")], name), build.constant([1, 1, repeat, 1, 1], "repeat")], name)
+        one = self.layers.op("Unsqueeze", [x, build.constant([2], "axis_2")], name)
+        copies = self.layers.op("Expand", [one, build.constant([1, 1, repeat, 1, 1], "repeat")], name)
         target = build.constant([0, c.num_attention_heads, -1, c.head_dim], "repeated_shape")
         return self.layers.op("Reshape", [copies, target], f"{name}/repeated")

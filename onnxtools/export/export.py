@@ -16,7 +16,7 @@ from onnxtools.checkpoints.base import Checkpoint
 from onnxtools.checkpoints.open import open_checkpoint
 from onnxtools.errors import JobError, UsageError
 from onnxtools.export.config import DecoderConfig, weight_shapes
-from onnxtools.export.family import Family, Source, family_for
+from onnxtools.export.family import Family, Source, Weights, family_for
 from onnxtools.export.graph import DTYPES, build_decoder
 from onnxtools.export.options import ExportOptions
 from onnxtools.model import Model
@@ -73,14 +73,19 @@ def _opened(checkpoint: Checkpoint | None) -> Checkpoint:
     return checkpoint
 
 
-def _bound(checkpoint: Checkpoint, options: ExportOptions) -> tuple[DecoderConfig, dict[str, Tensor], ir.DataType]:
+def _bound(checkpoint: Checkpoint, options: ExportOptions) -> tuple[DecoderConfig, Weights, ir.DataType]:
     """The configuration, every weight by canonical name, and the compute type."""
     family = family_for(checkpoint.architecture, str(checkpoint.path))
     config = family.config(checkpoint.config)
     source = Source(checkpoint.tensors, checkpoint.config)
-    weights = family.weights(config, source)
+    tensors = family.weights(config, source)
     source.check(str(checkpoint.path), family.ignored)
-    return config, weights, _dtype(options, weights)
+    scales = family.scales(config, source)
+    if scales:
+        checkpoint.notes.append(f"FP8 scales of {len(scales)} linear layers became QuantizeLinear and DequantizeLinear")
+    if scales and all(s.activation == 1 for s in scales.values()):
+        checkpoint.notes.append("warning: every FP8 activation scale is 1: the checkpoint was never calibrated in FP8")
+    return config, Weights(tensors, scales), _dtype(options, tensors)
 
 
 def _dtype(options: ExportOptions, weights: Mapping[str, Tensor]) -> ir.DataType:
@@ -90,7 +95,7 @@ def _dtype(options: ExportOptions, weights: Mapping[str, Tensor]) -> ir.DataType
     return own if own in _FLOATS else ir.DataType.FLOAT
 
 
-def _random(checkpoint: Checkpoint | None, options: ExportOptions) -> tuple[DecoderConfig, dict[str, Tensor], ir.DataType]:
+def _random(checkpoint: Checkpoint | None, options: ExportOptions) -> tuple[DecoderConfig, Weights, ir.DataType]:
     """Normal(0, 0.02) weights as GPT-2 is initialized, gains near 1; the same for the same sizes."""
     if checkpoint is None:
         family: Family = registry.load(options.family, registry.FAMILIES)
@@ -115,7 +120,7 @@ def _random(checkpoint: Checkpoint | None, options: ExportOptions) -> tuple[Deco
     for name, shape in weight_shapes(config).items():
         is_gain = name.endswith("norm.weight")
         made[name] = RandomRows(shape, dtype, name, 1.0 if is_gain else 0.0, 0.02)
-    return config, made, dtype
+    return config, Weights(made), dtype
 
 
 def describe(config: DecoderConfig, options: ExportOptions, dtype: ir.DataType) -> dict[str, Any]:

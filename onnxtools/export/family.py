@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from onnxtools import registry
 from onnxtools.errors import ModelError
-from onnxtools.export.config import DecoderConfig, weight_shapes
+from onnxtools.export.config import DecoderConfig
 from onnxtools.weights import Tensor, shape_of
 
 _SHOWN = 8
@@ -30,6 +30,7 @@ class Family:
         config: the checkpoint's configuration as a DecoderConfig.
         weights: (config, source) -> canonical name to weight, for every name of `weight_shapes`.
         ignored: patterns of checkpoint tensors that carry no weights (buffers).
+        scales: FP8 scales that the checkpoint carries, by canonical name of the layer; none by default.
         example: a configuration in the checkpoint's own spelling, for `--random`.
     """
 
@@ -38,7 +39,29 @@ class Family:
     config: Callable[[Mapping[str, Any]], DecoderConfig]
     weights: Callable[[DecoderConfig, Source], dict[str, Tensor]]
     ignored: tuple[str, ...] = ()
+    scales: Callable[[DecoderConfig, Source], dict[str, FP8Scales]] = lambda config, source: {}
     example: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FP8Scales:
+    """Per-tensor scales of a linear layer in ONNX's sense: real value = stored FP8 value x scale."""
+
+    activation: float
+    weight: float
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a graph is built from.
+
+    Attributes:
+        tensors: every weight of `weight_shapes` by canonical name.
+        scales: of the linear layers (canonical name without `.weight`) that run in FP8.
+    """
+
+    tensors: Mapping[str, Tensor]
+    scales: Mapping[str, FP8Scales] = field(default_factory=dict)
 
 
 class Source:
@@ -85,11 +108,6 @@ def _never() -> ir.TensorProtocol:
 def _few(names: Sequence[str]) -> str:
     more = f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more
-
-
-def as_stored(c: DecoderConfig, source: Source) -> dict[str, Tensor]:
-    """For checkpoints whose names and layouts are the canonical ones."""
-    return {name: source.take(name, *shape) for name, shape in weight_shapes(c).items()}
 
 
 def family_for(architecture: str, label: str) -> Family:

@@ -7,17 +7,17 @@ import onnx_ir as ir
 from onnxtools.errors import JobError
 from onnxtools.export.attention import Attention
 from onnxtools.export.config import DecoderConfig
+from onnxtools.export.family import Weights
 from onnxtools.export.layers import FLOAT, Layers
 from onnxtools.export.options import ExportOptions
 from onnxtools.graph import Builder, remove_unused
 from onnxtools.model import MAX_IR_VERSION, Model
-from onnxtools.weights import Tensor
 
 DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 
 
-def build_decoder(config: DecoderConfig, options: ExportOptions, weights: dict[str, Tensor], dtype: ir.DataType) -> Model:
-    """The graph; `weights` are by canonical name (`weight_shapes`) and are cast to `dtype` while they are written.
+def build_decoder(config: DecoderConfig, options: ExportOptions, weights: Weights, dtype: ir.DataType) -> Model:
+    """The graph; `weights` are cast to `dtype` while they are written.
 
     Raises:
         JobError: `gqa` with a head size that ONNX Runtime's operator refuses.

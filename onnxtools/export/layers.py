@@ -7,28 +7,32 @@ transposed, a tied head reads the embedding table, and the bias is part of the n
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxtools.export.config import Activation, DecoderConfig
+from onnxtools.export.family import Weights
 from onnxtools.export.options import ExportOptions
+from onnxtools.fp8 import quantize_rows
 from onnxtools.graph import Builder
-from onnxtools.weights import Tensor, cast
+from onnxtools.tensors import StreamedTensor
+from onnxtools.weights import cast
 
-FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
+FLOAT, INT64, FP8 = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.FLOAT8E4M3FN
 
 
 class Layers:
     """Builders that share a graph, its weights and the compute type."""
 
-    def __init__(self, build: Builder, config: DecoderConfig, options: ExportOptions, weights: dict[str, Tensor], dtype: ir.DataType) -> None:
+    def __init__(self, build: Builder, config: DecoderConfig, options: ExportOptions, weights: Weights, dtype: ir.DataType) -> None:
         self.build, self.config, self.options, self.dtype = build, config, options, dtype
-        self._weights = weights
+        self._weights, self._scales = weights.tensors, weights.scales
         self._made: dict[str, ir.Value] = {}
 
-    def op(self, op_type: str, inputs: list[ir.Value | None], name: str, **attributes: Any) -> ir.Value:
+    def op(self, op_type: str, inputs: Sequence[ir.Value | None], name: str, **attributes: Any) -> ir.Value:
         return self.build.op(op_type, inputs, f"{name}/{op_type}", **attributes)
 
     def weight(self, name: str) -> ir.Value:
@@ -67,9 +71,34 @@ class Layers:
         return value if self.dtype == FLOAT and dtype == FLOAT else self.op("Cast", [value], name, to=dtype.value)
 
     def linear(self, hidden: ir.Value, weight: str, name: str, *, bias: bool) -> ir.Value:
-        """[tokens, in] to [tokens, out]."""
-        inputs = [hidden, self.weight(f"{weight}.weight"), *([self.weight(f"{weight}.bias")] if bias else [])]
+        """[tokens, in] to [tokens, out]; in FP8 where the checkpoint has scales for it."""
+        scales = self._scales.get(weight)
+        if scales is None:
+            stored = self.weight(f"{weight}.weight")
+        else:
+            hidden, stored = self._through_fp8(hidden, scales.activation), self._fp8_weight(f"{weight}.weight", scales.weight, name)
+        inputs = [hidden, stored, *([self.weight(f"{weight}.bias")] if bias else [])]
         return self.op("Gemm", inputs, name, **({} if self.config.linear_in_out else {"transB": 1}))
+
+    def _fp8(self, scale: float) -> list[ir.Value]:
+        """Scale and zero point of QuantizeLinear and DequantizeLinear."""
+        return [self.scalar(scale, "fp8_scale"), self.build.constant(np.zeros((), FP8.numpy()), "fp8_zero_point", FP8)]
+
+    def _through_fp8(self, x: ir.Value, scale: float) -> ir.Value:
+        """`x` rounded to FP8; layers that share their input share the two nodes."""
+        key = f"{x.name}/{scale!r}"
+        if key not in self._made:
+            self._made[key] = self._dequantized(self.op("QuantizeLinear", [x, *self._fp8(scale)], f"{x.name}/fp8"), scale, f"{x.name}/fp8")
+        return self._made[key]
+
+    def _dequantized(self, stored: ir.Value, scale: float, name: str) -> ir.Value:
+        return self.op("DequantizeLinear", [stored, *self._fp8(scale)], name)
+
+    def _fp8_weight(self, weight: str, scale: float, name: str) -> ir.Value:
+        """The weight stored as FP8 while it is written."""
+        rows = quantize_rows(np.float32(scale).reshape(1), 0)
+        stored = self.build.initializer(StreamedTensor(self._weights[weight], rows, dtype=FP8, name=weight), weight)
+        return self._dequantized(stored, scale, f"{name}/weight")
 
     def mlp(self, hidden: ir.Value, weight: str, name: str) -> ir.Value:
         c = self.config

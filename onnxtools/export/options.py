@@ -20,7 +20,9 @@ class ExportOptions:
     )
     logits: Literal["all", "last"] = option("all", "Logits of all new tokens, or of the last real one of each row.")
     opset: int = option(24, "24 is the canonical form; 19 writes norms, rotary embedding and attention in primitive operators.")
-    dtype: Literal["auto", "fp32", "fp16", "bf16"] = option("auto", "Type of weights and activations; auto is the checkpoint's. Norms, softmax and logits are fp32.")
+    dtype: Literal["auto", "fp32", "fp16", "bf16"] = option(
+        "auto", "Type of weights and activations; norms, softmax and logits are fp32. auto is the checkpoint's."
+    )
     use_one_input: bool = option(False, "input_ids (and the cache) are the only inputs: no attention_mask, no position_ids, so no padding.")
     weights: bool = option(True, "Write the weights; off writes the graph alone.")
     copy_weights: bool = option(False, "Copy weights even where the graph could refer to the checkpoint in the same folder.")

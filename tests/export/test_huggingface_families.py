@@ -12,7 +12,6 @@ pytest.importorskip("transformers", reason="the references are transformers' own
 
 from onnxtools.export.export import export
 from onnxtools.export.options import ExportOptions
-
 from tests.export import hf
 from tests.export.driver import decode
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -48,7 +49,7 @@ def _split(fused: Tensor, c: DecoderConfig) -> list[Tensor]:
     """Multi-query: all queries, the key head, the value head. Multi-head: [heads, 3, head_dim] rows."""
     if c.num_key_value_heads == 1 and c.num_attention_heads > 1:
         ends = (0, c.q_size, c.q_size + c.kv_size, c.q_size + 2 * c.kv_size)
-        return [row_range(fused, start, stop) for start, stop in zip(ends, ends[1:], strict=False)]
+        return [row_range(fused, start, stop) for start, stop in itertools.pairwise(ends)]
     d = c.head_dim
     return [pick_rows(fused, [((3 * head + i) * d, (3 * head + i + 1) * d) for head in range(c.num_attention_heads)], "qkv"[i]) for i in range(3)]
 

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from onnxtools.checkpoints.base import nested
+from onnxtools.checkpoints.te_extra_state import forward_scales
 from onnxtools.errors import ModelError
 from onnxtools.export.config import Activation, DecoderConfig, head_dim_of, need
-from onnxtools.export.family import Family, Source
+from onnxtools.export.family import Family, FP8Scales, Source
 from onnxtools.export.rope import Rope
 from onnxtools.weights import Tensor, flatten, pick_rows, plus_one, row_range
 
@@ -170,8 +171,39 @@ class _Reader:
         return [flatten([[(start + a * d, start + b * d)] for start in starts]) for a, b in spans]
 
 
+_FP8_MODULES: dict[str, tuple[tuple[str, int, tuple[str, ...]], ...]] = {
+    # TransformerEngine's module: (its name, index of its first GEMM's activation in scale_fwd, canonical linears); 3 slots a GEMM.
+    "legacy": (
+        ("self_attention.layernorm_qkv", 0, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        ("self_attention.proj", 0, ("self_attn.o_proj",)),
+        ("layernorm_mlp", 0, ("mlp.gate_proj", "mlp.up_proj")),
+        ("layernorm_mlp", 3, ("mlp.down_proj",)),
+    ),
+    "core": (
+        ("self_attention.linear_qkv", 0, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        ("self_attention.linear_proj", 0, ("self_attn.o_proj",)),
+        ("mlp.linear_fc1", 0, ("mlp.gate_proj", "mlp.up_proj")),
+        ("mlp.linear_fc2", 0, ("mlp.down_proj",)),
+    ),
+}
+
+
+def scales(c: DecoderConfig, source: Source) -> dict[str, FP8Scales]:
+    """From TransformerEngine's extra state: scale_fwd multiplies before the cast, so ONNX's scale is its reciprocal."""
+    reader = _Reader(c, source)
+    found: dict[str, FP8Scales] = {}
+    for n in range(c.num_hidden_layers):
+        for module, at, linears in _FP8_MODULES[reader.kind]:
+            forward = forward_scales(source.tensors.get(f"{reader.stack}.layers.{n}.{module}._extra_state"), module)
+            if forward is None:
+                continue
+            pair = FP8Scales(float(1 / forward[at]), float(1 / forward[at + 1]))
+            found.update({f"model.layers.{n}.{linear}": pair for linear in linears if c.gated_mlp or linear != "mlp.gate_proj"})
+    return found
+
+
 FAMILY = Family(
-    "megatron", ("megatron",), config, weights, ignored=("*_extra_state", "*.inv_freq", "*.core_attention.*"),
+    "megatron", ("megatron",), config, weights, scales=scales, ignored=("*_extra_state", "*.inv_freq", "*.core_attention.*"),
     example={
         "num_layers": 24, "hidden_size": 2048, "num_attention_heads": 16, "max_position_embeddings": 2048, "_vocab_size": 50304,
         "ffn_hidden_size": 8192, "position_embedding_type": "rope", "rotary_percentage": 0.5, "activation": "fast-swiglu", "bias": False,

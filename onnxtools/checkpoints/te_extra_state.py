@@ -1,0 +1,43 @@
+"""TransformerEngine's `_extra_state`: FP8 scales, in a pickle or a torch.save archive inside the checkpoint."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxtools.checkpoints.torch_file import loads
+from onnxtools.errors import ModelError
+
+Array = np.ndarray[Any, Any]
+
+
+def forward_scales(extra: Any, label: str) -> Array | None:
+    """`scale_fwd` of a module, float32 [3 x GEMMs]: activation, weight, output of each; None where the module has no FP8 state.
+
+    Args:
+        extra: BytesIO (TransformerEngine 1.x), a uint8 tensor (2023, and 2.x), or nothing.
+    Raises:
+        ModelError: damaged, scales that no FP8 cast can use, or a pickle that wants more than data.
+    """
+    data = _bytes(extra)
+    if not data:
+        return None
+    state = loads(data, f"the FP8 state of {label}")
+    scale = state.get("scale_fwd") if isinstance(state, dict) else None
+    if scale is None:
+        return None
+    array = np.asarray(scale.numpy() if isinstance(scale, ir.TensorProtocol) else scale, np.float32).reshape(-1)
+    if array.size < 2 or not np.isfinite(array).all() or array.min() <= 0:
+        raise ModelError(f"the FP8 state of {label} holds the scales {array[:6].tolist()}; they must be positive numbers")
+    return array
+
+
+def _bytes(extra: Any) -> bytes:
+    if isinstance(extra, io.BytesIO):
+        return extra.getvalue()
+    if isinstance(extra, ir.TensorProtocol) and extra.dtype == ir.DataType.UINT8:
+        return extra.tobytes()
+    return b""
