@@ -31,12 +31,13 @@ def merge(stages: Sequence[Sequence[Mapping[str, Any]]], config: Mapping[str, An
     per_stage = int(config.get("num_layers") or 0) // len(stages)
     if len(stages) > 1 and per_stage * len(stages) != int(config.get("num_layers") or 0):
         raise ModelError(f"{label}: {config.get('num_layers')} layers do not divide into {len(stages)} pipeline stages; check model_config.yaml")
+    gated = str(config.get("activation", "gelu")).endswith("glu") and not any(".dense_h_to_4h_2." in name for name in stages[0][0])
     for rank, stage in enumerate(stages):
         for name in stage[0]:
             shards = [shard[name] for shard in stage if name in shard]
             if len(shards) < len(stage):
                 raise ModelError(f"{label}: {name!r} is not in every tensor-parallel shard; fetch the checkpoint again")
-            found.setdefault(_global_name(name, rank * per_stage), _merged(name, shards, config))
+            found.setdefault(_global_name(name, rank * per_stage), _merged(name, shards, config, gated))
     return found
 
 
@@ -45,17 +46,21 @@ def _global_name(name: str, first_layer: int) -> str:
     return _LAYER.sub(lambda match: f"{match[1]}{int(match[2]) + first_layer}{match[3]}", name)
 
 
-def _merged(name: str, shards: list[Any], config: Mapping[str, Any]) -> Any:
+def _by_parts(shards: list[Any], count: int, name: str) -> Any:
+    """Shards that are `count` equal parts each: the first parts of all, then the second ones, ..."""
+    sizes = [int(shard.shape.numpy()[0]) // count for shard in shards]
+    return vstack([row_range(shard, i * size, (i + 1) * size) for i in range(count) for shard, size in zip(shards, sizes, strict=True)], name)
+
+
+def _merged(name: str, shards: list[Any], config: Mapping[str, Any], gate_in_fc1: bool) -> Any:
     if len(shards) == 1 or not isinstance(shards[0], ir.TensorProtocol):
         return shards[0]
     if "layer_norm" in name or "layernorm.weight" in name or "layernorm.bias" in name:
         return shards[0]
-    if any(part in name for part in _FC1) and str(config.get("activation", "gelu")).startswith("fast-"):
-        # Every rank holds [its gate rows; its up rows].
-        halves = [int(shard.shape.numpy()[0]) // 2 for shard in shards]
-        gates = [row_range(shard, 0, half) for shard, half in zip(shards, halves, strict=True)]
-        ups = [row_range(shard, half, 2 * half) for shard, half in zip(shards, halves, strict=True)]
-        return vstack([*gates, *ups], name)
+    if any(part in name for part in _FC1) and gate_in_fc1:
+        return _by_parts(shards, 2, name)  # every rank holds [its gate rows; its up rows]
+    if "qkv" in name.replace("query_key_value", "qkv") and config.get("megatron_legacy"):
+        return _by_parts(shards, 3, name)  # every rank holds [its queries; its keys; its values]
     if any(part in name for part in _COLUMN):
         return vstack(shards, name)
     if any(name.endswith(part) for part in _ROW):

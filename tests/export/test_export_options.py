@@ -14,7 +14,6 @@ pytest.importorskip("transformers", reason="the references are transformers' own
 
 from onnxtools.export.export import export
 from onnxtools.export.options import ExportOptions
-
 from tests.export import hf
 from tests.export.driver import CACHE, Driver, decode
 from tests.support import ops, refuse, rel_l2, succeed

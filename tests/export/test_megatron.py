@@ -16,7 +16,6 @@ import torch
 from fixtures import megatron as m
 from onnxtools.export.export import export
 from onnxtools.export.options import ExportOptions
-
 from tests.export.driver import decode
 from tests.support import Array, ops, rel_l2
 
@@ -70,6 +69,18 @@ def test_other_spellings(spelling: str, name: str, tmp_path: Path) -> None:
 def test_shards_are_merged(name: str, tp: int, pp: int, tmp_path: Path) -> None:
     _, state, expected = model(name)
     source = m.write_nemo(tmp_path / "m.nemo", m.model_config(m.CASES[name]), state, tp=tp, pp=pp)
+    assert np.abs(exported(source, tmp_path) - expected).max() <= 1e-4
+
+
+def test_swiglu_of_core_is_gated_shard_by_shard_without_the_word_fast(tmp_path: Path) -> None:
+    _, state, expected = model("gpt_next")
+    source = m.write_nemo(tmp_path / "m.nemo", m.model_config(m.CASES["gpt_next"], activation="swiglu"), state, tp=2)
+    assert np.abs(exported(source, tmp_path) - expected).max() <= 1e-4
+
+
+def test_megatron_legacy_rows_are_ordered_within_each_shard(tmp_path: Path) -> None:
+    _, state, expected = model("gpt")
+    source = m.write_nemo(tmp_path / "m.nemo", m.model_config(m.CASES["gpt"], megatron_legacy=True), m.megatron_legacy_qkv(state, m.CASES["gpt"]), tp=2)
     assert np.abs(exported(source, tmp_path) - expected).max() <= 1e-4
 
 
@@ -163,7 +174,8 @@ def test_what_is_not_supported_is_named(tmp_path: Path) -> None:
     from tests.support import refuse
 
     _, state, _ = model("gpt")
-    bad = {"position_embedding_type": "alibi", "activation": "mish", "normalization": "scalenorm", "transformer_block_type": "post_ln", "num_moe_experts": 8}
+    bad = {"position_embedding_type": "alibi", "activation": "mish", "normalization": "scalenorm", "transformer_block_type": "post_ln", "num_moe_experts": 8,
+           "rotary_interleaved": True}  # fmt: skip
     for key, value in bad.items():
         source = m.write_nemo(tmp_path / f"{key}.nemo", m.model_config(m.CASES["gpt"], **{key: value}), state)
         assert str(value) in refuse("export", source, "-o", tmp_path / "m.onnx")

@@ -35,7 +35,7 @@ _LAYER_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 _GATED = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}
-_UNSUPPORTED = {"headscale": True, "qk_layernorm": True, "num_moe_experts": None, "multi_query_attention": True}
+_UNSUPPORTED = {"headscale": True, "qk_layernorm": True, "num_moe_experts": None, "multi_query_attention": True, "rotary_interleaved": True}
 
 
 def config(raw: Mapping[str, Any]) -> DecoderConfig:
@@ -59,7 +59,7 @@ def config(raw: Mapping[str, Any]) -> DecoderConfig:
         norm="rms_norm" if normalization == "rmsnorm" else "layer_norm", norm_eps=float(raw.get("layernorm_epsilon") or 1e-5), activation=activation,
         gated_mlp=gated, rope=_rope(raw, head_dim), tie_word_embeddings=bool(raw.get("share_embeddings_and_output_weights", True)),
         attention_scale=head_dim**-0.5 if raw.get("normalize_attention_scores", True) else 1.0,
-        attention_bias=bias, output_bias=bias, mlp_bias=bias, norm_bias=normalization != "rmsnorm", **_token_ids(raw),
+        attention_bias=bias or bool(raw.get("qkv_bias")), output_bias=bias, mlp_bias=bias, norm_bias=normalization != "rmsnorm", **_token_ids(raw),
     )  # fmt: skip
 
 
@@ -68,9 +68,11 @@ def _activation(raw: Mapping[str, Any]) -> tuple[Activation, bool]:
     wanted = str(raw.get("activation", "gelu")).removeprefix("fast-")
     gated = wanted in _GATED
     name = _GATED.get(wanted, {"squared-relu": "relu2"}.get(wanted, wanted))
+    if raw.get("openai_gelu"):  # NeMo lets it win over every activation
+        return "gelu_tanh", gated
     if name == "gelu":
-        fused = raw.get("bias_activation_fusion", True) and raw.get("bias", True)
-        tanh = raw.get("openai_gelu") or raw.get("transformer_engine") or (fused and not raw.get("onnx_safe"))
+        fused = raw.get("bias_activation_fusion", True) and raw.get("bias", True) and not raw.get("onnx_safe")
+        tanh = fused or (raw.get("transformer_engine") and not raw.get("mcore_gpt"))
         return ("gelu_tanh" if tanh else "gelu"), gated
     if name in ("silu", "relu", "relu2"):
         return name, gated  # type: ignore[return-value]
@@ -145,6 +147,8 @@ class _Reader:
             fused = self._take(n, "qkv", kind, c.q_size + 2 * c.kv_size, *wide)
             for name, ranges in zip("qkv", self._qkv_rows(), strict=True):
                 found[f"{to}.self_attn.{name}_proj.{kind}"] = pick_rows(fused, ranges, name)
+        for kind in ("weight", "bias") if c.mlp_bias else ("weight",):
+            wide = (c.hidden_size,) if kind == "weight" else ()
             found[f"{to}.self_attn.o_proj.{kind}"] = self._take(n, "out", kind, c.hidden_size, *((c.q_size,) if kind == "weight" else ()))
             found |= {f"{to}.mlp.{name}.{kind}": tensor for name, tensor in self._fc1(n, kind, wide).items()}
             found[f"{to}.mlp.down_proj.{kind}"] = self._take(n, "fc2", kind, c.hidden_size, *((c.intermediate_size,) if kind == "weight" else ()))
