@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import onnx
 import onnx_ir as ir
 
+from onnxtools.graph import attribute
 from onnxtools.model import Model
 
 MX_DEQUANTIZE = "TRT_MXFP8DequantizeLinear"
@@ -13,17 +16,30 @@ MX_DEQUANTIZE = "TRT_MXFP8DequantizeLinear"
 def lowered(model: Model) -> tuple[bytes, list[str]] | None:
     """The graph as TensorRT's parser wants it and what was changed; None when the file can be parsed as it is.
 
-    MXFP8 weights: TensorRT-RTX 1.7 imports no FLOAT8E8M0 initializer. DequantizeLinear-24 with such a scale becomes TensorRT's
-    own operator, whose scale is the same bytes as uint8. External weights stay where they are: parse with the file's path.
+    - MXFP8 weights: TensorRT-RTX 1.7 imports no FLOAT8E8M0 initializer. DequantizeLinear-24 with such a scale becomes
+      TensorRT's own operator, whose scale is the same bytes as uint8.
+    - Attention with `softmax_precision`: the parser refuses the attribute. TensorRT's fused attention computes its softmax
+      in fp32 anyway, so only fp32 is dropped.
+    External weights stay where they are: parse with the file's path.
     """
+    nodes = list(model.graph.all_nodes())
     scales = {
         node.inputs[1].name
-        for node in model.graph.all_nodes()
+        for node in nodes
         if node.op_type == "DequantizeLinear" and len(node.inputs) > 1 and node.inputs[1] is not None and _is_e8m0(node.inputs[1])
     }
-    if not scales:
+    softmax = {node.name for node in nodes if node.op_type == "Attention" and attribute(node, "softmax_precision") == ir.DataType.FLOAT}
+    if not scales and not softmax:
         return None
     proto = ir.to_proto(model.ir)
+    notes = [*_lower_mx(proto, scales), *_lower_softmax(proto, softmax)]
+    del proto.graph.value_info[:]
+    return proto.SerializeToString(), notes
+
+
+def _lower_mx(proto: onnx.ModelProto, scales: set[str | None]) -> Iterator[str]:
+    if not scales:
+        return
     for initializer in proto.graph.initializer:
         if initializer.name in scales:
             initializer.data_type = onnx.TensorProto.UINT8
@@ -33,8 +49,17 @@ def lowered(model: Model) -> tuple[bytes, list[str]] | None:
             node.op_type, node.domain, count = MX_DEQUANTIZE, "trt", count + 1
     if not any(entry.domain == "trt" for entry in proto.opset_import):
         proto.opset_import.append(onnx.helper.make_opsetid("trt", 1))
-    del proto.graph.value_info[:]
-    return proto.SerializeToString(), [f"{count} MXFP8 weights handed to TensorRT as {MX_DEQUANTIZE}"]
+    yield f"{count} MXFP8 weights handed to TensorRT as {MX_DEQUANTIZE}"
+
+
+def _lower_softmax(proto: onnx.ModelProto, names: set[str | None]) -> Iterator[str]:
+    for node in proto.graph.node:
+        if node.op_type == "Attention" and node.name in names:
+            kept = [a for a in node.attribute if a.name != "softmax_precision"]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+    if names:
+        yield f"softmax_precision of {len(names)} Attention nodes dropped: TensorRT's parser refuses it, its attention computes softmax in fp32"
 
 
 def _is_e8m0(value: ir.Value) -> bool:

@@ -40,6 +40,7 @@ class Attention:
         self.layers, self.build, self.config, self.options = layers, layers.build, layers.config, layers.options
         self.cache = KvCache(self.build)
         self.kind = self.options.kv_cache
+        self.cache_length = self.options.cache_length or self.config.max_position_embeddings  # static: TensorRT wants it so
         self._shared: dict[str, ir.Value] = {}
         self.inputs = self._make_inputs()
         self._pasts = self._make_pasts() if self.kind != "none" else []
@@ -53,13 +54,13 @@ class Attention:
 
     # --- inputs ------------------------------------------------------------------------------------------------------
 
-    def _input(self, name: str, *shape: str) -> ir.Value:
+    def _input(self, name: str, *shape: int | str) -> ir.Value:
         value = ir.val(self.build.names(name), INT64, ir.Shape(shape))
         self.build.graph.inputs.append(value)
         return value
 
     def _make_inputs(self) -> _Inputs:
-        total = {"none": "sequence", "scatter": "cache_sequence"}.get(self.kind, "total_sequence")
+        total = {"none": "sequence", "scatter": self.cache_length}.get(self.kind, "total_sequence")
         ids = self._input("input_ids", "batch", "sequence")
         alone = self.options.use_one_input
         mask = None if alone else self._input("attention_mask", "batch", total)
@@ -71,7 +72,7 @@ class Attention:
         return _Inputs(ids, mask, positions, write, batch, self.layers.op("Shape", [ids], "/model/sequence", start=1, end=2))
 
     def _make_pasts(self) -> list[tuple[ir.Value, ir.Value]]:
-        c, length = self.config, {"concat": "past_sequence", "gqa": "past_sequence", "scatter": "cache_sequence"}[self.kind]
+        c, length = self.config, self.cache_length if self.kind == "scatter" else "past_sequence"
         pasts = []
         for n in range(c.num_hidden_layers):
             key, value = (self.cache.past(n, kind, c.num_key_value_heads, c.head_dim, self.layers.dtype, length) for kind in ("key", "value"))
@@ -189,7 +190,8 @@ class Attention:
         if self._pasts:
             k, v = (self._cached(new, n, i, f"{name}/{kind}") for i, (new, kind) in enumerate(((k, "key"), (v, "value"))))
         if self.options.opset >= 23:
-            context = self.layers.op("Attention", [q, k, v, self._mask], name, scale=c.attention_scale, softmax_precision=FLOAT.value)
+            wide = {} if self.layers.dtype == FLOAT else {"softmax_precision": FLOAT.value}
+            context = self.layers.op("Attention", [q, k, v, self._mask], name, scale=c.attention_scale, **wide)
         else:
             context = self._primitive(q, k, v, name)
         return self.layers.op("Transpose", [context], f"{name}/context", perm=[0, 2, 1, 3])
@@ -206,7 +208,7 @@ class Attention:
         return self.layers.op("Transpose", [split], name, perm=[0, 2, 1, 3])
 
     def _present(self, value: ir.Value, n: int, kind: str) -> ir.Value:
-        length = "cache_sequence" if self.kind == "scatter" else "total_sequence"
+        length = self.cache_length if self.kind == "scatter" else "total_sequence"
         return self.cache.present(value, n, kind, self.config.num_key_value_heads, self.config.head_dim, self.layers.dtype, length)
 
     def _cached(self, new: ir.Value, n: int, which: int, name: str) -> ir.Value:

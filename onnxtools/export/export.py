@@ -136,6 +136,7 @@ def describe(config: DecoderConfig, options: ExportOptions, dtype: ir.DataType) 
         "dtype": names[dtype],
         "kv_cache": {
             "kind": options.kv_cache, "dtype": names[dtype], "layout": "bnsh", "past": "past_key_values.{n}.{kind}", "present": "present.{n}.{kind}",
+            "length": (options.cache_length or config.max_position_embeddings) if options.kv_cache == "scatter" else None,
             "layers": config.num_hidden_layers, "heads": config.num_key_value_heads, "head_dim": config.head_dim,
         } if options.kv_cache != "none" else None,
         "logits": options.logits,

@@ -20,13 +20,15 @@ def build_decoder(config: DecoderConfig, options: ExportOptions, weights: Weight
     """The graph; `weights` are cast to `dtype` while they are written.
 
     Raises:
-        JobError: `gqa` with a head size that ONNX Runtime's operator refuses.
+        JobError: a cache longer than the model's positions, or `gqa` with a head size that ONNX Runtime's operator refuses.
 
     Inputs: input_ids, attention_mask, position_ids, past_key_values.N.key / .value; outputs: logits (fp32), present.N.key / .value.
     """
     rotated = config.rope.dim if config.rope is not None else 0
     if options.kv_cache == "gqa" and (config.head_dim % 16 or rotated % 16):
         raise JobError(f"GroupQueryAttention takes head and rotary sizes that are multiples of 16, not {config.head_dim} and {rotated}; use --kv-cache concat")
+    if options.cache_length and options.cache_length > config.max_position_embeddings:
+        raise JobError(f"the cache of {options.cache_length} is longer than the {config.max_position_embeddings} positions of the model; lower --cache-length")
     opsets = {"": options.opset, **({"com.microsoft": 1} if options.kv_cache == "gqa" else {})}
     graph = ir.Graph([], [], nodes=[], name=config.family, opset_imports=opsets)
     model = Model(ir.Model(graph, ir_version=min(MAX_IR_VERSION, _IR_VERSION[options.opset]), producer_name="onnxtools"))

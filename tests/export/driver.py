@@ -11,8 +11,6 @@ import onnxruntime as ort
 
 Array = np.ndarray[Any, Any]
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
-CACHE = 32
-"""Length of a static cache in these tests."""
 
 
 class Driver:
@@ -31,15 +29,15 @@ class Driver:
         self.past = {name: self._empty(value) for name, value in self.inputs.items() if name.startswith("past")}
 
     def _empty(self, value: Any) -> Array:
-        batch, (_, heads, _, channels) = len(self.mask), value.shape
-        return np.zeros((batch, heads, CACHE if self.kind == "scatter" else 0, channels), _TYPES[value.type])
+        batch, (_, heads, length, channels) = len(self.mask), value.shape
+        return np.zeros((batch, heads, length if self.kind == "scatter" else 0, channels), _TYPES[value.type])
 
     def step(self, ids: Array) -> Array:
         end = self.done + ids.shape[1]
         mask = self.mask[:, :end].astype(np.int64)
         positions = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, self.done :]
         if self.kind == "scatter":
-            mask = np.pad(mask, ((0, 0), (0, CACHE - end)))
+            mask = np.pad(mask, ((0, 0), (0, self.inputs["attention_mask"].shape[1] - end)))
         feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "write_indices": np.full(len(ids), self.done), **self.past}
         found = dict(zip(self.outputs, self.session.run(None, {name: feeds[name] for name in self.inputs}), strict=True))
         self.past = {name: found[name.replace("past_key_values", "present")] for name in self.past}

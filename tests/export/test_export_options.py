@@ -15,7 +15,7 @@ pytest.importorskip("transformers", reason="the references are transformers' own
 from onnxtools.export.export import export
 from onnxtools.export.options import ExportOptions
 from tests.export import hf
-from tests.export.driver import CACHE, Driver, decode
+from tests.export.driver import Driver, decode
 from tests.support import ops, refuse, rel_l2, succeed
 
 IDS = np.random.default_rng(3).integers(3, 97, (2, 12))
@@ -150,7 +150,7 @@ def test_weights_stay_in_the_folder_of_the_checkpoint(tmp_path: Path) -> None:
 def test_onnxtools_json_and_the_files_beside(llama: tuple[Path, Any], tmp_path: Path) -> None:
     (llama[0] / "tokenizer.json").write_text('{"a": 1}')
     try:
-        export(llama[0], tmp_path / "m.onnx", ExportOptions(kv_cache="scatter", dtype="fp16"))
+        export(llama[0], tmp_path / "m.onnx", ExportOptions(kv_cache="scatter", dtype="fp16", cache_length=48))
     finally:
         (llama[0] / "tokenizer.json").unlink()
     info = json.loads((tmp_path / "onnxtools.json").read_text())
@@ -159,7 +159,7 @@ def test_onnxtools_json_and_the_files_beside(llama: tuple[Path, Any], tmp_path: 
     assert info["model"]["family"] == "llama" and info["model"]["num_key_value_heads"] == 2 and info["tokens"]["eos_token_ids"] == [2]
     assert info["kv_cache"] == {
         "kind": "scatter", "dtype": "fp16", "layout": "bnsh", "past": "past_key_values.{n}.{kind}", "present": "present.{n}.{kind}",
-        "layers": 2, "heads": 2, "head_dim": 16,
+        "length": 48, "layers": 2, "heads": 2, "head_dim": 16,
     }  # fmt: skip
     metadata = {p.key: p.value for p in onnx.load(tmp_path / "m.onnx", load_external_data=False).metadata_props}
     assert json.loads(metadata["onnxtools.model"]) == info
@@ -170,7 +170,7 @@ def test_onnxtools_json_and_the_files_beside(llama: tuple[Path, Any], tmp_path: 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_bigcode", "llama", "nemotron", "megatron"])
 def test_random_weights_of_every_family_run(family: str, tmp_path: Path) -> None:
-    sizes = ["--n-layer", "2", "--n-embd", "64", "--n-head", "4", "--n-inner", "96", "--n-positions", str(CACHE), "--vocab-size", "97"]
+    sizes = ["--n-layer", "2", "--n-embd", "64", "--n-head", "4", "--n-inner", "96", "--n-positions", "32", "--vocab-size", "97"]
     for name in ("a.onnx", "b.onnx"):
         succeed("export", "--random", "--family", family, *sizes, "--dtype", "fp32", "-o", tmp_path / name)
     found = [decode(tmp_path / name, "concat", IDS, mask(), (5, 1, 6)) for name in ("a.onnx", "b.onnx")]
@@ -221,6 +221,8 @@ def test_options_from_yaml_and_set(llama: tuple[Path, Any], tmp_path: Path) -> N
         (["--random", "--opset", "18", "-o", "m.onnx"], 2, "it takes 19 to 24"),
         (["--random", "--kv-cache", "scatter", "--opset", "23", "-o", "m.onnx"], 2, "scatter needs opset 24"),
         (["--random", "--kv-cache", "gqa", "--use-one-input", "-o", "m.onnx"], 2, "how full the cache is"),
+        (["--random", "--cache-length", "9", "-o", "m.onnx"], 2, "positive length of a scatter cache"),
+        (["--random", "--kv-cache", "scatter", "--cache-length", "9999", "-o", "m.onnx"], 1, "longer than the 1024 positions"),
         (["--random", "--n-head", "7", "-o", "m.onnx"], 1, "768 is not divisible by 7 heads"),
         (["--random", "--n-head", "48", "--n-embd", "384", "--kv-cache", "gqa", "-o", "m.onnx"], 1, "multiples of 16"),
         (["--random", "--family", "t5", "-o", "m.onnx"], 2, "no family is named 't5'"),
