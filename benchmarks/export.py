@@ -22,6 +22,17 @@ LLAMA = {
     "tie_word_embeddings": False, "torch_dtype": "float16",
 }  # fmt: skip
 
+SMOLLM2 = """
+import json, pathlib, sys, torch, transformers as t
+read = t.AutoModelForCausalLM.from_pretrained(sys.argv[1], gguf_file=sys.argv[2], dtype=torch.float32)
+config = t.LlamaConfig(**{k: v for k, v in read.config.to_dict().items() if k != "quantization_config"})
+model = t.LlamaForCausalLM(config)
+model.load_state_dict(read.state_dict())
+model.save_pretrained(sys.argv[3])
+path = pathlib.Path(sys.argv[3], "config.json")
+raw = json.loads(path.read_text())
+path.write_text(json.dumps({**raw, "rope_theta": raw["rope_parameters"]["rope_theta"]}))  # as transformers 4 reads it
+"""
 TORCH = """
 import sys, torch, transformers
 model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
@@ -82,12 +93,7 @@ def against_exporters(folder: Path, runs: int, peer_python: str) -> list[Row]:
     """All from the same Hugging Face folder in fp32, which transformers writes from the GGUF file."""
     source, out = folder / "smollm2", folder / "out"
     gguf = smollm2()
-    made = (
-        "import sys, torch, transformers as t\n"
-        "m = t.AutoModelForCausalLM.from_pretrained(sys.argv[1], gguf_file=sys.argv[2], dtype=torch.float32)\n"
-        "m.save_pretrained(sys.argv[3])"
-    )
-    subprocess.run([sys.executable, "-c", made, str(gguf.parent), gguf.name, str(source)], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-c", SMOLLM2, str(gguf.parent), gguf.name, str(source)], check=True, capture_output=True)
     size = (source / "model.safetensors").stat().st_size
     ours = "onnxtools export"
     optimum = f"optimum-cli export onnx --task text-generation-with-past -m {source} {out}/optimum"

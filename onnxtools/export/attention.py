@@ -60,7 +60,8 @@ class Attention:
         return value
 
     def _make_inputs(self) -> _Inputs:
-        total = {"none": "sequence", "scatter": self.cache_length}.get(self.kind, "total_sequence")
+        lengths: dict[str, int | str] = {"none": "sequence", "scatter": self.cache_length}
+        total = lengths.get(self.kind, "total_sequence")
         ids = self._input("input_ids", "batch", "sequence")
         alone = self.options.use_one_input
         mask = None if alone else self._input("attention_mask", "batch", total)
