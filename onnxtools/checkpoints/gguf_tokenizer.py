@@ -66,6 +66,8 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, str]:
         JobError: the metadata holds no tokenizer, one of a kind that is not supported, or one that contradicts itself.
     """
     kind = _get(metadata, "model")
+    if kind is None:
+        raise JobError("the metadata has no tokenizer.ggml.model; take the tokenizer's files from the original model")
     if kind not in ("gpt2", "llama"):
         raise JobError(f"tokenizer.ggml.model {kind!r} is not supported (known: gpt2, llama); take the tokenizer's files from the original model")
     types = _types(metadata)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def plain_bpe(metadata: dict[str, Any]) -> Callable[[str], list[int]]:
     def word(text: str) -> list[int]:
         parts = [table[b] for b in text.encode()]
         while True:
-            rank, at = min(((ranks.get(pair, len(ranks)), at) for at, pair in enumerate(zip(parts, parts[1:], strict=False))), default=(len(ranks), 0))
+            rank, at = min(((ranks.get(pair, len(ranks)), at) for at, pair in enumerate(pairwise(parts))), default=(len(ranks), 0))
             if rank == len(ranks):
                 return [ids[part] for part in parts]
             parts[at : at + 2] = [parts[at] + parts[at + 1]]
@@ -96,8 +97,8 @@ def test_smollm2_gives_the_published_ids(smollm2: Any, text: str, ids: list[int]
 
 def test_smollm2_equals_a_plain_byte_level_bpe(smollm2: Any, metadata: dict[str, Any]) -> None:
     encode = plain_bpe(metadata)
-    source = Path(__file__).read_text(encoding="utf-8")
-    for text in [*TEXTS, *source.splitlines(keepends=True)]:
+    prose = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    for text in [*TEXTS, *prose.splitlines(keepends=True)]:
         assert smollm2.encode(text).ids == encode(text), text
 
 
@@ -165,11 +166,12 @@ def test_named_chat_templates_are_kept() -> None:
 
 
 # The pieces of a model of 390 tokens that sentencepiece 0.2.3 trained (BPE, byte_fallback, identity normalization, <tag> user-defined), best first.
-PIECES = """
+BEST_FIRST = """
 ▁▁ ▁▁▁▁ ▁▁▁▁▁ ▁i or de on at ▁▁▁▁▁▁▁▁▁ en se st pe ▁= ▁a re "" al ▁f in ▁t ▁n ▁in er ode ut ro ra ue he me ha ce alue one le ct \""" ▁s ame ▁o value it ar
 ur ype hape nd es ▁N -- ens ▁None ▁_ ▁c ▁▁▁▁▁▁▁▁▁▁▁▁▁ mp ▁- odel ensor ot ▁l ▁m as ▁" ▁d def ▁b an ▁is sel urn self to ret ▁the return ▁w
 ▁ e t n a o s r i l p d u f . " , h m c ) ( : _ y = g w b [ ] v - x N k T E A 1 > z 0 { } ` S M q P R L
-""".split()
+"""
+PIECES = BEST_FIRST.split()
 LLAMA = {
     f"{G}model": "llama",
     f"{G}tokens": ["<unk>", "<s>", "</s>", "<tag>", *(f"<0x{b:02X}>" for b in range(256)), *PIECES],
@@ -191,7 +193,6 @@ LLAMA = {
 )
 def test_sentencepiece_bpe_gives_sentencepieces_ids(tokenizers: Any, text: str, ids: list[int]) -> None:
     """Ids by sentencepiece 0.2.3 from the same model."""
-    assert len(PIECES) == 130
     tokenizer = tokenizers.Tokenizer.from_str(tokenizer_files(LLAMA)["tokenizer.json"])
     assert tokenizer.encode(text).ids == [1, *ids]
     assert tokenizer.decode([1, *ids]) == text
@@ -206,9 +207,9 @@ def test_sentencepiece_without_the_leading_space_and_bos(tokenizers: Any) -> Non
 @pytest.mark.parametrize(
     ("metadata", "says"),
     [
-        (TINY | {f"{G}pre": "viking"}, "'viking' is not supported .known: default, deepseek-r1-qwen, gpt-2"),
+        (TINY | {f"{G}pre": "viking"}, "'viking' is not supported .known: deepseek-r1-qwen, default, gpt-2"),
         (TINY | {f"{G}model": "bert"}, "'bert' is not supported .known: gpt2, llama"),
-        ({}, "None is not supported"),
+        ({}, "no tokenizer.ggml.model"),
         ({f"{G}model": "gpt2"}, "no tokenizer.ggml.tokens"),
         (TINY | {f"{G}merges": []}, "no tokenizer.ggml.merges"),
         (TINY | {f"{G}merges": ["a x"]}, "'a x', whose parts or result are no tokens"),
