@@ -11,7 +11,6 @@ from gguf.quants import dequantize, quantize
 
 from onnxtools.checkpoints.gguf import read_gguf
 from onnxtools.tensors import read_rows
-
 from tests.support import refuse
 
 WHOLE = np.random.default_rng(1).standard_normal((40, 64)).astype(np.float32)
