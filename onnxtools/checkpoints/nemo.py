@@ -23,15 +23,17 @@ _SHARD = re.compile(r"(?:tp_rank_(\d+)_pp_rank_(\d+)|mp_rank_(\d+))/[^/]+\.ckpt$
 _NEW = "; export it from NeMo with `nemo.export` or convert it to a Hugging Face folder first"
 
 
-def read_nemo(path: Path) -> Checkpoint:
+def read_nemo(path: Path, *, weights: bool = True) -> Checkpoint:
     """Open a .nemo archive or its unpacked folder.
 
+    Args:
+        weights: False reads the configuration alone; the vocabulary is then its `override_vocab_size`.
     Raises:
         ModelError: no configuration, no weights, unsafe members, or a format of NeMo 2.
     """
     with reading(path):
         members = _folder_members(path) if path.is_dir() else _archive_members(path)
-    return _open(path, members)
+    return _open(path, members, weights)
 
 
 def read_ckpt(path: Path) -> Checkpoint:
@@ -50,15 +52,17 @@ def read_ckpt(path: Path) -> Checkpoint:
     return _checkpoint(path, config, merge([[_with_extra_state(state)]], config, str(path)), {})
 
 
-def _open(path: Path, members: dict[str, Region]) -> Checkpoint:
+def _open(path: Path, members: dict[str, Region], weights: bool) -> Checkpoint:
     config_name = next((name for name in ("model_config.yaml", "config.yaml") if name in members), None)
     if config_name is None:
         new = any(name.startswith(("weights/", "context/")) for name in members)
         raise ModelError(f"{path}: {'is a NeMo 2 checkpoint (weights/ and context/), which is not supported' + _NEW if new else 'has no model_config.yaml'}")
+    config = _config(members[config_name])
+    if not weights:
+        return Checkpoint(path, "megatron", {**config, "_vocab_size": config.get("override_vocab_size")}, {}, {})
     if any(name.startswith("model_weights/") for name in members):
         kind = "zarr" if any(name.endswith(".zarray") for name in members) else "torch_dist"
         raise ModelError(f"{path}: its weights are a distributed checkpoint ({kind}, model_weights/), which is not supported{_NEW}")
-    config = _config(members[config_name])
     ranks = _ranks(path, members)
     stages = [[_with_extra_state(read_torch(region)) for region in stage] for stage in ranks]
     files: dict[str, Path | bytes] = {}

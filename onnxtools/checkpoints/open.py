@@ -12,7 +12,7 @@ def open_checkpoint(path: Path, *, weights: bool = True) -> Checkpoint:
     """Open a Hugging Face folder, a .nemo archive or folder, a .ckpt, or a GGUF file.
 
     Args:
-        weights: False reads a Hugging Face folder's configuration alone.
+        weights: False reads the configuration of a folder alone.
     Raises:
         ModelError: no such path, or nothing that a reader knows.
     """
@@ -26,7 +26,7 @@ def open_checkpoint(path: Path, *, weights: bool = True) -> Checkpoint:
         if any((path / name).exists() for name in ("model_config.yaml", "weights", "context")):
             from onnxtools.checkpoints.nemo import read_nemo
 
-            return read_nemo(path)
+            return read_nemo(path, weights=weights)
         raise ModelError(f"{path}: has neither config.json (Hugging Face) nor model_config.yaml (NeMo); name the folder of the checkpoint")
     if path.suffix == ".gguf":
         from onnxtools.checkpoints.gguf import read_gguf

@@ -13,9 +13,9 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxtools.export.layers import FLOAT, INT64, Layers
+from onnxtools.export.ort_layers import MICROSOFT, OrtLayers
 from onnxtools.kvcache import KvCache
 
-MICROSOFT = "com.microsoft"
 _Q, _K, _V = "q", "k", "v"
 _LOWEST = {ir.DataType.FLOAT: -3.4e38, ir.DataType.FLOAT16: -65504.0, ir.DataType.BFLOAT16: -3.38e38}
 """Near enough to the lowest finite numbers: half of them is what hides a token."""
@@ -159,21 +159,42 @@ class Attention:
         indices = op("Mul", [real, self._range(self._zero(), new, "/model/last/indices")], "/model/last")
         return op("ReduceMax", [indices, one], "/model/last", keepdims=1)
 
+    def last_rows(self, tokens: ir.Value, width: int) -> ir.Value:
+        """[batch, width] of each row's last real token out of [batch * sequence, width]."""
+        op, build, name = self.layers.op, self.build, f"/model/last/{width}"
+        if "last" not in self._shared:
+            self._shared["last"] = op("Unsqueeze", [self.last_token(), build.constant([2], "axis_2")], "/model/last/index")
+        target = op("Concat", [self.inputs.batch, build.constant([1, width], "last_shape")], f"{name}/target", axis=0)
+        index = op("Expand", [self._shared["last"], target], f"{name}/index")
+        picked = op("GatherElements", [self.shaped(tokens, (width,), f"{name}/rows"), index], f"{name}/picked", axis=1)
+        return op("Reshape", [picked, build.constant([-1, width], "tokens_shape")], f"{name}/tokens")
+
     # --- one layer ---------------------------------------------------------------------------------------------------
 
-    def __call__(self, hidden: ir.Value, n: int) -> ir.Value:
-        """[batch * sequence, hidden] to the same: projections, cache, attention, output projection."""
+    def __call__(self, hidden: ir.Value, n: int, *, last_only: bool = False) -> ir.Value:
+        """[batch * sequence, hidden] to the same: projections, cache, attention, output projection; or to [batch, hidden] of the last tokens."""
         c, weight, name = self.config, f"model.layers.{n}.self_attn", f"/model/layers.{n}/attn"
-        q, k, v = (self.layers.linear(hidden, f"{weight}.{part}_proj", f"{name}/{part}_proj", bias=c.attention_bias) for part in (_Q, _K, _V))
-        context = self._grouped(q, k, v, n, name) if self.kind == "gqa" else self._standard(q, k, v, n, name)
+        packed = self.layers.qkv(hidden, weight, name) if isinstance(self.layers, OrtLayers) else None
+        if packed is not None:
+            product, qkv_bias = packed
+            joined = self.shaped(product, (c.q_size + 2 * c.kv_size,), f"{name}/qkv")
+            joined = joined if qkv_bias is None else self.layers.op("Add", [joined, qkv_bias], f"{name}/qkv")
+            context = self._grouped([joined, None, None], n, name)
+        else:
+            q, k, v = (self.layers.linear(hidden, f"{weight}.{part}_proj", f"{name}/{part}_proj", bias=c.attention_bias) for part in (_Q, _K, _V))
+            if self.kind == "gqa":
+                sizes = ((_Q, q, c.q_size), (_K, k, c.kv_size), (_V, v, c.kv_size))
+                context = self._grouped([self.shaped(x, (size,), f"{name}/{part}") for part, x, size in sizes], n, name)
+            else:
+                context = self._standard(q, k, v, n, name)
         flat = self.layers.op("Reshape", [context, self.build.constant([-1, c.q_size], "context_shape")], f"{name}/context")
+        flat = self.last_rows(flat, c.q_size) if last_only else flat
         return self.layers.linear(flat, f"{weight}.o_proj", f"{name}/o_proj", bias=c.output_bias)
 
-    def _grouped(self, q: ir.Value, k: ir.Value, v: ir.Value, n: int, name: str) -> ir.Value:
-        """com.microsoft.GroupQueryAttention, which rotates, appends to the cache and attends."""
+    def _grouped(self, projected: list[ir.Value | None], n: int, name: str) -> ir.Value:
+        """com.microsoft.GroupQueryAttention, which rotates, appends to the cache and attends; of q, k and v, or of all three in the first."""
         c = self.config
-        q, k, v = (self.shaped(x, (size,), f"{name}/{part}") for x, size, part in ((q, c.q_size, _Q), (k, c.kv_size, _K), (v, c.kv_size, _V)))
-        inputs = [q, k, v, *self._pasts[n], *self._lengths, *(self._tables or ())]
+        inputs = [*projected, *self._pasts[n], *self._lengths, *(self._tables or ())]
         found = self.build.ops(
             "GroupQueryAttention", inputs, f"{name}/GroupQueryAttention", outputs=3, domain=MICROSOFT, num_heads=c.num_attention_heads,
             kv_num_heads=c.num_key_value_heads, scale=c.attention_scale, do_rotary=int(self._tables is not None),

@@ -114,6 +114,8 @@ def _random(checkpoint: Checkpoint | None, options: ExportOptions) -> tuple[Deco
         raw.update({name: options.n_head for name in _SIZES["n_kv_head"] if name in raw})
     if options.n_embd or options.n_head:
         raw.pop("head_dim", None)
+    if raw.get("_vocab_size", 0) is None:
+        raise UsageError(f"export: {checkpoint.path if checkpoint else ''} does not say how large the vocabulary is; add --vocab-size")
     config = family.config(raw)
     dtype = DTYPES["fp16" if options.dtype == "auto" else options.dtype]
     made: dict[str, Tensor] = {}

@@ -10,6 +10,7 @@ from onnxtools.export.config import DecoderConfig
 from onnxtools.export.family import Weights
 from onnxtools.export.layers import FLOAT, Layers
 from onnxtools.export.options import ExportOptions
+from onnxtools.export.ort_layers import OrtLayers
 from onnxtools.graph import Builder, remove_unused
 from onnxtools.model import MAX_IR_VERSION, Model
 
@@ -33,21 +34,23 @@ def build_decoder(config: DecoderConfig, options: ExportOptions, weights: Weight
     graph = ir.Graph([], [], nodes=[], name=config.family, opset_imports=opsets)
     model = Model(ir.Model(graph, ir_version=min(MAX_IR_VERSION, _IR_VERSION[options.opset]), producer_name="onnxtools"))
     build = Builder(model)
-    layers = Layers(build, config, options, weights, dtype)
+    layers = (OrtLayers if options.kv_cache == "gqa" else Layers)(build, config, options, weights, dtype)
     logits = ir.val("logits", FLOAT, ir.Shape(["batch", 1 if options.logits == "last" else "sequence", config.vocab_size]))
     graph.outputs.append(logits)  # first, the caches follow
     attention = Attention(layers)
     hidden = layers.embedding(attention.inputs.ids, None if config.rope is not None else attention.positions)
+    normed = layers.norm(hidden, "model.layers.0.input_layernorm", "/model/layers.0/input_layernorm")
     for n in range(config.num_hidden_layers):
         weight, name = f"model.layers.{n}", f"/model/layers.{n}"
-        normed = layers.norm(hidden, f"{weight}.input_layernorm", f"{name}/input_layernorm")
-        hidden = layers.op("Add", [hidden, attention(normed, n)], f"{name}/attn/residual")
-        normed = layers.norm(hidden, f"{weight}.post_attention_layernorm", f"{name}/post_attention_layernorm")
-        hidden = layers.op("Add", [hidden, layers.mlp(normed, f"{weight}.mlp", f"{name}/mlp")], f"{name}/mlp/residual")
-    if options.logits == "last":
-        hidden = _last(layers, attention, hidden)
-    hidden = layers.norm(hidden, "model.norm", "/model/norm")
-    found = _rows(layers, attention, layers.head(hidden))
+        if options.logits == "last" and n + 1 == config.num_hidden_layers:
+            update, hidden = attention(normed, n, last_only=True), attention.last_rows(hidden, config.hidden_size)
+        else:
+            update = attention(normed, n)
+        hidden, normed = layers.add_norm(hidden, update, f"{weight}.post_attention_layernorm", f"{name}/post_attention_layernorm", f"{name}/attn/residual")
+        update = layers.mlp(normed, f"{weight}.mlp", f"{name}/mlp")
+        following = f"layers.{n + 1}.input_layernorm" if n + 1 < config.num_hidden_layers else "norm"
+        hidden, normed = layers.add_norm(hidden, update, f"model.{following}", f"/model/{following}", f"{name}/mlp/residual")
+    found = _rows(layers, attention, layers.head(normed))
     found.name, found.dtype, found.shape = "logits", FLOAT, logits.shape
     graph.outputs[0] = found
     remove_unused(model)
@@ -56,15 +59,6 @@ def build_decoder(config: DecoderConfig, options: ExportOptions, weights: Weight
 
 _IR_VERSION = {19: 9, 20: 9, 21: 10, 22: 10, 23: 11, 24: 12}
 """Opset to the IR version of the same onnx release (onnx/docs/Versioning.md)."""
-
-
-def _last(layers: Layers, attention: Attention, hidden: ir.Value) -> ir.Value:
-    """[batch, hidden] of each row's last real token, taken before the head."""
-    rows = attention.shaped(hidden, (layers.config.hidden_size,), "/model/last/rows")
-    index = layers.op("Unsqueeze", [attention.last_token(), layers.build.constant([2], "axis_2")], "/model/last/index")
-    target = layers.op("Concat", [attention.inputs.batch, layers.build.constant([1, layers.config.hidden_size], "last_shape")], "/model/last/target", axis=0)
-    picked = layers.op("GatherElements", [rows, layers.op("Expand", [index, target], "/model/last/index")], "/model/last/picked", axis=1)
-    return layers.op("Reshape", [picked, layers.build.constant([-1, layers.config.hidden_size], "tokens_shape")], "/model/last/tokens")
 
 
 def _rows(layers: Layers, attention: Attention, logits: ir.Value) -> ir.Value:

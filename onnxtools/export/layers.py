@@ -19,7 +19,7 @@ from onnxtools.export.options import ExportOptions
 from onnxtools.fp8 import quantize_rows
 from onnxtools.graph import Builder
 from onnxtools.tensors import StreamedTensor
-from onnxtools.weights import cast
+from onnxtools.weights import Tensor, cast
 
 FLOAT, INT64, FP8 = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.FLOAT8E4M3FN
 
@@ -37,9 +37,11 @@ class Layers:
 
     def weight(self, name: str) -> ir.Value:
         """The weight in the compute type, one initializer however often it is used."""
-        if name not in self._made:
-            tensor = cast(self._weights[name], self.dtype)
-            self._made[name] = self.build.initializer(tensor, name)
+        return self.stored(name, self._weights[name]) if name not in self._made else self._made[name]
+
+    def stored(self, name: str, tensor: Tensor) -> ir.Value:
+        """`tensor` as the weight called `name`."""
+        self._made[name] = self.build.initializer(cast(tensor, self.dtype), name)
         return self._made[name]
 
     def scalar(self, value: float, name: str, dtype: ir.DataType | None = None) -> ir.Value:
@@ -66,6 +68,11 @@ class Layers:
         mean = self.op("ReduceMean", [self.op("Mul", [wide, wide], name), self.build.constant([-1], "last_axis")], name, keepdims=1)
         root = self.op("Sqrt", [self.op("Add", [mean, self.scalar(c.norm_eps, "norm_eps", FLOAT)], name)], name)
         return self.op("Mul", [self.cast(self.op("Div", [wide, root], name), self.dtype, f"{name}/narrow"), scale], f"{name}/scale")
+
+    def add_norm(self, hidden: ir.Value, update: ir.Value, weight: str, name: str, residual: str) -> tuple[ir.Value, ir.Value]:
+        """`hidden + update`, and the norm of it."""
+        summed = self.op("Add", [hidden, update], residual)
+        return summed, self.norm(summed, weight, name)
 
     def cast(self, value: ir.Value, dtype: ir.DataType, name: str) -> ir.Value:
         return value if self.dtype == FLOAT and dtype == FLOAT else self.op("Cast", [value], name, to=dtype.value)

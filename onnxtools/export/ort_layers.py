@@ -1,0 +1,69 @@
+"""Layers in ONNX Runtime's own operators (domain com.microsoft), for graphs that only it runs (`--kv-cache gqa`).
+
+The residual addition, the bias before it and the norm after it are one node, and so are a bias and its GELU: on a GPU a decode
+step is a chain of small kernels, and each one less is time saved. Computed in fp32 inside, as the standard form is.
+Operators: ContribOperators.md of ONNX Runtime (SkipLayerNormalization, SkipSimplifiedLayerNormalization, BiasGelu, FastGelu).
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from onnxtools.export.config import Activation
+from onnxtools.export.layers import Layers
+from onnxtools.weights import hstack, vstack
+
+MICROSOFT = "com.microsoft"
+
+
+class OrtLayers(Layers):
+    """`Layers` with fused nodes."""
+
+    def add_norm(self, hidden: ir.Value, update: ir.Value, weight: str, name: str, residual: str) -> tuple[ir.Value, ir.Value]:
+        c, bias = self.config, _take_bias(update)
+        scale = self.weight(f"{weight}.weight")
+        if c.norm == "layer_norm":
+            beta = self.weight(f"{weight}.bias") if c.norm_bias else None
+            op, inputs = "SkipLayerNormalization", [update, hidden, scale, beta, bias]
+        else:
+            op, inputs = "SkipSimplifiedLayerNormalization", [update, hidden, scale, bias]
+        while inputs[-1] is None:
+            inputs.pop()
+        normed, _, _, summed = self.build.ops(op, inputs, f"{name}/{op}", outputs=4, domain=MICROSOFT, epsilon=c.norm_eps)
+        return summed, normed
+
+    def activation(self, x: ir.Value, kind: Activation, name: str) -> ir.Value:
+        if kind not in ("gelu", "gelu_tanh"):
+            return super().activation(x, kind, name)
+        bias = _take_bias(x)
+        if kind == "gelu" and bias is None:
+            return super().activation(x, kind, name)  # BiasGelu's bias is not optional
+        op = "FastGelu" if kind == "gelu_tanh" else "BiasGelu"
+        return self.build.ops(op, [x, *([bias] if bias is not None else [])], f"{name}/{op}", domain=MICROSOFT)[0]
+
+    def qkv(self, hidden: ir.Value, weight: str, name: str) -> tuple[ir.Value, ir.Value | None] | None:
+        """[tokens, q_size + 2 kv_size], one product for queries, keys and values, and their bias; None where each has FP8 scales of its own.
+
+        The bias is left to be added to the three-dimensional value: as the Gemm's it would first be spread over all tokens, in a
+        kernel slower than the addition.
+        """
+        parts = [f"{weight}.{part}_proj" for part in ("q", "k", "v")]
+        if any(part in self._scales for part in parts):
+            return None
+        joined = f"{weight}.qkv_proj"
+        for kind in ("weight", *(["bias"] if self.config.attention_bias else [])):
+            tensors = [self._weights[f"{part}.{kind}"] for part in parts]
+            beside = kind == "weight" and self.config.linear_in_out
+            self.stored(f"{joined}.{kind}", (hstack if beside else vstack)(tensors, f"{joined}.{kind}"))
+        bias = self.weight(f"{joined}.bias") if self.config.attention_bias else None
+        return self.linear(hidden, joined, f"{name}/qkv_proj", bias=False), bias
+
+
+def _take_bias(value: ir.Value) -> ir.Value | None:
+    """The bias of the Gemm behind `value`, taken from it; None where it has none."""
+    node = value.producer()
+    if node is None or node.op_type != "Gemm" or len(node.inputs) < 3:
+        return None
+    bias = node.inputs[2]
+    node.resize_inputs(2)
+    return bias
