@@ -1,4 +1,4 @@
-"""Passes, engine builders and model families are found through Python entry points, so that other packages can add theirs.
+"""Passes, engine builders, model families and runtimes are found through Python entry points, so that other packages can add theirs.
 
 [project.entry-points."onnxtools.passes"]
 my-pass = "my_package.module:MyPass"
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 PASSES = "onnxtools.passes"
 BUILDERS = "onnxtools.builders"
 FAMILIES = "onnxtools.families"
-_KIND = {PASSES: "pass", BUILDERS: "builder", FAMILIES: "family"}
+RUNTIMES = "onnxtools.runtimes"
+_KIND = {PASSES: "pass", BUILDERS: "builder", FAMILIES: "family", RUNTIMES: "runtime"}
 
 
 @functools.cache

@@ -1,0 +1,134 @@
+"""Which inputs and outputs of a graph or engine are tokens, mask, positions and cache. Shared by the runtimes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from onnxtools.errors import JobError
+
+CacheKind = Literal["none", "concat", "scatter", "gqa"]
+Dim = int | str | None
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output; a dimension that is not an int is dynamic. `dtype` is ONNX's name in lower case (float16)."""
+
+    name: str
+    dtype: str
+    shape: tuple[Dim, ...]
+
+
+@dataclass(frozen=True)
+class CachePort:
+    """A cache tensor: its input, its output, and the axis along which tokens are kept."""
+
+    past: Port
+    present: Port
+    axis: int
+
+    def shape(self, rows: int, length: int) -> list[int]:
+        """With `rows` sequences of `length` tokens; other dimensions are the model's own."""
+        found = []
+        for axis, dim in enumerate(self.past.shape):
+            if axis == self.axis:
+                found.append(dim if isinstance(dim, int) else length)
+            else:
+                found.append(dim if isinstance(dim, int) else rows)
+        return found
+
+
+@dataclass(frozen=True)
+class DecoderIO:
+    """A decoder's ports by their use.
+
+    Attributes:
+        logits_all: whether logits of every token are returned, not of the last alone.
+    """
+
+    ids: Port
+    mask: Port | None
+    positions: Port | None
+    write_indices: Port | None
+    caches: tuple[CachePort, ...]
+    logits: Port
+    kind: CacheKind
+    logits_all: bool
+
+    @property
+    def vocab_size(self) -> int:
+        return size if isinstance(size := self.logits.shape[-1], int) else 1 << 31
+
+    @property
+    def batch_limit(self) -> int | None:
+        """Rows that the graph is fixed to, if it is."""
+        rows = self.ids.shape[0]
+        return rows if isinstance(rows, int) and rows > 0 else None
+
+    @property
+    def cache_length(self) -> int | None:
+        """Slots of a static cache."""
+        lengths = {c.past.shape[c.axis] for c in self.caches}
+        found = lengths.pop() if len(lengths) == 1 else None
+        return found if isinstance(found, int) and found > 0 else None
+
+
+_PRESENT = ("present", "present_key_values")
+"""What an output is called whose input is past_key_values; hf and nemo naming of add-kv-cache, and optimum's."""
+
+
+def decoder_io(path: Path, inputs: Sequence[Port], outputs: Sequence[Port], *, gqa: bool = False) -> DecoderIO:
+    """Sort the ports of a decoder.
+
+    Args:
+        gqa: the graph holds com.microsoft.GroupQueryAttention.
+    Raises:
+        JobError: an input that cannot be fed, or no logits.
+    """
+    named = {port.name: port for port in inputs}
+    pasts = [port for port in inputs if port.name.startswith("past_key_values.")]
+    tokens = {name: named.pop(name, None) for name in ("input_ids", "attention_mask", "position_ids", "write_indices")}
+    for past in pasts:
+        del named[past.name]
+    ids = tokens["input_ids"]
+    if ids is None or named:
+        odd = next(iter(named), None)
+        raise JobError(
+            f"{path}: {f'input {odd!r} cannot be fed' if odd else 'has no input input_ids'}; a model to run takes input_ids, and attention_mask,"
+            " position_ids, write_indices and past_key_values.* at most"
+        )
+    mask = tokens["attention_mask"]
+    if mask is not None and (len(mask.shape) != 2 or "int" not in mask.dtype):
+        raise JobError(f"{path}: attention_mask is {mask.dtype} of {len(mask.shape)} dimensions; only a mask of tokens, int64 [batch, length], can be fed")
+    by_name = {port.name: port for port in outputs}
+    caches = tuple(CachePort(past, _present(path, past, by_name), _axis(path, past)) for past in pasts)
+    presents = {c.present.name for c in caches}
+    logits = by_name.get("logits") or next((port for port in outputs if port.name not in presents), None)
+    if logits is None or len(logits.shape) != 3:
+        raise JobError(f"{path}: has no output logits [batch, sequence, vocabulary]; name the output so, or export the model again")
+    static = any(isinstance(c.past.shape[c.axis], int) and c.past.shape[c.axis] != -1 for c in caches)
+    kind: CacheKind = "gqa" if gqa and caches else "scatter" if tokens["write_indices"] is not None or static else "concat" if caches else "none"
+    if kind == "scatter" and tokens["write_indices"] is None:
+        raise JobError(f"{path}: its cache has a fixed length and there is no input write_indices; export with --kv-cache scatter or concat")
+    return DecoderIO(ids, mask, tokens["position_ids"], tokens["write_indices"], caches, logits, kind, logits.shape[1] != 1)
+
+
+def _present(path: Path, past: Port, outputs: dict[str, Port]) -> Port:
+    rest = past.name.removeprefix("past_key_values.")
+    for prefix in _PRESENT:
+        if f"{prefix}.{rest}" in outputs:
+            return outputs[f"{prefix}.{rest}"]
+    if f"new_key_values.{rest}" in outputs:
+        raise JobError(f"{path}: returns the new keys and values alone (--policy new); run add-kv-cache with --policy concat")
+    raise JobError(f"{path}: input {past.name!r} has no output present.{rest}; add the cache again with add-kv-cache")
+
+
+def _axis(path: Path, past: Port) -> int:
+    """The axis of tokens: the dynamic one called past..., else the third, as in [batch, heads, tokens, channels]."""
+    if len(past.shape) != 4:
+        raise JobError(f"{path}: cache {past.name!r} has {len(past.shape)} dimensions; [batch, heads, tokens, channels] is wanted")
+    named = [axis for axis, dim in enumerate(past.shape) if isinstance(dim, str) and ("past" in dim or "cache" in dim)]
+    return named[0] if named else 2

@@ -1,0 +1,145 @@
+"""The runtime `frameworks`: the same checkpoint in PyTorch, through transformers. The baseline that the others are compared with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onnxtools.engines.ort_session import device_name
+from onnxtools.errors import JobError
+from onnxtools.generation.runtime import Floats, HostLogits, Ids, Logits, ModelInfo, Prompts, RuntimeOptions, check_length, padded, positions_of
+
+
+class TorchLogits:
+    """Logits [rows, vocabulary] of torch."""
+
+    def __init__(self, logits: Any) -> None:
+        self._logits = logits
+
+    def numpy(self) -> Floats:
+        return self._logits.float().cpu().numpy()  # type: ignore[no-any-return]
+
+    def argmax(self) -> tuple[Ids, Floats]:
+        best, ids = self._logits.max(dim=-1)
+        return ids.cpu().numpy(), best.float().cpu().numpy()
+
+
+class FrameworksRuntime:
+    """A Hugging Face folder or GGUF file in transformers; the attributes are those of `Runtime`.
+
+    A folder with config.json and no weights gives a model with random weights, for performance studies.
+
+    Raises:
+        JobError: transformers is not installed, or does not know the checkpoint.
+    """
+
+    def __init__(self, path: Path, options: RuntimeOptions) -> None:
+        try:
+            import torch
+            import transformers
+        except ImportError as error:
+            raise JobError(f"the runtime frameworks needs PyTorch and transformers ({error}); install onnxtools[torch]") from None
+        self._torch = torch
+        self.name, self.notes, self.pads, self.has_cache = "frameworks", [], True, options.cache
+        self.path = _checkpoint(path, options)
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        device = options.device if options.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = device_name(device)
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        self.model = self._load(transformers, options.attention).to(device).eval()
+        config = self.model.config
+        eos = config.eos_token_id if self.model.generation_config.eos_token_id is None else self.model.generation_config.eos_token_id
+        ends = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+        folder = self.path if self.path.is_dir() else self.path.parent
+        pad = config.pad_token_id
+        limit = getattr(config, "max_position_embeddings", None)
+        self.info = ModelInfo(folder, ends, int(pad) if pad is not None else (ends[0] if ends else 0), limit)
+        self.vocab_size = int(config.vocab_size)
+        self.weight_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
+
+    def _load(self, transformers: Any, attention: str) -> Any:
+        where = {"pretrained_model_name_or_path": self.path} if self.path.is_dir() else {
+            "pretrained_model_name_or_path": self.path.parent, "gguf_file": self.path.name,
+        }  # fmt: skip
+        random = self.path.is_dir() and not [*self.path.glob("*.safetensors"), *self.path.glob("*.bin")]
+        try:
+            if random:
+                config = transformers.AutoConfig.from_pretrained(self.path)
+                self.notes.append(f"{self.path} has no weights: the weights of frameworks are random")
+                with self._torch.device("cuda" if self._torch.cuda.is_available() else "cpu"):
+                    return transformers.AutoModelForCausalLM.from_config(config, dtype=config.dtype or self._torch.float32, attn_implementation=attention)
+            dtype = "auto" if self.path.is_dir() else self._torch.float32
+            return transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=dtype, attn_implementation=attention)
+        except Exception as error:  # transformers raises whatever its dependencies raise
+            raise JobError(f"{self.path}: transformers cannot load it ({' '.join(str(error).split())[:160]}); name another with --checkpoint") from None
+
+    def start(self, rows: int, length: int) -> None:
+        self._length = length
+
+    def prefill(self, prompts: Prompts) -> Logits:
+        longest = max(map(len, prompts))
+        check_length(self.info, self._length, longest, str(self.path))
+        ids, self._mask = padded(prompts, self.info.pad_token_id, "left")
+        self._ids, self._past = ids, None
+        return self._forward(ids)
+
+    def step(self, ids: Ids) -> Logits:
+        self._mask = np.concatenate([self._mask, np.ones((len(ids), 1), np.int64)], axis=1)
+        self._ids = np.concatenate([self._ids, ids[:, None]], axis=1)
+        return self._forward(ids[:, None] if self.has_cache else self._ids)
+
+    def _forward(self, ids: Ids) -> Logits:
+        torch, device = self._torch, self.model.device
+        positions = positions_of(self._mask)[:, -ids.shape[1] :]
+        tensors = {"input_ids": ids, "attention_mask": self._mask, "position_ids": positions}
+        with torch.inference_mode():
+            given = {name: torch.from_numpy(np.ascontiguousarray(array)).to(device) for name, array in tensors.items()}
+            try:
+                found = self.model(**given, past_key_values=self._past, use_cache=self.has_cache, logits_to_keep=1)
+            except torch.OutOfMemoryError:
+                raise JobError(f"{self.path}: out of memory with {len(ids)} rows of {self._length} tokens; use a smaller batch") from None
+        self._past = found.past_key_values if self.has_cache else None
+        return TorchLogits(found.logits[:, -1])
+
+    def reorder(self, rows: Ids) -> None:
+        self._mask, self._ids = self._mask[rows], self._ids[rows]
+        if self._past is not None:
+            self._past.reorder_cache(self._torch.from_numpy(rows).to(self.model.device))
+
+    def score(self, prompts: Prompts) -> list[Floats]:
+        torch, (ids, mask) = self._torch, padded(prompts, self.info.pad_token_id, "right")
+        check_length(self.info, ids.shape[1], ids.shape[1], str(self.path))
+        given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions_of(mask)}
+        with torch.inference_mode():
+            logits = self.model(**{name: torch.from_numpy(array).to(self.model.device) for name, array in given.items()}, use_cache=False).logits
+        return [HostLogits(logits[row, : len(prompt)].float().cpu().numpy()).array for row, prompt in enumerate(prompts)]
+
+    def close(self) -> None:
+        self.model = self._past = None
+        if self._torch.cuda.is_available():
+            self._torch.cuda.empty_cache()
+
+
+def _checkpoint(path: Path, options: RuntimeOptions) -> Path:
+    """The checkpoint to load: the option, the model itself, or what the folder of the model holds.
+
+    Raises:
+        JobError: none is known.
+    """
+    found = Path(options.checkpoint) if options.checkpoint else path
+    if found.suffix == ".onnx":
+        found = found.parent if (found.parent / "config.json").is_file() else found
+    if found.is_dir() and (found / "config.json").is_file():
+        try:
+            json.loads((found / "config.json").read_text())
+        except ValueError:
+            raise JobError(f"{found}/config.json: is not JSON; fetch the checkpoint again") from None
+        return found
+    if found.suffix == ".gguf" and found.is_file():
+        return found
+    raise JobError(f"{found}: is no Hugging Face folder or GGUF file, which the runtime frameworks loads; name one with --checkpoint")

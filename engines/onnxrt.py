@@ -1,0 +1,331 @@
+"""The runtime `onnxrt`: ONNX Runtime on the CPU or CUDA. The cache stays on the device.
+
+concat: the outputs of a step are the inputs of the next, bound as they are; prompts are padded on the left.
+scatter, gqa: one buffer a cache is input and output at once, bound once; prompts are padded on the right. On CUDA the step is captured
+as a CUDA graph. none: the whole text is run again for each token.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onnxtools.engines.decoder_io import DecoderIO, decoder_io
+from onnxtools.engines.ort_session import BEST, NEXT, DeviceOps, choose_device, device_memory, device_name, is_out_of_memory, one_line, open_session, ports
+from onnxtools.errors import JobError
+from onnxtools.generation.runtime import Floats, HostLogits, Ids, Logits, ModelInfo, Prompts, RuntimeOptions, check_length, padded, positions_of
+from onnxtools.model import Model
+
+
+class DeviceLogits:
+    """Logits [rows, 1, vocabulary] on a device, with each row's best token."""
+
+    def __init__(self, logits: Any, best: Any, value: Any) -> None:
+        self._logits, self._best, self._value = logits, best, value
+
+    def numpy(self) -> Floats:
+        return self._logits.numpy()[:, -1].astype(np.float32)  # type: ignore[no-any-return]
+
+    def argmax(self) -> tuple[Ids, Floats]:
+        return self._best.numpy()[:, -1], self._value.numpy()[:, -1].astype(np.float32)
+
+
+class _Input:
+    """A small input that is written anew for each step: on the CPU in place, on a device by a copy."""
+
+    def __init__(self, ops: DeviceOps, array: Ids) -> None:
+        self.array = array
+        self.value = ops.value(array)
+        self._copy = ops.device != "cpu"
+
+    def push(self) -> None:
+        if self._copy:
+            self.value.update_inplace(self.array)
+
+
+class OrtRuntime:
+    """See the module; the attributes are those of `Runtime`.
+
+    Raises:
+        JobError: a graph that cannot be run as a decoder, or that ONNX Runtime does not take.
+    """
+
+    def __init__(self, path: Path, options: RuntimeOptions) -> None:
+        import onnxruntime as ort
+
+        self.name, self.notes = "onnxrt", []
+        model = Model.load(path)
+        self.io = decoder_io(path, *ports(model), gqa=any(n.op_type == "GroupQueryAttention" for n in model.graph))
+        self.info = ModelInfo.read(path, {**model.ir.metadata_props, **model.graph.metadata_props})
+        self.vocab_size = self.io.vocab_size
+        self.has_cache, self.pads = bool(self.io.caches), self.io.mask is not None
+        self.weight_bytes = model.weight_bytes()
+        self.path, self._device = path, choose_device(options.device, self.notes)
+        self.device = device_name(self._device)
+        static = self.io.kind in ("scatter", "gqa")
+        self.session, self.captures = open_session(model, options, self._device, self.notes, graph=options.cuda_graph and static)
+        if not self.has_cache:
+            self.notes.append("the model has no KV cache: every token runs the whole text again; use add-kv-cache, or export --kv-cache concat")
+        self.results = [self.io.logits.name, *([NEXT, BEST] if self._device == "cuda" else [])]
+        self.ops = DeviceOps(self._device)
+        self._plain = ort.RunOptions()
+        if self.captures:
+            self._plain.add_run_config_entry("gpu_graph_id", "-1")
+        self._state: _Growing | _Static | _Whole | None = None
+
+    # --- the protocol ------------------------------------------------------------------------------------------------
+
+    def start(self, rows: int, length: int) -> None:
+        limit = self.io.batch_limit
+        if limit is not None and rows != limit:
+            raise JobError(f"{self.path}: its batch is fixed to {limit} and {rows} rows are wanted; run {limit} at a time, or export with a dynamic batch")
+        self._rows, self._length = rows, length
+        if isinstance(self._state, _Static) and self._state.fits(rows, length):
+            return  # its buffers, and the graph captured with them, serve again
+        kinds = {"none": _Whole, "concat": _Growing, "scatter": _Static, "gqa": _Static}
+        self._state = None  # give the old buffers back first
+        try:
+            self._state = kinds[self.io.kind](self, rows, length)
+        except Exception as error:
+            raise self._failure(error) from None
+
+    def prefill(self, prompts: Prompts) -> Logits:
+        longest = max(map(len, prompts))
+        check_length(self.info, self._length, longest, str(self.path))
+        return self._guarded(lambda state: state.prefill(prompts))
+
+    def step(self, ids: Ids) -> Logits:
+        return self._guarded(lambda state: state.step(ids))
+
+    def reorder(self, rows: Ids) -> None:
+        self._guarded(lambda state: state.reorder(rows))
+
+    def score(self, prompts: Prompts) -> list[Floats]:
+        if not self.io.logits_all:
+            raise JobError(f"{self.path}: returns the logits of the last token alone; export with --logits all to score texts")
+        longest = max(map(len, prompts))
+        check_length(self.info, longest, longest, str(self.path))
+        if not self.pads and min(map(len, prompts)) != longest:
+            return [self.score([prompt])[0] for prompt in prompts]
+        side = "left" if self.io.kind in ("concat", "none") else "right"
+        whole = _Whole(self, len(prompts), longest)
+        try:
+            logits = whole.run(*padded(prompts, self.info.pad_token_id, side))  # type: ignore[arg-type]
+        except Exception as error:
+            raise self._failure(error) from None
+        ends = [longest if side == "left" else len(prompt) for prompt in prompts]
+        return [logits[row, end - len(prompt) : end].astype(np.float32, copy=False) for row, (prompt, end) in enumerate(zip(prompts, ends, strict=True))]
+
+    def close(self) -> None:
+        self._state = None
+        self.session = None
+
+    # --- for the states ----------------------------------------------------------------------------------------------
+
+    def _guarded(self, call: Any) -> Any:
+        if self._state is None:
+            raise AssertionError("start comes first")
+        try:
+            return call(self._state)
+        except JobError:
+            raise
+        except Exception as error:
+            raise self._failure(error) from None
+
+    def _failure(self, error: Exception) -> JobError:
+        if not is_out_of_memory(error):
+            return JobError(f"{self.path}: ONNX Runtime failed: {one_line(error)}")
+        row = self._length * sum(int(np.prod(c.shape(1, 1))) * _size(c.past.dtype) for c in self.io.caches) + self.vocab_size * 8
+        memory = device_memory() if self._device == "cuda" else None
+        room = f"; of {memory[1] / 1e9:.0f} GB, a batch of about {max(int((0.9 * memory[1] - self.weight_bytes) / (2 * row)), 0)} would fit" if memory else ""
+        return JobError(f"{self.path}: out of memory with {self._rows} rows of {self._length} tokens ({self._rows * row / 1e9:.1f} GB of cache){room}")
+
+    def bound(self, feeds: dict[str, Any]) -> Any:
+        """A binding of small inputs (device values), and of the logits, for which ONNX Runtime makes room."""
+        binding = self.session.io_binding()
+        for name, value in feeds.items():
+            binding.bind_ortvalue_input(name, value)
+        for name in self.results:
+            binding.bind_output(name, self._device, 0)
+        return binding
+
+    def run(self, binding: Any, options: Any = None) -> None:
+        self.session.run_with_iobinding(binding, options or self._plain)
+
+    def feeds(self, ids: Ids, mask: Ids | None, positions: Ids, write: Ids | None = None) -> dict[str, Any]:
+        """Device values of those inputs that the graph has."""
+        io = self.io
+        pairs = ((io.ids, ids), (io.mask, mask), (io.positions, positions), (io.write_indices, write))
+        return {port.name: self.ops.value(np.ascontiguousarray(array, port.dtype)) for port, array in pairs if port is not None and array is not None}
+
+    def last(self, binding: Any, ends: Ids) -> Logits:
+        """The logits at `ends` of a prefill's outputs; the same as the last ones where the graph returns those alone."""
+        outputs = binding.get_outputs()
+        if self._device == "cuda" and (not self.io.logits_all or outputs[0].shape()[1] == 1):
+            return DeviceLogits(*outputs[:3])
+        logits = outputs[0].numpy()
+        rows = np.arange(len(logits))
+        return HostLogits(logits[rows, ends if logits.shape[1] > 1 else 0].astype(np.float32, copy=False))
+
+
+def _size(dtype: str) -> int:
+    return 1 if "8" in dtype else 2 if "16" in dtype else 4
+
+
+class _Growing:
+    """concat: present becomes past."""
+
+    def __init__(self, runtime: OrtRuntime, rows: int, length: int) -> None:
+        self.r, self.rows = runtime, rows
+
+    def prefill(self, prompts: Prompts) -> Logits:
+        r = self.r
+        ids, self.mask = padded(prompts, r.info.pad_token_id, "left")
+        positions = positions_of(self.mask)
+        self.next = positions[:, -1:] + 1
+        self.caches = [r.ops.zeros(c.shape(self.rows, 0), c.past.dtype) for c in r.io.caches]
+        return self._run(ids, positions)
+
+    def step(self, ids: Ids) -> Logits:
+        self.mask = np.concatenate([self.mask, np.ones((self.rows, 1), np.int64)], axis=1)
+        found = self._run(ids[:, None], self.next)
+        self.next = self.next + 1
+        return found
+
+    def _run(self, ids: Ids, positions: Ids) -> Logits:
+        r = self.r
+        binding = r.bound(r.feeds(ids, self.mask, positions))
+        for cache, value in zip(r.io.caches, self.caches, strict=True):
+            binding.bind_ortvalue_input(cache.past.name, value)
+            binding.bind_output(cache.present.name, r._device, 0)
+        r.run(binding)
+        self.caches = binding.get_outputs()[-len(self.caches) :]
+        return r.last(binding, np.full(self.rows, -1))
+
+    def reorder(self, rows: Ids) -> None:
+        value = self.r.ops.value(rows)
+        self.mask, self.next = self.mask[rows], self.next[rows]
+        self.caches = [self.r.ops.picked(cache, value, _batch_axis(c)) for c, cache in zip(self.r.io.caches, self.caches, strict=True)]
+
+
+class _Static:
+    """scatter, gqa: buffers that are input and output at once; everything of a step is bound once."""
+
+    def __init__(self, runtime: OrtRuntime, rows: int, length: int) -> None:
+        r = self.r = runtime
+        self.rows = rows
+        self.slots = r.io.cache_length or length
+        if length > self.slots:
+            raise JobError(f"{r.path}: its cache has {self.slots} slots and {length} tokens are wanted; export with a larger --cache-length")
+        self.buffers = [r.ops.zeros(c.shape(rows, self.slots), c.past.dtype) for c in r.io.caches]
+        self.ids, self.positions = _Input(r.ops, np.zeros((rows, 1), np.int64)), _Input(r.ops, np.zeros((rows, 1), np.int64))
+        self.mask, self.write = _Input(r.ops, np.zeros((rows, self.slots), np.int64)), _Input(r.ops, np.zeros(rows, np.int64))
+        self._bind()
+
+    def fits(self, rows: int, length: int) -> bool:
+        return rows == self.rows and (length == self.slots or (self.r.io.cache_length is not None and length <= self.slots))
+
+    def _bind(self) -> None:
+        """The step's binding: fixed inputs, buffers and logits, so that a captured graph finds them where they were."""
+        r, io = self.r, self.r.io
+        pairs = ((io.ids, self.ids), (io.mask, self.mask), (io.positions, self.positions), (io.write_indices, self.write))
+        self.inputs = [(port.name, given) for port, given in pairs if port is not None]
+        self.binding = r.bound({name: given.value for name, given in self.inputs})
+        self._bind_buffers(self.binding)
+        self.outputs: list[Any] | None = None
+        self.options = _graph_options() if r.captures else None
+
+    def _bind_buffers(self, binding: Any) -> None:
+        for cache, buffer in zip(self.r.io.caches, self.buffers, strict=True):
+            binding.bind_ortvalue_input(cache.past.name, buffer)
+            binding.bind_ortvalue_output(cache.present.name, buffer)
+
+    def prefill(self, prompts: Prompts) -> Logits:
+        r = self.r
+        ids, mask = padded(prompts, r.info.pad_token_id, "right")
+        self.lengths = mask.sum(axis=1)
+        self.mask.array[:] = 0
+        self.mask.array[:, : mask.shape[1]] = mask
+        # gqa takes a mask as long as the text, scatter one as long as the buffer.
+        given = self.mask.array if r.io.kind == "scatter" else mask
+        binding = r.bound(r.feeds(ids, given, positions_of(mask), np.zeros(self.rows, np.int64)))
+        self._bind_buffers(binding)
+        r.run(binding)
+        return r.last(binding, self.lengths - 1)
+
+    def step(self, ids: Ids) -> Logits:
+        every = np.arange(self.rows)
+        self.ids.array[:, 0] = ids
+        self.positions.array[:, 0] = self.write.array[:] = self.lengths
+        self.mask.array[every, self.lengths] = 1
+        self.lengths = self.lengths + 1
+        for _, given in self.inputs:
+            given.push()
+        self.r.run(self.binding, self.options)
+        if self.outputs is None:  # bound from now on, where the first run put them
+            self.outputs = self.binding.get_outputs()
+            for name, value in zip(self.r.results, self.outputs, strict=False):
+                self.binding.bind_ortvalue_output(name, value)
+        if self.r._device == "cuda":
+            return DeviceLogits(*self.outputs[:3])
+        return HostLogits(self.outputs[0].numpy()[:, -1].astype(np.float32, copy=False))
+
+    def reorder(self, rows: Ids) -> None:
+        r, value = self.r, self.r.ops.value(rows)
+        self.buffers = [r.ops.picked(buffer, value, _batch_axis(c)) for c, buffer in zip(r.io.caches, self.buffers, strict=True)]
+        self.lengths, self.mask.array[:] = self.lengths[rows], self.mask.array[rows]
+        self._bind()
+
+
+class _Whole:
+    """none: no cache; also how texts are scored, with empty caches."""
+
+    def __init__(self, runtime: OrtRuntime, rows: int, length: int) -> None:
+        self.r, self.rows = runtime, rows
+
+    def prefill(self, prompts: Prompts) -> Logits:
+        self.texts = [list(prompt) for prompt in prompts]
+        ids, mask = padded(self.texts, self.r.info.pad_token_id, "left")
+        logits = self.run(ids, mask)
+        return HostLogits(logits[:, -1].astype(np.float32, copy=False))
+
+    def step(self, ids: Ids) -> Logits:
+        return self.prefill([[*text, int(token)] for text, token in zip(self.texts, ids, strict=True)])
+
+    def reorder(self, rows: Ids) -> None:
+        self.texts = [self.texts[row] for row in rows]
+
+    def run(self, ids: Ids, mask: Ids) -> np.ndarray:
+        """All logits, [rows, tokens, vocabulary]."""
+        r, io = self.r, self.r.io
+        slots = io.cache_length or ids.shape[1]
+        given = np.pad(mask, ((0, 0), (0, slots - mask.shape[1]))) if io.kind == "scatter" else mask
+        binding = r.session.io_binding()
+        for name, value in r.feeds(ids, given, positions_of(mask), np.zeros(len(ids), np.int64)).items():
+            binding.bind_ortvalue_input(name, value)
+        for cache in io.caches:
+            empty = r.ops.zeros(cache.shape(len(ids), slots if io.kind in ("scatter", "gqa") else 0), cache.past.dtype)
+            binding.bind_ortvalue_input(cache.past.name, empty)
+            binding.bind_output(cache.present.name, r._device, 0)
+        for name in r.results:
+            binding.bind_output(name, "cpu", 0)
+        r.run(binding)
+        return binding.get_outputs()[len(io.caches)].numpy()  # type: ignore[no-any-return]
+
+
+_GRAPHS = iter(range(1, 1 << 31))
+
+
+def _graph_options() -> Any:
+    """Run options with a graph of their own: captured at the second run, replayed from then on."""
+    import onnxruntime as ort
+
+    made = ort.RunOptions()
+    made.add_run_config_entry("gpu_graph_id", str(next(_GRAPHS)))
+    return made
+
+
+def _batch_axis(cache: Any) -> int:
+    return 0 if cache.axis != 0 else 1

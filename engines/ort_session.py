@@ -1,0 +1,203 @@
+"""ONNX Runtime sessions: provider, device values, and the small graphs that work on device memory."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from onnxtools.engines.decoder_io import Port
+from onnxtools.errors import JobError
+from onnxtools.generation.runtime import RuntimeOptions
+from onnxtools.graph import Builder
+from onnxtools.model import Model
+
+NEXT, BEST = "onnxtools.next", "onnxtools.best"
+"""Outputs that are added for a device: each row's best token and its logit, so that a step moves 16 bytes a row to the host and not the logits."""
+
+
+def choose_device(wanted: str, notes: list[str]) -> str:
+    """`cuda` or `cpu`.
+
+    Raises:
+        JobError: CUDA was asked for and this ONNX Runtime has none.
+    """
+    import onnxruntime as ort
+
+    has = "CUDAExecutionProvider" in ort.get_available_providers()
+    if has:
+        _preload(ort)
+    elif wanted == "cuda":
+        raise JobError("this ONNX Runtime has no CUDA provider; install onnxtools[gpu], or run on the CPU with --device cpu")
+    if wanted == "auto" and not (has and _cuda_devices()):
+        notes.append("no CUDA device: runs on the CPU")
+        return "cpu"
+    return "cpu" if wanted == "cpu" else "cuda"
+
+
+def _preload(ort: Any) -> None:
+    """Load the CUDA libraries of torch or of the nvidia wheels, if there are any."""
+    try:
+        import torch  # noqa: F401  # its libraries are found once it is loaded
+    except ImportError:
+        pass
+    if hasattr(ort, "preload_dlls"):
+        ort.preload_dlls()
+
+
+@functools.cache
+def _cuda_devices() -> tuple[str, ...]:
+    """Names of the cards, of nvidia-smi."""
+    try:
+        found = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ()
+    return tuple(line.strip() for line in found.stdout.splitlines() if line.strip()) if found.returncode == 0 else ()
+
+
+def device_name(device: str) -> str:
+    return f"cuda ({_cuda_devices()[0]})" if device == "cuda" and _cuda_devices() else device
+
+
+def device_memory() -> tuple[int, int] | None:
+    """Used and total bytes of the first card; None without one."""
+    if not _cuda_devices():
+        return None
+    query = ["nvidia-smi", "--query-gpu=memory.used,memory.total", "--format=csv,noheader,nounits", "--id=0"]
+    used, total = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split(",")
+    return int(used) << 20, int(total) << 20
+
+
+def open_session(model: Model, options: RuntimeOptions, device: str, notes: list[str], *, graph: bool) -> tuple[Any, bool]:
+    """A session of `model`, and whether its decode steps can be captured as a CUDA graph.
+
+    Raises:
+        JobError: ONNX Runtime does not take the graph, or has no working CUDA.
+    """
+    import onnxruntime as ort
+
+    settings = ort.SessionOptions()
+    settings.log_severity_level = 4  # errors come back as exceptions
+    settings.intra_op_num_threads = options.threads
+    assert model.path is not None
+    if device == "cpu":
+        return _session(ort, str(model.path), settings, ["CPUExecutionProvider"], model), False
+    settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model.path.parent.resolve()))
+    _add_argmax(model)
+    data = ir.to_proto(model.ir).SerializeToString()
+    for captured in (True, False) if graph else (False,):
+        # Strict: the norms accumulate in fp32, as the graph says.
+        cuda = {"enable_cuda_graph": str(int(captured)), "enable_skip_layer_norm_strict_mode": "1", "arena_extend_strategy": "kSameAsRequested"}
+        try:
+            session = _session(ort, data, settings, [("CUDAExecutionProvider", cuda), "CPUExecutionProvider"], model)
+        except JobError as error:
+            if captured and "graph capture" in str(error):
+                notes.append("no CUDA graph: part of the model runs on the CPU")
+                continue
+            raise
+        if session.get_providers()[0] != "CUDAExecutionProvider":
+            raise JobError("ONNX Runtime's CUDA provider does not start (are CUDA and cuDNN of its version installed?); run with --device cpu")
+        return session, captured
+    raise AssertionError
+
+
+def _session(ort: Any, source: str | bytes, settings: Any, providers: list[Any], model: Model) -> Any:
+    try:
+        return ort.InferenceSession(source, settings, providers=providers)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise JobError(f"{model.path}: out of memory while loading {model.weight_bytes() / 1e9:.1f} GB of weights; use a larger device") from None
+        raise JobError(f"{model.path}: ONNX Runtime cannot load the graph: {one_line(error)}") from None
+
+
+def _add_argmax(model: Model) -> None:
+    """Outputs NEXT and BEST, [batch, tokens], of the logits."""
+    build = Builder(model)
+    logits = next((value for value in model.graph.outputs if value.name == "logits"), model.graph.outputs[0])
+    best = build.op("ArgMax", [logits], NEXT, axis=-1, keepdims=1)
+    value = build.op("GatherElements", [logits, best], BEST, axis=-1)
+    last = build.constant([-1], "onnxtools.last_axis")
+    for found, name in ((best, NEXT), (value, BEST)):
+        flat = build.op("Squeeze", [found, last], f"{name}/flat")
+        flat.name = name
+        flat.dtype = ir.DataType.INT64 if name == NEXT else logits.dtype
+        flat.shape = ir.Shape(list(logits.shape)[:-1]) if logits.shape is not None else None
+        model.graph.outputs.append(flat)
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    text = str(error)
+    return any(sign in text for sign in ("out of memory", "Failed to allocate memory", "bad allocation", "std::bad_alloc", "Available memory of"))
+
+
+def ports(model: Model) -> tuple[list[Port], list[Port]]:
+    """Inputs and outputs of the graph."""
+    return [_port(value) for value in model.graph.inputs], [_port(value) for value in model.graph.outputs]
+
+
+def _port(value: ir.Value) -> Port:
+    dims = tuple(dim if isinstance(dim, int) else dim.value for dim in value.shape) if value.shape is not None else ()
+    return Port(value.name or "", value.dtype.name.lower() if value.dtype is not None else "?", dims)
+
+
+class DeviceOps:
+    """Work on values of one device by tiny graphs: values of zeros, and rows picked from a value."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self._sessions: dict[tuple[str, int], Any] = {}
+
+    def value(self, array: np.ndarray) -> Any:
+        """`array` on the device; on the CPU the value shares its memory."""
+        import onnxruntime as ort
+
+        return ort.OrtValue.ortvalue_from_numpy(array, self.device, 0)
+
+    def zeros(self, shape: list[int], dtype: str) -> Any:
+        session = self._session("zeros", _elem(dtype))
+        return self._run(session, {"x": self.value(np.array(shape, np.int64))})
+
+    def picked(self, value: Any, rows: Any, axis: int) -> Any:
+        """`value` with its entries along `axis` replaced by those at `rows` (a device value, int64)."""
+        return self._run(self._session(f"pick{axis}", value.element_type()), {"x": value, "rows": rows})
+
+    def _run(self, session: Any, feeds: dict[str, Any]) -> Any:
+        binding = session.io_binding()
+        for name, value in feeds.items():
+            binding.bind_ortvalue_input(name, value)
+        binding.bind_output("y", self.device, 0)
+        session.run_with_iobinding(binding)
+        return binding.get_outputs()[0]
+
+    def _session(self, what: str, elem: int) -> Any:
+        import onnxruntime as ort
+
+        if (what, elem) not in self._sessions:
+            info, node = onnx.helper.make_tensor_value_info, onnx.helper.make_node
+            if what == "zeros":
+                inputs, nodes = [info("x", onnx.TensorProto.INT64, [None])], [node("ConstantOfShape", ["x"], ["z"]), node("Cast", ["z"], ["y"], to=elem)]
+            else:
+                inputs = [info("x", elem, [None] * 4), info("rows", onnx.TensorProto.INT64, [None])]
+                nodes = [node("Gather", ["x", "rows"], ["y"], axis=int(what.removeprefix("pick")))]
+            graph = onnx.helper.make_graph(nodes, what, inputs, [info("y", elem, [None] * 4)])
+            made = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 19)], ir_version=9)
+            providers = ["CUDAExecutionProvider", "CPUExecutionProvider"] if self.device == "cuda" else ["CPUExecutionProvider"]
+            settings = ort.SessionOptions()
+            settings.log_severity_level = 4
+            self._sessions[what, elem] = ort.InferenceSession(made.SerializeToString(), settings, providers=providers)
+        return self._sessions[what, elem]
+
+
+def _elem(dtype: str) -> int:
+    return int(ir.DataType[dtype.upper()].value)
+
+

@@ -1,0 +1,1 @@
+"""Timings and scores of runtimes: benchmark, accuracy, summarize."""

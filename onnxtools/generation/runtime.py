@@ -1,0 +1,206 @@
+"""`Runtime`: what generation, benchmarks and scores need of a model, wherever it runs. Implementations are in `onnxtools.engines`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from onnxtools import registry
+from onnxtools.errors import JobError, UsageError
+from onnxtools.passbase import option
+
+Ids = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+Prompts = Sequence[Sequence[int]]
+
+INFO_FILE = "onnxtools.json"
+INFO_KEY = "onnxtools.model"
+
+
+class Logits(Protocol):
+    """Scores of the next token, left where they were computed until somebody asks."""
+
+    def numpy(self) -> Floats:
+        """[rows, vocabulary], fp32."""
+        ...
+
+    def argmax(self) -> tuple[Ids, Floats]:
+        """The best token of each row and its logit, both [rows]; NaN where the row's best is NaN."""
+        ...
+
+
+@dataclass
+class HostLogits:
+    """Logits in host memory."""
+
+    array: Floats
+
+    def numpy(self) -> Floats:
+        return self.array
+
+    def argmax(self) -> tuple[Ids, Floats]:
+        best = self.array.argmax(axis=-1)  # a NaN counts as the largest
+        return best, self.array[np.arange(len(best)), best]
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What is known of a model beyond its inputs and outputs.
+
+    Attributes:
+        folder: where its tokenizer is looked for.
+        eos_token_ids: tokens that end a text; empty where nobody knows.
+        max_positions: tokens that a sequence may have; None where nobody knows.
+        raw: the content of onnxtools.json.
+    """
+
+    folder: Path
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int = 0
+    max_positions: int | None = None
+    raw: Mapping[str, Any] | None = None
+
+    @classmethod
+    def read(cls, path: Path, metadata: Mapping[str, str]) -> ModelInfo:
+        """Of the graph's metadata, else of the onnxtools.json beside it, else nothing.
+
+        Raises:
+            JobError: what is there is not ours.
+        """
+        beside = path.parent / INFO_FILE
+        text = metadata.get(INFO_KEY) or (beside.read_text() if beside.is_file() else None)
+        if text is None:
+            return cls(path.parent)
+        try:
+            raw = json.loads(text)
+            tokens = raw["tokens"]
+            eos = tuple(int(token) for token in tokens["eos_token_ids"])
+            pad = tokens.get("pad_token_id")
+            return cls(path.parent, eos, int(pad) if pad is not None else (eos[0] if eos else 0), int(raw["model"]["max_position_embeddings"]), raw)
+        except (ValueError, KeyError, TypeError) as error:
+            raise JobError(f"{path}: its {INFO_FILE} cannot be read ({type(error).__name__}: {error}); export the model again") from None
+
+
+@dataclass(frozen=True)
+class RuntimeOptions:
+    """How a runtime is opened; these are flags of `run`, `benchmark`, `accuracy` and `summarize`."""
+
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "Where to run; auto is CUDA where the runtime finds a device.")
+    threads: int = option(0, "Threads of the CPU. [default: all cores]")
+    cuda_graph: bool = option(True, "Capture the decode step as a CUDA graph where shapes are static (scatter, gqa).")
+    checkpoint: str | None = option(None, "Checkpoint of the runtime `frameworks`. [default: the MODEL, where it is a checkpoint]")
+    attention: Literal["eager", "sdpa"] = option("sdpa", "Attention of the runtime `frameworks`.")
+    cache: bool = option(True, "Let the runtime `frameworks` keep a KV cache.")
+
+    def __post_init__(self) -> None:
+        if self.threads < 0:
+            raise UsageError(f"threads is {self.threads}; give a number of threads, or 0 for all cores")
+
+
+VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    "cpu": {"device": "cpu"}, "cuda": {"device": "cuda"}, "eager": {"attention": "eager"}, "sdpa": {"attention": "sdpa"}, "nocache": {"cache": False},
+    "nograph": {"cuda_graph": False},
+}  # fmt: skip
+"""Words after a runtime's name, as in `frameworks:eager:nocache`, and the options they stand for."""
+
+
+class Runtime(Protocol):
+    """A causal language model that keeps its own cache.
+
+    Attributes:
+        name: what the user calls it, with its variant.
+        device: `cpu`, or `cuda` and the card's name.
+        has_cache: whether a step costs one token; else the whole text is run again.
+        pads: whether rows of one batch may have different lengths at once.
+        notes: what the user should know, once each.
+        weight_bytes: size of the weights that one step reads.
+    """
+
+    name: str
+    device: str
+    info: ModelInfo
+    vocab_size: int
+    has_cache: bool
+    pads: bool
+    notes: list[str]
+
+    def start(self, rows: int, length: int) -> None:
+        """Forget everything; make room for `rows` sequences of at most `length` tokens.
+
+        Raises:
+            JobError: longer than the model's positions, or more rows than it takes.
+        """
+        ...
+
+    def prefill(self, prompts: Prompts) -> Logits:
+        """Run the prompts; the logits that follow the last token of each."""
+        ...
+
+    def step(self, ids: Ids) -> Logits:
+        """Append one token to each row, [rows]."""
+        ...
+
+    def reorder(self, rows: Ids) -> None:
+        """Row i becomes what row `rows[i]` was (beam search)."""
+        ...
+
+    def score(self, prompts: Prompts) -> list[Floats]:
+        """Logits after every token of each prompt, [tokens, vocabulary]; nothing is kept.
+
+        Raises:
+            JobError: the model returns the last logits alone.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back memory."""
+        ...
+
+
+def open_runtime(spec: str, model: Path, options: RuntimeOptions) -> Runtime:
+    """The runtime called `spec` (name[:variant...]) for `model`.
+
+    Raises:
+        UsageError: no runtime or variant of that name.
+        JobError: it cannot run this model here.
+    """
+    import dataclasses
+
+    name, *words = spec.split(":")
+    for word in words:
+        if word not in VARIANTS:
+            raise UsageError(f"runtime {spec!r}: no variant is called {word!r}; known: {', '.join(VARIANTS)}")
+        options = dataclasses.replace(options, **VARIANTS[word])
+    made: Runtime = registry.load(name, registry.RUNTIMES)(model, options)
+    made.name = spec
+    return made
+
+
+def check_length(info: ModelInfo, length: int, longest_prompt: int, what: str) -> None:
+    """Raises: JobError where the sequences would not fit the model's positions."""
+    if info.max_positions is not None and length > info.max_positions:
+        raise JobError(
+            f"{what}: a prompt of {longest_prompt} tokens and {length - longest_prompt} new ones exceed the model's {info.max_positions} positions;"
+            " shorten the prompt or lower --max-new-tokens"
+        )
+
+
+def padded(prompts: Prompts, pad: int, side: Literal["left", "right"]) -> tuple[Ids, Ids]:
+    """Ids and mask, both [rows, longest]; the mask is 1 on real tokens."""
+    longest = max(len(prompt) for prompt in prompts)
+    ids, mask = np.full((len(prompts), longest), pad, np.int64), np.zeros((len(prompts), longest), np.int64)
+    for row, prompt in enumerate(prompts):
+        place = slice(0, len(prompt)) if side == "right" else slice(longest - len(prompt), longest)
+        ids[row, place], mask[row, place] = prompt, 1
+    return ids, mask
+
+
+def positions_of(mask: Ids) -> Ids:
+    """Position of each token among the real ones of its row; 0 before the first."""
+    return np.maximum(mask.cumsum(axis=1) - 1, 0)
