@@ -35,7 +35,8 @@ def choose_device(wanted: str, notes: list[str]) -> str:
     elif wanted == "cuda":
         raise JobError("this ONNX Runtime has no CUDA provider; install onnxtools[gpu], or run on the CPU with --device cpu")
     if wanted == "auto" and not (has and _cuda_devices()):
-        notes.append("no CUDA device: runs on the CPU")
+        if has:
+            notes.append("ONNX Runtime has a CUDA provider and finds no device: runs on the CPU")
         return "cpu"
     return "cpu" if wanted == "cpu" else "cuda"
 

@@ -13,7 +13,7 @@ import click
 
 from onnxtools import __version__, registry
 
-COMMANDS = ("pipeline", "validate", "build", "inspect", "diff")
+COMMANDS = ("pipeline", "validate", "build", "run", "benchmark", "accuracy", "summarize", "inspect", "diff")
 FIRST = "export"
 MAIN_PASSES = ("convert", "add-kv-cache", "prune")
 

@@ -1,0 +1,175 @@
+"""Time a model in one or several runtimes, and say how near the machine's limit it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from onnxtools.cli.options import PATH, from_parameters
+from onnxtools.cli.runtimes import open_tokenizer, opened, runtime_command, runtime_options, say_notes
+from onnxtools.evaluate.timing import BenchmarkOptions
+from onnxtools.storage import replacing
+
+if TYPE_CHECKING:
+    from onnxtools.evaluate.timing import Timing
+    from onnxtools.generation.runtime import Runtime
+    from onnxtools.generation.text import Tokenizer
+
+_HELP = """Time MODEL: greedy tokens after random prompts.
+
+    Several runtimes are timed by turns in one run, and their ratio is printed. The share of the limit compares with what the machine
+    was measured to copy and to multiply, just before.
+
+    \b
+    Examples:
+      onnxtools benchmark model.onnx --batch-size 16 --input-seq-len 128 --output-seq-len 20 --warmup 10 --iterations 100
+      onnxtools benchmark model.onnx --runtime onnxrt --runtime frameworks:eager --checkpoint ./SmolLM2 --plot latency.png
+    """
+
+
+def _callback(
+    model: Path, limits: bool, plot: Path | None, runtimes: tuple[str, ...], tokenizer_path: Path | None, as_json: bool, debug: bool, **given: Any
+) -> None:
+    from onnxtools.cli.render import console, print_json
+    from onnxtools.evaluate.timing import time_runtimes
+
+    options: BenchmarkOptions = from_parameters(BenchmarkOptions, given)
+    how = runtime_options(given)
+    with opened(model, runtimes, how) as made:
+        say_notes(made)
+        if how.device == "auto" and all(runtime.device == "cpu" for runtime in made):
+            click.echo("note: no CUDA device: this is a benchmark of the CPU", err=True)
+        tokenizers = [_tokenizer(tokenizer_path, runtime) for runtime in made]
+        found = _with_progress(made, lambda tick: time_runtimes(made, tokenizers, options, tick), options)
+        result = _result(model, made, found, options)
+        if limits:
+            _add_limits(result, model, made, found, options, how.threads)
+    if plot is not None:
+        _plot(plot, result, found)
+    if as_json:
+        print_json(result)
+        return
+    out = console()
+    for name, block in result["runtimes"].items():
+        for line in _lines(name, block, options):
+            out.print(line, markup=False, soft_wrap=True)
+    for line in _ratios(result["runtimes"]):
+        out.print(line, markup=False, soft_wrap=True)
+
+
+def _tokenizer(path: Path | None, runtime: Runtime) -> Tokenizer | None:
+    from onnxtools.errors import JobError
+
+    try:
+        return open_tokenizer(path, runtime)
+    except JobError:
+        if path is not None:
+            raise
+        return None
+
+
+def _with_progress(runtimes: Sequence[Runtime], work: Any, options: BenchmarkOptions) -> list[Timing]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True, disable=None) as bar:
+        task = bar.add_task("benchmark", total=(options.warmup + options.iterations) * len(runtimes))
+        return work(lambda: bar.advance(task))  # type: ignore[no-any-return]
+
+
+def _result(model: Path, runtimes: Sequence[Runtime], found: Sequence[Timing], options: BenchmarkOptions) -> dict[str, Any]:
+    import dataclasses
+
+    return {
+        "model": str(model), "options": dataclasses.asdict(options),
+        "runtimes": {
+            runtime.name: {"device": runtime.device, **timing.as_json(options), "peak_memory_bytes": _peak_memory(runtime.device)}
+            for runtime, timing in zip(runtimes, found, strict=True)
+        },
+    }  # fmt: skip
+
+
+def _peak_memory(device: str) -> int | None:
+    """Used bytes of the card now (allocators do not give back); on the CPU the peak of the process. Of all runtimes together."""
+    from onnxtools.engines.ort_session import device_memory
+    from onnxtools.memory import peak_mib
+
+    memory = device_memory() if device.startswith("cuda") else None
+    return memory[0] if memory else int(peak_mib() * (1 << 20))
+
+
+def _add_limits(result: dict[str, Any], model: Path, runtimes: Sequence[Runtime], found: Sequence[Timing], options: BenchmarkOptions, threads: int) -> None:
+    """The floor of an ONNX model on each device, and what share of it was reached."""
+    from onnxtools.evaluate.limits import measure_rates, work
+
+    if model.suffix != ".onnx":
+        return
+    needed = work(model, options)
+    rates = {device: measure_rates(device, needed.dtype, threads) for device in {"cuda" if r.device.startswith("cuda") else "cpu" for r in runtimes}}
+    for runtime in runtimes:
+        block = result["runtimes"][runtime.name]
+        rate = rates["cuda" if runtime.device.startswith("cuda") else "cpu"]
+        step, prefill = needed.step_bytes / rate.bytes_per_s, needed.prefill_flops / rate.flops_per_s
+        block["limits"] = {
+            "copy_bytes_per_s": rate.bytes_per_s, "matmul_flops_per_s": rate.flops_per_s, "step_bytes": needed.step_bytes, "prefill_flops": needed.prefill_flops,
+            "step_floor_s": step, "prefill_floor_s": prefill, "prefill_share": prefill / block["time_to_first_token_s"],
+            "step_share": step / block["time_per_output_token_s"] if block["time_per_output_token_s"] else None,
+            "share": (prefill + step * (options.output_seq_len - 1)) / block["without_tokenizer"]["median_s"],
+        }  # fmt: skip
+
+
+def _lines(name: str, block: Mapping[str, Any], options: BenchmarkOptions) -> list[str]:
+    """The demo's block, then ours."""
+    lines = [f"***************************** {name} on {block['device']}: batch {options.batch_size}, {options.input_seq_len} in, {options.output_seq_len} out"]
+    for title, key in (("E2E inference", "end_to_end"), ("Without tokenizer", "without_tokenizer")):
+        found = block.get(key)
+        if not found:
+            lines.append(f"[{title}] not timed: there is no tokenizer beside the model")
+            continue
+        lines.append(
+            f"[{title}] Total Time: {found['total_s']:.5f} s, Average Time: {found['average_s']:.5f} s, 95th Percentile Time: {found['p95_s']:.5f} s,"
+            f" 99th Percentile Time: {found['p99_s']:.5f} s, Throughput: {found['throughput_tokens_per_s']:.2f} tokens/s"
+        )
+    step = block["time_per_output_token_s"]
+    lines.append(f"time to first token {block['time_to_first_token_s'] * 1e3:.2f} ms" + (f", time per output token {step * 1e3:.3f} ms" if step else ""))
+    if block["peak_memory_bytes"]:
+        lines.append(f"peak memory {block['peak_memory_bytes'] / 1e9:.2f} GB ({'device in use' if block['device'] != 'cpu' else 'process'})")
+    limit = block.get("limits")
+    if limit:
+        lines.append(
+            f"limit of the machine: copy {limit['copy_bytes_per_s'] / 1e9:.1f} GB/s, matrix product {limit['matmul_flops_per_s'] / 1e12:.2f} TFLOP/s;"
+            f" prefill at {limit['prefill_share']:.0%} of it"
+            + (f", step at {limit['step_share']:.0%} ({limit['step_bytes'] / 1e9:.2f} GB)" if step else "") + f", all at {limit['share']:.0%}"
+        )  # fmt: skip
+    return lines
+
+
+def _ratios(blocks: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """How much faster the first runtime is than each other, by median, prefill and step."""
+    first, *others = blocks.items()
+    lines = []
+    for name, block in others:
+        whole = block["without_tokenizer"]["median_s"] / first[1]["without_tokenizer"]["median_s"]
+        prefill = block["time_to_first_token_s"] / first[1]["time_to_first_token_s"]
+        steps = (block["time_per_output_token_s"], first[1]["time_per_output_token_s"])
+        lines.append(f"{first[0]} is {whole:.2f} x as fast as {name} (prefill {prefill:.2f} x" + (f", step {steps[0] / steps[1]:.2f} x)" if all(steps) else ")"))
+    return lines
+
+
+def _plot(path: Path, result: Mapping[str, Any], found: Sequence[Timing]) -> None:
+    from onnxtools.evaluate.plots import benchmark_plot
+
+    with replacing(path) as tmp:
+        benchmark_plot(tmp, path.suffix, result, found)
+
+
+command = runtime_command(
+    "benchmark", _HELP, _callback, options=BenchmarkOptions,
+    extra=[
+        click.Option(["--limits/--no-limits"], default=True, help="Measure the machine's limits and compare. [default: on]"),
+        click.Option(["--plot"], type=PATH, help="Draw latencies and the roofline (.png, .svg or .pdf)."),
+    ],
+)  # fmt: skip

@@ -1,0 +1,89 @@
+"""What `run`, `benchmark`, `accuracy` and `summarize` share: the model, the runtimes and the tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from onnxtools.cli.options import PATH, dataclass_options, from_parameters
+from onnxtools.errors import UsageError
+
+if TYPE_CHECKING:
+    from onnxtools.generation.runtime import Runtime, RuntimeOptions
+    from onnxtools.generation.text import Tokenizer
+
+
+def runtime_command(name: str, help_text: str, callback: Callable[..., Any], *, extra: Sequence[click.Parameter], options: type[Any] | None = None) -> click.Command:
+    """A command on MODEL with the runtimes' flags, those of the dataclass `options`, and `extra`."""
+    from onnxtools.generation.runtime import RuntimeOptions
+
+    return click.Command(
+        name,
+        help=help_text,
+        callback=callback,
+        params=[
+            click.Argument(["model"], type=PATH),
+            *extra,
+            *(dataclass_options(options) if options is not None else []),
+            click.Option(
+                ["--runtime", "runtimes"], multiple=True, metavar="NAME[:VARIANT]",
+                help="onnxrt (:cpu, :cuda, :nograph), trt, frameworks (:eager, :sdpa, :nocache). May be given several times. [default: by the file]",
+            ),
+            click.Option(["--tokenizer", "tokenizer_path"], type=PATH, help="tokenizer.json, or a folder with it. [default: beside the model]"),
+            *dataclass_options(RuntimeOptions),
+            click.Option(["--json", "as_json"], is_flag=True, help="Print the result as JSON on stdout."),
+            click.Option(["--debug"], is_flag=True, help="Show the traceback of an error."),
+        ],
+    )  # fmt: skip
+
+
+def runtime_options(given: dict[str, Any]) -> RuntimeOptions:
+    from onnxtools.generation.runtime import RuntimeOptions
+
+    return from_parameters(RuntimeOptions, given)  # type: ignore[no-any-return]
+
+
+def default_runtime(model: Path) -> str:
+    """By the file: .onnx runs in ONNX Runtime, a folder or GGUF file in its framework, anything else is an engine."""
+    return "onnxrt" if model.suffix == ".onnx" else "frameworks" if model.is_dir() or model.suffix == ".gguf" else "trt"
+
+
+@contextmanager
+def opened(model: Path, runtimes: Sequence[str], options: RuntimeOptions) -> Iterator[list[Runtime]]:
+    """The runtimes, open at once, closed at the end.
+
+    Raises:
+        UsageError: no such file, or one runtime named twice.
+    """
+    from onnxtools.generation.runtime import open_runtime
+
+    if not model.exists():
+        raise UsageError(f"{model}: no such file or folder; check the path")
+    names = list(runtimes) or [default_runtime(model)]
+    if len(set(names)) != len(names):
+        raise UsageError(f"--runtime names {max(names, key=names.count)!r} twice; name each once")
+    made: list[Runtime] = []
+    try:
+        for name in names:
+            made.append(open_runtime(name, model, options))
+        yield made
+    finally:
+        for runtime in made:
+            runtime.close()
+
+
+def open_tokenizer(path: Path | None, runtime: Runtime) -> Tokenizer:
+    from onnxtools.generation.text import Tokenizer
+
+    return Tokenizer.open(path or runtime.info.folder)
+
+
+def say_notes(runtimes: Sequence[Runtime]) -> None:
+    """What the user should know of each runtime, on stderr."""
+    for runtime in runtimes:
+        for note in runtime.notes:
+            click.echo(f"note: {runtime.name}: {note}", err=True)

@@ -1,0 +1,137 @@
+"""How fast the machine could be: bytes and operations that a model cannot do without, over rates measured here by ONNX Runtime.
+
+A decode step reads every weight once and the cache once: its floor is those bytes over the copy bandwidth. A prefill multiplies
+every weight with every token: 2 x weights x tokens operations over the matrix rate (roofline model: Williams et al., CACM 52, 2009).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from onnxtools.evaluate.timing import BenchmarkOptions
+from onnxtools.model import Model
+
+_ELEMS = {"float": onnx.TensorProto.FLOAT, "float16": onnx.TensorProto.FLOAT16, "bfloat16": onnx.TensorProto.BFLOAT16}
+_BYTES = {"float": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one batch must do.
+
+    Attributes:
+        step_bytes: read by one decode step: weights, and the cache at its mean length.
+        prefill_flops: multiplications and additions of the prompt.
+        dtype: of most of the weights.
+    """
+
+    step_bytes: int
+    prefill_flops: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Measured: bytes a second of a copy (read and written), floating-point operations a second of a matrix product."""
+
+    bytes_per_s: float
+    flops_per_s: float
+
+
+def work(path: Path, options: BenchmarkOptions) -> Work:
+    """Of an ONNX decoder: bytes and operations by its graph."""
+    from onnxtools.engines.decoder_io import decoder_io
+    from onnxtools.engines.ort_session import ports
+
+    model = Model.load(path)
+    io = decoder_io(path, *ports(model))
+    weights = matrices = head = 0
+    types: dict[str, int] = {}
+    for value, tensor in model.weights():
+        users = [(node.op_type, index) for node, index in value.uses()]
+        if all(user == ("Gather", 0) for user in users):
+            continue  # a table: a step reads a row of it
+        weights += tensor.nbytes
+        types[tensor.dtype.name.lower()] = types.get(tensor.dtype.name.lower(), 0) + tensor.nbytes
+        if len(tensor.shape) == 2:
+            size = int(np.prod(tensor.shape.numpy()))
+            if io.vocab_size in tensor.shape.numpy():
+                head += size
+            else:
+                matrices += size
+    mean = options.input_seq_len + options.output_seq_len / 2
+    cache = sum(int(np.prod(c.shape(1, 1))) * _itemsize(c.past.dtype) for c in io.caches) * options.batch_size * mean
+    tokens = options.batch_size * options.input_seq_len
+    # Scores and values of half the pairs (causal): 2 products x 2 operations x queries x keys x channels / 2.
+    attention = 2 * tokens * options.input_seq_len * _query_channels(model)
+    flops = 2 * matrices * tokens + 2 * head * (tokens if io.logits_all else options.batch_size) + attention
+    return Work(int(weights + cache), int(flops), max(types, key=types.__getitem__) if types else "float")
+
+
+def _itemsize(dtype: str) -> int:
+    return 1 if "8" in dtype else 2 if "16" in dtype else 4
+
+
+def _query_channels(model: Model) -> int:
+    """Heads x channels summed over layers, of onnxtools.json; 0 where it is not known (attention is a small part)."""
+    import json
+
+    from onnxtools.generation.runtime import INFO_KEY
+
+    text = model.ir.metadata_props.get(INFO_KEY) or model.graph.metadata_props.get(INFO_KEY)
+    if not text:
+        return 0
+    c: Mapping[str, Any] = json.loads(text)["model"]
+    return int(c["num_hidden_layers"] * c["num_attention_heads"] * c["head_dim"])
+
+
+def measure_rates(device: str, dtype: str, threads: int = 0) -> Rates:
+    """Measure a copy of 1 GB (CPU: 0.25) and a product of 8192 (CPU: 1536) square matrices, best of several."""
+    dtype = dtype if dtype in _ELEMS and (device == "cuda" or dtype != "bfloat16") else "float16" if device == "cuda" else "float"
+    elements, size = (1 << 29, 8192) if device == "cuda" else (1 << 26, 1536)
+    copied = _best(_session(device, dtype, "Neg", 1, threads), [[elements]], device, dtype)
+    multiplied = _best(_session(device, dtype, "MatMul", 2, threads), [[size, size]] * 2, device, dtype)
+    return Rates(2 * elements * _BYTES[dtype] / copied, 2 * size**3 / multiplied)
+
+
+def _session(device: str, dtype: str, op: str, inputs: int, threads: int) -> Any:
+    import onnxruntime as ort
+
+    rank = 1 if op == "Neg" else 2
+    names = ["a", "b"][:inputs]
+    info = [onnx.helper.make_tensor_value_info(name, _ELEMS[dtype], [None] * rank) for name in [*names, "y"]]
+    graph = onnx.helper.make_graph([onnx.helper.make_node(op, names, ["y"])], op, info[:-1], info[-1:])
+    made = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 19)], ir_version=9)
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = threads
+    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"] if device == "cuda" else ["CPUExecutionProvider"]
+    return ort.InferenceSession(made.SerializeToString(), settings, providers=providers)
+
+
+def _best(session: Any, shapes: list[list[int]], device: str, dtype: str, runs: int = 6) -> float:
+    import onnxruntime as ort
+
+    binding = session.io_binding()
+    generator = np.random.default_rng(0)
+    kept = []
+    for name, shape in zip(("a", "b"), shapes, strict=False):
+        array = generator.standard_normal(shape, np.float32)
+        kept.append(ort.OrtValue.ortvalue_from_numpy(array if dtype == "float" else array.astype(np.float16), device, 0))
+        if dtype == "bfloat16":  # bits of a float16 are a valid bfloat16 of another value; the time is the same
+            kept[-1] = ort.OrtValue.ortvalue_from_shape_and_type(shape, _ELEMS[dtype], device, 0)
+        binding.bind_ortvalue_input(name, kept[-1])
+    output = ort.OrtValue.ortvalue_from_shape_and_type(shapes[0], _ELEMS[dtype], device, 0)
+    binding.bind_ortvalue_output("y", output)
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        session.run_with_iobinding(binding)
+        times.append(time.perf_counter() - start)
+    return min(times)

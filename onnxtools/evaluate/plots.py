@@ -1,0 +1,66 @@
+"""Pictures of a benchmark: the distribution of latencies, and the roofline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onnxtools.errors import JobError, UsageError
+from onnxtools.evaluate.timing import Timing
+
+_FORMATS = (".png", ".svg", ".pdf")
+
+
+def benchmark_plot(path: Path, suffix: str, result: Mapping[str, Any], timings: Sequence[Timing]) -> None:
+    """Write the picture to `path` in the format that `suffix` names.
+
+    Raises:
+        UsageError: a format that is not one of .png, .svg, .pdf.
+        JobError: matplotlib is not installed.
+    """
+    if suffix not in _FORMATS:
+        raise UsageError(f"--plot cannot write {suffix or 'a file without suffix'}; it writes {', '.join(_FORMATS)}")
+    try:
+        import matplotlib
+
+        matplotlib.use("agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise JobError("--plot needs matplotlib; install onnxtools[scores]") from None
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
+    for name, timing in zip(result["runtimes"], timings, strict=True):
+        ordered = np.sort(np.array(timing.total)) * 1e3
+        left.step(ordered, np.arange(1, len(ordered) + 1) / len(ordered), where="post", label=name)
+    left.set(xlabel="ms per batch", ylabel="share of runs", title="Latency", ylim=(0, 1.02))
+    left.legend()
+    _roofline(right, result)
+    figure.tight_layout()
+    figure.savefig(path, format=suffix[1:], dpi=120)
+    plt.close(figure)
+
+
+def _roofline(axes: Any, result: Mapping[str, Any]) -> None:
+    """Operations a byte against operations a second: prefill and step of each runtime under the machine's roof."""
+    options = result["options"]
+    drawn = False
+    for name, block in result["runtimes"].items():
+        limit = block.get("limits")
+        if not limit:
+            continue
+        roof, slope = limit["matmul_flops_per_s"], limit["copy_bytes_per_s"]
+        if not drawn:
+            x = np.logspace(-1, 4, 200)
+            axes.loglog(x, np.minimum(roof, slope * x), color="black", label="measured roof")
+            drawn = True
+        flops_token = limit["prefill_flops"] / (options["batch_size"] * options["input_seq_len"])
+        points = [("prefill", limit["prefill_flops"], block["time_to_first_token_s"])]
+        if block["time_per_output_token_s"]:
+            points.append(("step", flops_token * options["batch_size"], block["time_per_output_token_s"]))
+        for what, flops, seconds in points:
+            axes.scatter(flops / limit["step_bytes"], flops / seconds, label=f"{name} {what}", zorder=3)
+    axes.set(xlabel="operations per byte of weights and cache", ylabel="operations per second", title="Roofline" if drawn else "Roofline (no ONNX model)")
+    if drawn:
+        axes.legend(fontsize="small")

@@ -1,0 +1,123 @@
+"""`benchmark`: how long a batch takes, token by token, in several runtimes by turns."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from onnxtools.errors import UsageError
+from onnxtools.generation.runtime import Ids, Runtime
+from onnxtools.generation.text import Tokenizer
+from onnxtools.passbase import option
+
+
+@dataclass(frozen=True)
+class BenchmarkOptions:
+    """Sizes and repetitions; the flags of `benchmark`. Names are the NeMo demo's."""
+
+    batch_size: int = option(1, "Rows of the batch.")
+    input_seq_len: int = option(128, "Tokens of each prompt (random).")
+    output_seq_len: int = option(20, "Tokens generated for each row; the end-of-text token does not end it.")
+    warmup: int = option(3, "Runs before the timed ones.")
+    iterations: int = option(10, "Timed runs of each runtime.")
+    duration: float = option(0.0, "Go on until this many seconds have passed.")
+    seed: int = option(0, "Seed of the random prompts.")
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "input_seq_len", "output_seq_len", "iterations"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name.replace('_', '-')} is {getattr(self, name)}; it takes 1 or more")
+        if self.warmup < 0 or not self.duration >= 0:
+            raise UsageError(f"warmup is {self.warmup} and duration {self.duration}; they take 0 or more")
+
+
+@dataclass
+class Timing:
+    """Seconds of each iteration.
+
+    Attributes:
+        end_to_end: encode, generate, decode; empty without a tokenizer.
+        total: generate alone.
+        first: until the first token (prefill).
+        steps: each of the following tokens.
+    """
+
+    end_to_end: list[float] = field(default_factory=list)
+    total: list[float] = field(default_factory=list)
+    first: list[float] = field(default_factory=list)
+    steps: list[float] = field(default_factory=list)
+
+    def as_json(self, options: BenchmarkOptions) -> dict[str, Any]:
+        tokens = options.batch_size * options.output_seq_len
+        blocks = {"end_to_end": summary(self.end_to_end, tokens), "without_tokenizer": summary(self.total, tokens)}
+        return {
+            **{name: block for name, block in blocks.items() if block},
+            "time_to_first_token_s": statistics.median(self.first), "time_per_output_token_s": statistics.median(self.steps) if self.steps else None,
+        }  # fmt: skip
+
+
+def summary(seconds: Sequence[float], tokens: int) -> dict[str, float]:
+    """The demo's figures: percentiles are sorted[int(n * p)], throughput is generated tokens over the average (FACTS-te-nemo, 3.4)."""
+    if not seconds:
+        return {}
+    ordered, average = sorted(seconds), statistics.fmean(seconds)
+    return {
+        "iterations": len(seconds), "total_s": sum(seconds), "average_s": average, "median_s": statistics.median(seconds), "best_s": ordered[0],
+        "p95_s": ordered[int(len(ordered) * 0.95)], "p99_s": ordered[int(len(ordered) * 0.99)], "throughput_tokens_per_s": tokens / average,
+    }  # fmt: skip
+
+
+def time_runtimes(
+    runtimes: Sequence[Runtime], tokenizers: Sequence[Tokenizer | None], options: BenchmarkOptions, progress: Callable[[], None] = lambda: None
+) -> list[Timing]:
+    """Time all runtimes by turns (A B A B), on the same random prompts, so that what the machine does meanwhile hits all alike."""
+    generator = np.random.default_rng(options.seed)
+    vocabulary = min(runtime.vocab_size for runtime in runtimes)
+    prompts = generator.integers(0, vocabulary, (options.batch_size, options.input_seq_len))
+    found = [Timing() for _ in runtimes]
+    texts = [t.decode(prompts[0].tolist()) if t is not None else "" for t in tokenizers]
+    for _ in range(options.warmup):
+        for runtime in runtimes:
+            generate_timed(runtime, prompts, options.output_seq_len)
+            progress()
+    began, done = time.perf_counter(), 0
+    while done < options.iterations or time.perf_counter() - began < options.duration:
+        for runtime, tokenizer, text, timing in zip(runtimes, tokenizers, texts, found, strict=True):
+            _one(runtime, tokenizer, text, prompts, options, timing)
+            progress()
+        done += 1
+    return found
+
+
+def _one(runtime: Runtime, tokenizer: Tokenizer | None, text: str, prompts: Ids, options: BenchmarkOptions, timing: Timing) -> None:
+    begin = time.perf_counter()
+    if tokenizer is not None:
+        for _ in range(options.batch_size):
+            tokenizer.encode(text)
+    start = time.perf_counter()
+    tokens, marks = generate_timed(runtime, prompts, options.output_seq_len)
+    end = time.perf_counter()
+    if tokenizer is not None:
+        for row in tokens:
+            tokenizer.decode(row.tolist())
+        timing.end_to_end.append(time.perf_counter() - begin)
+    timing.total.append(end - start)
+    timing.first.append(marks[0] - start)
+    timing.steps += np.diff(marks).tolist()
+
+
+def generate_timed(runtime: Runtime, prompts: Ids, new_tokens: int) -> tuple[Ids, list[float]]:
+    """Greedy tokens [rows, new_tokens], and when each was known on the host."""
+    runtime.start(len(prompts), prompts.shape[1] + new_tokens)
+    ids, _ = runtime.prefill(prompts.tolist()).argmax()
+    tokens, marks = [ids], [time.perf_counter()]
+    for _ in range(new_tokens - 1):
+        ids, _ = runtime.step(ids).argmax()
+        tokens.append(ids)
+        marks.append(time.perf_counter())
+    return np.stack(tokens, axis=1), marks

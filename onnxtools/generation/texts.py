@@ -1,0 +1,78 @@
+"""`run`: prompts in, texts out, with what the NeMo demo printed of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from onnxtools.generation.generate import Generated, generate
+from onnxtools.generation.options import GenerationOptions
+from onnxtools.generation.runtime import Runtime
+from onnxtools.generation.text import Streams, Tokenizer, cut_at
+
+
+@dataclass(frozen=True)
+class Text:
+    """A prompt and its continuation.
+
+    Attributes:
+        sentence: prompt and new text.
+        text: the new text alone, cut at a stop text.
+        tokens, token_ids: of the whole sentence.
+        logprob: log-probability of each new token.
+        offsets: where each token begins in the sentence, in characters.
+        score: of a beam.
+    """
+
+    sentence: str
+    text: str
+    tokens: list[str]
+    logprob: list[float]
+    token_ids: list[int]
+    offsets: list[int]
+    finish: str
+    score: float | None
+
+
+def continue_texts(
+    runtime: Runtime, tokenizer: Tokenizer, prompts: Sequence[str], options: GenerationOptions, *, batch_size: int = 0,
+    show: Callable[[int, str], None] | None = None, logprobs: bool = False,
+) -> list[list[Text]]:  # fmt: skip
+    """Continue `prompts`, `batch_size` at a time (0: all together).
+
+    Args:
+        show: called with a prompt's index and each new piece of its text.
+        logprobs: fill `Text.logprob`.
+    """
+    size = batch_size or max(len(prompts), 1)
+    found: list[list[Text]] = []
+    for start in range(0, max(len(prompts), 1), size):
+        batch = [tokenizer.encode(prompt) for prompt in prompts[start : start + size]]
+        watched = options.stop or show is not None
+
+        def say(row: int, piece: str, start: int = start) -> None:
+            if show is not None:
+                show(start + row, piece)
+
+        streams = Streams(tokenizer, len(batch), options.stop, say) if watched and options.num_beams == 1 else None
+        made = generate(runtime, batch, options, on_token=streams, logprobs=logprobs)
+        for prompt, ids, beams in zip(prompts[start : start + size], batch, made, strict=True):
+            found.append([_text(tokenizer, prompt, ids, beam, options) for beam in beams])
+    return found
+
+
+def _text(tokenizer: Tokenizer, prompt: str, ids: list[int], found: Generated, options: GenerationOptions) -> Text:
+    whole = [*ids, *found.token_ids]
+    text, _ = cut_at(tokenizer.decode(found.token_ids), options.stop)
+    return Text(
+        prompt + text, text, [tokenizer.token(token) for token in whole], [round(value, 6) for value in found.logprobs], whole,
+        tokenizer.offsets(whole), found.finish, found.score,
+    )  # fmt: skip
+
+
+def as_demo(texts: Sequence[Text]) -> dict[str, Any]:
+    """The demo's mapping of lists, an entry a sentence."""
+    rows = [asdict(text) for text in texts]
+    names = {"sentences": "sentence", "tokens": "tokens", "logprob": "logprob", "token_ids": "token_ids", "offsets": "offsets", "finish": "finish"}
+    return {name: [row[key] for row in rows] for name, key in names.items()}
