@@ -42,7 +42,7 @@ def _callback(
         say_notes(made)
         if how.device == "auto" and all(runtime.device == "cpu" for runtime in made):
             click.echo("note: no CUDA device: this is a benchmark of the CPU", err=True)
-        tokenizers = [_tokenizer(tokenizer_path, runtime) for runtime in made]
+        tokenizers = [_tokenizer(tokenizer_path, runtime, model) for runtime in made]
         found = _with_progress(made, lambda tick: time_runtimes(made, tokenizers, options, tick), options)
         result = _result(model, made, found, options)
         if limits:
@@ -60,11 +60,11 @@ def _callback(
         out.print(line, markup=False, soft_wrap=True)
 
 
-def _tokenizer(path: Path | None, runtime: Runtime) -> Tokenizer | None:
+def _tokenizer(path: Path | None, runtime: Runtime, model: Path) -> Tokenizer | None:
     from onnxtools.errors import JobError
 
     try:
-        return open_tokenizer(path, runtime)
+        return open_tokenizer(path, runtime, model)
     except JobError:
         if path is not None:
             raise

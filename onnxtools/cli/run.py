@@ -42,7 +42,7 @@ def _callback(
     with opened(model, runtimes, runtime_options(given)) as made:
         say_notes(made)
         for runtime in made:
-            found = _run(runtime, open_tokenizer(tokenizer_path, runtime), texts, options, batch_size, as_json, len(made) > 1)
+            found = _run(runtime, open_tokenizer(tokenizer_path, runtime, model), texts, options, batch_size, as_json, len(made) > 1)
             result[runtime.name] = found
     if as_json:
         print_json({"model": str(model), "runtimes": result})

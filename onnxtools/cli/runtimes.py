@@ -76,10 +76,12 @@ def opened(model: Path, runtimes: Sequence[str], options: RuntimeOptions) -> Ite
             runtime.close()
 
 
-def open_tokenizer(path: Path | None, runtime: Runtime) -> Tokenizer:
+def open_tokenizer(path: Path | None, runtime: Runtime, model: Path) -> Tokenizer:
+    """The one named, else the runtime's own, else the one beside MODEL."""
     from onnxtools.generation.text import Tokenizer
 
-    return Tokenizer.open(path or runtime.info.folder)
+    own = runtime.info.folder
+    return Tokenizer.open(path or (own if (own / "tokenizer.json").is_file() else model if model.is_dir() else model.parent))
 
 
 def say_notes(runtimes: Sequence[Runtime]) -> None:

@@ -1,0 +1,202 @@
+"""LAMBADA (Paperno et al., ACL 2016): the last word of a passage, from its context.
+
+The demo's five figures are as its code defines them (FACTS-te-nemo, 3.4): `ppl_last_token` is a figure a word, not a token, and its top-N
+counts a passage whose FIRST piece of the word is anywhere among the N best of ANY target position. Beside them: the whole word
+(lm-eval's `acc`) and perplexities a token.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onnxtools.errors import JobError, UsageError
+from onnxtools.evaluate.scores import Scored, mean_interval, score_texts, share_interval
+from onnxtools.generation.runtime import Runtime
+from onnxtools.generation.text import Tokenizer
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A context and its last word, as tokens."""
+
+    context: list[int]
+    word: list[int]
+
+
+@dataclass(frozen=True)
+class PassageResult:
+    """One passage.
+
+    Attributes:
+        word: sum of log-probabilities of the word's pieces, and how many they are.
+        sequence: mean of log-probabilities over all predicted tokens.
+        total: sum of them, and how many.
+        hits: whether the whole word was the greedy choice; then the demo's top 1, 3 and 5.
+    """
+
+    word: float
+    pieces: int
+    total: float
+    tokens: int
+    exact: bool
+    top1: bool
+    top3: bool
+    top5: bool
+
+
+def read_lambada(path: Path, limit: int | None = None) -> list[tuple[str, str]]:
+    """(context, last word) of a JSONL file: fields `context` and `continuation`, or `text`, whose last word is split off.
+
+    Raises:
+        UsageError: no such file, not JSONL, or other fields.
+    """
+    found = []
+    for number, row in read_jsonl(path, limit):
+        if "context" in row and "continuation" in row:
+            context, word = str(row["context"]), str(row["continuation"])
+        elif "text" in row:
+            context, _, word = str(row["text"]).rstrip().rpartition(" ")
+        else:
+            raise UsageError(f"{path}:{number}: has the fields {', '.join(map(repr, row)) or 'none'}; LAMBADA's are context and continuation, or text")
+        if not context.strip() or not word.strip():
+            raise UsageError(f"{path}:{number}: the {'context' if not context.strip() else 'last word'} is empty; remove the line")
+        found.append((context, word.strip()))
+    return found
+
+
+def read_jsonl(path: Path, limit: int | None = None) -> list[tuple[int, dict[str, Any]]]:
+    """Line numbers and objects.
+
+    Raises:
+        UsageError: no such file, or a line that is no JSON object; nothing at all in it.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read ({error}); give a JSONL file, one object a line") from None
+    found: list[tuple[int, dict[str, Any]]] = []
+    for number, line in enumerate(lines, 1):
+        if limit is not None and len(found) == limit:
+            break
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UsageError(f"{path}:{number}: is not JSON ({error}); the file must have one object a line") from None
+        if not isinstance(row, dict):
+            raise UsageError(f"{path}:{number}: is a {type(row).__name__}, not an object; the file must have one object a line")
+        found.append((number, row))
+    if not found:
+        raise UsageError(f"{path}: holds no rows; check the file")
+    return found
+
+
+def tokenized(rows: Sequence[tuple[str, str]], tokenizer: Tokenizer, longest: int | None) -> list[Passage]:
+    """Context and " " + word, encoded separately and joined; the context's beginning is cut where the model's positions end."""
+    found = []
+    for context, word in rows:
+        before, pieces = tokenizer.encode(context), tokenizer.pieces(" " + word)
+        if longest is not None:
+            before = before[-max(longest + 1 - len(pieces), 1) :]
+        found.append(Passage(before, pieces))
+    return found
+
+
+def score_lambada(
+    runtime: Runtime, passages: Sequence[Passage], *, batch_size: int, known: dict[int, PassageResult], done: Callable[[int, PassageResult], None]
+) -> list[PassageResult]:
+    """Results of all passages; those in `known` are not run again."""
+    missing = [i for i in range(len(passages)) if i not in known]
+    texts = [[*passages[i].context, *passages[i].word] for i in missing]
+    found = dict(known)
+
+    def keep(at: int, scored: Scored) -> None:
+        index = missing[at]
+        found[index] = _result(scored, passages[index])
+        done(index, found[index])
+
+    score_texts(runtime, texts, [len(passages[i].word) for i in missing], batch_size=batch_size, done=keep)
+    return [found[i] for i in range(len(passages))]
+
+
+def _result(scored: Scored, passage: Passage) -> PassageResult:
+    pieces, first = len(passage.word), passage.word[0]
+    top = [bool((scored.top[:, :n] == first).any()) for n in (1, 3, 5)]
+    return PassageResult(
+        float(scored.logprobs[-pieces:].sum()), pieces, float(scored.logprobs.sum()), len(scored.logprobs), bool((scored.ranks == 0).all()), *top
+    )
+
+
+def summarize_lambada(results: Sequence[PassageResult]) -> dict[str, Any]:
+    """The figures; `*_ci95` are 95% intervals."""
+    n = len(results)
+    words, sequences = [r.word for r in results], [r.total / r.tokens for r in results]
+    shares = {name: sum(getattr(r, field) for r in results) / n for name, field in (("acc", "exact"), ("acc_top1", "top1"), ("acc_top3", "top3"), ("acc_top5", "top5"))}
+    mean, half = mean_interval(words)
+    return {
+        "n": n, **shares, "ppl_last_token": math.exp(-mean), "ppl_sequence": math.exp(-float(np.mean(sequences))),
+        "ppl_token": math.exp(-sum(words) / sum(r.pieces for r in results)),
+        "ppl_token_all": math.exp(-sum(r.total for r in results) / sum(r.tokens for r in results)),
+        "acc_ci95": share_interval(sum(r.exact for r in results), n), "ppl_last_token_ci95": (math.exp(-mean - half), math.exp(-mean + half)),
+    }  # fmt: skip
+
+
+def compare_lambada(a: Sequence[PassageResult], b: Sequence[PassageResult]) -> dict[str, Any]:
+    """b minus a, passage by passage: the difference of whole-word accuracy, and the factor of the word's perplexity; each with half its 95% interval."""
+    accuracy, half = mean_interval([float(y.exact) - float(x.exact) for x, y in zip(a, b, strict=True)])
+    logs, log_half = mean_interval([x.word - y.word for x, y in zip(a, b, strict=True)])
+    return {
+        "acc_difference": accuracy, "acc_difference_half_ci95": half, "ppl_last_token_factor": math.exp(logs),
+        "ppl_last_token_factor_ci95": (math.exp(logs - log_half), math.exp(logs + log_half)),
+        "only_first_right": sum(x.exact and not y.exact for x, y in zip(a, b, strict=True)),
+        "only_second_right": sum(y.exact and not x.exact for x, y in zip(a, b, strict=True)),
+    }  # fmt: skip
+
+
+class Journal:
+    """Results on disk as they come, so that an interrupted run goes on where it was: JSONL, the first line says of what.
+
+    Raises:
+        JobError: the file is of another model or dataset.
+    """
+
+    def __init__(self, path: Path, of: dict[str, Any]) -> None:
+        self.known: dict[int, PassageResult] = {}
+        if path.is_file() and path.stat().st_size:
+            self._read(path, of)
+        self._file = path.open("a", encoding="utf-8")
+        if not self.known and self._file.tell() == 0:
+            self._write(of)
+
+    def _read(self, path: Path, of: dict[str, Any]) -> None:
+        header, *rows = path.read_text(encoding="utf-8").splitlines()
+        try:
+            if json.loads(header) != json.loads(json.dumps(of)):
+                raise JobError(f"{path}: holds results of something else ({header[:120]}); name another file with --resume")
+            for row in rows:
+                made = json.loads(row)
+                self.known[made.pop("index")] = PassageResult(**made)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            if header and not self.known:
+                raise JobError(f"{path}: is no journal of `accuracy`; name another file with --resume") from None
+            # The last line may be half written: what came before it counts.
+            kept = [header, *rows[: len(self.known)]]
+            path.write_text("\n".join(kept) + "\n", encoding="utf-8")
+
+    def add(self, index: int, result: PassageResult) -> None:
+        self._write({"index": index, **asdict(result)})
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()

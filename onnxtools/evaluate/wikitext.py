@@ -1,0 +1,48 @@
+"""Perplexity of a long text, in windows; transformers' guide "Perplexity of fixed-length models" is the definition."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from onnxtools.errors import UsageError
+from onnxtools.evaluate.scores import score_texts
+from onnxtools.generation.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class Window:
+    """Tokens, of which the last `new` are counted."""
+
+    tokens: list[int]
+    new: int
+
+
+def windows(tokens: list[int], length: int, stride: int) -> Iterator[Window]:
+    """Windows of `length` tokens that begin every `stride`; each token is counted once, with as much before it as its window holds.
+
+    Raises:
+        UsageError: a stride of more than a window.
+    """
+    if not 1 <= stride <= length or length < 2:
+        raise UsageError(f"stride is {stride} and max-length {length}; the stride takes 1 to max-length, which takes 2 or more")
+    counted = 0
+    for begin in range(0, len(tokens), stride):
+        end = min(begin + length, len(tokens))
+        new = end - max(counted, 1 if begin == 0 else counted)
+        if new > 0 and end - begin > 1:
+            yield Window(tokens[begin:end], min(new, end - begin - 1))
+        counted = end
+        if end == len(tokens):
+            return
+
+
+def score_wikitext(runtime: Runtime, tokens: list[int], words: int, *, length: int, stride: int, batch_size: int, done: Callable[[], None]) -> dict[str, Any]:
+    """`ppl_token`, and `ppl_word`: the same sum over the text's words (split at white space)."""
+    cut = list(windows(tokens, length, stride))
+    scored = score_texts(runtime, [w.tokens for w in cut], [0] * len(cut), batch_size=batch_size, done=lambda *_: done())
+    total = sum(float(s.logprobs[-w.new :].sum()) for w, s in zip(cut, scored, strict=True))
+    count = sum(w.new for w in cut)
+    return {"n": count, "windows": len(cut), "max_length": length, "stride": stride, "ppl_token": math.exp(-total / count), "ppl_word": math.exp(-total / words)}
