@@ -43,14 +43,15 @@ class FrameworksRuntime:
         except ImportError as error:
             raise JobError(f"the runtime frameworks needs PyTorch and transformers ({error}); install onnxtools[torch]") from None
         self._torch = torch
-        self.name, self.notes, self.pads, self.has_cache = "frameworks", [], True, options.cache
+        self.name, self.pads, self.has_cache = "frameworks", True, options.cache
+        self.notes: list[str] = []
         self.path = _checkpoint(path, options)
         if options.threads:
             torch.set_num_threads(options.threads)
         device = options.device if options.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
         self.device = device_name(device)
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
+        transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         self.model = self._load(transformers, options.attention).to(device).eval()
         config = self.model.config
         eos = config.eos_token_id if self.model.generation_config.eos_token_id is None else self.model.generation_config.eos_token_id

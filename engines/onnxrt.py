@@ -7,12 +7,14 @@ as a CUDA graph. none: the whole text is run again for each token.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from onnxtools.engines.decoder_io import DecoderIO, decoder_io
+from onnxtools.engines.decoder_io import decoder_io
 from onnxtools.engines.ort_session import BEST, NEXT, DeviceOps, choose_device, device_memory, device_name, is_out_of_memory, one_line, open_session, ports
 from onnxtools.errors import JobError
 from onnxtools.generation.runtime import Floats, HostLogits, Ids, Logits, ModelInfo, Prompts, RuntimeOptions, check_length, padded, positions_of
@@ -55,7 +57,8 @@ class OrtRuntime:
     def __init__(self, path: Path, options: RuntimeOptions) -> None:
         import onnxruntime as ort
 
-        self.name, self.notes = "onnxrt", []
+        self.name = "onnxrt"
+        self.notes: list[str] = []
         model = Model.load(path)
         self.io = decoder_io(path, *ports(model), gqa=any(n.op_type == "GroupQueryAttention" for n in model.graph))
         self.info = ModelInfo.read(path, {**model.ir.metadata_props, **model.graph.metadata_props})
@@ -84,23 +87,26 @@ class OrtRuntime:
         self._rows, self._length = rows, length
         if isinstance(self._state, _Static) and self._state.fits(rows, length):
             return  # its buffers, and the graph captured with them, serve again
-        kinds = {"none": _Whole, "concat": _Growing, "scatter": _Static, "gqa": _Static}
         self._state = None  # give the old buffers back first
+        kind = _Whole if self.io.kind == "none" else _Growing if self.io.kind == "concat" else _Static
         try:
-            self._state = kinds[self.io.kind](self, rows, length)
+            self._state = kind(self, rows, length)
         except Exception as error:
             raise self._failure(error) from None
 
     def prefill(self, prompts: Prompts) -> Logits:
         longest = max(map(len, prompts))
         check_length(self.info, self._length, longest, str(self.path))
-        return self._guarded(lambda state: state.prefill(prompts))
+        with self._guarded() as state:
+            return state.prefill(prompts)
 
     def step(self, ids: Ids) -> Logits:
-        return self._guarded(lambda state: state.step(ids))
+        with self._guarded() as state:
+            return state.step(ids)
 
     def reorder(self, rows: Ids) -> None:
-        self._guarded(lambda state: state.reorder(rows))
+        with self._guarded() as state:
+            state.reorder(rows)
 
     def score(self, prompts: Prompts) -> list[Floats]:
         if not self.io.logits_all:
@@ -124,11 +130,12 @@ class OrtRuntime:
 
     # --- for the states ----------------------------------------------------------------------------------------------
 
-    def _guarded(self, call: Any) -> Any:
-        if self._state is None:
-            raise AssertionError("start comes first")
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[_Growing | _Static | _Whole]:
+        """The state; what ONNX Runtime raises becomes one line."""
+        assert self._state is not None, "start comes first"
         try:
-            return call(self._state)
+            yield self._state
         except JobError:
             raise
         except Exception as error:

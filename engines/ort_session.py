@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import subprocess
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,10 +43,8 @@ def choose_device(wanted: str, notes: list[str]) -> str:
 
 def _preload(ort: Any) -> None:
     """Load the CUDA libraries of torch or of the nvidia wheels, if there are any."""
-    try:
+    with contextlib.suppress(ImportError):
         import torch  # noqa: F401  # its libraries are found once it is loaded
-    except ImportError:
-        pass
     if hasattr(ort, "preload_dlls"):
         ort.preload_dlls()
 
@@ -126,7 +124,7 @@ def _add_argmax(model: Model) -> None:
     for found, name in ((best, NEXT), (value, BEST)):
         flat = build.op("Squeeze", [found, last], f"{name}/flat")
         flat.name = name
-        flat.dtype = ir.DataType.INT64 if name == NEXT else logits.dtype
+        flat.dtype = ir.DataType.INT64 if name == NEXT else (logits.dtype or ir.DataType.FLOAT)
         flat.shape = ir.Shape(list(logits.shape)[:-1]) if logits.shape is not None else None
         model.graph.outputs.append(flat)
 
@@ -200,5 +198,3 @@ class DeviceOps:
 
 def _elem(dtype: str) -> int:
     return int(ir.DataType[dtype.upper()].value)
-
-

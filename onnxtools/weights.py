@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
+from onnxtools.errors import ModelError
 from onnxtools.tensors import RowTensor, Scratch, StreamedTensor, external_path, read_rows, row_bytes
 
 Tensor = ir.TensorProtocol
@@ -124,11 +125,30 @@ def half_rotation(tensor: Tensor, heads: int) -> Tensor:
     return StreamedTensor(tensor, rows, dtype=tensor.dtype, name=tensor.name or "", row_multiple=size)
 
 
+def equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two weights of one shape hold the same numbers; read a piece at a time."""
+    if isinstance(a, ir.ExternalTensor) and isinstance(b, ir.ExternalTensor) and (external_path(a), a.offset) == (external_path(b), b.offset):
+        return True
+    rows = shape_of(a)[0]
+    return all(np.array_equal(_read(a, start, stop), _read(b, start, stop)) for start, stop in ((i, min(i + 1024, rows)) for i in range(0, rows, 1024)))
+
+
 def cast(tensor: Tensor, dtype: ir.DataType) -> Tensor:
-    """The weight in another float type, rounded to nearest even."""
+    """The weight in another float type, rounded to nearest even.
+
+    Writing it raises a ModelError where a value is beyond the type.
+    """
     if tensor.dtype == dtype:
         return tensor
-    return StreamedTensor(tensor, lambda rows, _: rows.astype(dtype.numpy()), dtype=dtype, name=tensor.name or "")
+
+    def rows(block: np.ndarray, _: int) -> np.ndarray:
+        try:
+            with np.errstate(over="raise"):
+                return block.astype(dtype.numpy())
+        except FloatingPointError:
+            raise ModelError(f"weight {tensor.name!r} has values beyond {dtype.name}; use --dtype bf16 or fp32") from None
+
+    return StreamedTensor(tensor, rows, dtype=dtype, name=tensor.name or "")
 
 
 class RandomRows(RowTensor):

@@ -93,11 +93,19 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def json_object(data: bytes, label: str) -> dict[str, Any]:
     try:
-        found = json.loads(data)
+        found = json.loads(data, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{label}: not JSON ({' '.join(str(error).split())[:120]}); fetch the file again") from None
     if not isinstance(found, dict):
         raise ModelError(f"{label}: holds a {type(found).__name__}, not a JSON object; fetch the file again")
+    return found
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{max(names, key=names.count)!r} stands twice in one object")
     return found
 
 

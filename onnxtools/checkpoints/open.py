@@ -5,10 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 
 from onnxtools.checkpoints.base import Checkpoint
-from onnxtools.errors import ModelError
+from onnxtools.errors import ModelError, OnnxtoolsError
 
 
 def open_checkpoint(path: Path, *, weights: bool = True) -> Checkpoint:
+    """As `_open`; whatever a damaged file makes a reader raise becomes one line."""
+    try:
+        return _open(path, weights)
+    except OnnxtoolsError:
+        raise
+    except Exception as error:
+        detail = " ".join(str(error).split())[:120]
+        raise ModelError(f"{path}: is damaged, or not what its name says ({type(error).__name__}: {detail}); fetch it again") from error
+
+
+def _open(path: Path, weights: bool) -> Checkpoint:
     """Open a Hugging Face folder, a .nemo archive or folder, a .ckpt, or a GGUF file.
 
     Args:

@@ -33,14 +33,25 @@ def read_safetensors(path: Path) -> dict[str, ir.TensorProtocol]:
         header = json_object(region.read(8, length), f"{path}: header")
     header.pop("__metadata__", None)
     data = Region(region.path, 8 + length, region.size - 8 - length, str(path))
-    return {name: _tensor(data, name, entry) for name, entry in header.items()}
+    placed = {name: _tensor(data, name, entry) for name, entry in header.items()}
+    # The format has no holes and no overlaps, so that every byte belongs to one tensor.
+    at = data.start
+    for tensor in sorted(placed.values(), key=lambda t: (t.offset or 0, t.nbytes)):
+        if tensor.offset != at:
+            raise ModelError(
+                f"{path}: tensor {tensor.name!r} begins at byte {(tensor.offset or 0) - data.start}, not at {at - data.start} where the one before ends"
+            )
+        at += tensor.nbytes
+    if at != data.start + data.size:
+        raise ModelError(f"{path}: {data.start + data.size - at} bytes after the last tensor belong to nothing; fetch it again")
+    return dict(placed)
 
 
 def _tensor(data: Region, name: str, entry: object) -> ir.ExternalTensor:
     try:
         assert isinstance(entry, dict)
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        assert all(isinstance(number, int) for number in (*shape, begin, end))
+        assert isinstance(dtype, str) and all(type(number) is int for number in (*shape, begin, end))
     except (AssertionError, KeyError, TypeError, ValueError):
         raise ModelError(f"{data.label}: tensor {name!r} has an ill-formed header entry; fetch the file again") from None
     if dtype not in _DTYPES:

@@ -22,7 +22,7 @@ def forward_scales(extra: Any, label: str) -> Array | None:
     Raises:
         ModelError: damaged, scales that no FP8 cast can use, or a pickle that wants more than data.
     """
-    data = _bytes(extra)
+    data = _bytes(extra, label)
     if not data:
         return None
     state = loads(data, f"the FP8 state of {label}")
@@ -35,9 +35,11 @@ def forward_scales(extra: Any, label: str) -> Array | None:
     return array
 
 
-def _bytes(extra: Any) -> bytes:
+def _bytes(extra: Any, label: str) -> bytes:
     if isinstance(extra, io.BytesIO):
         return extra.getvalue()
     if isinstance(extra, ir.TensorProtocol) and extra.dtype == ir.DataType.UINT8:
         return extra.tobytes()
-    return b""
+    if extra is None or isinstance(extra, ir.TensorProtocol):
+        return b""
+    raise ModelError(f"the FP8 state of {label} is a {type(extra).__name__}, not the bytes that TransformerEngine writes; save the checkpoint again")

@@ -155,7 +155,11 @@ class _Opaque:
     def __setstate__(self, _: Any) -> None: ...
 
 
-def _rebuild_tensor(storage: _Storage, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> ir.TensorProtocol:
+def _rebuild_tensor(
+    storage: _Storage, offset: int, size: tuple[int, ...], stride: tuple[int, ...], grad: Any = None, hooks: Any = None, metadata: Any = None
+) -> ir.TensorProtocol:
+    if metadata:  # a lazy negation or conjugation, say
+        raise ModelError(f"a tensor of shape {list(size)} is stored with {', '.join(map(str, metadata))}; save it with .resolve_neg() or .clone()")
     expected = 1
     for extent, step in zip(reversed(size), reversed(stride), strict=True):
         if extent > 1 and step != expected:

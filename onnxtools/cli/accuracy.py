@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from onnxtools.cli.options import PATH
-from onnxtools.cli.runtimes import default_runtime, open_tokenizer, opened, runtime_command, runtime_options, say_notes
+from onnxtools.cli.runtimes import default_runtime, open_tokenizer, opened, progress, runtime_command, runtime_options, say_notes
 from onnxtools.errors import JobError, UsageError
 
 if TYPE_CHECKING:
@@ -67,7 +66,7 @@ def _dataset(name: str, path: Path | None) -> tuple[str, Path | None]:
 def _hub_rows(limit: int | None) -> list[tuple[str, str]]:
     name, configuration = _HUB["lambada"]
     try:
-        import datasets  # type: ignore[import-not-found]
+        import datasets
 
         rows = datasets.load_dataset(name, configuration, split="test")
     except Exception as error:  # not installed, offline, or whatever the hub answers
@@ -114,7 +113,7 @@ def _lambada_of(
     passages = tokenized(rows, open_tokenizer(tokenizer_path, runtime, path), runtime.info.max_positions)
     journal = Journal(resume if number == 0 else resume.with_suffix(f".{number}{resume.suffix}"), _of(runtime, path, rows)) if resume is not None else None
     try:
-        with _progress(f"{path.name} ({runtime.name})", len(passages), len(journal.known) if journal else 0) as tick:
+        with progress(f"{path.name} ({runtime.name})", len(passages), len(journal.known) if journal else 0) as tick:
 
             def done(index: int, result: PassageResult) -> None:
                 if journal is not None:
@@ -164,21 +163,10 @@ def _wikitext(
                 if len(tokens) < 2:
                     raise UsageError(f"{file}: has {len(tokens)} tokens; perplexity needs two")
                 step = stride or window
-                with _progress(f"{path.name} ({runtime.name})", len(list(windows(tokens, window, step))), 0) as tick:
+                with progress(f"{path.name} ({runtime.name})", len(list(windows(tokens, window, step))), 0) as tick:
                     scored = score_wikitext(runtime, tokens, words, length=window, stride=step, batch_size=batch, done=tick)
                 found[runtime.name if compare is None else f"{path} ({runtime.name})"] = scored
     return {"dataset": str(file), "models": found}
-
-
-@contextmanager
-def _progress(what: str, total: int, done: int) -> Iterator[Callable[[], None]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=total, completed=done)
-        yield lambda: bar.advance(task)
 
 
 def _print(kind: str, result: dict[str, Any]) -> None:
@@ -196,11 +184,12 @@ def _print(kind: str, result: dict[str, Any]) -> None:
             f"{label}: Lambada ppl(last token): {s['ppl_last_token']:.4f}, ppl(sequence): {s['ppl_sequence']:.4f}, acc(top1): {s['acc_top1']:.4f},"
             f" acc(top3): {s['acc_top3']:.4f}, acc(top5): {s['acc_top5']:.4f}", markup=False, soft_wrap=True,
         )  # fmt: skip
-    columns = ("model", "n", "acc (whole word)", "95%", "ppl(token)")
-    rows = [
-        (label, s["n"], f"{s['acc']:.4f}", f"{s['acc_ci95'][0]:.4f} to {s['acc_ci95'][1]:.4f}", f"{s['ppl_token']:.4f}") for label, s in result["models"].items()
+    shown = ("model", "n", "acc (whole word)", "95%", "ppl(token)")
+    scores = [
+        (label, s["n"], f"{s['acc']:.4f}", f"{s['acc_ci95'][0]:.4f} to {s['acc_ci95'][1]:.4f}", f"{s['ppl_token']:.4f}")
+        for label, s in result["models"].items()
     ]  # fmt: skip
-    table(f"LAMBADA, {result['dataset']}", columns, rows, right=columns[1:])
+    table(f"LAMBADA, {result['dataset']}", shown, scores, right=shown[1:])
     for label, d in result.get("compared", {}).items():
         low, high = d["ppl_last_token_factor_ci95"]
         console().print(

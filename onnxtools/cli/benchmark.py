@@ -75,7 +75,7 @@ def _with_progress(runtimes: Sequence[Runtime], work: Any, options: BenchmarkOpt
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True, disable=None) as bar:
+    with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("benchmark", total=(options.warmup + options.iterations) * len(runtimes))
         return work(lambda: bar.advance(task))  # type: ignore[no-any-return]
 
@@ -114,8 +114,8 @@ def _add_limits(result: dict[str, Any], model: Path, runtimes: Sequence[Runtime]
         rate = rates["cuda" if runtime.device.startswith("cuda") else "cpu"]
         step, prefill = needed.step_bytes / rate.bytes_per_s, needed.prefill_flops / rate.flops_per_s
         block["limits"] = {
-            "copy_bytes_per_s": rate.bytes_per_s, "matmul_flops_per_s": rate.flops_per_s, "step_bytes": needed.step_bytes, "prefill_flops": needed.prefill_flops,
-            "step_floor_s": step, "prefill_floor_s": prefill, "prefill_share": prefill / block["time_to_first_token_s"],
+            "copy_bytes_per_s": rate.bytes_per_s, "matmul_flops_per_s": rate.flops_per_s, "step_bytes": needed.step_bytes,
+            "prefill_flops": needed.prefill_flops, "step_floor_s": step, "prefill_floor_s": prefill, "prefill_share": prefill / block["time_to_first_token_s"],
             "step_share": step / block["time_per_output_token_s"] if block["time_per_output_token_s"] else None,
             "share": (prefill + step * (options.output_seq_len - 1)) / block["without_tokenizer"]["median_s"],
         }  # fmt: skip
@@ -155,7 +155,9 @@ def _ratios(blocks: Mapping[str, Mapping[str, Any]]) -> list[str]:
         whole = block["without_tokenizer"]["median_s"] / first[1]["without_tokenizer"]["median_s"]
         prefill = block["time_to_first_token_s"] / first[1]["time_to_first_token_s"]
         steps = (block["time_per_output_token_s"], first[1]["time_per_output_token_s"])
-        lines.append(f"{first[0]} is {whole:.2f} x as fast as {name} (prefill {prefill:.2f} x" + (f", step {steps[0] / steps[1]:.2f} x)" if all(steps) else ")"))
+        lines.append(
+            f"{first[0]} is {whole:.2f} x as fast as {name} (prefill {prefill:.2f} x" + (f", step {steps[0] / steps[1]:.2f} x)" if all(steps) else ")")
+        )
     return lines
 
 

@@ -38,8 +38,8 @@ def _callback(source: Path | None, output: Path | None, config_path: Path | None
     from onnxtools.export.export import export
 
     given = _settings(config_path, settings)
-    source = source or _path(given, "source", config_path)
-    output = output or _path(given, "output", config_path)
+    from_file = {key: _path(given, key, config_path) for key in ("source", "output")}
+    source, output = source or from_file["source"], output or from_file["output"]
     if output is None:
         raise UsageError("export: no output; say -o MODEL.onnx")
     check_output(output)

@@ -94,6 +94,8 @@ def main(args: list[str] | None = None) -> None:
             raise
         if isinstance(error, OnnxtoolsError):
             _fail(str(error), error.exit_code)
+        if isinstance(error, OSError) and error.filename:
+            _fail(f"{error.filename}: {error.strerror or error}; check the path, its permissions and the free space", 1)
         notes = "; ".join(getattr(error, "__notes__", []))
         _fail(f"internal error, {type(error).__name__}: {' '.join(str(error).split())[:300]}; {notes or 'run again with --debug and report it'}", 1)
 

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from onnxtools.generation.text import Tokenizer
 
 
-def runtime_command(name: str, help_text: str, callback: Callable[..., Any], *, extra: Sequence[click.Parameter], options: type[Any] | None = None) -> click.Command:
+def runtime_command(
+    name: str, help_text: str, callback: Callable[..., Any], *, extra: Sequence[click.Parameter], options: type[Any] | None = None
+) -> click.Command:
     """A command on MODEL with the runtimes' flags, those of the dataclass `options`, and `extra`."""
     from onnxtools.generation.runtime import RuntimeOptions
 
@@ -89,3 +91,15 @@ def say_notes(runtimes: Sequence[Runtime]) -> None:
     for runtime in runtimes:
         for note in runtime.notes:
             click.echo(f"note: {runtime.name}: {note}", err=True)
+
+
+@contextmanager
+def progress(what: str, total: int, done: int) -> Iterator[Callable[..., None]]:
+    """A bar on stderr, with the time left; yields what advances it, by one or by a count."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total, completed=done)
+        yield lambda count=1: bar.advance(task, count)

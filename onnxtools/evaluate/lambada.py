@@ -139,7 +139,10 @@ def summarize_lambada(results: Sequence[PassageResult]) -> dict[str, Any]:
     """The figures; `*_ci95` are 95% intervals."""
     n = len(results)
     words, sequences = [r.word for r in results], [r.total / r.tokens for r in results]
-    shares = {name: sum(getattr(r, field) for r in results) / n for name, field in (("acc", "exact"), ("acc_top1", "top1"), ("acc_top3", "top3"), ("acc_top5", "top5"))}
+    shares = {
+        name: sum(getattr(r, field) for r in results) / n
+        for name, field in (("acc", "exact"), ("acc_top1", "top1"), ("acc_top3", "top3"), ("acc_top5", "top5"))
+    }
     mean, half = mean_interval(words)
     return {
         "n": n, **shares, "ppl_last_token": math.exp(-mean), "ppl_sequence": math.exp(-float(np.mean(sequences))),

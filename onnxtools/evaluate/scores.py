@@ -90,7 +90,6 @@ def _scored(logits: Floats, text: Sequence[int], target: int, index: int) -> Sco
     return Scored(logprobs, np.take_along_axis(top, order, -1) if target else top, ranks)
 
 
-
 def mean_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     """Mean, and half of its 95% interval (normal approximation: 1.96 standard errors)."""
     array = np.asarray(values, np.float64)

@@ -45,4 +45,11 @@ def score_wikitext(runtime: Runtime, tokens: list[int], words: int, *, length: i
     scored = score_texts(runtime, [w.tokens for w in cut], [0] * len(cut), batch_size=batch_size, done=lambda *_: done())
     total = sum(float(s.logprobs[-w.new :].sum()) for w, s in zip(cut, scored, strict=True))
     count = sum(w.new for w in cut)
-    return {"n": count, "windows": len(cut), "max_length": length, "stride": stride, "ppl_token": math.exp(-total / count), "ppl_word": math.exp(-total / words)}
+    return {
+        "n": count,
+        "windows": len(cut),
+        "max_length": length,
+        "stride": stride,
+        "ppl_token": math.exp(-total / count),
+        "ppl_word": math.exp(-total / words),
+    }

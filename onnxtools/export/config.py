@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from onnxtools.errors import ModelError
-from onnxtools.export.rope import Rope
+from onnxtools.export.rope import Rope, is_positive
 
 Activation = Literal["gelu", "gelu_tanh", "silu", "relu", "relu2"]
 """`gelu` is the exact (erf) form, `relu2` is the square of ReLU."""
@@ -17,6 +17,13 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu": "relu", "relu2": "relu2",
 }  # fmt: skip
 """Hugging Face's names of activations (transformers.activations.ACT2FN)."""
+
+
+_LARGEST = {
+    "vocab_size": 1 << 27, "hidden_size": 1 << 20, "num_hidden_layers": 1 << 12, "num_attention_heads": 1 << 14, "num_key_value_heads": 1 << 14,
+    "head_dim": 1 << 16, "intermediate_size": 1 << 24, "max_position_embeddings": 1 << 23,
+}  # fmt: skip
+"""Far above any model; a damaged configuration must not fill the memory with names and tables."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +66,8 @@ class DecoderConfig:
         sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
         for name in (*sizes, "max_position_embeddings"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ModelError(f"{self.family}: {name} is {value!r}; it must be a positive integer")
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _LARGEST[name]:
+                raise ModelError(f"{self.family}: {name} is {value!r}; it must be an integer of 1 to {_LARGEST[name]}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ModelError(
                 f"{self.family}: {self.num_attention_heads} heads do not divide into {self.num_key_value_heads} key/value heads; check the configuration"
@@ -75,6 +82,66 @@ class DecoderConfig:
     @property
     def kv_size(self) -> int:
         return self.num_key_value_heads * self.head_dim
+
+
+def integer(config: Mapping[str, Any], family: str, *names: str, default: int | None = None) -> int:
+    """The first of `names` that is not null; spellings of one thing must agree.
+
+    Raises:
+        ModelError: no positive integer, two that differ, or none and no default.
+    """
+    found = {name: config[name] for name in names if config.get(name) is not None}
+    if len({repr(value) for value in found.values()}) > 1:
+        raise ModelError(f"{family}: {' and '.join(f'{name} is {value!r}' for name, value in found.items())}; they mean the same, correct one")
+    if not found:
+        if default is None:
+            raise ModelError(f"{family}: the configuration has no {' or '.join(names)}; fetch the checkpoint's own configuration")
+        return default
+    name, value = next(iter(found.items()))
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ModelError(f"{family}: {name} is {value!r}; it must be a positive integer")
+    return value
+
+
+def number(config: Mapping[str, Any], family: str, *names: str, default: float | None = None) -> float:
+    """As `integer`, a positive finite number."""
+    for name in names:
+        value = config.get(name)
+        if value is None:
+            continue
+        if not is_positive(value):
+            raise ModelError(f"{family}: {name} is {value!r}; it must be a positive number")
+        return float(value)
+    if default is None:
+        raise ModelError(f"{family}: the configuration has no {' or '.join(names)}; fetch the checkpoint's own configuration")
+    return default
+
+
+def flag(config: Mapping[str, Any], family: str, name: str, default: bool) -> bool:
+    """True or false.
+
+    Raises:
+        ModelError: anything else; `"false"` is no boolean.
+    """
+    value = config.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise ModelError(f"{family}: {name} is {value!r}; it must be true or false")
+    return value
+
+
+_REFUSED: dict[str, object] = {"add_cross_attention": True, "is_causal": False}
+"""Settings of Hugging Face configurations that make another model, and the value that does."""
+
+
+def check_plain(config: Mapping[str, Any], family: str) -> None:
+    """Raises: ModelError for stored quantization, cross-attention, or attention that is not causal."""
+    if config.get("quantization_config"):
+        raise ModelError(f"{family}: has a quantization_config: its weights are stored quantized, which is not supported; export the original checkpoint")
+    for name, value in _REFUSED.items():
+        if config.get(name) is value:
+            raise ModelError(f"{family}: {name} is {str(value).lower()}, which is not supported; only causal decoders are")
 
 
 def head_dim_of(family: str, hidden: Any, heads: Any) -> int:
@@ -98,7 +165,9 @@ def need(config: Mapping[str, Any], family: str, *names: str) -> Any:
 
 def activation_of(config: Mapping[str, Any], family: str, name: str, default: str) -> Activation:
     """The activation that a Hugging Face configuration names."""
-    wanted = str(config.get(name) or default)
+    wanted = default if config.get(name) is None else config[name]
+    if not isinstance(wanted, str):
+        raise ModelError(f"{family}: {name} is {wanted!r}; it must be the name of an activation")
     if wanted not in ACTIVATIONS:
         raise ModelError(f"{family}: the activation {wanted!r} is not supported; {', '.join(ACTIVATIONS)} are")
     return ACTIVATIONS[wanted]
@@ -108,11 +177,21 @@ def token_ids(config: Mapping[str, Any]) -> dict[str, Any]:
     """bos, eos and pad ids of a Hugging Face configuration; generation_config.json decides where it speaks."""
     both = {**config, **{key: value for key, value in config.get("_generation", {}).items() if value is not None}}
     eos = both.get("eos_token_id")
+    ends = [_token_id(token, "eos_token_id") for token in (eos if isinstance(eos, list) else [eos])]
     return {
-        "bos_token_id": both.get("bos_token_id"),
-        "eos_token_ids": tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
-        "pad_token_id": both.get("pad_token_id"),
+        "bos_token_id": _token_id(both.get("bos_token_id"), "bos_token_id"),
+        "eos_token_ids": tuple(token for token in ends if token is not None),
+        "pad_token_id": _token_id(both.get("pad_token_id"), "pad_token_id"),
     }
+
+
+def _token_id(value: Any, name: str) -> int | None:
+    """A token; None where there is none, which older configurations spell -1."""
+    if value is None or (value == -1 and isinstance(value, int)):
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ModelError(f"{name} is {value!r}; it must be a token's number, or null")
+    return value
 
 
 def weight_shapes(c: DecoderConfig) -> dict[str, tuple[int, ...]]:

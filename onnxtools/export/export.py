@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import onnx_ir as ir
 from onnxtools import __version__, registry
 from onnxtools.checkpoints.base import Checkpoint
 from onnxtools.checkpoints.open import open_checkpoint
-from onnxtools.errors import JobError, UsageError
+from onnxtools.errors import JobError, ModelError, UsageError
 from onnxtools.export.config import DecoderConfig, weight_shapes
 from onnxtools.export.family import Family, Source, Weights, family_for
 from onnxtools.export.graph import DTYPES, build_decoder
@@ -63,9 +64,23 @@ def export(source: Path | None, output: Path, options: ExportOptions) -> Exporte
     info = describe(config, options, dtype)
     model.graph.metadata_props["onnxtools.model"] = json.dumps(info)
     model.ir.metadata_props["onnxtools.model"] = json.dumps(info)
-    saved = model.save(output, copy_weights=options.copy_weights, weights=options.weights)
-    files = _write_beside(output.parent, checkpoint.files if checkpoint is not None else {}, info)
+    with _none_left(output.parent):
+        files = _write_beside(output.parent, checkpoint.files if checkpoint is not None else {}, info)
+        saved = model.save(output, copy_weights=options.copy_weights, weights=options.weights)
     return Exported(model, config, saved, files, list(checkpoint.notes) if checkpoint is not None else [])
+
+
+@contextlib.contextmanager
+def _none_left(folder: Path) -> Iterator[None]:
+    """Remove what an export that fails has written into `folder`; older files of the same names are replaced, as they would be anyway."""
+    before = set(folder.iterdir())
+    try:
+        yield
+    except BaseException:
+        for path in set(folder.iterdir()) - before:
+            if path.is_file():
+                path.unlink(missing_ok=True)
+        raise
 
 
 def _opened(checkpoint: Checkpoint | None) -> Checkpoint:
@@ -76,9 +91,14 @@ def _opened(checkpoint: Checkpoint | None) -> Checkpoint:
 def _bound(checkpoint: Checkpoint, options: ExportOptions) -> tuple[DecoderConfig, Weights, ir.DataType]:
     """The configuration, every weight by canonical name, and the compute type."""
     family = family_for(checkpoint.architecture, str(checkpoint.path))
-    config = family.config(checkpoint.config)
+    config = _configured(family, checkpoint.config, str(checkpoint.path))
+    if config.num_hidden_layers > len(checkpoint.tensors):
+        raise ModelError(f"{checkpoint.path}: {config.num_hidden_layers} layers need more than its {len(checkpoint.tensors)} weights; fetch it again")
     source = Source(checkpoint.tensors, checkpoint.config)
     tensors = family.weights(config, source)
+    if config.tie_word_embeddings and "lm_head.weight" in tensors:
+        config = dataclasses.replace(config, tie_word_embeddings=False)
+        checkpoint.notes.append("warning: the head is said to be the embedding, but a different one is stored; it is used, as transformers does")
     source.check(str(checkpoint.path), family.ignored)
     scales = family.scales(config, source)
     if scales:
@@ -86,6 +106,20 @@ def _bound(checkpoint: Checkpoint, options: ExportOptions) -> tuple[DecoderConfi
     if scales and all(s.activation == 1 for s in scales.values()):
         checkpoint.notes.append("warning: every FP8 activation scale is 1: the checkpoint was never calibrated in FP8")
     return config, Weights(tensors, scales), _dtype(options, tensors)
+
+
+def _configured(family: Family, raw: Mapping[str, Any], label: str) -> DecoderConfig:
+    """The family's configuration; an error names where it was read.
+
+    Raises:
+        ModelError: it is not of this family, or damaged.
+    """
+    try:
+        return family.config(raw)
+    except ModelError as error:
+        raise ModelError(f"{label}: {error}") from None
+    except (TypeError, ValueError, ArithmeticError, AttributeError, KeyError) as error:  # a damaged configuration raises nearly anything
+        raise ModelError(f"{label}: its configuration is damaged ({type(error).__name__}: {error}); fetch it again") from error
 
 
 def _dtype(options: ExportOptions, weights: Mapping[str, Tensor]) -> ir.DataType:
@@ -98,15 +132,20 @@ def _dtype(options: ExportOptions, weights: Mapping[str, Tensor]) -> ir.DataType
 def _random(checkpoint: Checkpoint | None, options: ExportOptions) -> tuple[DecoderConfig, Weights, ir.DataType]:
     """Normal(0, 0.02) weights as GPT-2 is initialized, gains near 1; the same for the same sizes."""
     if checkpoint is None:
-        family: Family = registry.load(options.family, registry.FAMILIES)
+        family: Family = registry.load(options.family or "gpt2", registry.FAMILIES)
         raw: dict[str, Any] = dict(family.example)
+        label = f"--family {family.name}"
         if not raw:
             raise UsageError(f"export: family {options.family!r} has no sizes of its own; name a folder with config.json")
     else:
-        family, raw = family_for(checkpoint.architecture, str(checkpoint.path)), dict(checkpoint.config)
+        family, raw, label = family_for(checkpoint.architecture, str(checkpoint.path)), dict(checkpoint.config), str(checkpoint.path)
+        if options.family:
+            raise UsageError(f"export: {label} says what family it is; leave out --family")
     for name, spellings in _SIZES.items():
         value = getattr(options, name)
         if value is not None:
+            if name == "n_kv_head" and not any(s in family.example for s in spellings):
+                raise UsageError(f"export: family {family.name} has as many key/value heads as heads, or one; leave out --n-kv-head")
             raw[next((s for s in spellings if s in family.example), spellings[0])] = value
     if options.n_embd and not options.n_inner:
         raw.update({name: 4 * options.n_embd for name in _SIZES["n_inner"] if name in raw})
@@ -115,8 +154,8 @@ def _random(checkpoint: Checkpoint | None, options: ExportOptions) -> tuple[Deco
     if options.n_embd or options.n_head:
         raw.pop("head_dim", None)
     if raw.get("_vocab_size", 0) is None:
-        raise UsageError(f"export: {checkpoint.path if checkpoint else ''} does not say how large the vocabulary is; add --vocab-size")
-    config = family.config(raw)
+        raise UsageError(f"export: {label} does not say how large the vocabulary is; add --vocab-size")
+    config = _configured(family, raw, label)
     dtype = DTYPES["fp16" if options.dtype == "auto" else options.dtype]
     made: dict[str, Tensor] = {}
     for name, shape in weight_shapes(config).items():

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from onnxtools import registry
 from onnxtools.errors import ModelError
 from onnxtools.export.config import DecoderConfig
-from onnxtools.weights import Tensor, shape_of
+from onnxtools.weights import Tensor, equal, shape_of
 
 _SHOWN = 8
 
@@ -87,6 +87,17 @@ class Source:
         else:
             return tensor
         return ir.LazyTensor(_never, dtype=ir.DataType.FLOAT, shape=ir.Shape(shape), name=name)
+
+    def head(self, c: DecoderConfig, name: str, table: Tensor) -> dict[str, Tensor]:
+        """`lm_head.weight`, where the model has one of its own: it is not tied, or a head that differs from the embedding is stored.
+
+        transformers (5.x) does not tie weights that a checkpoint holds both and different.
+        """
+        if c.tie_word_embeddings and name not in self:
+            return {}
+        stored = self.take(name, c.vocab_size, c.hidden_size)
+        same = c.tie_word_embeddings and (isinstance(stored, ir.LazyTensor) or isinstance(table, ir.LazyTensor) or equal(stored, table))
+        return {} if same else {"lm_head.weight": stored}
 
     def skip(self, name: str) -> None:
         """A tensor that is known and not needed."""

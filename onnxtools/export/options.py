@@ -28,7 +28,7 @@ class ExportOptions:
     weights: bool = option(True, "Write the weights; off writes the graph alone.")
     copy_weights: bool = option(False, "Copy weights even where the graph could refer to the checkpoint in the same folder.")
     random: bool = option(False, "Random weights. The sizes come from a folder with config.json, or from --family and the options below.")
-    family: str = option("gpt2", "Family of a random model without a folder: gpt2, gpt_bigcode, llama, nemotron, megatron.")
+    family: str | None = option(None, "Family of a random model without a folder: gpt2, gpt_bigcode, llama, nemotron, megatron. [default: gpt2]")
     n_layer: int | None = option(None, "Layers of a random model.")
     n_embd: int | None = option(None, "Hidden size of a random model.")
     n_head: int | None = option(None, "Attention heads of a random model.")
@@ -38,6 +38,14 @@ class ExportOptions:
     vocab_size: int | None = option(None, "Vocabulary of a random model.")
 
     def __post_init__(self) -> None:
+        for name in ("n_layer", "n_embd", "n_head", "n_kv_head", "n_inner", "n_positions", "vocab_size", "family"):
+            value = getattr(self, name)
+            if value is not None and not self.random:
+                raise UsageError(f"export: --{name.replace('_', '-')} is of a random model; add --random, or leave it out")
+            if isinstance(value, int) and value < 1:
+                raise UsageError(f"export: --{name.replace('_', '-')} is {value}; it takes 1 or more")
+        if self.copy_weights and not self.weights:
+            raise UsageError("export: --copy-weights and --no-weights contradict each other; leave one out")
         if not OLDEST_OPSET <= self.opset <= NEWEST_OPSET:
             raise UsageError(f"export: opset is {self.opset}; it takes {OLDEST_OPSET} to {NEWEST_OPSET}")
         if self.kv_cache == "scatter" and self.opset < 24:

@@ -36,25 +36,47 @@ class Rope:
         return np.cos(angles) * factor, np.sin(angles) * factor
 
 
-def rope_of(config: Mapping[str, Any], family: str, head_dim: int, *, partial: float = 1.0) -> Rope:
-    """From a Hugging Face configuration: `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling`.
+def rope_of(config: Mapping[str, Any], family: str, head_dim: int, *, partial: float | None = None) -> Rope:
+    """From a Hugging Face configuration: `rope_scaling` and `rope_theta`, or `rope_parameters` (transformers 5); the former win, as there.
 
+    Args:
+        partial: share of the channels that is rotated where the configuration says nothing; None where the family rotates all.
     Raises:
-        ModelError: a kind that is not supported, or one whose parameters are missing.
+        ModelError: a kind that is not supported, or parameters that are missing or no numbers.
     """
-    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    found: Any = next((config[name] for name in ("rope_scaling", "rope_parameters") if config.get(name) is not None), {})
     if not isinstance(found, Mapping):
         raise ModelError(f"{family}: rope_parameters is {found!r}, not a mapping; fetch the configuration again")
-    kind = str(found.get("rope_type") or found.get("type") or "default")
+    kind = next((found[name] for name in ("rope_type", "type") if found.get(name) is not None), "default")
     if kind not in _KINDS:
         raise ModelError(f"{family}: the rope type {kind!r} is not supported; {', '.join(_KINDS)} are")
-    scaling = {"original_max_position_embeddings": config.get("max_position_embeddings"), **{k: v for k, v in found.items() if v is not None}}
+    original = config.get("original_max_position_embeddings") or config.get("max_position_embeddings")
+    scaling = {"original_max_position_embeddings": original, **{k: v for k, v in found.items() if v is not None}}
+    for name in (*_NUMBERS, *_NEEDED[kind]):
+        value = scaling.get(name)
+        if value is not None and not is_positive(value):
+            raise ModelError(f"{family}: rope's {name} is {value!r}; it must be a positive number")
     absent = [name for name in _NEEDED[kind] if scaling.get(name) is None]
     if absent:
         raise ModelError(f"{family}: rope type {kind} needs {', '.join(absent)}; fetch the configuration again")
-    theta = found.get("rope_theta") or config.get("rope_theta") or 10000.0
-    partial = float(found.get("partial_rotary_factor") or config.get("partial_rotary_factor") or partial)
-    return Rope(int(head_dim * partial), float(theta), kind, scaling)
+    if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise ModelError(f"{family}: rope's low_freq_factor {scaling['low_freq_factor']} is not below its high_freq_factor {scaling['high_freq_factor']}")
+    both = {"partial_rotary_factor": partial or 1.0, "rope_theta": 10000.0, **{k: v for k, v in config.items() if v is not None}, **scaling}
+    for name in ("partial_rotary_factor", "rope_theta"):
+        if not is_positive(both[name]):
+            raise ModelError(f"{family}: {name} is {both[name]!r}; it must be a positive number")
+    share, theta = float(both["partial_rotary_factor"]), float(both["rope_theta"])
+    if partial is None and share != 1:
+        raise ModelError(f"{family}: partial_rotary_factor is {share}, which this family does not have; check the model_type")
+    made = Rope(int(head_dim * share), theta, kind, scaling)
+    if not np.isfinite(made.tables(2)).all():
+        raise ModelError(f"{family}: rope parameters {scaling} give no finite angles; fetch the configuration again")
+    return made
+
+
+def is_positive(value: Any) -> bool:
+    """A finite number above zero; a boolean is none."""
+    return not isinstance(value, bool) and isinstance(value, (int, float)) and 0 < value < 1e30
 
 
 def _default(rope: Rope) -> tuple[Array, float]:
@@ -104,6 +126,7 @@ def _magnitude(factor: float, scale: float = 1.0) -> float:
 
 
 _KINDS = {"default": _default, "linear": _linear, "llama3": _llama3, "yarn": _yarn}
+_NUMBERS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 _NEEDED: dict[str, tuple[str, ...]] = {
     "default": (), "linear": ("factor",), "yarn": ("factor", "original_max_position_embeddings"),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),

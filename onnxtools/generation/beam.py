@@ -34,7 +34,7 @@ class _Beams:
         self.options, self.ends = options, ends
         count = options.num_beams
         self.running: list[tuple[int, ...]] = [()] * count
-        self.scores = np.full(count, _NEVER)
+        self.scores: np.ndarray = np.full(count, _NEVER, np.float32)
         self.scores[0] = 0  # so that the first step does not take the same token for every beam
         self.finished = [_Finished() for _ in range(count)]
         self.improvable = True

@@ -29,7 +29,8 @@ class GenerationOptions:
 
     def __post_init__(self) -> None:
         rules = (
-            (self.max_new_tokens >= 1, "max_new_tokens", "1 or more"), (0 <= self.min_new_tokens <= self.max_new_tokens, "min_new_tokens", "0 to max_new_tokens"),
+            (self.max_new_tokens >= 1, "max_new_tokens", "1 or more"),
+            (0 <= self.min_new_tokens <= self.max_new_tokens, "min_new_tokens", "0 to max_new_tokens"),
             (self.temperature is None or self.temperature > 0, "temperature", "more than 0; leave it out for greedy search"),
             (self.top_k is None or self.top_k >= 1, "top_k", "1 or more"), (self.top_p is None or 0 < self.top_p <= 1, "top_p", "more than 0, at most 1"),
             (self.repetition_penalty > 0, "repetition_penalty", "more than 0"), (self.num_beams >= 1, "num_beams", "1 or more"),

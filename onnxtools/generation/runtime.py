@@ -203,4 +203,4 @@ def padded(prompts: Prompts, pad: int, side: Literal["left", "right"]) -> tuple[
 
 def positions_of(mask: Ids) -> Ids:
     """Position of each token among the real ones of its row; 0 before the first."""
-    return np.maximum(mask.cumsum(axis=1) - 1, 0)
+    return np.maximum(mask.cumsum(axis=1) - 1, 0)  # type: ignore[no-any-return]

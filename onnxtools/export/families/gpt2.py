@@ -6,22 +6,25 @@ from collections.abc import Mapping
 from typing import Any
 
 from onnxtools.errors import ModelError
-from onnxtools.export.config import DecoderConfig, activation_of, head_dim_of, need, token_ids
+from onnxtools.export.config import DecoderConfig, activation_of, check_plain, flag, head_dim_of, integer, number, token_ids
 from onnxtools.export.family import Family, Source
 from onnxtools.weights import Tensor, columns
 
 
-def config(raw: Mapping[str, Any]) -> DecoderConfig:
-    if raw.get("scale_attn_by_inverse_layer_idx"):
-        raise ModelError("gpt2: scale_attn_by_inverse_layer_idx is not supported; only models without it are")
-    hidden, heads = need(raw, "gpt2", "n_embd"), need(raw, "gpt2", "n_head")
-    head_dim = head_dim_of("gpt2", hidden, heads)
+def config(raw: Mapping[str, Any], family: str = "gpt2") -> DecoderConfig:
+    check_plain(raw, family)
+    if flag(raw, family, "scale_attn_by_inverse_layer_idx", False):
+        raise ModelError(f"{family}: scale_attn_by_inverse_layer_idx is not supported; only models without it are")
+    hidden, heads = integer(raw, family, "n_embd", "hidden_size"), integer(raw, family, "n_head", "num_attention_heads")
+    head_dim = head_dim_of(family, hidden, heads)
     return DecoderConfig(
-        family="gpt2", vocab_size=need(raw, "gpt2", "vocab_size"), hidden_size=hidden, num_hidden_layers=need(raw, "gpt2", "n_layer"),
-        num_attention_heads=heads, num_key_value_heads=heads, head_dim=head_dim, intermediate_size=raw.get("n_inner") or 4 * hidden,
-        max_position_embeddings=need(raw, "gpt2", "n_positions"), norm="layer_norm", norm_eps=float(raw.get("layer_norm_epsilon") or 1e-5),
-        activation=activation_of(raw, "gpt2", "activation_function", "gelu_new"), gated_mlp=False, rope=None,
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", True)), attention_scale=head_dim**-0.5 if raw.get("scale_attn_weights", True) else 1.0,
+        family=family, vocab_size=integer(raw, family, "vocab_size"), hidden_size=hidden,
+        num_hidden_layers=integer(raw, family, "n_layer", "num_hidden_layers"), num_attention_heads=heads, num_key_value_heads=heads, head_dim=head_dim,
+        intermediate_size=integer(raw, family, "n_inner", default=4 * hidden), norm="layer_norm",
+        max_position_embeddings=integer(raw, family, "n_positions", "max_position_embeddings"),
+        norm_eps=number(raw, family, "layer_norm_epsilon", default=1e-5), activation=activation_of(raw, family, "activation_function", "gelu_new"),
+        gated_mlp=False, rope=None, tie_word_embeddings=flag(raw, family, "tie_word_embeddings", True),
+        attention_scale=head_dim**-0.5 if flag(raw, family, "scale_attn_weights", True) else 1.0,
         attention_bias=True, output_bias=True, mlp_bias=True, norm_bias=True, linear_in_out=True, **token_ids(raw),
     )  # fmt: skip
 
@@ -34,10 +37,7 @@ def weights(c: DecoderConfig, source: Source) -> dict[str, Tensor]:
         "model.embed_tokens.weight": source.take(f"{root}wte.weight", c.vocab_size, h),
         "model.embed_positions.weight": source.take(f"{root}wpe.weight", c.max_position_embeddings, h),
     }
-    if c.tie_word_embeddings:
-        source.skip("lm_head.weight")
-    else:
-        found["lm_head.weight"] = source.take("lm_head.weight", c.vocab_size, h)
+    found |= source.head(c, "lm_head.weight", found["model.embed_tokens.weight"])
     parts = [("self_attn.o_proj", "attn.c_proj", h, h), ("mlp.up_proj", "mlp.c_fc", h, inner), ("mlp.down_proj", "mlp.c_proj", inner, h)]
     for n in range(c.num_hidden_layers):
         to, of = f"model.layers.{n}", f"{root}h.{n}"

@@ -7,16 +7,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from onnxtools.export.config import DecoderConfig
+from onnxtools.export.config import DecoderConfig, flag
 from onnxtools.export.families import gpt2
 from onnxtools.export.family import Family, Source
 from onnxtools.weights import Tensor, pick_rows, row_range
 
 
 def config(raw: Mapping[str, Any]) -> DecoderConfig:
-    made = gpt2.config({"activation_function": "gelu_pytorch_tanh", **raw})
-    heads = 1 if raw.get("multi_query", True) else made.num_attention_heads
-    return replace(made, family="gpt_bigcode", num_key_value_heads=heads, linear_in_out=False)
+    made = gpt2.config({"activation_function": "gelu_pytorch_tanh", **raw}, "gpt_bigcode")
+    heads = 1 if flag(raw, "gpt_bigcode", "multi_query", True) else made.num_attention_heads
+    return replace(made, num_key_value_heads=heads, linear_in_out=False)
 
 
 def weights(c: DecoderConfig, source: Source) -> dict[str, Tensor]:
@@ -25,10 +25,7 @@ def weights(c: DecoderConfig, source: Source) -> dict[str, Tensor]:
         "model.embed_tokens.weight": source.take("transformer.wte.weight", c.vocab_size, h),
         "model.embed_positions.weight": source.take("transformer.wpe.weight", c.max_position_embeddings, h),
     }
-    if c.tie_word_embeddings:
-        source.skip("lm_head.weight")
-    else:
-        found["lm_head.weight"] = source.take("lm_head.weight", c.vocab_size, h)
+    found |= source.head(c, "lm_head.weight", found["model.embed_tokens.weight"])
     parts = [("self_attn.o_proj", "attn.c_proj", h, h), ("mlp.up_proj", "mlp.c_fc", inner, h), ("mlp.down_proj", "mlp.c_proj", h, inner)]
     norms = [("input_layernorm", "ln_1"), ("post_attention_layernorm", "ln_2")]
     for n in range(c.num_hidden_layers):

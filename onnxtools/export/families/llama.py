@@ -5,30 +5,32 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from onnxtools.export.config import DecoderConfig, activation_of, head_dim_of, need, token_ids, weight_shapes
+from onnxtools.export.config import DecoderConfig, activation_of, check_plain, flag, head_dim_of, integer, number, token_ids, weight_shapes
 from onnxtools.export.family import Family, Source
 from onnxtools.export.rope import rope_of
 from onnxtools.weights import Tensor
 
 
-def config(raw: Mapping[str, Any]) -> DecoderConfig:
-    hidden, heads = need(raw, "llama", "hidden_size"), need(raw, "llama", "num_attention_heads")
-    head_dim = raw.get("head_dim") or head_dim_of("llama", hidden, heads)
-    bias = bool(raw.get("attention_bias", False))
+def config(raw: Mapping[str, Any], family: str = "llama", partial: float | None = None) -> DecoderConfig:
+    """Of a Llama, or of a family like it; `partial` as in `rope_of`."""
+    check_plain(raw, family)
+    hidden, heads = integer(raw, family, "hidden_size"), integer(raw, family, "num_attention_heads")
+    head_dim = raw.get("head_dim")
+    head_dim = head_dim_of(family, hidden, heads) if head_dim is None else integer(raw, family, "head_dim")
+    bias = flag(raw, family, "attention_bias", False)
     return DecoderConfig(
-        family="llama", vocab_size=need(raw, "llama", "vocab_size"), hidden_size=hidden, num_hidden_layers=need(raw, "llama", "num_hidden_layers"),
-        num_attention_heads=heads, num_key_value_heads=raw.get("num_key_value_heads") or heads, head_dim=head_dim,
-        intermediate_size=need(raw, "llama", "intermediate_size"), max_position_embeddings=raw.get("max_position_embeddings") or 2048,
-        norm="rms_norm", norm_eps=float(raw.get("rms_norm_eps") or 1e-6), activation=activation_of(raw, "llama", "hidden_act", "silu"), gated_mlp=True,
-        rope=rope_of(raw, "llama", head_dim), tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)), attention_scale=head_dim**-0.5,
-        attention_bias=bias, output_bias=bias, mlp_bias=bool(raw.get("mlp_bias", False)), **token_ids(raw),
+        family=family, vocab_size=integer(raw, family, "vocab_size"), hidden_size=hidden, num_hidden_layers=integer(raw, family, "num_hidden_layers"),
+        num_attention_heads=heads, num_key_value_heads=integer(raw, family, "num_key_value_heads", default=heads), head_dim=head_dim,
+        intermediate_size=integer(raw, family, "intermediate_size"), max_position_embeddings=integer(raw, family, "max_position_embeddings", default=2048),
+        norm="rms_norm", norm_eps=number(raw, family, "rms_norm_eps", default=1e-6), activation=activation_of(raw, family, "hidden_act", "silu"),
+        gated_mlp=True, rope=rope_of(raw, family, head_dim, partial=partial), tie_word_embeddings=flag(raw, family, "tie_word_embeddings", False),
+        attention_scale=head_dim**-0.5, attention_bias=bias, output_bias=bias, mlp_bias=flag(raw, family, "mlp_bias", False), **token_ids(raw),
     )  # fmt: skip
 
 
 def weights(c: DecoderConfig, source: Source) -> dict[str, Tensor]:
-    if c.tie_word_embeddings:
-        source.skip("lm_head.weight")
-    return {name: source.take(name, *shape) for name, shape in weight_shapes(c).items()}
+    found = {name: source.take(name, *shape) for name, shape in weight_shapes(c).items() if name != "lm_head.weight"}
+    return found | source.head(c, "lm_head.weight", found["model.embed_tokens.weight"])
 
 
 FAMILY = Family(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from onnxtools.errors import ModelError
-from onnxtools.export.config import DecoderConfig, head_dim_of, need, weight_shapes
+from onnxtools.export.config import DecoderConfig, head_dim_of, integer, number, weight_shapes
 from onnxtools.export.family import Family, Source
 from onnxtools.export.rope import Rope
 from onnxtools.weights import Tensor, half_rotation
@@ -23,23 +23,27 @@ _TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_hea
 
 
 def config(raw: Mapping[str, Any]) -> DecoderConfig:
-    def get(name: str, default: Any = None) -> Any:
-        value = raw.get(f"llama.{name}", default)
-        return value if value is not None else need(raw, "llama-gguf", f"llama.{name}")
+    def whole(name: str, default: int | None = None) -> int:
+        return integer(raw, "llama-gguf", f"llama.{name}", default=default)
 
-    hidden, heads = get("embedding_length"), get("attention.head_count")
-    head_dim = raw.get("llama.attention.key_length") or head_dim_of("llama-gguf", hidden, heads)
-    kind = raw.get("llama.rope.scaling.type", "none")
-    theta, dim = float(get("rope.freq_base", 10000.0)), int(get("rope.dimension_count", head_dim))
+    def real(name: str, default: float | None = None) -> float:
+        return number(raw, "llama-gguf", f"llama.{name}", default=default)
+
+    hidden, heads = whole("embedding_length"), whole("attention.head_count")
+    head_dim = whole("attention.key_length") if "llama.attention.key_length" in raw else head_dim_of("llama-gguf", hidden, heads)
+    # llama.cpp (load_hparams): without a type the scaling is linear, by the factor or its older name.
+    kind = raw.get("llama.rope.scaling.type", "linear")
+    theta, dim = real("rope.freq_base", 10000.0), whole("rope.dimension_count", head_dim)
     if kind not in ("none", "linear"):
         raise ModelError(f"llama-gguf: the rope scaling {kind!r} is not supported; none and linear are")
-    scaled = Rope(dim, theta, "linear", {"factor": float(get("rope.scaling.factor"))}) if kind == "linear" else Rope(dim, theta)
+    factor = number(raw, "llama-gguf", "llama.rope.scaling.factor", "llama.rope.scale_linear", default=1.0)
+    scaled = Rope(dim, theta, "linear", {"factor": factor}) if kind == "linear" and factor != 1 else Rope(dim, theta)
     tokens = raw.get("tokenizer.ggml.tokens") or []
     return DecoderConfig(
-        family="llama", vocab_size=raw.get("llama.vocab_size") or len(tokens), hidden_size=hidden, num_hidden_layers=get("block_count"),
-        num_attention_heads=heads, num_key_value_heads=get("attention.head_count_kv", heads), head_dim=head_dim,
-        intermediate_size=get("feed_forward_length"), max_position_embeddings=get("context_length"), norm="rms_norm",
-        norm_eps=float(np.float32(get("attention.layer_norm_rms_epsilon"))), activation="silu", gated_mlp=True, rope=scaled,
+        family="llama", vocab_size=whole("vocab_size", len(tokens)), hidden_size=hidden, num_hidden_layers=whole("block_count"),
+        num_attention_heads=heads, num_key_value_heads=whole("attention.head_count_kv", heads), head_dim=head_dim,
+        intermediate_size=whole("feed_forward_length"), max_position_embeddings=whole("context_length"), norm="rms_norm",
+        norm_eps=float(np.float32(real("attention.layer_norm_rms_epsilon"))), activation="silu", gated_mlp=True, rope=scaled,
         tie_word_embeddings="output.weight" not in raw["_tensors"], attention_scale=head_dim**-0.5,
         bos_token_id=raw.get("tokenizer.ggml.bos_token_id"), pad_token_id=raw.get("tokenizer.ggml.padding_token_id"),
         eos_token_ids=tuple(i for i in (raw.get("tokenizer.ggml.eos_token_id"),) if i is not None),

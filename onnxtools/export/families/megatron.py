@@ -8,7 +8,7 @@ from typing import Any
 from onnxtools.checkpoints.base import nested
 from onnxtools.checkpoints.te_extra_state import forward_scales
 from onnxtools.errors import ModelError
-from onnxtools.export.config import Activation, DecoderConfig, head_dim_of, need
+from onnxtools.export.config import Activation, DecoderConfig, head_dim_of, integer, number
 from onnxtools.export.family import Family, FP8Scales, Source
 from onnxtools.export.rope import Rope
 from onnxtools.weights import Tensor, flatten, pick_rows, plus_one, row_range
@@ -39,24 +39,26 @@ _UNSUPPORTED = {"headscale": True, "qk_layernorm": True, "num_moe_experts": None
 
 
 def config(raw: Mapping[str, Any]) -> DecoderConfig:
-    hidden, heads = need(raw, "megatron", "hidden_size"), need(raw, "megatron", "num_attention_heads")
-    head_dim = raw.get("kv_channels") or head_dim_of("megatron", hidden, heads)
+    hidden, heads = integer(raw, "megatron", "hidden_size"), integer(raw, "megatron", "num_attention_heads")
+    head_dim = head_dim_of("megatron", hidden, heads) if raw.get("kv_channels") is None else integer(raw, "megatron", "kv_channels")
     for key, value in _UNSUPPORTED.items():
         if raw.get(key) and (value is None or raw[key] == value):
             raise ModelError(f"megatron: {key}={raw[key]} is not supported; only dense decoders without it are")
     if raw.get("transformer_block_type", "pre_ln") != "pre_ln":
         raise ModelError(f"megatron: transformer_block_type is {raw['transformer_block_type']!r}; only pre_ln is supported")
-    positions = need(raw, "megatron", "max_position_embeddings", "encoder_seq_length")
+    known = next((name for name in ("max_position_embeddings", "encoder_seq_length") if raw.get(name) is not None), "max_position_embeddings")
+    positions = integer(raw, "megatron", known)
     activation, gated = _activation(raw)
     bias = bool(raw.get("bias", True))
     normalization = str(raw.get("normalization", "layernorm")).lower()
     if normalization not in ("layernorm", "layernorm1p", "rmsnorm"):
         raise ModelError(f"megatron: normalization {normalization!r} is not supported; layernorm, layernorm1p and rmsnorm are")
     return DecoderConfig(
-        family="megatron", vocab_size=need(raw, "megatron", "_vocab_size"), hidden_size=hidden, num_hidden_layers=need(raw, "megatron", "num_layers"),
-        num_attention_heads=heads, num_key_value_heads=raw.get("num_query_groups") or heads, head_dim=head_dim,
-        intermediate_size=raw.get("ffn_hidden_size") or 4 * hidden, max_position_embeddings=positions,
-        norm="rms_norm" if normalization == "rmsnorm" else "layer_norm", norm_eps=float(raw.get("layernorm_epsilon") or 1e-5), activation=activation,
+        family="megatron", vocab_size=integer(raw, "megatron", "_vocab_size"), hidden_size=hidden, num_hidden_layers=integer(raw, "megatron", "num_layers"),
+        num_attention_heads=heads, num_key_value_heads=integer(raw, "megatron", "num_query_groups", default=heads), head_dim=head_dim,
+        intermediate_size=integer(raw, "megatron", "ffn_hidden_size", default=4 * hidden), max_position_embeddings=positions,
+        norm="rms_norm" if normalization == "rmsnorm" else "layer_norm", norm_eps=number(raw, "megatron", "layernorm_epsilon", default=1e-5),
+        activation=activation,
         gated_mlp=gated, rope=_rope(raw, head_dim), tie_word_embeddings=bool(raw.get("share_embeddings_and_output_weights", True)),
         attention_scale=head_dim**-0.5 if raw.get("normalize_attention_scores", True) else 1.0,
         attention_bias=bias or bool(raw.get("qkv_bias")), output_bias=bias, mlp_bias=bias, norm_bias=normalization != "rmsnorm", **_token_ids(raw),
@@ -85,9 +87,10 @@ def _rope(raw: Mapping[str, Any], head_dim: int) -> Rope | None:
         return None
     if kind != "rope":
         raise ModelError(f"megatron: position_embedding_type {kind!r} is not supported; learned_absolute and rope are")
-    dim, theta = int(head_dim * float(raw.get("rotary_percentage") or 1.0)), float(raw.get("rotary_base") or 10000)
-    factor = raw.get("seq_len_interpolation_factor")
-    return Rope(dim, theta, "linear", {"factor": float(factor)}) if factor else Rope(dim, theta)
+    dim = int(head_dim * number(raw, "megatron", "rotary_percentage", default=1.0))
+    theta = number(raw, "megatron", "rotary_base", default=10000.0)
+    factor = number(raw, "megatron", "seq_len_interpolation_factor", default=1.0)
+    return Rope(dim, theta, "linear", {"factor": factor}) if factor != 1 else Rope(dim, theta)
 
 
 def _token_ids(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,9 +120,7 @@ class _Reader:
             found["model.embed_positions.weight"] = take(f"{self.root}embedding.position_embeddings.weight", c.max_position_embeddings, c.hidden_size)
         if c.tie_word_embeddings:
             self.source.skip("model.word_embeddings.weight")
-            self.source.skip(f"{self.root}output_layer.weight")
-        else:
-            found["lm_head.weight"] = take(f"{self.root}output_layer.weight", c.vocab_size, c.hidden_size)
+        found |= self.source.head(c, f"{self.root}output_layer.weight", found["model.embed_tokens.weight"])
         for n in range(c.num_hidden_layers):
             found |= self._layer(n)
         found |= {f"model.norm.{kind}": self._gain(kind, take(f"{self.stack}.final_layernorm.{kind}", c.hidden_size)) for kind in self._norm_kinds()}

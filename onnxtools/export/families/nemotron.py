@@ -6,20 +6,17 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from onnxtools.export.config import DecoderConfig, activation_of
+from onnxtools.export.config import DecoderConfig, activation_of, number
 from onnxtools.export.families import llama
 from onnxtools.export.family import Family, Source
-from onnxtools.export.rope import rope_of
 from onnxtools.weights import Tensor, plus_one
 
 
 def config(raw: Mapping[str, Any]) -> DecoderConfig:
-    made = llama.config({"head_dim": None, **raw, "hidden_act": None})
-    bias = bool(raw.get("attention_bias", False))
+    made = llama.config({"max_position_embeddings": 4096, **raw, "hidden_act": None}, "nemotron", 0.5)
     return replace(
-        made, family="nemotron", norm="layer_norm", norm_eps=float(raw.get("norm_eps") or 1e-5), norm_bias=True, gated_mlp=False,
-        activation=activation_of(raw, "nemotron", "hidden_act", "relu2"), rope=rope_of(raw, "nemotron", made.head_dim, partial=0.5),
-        max_position_embeddings=raw.get("max_position_embeddings") or 4096, attention_bias=bias, output_bias=bias,
+        made, norm="layer_norm", norm_eps=number(raw, "nemotron", "norm_eps", default=1e-5), norm_bias=True, gated_mlp=False,
+        activation=activation_of(raw, "nemotron", "hidden_act", "relu2"),
     )  # fmt: skip
 
 

@@ -1,0 +1,99 @@
+"""`summarize`: articles in, summaries out, ROUGE against the reference (Lin, ACL 2004; package rouge-score)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from onnxtools.errors import JobError, UsageError
+from onnxtools.evaluate.lambada import read_jsonl
+from onnxtools.generation.generate import generate
+from onnxtools.generation.options import GenerationOptions
+from onnxtools.generation.runtime import Runtime
+from onnxtools.generation.text import Streams, Tokenizer, cut_at
+
+TEMPLATE = "{article}\n\nTL;DR:\n"
+"""The prompt of TensorRT-LLM's GPT example (examples/summarize.py): the article, then TL;DR."""
+SCORES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+
+
+@dataclass(frozen=True)
+class Article:
+    """A text and its reference summary, CNN/DailyMail's `article` and `highlights`."""
+
+    article: str
+    highlights: str
+
+
+def read_articles(path: Path, limit: int | None = None) -> list[Article]:
+    """Of a JSONL file.
+
+    Raises:
+        UsageError: no such file, not JSONL, or other fields.
+    """
+    found = []
+    for number, row in read_jsonl(path, limit):
+        if not all(isinstance(row.get(name), str) and row[name].strip() for name in ("article", "highlights")):
+            raise UsageError(f"{path}:{number}: has the fields {', '.join(map(repr, row)) or 'none'}; article and highlights are wanted, with text in them")
+        found.append(Article(row["article"], row["highlights"]))
+    return found
+
+
+def summarize(
+    runtime: Runtime, tokenizer: Tokenizer, articles: Sequence[Article], options: GenerationOptions, *, batch_size: int, template: str,
+    max_input_len: int, done: Callable[[int], None],
+) -> dict[str, Any]:  # fmt: skip
+    """Summaries, their mean ROUGE F-measures in percent, and how long they took.
+
+    Raises:
+        UsageError: a template without {article}.
+        JobError: rouge-score is not installed, or no room for an article in the model.
+    """
+    scorer = _scorer()
+    prompts = [_prompt(tokenizer, a.article, template, _room(runtime, options, max_input_len)) for a in articles]
+    texts: list[str] = []
+    tokens, seconds = 0, 0.0
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        streams = Streams(tokenizer, len(batch), options.stop) if options.stop and options.num_beams == 1 else None
+        began = time.perf_counter()
+        found = [beams[0] for beams in generate(runtime, batch, options, on_token=streams)]
+        seconds += time.perf_counter() - began
+        tokens += sum(len(f.token_ids) for f in found)
+        texts += [cut_at(tokenizer.decode(f.token_ids), options.stop)[0].strip() for f in found]
+        done(len(batch))
+    scores = [scorer.score(a.highlights, text) for a, text in zip(articles, texts, strict=True)]
+    return {
+        "n": len(articles), **{name: 100 * sum(s[name].fmeasure for s in scores) / len(scores) for name in SCORES},
+        "total_latency_s": seconds, "output_tokens": tokens, "tokens_per_s": tokens / seconds, "summaries": texts,
+    }  # fmt: skip
+
+
+def _scorer() -> Any:
+    try:
+        from rouge_score import rouge_scorer
+    except ImportError:
+        raise JobError("summarize needs the package rouge-score; install onnxtools[scores]") from None
+    return rouge_scorer.RougeScorer(list(SCORES), use_stemmer=True)
+
+
+def _room(runtime: Runtime, options: GenerationOptions, longest: int) -> int:
+    """Tokens that a prompt may have."""
+    positions = runtime.info.max_positions
+    room = longest if positions is None else min(longest, positions - options.max_new_tokens)
+    if room < 8:
+        raise JobError(f"{options.max_new_tokens} new tokens leave {room} of the model's {positions} positions for an article; lower --max-new-tokens")
+    return room
+
+
+def _prompt(tokenizer: Tokenizer, article: str, template: str, room: int) -> list[int]:
+    """The template's tokens around the article's first ones, `room` in all."""
+    before, placed, after = template.partition("{article}")
+    if not placed:
+        raise UsageError(f"the template {template!r} has no {{article}}; add it")
+    head, tail = (tokenizer.encode(before) if before else []), tokenizer.pieces(after)
+    body = (tokenizer.pieces if head else tokenizer.encode)(article.strip())
+    return [*head, *body[: max(room - len(head) - len(tail), 1)], *tail]
