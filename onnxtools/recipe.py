@@ -70,7 +70,7 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
         data = yaml.safe_load(path.read_text())
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: not YAML ({' '.join(str(error).split())[:160]})") from None
     if not isinstance(data, dict):
         raise UsageError(f"{path}: not a mapping; it should be {what}")

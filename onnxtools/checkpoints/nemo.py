@@ -95,7 +95,7 @@ def _config(region: Region) -> dict[str, Any]:
         raise ModelError(f"{region.label}: its configuration claims {region.size} bytes; do not trust this file")
     try:
         found = yaml.safe_load(region.read(0, region.size))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ModelError(f"{region.label}: its model_config.yaml is not plain YAML ({' '.join(str(error).split())[:120]})") from None
     if not isinstance(found, dict):
         raise ModelError(f"{region.label}: its model_config.yaml is no mapping; save the checkpoint again")

@@ -60,7 +60,7 @@ def _settings(config_path: Path | None, settings: tuple[str, ...]) -> dict[str, 
 
         try:
             found[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):
             raise UsageError(f"export: --set {setting!r} is not YAML; quote the value") from None
     return {str(key).replace("-", "_"): value for key, value in found.items()}
 

@@ -1,0 +1,152 @@
+"""Configurations that are easy to take for something else: equal to transformers, or refused by the field's name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("transformers", reason="the checkpoints are written by transformers (make setup installs it)")
+import torch
+import transformers
+
+from tests.export import hf
+from tests.export.driver import decode
+from tests.support import max_abs, refuse, succeed
+
+IDS = np.random.default_rng(3).integers(1, 90, (2, 20))
+MASK = np.ones((2, 20), np.int64)
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+def edited(folder: Path, name: str, changes: dict[str, Any]) -> Path:
+    hf.make(name, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config.update(changes)
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value != "absent"}))
+    return folder
+
+
+EQUAL: dict[str, tuple[str, dict[str, Any]]] = {
+    "rope_scaling wins over rope_parameters": ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}}),
+    "original length beside llama3": (
+        "llama",
+        {"rope_parameters": "absent", "rope_scaling": {**LLAMA3, "rope_theta": 1e4}, "original_max_position_embeddings": 8},
+    ),
+    "no scaling of the scores": ("gpt2", {"scale_attn_weights": False}),
+    "a norm's epsilon": ("llama", {"rms_norm_eps": 0.25}),
+}
+
+
+@pytest.mark.parametrize("case", EQUAL)
+def test_equals_transformers(case: str, tmp_path: Path) -> None:
+    name, changes = EQUAL[case]
+    folder = edited(tmp_path / "hf", name, changes)
+    succeed("export", folder, "-o", tmp_path / "m.onnx")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    expected = hf.logits(model, IDS, MASK)
+    assert max_abs(decode(tmp_path / "m.onnx", "concat", IDS, MASK, [20]), expected) <= 1e-4
+    plain = hf.logits(transformers.AutoModelForCausalLM.from_pretrained(hf_plain(tmp_path, name), dtype=torch.float32).eval(), IDS, MASK)
+    assert max_abs(plain, expected) > 1e-3  # the change matters, so that ignoring it would be seen
+
+
+def hf_plain(tmp_path: Path, name: str) -> Path:
+    hf.make(name, tmp_path / "plain")
+    return tmp_path / "plain"
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bigcode_mqa", "nemotron"])
+def test_a_stored_head_that_differs_from_the_tied_embedding_is_used(name: str, tmp_path: Path) -> None:
+    kind, settings = hf.CASES[name]
+    torch.manual_seed(1)
+    model = getattr(transformers, f"{kind}{'ForCausalLM' if kind != 'GPT2' else 'LMHeadModel'}")(
+        getattr(transformers, f"{kind}Config")(**{**settings, "tie_word_embeddings": False})
+    )
+    with torch.no_grad():
+        model.lm_head.weight.add_(torch.randn_like(model.lm_head.weight) * 0.1)
+    model.save_pretrained(tmp_path / "hf")
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    (tmp_path / "hf/config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    out = succeed("export", tmp_path / "hf", "-o", tmp_path / "m.onnx").stdout
+    assert "different one is stored" in " ".join(out.split())
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
+    assert not torch.equal(loaded.get_output_embeddings().weight, loaded.get_input_embeddings().weight)
+    assert max_abs(decode(tmp_path / "m.onnx", "concat", IDS, MASK, [20]), hf.logits(loaded, IDS, MASK)) <= 1e-4
+
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+    ("llama", {"is_causal": False}, "is_causal"),
+    ("gpt2", {"add_cross_attention": True}, "add_cross_attention"),
+    ("bigcode_mqa", {"add_cross_attention": True}, "add_cross_attention"),
+    ("gpt2", {"num_attention_heads": 2}, "n_head is 4 and num_attention_heads is 2"),
+    ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ("nemotron", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0}}, "partial_rotary_factor"),
+    ("llama", {"rope_parameters": {**LLAMA3, "rope_theta": 1e4, "low_freq_factor": 8.0}}, "low_freq_factor"),
+    ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, "rope_theta"),
+    ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 0}}, "factor"),
+    ("llama", {"rms_norm_eps": 0}, "rms_norm_eps"),
+    ("llama", {"rms_norm_eps": "x"}, "rms_norm_eps"),
+    ("llama", {"tie_word_embeddings": "false"}, "tie_word_embeddings"),
+    ("gpt2", {"scale_attn_weights": "false"}, "scale_attn_weights"),
+    ("llama", {"head_dim": "16"}, "head_dim"),
+    ("llama", {"hidden_size": 64.5}, "hidden_size"),
+    ("llama", {"max_position_embeddings": 0}, "max_position_embeddings"),
+    ("llama", {"max_position_embeddings": 10**30}, "max_position_embeddings"),
+    ("llama", {"num_hidden_layers": 3000}, "3000 layers"),
+    ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers"),
+    ("llama", {"eos_token_id": "x"}, "eos_token_id"),
+    ("llama", {"hidden_act": ["silu"]}, "hidden_act"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "names"), REFUSED, ids=[next(iter(changes)) + f"-{i}" for i, (_, changes, _) in enumerate(REFUSED)])
+def test_refused_by_name(name: str, changes: dict[str, Any], names: str, tmp_path: Path) -> None:
+    folder = edited(tmp_path / "hf", name, changes)
+    (tmp_path / "out").mkdir()
+    # The tokens come from generation_config.json where there is one.
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    line = refuse("export", folder, "-o", tmp_path / "out/m.onnx")
+    assert names in line and str(folder) in line
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_value_beyond_fp16_is_an_error(tmp_path: Path) -> None:
+    model = hf.make("llama", tmp_path / "hf")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = 1e5
+    model.save_pretrained(tmp_path / "hf")
+    (tmp_path / "out").mkdir()
+    assert "model.layers.1.mlp.up_proj.weight" in refuse("export", tmp_path / "hf", "-o", tmp_path / "out/m.onnx", "--dtype", "fp16")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_nothing_is_left_when_a_file_beside_the_model_cannot_be_written(tmp_path: Path) -> None:
+    hf.make("llama", tmp_path / "hf")
+    (tmp_path / "out/onnxtools.json").mkdir(parents=True)
+    refuse("export", tmp_path / "hf", "-o", tmp_path / "out/m.onnx")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["onnxtools.json"]
+
+
+def test_a_negated_tensor_is_refused(tmp_path: Path) -> None:
+    state = hf.make("llama", tmp_path / "hf").state_dict()
+    (tmp_path / "hf/model.safetensors").unlink()
+    state["model.norm.weight"] = torch._neg_view(state["model.norm.weight"])
+    torch.save(state, tmp_path / "hf/pytorch_model.bin")
+    assert "neg" in refuse("export", tmp_path / "hf", "-o", tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize("options", [["--n-layer", "3"], ["--family", "llama"], ["--no-weights", "--copy-weights"]])
+def test_options_that_would_be_ignored_are_refused(options: list[str], tmp_path: Path) -> None:
+    hf.make("llama", tmp_path / "hf")
+    assert options[0].removeprefix("--no-") in refuse("export", tmp_path / "hf", "-o", tmp_path / "m.onnx", *options, code=2)
+
+
+def test_the_command_line_wins_over_the_files_own_output(tmp_path: Path) -> None:
+    hf.make("llama", tmp_path / "hf")
+    (tmp_path / "c.yaml").write_text("source: elsewhere\noutput: other.onnx\ndtype: fp16\n")
+    succeed("export", tmp_path / "hf", "-o", tmp_path / "m.onnx", "--config", tmp_path / "c.yaml")
+    assert (tmp_path / "m.onnx").is_file() and not (tmp_path / "other.onnx").exists()
