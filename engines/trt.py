@@ -1,0 +1,268 @@
+"""The runtime `trt`: a TensorRT or TensorRT-RTX engine built by `onnxtools build`. NOT YET RUN: no machine of this project runs these engines.
+
+Kept thin: what can be known without a GPU (inputs and outputs, caches, which profile fits) is read from the manifest beside the plan and
+is tested; the decode loop is the one that ONNX Runtime uses. concat: the cache goes back and forth between two buffers. scatter: it is
+written in place (KVCacheUpdate aliases input and output). Every buffer is as large as the longest run that was started.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+
+from onnxtools.engines.decoder_io import DecoderIO, Port, decoder_io
+from onnxtools.engines.manifest import manifest_path
+from onnxtools.engines.ort_session import device_name
+from onnxtools.errors import JobError
+from onnxtools.generation.runtime import Floats, HostLogits, Ids, Logits, ModelInfo, Prompts, RuntimeOptions, check_length, padded, positions_of
+
+Shapes = Mapping[str, Sequence[int]]
+_MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
+
+
+def read_manifest(engine: Path) -> dict[str, Any]:
+    """The manifest beside a plan.
+
+    Raises:
+        JobError: there is none, or it is not of `onnxtools build`.
+    """
+    path = manifest_path(engine)
+    try:
+        found = json.loads(path.read_text())
+        if not all(key in found for key in ("backend", "inputs", "outputs", "profiles")):
+            raise ValueError("keys are missing")
+    except OSError:
+        raise JobError(f"{path}: there is no manifest beside the engine; build it with onnxtools build") from None
+    except (ValueError, TypeError) as error:
+        raise JobError(f"{path}: is no manifest of onnxtools build ({error}); build the engine again") from None
+    return found  # type: ignore[no-any-return]
+
+
+def engine_io(engine: Path, manifest: Mapping[str, Any]) -> DecoderIO:
+    """The decoder's ports as the manifest lists them."""
+    inputs, outputs = ([Port(t["name"], t["dtype"], tuple(d if d >= 0 else None for d in t["shape"])) for t in manifest[key]] for key in ("inputs", "outputs"))
+    return decoder_io(engine, inputs, outputs)
+
+
+def choose_profile(profiles: Sequence[Mapping[str, Any]], shapes: Shapes, engine: Path) -> int:
+    """Index of the first profile that takes `shapes`.
+
+    Raises:
+        JobError: none does; it names the input that is out of every profile's range.
+    """
+    problem = ""
+    for index, profile in enumerate(profiles):
+        ranges = profile["inputs"]
+        outside = next((n for n, shape in shapes.items() if n in ranges and not _within(shape, ranges[n])), None)
+        if outside is None:
+            return index
+        problem = (
+            problem or f"{outside} of {list(shapes[outside])} is outside profile {profile['name']!r} ({ranges[outside]['min']} to {ranges[outside]['max']})"
+        )
+    raise JobError(f"{engine}: no profile takes this run: {problem}; run a smaller batch or text, or build with wider shapes")
+
+
+def _within(shape: Sequence[int], limits: Mapping[str, Sequence[int]]) -> bool:
+    return all(low <= extent <= high for extent, low, high in zip(shape, limits["min"], limits["max"], strict=True))
+
+
+class TrtRuntime:
+    """See the module; the attributes are those of `Runtime`.
+
+    Raises:
+        JobError: no manifest, no TensorRT, no GPU, or a plan for another.
+    """
+
+    def __init__(self, path: Path, options: RuntimeOptions) -> None:
+        self.name, self.path = "trt", path
+        self.notes: list[str] = ["the runtime trt has not been run on hardware by this project; check its texts against onnxrt"]
+        self.manifest = read_manifest(path)
+        self.io = engine_io(path, self.manifest)
+        self.info = ModelInfo.read(path, {})
+        self.vocab_size, self.has_cache, self.pads = self.io.vocab_size, bool(self.io.caches), self.io.mask is not None
+        self.weight_bytes = int(self.manifest["engine"]["bytes"])
+        if not self.has_cache:
+            raise JobError(f"{path}: the engine has no KV cache; add one with add-kv-cache and build again")
+        if options.device == "cpu":
+            raise JobError(f"{path}: an engine runs on a GPU alone; run the ONNX model on the CPU")
+        backend = str(self.manifest["backend"]["name"])
+        try:
+            self._trt: Any = importlib.import_module(_MODULES[backend])
+            self._cuda: Any = importlib.import_module("cuda.bindings.runtime")
+        except (KeyError, ImportError) as error:
+            raise JobError(f"{path}: an engine of {backend} needs its runtime and cuda-python ({error}); install both where the GPU is") from None
+        if not self._cuda_ok():
+            raise JobError(f"{path}: there is no CUDA device; run the engine where its GPU is, or the ONNX model with --runtime onnxrt")
+        self.device = device_name("cuda")
+        self._open(options)
+        self._buffers: dict[str, tuple[int, int]] = {}
+
+    # --- opening -----------------------------------------------------------------------------------------------------
+
+    def _cuda_ok(self) -> bool:
+        error, count = self._cuda.cudaGetDeviceCount()
+        return int(error) == 0 and count > 0
+
+    def _call(self, function: str, *arguments: Any) -> Any:
+        """A CUDA call; raises JobError with CUDA's own words."""
+        error, *found = getattr(self._cuda, function)(*arguments)
+        if int(error):
+            raise JobError(f"{self.path}: {function} failed: {self._cuda.cudaGetErrorString(error)[1].decode()}{self._room(function)}")
+        return found[0] if found else None
+
+    def _room(self, function: str) -> str:
+        if function != "cudaMalloc":
+            return ""
+        error, free, total = self._cuda.cudaMemGetInfo()
+        return "" if int(error) else f" ({free / 1e9:.1f} of {total / 1e9:.1f} GB are free); run a smaller batch or text"
+
+    def _open(self, options: RuntimeOptions) -> None:
+        trt = self._trt
+        self._stream = self._call("cudaStreamCreate")
+        engine = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine(self.path.read_bytes())
+        if engine is None:
+            raise JobError(f"{self.path}: the plan does not load here (another GPU, or another version of {self.manifest['backend']['name']}); build it here")
+        self._engine = engine
+        self._cache_file: Path | None = None
+        config: list[Any] = []
+        if hasattr(engine, "create_runtime_config"):  # TensorRT-RTX compiles its kernels at the first run and keeps them in this file
+            self._cache_file = self.path.with_name(f"{self.path.name}.runtime-cache")
+            config = [engine.create_runtime_config()]
+            self._runtime_cache = config[0].create_runtime_cache()
+            if self._cache_file.is_file():
+                self._runtime_cache.deserialize(self._cache_file.read_bytes())
+            config[0].set_runtime_cache(self._runtime_cache)
+            if options.cuda_graph and self.io.kind == "scatter":
+                config[0].cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        # A context for each profile: switching the profile of one would wait for the device.
+        self._contexts = [engine.create_execution_context(*config) for _ in range(engine.num_optimization_profiles)]
+        for index, context in enumerate(self._contexts):
+            context.set_optimization_profile_async(index, int(self._stream))
+
+    # --- the protocol ------------------------------------------------------------------------------------------------
+
+    def start(self, rows: int, length: int) -> None:
+        slots = self.io.cache_length
+        if slots is not None and length > slots:
+            raise JobError(f"{self.path}: its cache has {slots} slots and {length} tokens are wanted; build with a longer cache")
+        self._rows, self._length = rows, length
+        for cache in self.io.caches:
+            size = int(np.prod(cache.shape(rows, length))) * _dtype(cache.past.dtype).itemsize
+            self._buffer(cache.past.name, size)
+            if self.io.kind == "concat":
+                self._buffer(cache.present.name, size)
+        self._swapped = False
+
+    def prefill(self, prompts: Prompts) -> Logits:
+        longest = max(map(len, prompts))
+        check_length(self.info, self._length, longest, str(self.path))
+        ids, mask = padded(prompts, self.info.pad_token_id, self._side)
+        self._mask, self._lengths = mask, mask.sum(axis=1)
+        if self.io.kind == "scatter":
+            self._mask = np.pad(mask, ((0, 0), (0, (self.io.cache_length or 0) - longest)))
+        found = self._run(ids, positions_of(mask), np.zeros(self._rows, np.int64), past=0)
+        ends = self._lengths - 1 if self._side == "right" else np.full(self._rows, -1)
+        return HostLogits(found[np.arange(self._rows), ends if found.shape[1] > 1 else 0])
+
+    def step(self, ids: Ids) -> Logits:
+        past = self._mask.shape[1]
+        positions = self._lengths.copy()
+        if self.io.kind == "scatter":
+            self._mask[np.arange(self._rows), positions] = 1
+        else:
+            self._mask = np.concatenate([self._mask, np.ones((self._rows, 1), np.int64)], axis=1)
+        self._lengths = self._lengths + 1
+        return HostLogits(self._run(ids[:, None], positions[:, None], positions, past=past)[:, -1])
+
+    def reorder(self, rows: Ids) -> None:
+        """Through the host: beam search on engines is not made to be fast yet."""
+        for cache in self.io.caches:
+            name = cache.present.name if self._swapped else cache.past.name
+            shape = cache.shape(self._rows, self._mask.shape[1])
+            array = np.empty(shape, _dtype(cache.past.dtype))
+            self._copy(array.ctypes.data, self._buffers[name][0], array.nbytes, "cudaMemcpyDeviceToHost")
+            self._sync()
+            picked = np.ascontiguousarray(np.take(array, rows, axis=1 if cache.axis == 0 else 0))
+            self._copy(self._buffers[name][0], picked.ctypes.data, picked.nbytes, "cudaMemcpyHostToDevice")
+            self._sync()
+        self._mask, self._lengths = self._mask[rows], self._lengths[rows]
+
+    def score(self, prompts: Prompts) -> list[Floats]:
+        if not self.io.logits_all:
+            raise JobError(f"{self.path}: returns the logits of the last token alone; export with --logits all to score texts")
+        self.start(len(prompts), max(map(len, prompts)))
+        ids, mask = padded(prompts, self.info.pad_token_id, self._side)
+        self._mask = mask if self.io.kind == "concat" else np.pad(mask, ((0, 0), (0, (self.io.cache_length or 0) - mask.shape[1])))
+        logits = self._run(ids, positions_of(mask), np.zeros(self._rows, np.int64), past=0)
+        right = self._side == "right"
+        return [logits[row, : len(p)] if right else logits[row, ids.shape[1] - len(p) :] for row, p in enumerate(prompts)]
+
+    def close(self) -> None:
+        if self._cache_file is not None:
+            self._cache_file.write_bytes(bytes(self._runtime_cache.serialize()))
+        for pointer, _ in self._buffers.values():
+            self._call("cudaFree", pointer)
+        self._buffers.clear()
+
+    # --- the device --------------------------------------------------------------------------------------------------
+
+    @property
+    def _side(self) -> Literal["left", "right"]:
+        return "right" if self.io.kind == "scatter" else "left"
+
+    def _buffer(self, name: str, size: int) -> int:
+        """Device memory called `name` of at least `size` bytes, zeroed when it is new."""
+        pointer, room = self._buffers.get(name, (0, 0))
+        if size > room:
+            if pointer:
+                self._call("cudaFree", pointer)
+            pointer = int(self._call("cudaMalloc", max(size, 1)))
+            self._call("cudaMemset", pointer, 0, max(size, 1))
+            self._buffers[name] = (pointer, size)
+        return pointer
+
+    def _copy(self, to: int, of: int, size: int, kind: str) -> None:
+        self._call("cudaMemcpyAsync", to, of, size, getattr(self._cuda.cudaMemcpyKind, kind), self._stream)
+
+    def _sync(self) -> None:
+        self._call("cudaStreamSynchronize", self._stream)
+
+    def _run(self, ids: Ids, positions: Ids, write: Ids, past: int) -> Floats:
+        """One execution; all logits, [rows, tokens or 1, vocabulary]."""
+        io = self.io
+        pairs = ((io.ids, ids), (io.mask, self._mask), (io.positions, positions), (io.write_indices, write))
+        given = {port.name: np.ascontiguousarray(array, port.dtype) for port, array in pairs if port is not None}
+        shapes: dict[str, list[int]] = {name: list(array.shape) for name, array in given.items()}
+        shapes |= {cache.past.name: cache.shape(len(ids), past) for cache in io.caches}
+        context = self._contexts[choose_profile(self.manifest["profiles"], shapes, self.path) if self.manifest["profiles"] else 0]
+        for name, array in given.items():
+            self._copy(self._buffer(name, array.nbytes), array.ctypes.data, array.nbytes, "cudaMemcpyHostToDevice")
+        addresses = {name: self._buffers[name][0] for name in given}
+        for cache in io.caches:
+            one, other = self._buffers[cache.past.name][0], self._buffers[cache.present.name if io.kind == "concat" else cache.past.name][0]
+            addresses[cache.past.name], addresses[cache.present.name] = (other, one) if self._swapped else (one, other)
+        tokens = ids.shape[1] if io.logits_all else 1
+        logits = np.empty((len(ids), tokens, self.vocab_size), _dtype(io.logits.dtype))
+        addresses[io.logits.name] = self._buffer(io.logits.name, logits.nbytes)
+        for name, shape in shapes.items():
+            if not context.set_input_shape(name, shape):
+                raise JobError(f"{self.path}: the engine refuses {name} of {shape}; build with wider shapes")
+        for name, address in addresses.items():
+            context.set_tensor_address(name, address)
+        if not context.execute_async_v3(int(self._stream)):
+            raise JobError(f"{self.path}: the engine failed on {len(ids)} rows of {ids.shape[1]} tokens after {past}; see TensorRT's log")
+        self._copy(logits.ctypes.data, addresses[io.logits.name], logits.nbytes, "cudaMemcpyDeviceToHost")
+        self._sync()
+        self._swapped = io.kind == "concat" and not self._swapped
+        return logits.astype(np.float32, copy=False)
+
+
+def _dtype(name: str) -> np.dtype[Any]:
+    """numpy's type of ONNX's or numpy's name."""
+    return np.dtype(getattr(ml_dtypes, name)) if hasattr(ml_dtypes, name) else np.dtype({"float": "float32"}.get(name, name))

@@ -1,0 +1,97 @@
+"""Our runtimes in EleutherAI's lm-evaluation-harness: any of its tasks, on any of our models.
+
+    import onnxtools.evaluate.lm_eval_model, lm_eval
+    lm_eval.simple_evaluate(model="onnxtools", model_args="model=model.onnx", tasks=["lambada_openai"])
+
+Requests and their meanings: lm-eval's docs/model_guide.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lm_eval.api.model import LM
+from lm_eval.api.registry import register_model
+
+from onnxtools.cli.runtimes import default_runtime
+from onnxtools.evaluate.scores import score_texts
+from onnxtools.evaluate.wikitext import windows
+from onnxtools.generation.generate import generate
+from onnxtools.generation.options import GenerationOptions
+from onnxtools.generation.runtime import RuntimeOptions, open_runtime
+from onnxtools.generation.text import Streams, Tokenizer, cut_at
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+
+
+@register_model("onnxtools")
+class OnnxtoolsLM(LM):  # type: ignore[misc]
+    """Scores and generates with one runtime.
+
+    Args:
+        model: an ONNX file, engine or checkpoint.
+        runtime: onnxrt, trt or frameworks, with a variant; by the file where empty.
+        tokenizer: tokenizer.json or its folder; beside the model where empty.
+        max_length: tokens of a text; the model's positions where 0.
+        batch_size: texts run together.
+    """
+
+    def __init__(self, model: str, runtime: str = "", tokenizer: str = "", max_length: int = 0, batch_size: int | str = 8, **options: Any) -> None:
+        super().__init__()
+        path = Path(model)
+        options.pop("max_batch_size", None)
+        device = options.pop("device", None) or "auto"
+        self.runtime = open_runtime(runtime or default_runtime(path), path, RuntimeOptions(device=str(device).split(":")[0], **options))  # type: ignore[arg-type]
+        self.tokens = Tokenizer.open(Path(tokenizer) if tokenizer else path if path.is_dir() else path.parent)
+        self.max_length = int(max_length) or self.runtime.info.max_positions or 2048
+        self.batch_size = int(batch_size) if str(batch_size).isdigit() else 8
+
+    def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Log-probability of each continuation after its context, and whether it is the greedy one."""
+        pairs = [self._pair(*request.args) for request in requests]
+        texts = [[*context, *continuation][-(self.max_length + 1) :] for context, continuation in pairs]
+        targets = [len(continuation) for _, continuation in pairs]
+        found = score_texts(self.runtime, texts, targets, batch_size=self.batch_size)
+        return [(float(s.logprobs[-n:].sum()), bool((s.ranks == 0).all())) for s, n in zip(found, targets, strict=True)]
+
+    def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Tokens of both, cut where the context's own tokens end; white space at the context's end belongs to the continuation."""
+        spaces = len(context) - len(context.rstrip())
+        if spaces:
+            context, continuation = context[:-spaces], context[-spaces:] + continuation
+        if not context:
+            return [self._prefix()], self.tokens.pieces(continuation)
+        before = self.tokens.encode(context)
+        return before, self.tokens.encode(context + continuation)[len(before) :]
+
+    def _prefix(self) -> int:
+        """The token that stands before a text without context: the end of the one before."""
+        ends = self.runtime.info.eos_token_ids
+        return ends[0] if ends else self.runtime.info.pad_token_id
+
+    def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-probability of each whole text, in windows that do not overlap; each begins with the token before it."""
+        found = []
+        for request in requests:
+            tokens = [self._prefix(), *self.tokens.pieces(request.args[0])]
+            cut = list(windows(tokens, self.max_length, max(self.max_length - 1, 1)))
+            scored = score_texts(self.runtime, [w.tokens for w in cut], [0] * len(cut), batch_size=self.batch_size)
+            found.append(sum(float(s.logprobs[-w.new :].sum()) for w, s in zip(cut, scored, strict=True)))
+        return found
+
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Continue each context until one of its stop texts."""
+        return [self._until(*request.args) for request in requests]
+
+    def _until(self, context: str, settings: dict[str, Any]) -> str:
+        until = settings.get("until") or ()
+        stop = (until,) if isinstance(until, str) else tuple(until)
+        wanted = int(settings.get("max_gen_toks", 256))
+        sampled = {key: settings[key] for key in ("temperature", "top_p", "top_k") if settings.get("do_sample") and settings.get(key)}
+        options = GenerationOptions(max_new_tokens=wanted, stop=stop, **sampled)
+        prompt = self.tokens.encode(context)[-max(self.max_length - wanted, 1) :]
+        found = generate(self.runtime, [prompt], options, on_token=Streams(self.tokens, 1, stop) if stop else None)
+        return cut_at(self.tokens.decode(found[0][0].token_ids), stop)[0]
