@@ -91,7 +91,10 @@ def genai(path: Path, prompt: np.ndarray, new: int, threads: int) -> Run:
         "session_options": {"log_id": "genai", "intra_op_num_threads": threads, "provider_options": []}, "filename": path.name, "head_size": c["head_dim"],
         "hidden_size": c["hidden_size"], "num_attention_heads": c["num_attention_heads"], "num_hidden_layers": c["num_hidden_layers"],
         "num_key_value_heads": c["num_key_value_heads"],
-        "inputs": {"input_ids": "input_ids", "attention_mask": "attention_mask", "past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value"},
+        "inputs": {
+            "input_ids": "input_ids", "attention_mask": "attention_mask", "past_key_names": "past_key_values.%d.key",
+            "past_value_names": "past_key_values.%d.value",
+        },
         "outputs": {"logits": "logits", "present_key_names": "present.%d.key", "present_value_names": "present.%d.value"},
     }  # fmt: skip
     config = {
