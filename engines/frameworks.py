@@ -59,7 +59,7 @@ class FrameworksRuntime:
         folder = self.path if self.path.is_dir() else self.path.parent
         pad = config.pad_token_id
         limit = getattr(config, "max_position_embeddings", None)
-        self.info = ModelInfo(folder, ends, int(pad) if pad is not None else (ends[0] if ends else 0), limit)
+        self.info = ModelInfo(folder, ends, int(pad) if pad is not None else (ends[0] if ends else 0), config.bos_token_id, limit)
         self.vocab_size = int(config.vocab_size)
         self.weight_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from onnxtools.cli.options import PATH, from_parameters
-from onnxtools.cli.runtimes import open_tokenizer, opened, runtime_command, runtime_options, say_notes
+from onnxtools.cli.runtimes import open_tokenizer, opened, progress, runtime_command, runtime_options, say_notes
 from onnxtools.evaluate.timing import BenchmarkOptions
 from onnxtools.storage import replacing
 
@@ -43,7 +43,8 @@ def _callback(
         if how.device == "auto" and all(runtime.device == "cpu" for runtime in made):
             click.echo("note: no CUDA device: this is a benchmark of the CPU", err=True)
         tokenizers = [_tokenizer(tokenizer_path, runtime, model) for runtime in made]
-        found = _with_progress(made, lambda tick: time_runtimes(made, tokenizers, options, tick), options)
+        with progress("benchmark", (options.warmup + options.iterations) * len(made), 0) as tick:
+            found = time_runtimes(made, tokenizers, options, tick)
         result = _result(model, made, found, options)
         if limits:
             _add_limits(result, model, made, found, options, how.threads)
@@ -69,15 +70,6 @@ def _tokenizer(path: Path | None, runtime: Runtime, model: Path) -> Tokenizer | 
         if path is not None:
             raise
         return None
-
-
-def _with_progress(runtimes: Sequence[Runtime], work: Any, options: BenchmarkOptions) -> list[Timing]:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("benchmark", total=(options.warmup + options.iterations) * len(runtimes))
-        return work(lambda: bar.advance(task))  # type: ignore[no-any-return]
 
 
 def _result(model: Path, runtimes: Sequence[Runtime], found: Sequence[Timing], options: BenchmarkOptions) -> dict[str, Any]:

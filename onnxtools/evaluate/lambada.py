@@ -186,7 +186,8 @@ class Journal:
                 raise JobError(f"{path}: holds results of something else ({header[:120]}); name another file with --resume")
             for row in rows:
                 made = json.loads(row)
-                self.known[made.pop("index")] = PassageResult(**made)
+                index = int(made.pop("index"))
+                self.known[index] = PassageResult(**made)
         except (ValueError, TypeError, KeyError, AttributeError):
             if header and not self.known:
                 raise JobError(f"{path}: is no journal of `accuracy`; name another file with --resume") from None

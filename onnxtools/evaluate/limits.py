@@ -19,6 +19,8 @@ from onnxtools.evaluate.timing import BenchmarkOptions
 from onnxtools.model import Model
 
 _ELEMS = {"float": onnx.TensorProto.FLOAT, "float16": onnx.TensorProto.FLOAT16, "bfloat16": onnx.TensorProto.BFLOAT16}
+_TABLES = {("Gather", 0), ("RotaryEmbedding", 1), ("RotaryEmbedding", 2), ("GroupQueryAttention", 7), ("GroupQueryAttention", 8)}
+"""Operators and inputs whose weight is a table of embeddings, cosines or sines."""
 _BYTES = {"float": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -56,8 +58,8 @@ def work(path: Path, options: BenchmarkOptions) -> Work:
     types: dict[str, int] = {}
     for value, tensor in model.weights():
         users = [(node.op_type, index) for node, index in value.uses()]
-        if all(user == ("Gather", 0) for user in users):
-            continue  # a table: a step reads a row of it
+        if all(user in _TABLES for user in users):
+            continue  # a step reads a row of it
         weights += tensor.nbytes
         types[tensor.dtype.name.lower()] = types.get(tensor.dtype.name.lower(), 0) + tensor.nbytes
         if len(tensor.shape) == 2:

@@ -68,9 +68,9 @@ class OnnxtoolsLM(LM):  # type: ignore[misc]
         return before, self.tokens.encode(context + continuation)[len(before) :]
 
     def _prefix(self) -> int:
-        """The token that stands before a text without context: the end of the one before."""
-        ends = self.runtime.info.eos_token_ids
-        return ends[0] if ends else self.runtime.info.pad_token_id
+        """The token that stands before a text without context: the beginning of texts, or the end of the one before."""
+        info = self.runtime.info
+        return info.bos_token_id if info.bos_token_id is not None else info.eos_token_ids[0] if info.eos_token_ids else info.pad_token_id
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of each whole text, in windows that do not overlap; each begins with the token before it."""

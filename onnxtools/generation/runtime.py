@@ -63,6 +63,7 @@ class ModelInfo:
     folder: Path
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int = 0
+    bos_token_id: int | None = None
     max_positions: int | None = None
     raw: Mapping[str, Any] | None = None
 
@@ -82,7 +83,8 @@ class ModelInfo:
             tokens = raw["tokens"]
             eos = tuple(int(token) for token in tokens["eos_token_ids"])
             pad = tokens.get("pad_token_id")
-            return cls(path.parent, eos, int(pad) if pad is not None else (eos[0] if eos else 0), int(raw["model"]["max_position_embeddings"]), raw)
+            bos, positions = tokens.get("bos_token_id"), int(raw["model"]["max_position_embeddings"])
+            return cls(path.parent, eos, int(pad) if pad is not None else (eos[0] if eos else 0), bos, positions, raw)
         except (ValueError, KeyError, TypeError) as error:
             raise JobError(f"{path}: its {INFO_FILE} cannot be read ({type(error).__name__}: {error}); export the model again") from None
 
