@@ -15,23 +15,29 @@ from typing import Any
 import numpy as np
 
 from onnxtools.engines.decoder_io import decoder_io
-from onnxtools.engines.ort_session import BEST, NEXT, DeviceOps, choose_device, device_memory, device_name, is_out_of_memory, one_line, open_session, ports
+from onnxtools.engines.ort_session import NEXT, DeviceOps, choose_device, device_memory, device_name, is_out_of_memory, one_line, open_session, ports
 from onnxtools.errors import JobError
 from onnxtools.generation.runtime import Floats, HostLogits, Ids, Logits, ModelInfo, Prompts, RuntimeOptions, check_length, padded, positions_of
 from onnxtools.model import Model
 
 
 class DeviceLogits:
-    """Logits [rows, 1, vocabulary] on a device, with each row's best token."""
+    """Logits [rows, 1, vocabulary] on a device, with each row's best token.
 
-    def __init__(self, logits: Any, best: Any, value: Any) -> None:
-        self._logits, self._best, self._value = logits, best, value
+    Attributes:
+        best: what `argmax` handed out; the device still holds it, so it need not be copied back to be the next input.
+    """
+
+    def __init__(self, logits: Any, best: Any) -> None:
+        self._logits, self._best = logits, best
+        self.best: Ids | None = None
 
     def numpy(self) -> Floats:
         return self._logits.numpy()[:, -1].astype(np.float32)  # type: ignore[no-any-return]
 
     def argmax(self) -> tuple[Ids, Floats]:
-        return self._best.numpy()[:, -1], self._value.numpy()[:, -1].astype(np.float32)
+        self.best = self._best.numpy()[:, -1]
+        return self.best, np.where(self.best < 0, np.float32(np.nan), np.float32(0))
 
 
 class _Input:
@@ -71,7 +77,7 @@ class OrtRuntime:
         self.session, self.captures = open_session(model, options, self._device, self.notes, graph=options.cuda_graph and static)
         if not self.has_cache:
             self.notes.append("the model has no KV cache: every token runs the whole text again; use add-kv-cache, or export --kv-cache concat")
-        self.results = [self.io.logits.name, *([NEXT, BEST] if self._device == "cuda" else [])]
+        self.results = [self.io.logits.name, *([NEXT] if self._device == "cuda" else [])]
         self.ops = DeviceOps(self._device)
         self._plain = ort.RunOptions()
         if self.captures:
@@ -171,7 +177,7 @@ class OrtRuntime:
         """The logits at `ends` of a prefill's outputs; the same as the last ones where the graph returns those alone."""
         outputs = binding.get_outputs()
         if self._device == "cuda" and (not self.io.logits_all or outputs[0].shape()[1] == 1):
-            return DeviceLogits(*outputs[:3])
+            return DeviceLogits(*outputs[:2])
         logits = outputs[0].numpy()
         rows = np.arange(len(logits))
         return HostLogits(logits[rows, ends if logits.shape[1] > 1 else 0].astype(np.float32, copy=False))
@@ -241,7 +247,10 @@ class _Static:
         self.inputs = [(port.name, given) for port, given in pairs if port is not None]
         self.binding = r.bound({name: given.value for name, given in self.inputs})
         self._bind_buffers(self.binding)
+        if NEXT in r.results:
+            self.binding.bind_ortvalue_output(NEXT, self.ids.value)
         self.outputs: list[Any] | None = None
+        self.last_logits: DeviceLogits | None = None
         self.options = _graph_options() if r.captures else None
 
     def _bind_buffers(self, binding: Any) -> None:
@@ -264,19 +273,22 @@ class _Static:
 
     def step(self, ids: Ids) -> Logits:
         every = np.arange(self.rows)
+        on_device = self.last_logits is not None and self.last_logits.best is ids  # NEXT is bound to the memory of the input
         self.ids.array[:, 0] = ids
         self.positions.array[:, 0] = self.write.array[:] = self.lengths
         self.mask.array[every, self.lengths] = 1
         self.lengths = self.lengths + 1
         for _, given in self.inputs:
-            given.push()
+            if given is not self.ids or not on_device:
+                given.push()
         self.r.run(self.binding, self.options)
         if self.outputs is None:  # bound from now on, where the first run put them
             self.outputs = self.binding.get_outputs()
             for name, value in zip(self.r.results, self.outputs, strict=False):
                 self.binding.bind_ortvalue_output(name, value)
         if self.r._device == "cuda":
-            return DeviceLogits(*self.outputs[:3])
+            self.last_logits = DeviceLogits(*self.outputs[:2])
+            return self.last_logits
         return HostLogits(self.outputs[0].numpy()[:, -1].astype(np.float32, copy=False))
 
     def reorder(self, rows: Ids) -> None:
