@@ -22,22 +22,17 @@ from onnxtools.model import Model
 
 
 class DeviceLogits:
-    """Logits [rows, 1, vocabulary] on a device, with each row's best token.
-
-    Attributes:
-        best: what `argmax` handed out; the device still holds it, so it need not be copied back to be the next input.
-    """
+    """Logits [rows, 1, vocabulary] on a device, with each row's best token."""
 
     def __init__(self, logits: Any, best: Any) -> None:
         self._logits, self._best = logits, best
-        self.best: Ids | None = None
 
     def numpy(self) -> Floats:
         return self._logits.numpy()[:, -1].astype(np.float32)  # type: ignore[no-any-return]
 
     def argmax(self) -> tuple[Ids, Floats]:
-        self.best = self._best.numpy()[:, -1]
-        return self.best, np.where(self.best < 0, np.float32(np.nan), np.float32(0))
+        best = self._best.numpy()[:, -1]
+        return best, np.where(best < 0, np.float32(np.nan), np.float32(0))
 
 
 class _Input:
@@ -247,10 +242,7 @@ class _Static:
         self.inputs = [(port.name, given) for port, given in pairs if port is not None]
         self.binding = r.bound({name: given.value for name, given in self.inputs})
         self._bind_buffers(self.binding)
-        if NEXT in r.results:
-            self.binding.bind_ortvalue_output(NEXT, self.ids.value)
         self.outputs: list[Any] | None = None
-        self.last_logits: DeviceLogits | None = None
         self.options = _graph_options() if r.captures else None
 
     def _bind_buffers(self, binding: Any) -> None:
@@ -273,22 +265,19 @@ class _Static:
 
     def step(self, ids: Ids) -> Logits:
         every = np.arange(self.rows)
-        on_device = self.last_logits is not None and self.last_logits.best is ids  # NEXT is bound to the memory of the input
         self.ids.array[:, 0] = ids
         self.positions.array[:, 0] = self.write.array[:] = self.lengths
         self.mask.array[every, self.lengths] = 1
         self.lengths = self.lengths + 1
         for _, given in self.inputs:
-            if given is not self.ids or not on_device:
-                given.push()
+            given.push()
         self.r.run(self.binding, self.options)
         if self.outputs is None:  # bound from now on, where the first run put them
             self.outputs = self.binding.get_outputs()
             for name, value in zip(self.r.results, self.outputs, strict=False):
                 self.binding.bind_ortvalue_output(name, value)
         if self.r._device == "cuda":
-            self.last_logits = DeviceLogits(*self.outputs[:2])
-            return self.last_logits
+            return DeviceLogits(*self.outputs[:2])
         return HostLogits(self.outputs[0].numpy()[:, -1].astype(np.float32, copy=False))
 
     def reorder(self, rows: Ids) -> None:

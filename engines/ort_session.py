@@ -19,8 +19,8 @@ from onnxtools.graph import Builder, attribute
 from onnxtools.model import Model
 
 NEXT = "onnxtools.next"
-"""An output that is added for a device, [rows, tokens]: the best token, -1 where the logits are NaN. So a step moves 8 bytes a row to the host,
-not the logits, and the next step can read its input where it lies."""
+"""An output that is added for a device, [rows, tokens]: the best token, -1 where the logits are NaN, so that a step moves 8 bytes a row to the
+host and not the logits. It must not be bound to the memory of input_ids: to capture a graph, ONNX Runtime runs a step twice."""
 
 
 def choose_device(wanted: str, notes: list[str]) -> str:

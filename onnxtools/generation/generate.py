@@ -103,8 +103,6 @@ class _Loop:
         logits, waiting = first_logits(self.runtime, self.prompts)
         for step in range(self.options.max_new_tokens + max(map(len, waiting))):
             ids, logprobs = self._choose(logits, step)
-            if any(waiting):
-                ids = ids.copy()  # what a device handed out is its own
             for row in np.flatnonzero(self.open):
                 if waiting[row]:
                     ids[row] = waiting[row].pop(0)
