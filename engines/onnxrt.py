@@ -68,6 +68,8 @@ class OrtRuntime:
         self.weight_bytes = model.weight_bytes()
         self.path, self._device = path, choose_device(options.device, self.notes)
         self.device = device_name(self._device)
+        if self.io.kind == "gqa" and self._device == "cuda" and self.io.caches[0].past.dtype == "float":
+            raise JobError(f"{path}: ONNX Runtime has no CUDA kernel for fp32 GroupQueryAttention; export with --dtype fp16 or bf16, or --kv-cache concat")
         static = self.io.kind in ("scatter", "gqa")
         self.session, self.captures = open_session(model, options, self._device, self.notes, graph=options.cuda_graph and static)
         if not self.has_cache:
