@@ -155,6 +155,9 @@ class Attention:
         else:
             end = self.build.constant([np.iinfo(np.int64).max], "end")
             real = op("Slice", [mask, op("Neg", [new], "/model/last"), end, one], "/model/last")
+        if self.kind == "gqa":  # padding is on the right: counting is enough, and nothing is copied from the host in a captured graph
+            count = op("Sub", [op("ReduceSum", [real, one], "/model/last/count", keepdims=1), one], "/model/last/count")
+            return op("Max", [count, self._zero()], "/model/last")
         # The largest index among the real ones; 0 where a row has none.
         indices = op("Mul", [real, self._range(self._zero(), new, "/model/last/indices")], "/model/last")
         return op("ReduceMax", [indices, one], "/model/last", keepdims=1)
