@@ -38,12 +38,13 @@ def gguf() -> Path:
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
-def ours(path: Path, prompt: np.ndarray, new: int, threads: int) -> Run:
-    runtime = open_runtime("onnxrt:cpu", path, RuntimeOptions(threads=threads))
+def runtime(spec: str, path: Path, prompt: np.ndarray, new: int, threads: int) -> Run:
+    """Our loop over one of our runtimes."""
+    opened = open_runtime(spec, path, RuntimeOptions(device="cpu", threads=threads))
 
     def run() -> tuple[list[int], float, list[float]]:
         start = time.perf_counter()
-        tokens, marks = generate_timed(runtime, prompt[None], new)
+        tokens, marks = generate_timed(opened, prompt[None], new)
         return tokens[0].tolist(), marks[0] - start, np.diff(marks).tolist()
 
     return run
@@ -51,32 +52,21 @@ def ours(path: Path, prompt: np.ndarray, new: int, threads: int) -> Run:
 
 def bare(path: Path, prompt: np.ndarray, new: int, threads: int) -> Run:
     """`session.run_with_iobinding` alone on the buffers of our runtime: what no loop can be faster than."""
-    runtime = OrtRuntime(path, RuntimeOptions(device="cpu", threads=threads))
+    opened = OrtRuntime(path, RuntimeOptions(device="cpu", threads=threads))
 
     def run() -> tuple[list[int], float, list[float]]:
-        runtime.start(1, len(prompt) + new)
+        opened.start(1, len(prompt) + new)
         start = time.perf_counter()
-        runtime.prefill([prompt.tolist()]).argmax()
+        opened.prefill([prompt.tolist()]).argmax()
         first = time.perf_counter() - start
-        runtime.step(np.array([1]))
-        state, steps = runtime._state, []
+        opened.step(np.array([1]))
+        state, steps = opened._state, []
         for step in range(new - 1):
             state.mask.array[0, len(prompt) + step] = 1
             begin = time.perf_counter()
-            runtime.session.run_with_iobinding(state.binding)
+            opened.session.run_with_iobinding(state.binding)
             steps.append(time.perf_counter() - begin)
         return [], first, steps
-
-    return run
-
-
-def frameworks(checkpoint: Path, prompt: np.ndarray, new: int, threads: int) -> Run:
-    runtime = open_runtime("frameworks:eager", checkpoint, RuntimeOptions(device="cpu", threads=threads))
-
-    def run() -> tuple[list[int], float, list[float]]:
-        start = time.perf_counter()
-        tokens, marks = generate_timed(runtime, prompt[None], new)
-        return tokens[0].tolist(), marks[0] - start, np.diff(marks).tolist()
 
     return run
 
@@ -138,8 +128,9 @@ def main() -> None:
             export(gguf(), files[kind], ExportOptions(kv_cache=kind, dtype="fp32"))
         given = (prompt, options.output_len, options.threads)
         runs: dict[str, Run] = {
-            "onnxtools gqa": ours(files["gqa"], *given), "onnxtools concat": ours(files["concat"], *given), "bare session, gqa": bare(files["gqa"], *given),
-            "GenAI, same gqa file": genai(files["gqa"], *given), "transformers eager": frameworks(gguf(), *given),
+            "onnxtools gqa": runtime("onnxrt", files["gqa"], *given), "onnxtools concat": runtime("onnxrt", files["concat"], *given),
+            "bare session, gqa": bare(files["gqa"], *given), "GenAI, same gqa file": genai(files["gqa"], *given),
+            "transformers eager": runtime("frameworks:eager", gguf(), *given),
         }  # fmt: skip
         found: dict[str, list[tuple[list[int], float, list[float]]]] = {name: [] for name in runs}
         for number in range(options.runs + 1):
