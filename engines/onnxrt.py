@@ -18,6 +18,7 @@ from onnxtools.engines.decoder_io import decoder_io
 from onnxtools.engines.ort_session import NEXT, DeviceOps, choose_device, device_memory, device_name, is_out_of_memory, one_line, open_session, ports
 from onnxtools.errors import JobError
 from onnxtools.generation.runtime import Floats, HostLogits, Ids, Logits, ModelInfo, Prompts, RuntimeOptions, check_length, padded, positions_of
+from onnxtools.memory import available_bytes
 from onnxtools.model import Model
 
 
@@ -147,10 +148,14 @@ class OrtRuntime:
     def _failure(self, error: Exception) -> JobError:
         if not is_out_of_memory(error):
             return JobError(f"{self.path}: ONNX Runtime failed: {one_line(error)}")
-        row = self._length * sum(int(np.prod(c.shape(1, 1))) * _size(c.past.dtype) for c in self.io.caches) + self.vocab_size * 8
+        cache = self._length * sum(int(np.prod(c.shape(1, 1))) * _size(c.past.dtype) for c in self.io.caches)
+        # Logits, their fp32 copy, and as much again for what the layers hand on.
+        row = 2 * cache + 3 * 4 * self.vocab_size * (self._length if self.io.logits_all else 1)
         memory = device_memory() if self._device == "cuda" else None
-        room = f"; of {memory[1] / 1e9:.0f} GB, a batch of about {max(int((0.9 * memory[1] - self.weight_bytes) / (2 * row)), 0)} would fit" if memory else ""
-        return JobError(f"{self.path}: out of memory with {self._rows} rows of {self._length} tokens ({self._rows * row / 1e9:.1f} GB of cache){room}")
+        room = int(0.9 * memory[1]) - self.weight_bytes if memory else available_bytes()
+        fits = f"; a batch of about {max(room // row, 0)} would fit" if room is not None else ""
+        advice = "; --logits last at export saves most of it" if self.io.logits_all and self._length > 1 and row > 4 * cache else ""
+        return JobError(f"{self.path}: out of memory with {self._rows} rows of {self._length} tokens{fits}{advice}")
 
     def bound(self, feeds: dict[str, Any]) -> Any:
         """A binding of small inputs (device values), and of the logits, for which ONNX Runtime makes room."""

@@ -147,7 +147,7 @@ def one_line(error: BaseException) -> str:
 
 def is_out_of_memory(error: BaseException) -> bool:
     text = str(error)
-    return any(sign in text for sign in ("out of memory", "Failed to allocate memory", "bad allocation", "std::bad_alloc", "Available memory of"))
+    return isinstance(error, MemoryError) or any(sign in text for sign in ("out of memory", "Failed to allocate memory", "bad allocation", "std::bad_alloc", "Available memory of", "Unable to allocate"))
 
 
 def ports(model: Model) -> tuple[list[Port], list[Port]]:
