@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,16 +65,16 @@ class Runner:
             if "NOT_IMPLEMENTED" in str(error) and model.weight_bytes() <= REFERENCE_LIMIT:
                 self.notes.append("ONNX Runtime has no kernel for part of the graph; computed by onnx.reference")
                 return self._reference(proto)
-            raise JobError(f"ONNX Runtime cannot load the graph: {_reason(error)}") from error
+            raise JobError(f"ONNX Runtime cannot load the graph: {one_line(error)}") from error
         types = {value.name: value.type for value in session.get_inputs()}
 
         def run(feeds: Feeds) -> list[Array]:
-            values = {name: _ort_value(feeds[name], types[name]) for name in types}
+            values = {name: ort_value(feeds[name], types[name]) for name in types}
             try:
                 results = session.run_with_ort_values(None, values)
             except Exception as error:
-                raise JobError(f"ONNX Runtime failed on the graph: {_reason(error)}") from error
-            return [_to_numpy(value) for value in results]
+                raise JobError(f"ONNX Runtime failed on the graph: {one_line(error)}") from error
+            return [to_numpy(value) for value in results]
 
         return run
 
@@ -96,19 +96,22 @@ class Runner:
         return dict(zip(self.outputs, self._run(dict(feeds)), strict=True))
 
 
-def _reason(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def _ort_value(array: Array, type_name: str) -> Any:
+def ort_value(array: Array, type_name: str) -> Any:
+    """`array` for ONNX Runtime, without a copy where it is contiguous; it must stay alive as long as the value."""
     import onnxruntime as ort
 
     if "float8e4m3fn" in type_name:
         return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(np.ascontiguousarray(array).view(np.uint8), onnx.TensorProto.FLOAT8E4M3FN)
+    if "bfloat16" in type_name:
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(np.ascontiguousarray(array).view(np.uint16), onnx.TensorProto.BFLOAT16)
     return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
 
 
-def _to_numpy(value: Any) -> Array:
+def to_numpy(value: Any) -> Array:
     array = value.numpy()
     if "float8e4m3fn" in value.data_type():  # handed out as its bytes
         import ml_dtypes
@@ -173,11 +176,16 @@ def _bf16_as_fp32(proto: onnx.ModelProto, model: Model) -> None:
         if _elem_type(value) == _BF16:
             value.type.tensor_type.elem_type = _F32
     for node in proto.graph.node:
-        for attribute in node.attribute:
-            if attribute.name in ("to", "output_dtype") and attribute.i == _BF16:
-                attribute.i = _F32
-            if attribute.HasField("t") and attribute.t.data_type == _BF16:
-                attribute.t.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(attribute.t).astype(np.float32)))
+        widen_node(node, {_BF16})
+
+
+def widen_node(node: onnx.NodeProto, types: Container[int]) -> None:
+    """Let a node that makes or holds values of `types` make or hold float32."""
+    for attribute in node.attribute:
+        if attribute.name in ("to", "output_dtype", "dtype") and attribute.i in types:
+            attribute.i = _F32
+        if attribute.HasField("t") and attribute.t.data_type in types:
+            attribute.t.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(attribute.t).astype(np.float32)))
 
 
 # --- inputs -----------------------------------------------------------------------------------------------------------
@@ -262,4 +270,4 @@ def read_feeds(path: Path) -> Feeds:
         first = data[0] if isinstance(data, list) else data
         return {name: np.asarray(array) for name, array in first.items()}
     except Exception as error:
-        raise JobError(f"{path}: no readable inputs ({_reason(error)}); write an .npz or a Polygraphy JSON file") from error
+        raise JobError(f"{path}: no readable inputs ({one_line(error)}); write an .npz or a Polygraphy JSON file") from error

@@ -21,17 +21,26 @@ class Product:
         node: MatMul, Gemm or Conv.
         weight: the initializer, behind Q/DQ, Cast, Identity and Transpose.
         axis: the axis of the stored weight that is summed over (K).
+        index: which input of the node the weight is.
         path: the nodes between weight and product, product side first.
     """
 
     node: ir.Node
     weight: ir.Value
     axis: int
+    index: int
     path: tuple[ir.Node, ...]
 
     @property
     def tensor(self) -> ir.TensorProtocol:
         found = constant_tensor(self.weight)
+        assert found is not None
+        return found
+
+    @property
+    def activation(self) -> ir.Value:
+        """The other operand."""
+        found = self.node.inputs[1 - self.index]
         assert found is not None
         return found
 
@@ -69,7 +78,7 @@ def _trace(node: ir.Node, index: int) -> Product | None:
         if producer.op_type == "Transpose":
             perm = attribute(producer, "perm", list(range(rank))[::-1])
             axis = perm[axis]
-    return Product(node, value, axis, tuple(path))
+    return Product(node, value, axis, index, tuple(path))
 
 
 def _reduction_axis(node: ir.Node, index: int, rank: int) -> int:

@@ -1,4 +1,4 @@
-"""One progress bar for the whole project: shown on a terminal after two seconds, silent elsewhere."""
+"""Progress bars, on a terminal alone: of bytes (shown after two seconds) and of things."""
 
 from __future__ import annotations
 
@@ -38,3 +38,16 @@ def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
     finally:
         if visible:
             bar.stop()
+
+
+@contextlib.contextmanager
+def counted(label: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
+    """A bar of things, with the time left; yields what advances it, by one or by a count."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    err = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task(label, total=total, completed=done)
+        yield lambda count=1: bar.advance(task, count)

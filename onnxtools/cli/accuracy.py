@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from onnxtools.cli.options import PATH
-from onnxtools.cli.runtimes import default_runtime, open_tokenizer, opened, progress, runtime_command, runtime_options, say_notes
+from onnxtools.cli.runtimes import default_runtime, open_tokenizer, opened, runtime_command, runtime_options, say_notes
 from onnxtools.errors import JobError, UsageError
+from onnxtools.progress import counted
 
 if TYPE_CHECKING:
     from onnxtools.evaluate.lambada import PassageResult
@@ -113,7 +114,7 @@ def _lambada_of(
     passages = tokenized(rows, open_tokenizer(tokenizer_path, runtime, path), runtime.info.max_positions)
     journal = Journal(resume if number == 0 else resume.with_suffix(f".{number}{resume.suffix}"), _of(runtime, path, rows)) if resume is not None else None
     try:
-        with progress(f"{path.name} ({runtime.name})", len(passages), len(journal.known) if journal else 0) as tick:
+        with counted(f"{path.name} ({runtime.name})", len(passages), len(journal.known) if journal else 0) as tick:
 
             def done(index: int, result: PassageResult) -> None:
                 if journal is not None:
@@ -163,7 +164,7 @@ def _wikitext(
                 if len(tokens) < 2:
                     raise UsageError(f"{file}: has {len(tokens)} tokens; perplexity needs two")
                 step = stride or window
-                with progress(f"{path.name} ({runtime.name})", len(list(windows(tokens, window, step))), 0) as tick:
+                with counted(f"{path.name} ({runtime.name})", len(list(windows(tokens, window, step)))) as tick:
                     scored = score_wikitext(runtime, tokens, words, length=window, stride=step, batch_size=batch, done=tick)
                 found[runtime.name if compare is None else f"{path} ({runtime.name})"] = scored
     return {"dataset": str(file), "models": found}

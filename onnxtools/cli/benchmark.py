@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from onnxtools.cli.options import PATH, from_parameters
-from onnxtools.cli.runtimes import open_tokenizer, opened, progress, runtime_command, runtime_options, say_notes
+from onnxtools.cli.runtimes import open_tokenizer, opened, runtime_command, runtime_options, say_notes
 from onnxtools.evaluate.timing import BenchmarkOptions
+from onnxtools.progress import counted
 from onnxtools.storage import replacing
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def _callback(
         if how.device == "auto" and all(runtime.device == "cpu" for runtime in made):
             click.echo("note: no CUDA device: this is a benchmark of the CPU", err=True)
         tokenizers = [_tokenizer(tokenizer_path, runtime, model) for runtime in made]
-        with progress("benchmark", (options.warmup + options.iterations) * len(made), 0) as tick:
+        with counted("benchmark", (options.warmup + options.iterations) * len(made)) as tick:
             found = time_runtimes(made, tokenizers, options, tick)
         result = _result(model, made, found, options)
         if limits:

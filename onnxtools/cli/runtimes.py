@@ -91,16 +91,3 @@ def say_notes(runtimes: Sequence[Runtime]) -> None:
     for runtime in runtimes:
         for note in runtime.notes:
             click.echo(f"note: {runtime.name}: {note}", err=True)
-
-
-@contextmanager
-def progress(what: str, total: int, done: int) -> Iterator[Callable[..., None]]:
-    """A bar on stderr, with the time left; yields what advances it, by one or by a count."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    err = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
-        task = bar.add_task(what, total=total, completed=done)
-        yield lambda count=1: bar.advance(task, count)

@@ -9,8 +9,9 @@ from typing import Any
 import click
 
 from onnxtools.cli.options import PATH, from_parameters
-from onnxtools.cli.runtimes import open_tokenizer, opened, progress, runtime_command, runtime_options, say_notes
+from onnxtools.cli.runtimes import open_tokenizer, opened, runtime_command, runtime_options, say_notes
 from onnxtools.generation.options import GenerationOptions
+from onnxtools.progress import counted
 
 _HELP = """Summarize the articles of a JSONL file (fields article and highlights) with MODEL.
 
@@ -37,7 +38,7 @@ def _callback(
         say_notes(made)
         for runtime in made:
             tokenizer = open_tokenizer(tokenizer_path, runtime, model)
-            with progress(f"{model.name} ({runtime.name})", len(articles), 0) as tick:
+            with counted(f"{model.name} ({runtime.name})", len(articles)) as tick:
                 result[runtime.name] = summarize(
                     runtime, tokenizer, articles, options, batch_size=batch_size, template=template.replace("\\n", "\n"), max_input_len=max_input_len,
                     done=tick,

@@ -1,0 +1,1 @@
+"""Running a model over texts, a layer at a time, to learn what its activations look like."""

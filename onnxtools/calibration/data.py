@@ -1,0 +1,119 @@
+"""Calibration data: texts as the graph's inputs, one at a time and so without padding."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onnxtools.calibration.options import Calibrated
+from onnxtools.errors import JobError, UsageError
+from onnxtools.generation.text import Tokenizer
+from onnxtools.infer import is_ids_like, token_input
+from onnxtools.model import Model
+from onnxtools.ort import Feeds, random_feeds, read_feeds, vocabulary
+
+
+class Samples(Sequence[Feeds]):
+    """Feeds of the graph, made when they are asked for.
+
+    Attributes:
+        digest: of the data, for the calibration cache.
+    """
+
+    def __init__(self, model: Model, texts: Sequence[Sequence[int]], feeds: Sequence[Feeds] = ()) -> None:
+        self._model, self._texts, self._feeds = model, texts, feeds
+        arrays = [np.asarray(text, np.int64) for text in texts] or [feed[name] for feed in feeds for name in sorted(feed)]
+        self.digest = hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() + b"|" for array in arrays)).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._texts) or len(self._feeds)
+
+    def __getitem__(self, index: Any) -> Any:
+        return _text_feeds(self._model, self._texts[index]) if self._texts else self._feeds[index]
+
+
+def read_samples(model: Model, options: Calibrated) -> Samples:
+    """The data that `options` name.
+
+    Raises:
+        UsageError: none is named, or it cannot be read.
+        JobError: no tokenizer, tokens outside the vocabulary, inputs that are not the graph's.
+    """
+    if options.calib is None:
+        raise UsageError(f"{options.name}: needs calibration data; name texts with --calib FILE (.jsonl, .txt), or the graph's inputs (.npz)")
+    path = Path(options.calib)
+    if path.suffix == ".npz":
+        feeds = read_feeds(path)
+        missing = [value.name for value in model.graph.inputs if value.name not in feeds]
+        if missing:
+            raise JobError(f"{path}: has no {missing[0]!r}, an input of the graph; write one array for each input")
+        return Samples(model, [], [{name: feeds[name] for name in (value.name or "" for value in model.graph.inputs)}])
+    tokens = token_input(model)
+    if tokens is None:
+        raise JobError(f"{model.path}: has no input of token ids, so texts are of no use; give its inputs with --calib inputs.npz")
+    texts = _texts(path, options, model)
+    texts = [text[: options.calib_length] for text in texts if len(text) > 1]
+    if not texts:
+        raise UsageError(f"{path}: holds no text of two tokens or more; name another file or another --calib-field")
+    _check_range(path, texts, vocabulary(tokens.value))
+    return Samples(model, texts)
+
+
+def _texts(path: Path, options: Calibrated, model: Model) -> list[list[int]]:
+    """Tokens of up to `calib_size` texts."""
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read as UTF-8 text ({error}); name a .jsonl, .txt or .npz file") from None
+    if path.suffix == ".jsonl":
+        found = [_field(path, number, line, options.calib_field) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
+        found = found[: options.calib_size]
+        tokenizer = _tokenizer(options, model) if any(isinstance(text, str) for text in found) else None
+        return [tokenizer.encode(text) if tokenizer is not None and isinstance(text, str) else list(text) for text in found]
+    wanted = options.calib_size * options.calib_length
+    ids = _tokenizer(options, model).encode(content[: 16 * wanted])[:wanted]  # a token is hardly ever longer than 16 characters on average
+    return [ids[start : start + options.calib_length] for start in range(0, len(ids), options.calib_length)]
+
+
+def _tokenizer(options: Calibrated, model: Model) -> Tokenizer:
+    if options.tokenizer is None and model.path is None:
+        raise UsageError(f"{options.name}: name the model's tokenizer with --tokenizer")
+    return Tokenizer.open(Path(options.tokenizer) if options.tokenizer is not None else model.path.parent)  # type: ignore[union-attr]
+
+
+def _field(path: Path, number: int, line: str, name: str) -> str | list[int]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UsageError(f"{path}: line {number} is not JSON ({error}); write one object a line") from None
+    value = row.get(name) if isinstance(row, dict) else None
+    if isinstance(value, str) or (isinstance(value, list) and value and all(isinstance(id, int) for id in value)):
+        return value
+    fields = ", ".join(map(str, row)) if isinstance(row, dict) else "no fields"
+    raise UsageError(f"{path}: line {number} has no text or tokens in {name!r} (it has {fields}); name the field with --calib-field")
+
+
+def _check_range(path: Path, texts: Sequence[Sequence[int]], size: int) -> None:
+    for number, text in enumerate(texts, 1):
+        worst = max(text) if max(text) >= size else min(text)
+        if not 0 <= worst < size:
+            raise JobError(f"{path}: text {number} holds token {worst}, but the vocabulary has {size}; calibrate with the model's own tokenizer")
+
+
+def _text_feeds(model: Model, ids: Sequence[int]) -> Feeds:
+    """One row of `ids`, positions from 0, nothing masked, an empty cache."""
+    feeds = random_feeds(model, batch=1, sequence=len(ids))
+    tokens = token_input(model)
+    assert tokens is not None
+    for value in model.graph.inputs:
+        name = value.name or ""
+        if value is tokens.value:
+            feeds[name] = np.asarray(ids, feeds[name].dtype).reshape(feeds[name].shape)
+        elif "past" in name.lower() or (value.dtype is not None and not value.dtype.is_floating_point() and not is_ids_like(value)):
+            feeds[name] = np.zeros_like(feeds[name])  # a static cache, and where to write into it
+    return feeds

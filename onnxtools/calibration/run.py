@@ -1,0 +1,187 @@
+"""The calibration run: segment after segment, all texts through each, what flows between them on the disk.
+
+Memory: one segment's weights in float32, one text's activations in it, and what the observers keep. The values that are
+handed on lie in files, one for each text; those of finished segments are removed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxtools import __version__
+from onnxtools.calibration.data import read_samples
+from onnxtools.calibration.options import Calibrated
+from onnxtools.calibration.segments import Segment, segments
+from onnxtools.calibration.session import SegmentSession
+from onnxtools.calibration.statistics import Observer
+from onnxtools.errors import JobError
+from onnxtools.model import Model
+from onnxtools.progress import counted
+from onnxtools.storage import replacing
+from onnxtools.tensors import external_path
+
+Array = np.ndarray[Any, Any]
+Findings = dict[str, Array]
+
+
+class _Spool:
+    """Values between segments: one file for each value and text."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def _path(self, value: ir.Value, text: int) -> Path:
+        return self._folder / (value.name or "").replace("/", "_") / f"{text}.npy"
+
+    def put(self, value: ir.Value, text: int, array: Array) -> None:
+        path = self._path(value, text)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, array)
+
+    def get(self, value: ir.Value, text: int) -> Array:
+        return np.load(self._path(value, text))  # type: ignore[no-any-return]
+
+    def keep_only(self, values: Sequence[ir.Value]) -> None:
+        names = {(value.name or "").replace("/", "_") for value in values}
+        for folder in self._folder.iterdir() if self._folder.exists() else ():
+            if folder.name not in names:
+                shutil.rmtree(folder)
+
+
+class Layer:
+    """A segment whose turn it is."""
+
+    def __init__(self, calibration: Calibration, segment: Segment) -> None:
+        self.segment, self.products = segment, segment.products
+        self._calibration = calibration
+        self._ran = False
+
+    def observe(self, observers: Mapping[ir.Value, Sequence[Observer]]) -> None:
+        """Run all texts through the segment; each observer sees its value, as float32 [tokens, channels] or as it is where the rank is not 2 or 3."""
+        self._calibration.through(self.segment, observers)
+        self._ran = True
+
+    def run_again(self) -> None:
+        """Run all texts with the weights as they are now, so that later segments see what changed."""
+        self._calibration.through(self.segment, {})
+
+    def finish(self) -> None:
+        if not self._ran:
+            self._calibration.through(self.segment, {})
+
+
+class Calibration:
+    """Texts and a place for what flows between segments. Use as a context manager.
+
+    Args:
+        options: whose calibration data and cache are used.
+        key: what else the findings depend on; a cache of another key is not used.
+    Raises:
+        UsageError, JobError: as `read_samples` and `segments`.
+    """
+
+    def __init__(self, model: Model, options: Calibrated, key: str = "") -> None:
+        self.model, self.samples = model, read_samples(model, options)
+        self.segments = segments(model)
+        self.tokens = sum(_count(feeds) for feeds in self.samples)
+        self._label = options.name
+        self._cache = Path(options.calib_cache) if options.calib_cache else None
+        self._key = {"graph": model.sha256, "data": self.samples.digest, "key": key, "weights": _weights_key(model), "version": __version__}
+
+    def __enter__(self) -> Calibration:
+        if self._cache is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="onnxtools-calibration-")
+            self._folder = Path(self._temporary.name)
+        else:
+            self._folder = self._cache
+            self._open_cache()
+        self._spool = _Spool(self._folder / "values")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._cache is None:
+            self._temporary.cleanup()
+
+    def _open_cache(self) -> None:
+        note = self._folder / "calibration.json"
+        if self._folder.exists() and any(self._folder.iterdir()):
+            if not note.is_file():
+                raise JobError(f"{self._folder}: holds other files; name an empty folder with --calib-cache")
+            if json.loads(note.read_text()) == self._key:
+                return
+            shutil.rmtree(self._folder)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps(self._key))
+
+    def findings(self, look: Callable[[Layer], Findings], *, head: bool = False) -> Iterator[tuple[Segment, Findings]]:
+        """What `look` finds at each segment, in order; findings that the cache has are not looked for again.
+
+        `look` may call `Layer.observe` and `run_again`; its arrays must be small. The last segment (the head) is left
+        out unless `head`.
+        """
+        count = len(self.segments) if head or len(self.segments) == 1 else len(self.segments) - 1
+        with counted(f"{self._label}: calibration", count * len(self.samples)) as self._tick:
+            for number, segment in enumerate(self.segments[:count]):
+                path = self._folder / f"{number:04}.npz"
+                if path.is_file():
+                    with np.load(path) as archive:
+                        found = {name: archive[name] for name in archive.files}
+                    self._tick(len(self.samples))
+                else:
+                    layer = Layer(self, segment)
+                    found = look(layer)
+                    layer.finish()
+                    with replacing(path) as tmp, open(tmp, "wb") as file:
+                        np.savez(file, **found)  # type: ignore[arg-type]
+                    self._spool.keep_only(segment.kept)
+                yield segment, found
+
+    def through(self, segment: Segment, observers: Mapping[ir.Value, Sequence[Observer]]) -> None:
+        """All texts through `segment`: what it makes for later ones is spooled, observers see theirs."""
+        inner = {value for node in segment.nodes for value in node.outputs}
+        wanted = [value for value in dict.fromkeys([*segment.kept, *observers]) if value in inner]
+        session: SegmentSession | None = None
+        for text, feeds in enumerate(self.samples):
+            received = {value: self._spool.get(value, text) for value in segment.received}
+            if session is None:
+                types = {value: ir.DataType.from_numpy(array.dtype).value for value, array in received.items()}
+                session = SegmentSession(self.model, segment, types, wanted)
+            found = session(feeds, {value.name or "": array for value, array in received.items()})
+            for value in segment.kept:
+                if value in found:
+                    self._spool.put(value, text, found[value])
+            for value, several in observers.items():
+                array = _rows(found.get(value, received.get(value, feeds.get(value.name or ""))), value)
+                for observer in several:
+                    observer.add(array)
+            self._tick()
+
+
+def _rows(array: Array | None, value: ir.Value) -> Array:
+    """[tokens, channels] of activations; keys and values [batch, heads, sequence, head_dim] stay."""
+    assert array is not None, value.name
+    array = array.astype(np.float32, copy=False)
+    if not np.isfinite(array).all():
+        raise JobError(f"value {value.name!r} is infinite or NaN while calibrating; look for damaged weights before it with `onnxtools validate`")
+    return array if array.ndim == 4 else array.reshape(-1, array.shape[-1])
+
+
+def _count(feeds: Mapping[str, Array]) -> int:
+    """Tokens of a text: elements of the first integer input of rank 2, else of the first axes of the first input."""
+    arrays = list(feeds.values())
+    first = next((a for a in arrays if a.ndim == 2 and a.dtype.kind == "i"), None)
+    return int(first.size) if first is not None else int(np.prod(arrays[0].shape[:-1]))
+
+
+def _weights_key(model: Model) -> list[list[Any]]:
+    """Size and time of the data files: hashing them would read them."""
+    files = sorted({external_path(tensor) for tensor in model.external_tensors()})
+    return [[str(file.name), file.stat().st_size, file.stat().st_mtime_ns] for file in files]

@@ -1,0 +1,157 @@
+"""Cutting a graph where little flows, so that it can be run a piece at a time.
+
+A node is *heavy* when it looks up the token embedding, reads hidden states, is a product with a stored weight, or comes after
+such a node. Everything else (masks, positions, shapes) is cheap and is computed again in each segment that wants it.
+Between two segments only values of heavy nodes are handed on; a cut is made wherever the number of floating-point ones
+among them is small, and a product has been seen: in a decoder behind attention and behind the MLP, where the residual
+stream is all there is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from onnxtools.errors import JobError
+from onnxtools.graph import constant_tensor, is_op
+from onnxtools.infer import token_input
+from onnxtools.model import Model
+from onnxtools.products import Product, weight_products
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of nodes that is executed as one graph.
+
+    Attributes:
+        nodes: in graph order, with the cheap ones that they need.
+        received: values that earlier segments made.
+        kept: values of this or earlier segments that later ones want.
+        products: those among the nodes.
+    """
+
+    nodes: tuple[ir.Node, ...]
+    received: tuple[ir.Value, ...]
+    kept: tuple[ir.Value, ...]
+    products: tuple[Product, ...]
+
+
+def segments(model: Model) -> list[Segment]:
+    """The main graph in pieces, in order.
+
+    Raises:
+        JobError: nothing to calibrate, or operators that ONNX Runtime cannot run.
+    """
+    if model.ir.functions or any(node.domain == "trt" for node in model.graph):
+        raise JobError(f"{model.path}: has functions or TransformerEngine's operators; run `onnxtools convert` first")
+    products = {product.node: product for product in weight_products(model)}
+    heavy = _heavy(model, set(products))
+    if not heavy:
+        raise JobError(f"{model.path}: has no MatMul or Gemm with a stored weight, so there is nothing to calibrate")
+    places = {node: index for index, node in enumerate(heavy)}
+    last = {value: max(places[user] for user, _ in value.uses() if user in places) for node in heavy for value in node.outputs if _wanted(value, places)}
+    found, start = [], 0
+    for stop in _cuts(heavy, last, set(products)):
+        part = heavy[start:stop]
+        received = _unique(v for node in part for v in node.inputs if v is not None and v.producer() in places and places[v.producer()] < start)  # type: ignore[index]
+        kept = tuple(value for node in heavy[:stop] for value in node.outputs if last.get(value, -1) >= stop)
+        found.append(Segment(_with_cheap(part, places, model), received, kept, tuple(products[node] for node in part if node in products)))
+        start = stop
+    return found
+
+
+def _wanted(value: ir.Value, places: dict[ir.Node, int]) -> bool:
+    return any(user in places for user, _ in value.uses())
+
+
+def _heavy(model: Model, products: set[ir.Node]) -> list[ir.Node]:
+    heavy: dict[ir.Node, None] = {}
+    tokens = token_input(model)
+    for node in model.graph:
+        sources = [value for value in node.inputs if value is not None]
+        embeds = is_op(node, "Gather") and constant_tensor(sources[0]) is not None and tokens is not None and _through_casts(sources[1]) is tokens.value
+        if node in products or embeds or any(value.producer() in heavy or _is_hidden(value) for value in sources):
+            heavy[node] = None
+    return list(heavy)
+
+
+def _through_casts(value: ir.Value) -> ir.Value:
+    node = value.producer()
+    return value if node is None or not is_op(node, "Cast", "Identity") or node.inputs[0] is None else _through_casts(node.inputs[0])
+
+
+def _is_hidden(value: ir.Value) -> bool:
+    """A graph input of activations: floating-point, and neither a cache nor a mask."""
+    name = (value.name or "").lower()
+    return value.is_graph_input() and value.dtype is not None and value.dtype.is_floating_point() and "past" not in name and "mask" not in name
+
+
+def _cuts(heavy: list[ir.Node], last: dict[ir.Value, int], products: set[ir.Node]) -> list[int]:
+    """Ends of segments: places after which few floating-point values are alive; the end of the graph is one."""
+    alive: set[ir.Value] = set()
+    counts: list[int] = []
+    places = {node: index for index, node in enumerate(heavy)}
+    for index, node in enumerate(heavy):
+        alive.update(value for value in node.outputs if last.get(value, -1) > index)
+        alive = {value for value in alive if last[value] > index}
+        # Products that share their input stay together: they are quantized as one.
+        split = any(places[user] <= index for value in alive for user, _ in value.uses() if user in products)
+        counts.append(len(heavy) if split else sum(not _is_integer(value) for value in alive))
+    chosen = [len(heavy)]
+    for limit in sorted({count for count in counts[:-1] if count}):
+        cuts = _cuts_at(counts, limit, heavy, products)
+        # One value more alive must be worth it: fused residual norms hand on two values everywhere but at the end.
+        if _largest(cuts, heavy, products) * 8 <= _largest(chosen, heavy, products) or (chosen == [len(heavy)] and len(cuts) > 1):
+            chosen = cuts
+        if limit > _MOST_ALIVE:
+            break
+    return chosen
+
+
+_MOST_ALIVE = 4
+
+
+def _cuts_at(counts: list[int], limit: int, heavy: list[ir.Node], products: set[ir.Node]) -> list[int]:
+    """A cut wherever at most `limit` values are alive, a product came before it and one comes after it."""
+    cuts, seen = [], False
+    remaining = sum(node in products for node in heavy)
+    for index, node in enumerate(heavy[:-1]):
+        seen, remaining = seen or node in products, remaining - (node in products)
+        if seen and remaining and counts[index] <= limit:
+            cuts.append(index + 1)
+            seen = False
+    return [*cuts, len(heavy)]
+
+
+def _largest(cuts: list[int], heavy: list[ir.Node], products: set[ir.Node]) -> int:
+    """Products in the largest segment."""
+    return max(sum(node in products for node in heavy[start:stop]) for start, stop in zip([0, *cuts], cuts, strict=False))
+
+
+def _is_integer(value: ir.Value) -> bool:
+    return is_op(value.producer(), "Shape", "Size") or (value.dtype is not None and not value.dtype.is_floating_point())
+
+
+def _with_cheap(part: list[ir.Node], places: dict[ir.Node, int], model: Model) -> tuple[ir.Node, ...]:
+    """`part` and all that it needs beside heavy values, in graph order."""
+    needed, todo = set(part), list(part)
+    while todo:
+        for value in todo.pop().inputs:
+            producer = value.producer() if value is not None else None
+            if producer is not None and producer not in places and producer not in needed:
+                needed.add(producer)
+                todo.append(producer)
+    return tuple(node for node in model.graph if node in needed)
+
+
+def _unique(values: Iterable[ir.Value]) -> tuple[ir.Value, ...]:
+    return tuple(dict.fromkeys(values))
+
+
+def outer_inputs(segment: Segment) -> tuple[list[ir.Value], list[ir.Value]]:
+    """(graph inputs, constants) that the nodes of `segment` read."""
+    made = {value for node in segment.nodes for value in node.outputs} | set(segment.received)
+    others = _unique(value for node in segment.nodes for value in node.inputs if value is not None and value not in made)
+    return [v for v in others if v.is_graph_input()], [v for v in others if not v.is_graph_input() and constant_tensor(v) is not None]

@@ -1,0 +1,131 @@
+"""What is remembered of an activation while texts pass: small, whatever their number."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+
+class Observer(Protocol):
+    """Sees an activation once for every text."""
+
+    def add(self, x: Array) -> None:
+        """float32 [tokens, channels]."""
+
+
+class ChannelRange:
+    """Largest magnitude [channels], mean magnitude and mean square of every channel."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.amax: Array = np.zeros(())
+        self._sum: Array = np.zeros(())
+        self._squares: Array = np.zeros(())
+
+    def add(self, x: Array) -> None:
+        size = np.abs(x)
+        self.amax = np.maximum(self.amax, size.max(axis=0, initial=0))
+        self._sum = self._sum + size.sum(axis=0, dtype=np.float64)
+        self._squares = self._squares + np.einsum("tc,tc->c", x, x, dtype=np.float64)
+        self.count += len(x)
+
+    @property
+    def mean(self) -> Array:
+        return self._sum / max(self.count, 1)
+
+    @property
+    def mean_square(self) -> Array:
+        return self._squares / max(self.count, 1)
+
+
+class Histogram:
+    """How often each magnitude occurred, with 256 bins an octave-free range: the upper 16 bits of the float32 without its sign.
+
+    A float32 is ordered like its bits (IEEE 754-2019, 5.10), so no range has to be known beforehand; a bin is 2^-8 wide
+    relative to its value.
+    """
+
+    BINS = 1 << 16
+
+    def __init__(self) -> None:
+        self.counts = np.zeros(self.BINS, np.int64)
+
+    def add(self, x: Array) -> None:
+        bits = np.ascontiguousarray(x, np.float32).view(np.uint32).reshape(-1)
+        self.counts += np.bincount((bits & 0x7FFFFFFF) >> 15, minlength=self.BINS)
+
+    @classmethod
+    def centres(cls) -> Array:
+        """The middle of every bin, float64 [BINS]; beyond the finite ones, infinity."""
+        bits = (np.arange(cls.BINS, dtype=np.uint32) << 15) | (1 << 14)
+        with np.errstate(invalid="ignore"):
+            values = bits.view(np.float32).astype(np.float64)
+        values[0] = 0.0
+        return np.where(np.isfinite(values), values, np.inf)
+
+
+class TokenSample:
+    """Every n-th token, at most `limit` rows: the rows that layer errors are measured on."""
+
+    def __init__(self, limit: int, total: int) -> None:
+        self._step, self._limit = max(1, total // limit), limit
+        self._seen, self._rows = 0, list[Array]()
+        self._kept = 0
+
+    def add(self, x: Array) -> None:
+        first = -self._seen % self._step
+        self._seen += len(x)
+        rows = x[first :: self._step][: self._limit - self._kept]
+        if len(rows):
+            self._rows.append(np.array(rows, np.float32))
+            self._kept += len(rows)
+
+    @property
+    def rows(self) -> Array:
+        """float32 [kept, channels]."""
+        return np.concatenate(self._rows)
+
+
+class Gram:
+    """X^T X / tokens, float32 [channels, channels], summed text by text."""
+
+    def __init__(self) -> None:
+        self._sum: Array | None = None
+        self.count = 0
+
+    def add(self, x: Array) -> None:
+        product = x.T @ x
+        self._sum = product if self._sum is None else np.add(self._sum, product, out=self._sum)
+        self.count += len(x)
+
+    @property
+    def value(self) -> Array:
+        assert self._sum is not None, "no text was seen"
+        return self._sum / np.float32(self.count)
+
+
+class RotationRange:
+    """Largest magnitude that rotary embedding could give each channel of keys [batch, heads, sequence, head_dim]: the length of its pair.
+
+    A rotation turns the pair (x_i, x_j) by an angle that grows with the position, so at some position the whole length
+    sqrt(x_i^2 + x_j^2) lies on either channel; calibration texts show only the positions they have.
+
+    Args:
+        dim: rotated channels (the first ones); pairs are (i, i + dim/2). 0: nothing is rotated.
+    """
+
+    def __init__(self, dim: int) -> None:
+        self._dim = dim
+        self.amax: Array = np.zeros(())
+
+    def add(self, x: Array) -> None:
+        size = np.abs(x)
+        half = self._dim // 2
+        if half:
+            pair = np.hypot(x[..., :half], x[..., half : self._dim])
+            size[..., :half] = size[..., half : self._dim] = pair
+        channels = size.reshape(-1, size.shape[-1]).max(axis=0, initial=0)
+        self.amax = np.maximum(self.amax, channels)
