@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -156,7 +157,11 @@ class StreamedTensor(RowTensor):
 
 
 def raw_bytes(array: np.ndarray) -> memoryview:
-    """The bytes of `array` in ONNX order (little endian, row-major) without a copy where it is contiguous."""
+    """The bytes of `array` in ONNX order (little endian, row-major) without a copy where it is contiguous; int4 packed, low nibble first."""
+    if array.dtype == ml_dtypes.int4:
+        nibbles = array.reshape(-1).astype(np.int8).view(np.uint8) & 15
+        nibbles = np.append(nibbles, np.uint8(0)) if nibbles.size % 2 else nibbles
+        array = nibbles[0::2] | nibbles[1::2] << 4
     return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 

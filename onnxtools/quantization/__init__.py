@@ -1,0 +1,1 @@
+"""Number formats, scales and the Q/DQ nodes around products."""
