@@ -143,4 +143,6 @@ def _checkpoint(path: Path, options: RuntimeOptions) -> Path:
         return found
     if found.suffix == ".gguf" and found.is_file():
         return found
-    raise JobError(f"{found}: is no Hugging Face folder or GGUF file, which the runtime frameworks loads; name one with --checkpoint")
+    raise JobError(
+        f"{found}: is no Hugging Face folder or GGUF file, which the runtime frameworks loads; name one with --checkpoint, or the .onnx file in it as MODEL"
+    )

@@ -85,9 +85,7 @@ class OrtRuntime:
     # --- the protocol ------------------------------------------------------------------------------------------------
 
     def start(self, rows: int, length: int) -> None:
-        limit = self.io.batch_limit
-        if limit is not None and rows != limit:
-            raise JobError(f"{self.path}: its batch is fixed to {limit} and {rows} rows are wanted; run {limit} at a time, or export with a dynamic batch")
+        self._check_rows(rows)
         self._rows, self._length = rows, length
         if isinstance(self._state, _Static) and self._state.fits(rows, length):
             return  # its buffers, and the graph captured with them, serve again
@@ -95,6 +93,8 @@ class OrtRuntime:
         kind = _Whole if self.io.kind == "none" else _Growing if self.io.kind == "concat" else _Static
         try:
             self._state = kind(self, rows, length)
+        except JobError:
+            raise
         except Exception as error:
             raise self._failure(error) from None
 
@@ -119,6 +119,7 @@ class OrtRuntime:
         check_length(self.info, longest, longest, str(self.path))
         if not self.pads and min(map(len, prompts)) != longest:
             return [self.score([prompt])[0] for prompt in prompts]
+        self._check_rows(len(prompts))
         side = "left" if self.io.kind in ("concat", "none") else "right"
         whole = _Whole(self, len(prompts), longest)
         try:
@@ -127,6 +128,11 @@ class OrtRuntime:
             raise self._failure(error) from None
         ends = [longest if side == "left" else len(prompt) for prompt in prompts]
         return [logits[row, end - len(prompt) : end].astype(np.float32, copy=False) for row, (prompt, end) in enumerate(zip(prompts, ends, strict=True))]
+
+    def _check_rows(self, rows: int) -> None:
+        limit = self.io.batch_limit
+        if limit is not None and rows != limit:
+            raise JobError(f"{self.path}: its batch is fixed to {limit} and {rows} rows are wanted; use --batch-size {limit}, or export with a dynamic batch")
 
     def close(self) -> None:
         self._state = None

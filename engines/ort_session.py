@@ -127,7 +127,8 @@ def _add_argmax(model: Model) -> None:
     build = Builder(model)
     logits = next((value for value in model.graph.outputs if value.name == "logits"), model.graph.outputs[0])
     best = build.op("ArgMax", [logits], f"{NEXT}/best", axis=-1, keepdims=1)
-    bad = build.op("IsNaN", [build.op("GatherElements", [logits, best], f"{NEXT}/logit", axis=-1)], f"{NEXT}/bad")
+    logit = build.op("GatherElements", [logits, best], f"{NEXT}/logit", axis=-1)
+    bad = build.op("IsNaN", [build.op("Sub", [logit, logit], f"{NEXT}/zero")], f"{NEXT}/bad")  # infinity - infinity is NaN too
     checked = build.op("Where", [bad, build.constant(np.array(-1), f"{NEXT}/none"), best], f"{NEXT}/checked")
     found = build.op("Squeeze", [checked, build.constant([-1], f"{NEXT}/axis")], NEXT)
     found.name, found.dtype = NEXT, ir.DataType.INT64
@@ -147,7 +148,9 @@ def one_line(error: BaseException) -> str:
 
 def is_out_of_memory(error: BaseException) -> bool:
     text = str(error)
-    return isinstance(error, MemoryError) or any(sign in text for sign in ("out of memory", "Failed to allocate memory", "bad allocation", "std::bad_alloc", "Available memory of", "Unable to allocate"))
+    return isinstance(error, MemoryError) or any(
+        sign in text for sign in ("out of memory", "Failed to allocate memory", "bad allocation", "std::bad_alloc", "Available memory of", "Unable to allocate")
+    )
 
 
 def ports(model: Model) -> tuple[list[Port], list[Port]]:

@@ -38,7 +38,7 @@ def read_manifest(engine: Path) -> dict[str, Any]:
         if not all(key in found for key in ("backend", "inputs", "outputs", "profiles")):
             raise ValueError("keys are missing")
     except OSError:
-        raise JobError(f"{path}: there is no manifest beside the engine; build it with onnxtools build") from None
+        raise JobError(f"{path}: there is no such manifest, so this is no engine of onnxtools; build one with onnxtools build") from None
     except (ValueError, TypeError) as error:
         raise JobError(f"{path}: is no manifest of onnxtools build ({error}); build the engine again") from None
     return found  # type: ignore[no-any-return]

@@ -194,6 +194,16 @@ def _plan(model: Model, path: Path, copy_weights: bool, weights: bool, report: S
     return _layout(moving)
 
 
+def file_stamps(path: Path) -> list[list[str | int]]:
+    """Name, size and time of change of a model's files (hashing them would read them): of a graph and its data, or of all in a folder."""
+    files = [path]
+    if path.suffix == ".onnx":
+        files += sorted({external_path(tensor) for tensor in Model.load(path).external_tensors()})
+    elif path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.is_file())
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
 def _external_source(tensor: ir.TensorProtocol) -> bool:
     return isinstance(tensor, ir.ExternalTensor) or (isinstance(tensor, RowTensor) and any(map(_external_source, tensor.sources)))
 

@@ -74,7 +74,7 @@ def _texts(path: Path, options: Calibrated, model: Model) -> list[list[int]]:
         found = [_field(path, number, line, options.calib_field) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
         found = found[: options.calib_size]
         tokenizer = _tokenizer(options, model) if any(isinstance(text, str) for text in found) else None
-        return [tokenizer.encode(text) if tokenizer is not None and isinstance(text, str) else list(text) for text in found]
+        return [text if isinstance(text, list) else tokenizer.encode(text) if tokenizer is not None else [] for text in found]
     wanted = options.calib_size * options.calib_length
     ids = _tokenizer(options, model).encode(content[: 16 * wanted])[:wanted]  # a token is hardly ever longer than 16 characters on average
     return [ids[start : start + options.calib_length] for start in range(0, len(ids), options.calib_length)]

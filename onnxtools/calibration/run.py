@@ -25,8 +25,7 @@ from onnxtools.calibration.statistics import Observer
 from onnxtools.errors import JobError
 from onnxtools.model import Model
 from onnxtools.progress import counted
-from onnxtools.storage import replacing
-from onnxtools.tensors import external_path
+from onnxtools.storage import file_stamps, replacing
 
 Array = np.ndarray[Any, Any]
 Findings = dict[str, Array]
@@ -94,7 +93,13 @@ class Calibration:
         self.tokens = sum(_count(feeds) for feeds in self.samples)
         self._label = options.name
         self._cache = Path(options.calib_cache) if options.calib_cache else None
-        self._key = {"graph": model.sha256, "data": self.samples.digest, "key": key, "weights": _weights_key(model), "version": __version__}
+        self._key = {
+            "graph": model.sha256,
+            "data": self.samples.digest,
+            "key": key,
+            "weights": file_stamps(model.path) if model.path else None,
+            "version": __version__,
+        }
 
     def __enter__(self) -> Calibration:
         if self._cache is None:
@@ -179,9 +184,3 @@ def _count(feeds: Mapping[str, Array]) -> int:
     arrays = list(feeds.values())
     first = next((a for a in arrays if a.ndim == 2 and a.dtype.kind == "i"), None)
     return int(first.size) if first is not None else int(np.prod(arrays[0].shape[:-1]))
-
-
-def _weights_key(model: Model) -> list[list[Any]]:
-    """Size and time of the data files: hashing them would read them."""
-    files = sorted({external_path(tensor) for tensor in model.external_tensors()})
-    return [[str(file.name), file.stat().st_size, file.stat().st_mtime_ns] for file in files]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,8 @@ from onnxtools.errors import JobError, UsageError
 from onnxtools.progress import counted
 
 if TYPE_CHECKING:
-    from onnxtools.evaluate.lambada import PassageResult
+    from onnxtools.evaluate.lambada import Passage, PassageResult
+    from onnxtools.evaluate.wikitext import WindowScores
     from onnxtools.generation.runtime import Runtime, RuntimeOptions
 
 _HELP = """Score MODEL on LAMBADA (the last word of a passage) or on a text's perplexity.
@@ -40,6 +41,8 @@ def _callback(
     from onnxtools.cli.render import print_json
 
     kind, file = _dataset(dataset, path)
+    if compare is not None and not compare.exists():
+        raise UsageError(f"--compare {compare}: no such file or folder; check the path")
     options = runtime_options(given)
     if kind == "wikitext":
         if resume is not None:
@@ -59,6 +62,8 @@ def _dataset(name: str, path: Path | None) -> tuple[str, Path | None]:
         if path is None and name == "wikitext":
             raise UsageError("--dataset wikitext needs --path, a text file")
         return name, path
+    if path is not None and Path(name).is_file():
+        raise UsageError(f"--dataset {name} and --path {path} both name a file; leave out --path")
     if path is not None or not Path(name).suffix:
         raise UsageError(f"no dataset is called {name!r}; it is lambada or wikitext with --path, or a .jsonl or .txt file")
     return "wikitext" if Path(name).suffix == ".txt" else "lambada", Path(name)
@@ -91,13 +96,19 @@ def _lambada(
         with opened(path, names, options) as made:
             say_notes(made)
             for runtime in made:
-                label = runtime.name if compare is None else f"{path} ({runtime.name})"
-                found[label] = _lambada_of(runtime, path, rows, tokenizer_path, batch, resume, len(found))
+                label = _label(path, runtime, compare, found)
+                found[label] = _lambada_of(runtime, path, rows, options, tokenizer_path, batch, resume, len(found))
     result: dict[str, Any] = {"dataset": str(file or _HUB["lambada"][0]), "models": {label: summarize_lambada(results) for label, results in found.items()}}
     if len(found) > 1:
         first, *others = found.items()
         result["compared"] = {f"{label} - {first[0]}": compare_lambada(first[1], results) for label, results in others}
     return result
+
+
+def _label(path: Path, runtime: Runtime, compare: Path | None, taken: Mapping[str, Any]) -> str:
+    """What the figures are called; a model compared with itself is called twice."""
+    name = runtime.name if compare is None else f"{path} ({runtime.name})"
+    return f"{name} again" if name in taken else name
 
 
 def _models(model: Path, compare: Path | None, runtimes: Sequence[str]) -> Iterator[tuple[Path, list[str]]]:
@@ -107,12 +118,24 @@ def _models(model: Path, compare: Path | None, runtimes: Sequence[str]) -> Itera
 
 
 def _lambada_of(
-    runtime: Runtime, path: Path, rows: Sequence[tuple[str, str]], tokenizer_path: Path | None, batch: int, resume: Path | None, number: int
+    runtime: Runtime,
+    path: Path,
+    rows: Sequence[tuple[str, str]],
+    options: RuntimeOptions,
+    tokenizer_path: Path | None,
+    batch: int,
+    resume: Path | None,
+    number: int,
 ) -> list[PassageResult]:
     from onnxtools.evaluate.lambada import Journal, score_lambada, tokenized
 
-    passages = tokenized(rows, open_tokenizer(tokenizer_path, runtime, path), runtime.info.max_positions)
-    journal = Journal(resume if number == 0 else resume.with_suffix(f".{number}{resume.suffix}"), _of(runtime, path, rows)) if resume is not None else None
+    tokenizer = open_tokenizer(tokenizer_path, runtime, path)
+    passages = tokenized(rows, tokenizer, runtime.info.max_positions)
+    journal = (
+        Journal(resume if number == 0 else resume.with_suffix(f".{number}{resume.suffix}"), _of(runtime, path, options, passages))
+        if resume is not None
+        else None
+    )
     try:
         with counted(f"{path.name} ({runtime.name})", len(passages), len(journal.known) if journal else 0) as tick:
 
@@ -128,11 +151,14 @@ def _lambada_of(
             journal.close()
 
 
-def _of(runtime: Runtime, path: Path, rows: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """What a journal's results are of; a changed model or dataset is another one."""
-    stat = path.stat()
-    digest = hashlib.sha256(repr([rows[0], rows[-1]]).encode()).hexdigest()[:16]
-    return {"model": str(path.resolve()), "size": stat.st_size, "modified": stat.st_mtime_ns, "runtime": runtime.name, "first_and_last_row": digest}
+def _of(runtime: Runtime, path: Path, options: RuntimeOptions, passages: Sequence[Passage]) -> dict[str, Any]:
+    """What a journal's results are of; a changed model, dataset, tokenizer or way of running is another one."""
+    import dataclasses
+
+    from onnxtools.storage import file_stamps
+
+    digest = hashlib.sha256(repr([(p.context, p.word) for p in passages]).encode()).hexdigest()
+    return {"model": str(path.resolve()), "files": file_stamps(path), "runtime": runtime.name, "options": dataclasses.asdict(options), "passages": digest}
 
 
 # --- perplexity ----------------------------------------------------------------------------------------------------------
@@ -142,14 +168,14 @@ def _wikitext(
     model: Path, compare: Path | None, file: Path | None, runtimes: Sequence[str], options: RuntimeOptions, tokenizer_path: Path | None, batch: int,
     length: int, stride: int | None, limit: int | None,
 ) -> dict[str, Any]:  # fmt: skip
-    from onnxtools.evaluate.wikitext import score_wikitext, windows
+    from onnxtools.evaluate.wikitext import compare_wikitext, score_wikitext, windows
 
     assert file is not None
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{file}: cannot be read ({error}); give a text file") from None
-    found: dict[str, Any] = {}
+    found: dict[str, WindowScores] = {}
     for path, names in _models(model, compare, runtimes):
         with opened(path, names, options) as made:
             say_notes(made)
@@ -158,16 +184,20 @@ def _wikitext(
                 tokens = tokenizer.pieces(text)
                 window = min(length, runtime.info.max_positions or length)
                 words = len(text.split())
-                if limit is not None and limit * window < len(tokens):
-                    tokens = tokens[: limit * window]
-                    words = len(tokenizer.decode(tokens).split())
-                if len(tokens) < 2:
-                    raise UsageError(f"{file}: has {len(tokens)} tokens; perplexity needs two")
                 step = stride or window
+                if limit is not None and (limit - 1) * step + window < len(tokens):
+                    tokens = tokens[: (limit - 1) * step + window]
+                    words = len(tokenizer.decode(tokens).split())
+                if len(tokens) < 2 or not words:
+                    raise UsageError(f"{file}: has {len(tokens)} tokens and {words} words; perplexity needs two and one")
                 with counted(f"{path.name} ({runtime.name})", len(list(windows(tokens, window, step)))) as tick:
                     scored = score_wikitext(runtime, tokens, words, length=window, stride=step, batch_size=batch, done=tick)
-                found[runtime.name if compare is None else f"{path} ({runtime.name})"] = scored
-    return {"dataset": str(file), "models": found}
+                found[_label(path, runtime, compare, found)] = scored
+    result: dict[str, Any] = {"dataset": str(file), "models": {label: scored.figures for label, scored in found.items()}}
+    if len(found) > 1:
+        first, *others = found.items()
+        result["compared"] = {f"{label} - {first[0]}": compare_wikitext(first[1], scored) for label, scored in others}
+    return result
 
 
 def _print(kind: str, result: dict[str, Any]) -> None:
@@ -179,6 +209,9 @@ def _print(kind: str, result: dict[str, Any]) -> None:
             (label, s["n"], f"{s['ppl_token']:.4f}", f"{s['ppl_word']:.4f}", s["max_length"], s["stride"]) for label, s in result["models"].items()
         ]  # fmt: skip
         table(f"perplexity of {result['dataset']}", columns, rows, right=columns[1:])
+        for label, d in result.get("compared", {}).items():
+            low, high = d["ppl_token_factor_ci95"]
+            console().print(f"{label}: ppl(token) x {d['ppl_token_factor']:.4f} (95%, window by window: {low:.4f} to {high:.4f})", markup=False, soft_wrap=True)
         return
     for label, s in result["models"].items():
         console().print(

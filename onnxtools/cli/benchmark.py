@@ -35,8 +35,11 @@ def _callback(
     model: Path, limits: bool, plot: Path | None, runtimes: tuple[str, ...], tokenizer_path: Path | None, as_json: bool, debug: bool, **given: Any
 ) -> None:
     from onnxtools.cli.render import console, print_json
+    from onnxtools.evaluate.plots import check_plot
     from onnxtools.evaluate.timing import time_runtimes
 
+    if plot is not None:
+        check_plot(plot)
     options: BenchmarkOptions = from_parameters(BenchmarkOptions, given)
     how = runtime_options(given)
     with opened(model, runtimes, how) as made:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import importlib
 import importlib.util
 import sys
@@ -84,7 +85,7 @@ def main(args: list[str] | None = None) -> None:
     except click.ClickException as error:
         _fail(error.format_message(), error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        _fail("interrupted; no output was written", 130)
+        _fail("interrupted; no file was left half written", 130)
     except BrokenPipeError:
         sys.exit(1)
     except Exception as error:
@@ -96,6 +97,8 @@ def main(args: list[str] | None = None) -> None:
             _fail(str(error), error.exit_code)
         if isinstance(error, OSError) and error.filename:
             _fail(f"{error.filename}: {error.strerror or error}; check the path, its permissions and the free space", 1)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EIO, errno.EDQUOT):
+            _fail(f"the output cannot be written ({error.strerror}); free space, or send it elsewhere", 1)
         notes = "; ".join(getattr(error, "__notes__", []))
         _fail(f"internal error, {type(error).__name__}: {' '.join(str(error).split())[:300]}; {notes or 'run again with --debug and report it'}", 1)
 

@@ -52,7 +52,7 @@ def _prompts(prompts: tuple[str, ...], file: Path | None) -> list[str]:
     found = list(prompts)
     if file is not None:
         try:
-            found += [line for line in file.read_text().splitlines() if line.strip()]
+            found += [line for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"{file}: cannot be read ({error}); give a text file with a prompt a line") from None
     if not found:

@@ -10,6 +10,7 @@ import click
 
 from onnxtools.cli.options import PATH, from_parameters
 from onnxtools.cli.runtimes import open_tokenizer, opened, runtime_command, runtime_options, say_notes
+from onnxtools.errors import UsageError
 from onnxtools.generation.options import GenerationOptions
 from onnxtools.progress import counted
 
@@ -31,6 +32,8 @@ def _callback(
     from onnxtools.cli.render import console, print_json, table
     from onnxtools.evaluate.summaries import SCORES, read_articles, summarize
 
+    if not 0 <= rouge1_threshold <= 100:
+        raise UsageError(f"rouge1-threshold is {rouge1_threshold}; it takes 0 to 100, in percent")
     options: GenerationOptions = from_parameters(GenerationOptions, given)
     articles = read_articles(dataset, limit)
     result: dict[str, Any] = {}

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from onnxtools.errors import JobError, UsageError
-from onnxtools.evaluate.scores import Scored, mean_interval, score_texts, share_interval
+from onnxtools.evaluate.scores import Scored, mean_interval, perplexity, score_texts, share_interval
 from onnxtools.generation.runtime import Runtime
 from onnxtools.generation.text import Tokenizer
 
@@ -60,11 +60,13 @@ def read_lambada(path: Path, limit: int | None = None) -> list[tuple[str, str]]:
     found = []
     for number, row in read_jsonl(path, limit):
         if "context" in row and "continuation" in row:
-            context, word = str(row["context"]), str(row["continuation"])
+            context, word = row["context"], row["continuation"]
         elif "text" in row:
-            context, _, word = str(row["text"]).rstrip().rpartition(" ")
+            context, _, word = row["text"].rstrip().rpartition(" ") if isinstance(row["text"], str) else (None, None, None)
         else:
             raise UsageError(f"{path}:{number}: has the fields {', '.join(map(repr, row)) or 'none'}; LAMBADA's are context and continuation, or text")
+        if not isinstance(context, str) or not isinstance(word, str):
+            raise UsageError(f"{path}:{number}: context and continuation, or text, must be text; mend the line")
         if not context.strip() or not word.strip():
             raise UsageError(f"{path}:{number}: the {'context' if not context.strip() else 'last word'} is empty; remove the line")
         found.append((context, word.strip()))
@@ -78,7 +80,7 @@ def read_jsonl(path: Path, limit: int | None = None) -> list[tuple[int, dict[str
         UsageError: no such file, or a line that is no JSON object; nothing at all in it.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # JSON strings may hold other line separators
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot be read ({error}); give a JSONL file, one object a line") from None
     found: list[tuple[int, dict[str, Any]]] = []
@@ -89,7 +91,7 @@ def read_jsonl(path: Path, limit: int | None = None) -> list[tuple[int, dict[str
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"{path}:{number}: is not JSON ({error}); the file must have one object a line") from None
         if not isinstance(row, dict):
             raise UsageError(f"{path}:{number}: is a {type(row).__name__}, not an object; the file must have one object a line")
@@ -145,10 +147,10 @@ def summarize_lambada(results: Sequence[PassageResult]) -> dict[str, Any]:
     }
     mean, half = mean_interval(words)
     return {
-        "n": n, **shares, "ppl_last_token": math.exp(-mean), "ppl_sequence": math.exp(-float(np.mean(sequences))),
-        "ppl_token": math.exp(-sum(words) / sum(r.pieces for r in results)),
-        "ppl_token_all": math.exp(-sum(r.total for r in results) / sum(r.tokens for r in results)),
-        "acc_ci95": share_interval(sum(r.exact for r in results), n), "ppl_last_token_ci95": (math.exp(-mean - half), math.exp(-mean + half)),
+        "n": n, **shares, "ppl_last_token": perplexity(mean), "ppl_sequence": perplexity(float(np.mean(sequences))),
+        "ppl_token": perplexity(sum(words) / sum(r.pieces for r in results)),
+        "ppl_token_all": perplexity(sum(r.total for r in results) / sum(r.tokens for r in results)),
+        "acc_ci95": share_interval(sum(r.exact for r in results), n), "ppl_last_token_ci95": (perplexity(mean + half), perplexity(mean - half)),
     }  # fmt: skip
 
 
@@ -157,8 +159,8 @@ def compare_lambada(a: Sequence[PassageResult], b: Sequence[PassageResult]) -> d
     accuracy, half = mean_interval([float(y.exact) - float(x.exact) for x, y in zip(a, b, strict=True)])
     logs, log_half = mean_interval([x.word - y.word for x, y in zip(a, b, strict=True)])
     return {
-        "acc_difference": accuracy, "acc_difference_half_ci95": half, "ppl_last_token_factor": math.exp(logs),
-        "ppl_last_token_factor_ci95": (math.exp(logs - log_half), math.exp(logs + log_half)),
+        "acc_difference": accuracy, "acc_difference_half_ci95": half, "ppl_last_token_factor": perplexity(-logs),
+        "ppl_last_token_factor_ci95": (perplexity(log_half - logs), perplexity(-logs - log_half)),
         "only_first_right": sum(x.exact and not y.exact for x, y in zip(a, b, strict=True)),
         "only_second_right": sum(y.exact and not x.exact for x, y in zip(a, b, strict=True)),
     }  # fmt: skip
@@ -180,20 +182,21 @@ class Journal:
             self._write(of)
 
     def _read(self, path: Path, of: dict[str, Any]) -> None:
-        header, *rows = path.read_text(encoding="utf-8").splitlines()
+        """Take over what is there; a last line that was cut off in the middle is removed, anything else that is wrong is refused."""
+        content = path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
         try:
-            if json.loads(header) != json.loads(json.dumps(of)):
-                raise JobError(f"{path}: holds results of something else ({header[:120]}); name another file with --resume")
+            header, *rows = [json.loads(line) for line in whole.decode("utf-8").split("\n")[:-1]]
+            assert isinstance(header, dict)
             for row in rows:
-                made = json.loads(row)
-                index = int(made.pop("index"))
-                self.known[index] = PassageResult(**made)
-        except (ValueError, TypeError, KeyError, AttributeError):
-            if header and not self.known:
-                raise JobError(f"{path}: is no journal of `accuracy`; name another file with --resume") from None
-            # The last line may be half written: what came before it counts.
-            kept = [header, *rows[: len(self.known)]]
-            path.write_text("\n".join(kept) + "\n", encoding="utf-8")
+                index = int(row.pop("index"))
+                self.known[index] = _checked(PassageResult(**row))
+        except (ValueError, TypeError, KeyError, AttributeError, AssertionError):
+            raise JobError(f"{path}: is no journal of `accuracy`, or a damaged one; name another file with --resume") from None
+        if header != json.loads(json.dumps(of)):
+            raise JobError(f"{path}: holds results of another model, dataset, tokenizer or runtime; name another file with --resume")
+        with path.open("rb+") as file:
+            file.truncate(len(whole))
 
     def add(self, index: int, result: PassageResult) -> None:
         self._write({"index": index, **asdict(result)})
@@ -204,3 +207,11 @@ class Journal:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _checked(result: PassageResult) -> PassageResult:
+    """Raises: ValueError for figures that no passage has."""
+    numbers = (result.word, result.total)
+    if not (all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers) and result.pieces >= 1 and result.tokens >= result.pieces):
+        raise ValueError(result)
+    return result

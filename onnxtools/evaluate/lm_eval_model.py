@@ -88,10 +88,10 @@ class OnnxtoolsLM(LM):  # type: ignore[misc]
 
     def _until(self, context: str, settings: dict[str, Any]) -> str:
         until = settings.get("until") or ()
-        stop = (until,) if isinstance(until, str) else tuple(until)
+        stop = tuple(text for text in ((until,) if isinstance(until, str) else until) if text)
         wanted = int(settings.get("max_gen_toks", 256))
         sampled = {key: settings[key] for key in ("temperature", "top_p", "top_k") if settings.get("do_sample") and settings.get(key)}
         options = GenerationOptions(max_new_tokens=wanted, stop=stop, **sampled)
         prompt = self.tokens.encode(context)[-max(self.max_length - wanted, 1) :]
-        found = generate(self.runtime, [prompt], options, on_token=Streams(self.tokens, 1, stop) if stop else None)
-        return cut_at(self.tokens.decode(found[0][0].token_ids), stop)[0]
+        found = generate(self.runtime, [prompt], options, on_token=Streams(self.tokens, [prompt], stop) if stop else None)
+        return cut_at(self.tokens.continuation(prompt, found[0][0].token_ids), stop)[0]

@@ -14,15 +14,20 @@ from onnxtools.evaluate.timing import Timing
 _FORMATS = (".png", ".svg", ".pdf")
 
 
+def check_plot(path: Path) -> None:
+    """Raises: UsageError where a picture cannot be written to `path`, before any work."""
+    if path.suffix.lower() not in _FORMATS:
+        raise UsageError(f"--plot {path}: it writes {', '.join(_FORMATS)}; name such a file")
+    if not path.parent.is_dir():
+        raise UsageError(f"--plot {path}: the folder {str(path.parent)!r} does not exist; create it first")
+
+
 def benchmark_plot(path: Path, suffix: str, result: Mapping[str, Any], timings: Sequence[Timing]) -> None:
     """Write the picture to `path` in the format that `suffix` names.
 
     Raises:
-        UsageError: a format that is not one of .png, .svg, .pdf.
         JobError: matplotlib is not installed.
     """
-    if suffix not in _FORMATS:
-        raise UsageError(f"--plot cannot write {suffix or 'a file without suffix'}; it writes {', '.join(_FORMATS)}")
     try:
         import matplotlib
 

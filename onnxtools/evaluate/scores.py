@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -75,12 +76,12 @@ def _batches(texts: Sequence[Sequence[int]], size: int) -> Iterator[dict[tuple[i
 
 def _scored(logits: Floats, text: Sequence[int], target: int, index: int) -> Scored:
     tokens = np.asarray(text[1:])
-    if np.isnan(logits).any():
-        raise JobError(f"text {index}: its logits are NaN; compare the model with its source: onnxtools validate")
+    largest = logits.max(axis=-1)
+    if not np.isfinite(largest).all():
+        raise JobError(f"text {index}: its logits are NaN or infinite; compare the model with its source: onnxtools validate")
     every = np.arange(len(tokens))
     chosen = logits[every, tokens]
     # One pass over the vocabulary: log-sum-exp of each position.
-    largest = logits.max(axis=-1)
     logprobs = chosen - largest - np.log(np.exp(logits - largest[:, None]).sum(axis=-1))
     close = logits[-target:] if target else logits[:0]
     five = min(5, logits.shape[-1])
@@ -88,6 +89,11 @@ def _scored(logits: Floats, text: Sequence[int], target: int, index: int) -> Sco
     order = np.take_along_axis(-close, top, -1).argsort(axis=-1, kind="stable") if target else top
     ranks = (close > chosen[-target:, None]).sum(axis=-1) if target else np.zeros(0, np.int64)
     return Scored(logprobs, np.take_along_axis(top, order, -1) if target else top, ranks)
+
+
+def perplexity(logprob: float) -> float:
+    """exp(-logprob); infinity where that is beyond a float."""
+    return float("inf") if -logprob > 709 else math.exp(-logprob)
 
 
 def mean_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:

@@ -58,12 +58,12 @@ def summarize(
     tokens, seconds = 0, 0.0
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
-        streams = Streams(tokenizer, len(batch), options.stop) if options.stop and options.num_beams == 1 else None
+        streams = Streams(tokenizer, batch, options.stop) if options.stop and options.num_beams == 1 else None
         began = time.perf_counter()
         found = [beams[0] for beams in generate(runtime, batch, options, on_token=streams)]
         seconds += time.perf_counter() - began
         tokens += sum(len(f.token_ids) for f in found)
-        texts += [cut_at(tokenizer.decode(f.token_ids), options.stop)[0].strip() for f in found]
+        texts += [cut_at(tokenizer.continuation(p, f.token_ids), options.stop)[0].strip() for p, f in zip(batch, found, strict=True)]
         done(len(batch))
     scores = [scorer.score(a.highlights, text) for a, text in zip(articles, texts, strict=True)]
     return {

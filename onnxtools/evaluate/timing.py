@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from onnxtools.errors import UsageError
+from onnxtools.generation.generate import check_numbers
 from onnxtools.generation.runtime import Ids, Runtime
 from onnxtools.generation.text import Tokenizer
 from onnxtools.passbase import option
@@ -32,8 +33,8 @@ class BenchmarkOptions:
         for name in ("batch_size", "input_seq_len", "output_seq_len", "iterations"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name.replace('_', '-')} is {getattr(self, name)}; it takes 1 or more")
-        if self.warmup < 0 or not self.duration >= 0:
-            raise UsageError(f"warmup is {self.warmup} and duration {self.duration}; they take 0 or more")
+        if self.warmup < 0 or not 0 <= self.duration < float("inf") or self.seed < 0:
+            raise UsageError(f"warmup is {self.warmup}, duration {self.duration} and seed {self.seed}; they take 0 or more")
 
 
 @dataclass
@@ -112,12 +113,17 @@ def _one(runtime: Runtime, tokenizer: Tokenizer | None, text: str, prompts: Ids,
 
 
 def generate_timed(runtime: Runtime, prompts: Ids, new_tokens: int) -> tuple[Ids, list[float]]:
-    """Greedy tokens [rows, new_tokens], and when each was known on the host."""
+    """Greedy tokens [rows, new_tokens], and when each was known on the host.
+
+    Raises:
+        JobError: the last logits are not numbers.
+    """
     runtime.start(len(prompts), prompts.shape[1] + new_tokens)
-    ids, _ = runtime.prefill(prompts.tolist()).argmax()
+    ids, best = runtime.prefill(prompts.tolist()).argmax()
     tokens, marks = [ids], [time.perf_counter()]
     for _ in range(new_tokens - 1):
-        ids, _ = runtime.step(ids).argmax()
+        ids, best = runtime.step(ids).argmax()
         tokens.append(ids)
         marks.append(time.perf_counter())
+    check_numbers(best, new_tokens - 1)
     return np.stack(tokens, axis=1), marks

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from onnxtools.errors import UsageError
-from onnxtools.evaluate.scores import score_texts
+from onnxtools.evaluate.scores import mean_interval, perplexity, score_texts
 from onnxtools.generation.runtime import Runtime
 
 
@@ -39,17 +39,37 @@ def windows(tokens: list[int], length: int, stride: int) -> Iterator[Window]:
             return
 
 
-def score_wikitext(runtime: Runtime, tokens: list[int], words: int, *, length: int, stride: int, batch_size: int, done: Callable[[], None]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class WindowScores:
+    """Figures, and of each window the sum of log-probabilities and how many tokens it counts."""
+
+    figures: dict[str, Any]
+    sums: list[float]
+    counts: list[int]
+
+
+def score_wikitext(runtime: Runtime, tokens: list[int], words: int, *, length: int, stride: int, batch_size: int, done: Callable[[], None]) -> WindowScores:
     """`ppl_token`, and `ppl_word`: the same sum over the text's words (split at white space)."""
     cut = list(windows(tokens, length, stride))
     scored = score_texts(runtime, [w.tokens for w in cut], [0] * len(cut), batch_size=batch_size, done=lambda *_: done())
-    total = sum(float(s.logprobs[-w.new :].sum()) for w, s in zip(cut, scored, strict=True))
-    count = sum(w.new for w in cut)
-    return {
-        "n": count,
+    sums = [float(s.logprobs[-w.new :].sum()) for w, s in zip(cut, scored, strict=True)]
+    counts = [w.new for w in cut]
+    figures = {
+        "n": sum(counts),
         "windows": len(cut),
         "max_length": length,
         "stride": stride,
-        "ppl_token": math.exp(-total / count),
-        "ppl_word": math.exp(-total / words),
+        "ppl_token": perplexity(sum(sums) / sum(counts)),
+        "ppl_word": perplexity(sum(sums) / words),
     }
+    return WindowScores(figures, sums, counts)
+
+
+def compare_wikitext(a: WindowScores, b: WindowScores) -> dict[str, Any]:
+    """How many times the perplexity of `a` that of `b` is, with its 95% interval over the windows, where both cut the text alike."""
+    factor = b.figures["ppl_token"] / a.figures["ppl_token"]
+    low = high = float("nan")
+    if a.counts == b.counts:
+        _, half = mean_interval([(x - y) / n for x, y, n in zip(a.sums, b.sums, a.counts, strict=True)])
+        low, high = factor * math.exp(-half), factor * math.exp(half)
+    return {"ppl_token_factor": factor, "ppl_token_factor_ci95": (low, high)}

@@ -79,10 +79,10 @@ def first_logits(runtime: Runtime, prompts: Prompts) -> tuple[Logits, list[list[
 
 
 def check_numbers(best: np.ndarray, step: int) -> None:
-    """Raises: JobError naming the step and row whose best logit is NaN."""
-    if np.isnan(best).any():
-        row = int(np.isnan(best).argmax())
-        raise JobError(f"the logits of row {row} are NaN at step {step}; compare the model with its source: onnxtools validate")
+    """Raises: JobError naming the step and row whose best logit is NaN or infinite."""
+    if not np.isfinite(best).all():
+        row = int((~np.isfinite(best)).argmax())
+        raise JobError(f"the logits of row {row} are NaN or infinite at step {step}; compare the model with its source: onnxtools validate")
 
 
 class _Loop:

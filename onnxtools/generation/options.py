@@ -31,10 +31,11 @@ class GenerationOptions:
         rules = (
             (self.max_new_tokens >= 1, "max_new_tokens", "1 or more"),
             (0 <= self.min_new_tokens <= self.max_new_tokens, "min_new_tokens", "0 to max_new_tokens"),
-            (self.temperature is None or self.temperature > 0, "temperature", "more than 0; leave it out for greedy search"),
+            (self.temperature is None or 1e-4 <= self.temperature <= 1e4, "temperature", "0.0001 to 10000; leave it out for greedy search"),
             (self.top_k is None or self.top_k >= 1, "top_k", "1 or more"), (self.top_p is None or 0 < self.top_p <= 1, "top_p", "more than 0, at most 1"),
-            (self.repetition_penalty > 0, "repetition_penalty", "more than 0"), (self.num_beams >= 1, "num_beams", "1 or more"),
+            (1e-3 <= self.repetition_penalty <= 1e3, "repetition_penalty", "0.001 to 1000"), (self.num_beams >= 1, "num_beams", "1 or more"),
             (1 <= self.num_return_sequences <= self.num_beams, "num_return_sequences", "1 to num_beams"), (self.seed >= 0, "seed", "0 or more"),
+            (-10 <= self.length_penalty <= 10, "length_penalty", "-10 to 10"), (all(self.stop), "stop", "texts that are not empty"),
         )  # fmt: skip
         for holds, name, wanted in rules:
             if not holds:

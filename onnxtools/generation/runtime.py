@@ -75,17 +75,17 @@ class ModelInfo:
             JobError: what is there is not ours.
         """
         beside = path.parent / INFO_FILE
-        text = metadata.get(INFO_KEY) or (beside.read_text() if beside.is_file() else None)
-        if text is None:
-            return cls(path.parent)
         try:
+            text = metadata.get(INFO_KEY) or (beside.read_text(encoding="utf-8") if beside.is_file() else None)
+            if text is None:
+                return cls(path.parent)
             raw = json.loads(text)
             tokens = raw["tokens"]
             eos = tuple(int(token) for token in tokens["eos_token_ids"])
             pad = tokens.get("pad_token_id")
             bos, positions = tokens.get("bos_token_id"), int(raw["model"]["max_position_embeddings"])
             return cls(path.parent, eos, int(pad) if pad is not None else (eos[0] if eos else 0), bos, positions, raw)
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             raise JobError(f"{path}: its {INFO_FILE} cannot be read ({type(error).__name__}: {error}); export the model again") from None
 
 
@@ -188,8 +188,8 @@ def check_length(info: ModelInfo, length: int, longest_prompt: int, what: str) -
     """Raises: JobError where the sequences would not fit the model's positions."""
     if info.max_positions is not None and length > info.max_positions:
         raise JobError(
-            f"{what}: a prompt of {longest_prompt} tokens and {length - longest_prompt} new ones exceed the model's {info.max_positions} positions;"
-            " shorten the prompt or lower --max-new-tokens"
+            f"{what}: a text of {longest_prompt} tokens and {length - longest_prompt} new ones exceed the model's {info.max_positions} positions;"
+            " use shorter texts, or fewer new tokens"
         )
 
 

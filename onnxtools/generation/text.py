@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from onnxtools.errors import JobError
+from onnxtools.errors import JobError, UsageError
 
 
 class Tokenizer:
@@ -36,16 +36,26 @@ class Tokenizer:
         raise JobError(f"{path}: there is no tokenizer; put the model's tokenizer.json there, or name one with --tokenizer")
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of `text`, with the special tokens that this tokenizer puts around a text."""
-        return list(self._inner.encode(text).ids)
+        """Tokens of `text`, with the special tokens that this tokenizer puts around a text.
+
+        Raises:
+            UsageError: `text` is no valid Unicode.
+        """
+        return list(self._inner.encode(_valid(text)).ids)
 
     def pieces(self, text: str) -> list[int]:
         """Tokens of `text` alone."""
-        return list(self._inner.encode(text, add_special_tokens=False).ids)
+        return list(self._inner.encode(_valid(text), add_special_tokens=False).ids)
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         """Text of `ids`; `special` keeps tokens such as the end of text."""
         return str(self._inner.decode(list(ids), skip_special_tokens=not special))
+
+    def continuation(self, before: Sequence[int], new: Sequence[int]) -> str:
+        """Text of `new` where it follows `before`: a tokenizer may drop the space in front of a text's first word."""
+        tail = self.decode(before[-_TAIL:])
+        both = self.decode([*before[-_TAIL:], *new])
+        return both[len(tail) :] if both.startswith(tail) else self.decode(new)
 
     def token(self, id: int) -> str:
         """The vocabulary's spelling of one token."""
@@ -56,28 +66,56 @@ class Tokenizer:
         return [len(self.decode(ids[:end], special=True)) for end in range(len(ids))]
 
 
+_TAIL = 16
+"""Tokens of a prompt that decide how its continuation is spelt."""
+
+
+def _valid(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"the text {text[:40]!r} is no valid Unicode ({error.reason}); give it in UTF-8") from None
+    return text
+
+
 class Streams:
     """New text of each row as its tokens come, and the stop texts in it.
 
-    A token may hold half a character, so text is handed out only when it is whole.
+    A token may hold half a character, and a text may turn out to be the beginning of a stop text: such an end is held back
+    until it is decided, or `flush`.
     """
 
-    def __init__(self, tokenizer: Tokenizer, rows: int, stop: Sequence[str], show: Callable[[int, str], None] | None = None) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], stop: Sequence[str], show: Callable[[int, str], None] | None = None) -> None:
         self.tokenizer, self.stop, self.show = tokenizer, stop, show
-        self._ids: list[list[int]] = [[] for _ in range(rows)]
-        self._said = [""] * rows
+        self._prompts = prompts
+        self._ids: list[list[int]] = [[] for _ in prompts]
+        self._said = [""] * len(prompts)
 
     def __call__(self, row: int, token: int) -> bool:
         """Take a token; True where a stop text is complete."""
         self._ids[row].append(token)
-        text = self.tokenizer.decode(self._ids[row])
-        if text.endswith("\ufffd"):
-            return False
-        cut, found = cut_at(text, self.stop)
-        if self.show is not None and len(cut) > len(self._said[row]):
-            self.show(row, cut[len(self._said[row]) :])
-        self._said[row] = cut
+        text, found = self._text(row)
+        self._say(row, text if found else text[: _undecided(text.rstrip("\ufffd"), self.stop)])
         return found
+
+    def flush(self) -> None:
+        """Show what was held back."""
+        for row in range(len(self._ids)):
+            self._say(row, self._text(row)[0])
+
+    def _text(self, row: int) -> tuple[str, bool]:
+        return cut_at(self.tokenizer.continuation(self._prompts[row], self._ids[row]), self.stop)
+
+    def _say(self, row: int, text: str) -> None:
+        if len(text) > len(self._said[row]):
+            if self.show is not None:
+                self.show(row, text[len(self._said[row]) :])
+            self._said[row] = text
+
+
+def _undecided(text: str, stop: Sequence[str]) -> int:
+    """Where the longest end of `text` begins that may still become a stop text."""
+    return min((start for s in stop for start in range(max(0, len(text) - len(s) + 1), len(text)) if s.startswith(text[start:])), default=len(text))
 
 
 def cut_at(text: str, stop: Sequence[str]) -> tuple[str, bool]:

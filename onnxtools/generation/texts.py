@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from onnxtools.errors import UsageError
 from onnxtools.generation.generate import Generated, generate
 from onnxtools.generation.options import GenerationOptions
 from onnxtools.generation.runtime import Runtime
@@ -46,17 +47,23 @@ def continue_texts(
         logprobs: fill `Text.logprob`.
     """
     size = batch_size or max(len(prompts), 1)
+    encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    empty = next((index for index, ids in enumerate(encoded) if not ids), None)
+    if empty is not None:
+        raise UsageError(f"prompt {empty} ({prompts[empty][:40]!r}) has no tokens in {tokenizer.path}; give other text, or the model's own tokenizer")
     found: list[list[Text]] = []
     for start in range(0, max(len(prompts), 1), size):
-        batch = [tokenizer.encode(prompt) for prompt in prompts[start : start + size]]
+        batch = encoded[start : start + size]
         watched = options.stop or show is not None
 
         def say(row: int, piece: str, start: int = start) -> None:
             if show is not None:
                 show(start + row, piece)
 
-        streams = Streams(tokenizer, len(batch), options.stop, say) if watched and options.num_beams == 1 else None
+        streams = Streams(tokenizer, batch, options.stop, say) if watched and options.num_beams == 1 else None
         made = generate(runtime, batch, options, on_token=streams, logprobs=logprobs)
+        if streams is not None:
+            streams.flush()
         for prompt, ids, beams in zip(prompts[start : start + size], batch, made, strict=True):
             found.append([_text(tokenizer, prompt, ids, beam, options) for beam in beams])
     return found
@@ -64,7 +71,7 @@ def continue_texts(
 
 def _text(tokenizer: Tokenizer, prompt: str, ids: list[int], found: Generated, options: GenerationOptions) -> Text:
     whole = [*ids, *found.token_ids]
-    text, _ = cut_at(tokenizer.decode(found.token_ids), options.stop)
+    text, _ = cut_at(tokenizer.continuation(ids, found.token_ids), options.stop)
     return Text(
         prompt + text, text, [tokenizer.token(token) for token in whole], [round(value, 6) for value in found.logprobs], whole,
         tokenizer.offsets(whole), found.finish, found.score,

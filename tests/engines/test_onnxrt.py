@@ -69,10 +69,10 @@ def with_weight(path: Path, folder: Path, name: str, value: float) -> Path:
 @pytest.mark.parametrize("form", ["concat", "gqa"])
 def test_logits_that_are_not_numbers_are_an_error_that_names_the_step(form: str, tmp_path: Path) -> None:
     path = with_weight(exported("llama", form), tmp_path, "model.norm.weight", np.nan)
-    with pytest.raises(JobError, match="row 0 are NaN at step 0"):
+    with pytest.raises(JobError, match="row 0 are NaN or infinite at step 0"):
         generate(OrtRuntime(path, CPU), TEXTS, GenerationOptions())
     for settings in ({"num_beams": 2}, {"temperature": 1.0}):
-        with pytest.raises(JobError, match="NaN at step 0"):
+        with pytest.raises(JobError, match="NaN or infinite at step 0"):
             generate(OrtRuntime(path, CPU), TEXTS, GenerationOptions(**settings))  # type: ignore[arg-type]
 
 
@@ -84,7 +84,7 @@ def test_nan_in_a_later_step_names_that_step(tmp_path: Path) -> None:
     array[7:] = np.nan
     table.CopyFrom(onnx.numpy_helper.from_array(array, table.name))
     onnx.save(model, tmp_path / "m.onnx")
-    with pytest.raises(JobError, match="row 0 are NaN at step 3"):
+    with pytest.raises(JobError, match="row 0 are NaN or infinite at step 3"):
         generate(OrtRuntime(tmp_path / "m.onnx", CPU), TEXTS[:1], GenerationOptions())
 
 

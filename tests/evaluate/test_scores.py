@@ -144,18 +144,34 @@ def test_an_interrupted_journal_goes_on(tmp_path: Path) -> None:
     assert len(runtime.inputs) == 4
     again.close()
     assert sorted(Journal(tmp_path / "j.jsonl", of).known) == list(range(9))
-    with pytest.raises(JobError, match="results of something else"):
+    with pytest.raises(JobError, match="results of another model"):
         Journal(tmp_path / "j.jsonl", {"model": "other"})
 
 
 @pytest.mark.parametrize(("text", "names"), [
     ('{"question": "x"}', "'question'"), ("[1]", "not an object"), ("{", "not JSON"), ("", "no rows"), ('{"text": "one"}', "context is empty"),
+    ('{"context": null, "continuation": ["x"]}', "must be text"), ('{"text": 5}', "must be text"), ("[" * 100000, "not JSON"),
     ('{"context": "", "continuation": "x"}', "context is empty"),
 ])  # fmt: skip
 def test_unknown_fields_and_damaged_rows_are_errors(text: str, names: str, tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_text(text)
     with pytest.raises(UsageError, match=names):
         read_lambada(tmp_path / "d.jsonl")
+
+
+def test_a_line_separator_inside_a_string_ends_no_row(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text(json.dumps({"context": "one\u2028two", "continuation": "x"}, ensure_ascii=False) + "\n", encoding="utf-8-sig")
+    assert read_lambada(tmp_path / "d.jsonl") == [("one\u2028two", "x")]
+
+
+@pytest.mark.parametrize("content", [b"\nmy data\n", b"\xff\xfe\n", b'{"model": "m"}\n{"index": 0, "word": "x", "pieces": 1}\n', b"[]\n",
+    b'{"model": "m"}\n{"index": 0, "word": -1, "pieces": 0, "total": -1, "tokens": 1, "exact": true, "top1": true, "top3": true, "top5": true}\n',
+])  # fmt: skip
+def test_other_files_and_damaged_journals_are_left_alone(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "j.jsonl").write_bytes(content)
+    with pytest.raises(JobError, match="no journal"):
+        Journal(tmp_path / "j.jsonl", {"model": "m"})
+    assert (tmp_path / "j.jsonl").read_bytes() == content
 
 
 def test_both_spellings_of_the_dataset(tmp_path: Path) -> None:
@@ -198,7 +214,7 @@ def test_perplexity_is_that_of_transformers_guide(length: int, stride: int) -> N
         previous = end
         if end == len(tokens):
             break
-    found = score_wikitext(OrtRuntime(exported("llama", "concat"), CPU), tokens, 10, length=length, stride=stride, batch_size=3, done=lambda: None)
+    found = score_wikitext(OrtRuntime(exported("llama", "concat"), CPU), tokens, 10, length=length, stride=stride, batch_size=3, done=lambda: None).figures
     assert found["n"] == count
     assert found["ppl_token"] == pytest.approx(math.exp(total / count), rel=1e-4)
     assert found["ppl_word"] == pytest.approx(math.exp(total / 10), rel=1e-4)
