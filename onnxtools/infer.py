@@ -23,6 +23,7 @@ import onnx_ir as ir
 
 from onnxtools.graph import attribute, constant_tensor
 from onnxtools.model import Model
+from onnxtools.tensors import elements
 
 FLOAT_LIMIT = 1 << 16
 VALUE_LIMIT = 1 << 25
@@ -79,9 +80,7 @@ def _constant_fact(tensor: ir.TensorProtocol) -> Fact:
     whole = tensor.dtype in _WHOLE_TYPES
     small = tensor.dtype.is_floating_point() or (tensor.dtype.itemsize == 1 and tensor.dtype != ir.DataType.BOOL)
     if whole and tensor.size <= (FLOAT_LIMIT if small else CONSTANT_LIMIT):
-        fact.value = np.array(tensor.numpy())
-        if isinstance(tensor, ir.ExternalTensor):
-            tensor.release()
+        fact.value = elements(tensor)
     return fact
 
 

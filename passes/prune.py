@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
 
-from onnxtools.graph import constant_tensor, is_op
 from onnxtools.infer import Array
 from onnxtools.model import Model
-from onnxtools.passbase import Pass, PassResult, option
+from onnxtools.passbase import PassResult, option
 from onnxtools.products import Product, weight_products
+from onnxtools.selection import Selected, head_product, is_embedding
 from onnxtools.sparsity import prune_2_4
 from onnxtools.tensors import StreamedTensor
 
@@ -23,7 +22,7 @@ _DTYPES = {
 
 
 @dataclass(frozen=True)
-class Prune(Pass):
+class Prune(Selected):
     """Prune the weights of MatMul, Gemm and Conv to 2:4 by magnitude.
 
     Without fine-tuning this is for speed studies: a 7B model goes from perplexity 5 to 55 (Wanda, arXiv 2306.11695,
@@ -42,13 +41,10 @@ class Prune(Pass):
     numerics = "lossy"
     example = "onnxtools prune kv.onnx sparse.onnx"
 
-    include: tuple[str, ...] = option((), "Prune only weights or nodes whose name matches this pattern (* and ?).")
-    exclude: tuple[str, ...] = option((), "Leave weights or nodes whose name matches this pattern.")
-    lm_head: bool = option(False, "Prune the language-model head too.")
     embeddings: bool = option(False, "Prune weights that are also read as an embedding table.")
 
     def apply(self, model: Model) -> PassResult:
-        head = _head(model)
+        head = head_product(model)
         axes: dict[ir.Value, set[int]] = {}
         for product in weight_products(model):
             axes.setdefault(product.weight, set()).add(product.axis)
@@ -71,54 +67,25 @@ class Prune(Pass):
             return ["no MatMul, Gemm or Conv with a stored weight found"]
         notes = [f"{len(pruned)} of {len(table)} weights pruned to 2:4 along K"]
         notes += [f"{count} left: {reason}" for reason, count in Counter(row["left"] for row in table if row["left"]).items()]
-        if self.include and all(row["left"] == "not included" for row in table):
-            notes.insert(0, f"warning: nothing matches --include {' '.join(self.include)}")
+        notes = [*self.unmatched(table), *notes]
         if pruned:
             notes.append("warning: magnitude pruning without fine-tuning is for speed studies; accuracy is lost")
         return notes
 
     def _reason(self, product: Product, head: ir.Node | None) -> str:
         """Why a weight is left as it is; empty when it is to be pruned."""
-        names = [name for name in (product.weight.name, product.node.name) if name]
-        if self.include and not _matches(names, self.include):
-            return "not included"
-        if _matches(names, self.exclude):
-            return "excluded"
+        chosen = self.left(product, head)
+        if chosen:
+            return chosen
         tensor = product.tensor
         if tensor.dtype not in _DTYPES:
             return f"type {tensor.dtype.name} cannot be pruned"
         size = int(tensor.shape.numpy()[product.axis])
         if size % 4:
             return f"K = {size} is no multiple of 4"
-        if product.node is head and not self.lm_head:
-            return "language-model head (--lm-head prunes it)"
-        if not self.embeddings and any(is_op(user, "Gather", "GatherElements", "GatherND") for user, _ in product.weight.uses()):
+        if not self.embeddings and is_embedding(product.weight):
             return "also an embedding table (--embeddings prunes it)"
         return ""
-
-
-def _matches(names: list[str], patterns: tuple[str, ...]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)
-
-
-_BETWEEN = {"Reshape", "Cast", "Add", "Identity", "Transpose", "Mul", "Div", "Squeeze", "Unsqueeze", "Gather", "Slice", "Tanh"}
-
-
-def _head(model: Model) -> ir.Node | None:
-    """The product that makes a graph output, through casts, reshapes and a bias, in a model that reads an embedding table.
-
-    A lone layer has no table, so its product is no head.
-    """
-    if not any(is_op(node, "Gather") and constant_tensor(node.inputs[0]) is not None for node in model.graph):
-        return None
-    products = {product.node for product in weight_products(model)}
-    for output in model.graph.outputs:
-        node = output.producer()
-        while node is not None and node not in products and node.op_type in _BETWEEN:
-            node = next((v.producer() for v in node.inputs if v is not None and v.producer() is not None), None)
-        if node is not None and node in products:
-            return node
-    return None
 
 
 def _prune(product: Product) -> None:

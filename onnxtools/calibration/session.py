@@ -19,7 +19,7 @@ from onnxtools.errors import JobError
 from onnxtools.graph import constant_tensor, is_op
 from onnxtools.model import Model
 from onnxtools.ort import Array, Feeds, one_line, ort_value, to_numpy, widen_node
-from onnxtools.tensors import external_path, read_rows
+from onnxtools.tensors import elements, external_path
 
 _NARROW = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 _NARROW_TYPES = {dtype.value for dtype in _NARROW}
@@ -53,7 +53,7 @@ class SegmentSession:
         shape = tensor.shape.numpy()
         if value in self._tables and isinstance(tensor, ir.ExternalTensor):
             return np.memmap(external_path(tensor), tensor.dtype.numpy(), "r", tensor.offset or 0, tuple(shape))  # only the rows in use are read
-        array = read_rows(tensor, 0, int(shape[0])).reshape(shape)
+        array = elements(tensor)
         return array.astype(np.float32) if tensor.dtype in _NARROW and value not in self._tables else array
 
     def __call__(self, feeds: Feeds, received: Mapping[str, Array]) -> dict[ir.Value, Array]:
@@ -130,7 +130,7 @@ def _embedded(tensor: ir.TensorProtocol, name: str) -> onnx.TensorProto:
     shape = tensor.shape.numpy()
     if tensor.dtype.itemsize < 1:
         return onnx.TensorProto(name=name, data_type=tensor.dtype.value, dims=shape, raw_data=tensor.tobytes())
-    array = read_rows(tensor, 0, int(shape[0]) if len(shape) else 1).reshape(shape)
+    array = elements(tensor)
     return ir.serde.serialize_tensor(ir.Tensor(array.astype(np.float32) if tensor.dtype in _NARROW else array, name=name))
 
 

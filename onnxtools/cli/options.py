@@ -47,7 +47,7 @@ def dataclass_options(cls: type[Any]) -> list[click.Parameter]:
 
 
 def _flag_name(name: str, value: Any) -> str:
-    return f"{name}__is__{value}"
+    return f"{name}__is__{value}".replace("-", "_")
 
 
 def _option(field: dataclasses.Field[Any], hint: Any) -> click.Option:

@@ -1,0 +1,197 @@
+"""Where a factor for each channel of an activation can be folded, so that the graph gains no node.
+
+Dividing the activation by s and multiplying the weights behind it by s changes nothing (SmoothQuant, arXiv 2211.10438,
+equation 3). The division goes into what made the activation: the gain and bias of a norm, or the rows of the product
+before, seen through what lets a factor pass (an elementwise product, ReLU, reshapes, attention for its values).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxtools.graph import attribute, constant_tensor, is_op
+from onnxtools.infer import Facts
+from onnxtools.products import Product
+from onnxtools.quantization.formats import scaled
+
+Array = np.ndarray[Any, Any]
+
+_NORMS = {"LayerNormalization": (1, 2), "RMSNormalization": (1,), "SimplifiedLayerNormalization": (1,), "SkipLayerNormalization": (2, 3),
+          "SkipSimplifiedLayerNormalization": (2,)}  # fmt: skip
+"""Inputs that hold a norm's gain and bias."""
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Weights that take the division.
+
+    Attributes:
+        places: initializers and the axis of each that runs along the producer's channels.
+        channels: of each channel of the activation, which of the producer's it is; None where they are the same. Several
+            channels of one producer's channel (grouped-query attention) must have one factor.
+        kind: `norm` or `product`.
+    """
+
+    places: tuple[tuple[ir.Value, int], ...]
+    kind: str
+    channels: tuple[int, ...] | None = None
+
+    def tied(self, factors: Array) -> Array:
+        """`factors` [channels] with the geometric mean where several must be one."""
+        if self.channels is None:
+            return factors
+        index = np.array(self.channels)
+        logs = np.bincount(index, np.log(factors)) / np.bincount(index)
+        return np.asarray(np.exp(logs)[index])
+
+    def apply(self, factors: Array) -> None:
+        """Divide by `factors` [channels of the activation]."""
+        own = factors
+        if self.channels is not None:
+            own = np.ones(max(self.channels) + 1)
+            own[np.array(self.channels)] = factors
+        for value, axis in self.places:
+            tensor = constant_tensor(value)
+            assert tensor is not None
+            value.const_value = scaled(tensor, 1 / own, axis)
+
+
+class Folder:
+    """Finds folds in one graph; `facts` know the shapes, `products` the stored weights by node."""
+
+    def __init__(self, facts: Facts, products: Iterable[Product]) -> None:
+        self._facts = facts
+        self._products = {product.node: product for product in products}
+
+    def find(self, value: ir.Value, users: Sequence[ir.Node]) -> Fold | None:
+        """How to divide `value`, which only `users` read; None where it cannot be done."""
+        shape = self._facts[value].shape
+        return self._walk(value, set(users), shape[-1]) if shape else None
+
+    def _walk(self, value: ir.Value | None, users: set[ir.Node], size: int) -> Fold | None:
+        node = value.producer() if value is not None else None
+        if value is None or node is None or value.is_graph_output() or any(user not in users for user, _ in value.uses()):
+            return None
+        if node in self._products:
+            return self._of_product(self._products[node])
+        if node.op_type in _NORMS and value is node.outputs[0]:
+            return self._of_constants([node.inputs[i] for i in _NORMS[node.op_type] if i < len(node.inputs) and node.inputs[i] is not None], size)
+        if is_op(node, "Cast", "Identity", "Relu"):
+            return self._walk(node.inputs[0], {node}, size)
+        if is_op(node, "Reshape"):
+            before = self._facts[node.inputs[0]].shape
+            if before and before[-1] == size:
+                return self._walk(node.inputs[0], {node}, size)
+            return self._of_context(node, size)
+        if is_op(node, "Add"):
+            return self._of_sum(node, size)
+        if is_op(node, "Mul"):
+            return self._of_elementwise_product(node, size)
+        if is_op(node, "GroupQueryAttention", domain="com.microsoft") and value is node.outputs[0]:
+            return self._of_values(node, node.inputs[2], size)
+        return None
+
+    def _of_constants(self, values: Sequence[ir.Value | None], size: int) -> Fold | None:
+        places = []
+        for value in values:
+            tensor = constant_tensor(value)
+            if value is None or tensor is None or not value.is_initializer() or len(value.uses()) != 1 or tuple(tensor.shape.numpy()) != (size,):
+                return None
+            places.append((value, 0))
+        return Fold(tuple(places), "norm") if places else None
+
+    def _of_product(self, product: Product) -> Fold | None:
+        """Rows of the weight, and the bias of a Gemm."""
+        if len(product.weight.uses()) != 1 or len(product.tensor.shape) != 2 or product.quantized or not product.weight.is_initializer():
+            return None
+        bias = product.node.inputs[2] if is_op(product.node, "Gemm") and len(product.node.inputs) > 2 else None
+        places = [(product.weight, 1 - product.axis)]
+        if bias is not None:
+            tensor = constant_tensor(bias)
+            if tensor is None or len(bias.uses()) != 1 or not bias.is_initializer() or tensor.size != product.tensor.shape.numpy()[1 - product.axis]:
+                return None
+            places.append((bias, len(tensor.shape) - 1))
+        return Fold(tuple(places), "product")
+
+    def _of_sum(self, node: ir.Node, size: int) -> Fold | None:
+        """A bias behind a norm or a product: both take it."""
+        for one, other in ((0, 1), (1, 0)):
+            bias = self._of_constants([node.inputs[one]], size)
+            rest = self._walk(node.inputs[other], {node}, size) if bias is not None else None
+            if bias is not None and rest is not None:
+                return Fold((*bias.places, *rest.places), rest.kind, rest.channels)
+        return None
+
+    def _of_elementwise_product(self, node: ir.Node, size: int) -> Fold | None:
+        """A gain; or a gated MLP, where the branch without the activation function takes the factor."""
+        for value in node.inputs:
+            gain = self._of_constants([value], size)
+            if gain is not None:
+                return gain
+        return next((found for found in (self._walk(value, {node}, size) for value in node.inputs) if found is not None), None)
+
+    def _of_context(self, node: ir.Node, size: int) -> Fold | None:
+        """[..., heads, head_dim] flattened behind attention: the projection of the values."""
+        inner = node.inputs[0]
+        transpose = inner.producer() if inner is not None else None
+        if not is_op(transpose, "Transpose") or transpose is None or attribute(transpose, "perm") != [0, 2, 1, 3] or len(transpose.outputs[0].uses()) != 1:
+            return None
+        attention = transpose.inputs[0].producer() if transpose.inputs[0] is not None else None
+        if not is_op(attention, "Attention") or attention is None or len(attention.outputs[0].uses()) != 1:
+            return None
+        return self._of_values(attention, attention.inputs[2], size)
+
+    def _of_values(self, attention: ir.Node, value: ir.Value | None, size: int) -> Fold | None:
+        """The product that makes the values of `attention`, through its cache."""
+        reader = attention
+        while value is not None:
+            node = value.producer()
+            if node is None:
+                return None
+            if is_op(node, "Concat", "TensorScatter"):  # the cache holds divided values from then on
+                step = node.inputs[1]
+            elif is_op(node, "Transpose", "Reshape"):
+                if len(value.uses()) != 1:
+                    return None
+                step = node.inputs[0]
+            elif node in self._products:
+                found = self._of_product(self._products[node]) if all(user is reader for user, _ in value.uses()) else None
+                return self._shared(found, size)
+            else:
+                return None
+            reader, value = node, step
+        return None
+
+    def _shared(self, found: Fold | None, size: int) -> Fold | None:
+        """Value heads that several query heads read."""
+        if found is None:
+            return None
+        value, axis = found.places[0]
+        tensor = constant_tensor(value)
+        assert tensor is not None
+        own = int(tensor.shape.numpy()[axis])
+        head = self._head_dim(found, size, own)
+        if head is None:
+            return None
+        repeat = size // own
+        channels = tuple((channel // head // repeat) * head + channel % head for channel in range(size))
+        return Fold(found.places, found.kind, channels if repeat > 1 else None)
+
+    def _head_dim(self, found: Fold, size: int, own: int) -> int | None:
+        """Channels of one head, off the reshapes behind the product."""
+        product = next(p for p in self._products.values() if p.weight is found.places[0][0])
+        if size == own:
+            return own
+        value: ir.Value | None = product.node.outputs[0]
+        for _ in range(3):
+            shape = self._facts[value].shape
+            if shape is not None and len(shape) == 4 and own % shape[-1] == 0 and size % own == 0:
+                return int(shape[-1])
+            uses = list(value.uses()) if value is not None else []
+            value = uses[0][0].outputs[0] if uses else None
+        return None

@@ -1,0 +1,93 @@
+"""Products that share their input: they are quantized with one activation scale and one factor for each channel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxtools.infer import analyse
+from onnxtools.model import Model
+from onnxtools.products import Product, weight_products
+from onnxtools.quantization.folding import Fold, Folder
+from onnxtools.quantization.formats import Format, magnitudes, scale_of
+from onnxtools.tensors import read_rows
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Products of one activation.
+
+    Attributes:
+        fold: where a factor for each channel of the activation could go; None where it could not.
+        dtype: the type that the products are computed in.
+    """
+
+    index: int
+    activation: ir.Value
+    products: tuple[Product, ...]
+    fold: Fold | None
+    dtype: ir.DataType
+
+    @property
+    def channels(self) -> int:
+        product = self.products[0]
+        return int(product.tensor.shape.numpy()[product.axis])
+
+
+def group(model: Model, chosen: Sequence[Product]) -> list[Group]:
+    """The chosen products by activation, in graph order.
+
+    A fold is only offered where all that reads the activation is in the group: the rest would see it divided.
+    """
+    facts = analyse(model)
+    folder = Folder(facts, weight_products(model))
+    by_activation: dict[ir.Value, list[Product]] = {}
+    for product in chosen:
+        by_activation.setdefault(product.activation, []).append(product)
+    return [
+        Group(index, value, tuple(products), folder.find(value, [p.node for p in products]), facts[value].dtype or products[0].tensor.dtype)
+        for index, (value, products) in enumerate(by_activation.items())
+    ]
+
+
+def matrix(product: Product) -> Array:
+    """The weight as float32 [N, K]."""
+    tensor = product.tensor
+    whole = read_rows(tensor, 0, int(tensor.shape.numpy()[0])).astype(np.float32)
+    return whole if product.axis == 1 else np.ascontiguousarray(whole.T)
+
+
+def rounded(weight: Array, form: Format, scale: Array, block: int = 0) -> Array:
+    """[N, K] through `form` and back; `scale` is one, [N], or [N, K / block]."""
+    wide = np.asarray(scale).astype(np.float32)
+    spread = np.repeat(wide, block, axis=1) if block else wide[:, None] if wide.ndim else wide
+    return np.asarray(form.cast(weight / spread).astype(np.float32) * spread)
+
+
+def signal_to_noise(weight: Array, made: Array) -> float:
+    """Of a quantized weight, in dB: 10 log10(sum w^2 / sum (w - q)^2)."""
+    noise = float(np.square(weight - made, dtype=np.float64).sum())
+    return 10 * float(np.log10(np.square(weight, dtype=np.float64).sum() / noise)) if noise else float("inf")
+
+
+def relative_error(expected: Array, found: Array) -> float:
+    """|found - expected| / |expected|, Frobenius norms."""
+    size = float(np.linalg.norm(expected))
+    return float(np.linalg.norm(found - expected)) / size if size else float(np.linalg.norm(found))
+
+
+def column_amax(products: Iterable[Product]) -> Array:
+    """Largest magnitude of each input channel over the weights of all, float32 [K]."""
+    return np.asarray(np.max([magnitudes(product.tensor, 1 - product.axis) for product in products], axis=0))
+
+
+def stored_scale(weight: Array, form: Format, dtype: ir.DataType, *, per_channel: bool) -> Array:
+    """The scale that `weight` [N, K] gets: one, or [N]."""
+    amax = np.abs(weight).max(axis=1)
+    return scale_of(amax if per_channel else amax.max(), form, dtype)

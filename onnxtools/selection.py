@@ -1,0 +1,69 @@
+"""Which products a pass works on: by name, and the head only where it is asked for."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from onnxtools.graph import constant_tensor, is_op
+from onnxtools.model import Model
+from onnxtools.passbase import Pass, option
+from onnxtools.products import Product, weight_products
+
+LM_HEAD = "language-model head (--lm-head takes it)"
+
+
+@dataclass(frozen=True)
+class Selected(Pass):
+    """A pass that works on chosen products."""
+
+    include: tuple[str, ...] = option((), "Only weights or nodes whose name matches this pattern (* and ?).")
+    exclude: tuple[str, ...] = option((), "Leave weights or nodes whose name matches this pattern.")
+    lm_head: bool = option(False, "The language-model head too.")
+
+    def left(self, product: Product, head: ir.Node | None) -> str:
+        """Why the user's choice leaves `product` out; empty where it does not."""
+        names = [name for name in (product.weight.name, product.node.name) if name]
+        if self.include and not _matches(names, self.include):
+            return "not included"
+        if _matches(names, self.exclude):
+            return "excluded"
+        return LM_HEAD if product.node is head and not self.lm_head else ""
+
+    def unmatched(self, table: Sequence[dict[str, str]]) -> list[str]:
+        """A warning where --include matched nothing."""
+        if self.include and all(row["left"] == "not included" for row in table):
+            return [f"warning: nothing matches --include {' '.join(self.include)}"]
+        return []
+
+
+def _matches(names: list[str], patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+
+_BETWEEN = {"Reshape", "Cast", "Add", "Identity", "Transpose", "Mul", "Div", "Squeeze", "Unsqueeze", "Gather", "Slice", "Tanh"}
+
+
+def head_product(model: Model) -> ir.Node | None:
+    """The product that makes a graph output, through casts, reshapes and a bias, in a model that reads an embedding table.
+
+    A lone layer has no table, so its product is no head.
+    """
+    if not any(is_op(node, "Gather") and constant_tensor(node.inputs[0]) is not None for node in model.graph):
+        return None
+    products = {product.node: product for product in weight_products(model)}
+    for output in model.graph.outputs:
+        node = output.producer()
+        while node is not None and node not in products and node.op_type in _BETWEEN:
+            node = next((v.producer() for v in node.inputs if v is not None and v.producer() is not None), None)
+        if node is not None and node in products:
+            return node
+    return None
+
+
+def is_embedding(value: ir.Value) -> bool:
+    """Whether the weight is also a table that tokens look up."""
+    return any(is_op(user, "Gather", "GatherElements", "GatherND") for user, _ in value.uses())

@@ -1,0 +1,241 @@
+"""Put FP8, INT8 or INT4 into the graph as standard Q/DQ, with scales from calibration."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import onnx_ir as ir
+
+from onnxtools.calibration.options import Calibrated
+from onnxtools.calibration.run import Calibration, Findings, Layer
+from onnxtools.errors import JobError, UsageError
+from onnxtools.graph import is_op, remove_unused
+from onnxtools.model import Model
+from onnxtools.passbase import PassResult, option
+from onnxtools.passes._quantize_int4 import Int4Scheme, block_size
+from onnxtools.passes._quantize_linear import LinearScheme
+from onnxtools.products import Product, weight_products
+from onnxtools.quantization.formats import FP8, INT4, INT8, Format
+from onnxtools.quantization.groups import Group, group
+from onnxtools.quantization.qdq import COMPUTED, QdqBuilder, is_quantized
+from onnxtools.selection import Selected, head_product
+
+_TOO_SMALL = 16
+
+
+class _Scheme(Protocol):
+    def look(self, layer: Layer, groups: list[Group]) -> Findings: ...
+    def fold(self, group: Group, found: Findings) -> None: ...
+    def emit(self, build: QdqBuilder, group: Group, found: Findings) -> dict[str, str]: ...
+
+
+@dataclass(frozen=True)
+class Quantize(Selected, Calibrated):
+    """Quantize the products of a model to FP8, INT8 or INT4.
+
+    Rules:
+      - fp8: activations with one scale, weights with one or one for each output channel, stored as FLOAT8E4M3FN;
+      - int8: the same in INT8; --smoothquant folds a factor for each channel into the norm or product before, so that the
+        graph gains no node; where only norms feed products (QKV and FC1) unless --all-layers;
+      - int4-awq: weights alone, a scale for each block along K, scaled and clipped by what activations look like;
+        int4-rtn: the same rounded to nearest, without calibration data;
+      - products with K or N below 16 and the head are left alone; so is what --exclude names;
+      - the result is standard ONNX: Q/DQ-19, with blocks DequantizeLinear-21.
+    """
+
+    name = "quantize"
+    numerics = "lossy"
+    example = "onnxtools quantize model.onnx fp8.onnx --fp8 --calib texts.jsonl"
+
+    scheme: Literal["none", "fp8", "int8", "int4-awq", "int4-rtn"] = option(
+        "none", "What to quantize to.", flags={"--fp8": "fp8", "--int8": "int8", "--int4-awq": "int4-awq", "--int4-rtn": "int4-rtn"}
+    )  # fmt: skip
+    smoothquant: float | None = option(None, "INT8 with SmoothQuant of this strength, 0 to 1 (0.5 suits most models).")
+    per_token: bool = option(False, "INT8 activations get a scale for each token, computed in the graph.")
+    per_channel: bool = option(False, "Weights of FP8 and INT8 get a scale for each output channel.")
+    all_layers: bool = option(False, "INT8 also behind attention and in FC2, not only behind norms.")
+    block_size: int | None = option(None, "Elements along K that share an INT4 scale. [default: 128, else 64 or 32 where K is no multiple]")
+    calib_method: Literal["max", "percentile", "mse"] = option("max", "Range of an activation: largest magnitude, 99.99th percentile, or least squared error.")
+    exclude_worst: int = option(0, "Leave the N products with the largest output error in their own precision.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.smoothquant is not None:
+            if not 0 <= self.smoothquant <= 1:
+                raise UsageError(f"quantize: smoothquant is {self.smoothquant}; alpha takes 0 to 1")
+            if self.scheme not in ("none", "int8"):
+                raise UsageError(f"quantize: --smoothquant is INT8 and --{self.scheme} is not; leave one out")
+        if self.kind == "none":
+            raise UsageError("quantize: nothing to do; say --fp8, --smoothquant ALPHA, --int8, --int4-awq or --int4-rtn")
+        int8, int4 = self.kind == "int8", self.kind.startswith("int4")
+        rules = (
+            (self.per_token and not int8, "--per-token is for INT8"), (self.per_channel and int4, "--per-channel is for FP8 and INT8"),
+            (self.all_layers and not int8, "--all-layers is for INT8"), (self.block_size is not None and not int4, "--block-size is for INT4"),
+            (self.calib_method != "max" and (int4 or self.per_token or self.smoothquant is not None), "--calib-method is for static scales without smoothing"),
+            (self.exclude_worst and self.kind == "int4-rtn", "--exclude-worst needs calibration, which --int4-rtn has not"),
+            (self.calib is not None and self.kind == "int4-rtn", "--int4-rtn looks at no activations, so --calib is of no use"),
+        )  # fmt: skip
+        for wrong, message in rules:
+            if wrong:
+                raise UsageError(f"quantize: {message}; leave it out")
+        if self.block_size is not None and (self.block_size < 16 or self.block_size & (self.block_size - 1)):
+            raise UsageError(f"quantize: block size is {self.block_size}; it takes a power of two from 16")
+        if self.exclude_worst < 0:
+            raise UsageError(f"quantize: exclude-worst is {self.exclude_worst}; it takes 0 or more")
+
+    @property
+    def kind(self) -> str:
+        return "int8" if self.smoothquant is not None else self.scheme
+
+    @property
+    def form(self) -> Format:
+        return {"fp8": FP8, "int8": INT8}.get(self.kind, INT4)
+
+    def requires(self, model: Model) -> None:
+        if model.opset < self.form.opset:
+            raise JobError(f"{self.form.name} needs opset {self.form.opset} and the model is at {model.opset}; raise it with `onnxtools set-opset`")
+
+    def apply(self, model: Model) -> PassResult:
+        chosen, table = self._choose(model)
+        if not chosen:
+            return PassResult(False, 0, self._notes(table), table)
+        groups = group(model, chosen)
+        if self.kind == "int8" and not self.all_layers:
+            groups = self._behind_norms(groups, table)
+        found, scheme = self._calibrated(model, groups)
+        self._drop_worst(groups, found, table)
+        self._write(model, groups, found, scheme, table)
+        return PassResult(True, sum(not row["left"] for row in table), self._notes(table), table)
+
+    # --- what to quantize --------------------------------------------------------------------------------------------
+
+    def _choose(self, model: Model) -> tuple[list[Product], list[dict[str, Any]]]:
+        head, table, chosen = head_product(model), [], []
+        products = [p for p in weight_products(model) if p.node.op_type != "Conv"]
+        if products and all(is_quantized(p) for p in products if p.node is not head):
+            raise JobError(f"{model.path}: its products are quantized already; start from the model in its own precision")
+        for product in products:
+            reason = self._reason(product, head)
+            table.append(
+                {
+                    "layer": product.node.name or "",
+                    "weight": product.weight.name or "",
+                    "scheme": "",
+                    "scale": "",
+                    "snr_db": None,
+                    "error": None,
+                    "left": reason,
+                }
+            )
+            if not reason:
+                chosen.append(product)
+        return chosen, table
+
+    def _reason(self, product: Product, head: ir.Node | None) -> str:
+        left = self.left(product, head)
+        if left:
+            return left
+        tensor = product.tensor
+        if is_quantized(product):
+            return "quantized already"
+        if len(tensor.shape) != 2:
+            return f"weight of rank {len(tensor.shape)}"
+        if tensor.dtype not in COMPUTED:
+            return f"type {tensor.dtype.name}"
+        if is_op(product.node, "Gemm") and product.index == 0:
+            return "the weight is the first operand of a Gemm"
+        if min(tensor.shape.numpy()) < _TOO_SMALL:
+            return "K or N below 16"
+        if self.form is INT4:
+            size = int(tensor.shape.numpy()[product.axis])
+            if self.block_size and size % self.block_size:
+                raise UsageError(
+                    f"quantize: --block-size {self.block_size} does not divide K = {size} of {product.weight.name!r}; leave it out, or --exclude that weight"
+                )
+            if not block_size(size, self.block_size):
+                return f"K = {size} is no multiple of 32"
+        return ""
+
+    def _behind_norms(self, groups: list[Group], table: list[dict[str, Any]]) -> list[Group]:
+        kept = [g for g in groups if g.fold is not None and g.fold.kind == "norm"]
+        if not kept:
+            raise JobError("no product reads the output of a norm alone; --all-layers quantizes all products")
+        self._leave(table, [p for g in groups if g not in kept for p in g.products], "not behind a norm (--all-layers takes it)")
+        return kept
+
+    def _leave(self, table: list[dict[str, Any]], products: Sequence[Product], reason: str) -> None:
+        names = {product.node.name for product in products}
+        for row in table:
+            if row["layer"] in names:
+                row["left"] = reason
+
+    # --- calibration -------------------------------------------------------------------------------------------------
+
+    def _calibrated(self, model: Model, groups: list[Group]) -> tuple[Findings, _Scheme]:
+        blocks = {p.node.name or "": block_size(g.channels, self.block_size) for g in groups for p in g.products} if self.form is INT4 else {}
+        if self.kind == "int4-rtn":
+            return {}, Int4Scheme(blocks, 0)
+        found: Findings = {}
+        with Calibration(model, self, key=repr(self)) as calibration:
+            tokens = calibration.tokens
+            scheme: _Scheme = (
+                Int4Scheme(blocks, tokens) if self.form is INT4
+                else LinearScheme(self.form, self.smoothquant, self.per_token, self.per_channel, self.calib_method, tokens)
+            )  # fmt: skip
+            by_node = {product.node: g for g in groups for product in g.products}
+
+            def look(layer: Layer) -> Findings:
+                return scheme.look(layer, list(dict.fromkeys(by_node[p.node] for p in layer.products if p.node in by_node)))
+
+            for _, part in calibration.findings(look, head=self.lm_head):
+                found.update(part)
+        return found, scheme
+
+    def _drop_worst(self, groups: list[Group], found: Findings, table: list[dict[str, Any]]) -> None:
+        """Put the errors into the table, and leave the products that lose most."""
+        rows = {row["layer"]: row for row in table}
+        for g in groups:
+            for product in g.products:
+                errors = found.get(f"{g.index}.{product.node.name}")
+                if errors is not None:
+                    rows[product.node.name or ""].update(snr_db=round(float(errors[0]), 2), error=round(float(errors[1]), 6))
+        worst = sorted((row for row in table if row["error"] is not None), key=lambda row: -row["error"])[: self.exclude_worst]
+        for row in worst:
+            row["left"] = f"among the {self.exclude_worst} worst (--exclude-worst)"
+
+    # --- the graph ---------------------------------------------------------------------------------------------------
+
+    def _write(self, model: Model, groups: list[Group], found: Findings, scheme: _Scheme, table: list[dict[str, Any]]) -> None:
+        rows = {row["layer"]: row for row in table}
+        for g in groups:
+            scheme.fold(g, found)
+        build = QdqBuilder(model)
+        for g in groups:
+            products = tuple(p for p in g.products if not rows[p.node.name or ""]["left"])
+            if not products:
+                continue
+            shown = scheme.emit(build, Group(g.index, g.activation, products, g.fold, g.dtype), found)
+            for name, scales in shown.items():
+                rows[name].update(scheme=self._title(g), scale=scales)
+        model.graph.sort()
+        remove_unused(model)
+
+    def _title(self, g: Group) -> str:
+        if self.form is INT4:
+            return f"INT4 W4A16, block {block_size(g.channels, self.block_size)}"
+        parts = [f"{self.form.name} W8A8", "per channel" if self.per_channel else "", "per token" if self.per_token else ""]
+        return ", ".join(part for part in parts if part)
+
+    def _notes(self, table: list[dict[str, Any]]) -> list[str]:
+        if not table:
+            return ["no MatMul or Gemm with a stored weight found"]
+        done = [row for row in table if not row["left"]]
+        notes = [*self.unmatched(table), f"{len(done)} of {len(table)} products quantized"]
+        schemes = Counter(row["scheme"] for row in done)
+        notes += [f"{count}: {scheme}" for scheme, count in schemes.items()]
+        if self.form is INT4 and self.block_size is None and any("block 128" not in scheme for scheme in schemes):
+            notes.append("smaller blocks where K is no multiple of 128")
+        return notes + [f"{count} left: {reason}" for reason, count in Counter(row["left"] for row in table if row["left"]).items()]
