@@ -94,23 +94,41 @@ def stand_ins(model: Model, above: int = 10) -> dict[str, int]:
     """A prime for every symbolic dimension of the inputs; unnamed ones are called `<input>:<axis>`.
 
     In integer inputs of rank 2 (token ids, position ids, attention masks) axis 0 is one batch and axis 1 one sequence
-    whatever names the exporter chose, since they meet in the same broadcasts. All are larger than `above`.
+    whatever names the exporter chose, since they meet in the same broadcasts; a mask over a growing cache is as long as past
+    and new tokens together. All are larger than `above`.
     """
     constants = {int(d) for _, tensor in model.weights() for d in tensor.shape.numpy() if d}
     primes = _primes(constants, above)
     sizes: dict[str, int] = {}
     roles: dict[int, int] = {}
+    totals: list[str] = []
+    past = _growing_past(model)
     for value in model.graph.inputs:
         ids = is_ids_like(value)
         for axis, dim in enumerate(value.shape or ()):
             if isinstance(dim, int):
                 continue
             name = dim_name(value, axis)
+            if ids and axis == 1 and "total" in name.lower() and past is not None:
+                totals.append(name)
+                continue
             if name not in sizes:
                 sizes[name] = roles[axis] if ids and axis in roles else next(primes)
             if ids:
                 roles.setdefault(axis, sizes[name])
+    for name in totals:
+        assert past is not None
+        sizes[name] = sizes[past] + roles.get(1, 0)
     return sizes
+
+
+def _growing_past(model: Model) -> str | None:
+    """Name of the length of caches that are an input."""
+    for value in model.graph.inputs:
+        for dim in value.shape or ():
+            if isinstance(dim, ir.SymbolicDim) and dim.value and "past" in dim.value.lower() and not is_ids_like(value):
+                return dim.value
+    return None
 
 
 def is_ids_like(value: ir.Value) -> bool:
@@ -199,6 +217,9 @@ def infer_node(node: ir.Node, facts: Facts, model: Model) -> None:
     if domain == "trt":
         _infer_te(node, inputs, facts)
         return
+    if domain == "com.microsoft":
+        _infer_contributed(node, inputs, facts)
+        return
     if domain == "" and node.op_type == "Shape" and inputs[0].shape is not None:
         _infer_shape_op(node, inputs[0], facts)
         return
@@ -234,6 +255,23 @@ def _infer_te(node: ir.Node, inputs: list[Fact], facts: Facts) -> None:
     facts[node.outputs[0]] = Fact(ir.DataType.FLOAT8E4M3FN, shape)
     if len(node.outputs) > 1 and shape is not None:
         facts[node.outputs[1]] = Fact(ir.DataType.FLOAT8E8M0, (*shape[:-1], -(-shape[-1] // 32)))
+
+
+def _infer_contributed(node: ir.Node, inputs: list[Fact], facts: Facts) -> None:
+    """ONNX Runtime's own operators that `export --kv-cache gqa` and `lower-ort` write: most outputs are like the first input."""
+    first = inputs[0]
+    shapes = [first.shape] * len(node.outputs)
+    if node.op_type == "GroupQueryAttention" and first.shape is not None and inputs[3].shape is not None:
+        heads, shared = attribute(node, "num_heads"), attribute(node, "kv_num_heads")
+        width = first.shape[2] if inputs[1].shape is not None else first.shape[2] * heads // (heads + 2 * shared)
+        past = inputs[3].shape
+        present = (*past[:2], past[2] + first.shape[1], past[3])
+        shapes = [(*first.shape[:2], width), present, present]
+    elif node.op_type == "MatMulNBits" and first.shape is not None:
+        shapes = [(*first.shape[:-1], attribute(node, "N"))]
+    dtypes = [first.dtype, *(inputs[3].dtype if node.op_type == "GroupQueryAttention" else first.dtype for _ in node.outputs[1:])]
+    for output, shape, dtype in zip(node.outputs, shapes, dtypes, strict=True):
+        facts[output] = Fact(output.dtype or dtype, shape)
 
 
 def _infer_shape_op(node: ir.Node, source: Fact, facts: Facts) -> None:

@@ -146,7 +146,7 @@ def cast(tensor: Tensor, dtype: ir.DataType) -> Tensor:
             with np.errstate(over="raise"):
                 return block.astype(dtype.numpy())
         except FloatingPointError:
-            raise ModelError(f"weight {tensor.name!r} has values beyond {dtype.name}; use --dtype bf16 or fp32") from None
+            raise ModelError(f"weight {tensor.name!r} has values beyond {dtype.name}; use bf16 or fp32") from None
 
     return StreamedTensor(tensor, rows, dtype=dtype, name=tensor.name or "")
 

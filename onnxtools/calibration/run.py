@@ -23,6 +23,7 @@ from onnxtools.calibration.segments import Segment, segments
 from onnxtools.calibration.session import SegmentSession
 from onnxtools.calibration.statistics import Observer
 from onnxtools.errors import JobError
+from onnxtools.infer import analyse
 from onnxtools.model import Model
 from onnxtools.progress import counted
 from onnxtools.storage import file_stamps, replacing
@@ -90,6 +91,7 @@ class Calibration:
     def __init__(self, model: Model, options: Calibrated, key: str = "") -> None:
         self.model, self.samples = model, read_samples(model, options)
         self.segments = segments(model)
+        self._facts = analyse(model)
         self.tokens = sum(_count(feeds) for feeds in self.samples)
         self._label = options.name
         self._cache = Path(options.calib_cache) if options.calib_cache else None
@@ -148,6 +150,11 @@ class Calibration:
                         np.savez(file, **found)  # type: ignore[arg-type]
                     self._spool.keep_only(segment.kept)
                 yield segment, found
+
+    def is_float(self, value: ir.Value) -> bool:
+        """Whether `value` holds floating-point numbers, as far as the graph says."""
+        dtype = self._facts[value].dtype
+        return dtype is not None and dtype.is_floating_point()
 
     def through(self, segment: Segment, observers: Mapping[ir.Value, Sequence[Observer]]) -> None:
         """All texts through `segment`: what it makes for later ones is spooled, observers see theirs."""

@@ -16,7 +16,7 @@ from onnxtools import __version__, registry
 
 COMMANDS = ("pipeline", "validate", "build", "run", "benchmark", "accuracy", "summarize", "inspect", "diff")
 FIRST = "export"
-MAIN_PASSES = ("convert", "add-kv-cache", "prune", "quantize")
+MAIN_PASSES = ("convert", "add-kv-cache", "precision", "quantize", "prune")
 
 
 class LazyGroup(click.Group):

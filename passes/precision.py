@@ -1,0 +1,256 @@
+"""fp32 to fp16 or bf16 in the graph: what --fp16 and --bf16 were before networks were strongly typed."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from onnxtools.calibration.options import Calibrated
+from onnxtools.calibration.run import Calibration, Findings, Layer
+from onnxtools.calibration.statistics import ChannelRange
+from onnxtools.errors import JobError
+from onnxtools.export.graph import DTYPES
+from onnxtools.graph import Builder, attribute, constant_tensor, is_op, remove_unused
+from onnxtools.infer import Facts, analyse
+from onnxtools.model import Model
+from onnxtools.passbase import PassResult, option
+from onnxtools.tensors import elements
+from onnxtools.weights import cast
+
+FLOAT = ir.DataType.FLOAT
+_FP16_MAX = 65504.0
+
+_WIDE = {
+    "Softmax", "LogSoftmax", "Exp", "Log", "Pow", "Sqrt", "Reciprocal", "ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2", "ReduceLogSumExp",
+    "Sin", "Cos", "CumSum", "RotaryEmbedding", "If", "Loop", "Scan",
+}  # fmt: skip
+"""Operators that lose too much in 16 bits: softmax, the parts of norms, angles."""
+_SPREADING = _WIDE - {"Softmax", "LogSoftmax", "RotaryEmbedding"}
+_ELEMENTWISE = {"Add", "Sub", "Mul", "Div", "Neg"}
+_SMALL = 64
+
+
+@dataclass(frozen=True)
+class Precision(Calibrated):
+    """Compute in fp16 or bf16, and keep what needs fp32.
+
+    Rules:
+      - products, additions, activation functions and their weights become 16 bits wide;
+      - softmax, rotary embedding, and norms made of primitives (with the elementwise operators behind their parts) stay
+        fp32; LayerNormalization, RMSNormalization and Attention take 16 bits and compute inside in fp32
+        (stash_type, softmax_precision); so does an operator whose schema does not know the type;
+      - logits stay fp32; caches and other inputs and outputs change their type, unless --keep-io;
+      - a value is cast once for all that read it, never forth and back;
+      - constants that hide masked tokens are cut to half the lowest fp16 number; a weight beyond fp16 is an error;
+      - with --calib the model is run in fp32, and the values that fp16 could not hold are named.
+    """
+
+    name = "precision"
+    numerics = "rounding"
+    example = "onnxtools precision model.onnx fp16.onnx --to fp16"
+
+    to: Literal["fp16", "bf16"] = option("fp16", "The type to compute in.")
+    keep_io: bool = option(False, "Inputs and outputs of the graph keep their types.")
+
+    def requires(self, model: Model) -> None:
+        if any(node.domain == "trt" for node in model.graph):
+            raise JobError(f"{model.path}: has TransformerEngine's operators; run `onnxtools convert` first")
+
+    def apply(self, model: Model) -> PassResult:
+        if not any(tensor.dtype == FLOAT and len(tensor.shape) > 1 for _, tensor in model.weights()):
+            return PassResult(False, 0, ["no fp32 weight found: nothing to narrow"])
+        table = self._overflows(model) if self.calib is not None and self.to == "fp16" else []
+        narrowing = _Narrowing(model, DTYPES[self.to], self.keep_io)
+        matches = narrowing.run()
+        model.graph.sort()
+        remove_unused(model)
+        _record(model, self.to, caches=not self.keep_io)
+        return PassResult(True, matches, [*_warnings(table), *narrowing.notes(matches)], table)
+
+    def _overflows(self, model: Model) -> list[dict[str, Any]]:
+        """Values whose largest magnitude over the calibration texts is beyond fp16."""
+        rows: list[dict[str, Any]] = []
+        with Calibration(model, self) as calibration:
+
+            def look(layer: Layer) -> Findings:
+                values = [v for node in layer.segment.nodes for v in node.outputs if v.uses() and not is_op(node, "Constant")]
+                seen = {value: (ChannelRange(),) for value in values if calibration.is_float(value)}
+                layer.observe(seen)
+                return {value.name or "": np.array(float(np.max(observer.amax, initial=0))) for value, (observer,) in seen.items()}
+
+            for _, found in calibration.findings(look):
+                rows += [{"value": name, "largest": float(amax)} for name, amax in found.items() if amax > _FP16_MAX]
+        return rows
+
+
+def _warnings(table: list[dict[str, Any]]) -> list[str]:
+    if not table:
+        return []
+    worst = max(table, key=lambda row: row["largest"])
+    return [f"warning: {len(table)} values exceed fp16's {_FP16_MAX:.0f} while calibrating ({worst['value']!r} reaches {worst['largest']:.4g}); use --to bf16"]
+
+
+def _record(model: Model, dtype: str, *, caches: bool) -> None:
+    """The model's own description follows."""
+    for props in (model.graph.metadata_props, model.ir.metadata_props):
+        if "onnxtools.model" in props:
+            info = json.loads(props["onnxtools.model"])
+            info["dtype"] = dtype
+            if caches and info.get("kv_cache"):
+                info["kv_cache"]["dtype"] = dtype
+            props["onnxtools.model"] = json.dumps(info)
+
+
+class _Narrowing:
+    """One rewrite: which nodes are wide, then casts where wide and narrow meet."""
+
+    def __init__(self, model: Model, dtype: ir.DataType, keep_io: bool) -> None:
+        self.model, self.dtype, self.keep_io = model, dtype, keep_io
+        self.facts: Facts = analyse(model)
+        self.build = Builder(model)
+        self._types: dict[ir.Value, ir.DataType] = {}
+        self._casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+        self._weights: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+        self._cut: list[str] = []
+        self._wide_count: dict[str, int] = {}
+
+    def run(self) -> int:
+        """Returns how many nodes were narrowed."""
+        nodes = list(self.model.graph)
+        for value in self.model.graph.inputs:
+            if value.dtype == FLOAT:
+                self._types[value] = FLOAT if self.keep_io else self.dtype
+                value.dtype = self._types[value]
+        wide = self._wide(nodes)
+        narrowed = 0
+        for node in nodes:
+            narrowed += self._rewrite(node, node in wide)
+        for index, value in enumerate(list(self.model.graph.outputs)):
+            self._output(index, value)
+        return narrowed
+
+    def notes(self, narrowed: int) -> list[str]:
+        kept = ", ".join(f"{count} {name}" for name, count in sorted(self._wide_count.items()))
+        notes = [
+            f"{narrowed} nodes compute in {self.dtype.name.lower()}",
+            f"{len(self._casts)} casts",
+            f"kept in fp32: {kept}" if kept else "nothing kept in fp32",
+        ]
+        return notes + ([f"constants beyond the type cut to half of its lowest: {', '.join(self._cut[:3])}"] if self._cut else [])
+
+    def _wide(self, nodes: list[ir.Node]) -> set[ir.Node]:
+        """Nodes that stay in fp32: by operator, by schema, and elementwise ones that work on what those made."""
+        wide: set[ir.Node] = set()
+        for node in nodes:
+            if not self._is_float(node):
+                continue
+            makers = [value.producer() for value in node.inputs if value is not None]
+            behind = node.op_type in _ELEMENTWISE and any(m is not None and m in wide and m.op_type in _SPREADING | _ELEMENTWISE for m in makers)
+            explicit = is_op(node, "Cast") and attribute(node, "to") == FLOAT.value and self._float_value(node.inputs[0])
+            if node.op_type in _WIDE or explicit or behind or not _takes(node, self.dtype, self.model.opset):
+                wide.add(node)
+                self._wide_count[node.op_type] = self._wide_count.get(node.op_type, 0) + 1
+        return wide
+
+    def _is_float(self, node: ir.Node) -> bool:
+        return any(self.facts[value].dtype == FLOAT for value in (*node.inputs, *node.outputs) if value is not None)
+
+    def _float_value(self, value: ir.Value | None) -> bool:
+        return value is not None and (dtype := self.facts[value].dtype) is not None and dtype.is_floating_point()
+
+    def _rewrite(self, node: ir.Node, wide: bool) -> bool:
+        if not self._is_float(node) or is_op(node, "Constant", "Shape", "Size"):
+            return False
+        self.build.before = node
+        wanted = FLOAT if wide else self.dtype
+        for index, value in enumerate(node.inputs):
+            if value is not None and self.facts[value].dtype == FLOAT and not is_op(node, "Cast"):
+                node.replace_input_with(index, self._as(value, wanted))
+        for value in node.outputs:
+            if self.facts[value].dtype == FLOAT:
+                self._types[value] = wanted
+                value.dtype = wanted
+        if not wide:
+            self._retype(node)
+        return not wide
+
+    def _retype(self, node: ir.Node) -> None:
+        """Attributes that name or hold the type."""
+        for name in ("to", "dtype", "output_dtype"):
+            if attribute(node, name) == FLOAT.value:
+                node.attributes[name] = ir.AttrInt64(name, self.dtype.value)
+        held = node.attributes.get("value")
+        if held is not None and held.type == ir.AttributeType.TENSOR and held.as_tensor().dtype == FLOAT:
+            node.attributes["value"] = ir.AttrTensor("value", ir.Tensor(self._narrow(held.as_tensor().numpy(), node.name or ""), dtype=self.dtype))
+        if is_op(node, "Attention") and attribute(node, "softmax_precision") is None:
+            node.attributes["softmax_precision"] = ir.AttrInt64("softmax_precision", FLOAT.value)
+
+    def _as(self, value: ir.Value, wanted: ir.DataType) -> ir.Value:
+        tensor = constant_tensor(value)
+        if tensor is not None:
+            return value if wanted == tensor.dtype else self._constant(value, tensor)
+        if self._types.get(value, FLOAT) == wanted:
+            return value
+        source = value.producer()
+        if is_op(source, "Cast") and source is not None and source.inputs[0] is not None and self._types.get(source.inputs[0]) == wanted:
+            return source.inputs[0]  # never forth and back
+        if (value, wanted) not in self._casts:
+            made = self.build.op("Cast", [value], f"{value.name}/{wanted.name.lower()}", dtype=wanted, to=wanted.value)
+            made.shape = value.shape
+            self._types[made] = wanted
+            self._casts[value, wanted] = made
+        return self._casts[value, wanted]
+
+    def _constant(self, value: ir.Value, tensor: ir.TensorProtocol) -> ir.Value:
+        key = (value, self.dtype)
+        if key not in self._weights:
+            name = value.name or "constant"
+            if tensor.size <= _SMALL:
+                self._weights[key] = self.build.constant(self._narrow(elements(tensor), name), f"{name}_{self.dtype.name.lower()}", self.dtype)
+            else:
+                made = self.build.initializer(cast(tensor, self.dtype), f"{name}_{self.dtype.name.lower()}")
+                made.metadata_props.update(value.metadata_props)
+                self._weights[key] = made
+        return self._weights[key]
+
+    def _narrow(self, array: np.ndarray, name: str) -> np.ndarray:
+        """A small constant; one beyond the type is what hides masked tokens."""
+        kind = self.dtype.numpy()
+        if self.dtype == ir.DataType.FLOAT16 and np.isfinite(array).all() and (np.abs(array) > _FP16_MAX).any():
+            self._cut.append(name)
+            array = np.where(np.abs(array) > _FP16_MAX, np.sign(array) * np.float32(_FP16_MAX / 2), array)
+        return array.astype(kind)
+
+    def _output(self, index: int, value: ir.Value) -> None:
+        """Logits, and with `keep_io` all outputs, in fp32."""
+        own = self._types.get(value)
+        if own is None or own == FLOAT or not (self.keep_io or value.name == "logits"):
+            return
+        self.build.before = None
+        name, value.name = value.name, self.build.names(f"{value.name}/{own.name.lower()}")
+        made = self.build.op("Cast", [value], f"{name}/Cast", dtype=FLOAT, to=FLOAT.value)
+        made.name, made.shape = name, value.shape
+        self.model.graph.outputs[index] = made
+
+
+@functools.cache
+def _schema(op_type: str, domain: str, opset: int) -> Any:
+    try:
+        return onnx.defs.get_schema(op_type, opset, domain)
+    except onnx.defs.SchemaError:
+        return None
+
+
+def _takes(node: ir.Node, dtype: ir.DataType, opset: int) -> bool:
+    """Whether the operator's schema allows `dtype` wherever it allows float; contributed operators do."""
+    if node.domain not in ("", "ai.onnx"):
+        return True
+    schema = _schema(node.op_type, "", opset)
+    wanted = f"tensor({dtype.name.lower()})"
+    return schema is None or all(wanted in c.allowed_type_strs for c in schema.type_constraints if "tensor(float)" in c.allowed_type_strs)
