@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from onnxtools.calibration.run import Findings, Layer
-from onnxtools.calibration.statistics import ChannelRange, TokenSample
+from onnxtools.calibration.run import Findings
+from onnxtools.calibration.statistics import ChannelRange, Observer, TokenSample
 from onnxtools.products import Product
 from onnxtools.quantization.formats import INT4, scale_of, scaled
 from onnxtools.quantization.groups import Group, matrix, relative_error, rounded, signal_to_noise
@@ -38,10 +39,11 @@ class Int4Scheme:
     blocks: dict[str, int]
     tokens: int
 
-    def look(self, layer: Layer, groups: list[Group]) -> Findings:
+    def watch(self, groups: Sequence[Group]) -> dict[ir.Value, tuple[Observer, ...]]:
+        return {group.activation: (ChannelRange(), TokenSample(ROWS, self.tokens)) for group in groups}
+
+    def conclude(self, groups: Sequence[Group], seen: dict[ir.Value, tuple[Any, ...]]) -> Findings:
         """Factors of each group, and the scales of its weights, float32 [N, K / block]."""
-        seen = {group.activation: (ChannelRange(), TokenSample(ROWS, self.tokens)) for group in groups}
-        layer.observe(seen)
         found: Findings = {}
         for group in groups:
             ranges, sample = seen[group.activation]
@@ -76,7 +78,7 @@ class Int4Scheme:
                 best, least = factors, error
         return best
 
-    def _divisors(self, product: Product, groups: list[Group], found: Findings) -> Array | None:
+    def _divisors(self, product: Product, groups: Sequence[Group], found: Findings) -> Array | None:
         """What the rows of this weight will be divided by, because a later group's factors are folded into it; [N]."""
         for group in groups:
             factors = found.get(f"{group.index}.factors")

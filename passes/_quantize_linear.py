@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from onnxtools.calibration.run import Findings, Layer
-from onnxtools.calibration.statistics import ChannelRange, Histogram, TokenSample
+from onnxtools.calibration.run import Findings
+from onnxtools.calibration.statistics import ChannelRange, Histogram, Observer, TokenSample
 from onnxtools.quantization.formats import Format, scale_of, scaled
 from onnxtools.quantization.groups import Group, column_amax, matrix, relative_error, rounded, signal_to_noise, stored_scale
 from onnxtools.quantization.qdq import QdqBuilder, weight_scale
@@ -39,16 +40,17 @@ class LinearScheme:
     method: Method
     tokens: int
 
-    def look(self, layer: Layer, groups: list[Group]) -> Findings:
+    def watch(self, groups: Sequence[Group]) -> dict[ir.Value, tuple[Observer, ...]]:
+        histogram = (Histogram(),) if self.method != "max" else ()
+        return {group.activation: (ChannelRange(), TokenSample(ROWS, self.tokens), *histogram) for group in groups}
+
+    def conclude(self, groups: Sequence[Group], seen: dict[ir.Value, tuple[Any, ...]]) -> Findings:
         """The range of each activation after smoothing, its factors, and the errors of its products."""
-        seen = {group.activation: (ChannelRange(), TokenSample(ROWS, self.tokens), Histogram()) for group in groups}
-        wanted = 3 if self.method != "max" and not self.per_token else 2
-        layer.observe({value: observers[:wanted] for value, observers in seen.items()})
         found: Findings = {}
         for group in groups:
-            ranges, sample, histogram = seen[group.activation]
+            ranges, sample, *histogram = seen[group.activation]
             factors = self._factors(group, ranges.amax)
-            amax = (ranges.amax / factors).max() if factors is not None else largest(histogram, self.method, self.form) if wanted == 3 else ranges.amax.max()
+            amax = largest(histogram[0], self.method, self.form) if histogram else (ranges.amax / (1 if factors is None else factors)).max()
             key = f"{group.index}"
             found[f"{key}.amax"] = np.asarray(amax, np.float64)
             if factors is not None:

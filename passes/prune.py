@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import onnx_ir as ir
 
+from onnxtools.calibration.options import Calibrated
+from onnxtools.calibration.run import Calibration
+from onnxtools.errors import UsageError
 from onnxtools.infer import Array
 from onnxtools.model import Model
 from onnxtools.passbase import PassResult, option
+from onnxtools.passes._prune_calibrated import CalibratedPruner
 from onnxtools.products import Product, weight_products
 from onnxtools.selection import Selected, head_product, is_embedding
 from onnxtools.sparsity import prune_2_4
@@ -22,13 +26,15 @@ _DTYPES = {
 
 
 @dataclass(frozen=True)
-class Prune(Selected):
-    """Prune the weights of MatMul, Gemm and Conv to 2:4 by magnitude.
+class Prune(Selected, Calibrated):
+    """Prune the weights of MatMul, Gemm and Conv to 2:4: by magnitude, or by what activations say of them.
 
-    Without fine-tuning this is for speed studies: a 7B model goes from perplexity 5 to 55 (Wanda, arXiv 2306.11695,
-    table 3), so do not ship the result.
+    By magnitude and without fine-tuning this is for speed studies: a 7B model goes from perplexity 5 to 55 (Wanda, arXiv
+    2306.11695, table 3), so do not ship the result. SparseGPT keeps most of the model; measure it with `accuracy`.
 
     Rules:
+      - wanda weighs each element with the size of its input channel; sparsegpt also changes the elements that stay, so that
+        the outputs change least; both look at one layer after the other, as the pruned ones before it leave the activations;
       - groups of 4 run along the axis that is summed over (K), for any rank, transposition or storage order;
       - of equal magnitudes the one with the lower index goes; NaN counts as the largest;
       - weights that anything but one kind of product reads (a tied embedding) and the language-model head (the product
@@ -41,7 +47,13 @@ class Prune(Selected):
     numerics = "lossy"
     example = "onnxtools prune kv.onnx sparse.onnx"
 
+    method: Literal["magnitude", "wanda", "sparsegpt"] = option("magnitude", "How the two of four are chosen; wanda and sparsegpt need --calib.")
     embeddings: bool = option(False, "Prune weights that are also read as an embedding table.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.method == "magnitude" and self.calib is not None:
+            raise UsageError("prune: magnitudes need no --calib; leave it out, or say --method wanda or sparsegpt")
 
     def apply(self, model: Model) -> PassResult:
         head = head_product(model)
@@ -49,6 +61,7 @@ class Prune(Selected):
         for product in weight_products(model):
             axes.setdefault(product.weight, set()).add(product.axis)
         seen: set[ir.Value] = set()
+        chosen: list[Product] = []
         table: list[dict[str, Any]] = []
         for product in weight_products(model):
             if product.weight in seen:
@@ -56,11 +69,20 @@ class Prune(Selected):
             seen.add(product.weight)
             reason = "summed along two different axes" if len(axes[product.weight]) > 1 else self._reason(product, head)
             if not reason:
-                _prune(product)
+                chosen.append(product)
             shape = "x".join(str(d) for d in product.tensor.shape.numpy())
             table.append({"weight": product.weight.name, "node": product.node.name, "dtype": product.tensor.dtype.name, "shape": shape, "left": reason})
+        self._prune(model, chosen)
         pruned = [row for row in table if not row["left"]]
         return PassResult(bool(pruned), len(pruned), self._notes(table, pruned), table)
+
+    def _prune(self, model: Model, chosen: list[Product]) -> None:
+        if self.method == "magnitude" or not chosen:
+            for product in chosen:
+                _prune(product)
+            return
+        with Calibration(model, self, key=repr(self)) as calibration:
+            CalibratedPruner(self.method, chosen).run(calibration, head=self.lm_head)
 
     def _notes(self, table: list[dict[str, Any]], pruned: list[dict[str, Any]]) -> list[str]:
         if not table:
@@ -68,7 +90,7 @@ class Prune(Selected):
         notes = [f"{len(pruned)} of {len(table)} weights pruned to 2:4 along K"]
         notes += [f"{count} left: {reason}" for reason, count in Counter(row["left"] for row in table if row["left"]).items()]
         notes = [*self.unmatched(table), *notes]
-        if pruned:
+        if pruned and self.method == "magnitude":
             notes.append("warning: magnitude pruning without fine-tuning is for speed studies; accuracy is lost")
         return notes
 
@@ -80,6 +102,8 @@ class Prune(Selected):
         tensor = product.tensor
         if tensor.dtype not in _DTYPES:
             return f"type {tensor.dtype.name} cannot be pruned"
+        if self.method != "magnitude" and (product.node.op_type == "Conv" or len(tensor.shape) != 2 or tensor.dtype.itemsize < 2 or product.path):
+            return f"{self.method} takes matrices in fp32, fp16 or bf16 that a MatMul or Gemm reads directly"
         size = int(tensor.shape.numpy()[product.axis])
         if size % 4:
             return f"K = {size} is no multiple of 4"

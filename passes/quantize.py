@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,12 +12,16 @@ import onnx_ir as ir
 
 from onnxtools.calibration.options import Calibrated
 from onnxtools.calibration.run import Calibration, Findings, Layer
+from onnxtools.calibration.statistics import Observer
 from onnxtools.errors import JobError, UsageError
 from onnxtools.graph import is_op, remove_unused
+from onnxtools.infer import analyse
 from onnxtools.model import Model
-from onnxtools.passbase import PassResult, option
+from onnxtools.passbase import Pass, PassResult, option
 from onnxtools.passes._quantize_int4 import Int4Scheme, block_size
+from onnxtools.passes._quantize_kv import KvScheme, caches, record
 from onnxtools.passes._quantize_linear import LinearScheme
+from onnxtools.passes.lower_ort import LowerOrt
 from onnxtools.products import Product, weight_products
 from onnxtools.quantization.formats import FP8, INT4, INT8, Format
 from onnxtools.quantization.groups import Group, group
@@ -27,7 +32,8 @@ _TOO_SMALL = 16
 
 
 class _Scheme(Protocol):
-    def look(self, layer: Layer, groups: list[Group]) -> Findings: ...
+    def watch(self, groups: Sequence[Group]) -> dict[ir.Value, tuple[Observer, ...]]: ...
+    def conclude(self, groups: Sequence[Group], seen: dict[ir.Value, tuple[Any, ...]]) -> Findings: ...
     def fold(self, group: Group, found: Findings) -> None: ...
     def emit(self, build: QdqBuilder, group: Group, found: Findings) -> dict[str, str]: ...
 
@@ -42,6 +48,7 @@ class Quantize(Selected, Calibrated):
         graph gains no node; where only norms feed products (QKV and FC1) unless --all-layers;
       - int4-awq: weights alone, a scale for each block along K, scaled and clipped by what activations look like;
         int4-rtn: the same rounded to nearest, without calibration data;
+      - --kv-cache: new keys and values are quantized before they are written, all are dequantized when they are read;
       - products with K or N below 16 and the head are left alone; so is what --exclude names;
       - the result is standard ONNX: Q/DQ-19, with blocks DequantizeLinear-21.
     """
@@ -59,6 +66,8 @@ class Quantize(Selected, Calibrated):
     all_layers: bool = option(False, "INT8 also behind attention and in FC2, not only behind norms.")
     block_size: int | None = option(None, "Elements along K that share an INT4 scale. [default: 128, else 64 or 32 where K is no multiple]")
     calib_method: Literal["max", "percentile", "mse"] = option("max", "Range of an activation: largest magnitude, 99.99th percentile, or least squared error.")
+    kv_cache: Literal["none", "fp8", "int8"] = option("none", "Store keys and values of the cache in 8 bits.")
+    lower: Literal["none", "ort"] = option("none", "ort: go on with lower-ort, for a file that only ONNX Runtime reads.")
     exclude_worst: int = option(0, "Leave the N products with the largest output error in their own precision.")
 
     def __post_init__(self) -> None:
@@ -68,15 +77,16 @@ class Quantize(Selected, Calibrated):
                 raise UsageError(f"quantize: smoothquant is {self.smoothquant}; alpha takes 0 to 1")
             if self.scheme not in ("none", "int8"):
                 raise UsageError(f"quantize: --smoothquant is INT8 and --{self.scheme} is not; leave one out")
-        if self.kind == "none":
-            raise UsageError("quantize: nothing to do; say --fp8, --smoothquant ALPHA, --int8, --int4-awq or --int4-rtn")
+        if self.kind == "none" and self.kv_cache == "none":
+            raise UsageError("quantize: nothing to do; say --fp8, --smoothquant ALPHA, --int8, --int4-awq, --int4-rtn or --kv-cache")
         int8, int4 = self.kind == "int8", self.kind.startswith("int4")
         rules = (
             (self.per_token and not int8, "--per-token is for INT8"), (self.per_channel and int4, "--per-channel is for FP8 and INT8"),
             (self.all_layers and not int8, "--all-layers is for INT8"), (self.block_size is not None and not int4, "--block-size is for INT4"),
             (self.calib_method != "max" and (int4 or self.per_token or self.smoothquant is not None), "--calib-method is for static scales without smoothing"),
-            (self.exclude_worst and self.kind == "int4-rtn", "--exclude-worst needs calibration, which --int4-rtn has not"),
-            (self.calib is not None and self.kind == "int4-rtn", "--int4-rtn looks at no activations, so --calib is of no use"),
+            (self.lower == "ort" and not int4, "--lower ort is for INT4: MatMulNBits is what it has fast kernels for"),
+            (self.exclude_worst and self.kind in ("int4-rtn", "none"), "--exclude-worst is for products that are calibrated"),
+            (self.calib is not None and self.kind == "int4-rtn" and self.kv_cache == "none", "--int4-rtn looks at no activations, so --calib is of no use"),
         )  # fmt: skip
         for wrong, message in rules:
             if wrong:
@@ -92,22 +102,32 @@ class Quantize(Selected, Calibrated):
 
     @property
     def form(self) -> Format:
-        return {"fp8": FP8, "int8": INT8}.get(self.kind, INT4)
+        return {"fp8": FP8, "int8": INT8, "none": FP8 if self.kv_cache == "fp8" else INT8}.get(self.kind, INT4)
+
+    def expand(self) -> list[Pass]:
+        return [self] if self.lower == "none" else [dataclasses.replace(self, lower="none"), LowerOrt()]
 
     def requires(self, model: Model) -> None:
         if model.opset < self.form.opset:
             raise JobError(f"{self.form.name} needs opset {self.form.opset} and the model is at {model.opset}; raise it with `onnxtools set-opset`")
 
     def apply(self, model: Model) -> PassResult:
-        chosen, table = self._choose(model)
-        if not chosen:
+        chosen, table = self._choose(model) if self.kind != "none" else ([], [])
+        kv = KvScheme(FP8 if self.kv_cache == "fp8" else INT8, caches(model, analyse(model))) if self.kv_cache != "none" else None
+        if not chosen and kv is None:
             return PassResult(False, 0, self._notes(table), table)
         groups = group(model, chosen)
         if self.kind == "int8" and not self.all_layers:
             groups = self._behind_norms(groups, table)
-        found, scheme = self._calibrated(model, groups)
+        scheme, found = self._calibrated(model, groups, kv)
         self._drop_worst(groups, found, table)
-        self._write(model, groups, found, scheme, table)
+        build = QdqBuilder(model)
+        self._write(groups, found, scheme, table, build)
+        if kv is not None:
+            table += [kv.emit(build, found, cache) for cache in kv.caches]
+            record(model, kv.form)
+        model.graph.sort()
+        remove_unused(model)
         return PassResult(True, sum(not row["left"] for row in table), self._notes(table), table)
 
     # --- what to quantize --------------------------------------------------------------------------------------------
@@ -174,25 +194,30 @@ class Quantize(Selected, Calibrated):
 
     # --- calibration -------------------------------------------------------------------------------------------------
 
-    def _calibrated(self, model: Model, groups: list[Group]) -> tuple[Findings, _Scheme]:
+    def _calibrated(self, model: Model, groups: list[Group], kv: KvScheme | None) -> tuple[_Scheme, Findings]:
         blocks = {p.node.name or "": block_size(g.channels, self.block_size) for g in groups for p in g.products} if self.form is INT4 else {}
-        if self.kind == "int4-rtn":
-            return {}, Int4Scheme(blocks, 0)
+        if self.kind == "int4-rtn" and kv is None:
+            return Int4Scheme(blocks, 0), {}
         found: Findings = {}
         with Calibration(model, self, key=repr(self)) as calibration:
-            tokens = calibration.tokens
-            scheme: _Scheme = (
-                Int4Scheme(blocks, tokens) if self.form is INT4
-                else LinearScheme(self.form, self.smoothquant, self.per_token, self.per_channel, self.calib_method, tokens)
-            )  # fmt: skip
-            by_node = {product.node: g for g in groups for product in g.products}
+            scheme = self._scheme(blocks, calibration.tokens)
+            by_node = {product.node: g for g in groups for product in g.products} if self.kind != "int4-rtn" else {}
 
             def look(layer: Layer) -> Findings:
-                return scheme.look(layer, list(dict.fromkeys(by_node[p.node] for p in layer.products if p.node in by_node)))
+                here = list(dict.fromkeys(by_node[p.node] for p in layer.products if p.node in by_node))
+                inner = {value for node in layer.segment.nodes for value in node.outputs}
+                seen = {**scheme.watch(here), **(kv.watch(inner) if kv is not None else {})}
+                layer.observe(seen)
+                return {**scheme.conclude(here, seen), **(kv.conclude(seen) if kv is not None else {})}
 
             for _, part in calibration.findings(look, head=self.lm_head):
                 found.update(part)
-        return found, scheme
+        return scheme, found
+
+    def _scheme(self, blocks: dict[str, int], tokens: int) -> _Scheme:
+        if self.form is INT4:
+            return Int4Scheme(blocks, tokens)
+        return LinearScheme(self.form, self.smoothquant, self.per_token, self.per_channel, self.calib_method, tokens)
 
     def _drop_worst(self, groups: list[Group], found: Findings, table: list[dict[str, Any]]) -> None:
         """Put the errors into the table, and leave the products that lose most."""
@@ -208,11 +233,10 @@ class Quantize(Selected, Calibrated):
 
     # --- the graph ---------------------------------------------------------------------------------------------------
 
-    def _write(self, model: Model, groups: list[Group], found: Findings, scheme: _Scheme, table: list[dict[str, Any]]) -> None:
+    def _write(self, groups: list[Group], found: Findings, scheme: _Scheme, table: list[dict[str, Any]], build: QdqBuilder) -> None:
         rows = {row["layer"]: row for row in table}
         for g in groups:
             scheme.fold(g, found)
-        build = QdqBuilder(model)
         for g in groups:
             products = tuple(p for p in g.products if not rows[p.node.name or ""]["left"])
             if not products:
@@ -220,8 +244,6 @@ class Quantize(Selected, Calibrated):
             shown = scheme.emit(build, Group(g.index, g.activation, products, g.fold, g.dtype), found)
             for name, scales in shown.items():
                 rows[name].update(scheme=self._title(g), scale=scales)
-        model.graph.sort()
-        remove_unused(model)
 
     def _title(self, g: Group) -> str:
         if self.form is INT4:
@@ -233,7 +255,7 @@ class Quantize(Selected, Calibrated):
         if not table:
             return ["no MatMul or Gemm with a stored weight found"]
         done = [row for row in table if not row["left"]]
-        notes = [*self.unmatched(table), f"{len(done)} of {len(table)} products quantized"]
+        notes = [*self.unmatched(table), f"{len(done)} of {len(table)} places quantized"]
         schemes = Counter(row["scheme"] for row in done)
         notes += [f"{count}: {scheme}" for scheme, count in schemes.items()]
         if self.form is INT4 and self.block_size is None and any("block 128" not in scheme for scheme in schemes):

@@ -27,6 +27,7 @@ from onnxtools.infer import analyse
 from onnxtools.model import Model
 from onnxtools.progress import counted
 from onnxtools.storage import file_stamps, replacing
+from onnxtools.tensors import RowTensor, Scratch
 
 Array = np.ndarray[Any, Any]
 Findings = dict[str, Array]
@@ -54,6 +55,20 @@ class _Spool:
         for folder in self._folder.iterdir() if self._folder.exists() else ():
             if folder.name not in names:
                 shutil.rmtree(folder)
+
+
+class StoredWeight(RowTensor):
+    """A weight in a file of the calibration."""
+
+    __slots__ = ("_array", "_owner")
+
+    def __init__(self, path: Path, dtype: ir.DataType, name: str, owner: object) -> None:
+        self._array = np.load(path, mmap_mode="r").view(dtype.numpy())
+        self._owner = owner  # a temporary folder goes when nothing refers to it any more
+        super().__init__(self._array.shape, dtype, name)
+
+    def rows(self, start: int, stop: int, scratch: Scratch | None = None) -> Array:
+        return np.array(self._array[start:stop])
 
 
 class Layer:
@@ -104,6 +119,7 @@ class Calibration:
         }
 
     def __enter__(self) -> Calibration:
+        self._temporary = None
         if self._cache is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="onnxtools-calibration-")
             self._folder = Path(self._temporary.name)
@@ -114,8 +130,7 @@ class Calibration:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._cache is None:
-            self._temporary.cleanup()
+        shutil.rmtree(self._folder / "values", ignore_errors=True)
 
     def _open_cache(self) -> None:
         note = self._folder / "calibration.json"
@@ -150,6 +165,17 @@ class Calibration:
                         np.savez(file, **found)  # type: ignore[arg-type]
                     self._spool.keep_only(segment.kept)
                 yield segment, found
+
+    def store(self, name: str, array: Array) -> None:
+        """Keep a weight that was computed on the disk."""
+        path = self._folder / "weights" / f"{name}.npy"
+        path.parent.mkdir(exist_ok=True)
+        with replacing(path) as tmp, open(tmp, "wb") as file:
+            np.save(file, array.view(np.uint16) if array.dtype.name == "bfloat16" else array)
+
+    def stored(self, name: str, dtype: ir.DataType, weight: str) -> StoredWeight:
+        """The weight that `store` was given, which need not be in memory; its file lives as long as it."""
+        return StoredWeight(self._folder / "weights" / f"{name}.npy", dtype, weight, self._temporary)
 
     def is_float(self, value: ir.Value) -> bool:
         """Whether `value` holds floating-point numbers, as far as the graph says."""

@@ -115,17 +115,17 @@ class RotationRange:
 
     Args:
         dim: rotated channels (the first ones); pairs are (i, i + dim/2). 0: nothing is rotated.
+        neighbours: pairs are (2i, 2i + 1).
     """
 
-    def __init__(self, dim: int) -> None:
-        self._dim = dim
+    def __init__(self, dim: int, neighbours: bool = False) -> None:
+        half = dim // 2
+        self._pairs = (slice(0, dim, 2), slice(1, dim, 2)) if neighbours else (slice(0, half), slice(half, dim))
         self.amax: Array = np.zeros(())
 
     def add(self, x: Array) -> None:
         size = np.abs(x)
-        half = self._dim // 2
-        if half:
-            pair = np.hypot(x[..., :half], x[..., half : self._dim])
-            size[..., :half] = size[..., half : self._dim] = pair
+        first, second = self._pairs
+        size[..., first] = size[..., second] = np.hypot(x[..., first], x[..., second])
         channels = size.reshape(-1, size.shape[-1]).max(axis=0, initial=0)
         self.amax = np.maximum(self.amax, channels)

@@ -1,0 +1,119 @@
+"""2:4 by what activations say of a weight: Wanda, and SparseGPT with its update of the weights that stay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxtools.calibration.run import Calibration, Findings, Layer
+from onnxtools.calibration.statistics import ChannelRange, Gram
+from onnxtools.products import Product
+from onnxtools.quantization.groups import matrix
+from onnxtools.sparsity import prune_2_4
+from onnxtools.tensors import StreamedTensor
+
+Array = np.ndarray[Any, Any]
+
+DAMPING = 0.01
+"""Share of the mean diagonal that is added to the Hessian (SparseGPT's code and its section 4)."""
+_COLUMNS = 128
+
+
+def wanda_rows(tensor: ir.TensorProtocol, norms: Array, axis: int, name: str) -> StreamedTensor:
+    """`tensor` without the two of every four along `axis` that have the least |w| |x| (Wanda, arXiv 2306.11695, equation 1).
+
+    Args:
+        norms: root of the mean square of each input channel.
+    """
+    wide = norms.astype(np.float32)
+
+    def rows(part: Array, start: int) -> Array:
+        along = wide[start : start + len(part), None] if axis == 0 else wide[None, :]
+        kept = prune_2_4(np.abs(part.astype(np.float32)) * along, axis)
+        return np.where(kept != 0, part, part.dtype.type(0))
+
+    return StreamedTensor(tensor, rows, dtype=tensor.dtype, name=name, row_multiple=4 if axis == 0 else 1)
+
+
+def sparsegpt(weight: Array, gram: Array) -> Array:
+    """Prune `weight` [N, K] to 2:4 and change what stays so that the outputs change least (SparseGPT, arXiv 2301.00774, algorithm 1).
+
+    Args:
+        gram: X^T X / tokens, [K, K].
+    """
+    hessian = gram.astype(np.float64)
+    dead = np.diagonal(hessian) == 0
+    weight = np.where(dead, 0.0, weight.astype(np.float64))
+    hessian[dead, dead] = 1.0
+    hessian[np.diag_indices_from(hessian)] += DAMPING * float(np.diagonal(hessian).mean())
+    upper = np.linalg.cholesky(np.linalg.inv(hessian)).T
+    for begin in range(0, weight.shape[1], _COLUMNS):
+        end = min(begin + _COLUMNS, weight.shape[1])
+        block, factor = weight[:, begin:end], upper[begin:end, begin:end]
+        errors = np.zeros_like(block)
+        for column in range(end - begin):
+            diagonal = factor[column, column]
+            if column % 4 == 0:
+                four = slice(column, column + 4)
+                scores = np.abs(block[:, four]) / np.diagonal(factor)[four]
+                drop = np.argsort(scores, axis=1, kind="stable")[:, :2]
+            gone = (drop == column % 4).any(axis=1)
+            error = np.where(gone, block[:, column] / diagonal, 0.0)
+            block[:, column:] -= np.outer(error, factor[column, column:])
+            block[gone, column] = 0.0
+            errors[:, column] = error
+        weight[:, end:] -= errors @ upper[begin:end, end:]
+    return weight
+
+
+class CalibratedPruner:
+    """Prunes layer after layer; each sees what the pruned ones before it hand on."""
+
+    def __init__(self, method: str, chosen: list[Product]) -> None:
+        self._method = method
+        self._by_node = {product.node: product for product in chosen}
+        self._done: set[ir.Node] = set()
+
+    def run(self, calibration: Calibration, head: bool) -> None:
+        for segment, found in calibration.findings(lambda layer: self._look(layer, calibration), head=head):
+            for product in segment.products:  # what the cache remembered
+                self._apply(product, found, calibration)
+
+    def _look(self, layer: Layer, calibration: Calibration) -> Findings:
+        products = [p for p in layer.products if p.node in self._by_node]
+        observer = Gram if self._method == "sparsegpt" else ChannelRange
+        seen = {product.activation: (observer(),) for product in products}
+        layer.observe(seen)
+        found: Findings = {}
+        for index, product in enumerate(products):
+            (observed,) = seen[product.activation]
+            if isinstance(observed, ChannelRange):
+                found[product.node.name or ""] = np.sqrt(observed.mean_square)
+            else:
+                made = sparsegpt(matrix(product), observed.value)
+                stored = (made if product.axis == 1 else np.ascontiguousarray(made.T)).astype(product.tensor.dtype.numpy())
+                calibration.store(_place(product), stored)
+                found[product.node.name or ""] = np.array(index)
+        for product in products:
+            self._apply(product, found, calibration)
+        if products:
+            layer.run_again()
+        return found
+
+    def _apply(self, product: Product, found: Findings, calibration: Calibration) -> None:
+        norms = found.get(product.node.name or "")
+        if norms is None or product.node in self._done:
+            return
+        self._done.add(product.node)
+        name, value = product.weight.name or "", product.weight
+        if self._method == "wanda":
+            value.const_value = wanda_rows(product.tensor, norms, product.axis, name)
+        else:
+            value.const_value = calibration.stored(_place(product), product.tensor.dtype, name)
+        value.metadata_props["onnxtools.sparsity"] = "2:4"
+
+
+def _place(product: Product) -> str:
+    return (product.weight.name or "").replace("/", "_")

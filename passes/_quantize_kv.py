@@ -1,0 +1,182 @@
+"""The KV cache in INT8 or FP8."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxtools.calibration.run import Findings
+from onnxtools.calibration.statistics import Observer, RotationRange
+from onnxtools.errors import JobError
+from onnxtools.graph import attribute, is_op
+from onnxtools.infer import Facts
+from onnxtools.model import Model
+from onnxtools.quantization.formats import FP8, INT8, Format, scale_of
+from onnxtools.quantization.qdq import COMPUTED, QdqBuilder
+
+MICROSOFT = "com.microsoft"
+_SLOTS = {"key": (3, 1, 12), "value": (4, 2, 13)}
+"""GroupQueryAttention: input of the past, output, and input of the scale."""
+
+
+@dataclass(frozen=True)
+class Cache:
+    """One cache of one layer.
+
+    Attributes:
+        past: the graph's input.
+        present: the graph's output, which holds past and new tokens.
+        node: Concat, TensorScatter or GroupQueryAttention.
+        kind: `key` or `value`.
+        rotated: channels of keys that rotary embedding turns, 0 for none; `neighbours`: in pairs (2i, 2i + 1).
+    """
+
+    past: ir.Value
+    present: ir.Value
+    node: ir.Node
+    kind: str
+    dtype: ir.DataType
+    rotated: int = 0
+    neighbours: bool = False
+
+
+def caches(model: Model, facts: Facts) -> list[Cache]:
+    """The caches of a graph, in the order of its inputs.
+
+    Raises:
+        JobError: there are none, or they are quantized already.
+    """
+    found = [made for value in model.graph.inputs if (made := _cache(value, facts, model)) is not None]
+    if not found:
+        raise JobError(f"{model.path}: has no KV cache to quantize; run `onnxtools add-kv-cache`, or export with --kv-cache concat, scatter or gqa")
+    other = next((cache for cache in found if cache.past.dtype not in COMPUTED), None)
+    if other is not None:
+        raise JobError(f"{model.path}: its cache {other.past.name!r} is {other.past.dtype} already; start from the model in its own precision")
+    return found
+
+
+def _cache(past: ir.Value, facts: Facts, model: Model) -> Cache | None:
+    if past.shape is None or len(past.shape) != 4:
+        return None
+    for node, index in past.uses():
+        if is_op(node, "Concat", "TensorScatter") and index == 0 and node.outputs[0].is_graph_output():
+            kind = "key" if "key" in (past.name or "") else "value"
+            rotated, neighbours = _rotation(node.inputs[1], facts, model) if kind == "key" else (0, False)
+            return Cache(past, node.outputs[0], node, kind, past.dtype or ir.DataType.FLOAT, rotated, neighbours)
+        if is_op(node, "GroupQueryAttention", domain=MICROSOFT) and index in (3, 4):
+            kind = "key" if index == 3 else "value"
+            table = facts[node.inputs[7]].shape if len(node.inputs) > 7 and attribute(node, "do_rotary", 0) else None
+            rotated = 2 * table[1] if table is not None and kind == "key" else 0
+            return Cache(
+                past, node.outputs[_SLOTS[kind][1]], node, kind, past.dtype or ir.DataType.FLOAT, rotated, bool(attribute(node, "rotary_interleaved", 0))
+            )
+    return None
+
+
+def _rotation(new: ir.Value | None, facts: Facts, model: Model) -> tuple[int, bool]:
+    """Rotated channels of new keys: of the RotaryEmbedding before them, else of what the model says of itself."""
+    node = new.producer() if new is not None else None
+    while is_op(node, "Cast", "Transpose", "Identity") and node is not None and node.inputs[0] is not None:
+        node = node.inputs[0].producer()
+    if is_op(node, "RotaryEmbedding") and node is not None:
+        shape = facts[node.inputs[0]].shape
+        return int(attribute(node, "rotary_embedding_dim", 0) or (shape[-1] if shape else 0)), bool(attribute(node, "interleaved", 0))
+    text = model.graph.metadata_props.get("onnxtools.model")
+    rope = json.loads(text)["model"].get("rope") if text else None
+    return (int(rope["dim"]), False) if rope else (0, False)
+
+
+@dataclass(frozen=True)
+class KvScheme:
+    """One scale for each cache.
+
+    The scale of keys is made from the largest pair of channels that rotary embedding turns into each other, so that it
+    holds at every position and not only at those of the calibration texts.
+    """
+
+    form: Format
+    caches: Sequence[Cache]
+
+    def watch(self, values: set[ir.Value]) -> dict[ir.Value, tuple[Observer, ...]]:
+        """Observers of the caches among `values`."""
+        return {cache.present: (RotationRange(cache.rotated, cache.neighbours),) for cache in self.caches if cache.present in values}
+
+    def conclude(self, seen: dict[ir.Value, tuple[Any, ...]]) -> Findings:
+        return {f"kv.{cache.past.name}": np.array(float(seen[cache.present][0].amax.max())) for cache in self.caches if cache.present in seen}
+
+    def emit(self, build: QdqBuilder, found: Findings, cache: Cache) -> dict[str, Any]:
+        """The nodes of one cache; its row of the table."""
+        name = cache.past.name or "past"
+        if cache.node.op_type == "GroupQueryAttention":
+            scale = self._grouped(build, cache, float(found[f"kv.{name}"]))
+        else:
+            scale = scale_of(found[f"kv.{name}"], self.form, cache.dtype)
+            (self._stored if self.form is INT8 else self._converted)(build, cache, scale)
+        cache.past.dtype = self.form.dtype
+        return {
+            "layer": name, "weight": "", "scheme": f"KV cache {self.form.name}", "scale": f"{float(scale.reshape(-1)[0]):.3g}", "snr_db": None, "error": None,
+            "left": "",
+        }  # fmt: skip
+
+    def _stored(self, build: QdqBuilder, cache: Cache, scale: np.ndarray) -> None:
+        """Quantize what is new, keep the rest as it is."""
+        node, present = cache.node, cache.present
+        readers = list(present.uses())
+        build.build.before = node
+        new = node.inputs[1]
+        assert new is not None
+        node.replace_input_with(1, build.quantized(new, self.form, scale, f"{cache.past.name}/new"))
+        present.dtype = self.form.dtype
+        self._read(build, present, readers, scale, cache)
+
+    def _converted(self, build: QdqBuilder, cache: Cache, scale: np.ndarray) -> None:
+        """FP8, which Concat does not take (ONNX) and TensorScatter has no kernel for (ONNX Runtime): they work on dequantized values.
+
+        What was stored comes out of DequantizeLinear and QuantizeLinear of one scale as it was.
+        """
+        node, present = cache.node, cache.present
+        readers = list(present.uses())
+        build.build.before = node
+        node.replace_input_with(0, build.dequantized(cache.past, self.form, scale, f"{cache.past.name}/past"))
+        name, present.name = present.name, build.build.names(f"{present.name}/whole")
+        build.build.before = readers[0][0] if readers else None
+        stored = build.quantized(present, self.form, scale, f"{cache.past.name}/present")
+        stored.name = name
+        outputs = build.build.graph.outputs
+        outputs[list(outputs).index(present)] = stored
+        self._read(build, stored, readers, scale, cache)
+
+    def _read(self, build: QdqBuilder, stored: ir.Value, readers: Sequence[tuple[ir.Node, int]], scale: np.ndarray, cache: Cache) -> None:
+        if readers:
+            build.build.before = readers[0][0]
+            wide = build.dequantized(stored, self.form, scale, f"{cache.past.name}/read")
+            for reader, index in readers:
+                reader.replace_input_with(index, wide)
+
+    def _grouped(self, build: QdqBuilder, cache: Cache, amax: float) -> np.ndarray:
+        """GroupQueryAttention quantizes itself; its scale is float32 [1]."""
+        node = cache.node
+        _, output, slot = _SLOTS[cache.kind]
+        scale = scale_of(np.array([amax]), self.form, ir.DataType.FLOAT)
+        node.resize_inputs(max(len(node.inputs), 14))
+        node.replace_input_with(slot, build.build.constant(scale, f"{cache.past.name}_scale"))
+        node.attributes["kv_cache_bit_width"] = ir.AttrInt64("kv_cache_bit_width", 8)
+        node.attributes[f"{cache.kind[0]}_quant_type"] = ir.AttrString(f"{cache.kind[0]}_quant_type", "PER_TENSOR")
+        node.outputs[output].dtype = self.form.dtype
+        return scale
+
+
+def record(model: Model, form: Format) -> None:
+    """The model's own description of its cache follows."""
+    name = "fp8" if form is FP8 else "int8"
+    for props in (model.graph.metadata_props, model.ir.metadata_props):
+        if "onnxtools.model" in props:
+            info = json.loads(props["onnxtools.model"])
+            if info.get("kv_cache"):
+                info["kv_cache"]["dtype"] = name
+                props["onnxtools.model"] = json.dumps(info)
