@@ -82,7 +82,14 @@ class Runner:
         from onnx.reference import ReferenceEvaluator
 
         evaluator = ReferenceEvaluator(proto)
-        return lambda feeds: [np.asarray(value) for value in evaluator.run(None, {name: feeds[name] for name in self.inputs})]
+
+        def run(feeds: Feeds) -> list[Array]:
+            try:
+                return [np.asarray(value) for value in evaluator.run(None, {name: feeds[name] for name in self.inputs})]
+            except NotImplementedError as error:
+                raise JobError(f"neither ONNX Runtime nor onnx.reference runs the graph (NOT_IMPLEMENTED): {one_line(error)}") from error
+
+        return run
 
     def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Outputs by name.

@@ -129,7 +129,9 @@ class Calibration:
         self._spool = _Spool(self._folder / "values")
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and self._cache is not None:
+            return  # a later run goes on from here
         shutil.rmtree(self._folder / "values", ignore_errors=True)
 
     def _open_cache(self) -> None:

@@ -98,19 +98,18 @@ def _cuts(heavy: list[ir.Node], last: dict[ir.Value, int], products: set[ir.Node
         alive = {value for value in alive if last[value] > index}
         # Products that share their input stay together: they are quantized as one.
         split = any(places[user] <= index for value in alive for user, _ in value.uses() if user in products)
-        counts.append(len(heavy) if split else sum(not _is_integer(value) for value in alive))
+        counts.append(_MOST_ALIVE + 1 if split else sum(not _is_integer(value) for value in alive))
     chosen = [len(heavy)]
-    for limit in sorted({count for count in counts[:-1] if count}):
+    for limit in sorted({count for count in counts[:-1] if 0 < count <= _MOST_ALIVE}):
         cuts = _cuts_at(counts, limit, heavy, products)
         # One value more alive must be worth it: fused residual norms hand on two values everywhere but at the end.
         if _largest(cuts, heavy, products) * 8 <= _largest(chosen, heavy, products) or (chosen == [len(heavy)] and len(cuts) > 1):
             chosen = cuts
-        if limit > _MOST_ALIVE:
-            break
     return chosen
 
 
 _MOST_ALIVE = 4
+"""Values that a cut may hand on."""
 
 
 def _cuts_at(counts: list[int], limit: int, heavy: list[ir.Node], products: set[ir.Node]) -> list[int]:

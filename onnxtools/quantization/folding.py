@@ -129,6 +129,8 @@ class Folder:
 
     def _of_elementwise_product(self, node: ir.Node, size: int) -> Fold | None:
         """A gain; or a gated MLP, where the branch without the activation function takes the factor."""
+        if node.inputs[0] is node.inputs[1]:
+            return None  # a square (squared ReLU) would take the factor twice
         for value in node.inputs:
             gain = self._of_constants([value], size)
             if gain is not None:
@@ -139,7 +141,12 @@ class Folder:
         """[..., heads, head_dim] flattened behind attention: the projection of the values."""
         inner = node.inputs[0]
         transpose = inner.producer() if inner is not None else None
-        if not is_op(transpose, "Transpose") or transpose is None or attribute(transpose, "perm") != [0, 2, 1, 3] or len(transpose.outputs[0].uses()) != 1:
+        if (
+            not is_op(transpose, "Transpose")
+            or transpose is None
+            or list(attribute(transpose, "perm", ())) != [0, 2, 1, 3]
+            or len(transpose.outputs[0].uses()) != 1
+        ):
             return None
         attention = transpose.inputs[0].producer() if transpose.inputs[0] is not None else None
         if not is_op(attention, "Attention") or attention is None or len(attention.outputs[0].uses()) != 1:
