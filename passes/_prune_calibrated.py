@@ -10,15 +10,12 @@ import onnx_ir as ir
 from onnxtools.calibration.run import Calibration, Findings, Layer
 from onnxtools.calibration.statistics import ChannelRange, Gram
 from onnxtools.products import Product
+from onnxtools.quantization.compensation import compensated
 from onnxtools.quantization.groups import matrix
 from onnxtools.sparsity import prune_2_4
 from onnxtools.tensors import StreamedTensor
 
 Array = np.ndarray[Any, Any]
-
-DAMPING = 0.01
-"""Share of the mean diagonal that is added to the Hessian (SparseGPT's code and its section 4)."""
-_COLUMNS = 128
 
 
 def wanda_rows(tensor: ir.TensorProtocol, norms: Array, axis: int, name: str) -> StreamedTensor:
@@ -38,34 +35,20 @@ def wanda_rows(tensor: ir.TensorProtocol, norms: Array, axis: int, name: str) ->
 
 
 def sparsegpt(weight: Array, gram: Array) -> Array:
-    """Prune `weight` [N, K] to 2:4 and change what stays so that the outputs change least (SparseGPT, arXiv 2301.00774, algorithm 1).
+    """Prune `weight` [N, K] to 2:4 and change what stays so that the outputs change least (SparseGPT, arXiv 2301.00774, section 3).
 
     Args:
         gram: X^T X / tokens, [K, K].
     """
-    hessian = gram.astype(np.float64)
-    dead = np.diagonal(hessian) == 0
-    weight = np.where(dead, 0.0, weight.astype(np.float64))
-    hessian[dead, dead] = 1.0
-    hessian[np.diag_indices_from(hessian)] += DAMPING * float(np.diagonal(hessian).mean())
-    upper = np.linalg.cholesky(np.linalg.inv(hessian)).T
-    for begin in range(0, weight.shape[1], _COLUMNS):
-        end = min(begin + _COLUMNS, weight.shape[1])
-        block, factor = weight[:, begin:end], upper[begin:end, begin:end]
-        errors = np.zeros_like(block)
-        for column in range(end - begin):
-            diagonal = factor[column, column]
-            if column % 4 == 0:
-                four = slice(column, column + 4)
-                scores = np.abs(block[:, four]) / np.diagonal(factor)[four]
-                drop = np.argsort(scores, axis=1, kind="stable")[:, :2]
-            gone = (drop == column % 4).any(axis=1)
-            error = np.where(gone, block[:, column] / diagonal, 0.0)
-            block[:, column:] -= np.outer(error, factor[column, column:])
-            block[gone, column] = 0.0
-            errors[:, column] = error
-        weight[:, end:] -= errors @ upper[begin:end, end:]
-    return weight
+    drop: Array = np.zeros((len(weight), 2), np.int64)
+
+    def choose(four: Array, diagonal: Array, column: int) -> Array:
+        nonlocal drop
+        if column % 4 == 0:
+            drop = np.argsort(np.abs(four) / diagonal, axis=1, kind="stable")[:, :2]
+        return np.where((drop == column % 4).any(axis=1), 0.0, four[:, column % 4])
+
+    return compensated(weight, gram, choose)
 
 
 class CalibratedPruner:

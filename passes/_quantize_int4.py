@@ -10,11 +10,12 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxtools.calibration.run import Findings
-from onnxtools.calibration.statistics import ChannelRange, Observer, TokenSample
+from onnxtools.calibration.statistics import ChannelRange, Gram, Observer, TokenSample
 from onnxtools.products import Product
-from onnxtools.quantization.formats import INT4, scale_of, scaled
+from onnxtools.quantization.formats import INT4, scale_of
 from onnxtools.quantization.groups import Group, matrix, relative_error, rounded, signal_to_noise
 from onnxtools.quantization.qdq import QdqBuilder, weight_scale
+from onnxtools.quantization.scheme import Scheme, shown
 
 Array = np.ndarray[Any, Any]
 
@@ -26,7 +27,7 @@ _CLIPS = tuple(1 - step / _GRID for step in range(_GRID // 2))
 
 
 @dataclass(frozen=True)
-class Int4Scheme:
+class Int4Scheme(Scheme):
     """Activation-aware weight quantization (AWQ, arXiv 2306.00978, section 3.2).
 
     The factor of input channel j is (mean |x_j|)^r, with the r of 20 between 0 and 1 that gives the least error of the
@@ -37,28 +38,33 @@ class Int4Scheme:
     """
 
     blocks: dict[str, int]
-    tokens: int
 
     def watch(self, groups: Sequence[Group]) -> dict[ir.Value, tuple[Observer, ...]]:
-        return {group.activation: (ChannelRange(), TokenSample(ROWS, self.tokens)) for group in groups}
+        return {g.activation: (ChannelRange(), TokenSample(ROWS, self.tokens), *([Gram()] if self.keep is not None else [])) for g in groups}
 
     def conclude(self, groups: Sequence[Group], seen: dict[ir.Value, tuple[Any, ...]]) -> Findings:
-        """Factors of each group, and the scales of its weights, float32 [N, K / block]."""
+        """Also the factors of each group, and the scales of its weights, float32 [N, K / block]."""
         found: Findings = {}
         for group in groups:
-            ranges, sample = seen[group.activation]
-            factors = self._factors(group, ranges.mean, sample.rows) if group.fold is not None else None
-            if factors is not None:
-                found[f"{group.index}.factors"] = factors
+            ranges, sample, *_ = seen[group.activation]
+            if group.fold is not None:
+                found[f"{group.index}.factors"] = self._factors(group, ranges.mean, sample.rows)
         for group in groups:
-            factors, rows = found.get(f"{group.index}.factors"), seen[group.activation][1].rows
+            _, sample, *gram = seen[group.activation]
             for product in group.products:
-                weight = matrix(product)
-                divisors = self._divisors(product, groups, found)
-                scale, errors = self._clipped(weight, rows, factors, divisors, self.blocks[product.node.name or ""], product.tensor.dtype)
-                found[f"{group.index}.{product.node.name}.scale"] = scale
-                found[f"{group.index}.{product.node.name}"] = np.array(errors)
+                self._product(product, group, groups, sample.rows, gram[0] if gram else None, found)
         return found
+
+    def _product(self, product: Product, group: Group, groups: Sequence[Group], rows: Array, gram: Gram | None, found: Findings) -> None:
+        factors, block = found.get(f"{group.index}.factors"), self.blocks[product.node.name or ""]
+        weight, divisors = self.folded(product, group, groups, found)
+        inputs = rows if factors is None else (rows / factors).astype(np.float32)
+        scale = _clipped(weight, inputs, block, product.tensor.dtype)
+        made = self.rounded(weight, scale, block, product, gram, factors)
+        expected = rows @ matrix(product).T / divisors
+        key = f"{group.index}.{product.node.name}"
+        found[key] = np.array((signal_to_noise(weight, made), relative_error(expected, inputs @ made.T)))
+        found[f"{key}.scale"] = scale
 
     def _factors(self, group: Group, mean: Array, rows: Array) -> Array:
         assert group.fold is not None
@@ -78,49 +84,8 @@ class Int4Scheme:
                 best, least = factors, error
         return best
 
-    def _divisors(self, product: Product, groups: Sequence[Group], found: Findings) -> Array | None:
-        """What the rows of this weight will be divided by, because a later group's factors are folded into it; [N]."""
-        for group in groups:
-            factors = found.get(f"{group.index}.factors")
-            if factors is not None and group.fold is not None and group.fold.places[0][0] is product.weight:
-                own = np.ones(int(product.tensor.shape.numpy()[1 - product.axis]))
-                own[np.array(group.fold.channels) if group.fold.channels is not None else slice(None)] = factors
-                return own
-        return None
-
-    def _clipped(
-        self, weight: Array, rows: Array, factors: Array | None, divisors: Array | None, block: int, dtype: ir.DataType
-    ) -> tuple[Array, tuple[float, float]]:
-        """The scale of each block, [N, K / block]; (SNR in dB, relative output error)."""
-        expected = rows @ weight.T
-        if factors is not None:
-            weight, rows = (weight * factors).astype(np.float32), (rows / factors).astype(np.float32)
-        if divisors is not None:
-            weight, expected = (weight / divisors[:, None]).astype(np.float32), expected / divisors
-        outputs, size = weight.shape
-        count = size // block
-        grams = np.einsum("tbi,tbj->bij", rows.reshape(-1, count, block), rows.reshape(-1, count, block), optimize=True)
-        amax = np.abs(weight.reshape(outputs, count, block)).max(axis=2)
-        best, least = scale_of(amax, INT4, dtype), np.full((outputs, count), np.inf)
-        for clip in _CLIPS:
-            scale = scale_of(amax * clip, INT4, dtype)
-            difference = (rounded(weight, INT4, scale, block) - weight).reshape(outputs, count, block).transpose(1, 0, 2)
-            error = np.einsum("bni,bni->nb", difference @ grams, difference)
-            better = error < least
-            best, least = np.where(better, scale, best), np.where(better, error, least)
-        made = rounded(weight, INT4, best, block)
-        return best.astype(np.float32), (signal_to_noise(weight, made), relative_error(expected, rows @ made.T))
-
-    def fold(self, group: Group, found: Findings) -> None:
-        factors = found.get(f"{group.index}.factors")
-        if factors is None or group.fold is None:
-            return
-        group.fold.apply(factors)
-        for product in group.products:
-            product.weight.const_value = scaled(product.tensor, factors, product.axis)
-
     def emit(self, build: QdqBuilder, group: Group, found: Findings) -> dict[str, str]:
-        shown = {}
+        scales = {}
         for product in group.products:
             name = product.node.name or ""
             block, scale = self.blocks[name], found.get(f"{group.index}.{name}.scale")
@@ -129,9 +94,26 @@ class Int4Scheme:
                 scale = weight_scale(product, INT4, per_channel=True, block=block)
             else:
                 scale = (scale if product.axis == 1 else np.ascontiguousarray(scale.T)).astype(kind)
-            build.weight(product, INT4, scale, block)
-            shown[name] = f"{float(scale.min()):.3g} to {float(scale.max()):.3g}"
-        return shown
+            build.weight(product, INT4, scale, block, self.codes(product))
+            scales[name] = shown(scale)
+        return scales
+
+
+def _clipped(weight: Array, rows: Array, block: int, dtype: ir.DataType) -> Array:
+    """The scale of each block, float32 [N, K / block]: of the clipped ranges the one with the least output error."""
+    outputs, size = weight.shape
+    count = size // block
+    cut = rows.reshape(-1, count, block)
+    grams = np.einsum("tbi,tbj->bij", cut, cut, optimize=True)
+    amax = np.abs(weight.reshape(outputs, count, block)).max(axis=2)
+    best, least = np.zeros_like(amax), np.full((outputs, count), np.inf)
+    for clip in _CLIPS:
+        scale = scale_of(amax * np.float32(clip), INT4, dtype).astype(np.float32)
+        difference = (rounded(weight, INT4, scale, block) - weight).reshape(outputs, count, block).transpose(1, 0, 2)
+        error = np.einsum("bni,bni->nb", difference @ grams, difference)
+        better = error < least
+        best, least = np.where(better, scale, best), np.where(better, error, least)
+    return np.asarray(best)
 
 
 def _scale(weight: Array, block: int, dtype: ir.DataType) -> Array:

@@ -10,11 +10,12 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxtools.calibration.run import Findings
-from onnxtools.calibration.statistics import ChannelRange, Histogram, Observer, TokenSample
-from onnxtools.quantization.formats import Format, scale_of, scaled
-from onnxtools.quantization.groups import Group, column_amax, matrix, relative_error, rounded, signal_to_noise, stored_scale
+from onnxtools.calibration.statistics import ChannelRange, Gram, Histogram, Observer, TokenSample
+from onnxtools.quantization.formats import scale_of
+from onnxtools.quantization.groups import Group, column_amax, matrix, relative_error, signal_to_noise, stored_scale
 from onnxtools.quantization.qdq import QdqBuilder, weight_scale
 from onnxtools.quantization.ranges import Method, largest
+from onnxtools.quantization.scheme import Scheme, shown
 
 Array = np.ndarray[Any, Any]
 
@@ -23,7 +24,7 @@ ROWS = 64
 
 
 @dataclass(frozen=True)
-class LinearScheme:
+class LinearScheme(Scheme):
     """Weights and activations in one format.
 
     Attributes:
@@ -33,31 +34,30 @@ class LinearScheme:
         method: how the range of an activation is found.
     """
 
-    form: Format
     alpha: float | None
     per_token: bool
     per_channel: bool
     method: Method
-    tokens: int
 
     def watch(self, groups: Sequence[Group]) -> dict[ir.Value, tuple[Observer, ...]]:
-        histogram = (Histogram(),) if self.method != "max" else ()
-        return {group.activation: (ChannelRange(), TokenSample(ROWS, self.tokens), *histogram) for group in groups}
+        wanted: list[type[Histogram] | type[Gram]] = [*([Histogram] if self.method != "max" else []), *([Gram] if self.keep is not None else [])]
+        return {group.activation: (ChannelRange(), TokenSample(ROWS, self.tokens), *(kind() for kind in wanted)) for group in groups}
 
     def conclude(self, groups: Sequence[Group], seen: dict[ir.Value, tuple[Any, ...]]) -> Findings:
-        """The range of each activation after smoothing, its factors, and the errors of its products."""
+        """Also the range of each activation after smoothing, and its factors."""
         found: Findings = {}
         for group in groups:
-            ranges, sample, *histogram = seen[group.activation]
+            ranges, _, *others = seen[group.activation]
             factors = self._factors(group, ranges.amax)
-            amax = largest(histogram[0], self.method, self.form) if histogram else (ranges.amax / (1 if factors is None else factors)).max()
-            key = f"{group.index}"
-            found[f"{key}.amax"] = np.asarray(amax, np.float64)
+            histogram = next((other for other in others if isinstance(other, Histogram)), None)
+            amax = largest(histogram, self.method, self.form) if histogram else (ranges.amax / (1 if factors is None else factors)).max()
+            found[f"{group.index}.amax"] = np.asarray(amax, np.float64)
             if factors is not None:
-                found[f"{key}.factors"] = factors
-            rows = sample.rows
-            for product in group.products:
-                found[f"{key}.{product.node.name}"] = np.array(self._errors(matrix(product), rows, factors, float(amax), group.dtype))
+                found[f"{group.index}.factors"] = factors
+        for group in groups:
+            _, sample, *others = seen[group.activation]
+            gram = next((other for other in others if isinstance(other, Gram)), None)
+            self._products(group, groups, sample.rows, gram, found)
         return found
 
     def _factors(self, group: Group, amax: Array) -> Array | None:
@@ -69,34 +69,37 @@ class LinearScheme:
             factors = np.asarray(amax, np.float64) ** self.alpha / weights ** (1 - self.alpha)
         return group.fold.tied(np.where((amax > 0) & (weights > 0), np.clip(factors, 1e-5, 1e5), 1.0))
 
-    def _errors(self, weight: Array, rows: Array, factors: Array | None, amax: float, dtype: ir.DataType) -> tuple[float, float]:
-        """(SNR of the weight in dB, relative error of the product's output)."""
-        expected = rows @ weight.T
-        if factors is not None:
-            rows, weight = (rows / factors).astype(np.float32), (weight * factors).astype(np.float32)
+    def _products(self, group: Group, groups: Sequence[Group], rows: Array, gram: Gram | None, found: Findings) -> None:
+        """The errors of each product, and the scale of a weight that is rounded now."""
+        factors = found.get(f"{group.index}.factors")
+        inputs = rows if factors is None else (rows / factors).astype(np.float32)
+        coarse = self._activation(inputs, float(found[f"{group.index}.amax"]), group.dtype)
+        for product in group.products:
+            weight, divisors = self.folded(product, group, groups, found)
+            scale = stored_scale(weight, self.form, product.tensor.dtype, per_channel=self.per_channel)
+            made = self.rounded(weight, scale, 0, product, gram, factors)
+            expected = rows @ matrix(product).T / divisors
+            key = f"{group.index}.{product.node.name}"
+            found[key] = np.array((signal_to_noise(weight, made), relative_error(expected, coarse @ made.T)))
+            if gram is not None:
+                found[f"{key}.scale"] = scale.astype(np.float32)
+
+    def _activation(self, rows: Array, amax: float, dtype: ir.DataType) -> Array:
+        """Rows as the product will see them."""
         if self.per_token:
             scale = np.maximum(np.abs(rows).max(axis=1, keepdims=True), 1e-6) / np.float32(self.form.top)
         else:
             scale = scale_of(np.array(amax), self.form, dtype).astype(np.float32)
-        rows = self.form.cast(rows / scale).astype(np.float32) * scale
-        made = rounded(weight, self.form, stored_scale(weight, self.form, dtype, per_channel=self.per_channel))
-        return signal_to_noise(weight, made), relative_error(expected, rows @ made.T)
-
-    def fold(self, group: Group, found: Findings) -> None:
-        factors = found.get(f"{group.index}.factors")
-        if factors is None or group.fold is None:
-            return
-        group.fold.apply(factors)
-        for product in group.products:
-            product.weight.const_value = scaled(product.tensor, factors, product.axis)
+        return np.asarray(self.form.cast(rows / scale).astype(np.float32) * scale)
 
     def emit(self, build: QdqBuilder, group: Group, found: Findings) -> dict[str, str]:
-        """The nodes; returns the range of weight scales by product."""
         scales = {}
         for product in group.products:
-            scale = weight_scale(product, self.form, per_channel=self.per_channel)
-            build.weight(product, self.form, scale)
-            scales[product.node.name or ""] = f"{float(scale.min()):.3g} to {float(scale.max()):.3g}" if scale.size > 1 else f"{float(scale):.3g}"
+            name = product.node.name or ""
+            given = found.get(f"{group.index}.{name}.scale")
+            scale = weight_scale(product, self.form, per_channel=self.per_channel) if given is None else given.astype(product.tensor.dtype.numpy())
+            build.weight(product, self.form, scale, codes=self.codes(product))
+            scales[name] = shown(scale)
         activation = group.products[0].activation  # an earlier group may have put a node behind what made it
         if self.per_token:
             build.activation_per_token(activation, group.products, self.form, group.dtype)

@@ -13,13 +13,14 @@ import onnx_ir as ir
 
 from onnxtools.calibration.options import Calibrated
 from onnxtools.calibration.run import Calibration, Findings, Layer
-from onnxtools.calibration.statistics import ChannelRange
+from onnxtools.calibration.statistics import Largest
 from onnxtools.errors import JobError
 from onnxtools.export.graph import DTYPES
 from onnxtools.graph import Builder, attribute, constant_tensor, is_op, remove_unused
 from onnxtools.infer import Facts, analyse
 from onnxtools.model import Model
 from onnxtools.passbase import PassResult, option
+from onnxtools.products import weight_products
 from onnxtools.tensors import elements
 from onnxtools.weights import cast
 
@@ -63,8 +64,8 @@ class Precision(Calibrated):
             raise JobError(f"{model.path}: has TransformerEngine's operators; run `onnxtools convert` first")
 
     def apply(self, model: Model) -> PassResult:
-        if not any(tensor.dtype == FLOAT and len(tensor.shape) > 1 for _, tensor in model.weights()):
-            return PassResult(False, 0, ["no fp32 weight found: nothing to narrow"])
+        if not any(product.tensor.dtype == FLOAT for product in weight_products(model)):
+            return PassResult(False, 0, ["no product with an fp32 weight found: nothing to narrow"])
         table = self._overflows(model) if self.calib is not None and self.to == "fp16" else []
         narrowing = _Narrowing(model, DTYPES[self.to], self.keep_io)
         matches = narrowing.run()
@@ -79,10 +80,10 @@ class Precision(Calibrated):
         with Calibration(model, self) as calibration:
 
             def look(layer: Layer) -> Findings:
-                values = [v for node in layer.segment.nodes for v in node.outputs if v.uses() and not is_op(node, "Constant")]
-                seen = {value: (ChannelRange(),) for value in values if calibration.is_float(value)}
+                values = [v for node in layer.segment.heavy for v in node.outputs if v.uses() and not is_op(node, "Constant")]
+                seen = {value: (Largest(),) for value in values if calibration.is_float(value)}
                 layer.observe(seen)
-                return {value.name or "": np.array(float(np.max(observer.amax, initial=0))) for value, (observer,) in seen.items()}
+                return {value.name or "": np.array(observer.amax) for value, (observer,) in seen.items()}
 
             for _, found in calibration.findings(look):
                 rows += [{"value": name, "largest": float(amax)} for name, amax in found.items() if amax > _FP16_MAX]
@@ -172,10 +173,10 @@ class _Narrowing:
         for index, value in enumerate(node.inputs):
             if value is not None and self.facts[value].dtype == FLOAT and not is_op(node, "Cast"):
                 node.replace_input_with(index, self._as(value, wanted))
-        for value in node.outputs:
+        for index, value in enumerate(node.outputs):
             if self.facts[value].dtype == FLOAT:
-                self._types[value] = wanted
-                value.dtype = wanted
+                statistic = node.op_type.endswith("LayerNormalization") and index in (1, 2)  # mean and deviation are fp32
+                self._types[value] = value.dtype = FLOAT if statistic else wanted
         if not wide:
             self._retype(node)
         return not wide

@@ -87,7 +87,7 @@ class Prune(Selected, Calibrated):
     def _notes(self, table: list[dict[str, Any]], pruned: list[dict[str, Any]]) -> list[str]:
         if not table:
             return ["no MatMul, Gemm or Conv with a stored weight found"]
-        notes = [f"{len(pruned)} of {len(table)} weights pruned to 2:4 along K"]
+        notes = [f"{len(pruned)} of {len(table)} weights pruned to 2:4 along K by {self.method}"]
         notes += [f"{count} left: {reason}" for reason, count in Counter(row["left"] for row in table if row["left"]).items()]
         notes = [*self.unmatched(table), *notes]
         if pruned and self.method == "magnitude":

@@ -6,13 +6,12 @@ import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import onnx_ir as ir
 
 from onnxtools.calibration.options import Calibrated
 from onnxtools.calibration.run import Calibration, Findings, Layer
-from onnxtools.calibration.statistics import Observer
 from onnxtools.errors import JobError, UsageError
 from onnxtools.graph import is_op, remove_unused
 from onnxtools.infer import analyse
@@ -26,16 +25,10 @@ from onnxtools.products import Product, weight_products
 from onnxtools.quantization.formats import FP8, INT4, INT8, Format
 from onnxtools.quantization.groups import Group, group
 from onnxtools.quantization.qdq import COMPUTED, QdqBuilder, is_quantized
+from onnxtools.quantization.scheme import Scheme
 from onnxtools.selection import Selected, head_product
 
 _TOO_SMALL = 16
-
-
-class _Scheme(Protocol):
-    def watch(self, groups: Sequence[Group]) -> dict[ir.Value, tuple[Observer, ...]]: ...
-    def conclude(self, groups: Sequence[Group], seen: dict[ir.Value, tuple[Any, ...]]) -> Findings: ...
-    def fold(self, group: Group, found: Findings) -> None: ...
-    def emit(self, build: QdqBuilder, group: Group, found: Findings) -> dict[str, str]: ...
 
 
 @dataclass(frozen=True)
@@ -49,6 +42,7 @@ class Quantize(Selected, Calibrated):
       - int4-awq: weights alone, a scale for each block along K, scaled and clipped by what activations look like;
         int4-rtn: the same rounded to nearest, without calibration data;
       - --kv-cache: new keys and values are quantized before they are written, all are dequantized when they are read;
+      - --gptq needs the Gram matrix of each input: K x K numbers in memory, and time that grows with N x K x K;
       - products with K or N below 16 and the head are left alone; so is what --exclude names;
       - the result is standard ONNX: Q/DQ-19, with blocks DequantizeLinear-21.
     """
@@ -68,6 +62,7 @@ class Quantize(Selected, Calibrated):
     calib_method: Literal["max", "percentile", "mse"] = option("max", "Range of an activation: largest magnitude, 99.99th percentile, or least squared error.")
     kv_cache: Literal["none", "fp8", "int8"] = option("none", "Store keys and values of the cache in 8 bits.")
     lower: Literal["none", "ort"] = option("none", "ort: go on with lower-ort, for a file that only ONNX Runtime reads.")
+    gptq: bool = option(False, "Round each weight so that it makes up for the rounding before it (GPTQ), instead of to the nearest.")
     exclude_worst: int = option(0, "Leave the N products with the largest output error in their own precision.")
 
     def __post_init__(self) -> None:
@@ -84,6 +79,7 @@ class Quantize(Selected, Calibrated):
             (self.per_token and not int8, "--per-token is for INT8"), (self.per_channel and int4, "--per-channel is for FP8 and INT8"),
             (self.all_layers and not int8, "--all-layers is for INT8"), (self.block_size is not None and not int4, "--block-size is for INT4"),
             (self.calib_method != "max" and (int4 or self.per_token or self.smoothquant is not None), "--calib-method is for static scales without smoothing"),
+            (self.gptq and self.kind in ("none", "int4-rtn"), "--gptq is for weights that are calibrated"),
             (self.lower == "ort" and not int4, "--lower ort is for INT4: MatMulNBits is what it has fast kernels for"),
             (self.exclude_worst and self.kind in ("int4-rtn", "none"), "--exclude-worst is for products that are calibrated"),
             (self.calib is not None and self.kind == "int4-rtn" and self.kv_cache == "none", "--int4-rtn looks at no activations, so --calib is of no use"),
@@ -194,13 +190,14 @@ class Quantize(Selected, Calibrated):
 
     # --- calibration -------------------------------------------------------------------------------------------------
 
-    def _calibrated(self, model: Model, groups: list[Group], kv: KvScheme | None) -> tuple[_Scheme, Findings]:
+    def _calibrated(self, model: Model, groups: list[Group], kv: KvScheme | None) -> tuple[Scheme, Findings]:
         blocks = {p.node.name or "": block_size(g.channels, self.block_size) for g in groups for p in g.products} if self.form is INT4 else {}
         if self.kind == "int4-rtn" and kv is None:
-            return Int4Scheme(blocks, 0), {}
+            return Int4Scheme(INT4, 0, None, blocks), {}
         found: Findings = {}
         with Calibration(model, self, key=repr(self)) as calibration:
-            scheme = self._scheme(blocks, calibration.tokens)
+            keep = calibration if self.gptq else None
+            scheme = self._scheme(blocks, calibration.tokens, keep)
             by_node = {product.node: g for g in groups for product in g.products} if self.kind != "int4-rtn" else {}
 
             def look(layer: Layer) -> Findings:
@@ -214,10 +211,10 @@ class Quantize(Selected, Calibrated):
                 found.update(part)
         return scheme, found
 
-    def _scheme(self, blocks: dict[str, int], tokens: int) -> _Scheme:
+    def _scheme(self, blocks: dict[str, int], tokens: int, keep: Calibration | None) -> Scheme:
         if self.form is INT4:
-            return Int4Scheme(blocks, tokens)
-        return LinearScheme(self.form, self.smoothquant, self.per_token, self.per_channel, self.calib_method, tokens)
+            return Int4Scheme(INT4, tokens, keep, blocks)
+        return LinearScheme(self.form, tokens, keep, self.smoothquant, self.per_token, self.per_channel, self.calib_method)
 
     def _drop_worst(self, groups: list[Group], found: Findings, table: list[dict[str, Any]]) -> None:
         """Put the errors into the table, and leave the products that lose most."""
@@ -233,7 +230,7 @@ class Quantize(Selected, Calibrated):
 
     # --- the graph ---------------------------------------------------------------------------------------------------
 
-    def _write(self, groups: list[Group], found: Findings, scheme: _Scheme, table: list[dict[str, Any]], build: QdqBuilder) -> None:
+    def _write(self, groups: list[Group], found: Findings, scheme: Scheme, table: list[dict[str, Any]], build: QdqBuilder) -> None:
         rows = {row["layer"]: row for row in table}
         for g in groups:
             scheme.fold(g, found)
@@ -247,8 +244,8 @@ class Quantize(Selected, Calibrated):
 
     def _title(self, g: Group) -> str:
         if self.form is INT4:
-            return f"INT4 W4A16, block {block_size(g.channels, self.block_size)}"
-        parts = [f"{self.form.name} W8A8", "per channel" if self.per_channel else "", "per token" if self.per_token else ""]
+            return f"INT4 W4A16, block {block_size(g.channels, self.block_size)}{', GPTQ' if self.gptq else ''}"
+        parts = [f"{self.form.name} W8A8", "per channel" if self.per_channel else "", "per token" if self.per_token else "", "GPTQ" if self.gptq else ""]
         return ", ".join(part for part in parts if part)
 
     def _notes(self, table: list[dict[str, Any]]) -> list[str]:

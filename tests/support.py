@@ -269,5 +269,5 @@ def refuse(*args: str | Path, code: int = 1) -> str:
     result = run(*args)
     assert result.code == code, (result.code, result.err)
     assert result.err.startswith("error: ") and result.err.count("\n") == 1, result.err
-    assert "Traceback" not in result.err and "internal error" not in result.err
+    assert "Traceback" not in result.err and "internal error" not in result.err, result.err
     return result.err

@@ -63,12 +63,13 @@ class StoredWeight(RowTensor):
     __slots__ = ("_array", "_owner")
 
     def __init__(self, path: Path, dtype: ir.DataType, name: str, owner: object) -> None:
-        self._array = np.load(path, mmap_mode="r").view(dtype.numpy())
+        self._array = np.load(path, mmap_mode="r")
         self._owner = owner  # a temporary folder goes when nothing refers to it any more
         super().__init__(self._array.shape, dtype, name)
 
     def rows(self, start: int, stop: int, scratch: Scratch | None = None) -> Array:
-        return np.array(self._array[start:stop])
+        kind, rows = self.dtype.numpy(), np.array(self._array[start:stop])
+        return rows.astype(kind) if self.dtype == ir.DataType.INT4 else rows.view(kind)
 
 
 class Layer:
@@ -173,7 +174,7 @@ class Calibration:
         path = self._folder / "weights" / f"{name}.npy"
         path.parent.mkdir(exist_ok=True)
         with replacing(path) as tmp, open(tmp, "wb") as file:
-            np.save(file, array.view(np.uint16) if array.dtype.name == "bfloat16" else array)
+            np.save(file, _plain(array))
 
     def stored(self, name: str, dtype: ir.DataType, weight: str) -> StoredWeight:
         """The weight that `store` was given, which need not be in memory; its file lives as long as it."""
@@ -203,6 +204,13 @@ class Calibration:
                 for observer in several:
                     observer.add(array)
             self._tick()
+
+
+def _plain(array: Array) -> Array:
+    """As a type that numpy's file format knows."""
+    if array.dtype == ir.DataType.INT4.numpy():
+        return array.astype(np.int8)
+    return array if array.dtype.isbuiltin else array.view(f"u{array.dtype.itemsize}")
 
 
 def _rows(array: Array | None, value: ir.Value) -> Array:

@@ -26,12 +26,14 @@ class Segment:
     """A run of nodes that is executed as one graph.
 
     Attributes:
-        nodes: in graph order, with the cheap ones that they need.
+        heavy: the nodes that are this segment's own, in graph order.
+        nodes: these and the cheap ones that they need.
         received: values that earlier segments made.
         kept: values of this or earlier segments that later ones want.
         products: those among the nodes.
     """
 
+    heavy: tuple[ir.Node, ...]
     nodes: tuple[ir.Node, ...]
     received: tuple[ir.Value, ...]
     kept: tuple[ir.Value, ...]
@@ -57,7 +59,7 @@ def segments(model: Model) -> list[Segment]:
         part = heavy[start:stop]
         received = _unique(v for node in part for v in node.inputs if v is not None and v.producer() in places and places[v.producer()] < start)  # type: ignore[index]
         kept = tuple(value for node in heavy[:stop] for value in node.outputs if last.get(value, -1) >= stop)
-        found.append(Segment(_with_cheap(part, places, model), received, kept, tuple(products[node] for node in part if node in products)))
+        found.append(Segment(tuple(part), _with_cheap(part, places, model), received, kept, tuple(products[node] for node in part if node in products)))
         start = stop
     return found
 

@@ -13,7 +13,7 @@ class Observer(Protocol):
     """Sees an activation once for every text."""
 
     def add(self, x: Array) -> None:
-        """float32 [tokens, channels]."""
+        """float32 [tokens, channels]; [batch, heads, sequence, head_dim] of keys, values and what attention computes."""
 
 
 class ChannelRange:
@@ -26,6 +26,7 @@ class ChannelRange:
         self._squares: Array = np.zeros(())
 
     def add(self, x: Array) -> None:
+        x = x.reshape(-1, x.shape[-1])
         size = np.abs(x)
         self.amax = np.maximum(self.amax, size.max(axis=0, initial=0))
         self._sum = self._sum + size.sum(axis=0, dtype=np.float64)
@@ -39,6 +40,16 @@ class ChannelRange:
     @property
     def mean_square(self) -> Array:
         return self._squares / max(self.count, 1)
+
+
+class Largest:
+    """The largest magnitude of all."""
+
+    def __init__(self) -> None:
+        self.amax = 0.0
+
+    def add(self, x: Array) -> None:
+        self.amax = max(self.amax, float(np.abs(x).max(initial=0)))
 
 
 class Histogram:

@@ -12,6 +12,7 @@ import onnx_ir as ir
 from onnxtools.infer import analyse
 from onnxtools.model import Model
 from onnxtools.products import Product, weight_products
+from onnxtools.quantization.compensation import compensated
 from onnxtools.quantization.folding import Fold, Folder
 from onnxtools.quantization.formats import Format, magnitudes, scale_of
 from onnxtools.tensors import read_rows
@@ -65,9 +66,37 @@ def matrix(product: Product) -> Array:
 
 def rounded(weight: Array, form: Format, scale: Array, block: int = 0) -> Array:
     """[N, K] through `form` and back; `scale` is one, [N], or [N, K / block]."""
+    return decoded(form.cast(weight / spread(scale, block)), scale, block)
+
+
+def decoded(codes: Array, scale: Array, block: int = 0) -> Array:
+    """Stored values [N, K] as float32."""
+    return np.asarray(codes.astype(np.float32) * spread(scale, block))
+
+
+def spread(scale: Array, block: int = 0) -> Array:
+    """The scale of each element of [N, K], in a shape that broadcasts, float32."""
     wide = np.asarray(scale).astype(np.float32)
-    spread = np.repeat(wide, block, axis=1) if block else wide[:, None] if wide.ndim else wide
-    return np.asarray(form.cast(weight / spread).astype(np.float32) * spread)
+    return np.repeat(wide, block, axis=1) if block else wide[:, None] if wide.ndim else wide
+
+
+def gptq(weight: Array, gram: Array, form: Format, scale: Array, block: int = 0) -> Array:
+    """The codes of `weight` [N, K] in `form`, each column rounded after the error of those before it is taken into account (arXiv 2210.17323).
+
+    Args:
+        gram: X^T X / tokens, [K, K].
+        scale: one, [N], or [N, K / block].
+    """
+    wide = np.asarray(scale).astype(np.float64)
+    codes = np.empty(weight.shape, form.dtype.numpy())
+
+    def choose(four: Array, diagonal: Array, column: int) -> Array:
+        along = wide[:, column // block] if block else wide
+        codes[:, column] = form.cast((four[:, column % 4] / along).astype(np.float32))
+        return np.asarray(codes[:, column].astype(np.float64) * along)
+
+    compensated(weight, gram, choose)
+    return codes
 
 
 def signal_to_noise(weight: Array, made: Array) -> float:

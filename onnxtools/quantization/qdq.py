@@ -44,17 +44,18 @@ class QdqBuilder:
     def _scale(self, scale: Array, name: str) -> ir.Value:
         return self.build.constant(scale, f"{name}_scale", ir.DataType.from_numpy(scale.dtype))
 
-    def weight(self, product: Product, form: Format, scale: Array, block: int = 0) -> None:
+    def weight(self, product: Product, form: Format, scale: Array, block: int = 0, codes: ir.TensorProtocol | None = None) -> None:
         """Store the weight as `form` behind a DequantizeLinear; what else reads the weight keeps it as it is.
 
         Args:
             scale: as of `formats.quantized`, in the weight's own type.
+            codes: the weight in the stored type, where it is not simply rounded to the nearest.
         """
         reader = product.path[-1] if product.path else product.node
         index = 0 if product.path else product.index
         self.build.before = reader
         name = product.weight.name or product.node.name or "weight"
-        stored = self.build.initializer(quantized(product.tensor, form, scale, product.axis, block), f"{name}_{form.dtype.name.lower()}")
+        stored = self.build.initializer(codes or quantized(product.tensor, form, scale, product.axis, block), f"{name}_{form.dtype.name.lower()}")
         for key, text in product.weight.metadata_props.items():
             stored.metadata_props[key] = text
         scales = self.build.initializer(ir.Tensor(scale, dtype=product.tensor.dtype), f"{name}_scale")

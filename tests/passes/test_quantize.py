@@ -102,6 +102,7 @@ def test_int4_rounded_to_nearest_is_numpys(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("flags", "limit"), [
     (["--fp8"], 0.15), (["--fp8", "--per-channel", "--calib-method", "mse"], 0.15), (["--int8"], 0.05), (["--int8", "--per-token", "--per-channel"], 0.03),
     (["--smoothquant", "0.5"], 0.05), (["--smoothquant", "0.8", "--per-token", "--per-channel", "--all-layers"], 0.03), (["--int4-awq"], 0.3),
+    (["--fp8", "--gptq"], 0.15), (["--int4-awq", "--gptq"], 0.3), (["--smoothquant", "0.5", "--gptq", "--per-channel", "--all-layers"], 0.1),
     (["--kv-cache", "int8"], 0.02), (["--kv-cache", "fp8"], 0.06), (["--fp8", "--kv-cache", "fp8"], 0.2),
 ])  # fmt: skip
 @pytest.mark.parametrize(("name", "form"), [("llama", "concat"), ("llama", "scatter"), ("gpt2", "concat"), ("llama", "gqa")])
@@ -144,6 +145,15 @@ def test_awq_is_better_than_rounding_to_nearest(tmp_path: Path) -> None:
     rtn = quantized(tmp_path, "--int4-rtn", calibrated=False)
     error = logits_error(rtn)
     assert logits_error(quantized(tmp_path, "--int4-awq")) < 0.9 * error
+
+
+def test_gptq_makes_up_for_its_rounding(tmp_path: Path) -> None:
+    """The errors of the outputs on the calibration texts themselves, layer by layer."""
+    calib, errors = calibration_file(tmp_path, tokens(count=40)), []
+    for flags in ([], ["--gptq"]):
+        out = succeed("quantize", exported("llama", "concat"), tmp_path / "q.onnx", "--int4-awq", *flags, "--calib", calib, "--json").out
+        errors.append([row["error"] for row in json.loads(out)["steps"][0]["result"]["table"] if row["error"] is not None])
+    assert len(errors[0]) == 12 and np.mean(errors[1]) < 0.9 * np.mean(errors[0])
 
 
 @pytest.mark.parametrize("form", ["concat", "gqa"])

@@ -1,0 +1,50 @@
+"""Changing a weight column by column, what is not yet changed making up for it: the core of SparseGPT and GPTQ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+DAMPING = 0.01
+"""Share of the mean diagonal that is added to the Hessian (SparseGPT, section 4; GPTQ, section 3.3)."""
+_COLUMNS = 128
+
+Choose = Callable[[Array, Array, int], Array]
+"""(columns from a multiple of 4 on [N, 4 or less], diagonal of the factor for them, column) -> what the column becomes, [N]."""
+
+
+def compensated(weight: Array, gram: Array, choose: Choose) -> Array:
+    """`weight` [N, K] with every column replaced by what `choose` says, and the columns after it changed so that the outputs X W^T change least.
+
+    That is algorithm 1 of SparseGPT (arXiv 2301.00774) and of GPTQ (arXiv 2210.17323): with the upper Cholesky factor U of the inverse
+    Hessian, an error e = (w - q) / U[c, c] in column c is taken back by subtracting e U[c, c:] from the columns from c on.
+
+    Args:
+        gram: X^T X / tokens, [K, K].
+        choose: called with the columns in order.
+    Returns:
+        float64 [N, K].
+    """
+    hessian = gram.astype(np.float64)
+    dead = np.diagonal(hessian) == 0
+    weight = np.where(dead, 0.0, weight.astype(np.float64))
+    hessian[dead, dead] = 1.0
+    hessian[np.diag_indices_from(hessian)] += DAMPING * float(np.diagonal(hessian).mean())
+    upper = np.linalg.cholesky(np.linalg.inv(hessian)).T
+    for begin in range(0, weight.shape[1], _COLUMNS):
+        end = min(begin + _COLUMNS, weight.shape[1])
+        block, factor = weight[:, begin:end], upper[begin:end, begin:end]
+        errors = np.zeros_like(block)
+        for column in range(end - begin):
+            four = slice(column // 4 * 4, column // 4 * 4 + 4)
+            wanted = choose(block[:, four], np.diagonal(factor)[four], begin + column)
+            error = (block[:, column] - wanted) / factor[column, column]
+            block[:, column:] -= np.outer(error, factor[column, column:])
+            block[:, column] = wanted
+            errors[:, column] = error
+        weight[:, end:] -= errors @ upper[begin:end, end:]
+    return weight

@@ -1,0 +1,89 @@
+"""What the ways to quantize weights share: factors that are folded, and weights as they will be then."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxtools.calibration.run import Calibration, Findings
+from onnxtools.calibration.statistics import Gram, Observer
+from onnxtools.products import Product
+from onnxtools.quantization.formats import Format, scaled
+from onnxtools.quantization.groups import Group, decoded, gptq, matrix, rounded
+from onnxtools.quantization.qdq import QdqBuilder
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One way to quantize; subclasses say what to look at and what to make of it.
+
+    Attributes:
+        form: of the weights.
+        tokens: how many tokens calibration has.
+        keep: where GPTQ's weights are stored; None rounds to the nearest.
+    """
+
+    form: Format
+    tokens: int
+    keep: Calibration | None
+
+    def watch(self, groups: Sequence[Group]) -> dict[ir.Value, tuple[Observer, ...]]:
+        """Observers of each group's activation; with GPTQ the last is the Gram matrix."""
+        raise NotImplementedError
+
+    def conclude(self, groups: Sequence[Group], seen: dict[ir.Value, tuple[Any, ...]]) -> Findings:
+        """Small arrays that `fold` and `emit` need, and of each product (SNR of the weight in dB, relative error of the output)."""
+        raise NotImplementedError
+
+    def emit(self, build: QdqBuilder, group: Group, found: Findings) -> dict[str, str]:
+        """The nodes; returns the range of weight scales by product."""
+        raise NotImplementedError
+
+    def fold(self, group: Group, found: Findings) -> None:
+        """Divide the activation by its factors, and multiply the weights."""
+        factors = found.get(f"{group.index}.factors")
+        if factors is None or group.fold is None:
+            return
+        group.fold.apply(factors)
+        for product in group.products:
+            product.weight.const_value = scaled(product.tensor, factors, product.axis)
+
+    def folded(self, product: Product, group: Group, groups: Sequence[Group], found: Findings) -> tuple[Array, Array]:
+        """The weight as it will be, float32 [N, K], and what its rows are divided by because a later group's factors go into it, [N]."""
+        weight, factors = matrix(product), found.get(f"{group.index}.factors")
+        if factors is not None:
+            weight = (weight * factors).astype(np.float32)
+        divisors = np.ones(len(weight), np.float32)
+        for other in groups:
+            given = found.get(f"{other.index}.factors")
+            if given is not None and other.fold is not None and other.fold.places[0][0] is product.weight:
+                divisors[np.array(other.fold.channels) if other.fold.channels is not None else slice(None)] = given
+        return weight / divisors[:, None], divisors
+
+    def rounded(self, weight: Array, scale: Array, block: int, product: Product, gram: Gram | None, factors: Array | None) -> Array:
+        """The weight after quantization, [N, K]; GPTQ's is stored for `codes`."""
+        if gram is None or self.keep is None:
+            return rounded(weight, self.form, scale, block)
+        inputs = gram.value if factors is None else gram.value / np.outer(factors, factors)
+        codes = gptq(weight, inputs, self.form, scale, block)
+        self.keep.store(_place(product), codes if product.axis == 1 else np.ascontiguousarray(codes.T))
+        return decoded(codes, scale, block)
+
+    def codes(self, product: Product) -> ir.TensorProtocol | None:
+        """GPTQ's weight, already in the stored type."""
+        return self.keep.stored(_place(product), self.form.dtype, product.weight.name or "") if self.keep is not None else None
+
+
+def shown(scale: Array) -> str:
+    """The range of scales, for people."""
+    return f"{float(scale.min()):.3g} to {float(scale.max()):.3g}" if scale.size > 1 else f"{float(scale):.3g}"
+
+
+def _place(product: Product) -> str:
+    return (product.weight.name or "").replace("/", "_")
