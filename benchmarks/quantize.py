@@ -84,7 +84,10 @@ def run() -> None:
         if not source.exists():
             onnxtools("export", gguf(), "-o", source, "--dtype", "fp32")
         rows = read_lambada(SHARED / "lambada_openai.jsonl", args.rows)
-        print(f"{date.today()}, onnxruntime {version('onnxruntime')}; SmolLM2-135M, first {len(rows)} rows of LAMBADA; calibration: 32 texts of 512 tokens of WikiText-2\n")
+        print(
+            f"{date.today()}, onnxruntime {version('onnxruntime')}; SmolLM2-135M, first {len(rows)} rows of LAMBADA;"
+            " calibration: 32 texts of 512 tokens of WikiText-2\n"
+        )
         print("| scheme | acc (whole word) | difference, points | top1 | difference | ppl(token) | weights MB | seconds to make |")
         print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |", flush=True)
         reference, _ = score(source, rows)

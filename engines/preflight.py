@@ -43,6 +43,7 @@ def preflight(model: Model, spec: EngineSpec, builder: Builder) -> Preflight:
     _check_supported(graph, builder)
     check_traps(graph)
     _check_scales(graph)
+    _check_caches(graph)
     if spec.sparsity:
         result.sparsity = _check_sparsity(model)
         result.notes.append(f"sparsity: {result.sparsity}")
@@ -83,7 +84,7 @@ def _check_fp8(graph: Graph, spec: EngineSpec) -> None:
     if spec.fp8 and not quantized:
         raise JobError(
             f"{graph.model.path}: --fp8, but no QuantizeLinear or DequantizeLinear in the graph is FP8;"
-            " make one with `onnxtools convert IN OUT --opset19` from a TransformerEngine FP8 export"
+            " make one with `onnxtools quantize --fp8`, or `onnxtools convert` a TransformerEngine FP8 export"
         )
     lacking = [text for text in spec.compute_capability if capability(text) < capability(FP8_CAPABILITY)]
     if lacking and (quantized or _holds_fp8(graph)):
@@ -127,6 +128,19 @@ def _check_scales(graph: Graph) -> None:
             reason = f"its scale is {bad.flat[0]:g}, but TensorRT takes finite scales above 0 only; calibrate and export again"
             found.append((node, reason))
     refuse(found)
+
+
+def _check_caches(graph: Graph) -> None:
+    """IKVCacheUpdateLayer: the cache is a network input in fp32, fp16 or bf16 (TensorRT 11 documentation)."""
+    found: list[tuple[ir.Node, str]] = []
+    for node in graph.nodes():
+        cache = node.inputs[0] if is_op(node, "TensorScatter") else None
+        if cache is not None and (not cache.is_graph_input() or _dtype(cache) not in _CACHE_TYPES):
+            found.append((node, "TensorRT updates a static cache in place only where it is an input in fp32, fp16 or bf16; quantize a concat cache instead"))
+    refuse(found)
+
+
+_CACHE_TYPES = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 
 
 def _elements(graph: Graph, value: ir.Value | None) -> np.ndarray[Any, Any] | None:

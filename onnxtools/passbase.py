@@ -41,13 +41,15 @@ class PassResult:
         changed: whether the graph differs afterwards.
         matches: how many places the pass worked on; 0 is reported, never silent.
         notes: lines for people, most important first.
-        table: optional rows for people and `--json` (one mapping each, all with the same keys).
+        table: optional rows for `--json` (one mapping each, all with the same keys).
+        summary: optional rows for people, of the same kind and fewer.
     """
 
     changed: bool
     matches: int
     notes: list[str] = field(default_factory=list)
     table: list[dict[str, Any]] = field(default_factory=list)
+    summary: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

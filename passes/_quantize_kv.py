@@ -109,6 +109,14 @@ class KvScheme:
     def conclude(self, seen: dict[ir.Value, tuple[Any, ...]]) -> Findings:
         return {f"kv.{cache.past.name}": np.array(float(seen[cache.present][0].amax.max())) for cache in self.caches if cache.present in seen}
 
+    def notes(self) -> list[str]:
+        """Where the result cannot go."""
+        kinds = {cache.node.op_type for cache in self.caches}
+        notes = ["TensorRT updates static caches in fp32, fp16 and bf16 alone: this file is for ONNX Runtime"] if "TensorScatter" in kinds else []
+        if "GroupQueryAttention" in kinds and self.form is FP8:
+            notes.append("ONNX Runtime's GroupQueryAttention has an FP8 cache on CUDA alone")
+        return notes
+
     def emit(self, build: QdqBuilder, found: Findings, cache: Cache) -> dict[str, Any]:
         """The nodes of one cache; its row of the table."""
         name = cache.past.name or "past"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from onnxtools.passes._quantize_int4 import Int4Scheme, block_size
 from onnxtools.passes._quantize_kv import KvScheme, caches, record
 from onnxtools.passes._quantize_linear import LinearScheme
 from onnxtools.passes.lower_ort import LowerOrt
+from onnxtools.passes.precision import Precision
 from onnxtools.products import Product, weight_products
 from onnxtools.quantization.formats import FP8, INT4, INT8, Format
 from onnxtools.quantization.groups import Group, group
@@ -63,6 +66,11 @@ class Quantize(Selected, Calibrated):
     kv_cache: Literal["none", "fp8", "int8"] = option("none", "Store keys and values of the cache in 8 bits.")
     lower: Literal["none", "ort"] = option("none", "ort: go on with lower-ort, for a file that only ONNX Runtime reads.")
     gptq: bool = option(False, "Round each weight so that it makes up for the rounding before it (GPTQ), instead of to the nearest.")
+    qformat: Literal["full_prec", "fp8", "int4_awq", "int8_sq"] | None = option(
+        None, "Nemotron's quantize.py: what to quantize to; int8_sq is SmoothQuant 0.5."
+    )
+    dtype: Literal["bfloat16", "float16", "float32"] | None = option(None, "Nemotron's quantize.py: the type of what is not quantized, by `precision`.")
+    kv_cache_dtype: Literal["none", "fp8", "int8"] | None = option(None, "Nemotron's quantize.py: same as --kv-cache.")
     exclude_worst: int = option(0, "Leave the N products with the largest output error in their own precision.")
 
     def __post_init__(self) -> None:
@@ -72,7 +80,9 @@ class Quantize(Selected, Calibrated):
                 raise UsageError(f"quantize: smoothquant is {self.smoothquant}; alpha takes 0 to 1")
             if self.scheme not in ("none", "int8"):
                 raise UsageError(f"quantize: --smoothquant is INT8 and --{self.scheme} is not; leave one out")
-        if self.kind == "none" and self.kv_cache == "none":
+        if self.qformat is not None and (self.scheme != "none" or self.smoothquant is not None):
+            raise UsageError("quantize: --qformat and the scheme's own option contradict each other; leave one out")
+        if self.kind == "none" and self.kv_kind == "none" and self.dtype in (None, "float32"):
             raise UsageError("quantize: nothing to do; say --fp8, --smoothquant ALPHA, --int8, --int4-awq, --int4-rtn or --kv-cache")
         int8, int4 = self.kind == "int8", self.kind.startswith("int4")
         rules = (
@@ -82,7 +92,7 @@ class Quantize(Selected, Calibrated):
             (self.gptq and self.kind in ("none", "int4-rtn"), "--gptq is for weights that are calibrated"),
             (self.lower == "ort" and not int4, "--lower ort is for INT4: MatMulNBits is what it has fast kernels for"),
             (self.exclude_worst and self.kind in ("int4-rtn", "none"), "--exclude-worst is for products that are calibrated"),
-            (self.calib is not None and self.kind == "int4-rtn" and self.kv_cache == "none", "--int4-rtn looks at no activations, so --calib is of no use"),
+            (self.calib is not None and self.kind == "int4-rtn" and self.kv_kind == "none", "--int4-rtn looks at no activations, so --calib is of no use"),
         )  # fmt: skip
         for wrong, message in rules:
             if wrong:
@@ -94,14 +104,30 @@ class Quantize(Selected, Calibrated):
 
     @property
     def kind(self) -> str:
+        if self.qformat is not None:
+            return {"full_prec": "none", "fp8": "fp8", "int4_awq": "int4-awq", "int8_sq": "int8"}[self.qformat]
         return "int8" if self.smoothquant is not None else self.scheme
 
     @property
+    def alpha(self) -> float | None:
+        """SmoothQuant's."""
+        return 0.5 if self.qformat == "int8_sq" else self.smoothquant
+
+    @property
+    def kv_kind(self) -> str:
+        return self.kv_cache_dtype or self.kv_cache
+
+    @property
     def form(self) -> Format:
-        return {"fp8": FP8, "int8": INT8, "none": FP8 if self.kv_cache == "fp8" else INT8}.get(self.kind, INT4)
+        return {"fp8": FP8, "int8": INT8, "none": FP8 if self.kv_kind == "fp8" else INT8}.get(self.kind, INT4)
 
     def expand(self) -> list[Pass]:
-        return [self] if self.lower == "none" else [dataclasses.replace(self, lower="none"), LowerOrt()]
+        narrow: list[Pass] = [Precision(to="bf16" if self.dtype == "bfloat16" else "fp16")] if self.dtype in ("bfloat16", "float16") else []
+        if self.kind == "none" and self.kv_kind == "none":
+            return narrow
+        own = {"scheme": self.kind, "smoothquant": self.alpha, "kv_cache": self.kv_kind}
+        plain = dataclasses.replace(self, **own, qformat=None, dtype=None, kv_cache_dtype=None, lower="none")  # type: ignore[arg-type]
+        return [*narrow, plain, *([LowerOrt()] if self.lower == "ort" else [])]
 
     def requires(self, model: Model) -> None:
         if model.opset < self.form.opset:
@@ -109,10 +135,10 @@ class Quantize(Selected, Calibrated):
 
     def apply(self, model: Model) -> PassResult:
         chosen, table = self._choose(model) if self.kind != "none" else ([], [])
-        kv = KvScheme(FP8 if self.kv_cache == "fp8" else INT8, caches(model, analyse(model))) if self.kv_cache != "none" else None
+        kv = KvScheme(FP8 if self.kv_kind == "fp8" else INT8, caches(model, analyse(model))) if self.kv_kind != "none" else None
         if not chosen and kv is None:
             return PassResult(False, 0, self._notes(table), table)
-        groups = group(model, chosen)
+        groups, extra = group(model, chosen), list[str]()
         if self.kind == "int8" and not self.all_layers:
             groups = self._behind_norms(groups, table)
         scheme, found = self._calibrated(model, groups, kv)
@@ -122,9 +148,10 @@ class Quantize(Selected, Calibrated):
         if kv is not None:
             table += [kv.emit(build, found, cache) for cache in kv.caches]
             record(model, kv.form)
+            extra = kv.notes()
         model.graph.sort()
         remove_unused(model)
-        return PassResult(True, sum(not row["left"] for row in table), self._notes(table), table)
+        return PassResult(True, sum(not row["left"] for row in table), self._notes(table) + extra, table, _summary(table))
 
     # --- what to quantize --------------------------------------------------------------------------------------------
 
@@ -214,7 +241,7 @@ class Quantize(Selected, Calibrated):
     def _scheme(self, blocks: dict[str, int], tokens: int, keep: Calibration | None) -> Scheme:
         if self.form is INT4:
             return Int4Scheme(INT4, tokens, keep, blocks)
-        return LinearScheme(self.form, tokens, keep, self.smoothquant, self.per_token, self.per_channel, self.calib_method)
+        return LinearScheme(self.form, tokens, keep, self.alpha, self.per_token, self.per_channel, self.calib_method)
 
     def _drop_worst(self, groups: list[Group], found: Findings, table: list[dict[str, Any]]) -> None:
         """Put the errors into the table, and leave the products that lose most."""
@@ -258,3 +285,21 @@ class Quantize(Selected, Calibrated):
         if self.form is INT4 and self.block_size is None and any("block 128" not in scheme for scheme in schemes):
             notes.append("smaller blocks where K is no multiple of 128")
         return notes + [f"{count} left: {reason}" for reason, count in Counter(row["left"] for row in table if row["left"]).items()]
+
+
+def _summary(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Layers that differ in a number alone, as one row."""
+    kinds: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in table:
+        if not row["left"]:
+            kinds.setdefault((re.sub(r"\d+", "*", row["layer"]), row["scheme"]), []).append(row)
+    shown = []
+    for (layer, scheme), rows in kinds.items():
+        measured = [row for row in rows if row["error"] is not None]
+        worst = max(measured, key=lambda row: row["error"]) if measured else None
+        shown.append({
+            "layer": layer, "count": len(rows), "scheme": scheme, "SNR dB": f"{min(row['snr_db'] for row in measured):.1f}" if measured else "",
+            "output error": f"{statistics.median(row['error'] for row in measured):.3f}" if measured else "",
+            "worst": f"{worst['error']:.3f} {''.join(re.findall(r'[0-9]+', worst['layer'])[:1])}" if worst else "",
+        })  # fmt: skip
+    return shown

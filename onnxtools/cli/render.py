@@ -77,6 +77,9 @@ def report_table(report: Report, title: str) -> None:
     table(title, columns, rows, right=columns[1:])
     out = console()
     for step in report.steps:
+        if step.result.summary:
+            names = tuple(step.result.summary[0])
+            table(step.name, names, [tuple(row.values()) for row in step.result.summary], right=names[1:])
         for note in step.result.notes:
             style = "yellow" if note.startswith("warning") else "dim" if not step.result.changed else None
             out.print(f"  {step.name}: {note}", style=style, markup=False)

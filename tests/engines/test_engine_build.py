@@ -107,7 +107,7 @@ def refused(make: Build, tmp_path: Path, source: Path, **options: Any) -> str:
 
 def test_fp8_needs_an_fp8_graph(tmp_path: Path, make: Build) -> None:
     message = refused(make, tmp_path, linear(tmp_path / "m.onnx"), fp8=True)
-    assert "no QuantizeLinear or DequantizeLinear in the graph is FP8; make one with `onnxtools convert IN OUT --opset19`" in message
+    assert "no QuantizeLinear or DequantizeLinear in the graph is FP8; make one with `onnxtools quantize --fp8`" in message
 
 
 def test_int8_is_not_fp8(tmp_path: Path, make: Build) -> None:

@@ -242,3 +242,25 @@ def test_weights_in_matmul_layout_are_quantized_along_k(tmp_path: Path) -> None:
     scale = np.abs(blocks).max(axis=1) / np.float32(7)
     np.testing.assert_array_equal(found["model.layers.0.mlp.up_proj.weight_scale"], scale)
     np.testing.assert_array_equal(found["model.layers.0.mlp.up_proj.weight_int4"], np.rint(blocks / scale[:, None]).clip(-8, 7).reshape(fc.shape))
+
+
+def test_nemotrons_flags_are_ours(tmp_path: Path) -> None:
+    calib = ["--calib", calibration_file(tmp_path)]
+    for alias, own in (
+        (["--qformat", "fp8"], ["--fp8"]), (["--qformat", "int4_awq"], ["--int4-awq"]), (["--qformat", "int8_sq"], ["--smoothquant", "0.5"]),
+        (["--qformat", "full_prec", "--kv-cache-dtype", "int8"], ["--kv-cache", "int8"]),
+    ):  # fmt: skip
+        for name, flags in (("a", alias), ("b", own)):
+            succeed("quantize", exported("llama", "concat"), tmp_path / f"{name}.onnx", *flags, *calib)
+        a, b = stored(tmp_path / "a.onnx"), stored(tmp_path / "b.onnx")
+        assert list(a) == list(b) and all(np.array_equal(a[key], b[key]) for key in a)
+    succeed("quantize", exported("llama", "concat"), tmp_path / "h.onnx", "--qformat", "fp8", "--dtype", "float16", *calib)
+    kinds = {t.data_type for t in onnx.load(tmp_path / "h.onnx").graph.initializer if len(t.dims) == 2 and "rope" not in t.name}
+    assert kinds == {onnx.TensorProto.FLOAT8E4M3FN, onnx.TensorProto.FLOAT16}
+    assert 1e-4 < logits_error(tmp_path / "h.onnx") < 0.15
+    assert "contradict" in refuse("quantize", exported("llama", "concat"), tmp_path / "c.onnx", "--qformat", "fp8", "--int8", *calib, code=2)
+
+
+def test_the_summary_is_a_row_a_kind_of_layer(tmp_path: Path) -> None:
+    out = succeed("quantize", exported("llama", "concat"), tmp_path / "q.onnx", "--fp8", "--calib", calibration_file(tmp_path)).out
+    assert "/model/layers.*/mlp/up_proj/Gemm" in out and "SNR dB" in out
