@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import ml_dtypes
@@ -21,8 +22,25 @@ def to_e4m3(x: Array) -> Array:
     """Round float32 to float8_e4m3fn, to nearest even, saturating at 448 (QuantizeLinear-19 with `saturate=1`).
 
     NaN stays NaN. ml_dtypes alone would turn 500 into NaN, hence the clip.
+
+    float32 goes through its upper 16 bits, the last of which is set where a lower one is (rounding to odd). What is left has 7 bits
+    of fraction, more than the 3 + 2 that make a second rounding exact (Boldo and Melquiond, IEEE TC 57, 2008), and only 65,536 values:
+    a table is four times as fast as the conversion.
     """
-    return np.clip(x, -E4M3_MAX, E4M3_MAX).astype(ml_dtypes.float8_e4m3fn)
+    if x.dtype != np.float32:
+        return np.clip(x, -E4M3_MAX, E4M3_MAX).astype(ml_dtypes.float8_e4m3fn)
+    bits = np.ascontiguousarray(x).view(np.uint32)
+    upper = (bits >> np.uint32(16)).astype(np.uint16)
+    upper |= (bits.view(np.uint16)[..., ::2] if bits.ndim else bits.astype(np.uint16)) != 0
+    return np.take(_e4m3_table(), upper).view(ml_dtypes.float8_e4m3fn)
+
+
+@functools.cache
+def _e4m3_table() -> Array:
+    """The E4M3 byte of every float32 whose lower 16 bits are zero."""
+    every = (np.arange(1 << 16, dtype=np.uint32) << 16).view(np.float32)
+    with np.errstate(invalid="ignore"):
+        return np.clip(every, -E4M3_MAX, E4M3_MAX).astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
 
 
 def _divide(x: Array, scale: Any) -> Array:

@@ -165,9 +165,9 @@ class StreamedTensor(RowTensor):
 def raw_bytes(array: np.ndarray) -> memoryview:
     """The bytes of `array` in ONNX order (little endian, row-major) without a copy where it is contiguous; int4 packed, low nibble first."""
     if array.dtype == ml_dtypes.int4:
-        nibbles = array.reshape(-1).astype(np.int8).view(np.uint8) & 15
-        nibbles = np.append(nibbles, np.uint8(0)) if nibbles.size % 2 else nibbles
-        array = nibbles[0::2] | nibbles[1::2] << 4
+        flat = array.reshape(-1).view(np.uint8)
+        pairs = (np.append(flat, np.uint8(0)) if flat.size % 2 else np.ascontiguousarray(flat)).view("<u2")
+        array = (pairs & 15 | pairs >> 4 & 240).astype(np.uint8)
     return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 

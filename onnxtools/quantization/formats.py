@@ -39,16 +39,27 @@ class Format:
 
 
 def _to_int8(x: Array) -> Array:
-    return np.asarray(np.clip(np.rint(x), -128, 127).astype(np.int8))
+    return _integers(x, -128, 127)
 
 
 def _to_int4(x: Array) -> Array:
-    return np.asarray(np.clip(np.rint(x), -8, 7).astype(np.int8).astype(ml_dtypes.int4))
+    return _integers(x, -8, 7).view(ml_dtypes.int4)  # a byte each, whose lower half counts
+
+
+def _integers(x: Array, low: int, high: int) -> Array:
+    rounded = np.rint(x)
+    np.maximum(rounded, low, out=rounded)
+    np.minimum(rounded, high, out=rounded)
+    return rounded.astype(np.int8)
 
 
 FP8 = Format("FP8 E4M3", ir.DataType.FLOAT8E4M3FN, E4M3_MAX, to_e4m3, 19)
 INT8 = Format("INT8", ir.DataType.INT8, 127.0, _to_int8, 19)
 INT4 = Format("INT4", ir.DataType.INT4, 7.0, _to_int4, 21)
+
+
+_CACHED = 1 << 16
+"""Elements that are worked on at once."""
 
 
 def scale_of(amax: Array, form: Format, dtype: ir.DataType) -> Array:
@@ -71,18 +82,25 @@ def magnitudes(tensor: ir.TensorProtocol, axis: int, block: int = 0) -> Array:
     columns = int(tensor.shape.numpy()[1])
     parts = []
     for start, stop in slabs(tensor, block if block and axis == 0 else 1):
-        size = np.abs(read_rows(tensor, start, stop)).astype(np.float32, copy=False)
+        size = _magnitude_keys(read_rows(tensor, start, stop))
         if block:
             shape = (stop - start, columns // block, block) if axis == 1 else ((stop - start) // block, block, columns)
-            found = size.reshape(shape).max(axis=2 if axis == 1 else 1)
+            keys = size.reshape(shape).max(axis=2 if axis == 1 else 1)
         else:
-            found = size.max(axis=axis)
+            keys = size.max(axis=axis)
+        found = keys.view(tensor.dtype.numpy()).astype(np.float32)
         if not np.isfinite(found).all():
             raise ModelError(f"weight {tensor.name!r} has infinite or NaN elements; restore it, or leave it out with --exclude")
         parts.append(found)
     if block or axis == 1:
         return np.concatenate(parts)
     return np.asarray(np.max(parts, axis=0))
+
+
+def _magnitude_keys(rows: Array) -> Array:
+    """The bits without the sign, which order as the magnitudes do (IEEE 754-2019, 5.10), NaN above all; made in place."""
+    bits = rows.view(f"u{rows.dtype.itemsize}")
+    return np.asarray(np.bitwise_and(bits, bits.dtype.type(np.iinfo(bits.dtype).max >> 1), out=bits))
 
 
 def quantized(tensor: ir.TensorProtocol, form: Format, scale: Array, axis: int, block: int = 0) -> StreamedTensor:
@@ -95,26 +113,32 @@ def quantized(tensor: ir.TensorProtocol, form: Format, scale: Array, axis: int, 
     wide = np.asarray(scale).astype(np.float32)
 
     def rows(part: Array, start: int) -> Array:
-        return form.cast(_divided(part, _spread(wide, start, len(part), axis, block)))
+        out = np.empty(part.shape, form.dtype.numpy())
+        step = max(1, _CACHED // max(part.shape[1], 1))
+        step = max(1, step // block) * block if block and axis == 0 else step
+        for low in range(0, len(part), step):  # a piece that stays in the cache from step to step
+            piece = part[low : low + step]
+            along = _along(wide, start + low, len(piece), axis, block)
+            out[low : low + step] = form.cast(_divided(_blocks(piece, axis, block), along)).reshape(piece.shape)
+        return out
 
     return StreamedTensor(tensor, rows, dtype=form.dtype, name=tensor.name or "", row_multiple=block if block and axis == 0 else 1)
 
 
-def dequantized(stored: Array, scale: Array, axis: int, block: int = 0) -> Array:
-    """What DequantizeLinear makes of all rows of a quantized matrix, float32."""
-    wide = _spread(np.asarray(scale).astype(np.float32), 0, len(stored), axis, block)
-    return np.asarray(stored.astype(np.float32) * wide)
-
-
-def _spread(scale: Array, start: int, count: int, axis: int, block: int) -> Array:
-    """The scale of each element of rows start : start + count, in a shape that broadcasts."""
-    if scale.size == 1 and not block:
-        return scale.reshape(())
+def _blocks(rows: Array, axis: int, block: int) -> Array:
+    """Rows [r, columns] with the blocks along `axis` as an axis of their own."""
     if not block:
-        return scale[start : start + count, None] if axis == 1 else scale[None, :]
-    if axis == 1:
-        return np.repeat(scale[start : start + count], block, axis=1)
-    return np.repeat(scale[start // block : -(-(start + count) // block)], block, axis=0)
+        return rows
+    return rows.reshape(len(rows), -1, block) if axis == 1 else rows.reshape(-1, block, rows.shape[1])
+
+
+def _along(scale: Array, start: int, count: int, axis: int, block: int) -> Array:
+    """The scales of rows start : start + count, in a shape that broadcasts with `_blocks`."""
+    if block:
+        return scale[start : start + count, :, None] if axis == 1 else scale[start // block : -(-(start + count) // block), None, :]
+    if scale.size == 1:
+        return scale.reshape(())
+    return scale[start : start + count, None] if axis == 1 else scale[None, :]
 
 
 def _divided(rows: Array, scale: Array) -> Array:
