@@ -140,6 +140,8 @@ def _load(proto: onnx.ModelProto, first: str) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.add_session_config_entry("session.disable_quant_qdq", "1")
+    # Between two runs numpy works; threads that wait for the next run by spinning would take its cores.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as error:
