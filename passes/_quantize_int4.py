@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxtools.calibration.run import Findings
-from onnxtools.calibration.statistics import ChannelRange, Gram, Observer, TokenSample
+from onnxtools.calibration.statistics import ChannelRange, Gram, Observer, TokenSample, equal_tokens
 from onnxtools.products import Product
 from onnxtools.quantization.formats import INT4, scale_of
 from onnxtools.quantization.groups import Group, matrix, relative_error, rounded, signal_to_noise
@@ -48,11 +48,11 @@ class Int4Scheme(Scheme):
         for group in groups:
             ranges, sample, *_ = seen[group.activation]
             if group.fold is not None:
-                found[f"{group.index}.factors"] = self._factors(group, ranges.mean, sample.rows)
+                found[f"{group.index}.factors"] = self._factors(group, ranges.mean, equal_tokens(sample.rows))
         for group in groups:
             _, sample, *gram = seen[group.activation]
             for product in group.products:
-                self._product(product, group, groups, sample.rows, gram[0] if gram else None, found)
+                self._product(product, group, groups, equal_tokens(sample.rows), gram[0] if gram else None, found)
         return found
 
     def _product(self, product: Product, group: Group, groups: Sequence[Group], rows: Array, gram: Gram | None, found: Findings) -> None:

@@ -100,14 +100,25 @@ class TokenSample:
         return np.concatenate(self._rows)
 
 
+def equal_tokens(x: Array) -> Array:
+    """Rows of length 1, so that an error counts relative to its token.
+
+    The first token of a text is often a hundred times as long as the others (attention sinks, arXiv 2309.17453; massive activations,
+    arXiv 2402.17762). A least-squares fit would serve it alone: INT4 with GPTQ of SmolLM2 had perplexity 31.9 so, and 26.5 with equal tokens.
+    """
+    norms = np.linalg.norm(x, axis=1, keepdims=True)
+    return np.asarray(x / np.maximum(norms, max(1e-3 * float(norms.max(initial=0)), 1e-30)))
+
+
 class Gram:
-    """X^T X / tokens, float32 [channels, channels], summed text by text."""
+    """X^T X / tokens of tokens of length 1 (`equal_tokens`), float32 [channels, channels], summed text by text."""
 
     def __init__(self) -> None:
         self._sum: Array | None = None
         self.count = 0
 
     def add(self, x: Array) -> None:
+        x = equal_tokens(x)
         product = x.T @ x
         self._sum = product if self._sum is None else np.add(self._sum, product, out=self._sum)
         self.count += len(x)

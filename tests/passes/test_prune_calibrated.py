@@ -101,6 +101,7 @@ def test_later_layers_see_what_the_pruned_ones_hand_on(tmp_path: Path) -> None:
             if "layers.0" in name and name.endswith("proj.weight"):
                 parameter.copy_(torch.tensor(found[name]))
     x = by_hooks(model, tokens())["model.layers.1.self_attn.q_proj"]
+    x = x / np.linalg.norm(x, axis=1, keepdims=True)
     weight = model.get_parameter("model.layers.1.self_attn.q_proj.weight").detach().numpy()
     expected = sparsegpt(weight, (x.T @ x / len(x)).astype(np.float32))
     made = found["model.layers.1.self_attn.q_proj.weight"]
