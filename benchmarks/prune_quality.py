@@ -41,7 +41,8 @@ def run() -> None:
         onnxtools("export", gguf(), "-o", source, "--dtype", "fp32")
         dense = perplexity(source, args.windows)
         print(
-            f"{date.today()}, onnxruntime {version('onnxruntime')}; WikiText-2, {args.windows} windows of 1024 tokens; calibration: {args.texts} LAMBADA contexts\n"
+            f"{date.today()}, onnxruntime {version('onnxruntime')}; WikiText-2, {args.windows} windows of 1024 tokens;"
+            f" calibration: {args.texts} LAMBADA contexts\n"
         )
         print("| 2:4 by | ppl(token) | of dense | seconds to make |\n| --- | ---: | ---: | ---: |")
         print(f"| dense | {dense:.2f} | 1.00 | |", flush=True)
