@@ -57,11 +57,11 @@ class Quantize(Selected, Calibrated):
     scheme: Literal["none", "fp8", "int8", "int4-awq", "int4-rtn"] = option(
         "none", "What to quantize to.", flags={"--fp8": "fp8", "--int8": "int8", "--int4-awq": "int4-awq", "--int4-rtn": "int4-rtn"}
     )  # fmt: skip
-    smoothquant: float | None = option(None, "INT8 with SmoothQuant of this strength, 0 to 1 (0.5 suits most models).")
+    smoothquant: float | None = option(None, "INT8 with SmoothQuant of this strength, 0 to 1; 0.5 suits most models.")
     per_token: bool = option(False, "INT8 activations get a scale for each token, computed in the graph.")
     per_channel: bool = option(False, "Weights of FP8 and INT8 get a scale for each output channel.")
     all_layers: bool = option(False, "INT8 also behind attention and in FC2, not only behind norms.")
-    block_size: int | None = option(None, "Elements along K that share an INT4 scale. [default: 128, else 64 or 32 where K is no multiple]")
+    block_size: int | None = option(None, "Elements along K that share an INT4 scale; without it 128, or 64 or 32 where K is no multiple.")
     calib_method: Literal["max", "percentile", "mse"] = option("max", "Range of an activation: largest magnitude, 99.99th percentile, or least squared error.")
     kv_cache: Literal["none", "fp8", "int8"] = option("none", "Store keys and values of the cache in 8 bits.")
     lower: Literal["none", "ort"] = option("none", "ort: go on with lower-ort, for a file that only ONNX Runtime reads.")

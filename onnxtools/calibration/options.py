@@ -18,7 +18,7 @@ class Calibrated(Pass):
     calib_size: int = option(128, "How many texts are used.")
     calib_length: int = option(512, "Longest text in tokens; a .txt file is cut into texts of this length.")
     calib_cache: str | None = option(None, "Folder that keeps what each layer showed: a run that was stopped goes on from there.")
-    tokenizer: str | None = option(None, "tokenizer.json, or its folder. [default: beside the model]")
+    tokenizer: str | None = option(None, "tokenizer.json, or its folder; without it the one beside the model.")
 
     def __post_init__(self) -> None:
         for name in ("calib_size", "calib_length"):
