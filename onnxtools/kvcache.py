@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Literal
 
 import onnx_ir as ir
 
 from onnxtools.graph import Builder
+from onnxtools.model import Model
 
 Dim = int | str | ir.SymbolicDim | None
 Kind = Literal["key", "value"]
+
+
+def record_dtypes(model: Model, *, cache: str | None = None, compute: str | None = None) -> None:
+    """Let the model's own description (`onnxtools.model`) follow where the type of its cache or its computation has changed."""
+    for props in (model.graph.metadata_props, model.ir.metadata_props):
+        if "onnxtools.model" in props:
+            info = json.loads(props["onnxtools.model"])
+            if compute is not None:
+                info["dtype"] = compute
+            if cache is not None and info.get("kv_cache"):
+                info["kv_cache"]["dtype"] = cache
+            props["onnxtools.model"] = json.dumps(info)
 
 
 @dataclass(frozen=True)

@@ -177,14 +177,3 @@ class KvScheme:
         node.attributes[f"{cache.kind[0]}_quant_type"] = ir.AttrString(f"{cache.kind[0]}_quant_type", "PER_TENSOR")
         node.outputs[output].dtype = self.form.dtype
         return scale
-
-
-def record(model: Model, form: Format) -> None:
-    """The model's own description of its cache follows."""
-    name = "fp8" if form is FP8 else "int8"
-    for props in (model.graph.metadata_props, model.ir.metadata_props):
-        if "onnxtools.model" in props:
-            info = json.loads(props["onnxtools.model"])
-            if info.get("kv_cache"):
-                info["kv_cache"]["dtype"] = name
-                props["onnxtools.model"] = json.dumps(info)

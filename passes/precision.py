@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +17,7 @@ from onnxtools.errors import JobError
 from onnxtools.export.graph import DTYPES
 from onnxtools.graph import Builder, attribute, constant_tensor, is_op, remove_unused
 from onnxtools.infer import Facts, analyse
+from onnxtools.kvcache import record_dtypes
 from onnxtools.model import Model
 from onnxtools.passbase import PassResult, option
 from onnxtools.products import weight_products
@@ -71,7 +71,7 @@ class Precision(Calibrated):
         matches = narrowing.run()
         model.graph.sort()
         remove_unused(model)
-        _record(model, self.to, caches=not self.keep_io)
+        record_dtypes(model, compute=self.to, cache=None if self.keep_io else self.to)
         return PassResult(True, matches, [*_warnings(table), *narrowing.notes(matches)], table)
 
     def _overflows(self, model: Model) -> list[dict[str, Any]]:
@@ -95,17 +95,6 @@ def _warnings(table: list[dict[str, Any]]) -> list[str]:
         return []
     worst = max(table, key=lambda row: row["largest"])
     return [f"warning: {len(table)} values exceed fp16's {_FP16_MAX:.0f} while calibrating ({worst['value']!r} reaches {worst['largest']:.4g}); use --to bf16"]
-
-
-def _record(model: Model, dtype: str, *, caches: bool) -> None:
-    """The model's own description follows."""
-    for props in (model.graph.metadata_props, model.ir.metadata_props):
-        if "onnxtools.model" in props:
-            info = json.loads(props["onnxtools.model"])
-            info["dtype"] = dtype
-            if caches and info.get("kv_cache"):
-                info["kv_cache"]["dtype"] = dtype
-            props["onnxtools.model"] = json.dumps(info)
 
 
 class _Narrowing:

@@ -17,10 +17,11 @@ from onnxtools.calibration.run import Calibration, Findings, Layer
 from onnxtools.errors import JobError, UsageError
 from onnxtools.graph import is_op, remove_unused
 from onnxtools.infer import analyse
+from onnxtools.kvcache import record_dtypes
 from onnxtools.model import Model
 from onnxtools.passbase import Pass, PassResult, option
 from onnxtools.passes._quantize_int4 import Int4Scheme, block_size
-from onnxtools.passes._quantize_kv import KvScheme, caches, record
+from onnxtools.passes._quantize_kv import KvScheme, caches
 from onnxtools.passes._quantize_linear import LinearScheme
 from onnxtools.passes.lower_ort import LowerOrt
 from onnxtools.passes.precision import Precision
@@ -147,7 +148,7 @@ class Quantize(Selected, Calibrated):
         self._write(groups, found, scheme, table, build)
         if kv is not None:
             table += [kv.emit(build, found, cache) for cache in kv.caches]
-            record(model, kv.form)
+            record_dtypes(model, cache=self.kv_kind)
             extra = kv.notes()
         model.graph.sort()
         remove_unused(model)

@@ -15,7 +15,7 @@ from onnxtools.products import Product, weight_products
 from onnxtools.quantization.compensation import compensated
 from onnxtools.quantization.folding import Fold, Folder
 from onnxtools.quantization.formats import Format, magnitudes, scale_of
-from onnxtools.tensors import read_rows
+from onnxtools.tensors import elements
 
 Array = np.ndarray[Any, Any]
 
@@ -59,8 +59,7 @@ def group(model: Model, chosen: Sequence[Product]) -> list[Group]:
 
 def matrix(product: Product) -> Array:
     """The weight as float32 [N, K]."""
-    tensor = product.tensor
-    whole = read_rows(tensor, 0, int(tensor.shape.numpy()[0])).astype(np.float32)
+    whole = elements(product.tensor).astype(np.float32)
     return whole if product.axis == 1 else np.ascontiguousarray(whole.T)
 
 

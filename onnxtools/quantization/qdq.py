@@ -25,19 +25,19 @@ class QdqBuilder:
     def __init__(self, model: Model) -> None:
         self.build = Builder(model)
 
-    def pair(self, value: ir.Value, form: Format, scale: Array, name: str, axis: int | None = None) -> ir.Value:
-        """`value` through QuantizeLinear and DequantizeLinear; `scale` is a scalar, or a vector along `axis`."""
-        return self.dequantized(self.quantized(value, form, scale, name, axis), form, scale, name, axis)
+    def pair(self, value: ir.Value, form: Format, scale: Array, name: str) -> ir.Value:
+        """`value` through QuantizeLinear and DequantizeLinear with one scale."""
+        return self.dequantized(self.quantized(value, form, scale, name), form, scale, name)
 
-    def quantized(self, value: ir.Value, form: Format, scale: Array, name: str, axis: int | None = None) -> ir.Value:
+    def quantized(self, value: ir.Value, form: Format, scale: Array, name: str) -> ir.Value:
         zero = self.build.constant(np.zeros(scale.shape, form.dtype.numpy()), f"{name}_zero_point", form.dtype)
-        made = self.build.op("QuantizeLinear", [value, self._scale(scale, name), zero], f"{name}/QuantizeLinear", dtype=form.dtype, **_along(axis))
+        made = self.build.op("QuantizeLinear", [value, self._scale(scale, name), zero], f"{name}/QuantizeLinear", dtype=form.dtype)
         made.shape = value.shape
         return made
 
-    def dequantized(self, stored: ir.Value, form: Format, scale: Array, name: str, axis: int | None = None) -> ir.Value:
+    def dequantized(self, stored: ir.Value, form: Format, scale: Array, name: str) -> ir.Value:
         zero = self.build.constant(np.zeros(scale.shape, form.dtype.numpy()), f"{name}_zero_point", form.dtype)
-        made = self.build.op("DequantizeLinear", [stored, self._scale(scale, name), zero], f"{name}/DequantizeLinear", **_along(axis))
+        made = self.build.op("DequantizeLinear", [stored, self._scale(scale, name), zero], f"{name}/DequantizeLinear")
         made.dtype, made.shape = ir.DataType.from_numpy(scale.dtype), stored.shape
         return made
 
@@ -59,7 +59,7 @@ class QdqBuilder:
         for key, text in product.weight.metadata_props.items():
             stored.metadata_props[key] = text
         scales = self.build.initializer(ir.Tensor(scale, dtype=product.tensor.dtype), f"{name}_scale")
-        attributes: dict[str, Any] = {"axis": product.axis, "block_size": block} if block else _along(None if scale.ndim == 0 else 1 - product.axis)
+        attributes: dict[str, Any] = {"axis": product.axis, "block_size": block} if block else {"axis": 1 - product.axis} if scale.ndim else {}
         made = self.build.op("DequantizeLinear", [stored, scales], f"{name}/DequantizeLinear", dtype=product.tensor.dtype, **attributes)
         made.shape = product.weight.shape
         reader.replace_input_with(index, made)
@@ -110,10 +110,6 @@ class QdqBuilder:
 def _first(products: Sequence[Product]) -> ir.Node:
     """The one that comes first in the graph: products of a group lie in graph order."""
     return products[0].node
-
-
-def _along(axis: int | None) -> dict[str, Any]:
-    return {} if axis is None else {"axis": axis}
 
 
 def weight_scale(product: Product, form: Format, *, per_channel: bool, block: int = 0) -> Array:
