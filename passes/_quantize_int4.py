@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxtools.calibration.run import Findings
-from onnxtools.calibration.statistics import ChannelRange, Gram, Observer, TokenSample, equal_tokens
+from onnxtools.calibration.statistics import BlockGram, ChannelRange, Gram, Observer, TokenSample, equal_tokens
 from onnxtools.products import Product
 from onnxtools.quantization.formats import INT4, scale_of
 from onnxtools.quantization.groups import Group, matrix, relative_error, rounded, signal_to_noise
@@ -20,7 +20,7 @@ from onnxtools.quantization.scheme import Scheme, shown
 Array = np.ndarray[Any, Any]
 
 ROWS = 256
-"""Tokens that the search looks at."""
+"""Tokens that the reported error of a layer is measured on."""
 _GRID = 20
 _CLIPS = tuple(1 - step / _GRID for step in range(_GRID // 2))
 """Fractions of a block's largest magnitude that are tried: 1, 0.95, ... 0.55."""
@@ -40,46 +40,64 @@ class Int4Scheme(Scheme):
     blocks: dict[str, int]
 
     def watch(self, groups: Sequence[Group]) -> dict[ir.Value, tuple[Observer, ...]]:
-        return {g.activation: (ChannelRange(), TokenSample(ROWS, self.tokens), *([Gram()] if self.keep is not None else [])) for g in groups}
+        return {
+            g.activation: (ChannelRange(), TokenSample(ROWS, self.tokens), BlockGram(self._block(g)) if self.keep is None else Gram())
+            for g in groups
+        }
 
     def conclude(self, groups: Sequence[Group], seen: dict[ir.Value, tuple[Any, ...]]) -> Findings:
         """Also the factors of each group, and the scales of its weights, float32 [N, K / block]."""
         found: Findings = {}
+        blocks = {
+            group.index: gram.blocks(self._block(group)) if isinstance(gram, Gram) else gram.value
+            for group in groups
+            for gram in seen[group.activation][-1:]
+        }
         for group in groups:
-            ranges, sample, *_ = seen[group.activation]
             if group.fold is not None:
-                found[f"{group.index}.factors"] = self._factors(group, ranges.mean, equal_tokens(sample.rows))
+                found[f"{group.index}.factors"] = self._factors(group, seen[group.activation][0].mean, blocks[group.index])
         for group in groups:
-            _, sample, *gram = seen[group.activation]
+            _, sample, gram = seen[group.activation]
             for product in group.products:
-                self._product(product, group, groups, equal_tokens(sample.rows), gram[0] if gram else None, found)
+                full = gram if isinstance(gram, Gram) else None
+                self._product(product, group, groups, equal_tokens(sample.rows), blocks[group.index], full, found)
         return found
 
-    def _product(self, product: Product, group: Group, groups: Sequence[Group], rows: Array, gram: Gram | None, found: Findings) -> None:
-        factors, block = found.get(f"{group.index}.factors"), self.blocks[product.node.name or ""]
+    def _block(self, group: Group) -> int:
+        """The same for all products of a group: they have the same K."""
+        return self.blocks[group.products[0].node.name or ""]
+
+    def _product(
+        self, product: Product, group: Group, groups: Sequence[Group], rows: Array, blocks: Array, gram: Gram | None, found: Findings
+    ) -> None:
+        factors, block = found.get(f"{group.index}.factors"), self._block(group)
         weight, divisors = self.folded(product, group, groups, found)
-        inputs = rows if factors is None else (rows / factors).astype(np.float32)
-        scale = _clipped(weight, inputs, block, product.tensor.dtype)
+        if factors is None:
+            inputs = rows
+        else:
+            inputs, cut = (rows / factors).astype(np.float32), factors.reshape(-1, block).astype(np.float32)
+            blocks = blocks / (cut[:, :, None] * cut[:, None, :])
+        scale = _clipped(weight, blocks, product.tensor.dtype)
         made = self.rounded(weight, scale, block, product, gram, factors)
         expected = rows @ matrix(product).T / divisors
         key = f"{group.index}.{product.node.name}"
         found[key] = np.array((signal_to_noise(weight, made), relative_error(expected, inputs @ made.T)))
         found[f"{key}.scale"] = scale
 
-    def _factors(self, group: Group, mean: Array, rows: Array) -> Array:
+    def _factors(self, group: Group, mean: Array, blocks: Array) -> Array:
         assert group.fold is not None
-        weights = [(matrix(product), self.blocks[product.node.name or ""], product.tensor.dtype) for product in group.products]
+        weights = [(matrix(product), product.tensor.dtype) for product in group.products]
         size = np.maximum(mean, 1e-4 * max(float(mean.max()), 1e-30))
         best, least = np.ones(len(size)), np.inf
-        gram = rows.T @ rows
         for step in range(_GRID):
             factors = size ** (step / _GRID)
             factors = group.fold.tied(factors / np.sqrt(factors.max() * factors.min()))
             error = 0.0
-            for weight, block, dtype in weights:
+            for weight, dtype in weights:
                 wide = (weight * factors).astype(np.float32)
-                difference = rounded(wide, INT4, _scale(wide, block, dtype), block) / factors.astype(np.float32) - weight
-                error += float(np.einsum("nk,nk->", difference @ gram, difference, dtype=np.float64))  # |X D^T|^2
+                block = self._block(group)
+                made = rounded(wide, INT4, _scale(wide, block, dtype), block) / factors.astype(np.float32)
+                error += float(_errors(made - weight, blocks).sum(dtype=np.float64))
             if error < least:
                 best, least = factors, error
         return best
@@ -99,18 +117,23 @@ class Int4Scheme(Scheme):
         return scales
 
 
-def _clipped(weight: Array, rows: Array, block: int, dtype: ir.DataType) -> Array:
+def _errors(difference: Array, blocks: Array) -> Array:
+    """What a change of the weight [N, K] does to the outputs, mean square over tokens, each block of inputs by itself: [N, K / block].
+
+    The rounding errors of two blocks are independent, so what they do together is the sum.
+    """
+    cut = difference.reshape(len(difference), len(blocks), -1).transpose(1, 0, 2)
+    return np.asarray(np.einsum("bni,bni->nb", cut @ blocks, cut))
+
+
+def _clipped(weight: Array, blocks: Array, dtype: ir.DataType) -> Array:
     """The scale of each block, float32 [N, K / block]: of the clipped ranges the one with the least output error."""
-    outputs, size = weight.shape
-    count = size // block
-    cut = rows.reshape(-1, count, block)
-    grams = np.einsum("tbi,tbj->bij", cut, cut, optimize=True)
-    amax = np.abs(weight.reshape(outputs, count, block)).max(axis=2)
-    best, least = np.zeros_like(amax), np.full((outputs, count), np.inf)
+    block = blocks.shape[-1]
+    amax = np.abs(weight.reshape(len(weight), -1, block)).max(axis=2)
+    best, least = np.zeros_like(amax), np.full(amax.shape, np.inf)
     for clip in _CLIPS:
         scale = scale_of(amax * np.float32(clip), INT4, dtype).astype(np.float32)
-        difference = (rounded(weight, INT4, scale, block) - weight).reshape(outputs, count, block).transpose(1, 0, 2)
-        error = np.einsum("bni,bni->nb", difference @ grams, difference)
+        error = _errors(rounded(weight, INT4, scale, block) - weight, blocks)
         better = error < least
         best, least = np.where(better, scale, best), np.where(better, error, least)
     return np.asarray(best)

@@ -128,6 +128,30 @@ class Gram:
         assert self._sum is not None, "no text was seen"
         return self._sum / np.float32(self.count)
 
+    def blocks(self, size: int) -> Array:
+        """The squares of `size` channels on the diagonal, [channels / size, size, size]."""
+        whole = self.value
+        return np.stack([whole[start : start + size, start : start + size] for start in range(0, len(whole), size)])
+
+
+class BlockGram:
+    """What `Gram.blocks` gives, without the rest of the matrix: memory grows with the channels, not with their square."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._sum: Array = np.zeros(())
+        self._count = 0
+
+    def add(self, x: Array) -> None:
+        cut = equal_tokens(x).reshape(len(x), -1, self._size).transpose(1, 2, 0)
+        self._sum = self._sum + cut @ cut.transpose(0, 2, 1)
+        self._count += len(x)
+
+    @property
+    def value(self) -> Array:
+        """float32 [channels / size, size, size]."""
+        return np.asarray(self._sum / np.float32(self._count), np.float32)
+
 
 class RotationRange:
     """Largest magnitude that rotary embedding could give each channel of keys [batch, heads, sequence, head_dim]: the length of its pair.
