@@ -8,7 +8,8 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from onnxtools.graph import Builder
+from onnxtools.graph import Builder, attribute, is_op
+from onnxtools.infer import Facts
 from onnxtools.model import Model
 
 Dim = int | str | ir.SymbolicDim | None
@@ -79,3 +80,20 @@ class KvCache:
     def past_length(self, past: ir.Value, name: str) -> ir.Value:
         """Tokens in the cache, shape [1]."""
         return self.builder.op("Shape", [past], name, dtype=ir.DataType.INT64, shape=[1], start=self.axis, end=self.axis + 1)
+
+
+def rotation(keys: ir.Value | None, facts: Facts, model: Model) -> tuple[int, bool]:
+    """How rotary embedding turned `keys` (or queries) [batch, heads, sequence, head_dim]: rotated channels, and whether pairs are neighbours.
+
+    Of the RotaryEmbedding before them, through a cache too; else of what the model says of itself; (0, False) where nothing is known.
+    """
+    node = keys.producer() if keys is not None else None
+    while node is not None and is_op(node, "Cast", "Transpose", "Identity", "Concat", "TensorScatter"):
+        before = node.inputs[1 if node.op_type in ("Concat", "TensorScatter") else 0]
+        node = before.producer() if before is not None else None
+    if node is not None and is_op(node, "RotaryEmbedding"):
+        shape = facts[node.inputs[0]].shape
+        return int(attribute(node, "rotary_embedding_dim", 0) or (shape[-1] if shape else 0)), bool(attribute(node, "interleaved", 0))
+    text = model.graph.metadata_props.get("onnxtools.model")
+    rope = json.loads(text)["model"].get("rope") if text else None
+    return (int(rope["dim"]), False) if rope else (0, False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from onnxtools.calibration.statistics import Observer, RotationRange
 from onnxtools.errors import JobError
 from onnxtools.graph import attribute, is_op
 from onnxtools.infer import Facts
+from onnxtools.kvcache import rotation
 from onnxtools.model import Model
 from onnxtools.quantization.formats import FP8, INT8, Format, scale_of
 from onnxtools.quantization.qdq import COMPUTED, QdqBuilder
@@ -66,7 +66,7 @@ def _cache(past: ir.Value, facts: Facts, model: Model) -> Cache | None:
     for node, index in past.uses():
         if is_op(node, "Concat", "TensorScatter") and index == 0 and node.outputs[0].is_graph_output():
             kind = "key" if "key" in (past.name or "") else "value"
-            rotated, neighbours = _rotation(node.inputs[1], facts, model) if kind == "key" else (0, False)
+            rotated, neighbours = rotation(node.inputs[1], facts, model) if kind == "key" else (0, False)
             return Cache(past, node.outputs[0], node, kind, past.dtype or ir.DataType.FLOAT, rotated, neighbours)
         if is_op(node, "GroupQueryAttention", domain=MICROSOFT) and index in (3, 4):
             kind = "key" if index == 3 else "value"
@@ -76,19 +76,6 @@ def _cache(past: ir.Value, facts: Facts, model: Model) -> Cache | None:
                 past, node.outputs[_SLOTS[kind][1]], node, kind, past.dtype or ir.DataType.FLOAT, rotated, bool(attribute(node, "rotary_interleaved", 0))
             )
     return None
-
-
-def _rotation(new: ir.Value | None, facts: Facts, model: Model) -> tuple[int, bool]:
-    """Rotated channels of new keys: of the RotaryEmbedding before them, else of what the model says of itself."""
-    node = new.producer() if new is not None else None
-    while is_op(node, "Cast", "Transpose", "Identity") and node is not None and node.inputs[0] is not None:
-        node = node.inputs[0].producer()
-    if is_op(node, "RotaryEmbedding") and node is not None:
-        shape = facts[node.inputs[0]].shape
-        return int(attribute(node, "rotary_embedding_dim", 0) or (shape[-1] if shape else 0)), bool(attribute(node, "interleaved", 0))
-    text = model.graph.metadata_props.get("onnxtools.model")
-    rope = json.loads(text)["model"].get("rope") if text else None
-    return (int(rope["dim"]), False) if rope else (0, False)
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,14 @@ import onnx_ir as ir
 
 from onnxtools.calibration.options import Calibrated
 from onnxtools.calibration.run import Calibration, Findings, Layer
+from onnxtools.calibration.statistics import Observer
 from onnxtools.errors import JobError, UsageError
 from onnxtools.graph import is_op, remove_unused
 from onnxtools.infer import analyse
 from onnxtools.kvcache import record_dtypes
 from onnxtools.model import Model
 from onnxtools.passbase import Pass, PassResult, option
+from onnxtools.passes._quantize_attention import AttentionScheme, operands
 from onnxtools.passes._quantize_int4 import Int4Scheme, block_size
 from onnxtools.passes._quantize_kv import KvScheme, caches
 from onnxtools.passes._quantize_linear import LinearScheme
@@ -45,6 +47,7 @@ class Quantize(Selected, Calibrated):
         graph gains no node; where only norms feed products (QKV and FC1) unless --all-layers;
       - int4-awq: weights alone, a scale for each block along K, scaled and clipped by what activations look like;
         int4-rtn: the same rounded to nearest, without calibration data;
+      - --attention: queries, keys and values of attention too (and its probabilities, where it is MatMul and Softmax);
       - --kv-cache: new keys and values are quantized before they are written, all are dequantized when they are read;
       - --gptq needs the Gram matrix of each input: K x K numbers in memory, and time that grows with N x K x K;
       - products with K or N below 16 and the head are left alone; so is what --exclude names;
@@ -65,6 +68,7 @@ class Quantize(Selected, Calibrated):
     block_size: int | None = option(None, "Elements along K that share an INT4 scale; without it 128, or 64 or 32 where K is no multiple.")
     calib_method: Literal["max", "percentile", "mse"] = option("max", "Range of an activation: largest magnitude, 99.99th percentile, or least squared error.")
     kv_cache: Literal["none", "fp8", "int8"] = option("none", "Store keys and values of the cache in 8 bits.")
+    attention: bool = option(False, "FP8 also for what attention multiplies: queries, keys, probabilities and values.")
     lower: Literal["none", "ort"] = option("none", "ort: go on with lower-ort, for a file that only ONNX Runtime reads.")
     gptq: bool = option(False, "Round each weight so that it makes up for the rounding before it (GPTQ), instead of to the nearest.")
     qformat: Literal["full_prec", "fp8", "int4_awq", "int8_sq"] | None = option(
@@ -88,7 +92,7 @@ class Quantize(Selected, Calibrated):
         int8, int4 = self.kind == "int8", self.kind.startswith("int4")
         rules = (
             (self.per_token and not int8, "--per-token is for INT8"), (self.per_channel and int4, "--per-channel is for FP8 and INT8"),
-            (self.all_layers and not int8, "--all-layers is for INT8"), (self.block_size is not None and not int4, "--block-size is for INT4"),
+            (self.attention and self.kind != "fp8", "--attention is for FP8"), (self.all_layers and not int8, "--all-layers is for INT8"), (self.block_size is not None and not int4, "--block-size is for INT4"),
             (self.calib_method != "max" and (int4 or self.per_token or self.smoothquant is not None), "--calib-method is for static scales without smoothing"),
             (self.gptq and self.kind in ("none", "int4-rtn"), "--gptq is for weights that are calibrated"),
             (self.lower == "ort" and not int4, "--lower ort is for INT4: MatMulNBits is what it has fast kernels for"),
@@ -136,13 +140,16 @@ class Quantize(Selected, Calibrated):
 
     def apply(self, model: Model) -> PassResult:
         chosen, table = self._choose(model) if self.kind != "none" else ([], [])
-        kv = KvScheme(FP8 if self.kv_kind == "fp8" else INT8, caches(model, analyse(model))) if self.kv_kind != "none" else None
-        if not chosen and kv is None:
+        facts = analyse(model)
+        kv = KvScheme(FP8 if self.kv_kind == "fp8" else INT8, caches(model, facts)) if self.kv_kind != "none" else None
+        attention = AttentionScheme(FP8, operands(model, facts)) if self.attention else None
+        if not chosen and kv is None and attention is None:
             return PassResult(False, 0, self._notes(table), table)
         groups, extra = group(model, chosen), list[str]()
         if self.kind == "int8" and not self.all_layers:
             groups = self._behind_norms(groups, table)
-        scheme, found = self._calibrated(model, groups, kv)
+        inner = [made for made in (kv, attention) if made is not None]
+        scheme, found = self._calibrated(model, groups, inner)
         self._drop_worst(groups, found, table)
         build = QdqBuilder(model)
         self._write(groups, found, scheme, table, build)
@@ -150,6 +157,8 @@ class Quantize(Selected, Calibrated):
             table += [kv.emit(build, found, cache) for cache in kv.caches]
             record_dtypes(model, cache=self.kv_kind)
             extra = kv.notes()
+        if attention is not None:
+            table += [attention.emit(build, found, operand) for operand in attention.operands if not operand.is_quantized()]
         model.graph.sort()
         remove_unused(model)
         return PassResult(True, sum(not row["left"] for row in table), self._notes(table) + extra, table, _summary(table))
@@ -218,9 +227,9 @@ class Quantize(Selected, Calibrated):
 
     # --- calibration -------------------------------------------------------------------------------------------------
 
-    def _calibrated(self, model: Model, groups: list[Group], kv: KvScheme | None) -> tuple[Scheme, Findings]:
+    def _calibrated(self, model: Model, groups: list[Group], inner: Sequence[KvScheme | AttentionScheme]) -> tuple[Scheme, Findings]:
         blocks = {p.node.name or "": block_size(g.channels, self.block_size) for g in groups for p in g.products} if self.form is INT4 else {}
-        if self.kind == "int4-rtn" and kv is None:
+        if self.kind == "int4-rtn" and not inner:
             return Int4Scheme(INT4, 0, None, blocks), {}
         found: Findings = {}
         with Calibration(model, self, key=repr(self)) as calibration:
@@ -230,10 +239,13 @@ class Quantize(Selected, Calibrated):
 
             def look(layer: Layer) -> Findings:
                 here = list(dict.fromkeys(by_node[p.node] for p in layer.products if p.node in by_node))
-                inner = {value for node in layer.segment.nodes for value in node.outputs}
-                seen = {**scheme.watch(here), **(kv.watch(inner) if kv is not None else {})}
-                layer.observe(seen)
-                return {**scheme.conclude(here, seen), **(kv.conclude(seen) if kv is not None else {})}
+                made = {value for node in layer.segment.nodes for value in node.outputs}
+                own, others = scheme.watch(here), [other.watch(made) for other in inner]
+                layer.observe(_together([own, *others]))
+                found = scheme.conclude(here, own)
+                for other, seen in zip(inner, others, strict=True):
+                    found.update(other.conclude(seen))
+                return found
 
             for _, part in calibration.findings(look, head=self.lm_head):
                 found.update(part)
@@ -286,6 +298,15 @@ class Quantize(Selected, Calibrated):
         if self.form is INT4 and self.block_size is None and any("block 128" not in scheme for scheme in schemes):
             notes.append("smaller blocks where K is no multiple of 128")
         return notes + [f"{count} left: {reason}" for reason, count in Counter(row["left"] for row in table if row["left"]).items()]
+
+
+def _together(parts: Sequence[dict[ir.Value, tuple[Observer, ...]]]) -> dict[ir.Value, tuple[Observer, ...]]:
+    """The observers of each value, whoever asked for them."""
+    whole: dict[ir.Value, tuple[Observer, ...]] = {}
+    for part in parts:
+        for value, observers in part.items():
+            whole[value] = (*whole.get(value, ()), *observers)
+    return whole
 
 
 def _summary(table: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from onnxtools.calibration.options import Calibrated
 from onnxtools.errors import JobError, UsageError
 from onnxtools.generation.text import Tokenizer
 from onnxtools.infer import is_ids_like, token_input
+from onnxtools.jsonl import read_jsonl
 from onnxtools.model import Model
 from onnxtools.ort import Feeds, random_feeds, read_feeds, vocabulary
 
@@ -66,15 +66,14 @@ def read_samples(model: Model, options: Calibrated) -> Samples:
 
 def _texts(path: Path, options: Calibrated, model: Model) -> list[list[int]]:
     """Tokens of up to `calib_size` texts."""
+    if path.suffix == ".jsonl":
+        found = [_field(path, number, row, options.calib_field) for number, row in read_jsonl(path, options.calib_size)]
+        tokenizer = _tokenizer(options, model) if any(isinstance(text, str) for text in found) else None
+        return [text if isinstance(text, list) else tokenizer.encode(text) if tokenizer is not None else [] for text in found]
     try:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot be read as UTF-8 text ({error}); name a .jsonl, .txt or .npz file") from None
-    if path.suffix == ".jsonl":
-        found = [_field(path, number, line, options.calib_field) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
-        found = found[: options.calib_size]
-        tokenizer = _tokenizer(options, model) if any(isinstance(text, str) for text in found) else None
-        return [text if isinstance(text, list) else tokenizer.encode(text) if tokenizer is not None else [] for text in found]
     wanted = options.calib_size * options.calib_length
     ids = _tokenizer(options, model).encode(content[: 16 * wanted])[:wanted]  # a token is hardly ever longer than 16 characters on average
     return [ids[start : start + options.calib_length] for start in range(0, len(ids), options.calib_length)]
@@ -86,16 +85,12 @@ def _tokenizer(options: Calibrated, model: Model) -> Tokenizer:
     return Tokenizer.open(Path(options.tokenizer) if options.tokenizer is not None else model.path.parent)  # type: ignore[union-attr]
 
 
-def _field(path: Path, number: int, line: str, name: str) -> str | list[int]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise UsageError(f"{path}: line {number} is not JSON ({error}); write one object a line") from None
-    value = row.get(name) if isinstance(row, dict) else None
+def _field(path: Path, number: int, row: dict[str, Any], name: str) -> str | list[int]:
+    value = row.get(name)
     if isinstance(value, str) or (isinstance(value, list) and value and all(isinstance(id, int) for id in value)):
         return value
-    fields = ", ".join(map(str, row)) if isinstance(row, dict) else "no fields"
-    raise UsageError(f"{path}: line {number} has no text or tokens in {name!r} (it has {fields}); name the field with --calib-field")
+    fields = ", ".join(map(str, row)) or "no fields"
+    raise UsageError(f"{path}:{number}: has no text or tokens in {name!r} (it has {fields}); name the field with --calib-field")
 
 
 def _check_range(path: Path, texts: Sequence[Sequence[int]], size: int) -> None:

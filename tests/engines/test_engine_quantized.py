@@ -27,7 +27,7 @@ def made(folder: Path, command: list[str], form: str = "concat") -> Path:
 @pytest.mark.parametrize("form", ["concat", "scatter"])
 @pytest.mark.parametrize("command", [
     "quantize --fp8", "quantize --fp8 --per-channel --gptq", "quantize --smoothquant 0.5", "quantize --int8 --per-token --per-channel --all-layers",
-    "quantize --int4-awq --block-size 128", "precision --to fp16", "precision --to bf16",
+    "quantize --fp8 --attention", "quantize --int4-awq --block-size 128", "precision --to fp16", "precision --to bf16",
 ])  # fmt: skip
 def test_quantized_graphs_build(command: str, form: str, tmp_path: Path, make: Build) -> None:
     assert make(made(tmp_path, command.split(), form)).path.stat().st_size > 10_000

@@ -1,0 +1,105 @@
+"""FP8 for what attention multiplies: queries, keys, probabilities and values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxtools.attention import find_attention
+from onnxtools.calibration.run import Findings
+from onnxtools.calibration.statistics import Largest, Observer, RotationRange
+from onnxtools.errors import JobError
+from onnxtools.graph import is_op
+from onnxtools.infer import Facts
+from onnxtools.kvcache import rotation
+from onnxtools.model import Model
+from onnxtools.quantization.formats import Format, scale_of
+from onnxtools.quantization.qdq import COMPUTED, QdqBuilder
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One input of a product of attention.
+
+    Attributes:
+        kind: query, key, value, or probabilities, which lie between 0 and 1 whatever the text.
+        rotated: channels that rotary embedding turns, 0 for none; `neighbours`: in pairs (2i, 2i + 1).
+    """
+
+    node: ir.Node
+    index: int
+    value: ir.Value
+    kind: str
+    dtype: ir.DataType
+    rotated: int = 0
+    neighbours: bool = False
+
+    def is_quantized(self) -> bool:
+        """By the cache, whose values are dequantized when they are read."""
+        value = self.node.inputs[self.index]
+        return value is not None and is_op(value.producer(), "DequantizeLinear")
+
+
+def operands(model: Model, facts: Facts) -> list[Operand]:
+    """What attention multiplies, in graph order.
+
+    The Attention operator keeps its probabilities to itself: with it, three operands a layer; with MatMul and Softmax, four.
+
+    Raises:
+        JobError: no attention, or one in an operator that takes no Q/DQ.
+    """
+    places: list[tuple[ir.Node, int, str]] = []
+    for node in model.graph:
+        if is_op(node, "Attention"):
+            places += [(node, index, kind) for index, kind in enumerate(("query", "key", "value"))]
+    for block in find_attention(model, facts):
+        qk, pv = block.product_qk, block.product_pv
+        places += [(qk, 0, "query"), (qk, 1, "key"), (pv, 0, "probabilities"), (pv, 1, "value")]
+    if not places:
+        raise JobError(f"{model.path}: has no Attention, or Softmax between two MatMuls, to quantize; leave --attention out (GroupQueryAttention takes no Q/DQ)")
+    return [made for node, index, kind in places if (made := _operand(node, index, kind, model, facts)) is not None]
+
+
+def _operand(node: ir.Node, index: int, kind: str, model: Model, facts: Facts) -> Operand | None:
+    value = node.inputs[index]
+    assert value is not None
+    dtype = facts[value].dtype
+    if dtype is None or dtype not in COMPUTED:
+        return None
+    shape = facts[value].shape
+    turned = rotation(value, facts, model) if kind in ("query", "key") and shape is not None and len(shape) == 4 else (0, False)
+    return Operand(node, index, value, kind, dtype, *turned)
+
+
+@dataclass(frozen=True)
+class AttentionScheme:
+    """One scale for each operand; queries and keys by the envelope of their rotation, as keys in the cache."""
+
+    form: Format
+    operands: Sequence[Operand]
+
+    def watch(self, values: set[ir.Value]) -> dict[ir.Value, tuple[Observer, ...]]:
+        """Observers of the operands among `values`."""
+        return {
+            o.value: (RotationRange(o.rotated, o.neighbours) if o.rotated else Largest(),)
+            for o in self.operands
+            if o.value in values and o.kind != "probabilities"
+        }
+
+    def conclude(self, seen: dict[ir.Value, tuple[Any, ...]]) -> Findings:
+        return {f"attention.{o.value.name}": np.array(np.max(seen[o.value][-1].amax)) for o in self.operands if o.value in seen}
+
+    def emit(self, build: QdqBuilder, found: Findings, operand: Operand) -> dict[str, Any]:
+        """The nodes of one operand; its row of the table."""
+        amax = np.array(1.0) if operand.kind == "probabilities" else found[f"attention.{operand.value.name}"]
+        scale = scale_of(amax, self.form, operand.dtype)
+        build.build.before = operand.node
+        name = f"{operand.node.name}/{operand.kind}"
+        operand.node.replace_input_with(operand.index, build.pair(operand.value, self.form, scale, name))
+        return {
+            "layer": name, "weight": "", "scheme": f"{self.form.name} attention", "scale": f"{float(scale):.3g}", "snr_db": None, "error": None, "left": "",
+        }  # fmt: skip
