@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
-import yaml
 
 from onnxtools.errors import JobError, OnnxtoolsError, UsageError
 from onnxtools.manager import Instrument, Step
@@ -211,8 +210,9 @@ class Reproducer(Instrument):
     def failed(self, pass_: Pass, model: Model, error: BaseException) -> None:
         if isinstance(error, OnnxtoolsError) or model.path is None:
             return
+        from onnxtools.recipe import write_recipe
+
         self.folder.mkdir(parents=True, exist_ok=True)
-        recipe = {"input": str(model.path.resolve()), "output": "after.onnx", "passes": [{p.name: p.options()} for p in self.passes]}
-        (self.folder / "recipe.yaml").write_text(f"# {pass_.name} failed: {type(error).__name__}\n" + yaml.safe_dump(recipe, sort_keys=False))
+        write_recipe(self.folder / "recipe.yaml", model.path, Path("after.onnx"), self.passes, f"{pass_.name} failed: {type(error).__name__}")
         note = f"reproduce with: onnxtools pipeline {self.folder / 'recipe.yaml'} --debug"
         error.__notes__ = [*getattr(error, "__notes__", []), note]  # BaseException.add_note exists since Python 3.11

@@ -86,6 +86,12 @@ class Pass:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
 
     @classmethod
+    def default(cls, name: str) -> Any:
+        """Of the option `name`, as plain data."""
+        value = next(f.default for f in dataclasses.fields(cls) if f.name == name)
+        return list(value) if isinstance(value, tuple) else value
+
+    @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Pass:
         """Build a pass from plain data, checking names, types and choices.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import yaml
 from onnxtools.errors import UsageError
 from onnxtools.passbase import Pass, convert_fields
 from onnxtools.registry import load_pass
+from onnxtools.storage import replacing
 
 if TYPE_CHECKING:
     from onnxtools.engines.spec import EngineSpec
@@ -58,6 +60,14 @@ def read_recipe(path: Path, input_path: Path | None = None, output_path: Path | 
     if tolerance is not None and not isinstance(tolerance, (int, float)):
         raise UsageError(f"{path}: validate.tolerance is {tolerance!r}; it takes a number such as 0.00001")
     return Recipe(source, target, passes, _path(path, check, "against"), tolerance, engine, spec)
+
+
+def write_recipe(path: Path, source: Path, output: Path, passes: Sequence[Pass], comment: str) -> None:
+    """A recipe that runs `passes` on `source`; options that are as they are by default are left out."""
+    steps = [{p.name: {key: value for key, value in p.options().items() if value != type(p).default(key)}} for p in passes]
+    recipe = {"input": str(source.resolve()), "output": str(output), "passes": steps}
+    with replacing(path) as tmp:
+        tmp.write_text(f"# {comment}\n" + yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
 
 
 def read_yaml(path: Path, what: str) -> dict[str, Any]:

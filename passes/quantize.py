@@ -232,7 +232,7 @@ class Quantize(Selected, Calibrated):
         if self.kind == "int4-rtn" and not inner:
             return Int4Scheme(INT4, 0, None, blocks), {}
         found: Findings = {}
-        with Calibration(model, self, key=repr(self)) as calibration:
+        with Calibration(model, self, key=repr(dataclasses.replace(self, exclude_worst=0))) as calibration:
             keep = calibration if self.gptq else None
             scheme = self._scheme(blocks, calibration.tokens, keep)
             by_node = {product.node: g for g in groups for product in g.products} if self.kind != "int4-rtn" else {}

@@ -1,0 +1,130 @@
+"""How few layers must stay in higher precision for a model to lose no more than it may."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from onnxtools.engines.onnxrt import OrtRuntime
+from onnxtools.errors import JobError, UsageError
+from onnxtools.evaluate.lambada import Passage, PassageResult, compare_lambada, score_lambada, summarize_lambada, tokenized
+from onnxtools.generation.runtime import RuntimeOptions
+from onnxtools.generation.text import Tokenizer
+from onnxtools.manager import PassManager
+from onnxtools.model import Model
+from onnxtools.passes.quantize import Quantize
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may be lost: points of LAMBADA's whole-word accuracy, or per cent of its perplexity a token."""
+
+    amount: float
+    unit: str
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """Of `0.5pt` or `2%`.
+
+        Raises:
+            UsageError: it is neither.
+        """
+        match = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*(pt|%)", text.strip())
+        if match is None:
+            raise UsageError(f"--budget is {text!r}; write 0.5pt (points of accuracy) or 2% (perplexity)")
+        return cls(float(match[1]), match[2])
+
+    def loss(self, reference: Sequence[PassageResult], found: Sequence[PassageResult]) -> float:
+        if self.unit == "pt":
+            return -100 * float(compare_lambada(reference, found)["acc_difference"])
+        return 100 * float(summarize_lambada(found)["ppl_token"] / summarize_lambada(reference)["ppl_token"] - 1)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One quantized model.
+
+    Attributes:
+        excluded: products in their own precision.
+        acc, ppl_token: of LAMBADA; loss: in the budget's unit.
+    """
+
+    excluded: int
+    acc: float
+    ppl_token: float
+    loss: float
+
+
+def within_budget(
+    wanted: Quantize, source: Path, output: Path, budget: Budget, rows: Sequence[tuple[str, str]], tried: Callable[[Trial], None]
+) -> tuple[Quantize, list[Trial]]:
+    """`wanted` with the least `exclude_worst` that keeps the budget, found by halving; and every model that was tried.
+
+    Layers are left out in the order of their own output error, which calibration finds once for all trials. That a model with
+    more layers left out loses less is taken for granted, and on a few hundred passages only roughly true: see `docs/quantization.md`.
+
+    Args:
+        output: trials are written beside it, and removed.
+        rows: (context, last word), as of `read_lambada`.
+    Raises:
+        JobError: nothing that is calibrated was quantized.
+    """
+    tokenizer = Tokenizer.open(Path(wanted.tokenizer) if wanted.tokenizer else source.parent)
+    reference, passages = _reference(source, tokenizer, rows)
+    trial_path = output.with_name(f"{output.stem}.trial.onnx")
+    trials: dict[int, Trial] = {}
+    with tempfile.TemporaryDirectory(prefix="onnxtools-budget-") as folder:
+
+        def attempt(excluded: int) -> tuple[Trial, int]:
+            candidate = dataclasses.replace(wanted, exclude_worst=excluded, calib_cache=wanted.calib_cache or folder)
+            try:
+                count = _write(candidate, source, trial_path)
+                results = _scores(trial_path, passages)
+            finally:
+                for path in output.parent.glob(f"{trial_path.name}*"):
+                    path.unlink()
+            figures = summarize_lambada(results)
+            trials[excluded] = Trial(excluded, figures["acc"], figures["ppl_token"], budget.loss(reference, results))
+            tried(trials[excluded])
+            return trials[excluded], count
+
+        first, count = attempt(0)
+        low, high = 0, 0 if first.loss <= budget.amount else count
+        while low < high:  # `high` keeps the budget: with all left out nothing is lost
+            middle = (low + high) // 2
+            over = trials[middle] if middle in trials else attempt(middle)[0]
+            if over.loss > budget.amount:
+                low = middle + 1
+            else:
+                high = middle
+    return dataclasses.replace(wanted, exclude_worst=high), list(trials.values())
+
+
+def _write(candidate: Quantize, source: Path, path: Path) -> int:
+    """The quantized model; how many of its products could be left out."""
+    model = Model.load(source)
+    report = PassManager([candidate]).run(model)
+    count = sum(row.get("error") is not None for step in report.steps for row in step.result.table)
+    if not count:
+        raise JobError(f"{source}: no calibrated product was quantized, so nothing can be left out; drop --budget")
+    model.save(path)
+    return count
+
+
+def _reference(source: Path, tokenizer: Tokenizer, rows: Sequence[tuple[str, str]]) -> tuple[list[PassageResult], list[Passage]]:
+    runtime = OrtRuntime(source, RuntimeOptions())
+    passages = tokenized(rows, tokenizer, runtime.info.max_positions)
+    runtime.close()
+    return _scores(source, passages), passages
+
+
+def _scores(path: Path, passages: list[Passage]) -> list[PassageResult]:
+    runtime = OrtRuntime(path, RuntimeOptions())
+    try:
+        return score_lambada(runtime, passages, batch_size=8, known={}, done=lambda *_: None)
+    finally:
+        runtime.close()
