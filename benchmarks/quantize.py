@@ -31,6 +31,7 @@ SCHEMES: dict[str, list[str]] = {
     "fp16": ["precision", "--to", "fp16"],
     "FP8 W8A8": ["quantize", "--fp8", *CALIB],
     "FP8 W8A8, GPTQ": ["quantize", "--fp8", "--gptq", *CALIB],
+    "FP8 W8A8, GPTQ, attention": ["quantize", "--fp8", "--gptq", "--attention", *CALIB],
     "INT8 per tensor, QKV and FC1": ["quantize", "--int8", *CALIB],
     "INT8 SmoothQuant 0.5 per tensor, QKV and FC1": ["quantize", "--smoothquant", "0.5", *CALIB],
     "INT8 per token, per channel": ["quantize", "--int8", "--per-token", "--per-channel", "--all-layers", *CALIB],
