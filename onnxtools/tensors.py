@@ -162,12 +162,18 @@ class StreamedTensor(RowTensor):
         return self.function(read_rows(self.sources[0], start, stop, scratch), start)
 
 
+_CACHED = 1 << 15
+
+
 def raw_bytes(array: np.ndarray) -> memoryview:
     """The bytes of `array` in ONNX order (little endian, row-major) without a copy where it is contiguous; int4 packed, low nibble first."""
     if array.dtype == ml_dtypes.int4:
         flat = array.reshape(-1).view(np.uint8)
         pairs = (np.append(flat, np.uint8(0)) if flat.size % 2 else np.ascontiguousarray(flat)).view("<u2")
-        array = (pairs & 15 | pairs >> 4 & 240).astype(np.uint8)
+        array = np.empty(len(pairs), np.uint8)
+        for start in range(0, len(pairs), _CACHED):  # temporaries that stay in the cache
+            part = pairs[start : start + _CACHED]
+            array[start : start + _CACHED] = part & 15 | part >> 4 & 240
     return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 

