@@ -92,7 +92,9 @@ class Quantize(Selected, Calibrated):
         int8, int4 = self.kind == "int8", self.kind.startswith("int4")
         rules = (
             (self.per_token and not int8, "--per-token is for INT8"), (self.per_channel and int4, "--per-channel is for FP8 and INT8"),
-            (self.attention and self.kind != "fp8", "--attention is for FP8"), (self.all_layers and not int8, "--all-layers is for INT8"), (self.block_size is not None and not int4, "--block-size is for INT4"),
+            (self.attention and self.kind != "fp8", "--attention is for FP8"),
+            (self.all_layers and not int8, "--all-layers is for INT8"),
+            (self.block_size is not None and not int4, "--block-size is for INT4"),
             (self.calib_method != "max" and (int4 or self.per_token or self.smoothquant is not None), "--calib-method is for static scales without smoothing"),
             (self.gptq and self.kind in ("none", "int4-rtn"), "--gptq is for weights that are calibrated"),
             (self.lower == "ort" and not int4, "--lower ort is for INT4: MatMulNBits is what it has fast kernels for"),

@@ -12,8 +12,8 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
+import torch
 
 from tests.calibration.texts import calibration_file, tokens
 from tests.generation.models import exported, reference
