@@ -2,62 +2,124 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
+import re
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-from onnxtools.engines.builder import Engine, get_builder
-from onnxtools.engines.manifest import hash_weights, make_manifest, manifest_path
+from onnxtools import __version__
+from onnxtools.engines.audit import holds, summary
+from onnxtools.engines.builder import Builder, Engine, get_builder
+from onnxtools.engines.manifest import FORMAT, hash_file, hash_weights, make_manifest, manifest_path
 from onnxtools.engines.preflight import preflight
 from onnxtools.engines.profiles import profiles_for
-from onnxtools.engines.spec import EngineSpec
+from onnxtools.engines.spec import EngineSpec, version_of
 from onnxtools.engines.timing_cache import check_timing_cache, rtx_note
+from onnxtools.engines.versions import check_options, is_mixed, is_strongly_typed
 from onnxtools.errors import JobError, UsageError
+from onnxtools.manager import PassManager
 from onnxtools.model import Model
 from onnxtools.storage import replacing, temporary, write_error
 from onnxtools.tensors import external_path
 
 
-def build(source: Path | Model, engine_path: Path, spec: EngineSpec) -> Engine:
+def build(source: Path | Model, engine_path: Path, spec: EngineSpec, *, force: bool = False) -> Engine:
     """Check, build, and write `engine_path` and `engine_path`.json.
 
     Args:
         source: an ONNX file, parsed as it lies on the disk; or a model in memory, which is saved to a temporary folder
             beside the engine first (its weights are copied).
+        force: build although the engine that lies there is of the same graph, weights, options and builder.
     Raises:
-        UsageError: the options do not fit each other or the graph.
-        JobError: the graph is refused, the builder fails, or the engine cannot be written. No file is left behind, and an
-            engine that was there before stays.
+        UsageError: the options do not fit each other, the graph or the version of the builder.
+        JobError: the graph is refused, the builder fails, the engine lacks what was asked for, or it cannot be written. No file
+            is left behind, and an engine that was there before stays.
     """
     check_target(engine_path)
+    builder = get_builder(spec.backend)
+    check_options(spec, builder.name, version_of(_number(builder)))
+    if spec.sparsity == "force" and builder.name != "trtexec":
+        source, spec = _pruned(source), dataclasses.replace(spec, sparsity="enable")
     if isinstance(source, Model):
         with tempfile.TemporaryDirectory(prefix=".onnxtools-build-", dir=engine_path.parent) as folder:
             copy = Path(folder) / (source.path.name if source.path else "model.onnx")
             source.save(copy)
-            return build(copy, engine_path, spec)
-    notes = []
-    if spec.timing_cache is not None:
-        check_timing_cache(Path(spec.timing_cache))
-        notes.append(rtx_note(Path(spec.timing_cache)))
+            return _build(copy, engine_path, spec, builder, force, path=None)
+    return _build(source, engine_path, spec, builder, force, path=os.path.relpath(source, engine_path.parent))
+
+
+def _build(source: Path, engine_path: Path, spec: EngineSpec, builder: Builder, force: bool, path: str | None) -> Engine:
     model = Model.load(source)
     _refuse_overwriting(model, engine_path)
-    builder = get_builder(spec.backend)
+    notes = _timing_cache_notes(spec, builder)
+    if not force and (known := _known(model, engine_path, spec, builder)):
+        return Engine(engine_path, known, reused=True)
     profiles = profiles_for(model, spec)
-    checked = preflight(model, spec, builder)
+    checked = preflight(model, spec, builder, strong=is_strongly_typed(spec, builder.name, version_of(_number(builder)), is_mixed(model)))
     # Both files are complete before either gets its name, and the plan gets it first. Hashing runs beside the build.
     with replacing(manifest_path(engine_path)) as manifest_tmp, replacing(engine_path) as plan_tmp, ThreadPoolExecutor(1) as pool:
         weights = pool.submit(hash_weights, model)
         started = time.monotonic()
         built = builder.build(model, source, plan_tmp, profiles, spec)
         seconds = time.monotonic() - started
+        audit = summary(built.engine_layers, built.precisions)
+        _check_audit(model, spec, audit)
         manifest = make_manifest(
             model, spec, builder, profiles, checked, built,
-            engine=engine_path.name, weights=weights.result(), notes=notes, seconds=seconds,
+            engine=engine_path.name, path=path, weights=weights.result(), audit=audit, notes=notes, seconds=seconds,
         )  # fmt: skip
         manifest_tmp.write_text(json.dumps(manifest, indent=2) + "\n")
     return Engine(engine_path, manifest)
+
+
+def _number(builder: Builder) -> str:
+    """'1.7.1' of '1.7.1.116+cu13'."""
+    match = re.match(r"\d+(\.\d+){0,2}", builder.version())
+    return match[0] if match else "0"
+
+
+def _pruned(source: Path | Model) -> Model:
+    from onnxtools.passes.prune import Prune
+
+    model = source if isinstance(source, Model) else Model.load(source)
+    PassManager([Prune()]).run(model)
+    return model
+
+
+def _timing_cache_notes(spec: EngineSpec, builder: Builder) -> list[str]:
+    if spec.timing_cache is None:
+        return []
+    check_timing_cache(Path(spec.timing_cache))
+    return [rtx_note(Path(spec.timing_cache))] if builder.name == "tensorrt-rtx" else []
+
+
+def _known(model: Model, engine_path: Path, spec: EngineSpec, builder: Builder) -> dict[str, Any] | None:
+    """The manifest of the engine that lies there, where building it again would give the same."""
+    try:
+        found = json.loads(manifest_path(engine_path).read_text())
+        same = (
+            found["format"] == FORMAT
+            and found["onnxtools"] == __version__
+            and found["spec"] == spec.as_json()
+            and found["backend"] == {"name": builder.name, "version": builder.version()}
+            and found["graph"]["sha256"] == model.sha256
+            and found["engine"] == hash_file(engine_path)
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if same and found["weights"] == hash_weights(model) else None
+
+
+def _check_audit(model: Model, spec: EngineSpec, audit: dict[str, Any]) -> None:
+    """An engine without the precision that was asked for is no success, whatever the builder says."""
+    for name in spec.demanded if audit["outputs"] else ():
+        if not holds(audit, name):
+            raise JobError(f"{model.path}: --{name}, but the audit ({audit['source']}) finds no {name.upper()} in what was built; see its layers with --json")
 
 
 def check_target(engine_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from onnxtools import registry
+from onnxtools.engines.audit import EngineLayer
 from onnxtools.engines.profiles import Profile
 from onnxtools.engines.spec import EngineSpec
 from onnxtools.errors import JobError
@@ -21,7 +23,7 @@ class Limits:
     Attributes:
         opset: newest default operator set.
         ir_version: newest ONNX IR version.
-        capabilities: compute capabilities, as '8.9'.
+        capabilities: compute capabilities, as '8.9'; none where it builds for the GPU of this machine alone.
     """
 
     opset: int
@@ -50,7 +52,9 @@ class Built:
         layers: layer type -> count, of the parsed network.
         precisions: dtype -> number of layer outputs, of the parsed network.
         mends: what was changed on the network so that it means what the graph means.
+        notes: what else people should know.
         warnings: the builder's own, each once.
+        engine_layers: of the engine's inspector; None where the engine cannot be read back.
         size, sha256: of the plan file, in bytes and hexadecimal.
     """
 
@@ -60,17 +64,24 @@ class Built:
     layers: dict[str, int] = field(default_factory=dict)
     precisions: dict[str, int] = field(default_factory=dict)
     mends: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     size: int = 0
     sha256: str = ""
+    engine_layers: list[EngineLayer] | None = None
 
 
 @dataclass(frozen=True)
 class Engine:
-    """A plan file and its manifest, the dictionary that lies beside it as JSON."""
+    """A plan file and its manifest, the dictionary that lies beside it as JSON.
+
+    Attributes:
+        reused: it lay there already, and building it again would have given the same.
+    """
 
     path: Path
     manifest: dict[str, Any]
+    reused: bool = False
 
 
 class Builder(Protocol):
@@ -101,14 +112,16 @@ class Builder(Protocol):
 
 
 def get_builder(name: str) -> Builder:
-    """The builder registered as `name`.
+    """The builder registered as `name`; for `auto` the first that is there: tensorrt, tensorrt-rtx, trtexec.
 
     Raises:
         UsageError: nobody registered that name.
         JobError: its library is not installed.
     """
-    try:
-        builder: Builder = registry.load(name, registry.BUILDERS)()
-    except ImportError as error:
-        raise JobError(f"builder {name!r} needs a library that cannot be imported ({error}); install it") from error
+    if name == "auto":
+        for candidate in ("tensorrt", "tensorrt-rtx", "trtexec"):
+            with contextlib.suppress(JobError):
+                return get_builder(candidate)
+        raise JobError("no builder is installed; install tensorrt or tensorrt-rtx-cu13, or put trtexec on PATH")
+    builder: Builder = registry.load(name, registry.BUILDERS)()
     return builder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from onnxtools.engines.builder import Builder, Built
 from onnxtools.engines.preflight import Preflight
 from onnxtools.engines.profiles import Profile
 from onnxtools.engines.spec import EngineSpec
+from onnxtools.errors import JobError
 from onnxtools.manager import PROVENANCE_KEY
 from onnxtools.memory import peak_mib
 from onnxtools.model import Model
@@ -43,16 +44,17 @@ def hash_weights(model: Model) -> list[dict[str, Any]]:
 
 def make_manifest(
     model: Model, spec: EngineSpec, builder: Builder, profiles: Sequence[Profile], checked: Preflight, built: Built,
-    *, engine: str, weights: list[dict[str, Any]], notes: Sequence[str], seconds: float,
+    *, engine: str, path: str | None, weights: list[dict[str, Any]], audit: dict[str, Any], notes: Sequence[str], seconds: float,
 ) -> dict[str, Any]:  # fmt: skip
     """The manifest as plain data.
 
     Args:
         engine: file name of the plan.
-        weights: `hash_weights(model)`.
+        path: of the model, from the plan's folder; None where it was in memory.
+        weights: `hash_weights(model)`; audit: `audit.summary` of the engine.
         seconds: wall time of parsing, building and writing.
     """
-    graph = {"file": model.path.name if model.path else None, "sha256": model.sha256}
+    graph = {"file": model.path.name if model.path else None, "sha256": model.sha256, "path": path}
     return {
         "format": FORMAT,
         "onnxtools": __version__,
@@ -68,10 +70,69 @@ def make_manifest(
         "inputs": [info.as_json() for info in built.inputs],
         "outputs": [info.as_json() for info in built.outputs],
         "layers": {"source": "parsed network", "types": built.layers, "output_dtypes": built.precisions},
+        "audit": audit,
         "sparsity": checked.sparsity.as_json() if checked.sparsity is not None else None,
         "mends": built.mends,
-        "notes": [*model.notes, *checked.notes, *notes],
+        "notes": [*model.notes, *checked.notes, *built.notes, *notes],
         "warnings": built.warnings,
         "build_seconds": round(seconds, 3),
         "peak_rss_mib": round(peak_mib(), 1),
     }
+
+
+def read_manifest(engine: Path) -> dict[str, Any]:
+    """The manifest beside a plan.
+
+    Raises:
+        JobError: there is none, or it is not of `onnxtools build`.
+    """
+    path = manifest_path(engine)
+    try:
+        found = json.loads(path.read_text())
+        if not all(key in found for key in ("backend", "inputs", "outputs", "profiles")):
+            raise ValueError("keys are missing")
+    except OSError:
+        raise JobError(f"{path}: there is no such manifest, so this is no engine of onnxtools; build one with onnxtools build") from None
+    except (ValueError, TypeError) as error:
+        raise JobError(f"{path}: is no manifest of onnxtools build ({error}); build the engine again") from None
+    return found  # type: ignore[no-any-return]
+
+
+def check_plan(engine: Path, manifest: Mapping[str, Any], *, version: str, capability: str) -> None:
+    """Refuse, before TensorRT sees it, a plan that cannot run here or is not the one that was built.
+
+    Args:
+        version: of the library that would run it.
+        capability: of the GPU, as '8.9'.
+    Raises:
+        JobError: says which, and what to do.
+    """
+    built, spec = manifest["backend"], manifest["spec"]
+    if built["version"] != version and not spec.get("version_compatible"):
+        raise JobError(f"{engine}: was built by {built['name']} {built['version']} and {version} is installed; build it again, or install that one")
+    wanted = manifest["compute_capabilities"]
+    if built["name"] == "tensorrt-rtx" and capability not in wanted:
+        raise JobError(f"{engine}: was built for compute capability {', '.join(wanted)} and this GPU has {capability}; build it with --compute-capability {capability}")
+    if hash_file(engine) != manifest["engine"]:
+        raise JobError(f"{engine}: is not the file that its manifest describes (changed, or damaged); build it again")
+
+
+def check_files(engine: Path, manifest: Mapping[str, Any], graph: Path | None = None) -> list[tuple[str, str]]:
+    """The files that a manifest names, and what is wrong with each; nothing where it is as it was.
+
+    Args:
+        graph: the model; by default where it lay when the engine was built.
+    """
+    recorded = manifest["graph"].get("path")
+    model = graph or (engine.parent / recorded if recorded else None)
+    found = [(str(engine), _changed(engine, manifest["engine"]))]
+    if model is None:
+        return [*found, ("graph", "was made in memory: name the model to compare with")]
+    found.append((str(model), _changed(model, {"sha256": manifest["graph"]["sha256"]})))
+    return found + [(str(model.parent / entry["file"]), _changed(model.parent / entry["file"], entry)) for entry in manifest["weights"]]
+
+
+def _changed(path: Path, entry: Mapping[str, Any]) -> str:
+    if not path.is_file():
+        return "is not there"
+    return "" if hash_file(path)["sha256"] == entry["sha256"] else "is not what the engine was built from or as"

@@ -30,8 +30,11 @@ class Preflight:
     sparsity: Sparsity | None = None
 
 
-def preflight(model: Model, spec: EngineSpec, builder: Builder) -> Preflight:
+def preflight(model: Model, spec: EngineSpec, builder: Builder, *, strong: bool = True) -> Preflight:
     """Check the graph against the specification and the builder.
+
+    Args:
+        strong: whether the network will be strongly typed, so that types must be in the graph.
 
     Raises:
         UsageError: a compute capability that the builder does not know.
@@ -40,11 +43,12 @@ def preflight(model: Model, spec: EngineSpec, builder: Builder) -> Preflight:
     graph, result = Graph(model), Preflight()
     _check_limits(model, spec, builder)
     _check_fp8(graph, spec)
+    _check_demands(graph, spec, strong)
     _check_supported(graph, builder)
     check_traps(graph)
     _check_scales(graph)
     _check_caches(graph)
-    if spec.sparsity:
+    if spec.sparsity != "disable":
         result.sparsity = _check_sparsity(model)
         result.notes.append(f"sparsity: {result.sparsity}")
     return result
@@ -53,7 +57,7 @@ def preflight(model: Model, spec: EngineSpec, builder: Builder) -> Preflight:
 def _check_limits(model: Model, spec: EngineSpec, builder: Builder) -> None:
     limits = builder.limits()
     unknown = [text for text in spec.compute_capability if text not in limits.capabilities]
-    if unknown:
+    if unknown and limits.capabilities:
         raise UsageError(f"--compute-capability {unknown[0]}: {builder.name} builds for {', '.join(limits.capabilities)} only")
     if model.opset > limits.opset:
         raise JobError(f"{model.path}: opset {model.opset}, but {builder.name} reads up to {limits.opset}; export an older one")
@@ -92,6 +96,24 @@ def _check_fp8(graph: Graph, spec: EngineSpec) -> None:
             f"{graph.model.path}: the graph is FP8, which compute capability {', '.join(lacking)} lacks;"
             f" build for {FP8_CAPABILITY} or newer, or build a graph without FP8"
         )
+
+
+_DEMANDS = {
+    "fp16": ({ir.DataType.FLOAT16}, "onnxtools precision --to fp16"),
+    "bf16": ({ir.DataType.BFLOAT16}, "onnxtools precision --to bf16"),
+    "int8": ({ir.DataType.INT8, ir.DataType.UINT8}, "onnxtools quantize --int8"),
+    "int4": ({ir.DataType.INT4, ir.DataType.UINT4}, "onnxtools quantize --int4-awq"),
+}
+
+
+def _check_demands(graph: Graph, spec: EngineSpec, strong: bool) -> None:
+    """A strongly typed network has the types of the graph and no others."""
+    for name, (types, remedy) in _DEMANDS.items():
+        if not (strong and getattr(spec, name)):
+            continue
+        values = [value for value, _ in graph.model.weights()] + [value for node in graph.nodes() for value in node.outputs]
+        if not any(_dtype(value) in types for value in values):
+            raise JobError(f"{graph.model.path}: --{name}, but nothing in the graph is {name.upper()}, and its types are what the engine has; run `{remedy}`")
 
 
 def _holds_fp8(graph: Graph) -> bool:

@@ -174,16 +174,18 @@ def derive_profiles(model: Model, spec: EngineSpec) -> list[Profile]:
     inputs = {name: value for name, value in _inputs(model).items() if is_dynamic(value)}
     if not inputs:
         return []
-    longest, batch = spec.max_seq_len, (1, spec.max_batch_size, spec.max_batch_size)
+    longest, batch = spec.longest, (1, spec.opt_batch_size or spec.max_batch_size, spec.max_batch_size)
+    prompt = spec.max_input_len or longest
     tuned = spec.opt_seq_len or max(1, longest // 2)
+    context = (1, min(tuned, prompt), prompt)
     roles = {name: _roles(value) for name, value in inputs.items()}
     if not any("past" in found for found in roles.values()):
-        return [_profile("sequence", inputs, roles, {"batch": batch, "past": (0, 0, 0), "sequence": (1, tuned, longest)})]
+        return [_profile("sequence", inputs, roles, {"batch": batch, "past": (0, 0, 0), "sequence": context})]
     if longest < 2:
-        raise UsageError("--max-seq-len 1 leaves no room for a cache; give at least 2")
+        raise UsageError("a longest sequence of 1 leaves no room for a cache; give --max-seq-len 2 or more")
     past = (1, min(tuned, longest - 1), longest - 1)
     return [
-        _profile("context", inputs, roles, {"batch": batch, "past": (0, 0, 0), "sequence": (1, tuned, longest)}),
+        _profile("context", inputs, roles, {"batch": batch, "past": (0, 0, 0), "sequence": context}),
         _profile("generation", inputs, roles, {"batch": batch, "past": past, "sequence": (1, 1, 1)}),
     ]
 

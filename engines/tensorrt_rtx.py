@@ -1,267 +1,29 @@
-"""The TensorRT-RTX backend: builds on a CPU, for one or several compute capabilities.
-
-Measured with 1.7.1: a plan cannot be deserialized without a GPU driver (cudaError 35), so the engine's inputs and outputs
-are read from the parsed, strongly typed network, whose bindings the plan keeps. Shapes that no run could have are only
-warned of, and failing writes are ignored: both are errors here.
-"""
+"""The TensorRT-RTX backend: builds on a CPU, for one or several compute capabilities."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import re
-import signal
-import sys
-import threading
-import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import tensorrt_rtx as trt
 
-from onnxtools.engines import network as net
-from onnxtools.engines.builder import Built, Limits
-from onnxtools.engines.lowering import lowered
-from onnxtools.engines.profiles import Profile
+from onnxtools.engines.builder import Limits
 from onnxtools.engines.spec import EngineSpec
-from onnxtools.errors import JobError
-from onnxtools.model import Model
-from onnxtools.progress import DELAY_SECONDS
-
-IO_SOURCE = "parsed network (a plan is read back on a GPU only)"
+from onnxtools.engines.tensorrt_api import ApiBuilder
 
 
-class TensorRTRTXBuilder:
+class TensorRTRTXBuilder(ApiBuilder):
     """See `onnxtools.engines.builder.Builder`."""
 
-    name = "tensorrt-rtx"
+    name, title = "tensorrt-rtx", "TensorRT-RTX"
 
-    def version(self) -> str:
-        return str(trt.__version__)
+    def __init__(self) -> None:
+        super().__init__(trt)
 
     def limits(self) -> Limits:
         capabilities = [f"{name[2:-1]}.{name[-1]}" for name in trt.ComputeCapability.__members__ if name.startswith("SM")]
         return Limits(opset=25, ir_version=13, capabilities=tuple(sorted(capabilities, key=float)))
 
-    def supports(self, op_type: str) -> bool:
-        if not hasattr(self, "_parser"):
-            self._network = _new_network(trt.Builder(_LOGGER))
-            self._parser = trt.OnnxParser(self._network, _LOGGER)
-        return bool(self._parser.supports_operator(op_type))
-
-    def build(self, model: Model, source: Path, plan: Path, profiles: Sequence[Profile], spec: EngineSpec) -> Built:
-        _LOGGER.clear()
-        builder = trt.Builder(_LOGGER)
-        network = _new_network(builder)
-        parser = trt.OnnxParser(network, _LOGGER)  # owns the weights: it must outlive the build
-        other = lowered(model)
-        parsed = parser.parse(other[0], str(source)) if other else parser.parse_from_file(str(source))
-        if not parsed:
-            raise JobError(_parser_error(model, parser))
-        net.refuse_shape_inputs(model, network)
-        mends = [*(other[1] if other else []), *net.mend_attention(trt, network)]
-        inputs, outputs = net.read_io(network)
-        net.check_io(model, inputs, outputs)
-        layers, precisions = net.histogram(network)
-        config = _config(builder, profiles, spec)
-        with open(plan, "wb") as file:
-            writer = _Writer(file)
-            _serialize(model, builder, network, config, writer)
-        return Built(
-            inputs, outputs, io_source=IO_SOURCE, layers=layers, precisions=precisions, mends=mends,
-            warnings=_LOGGER.lines(trt.ILogger.WARNING), size=writer.size, sha256=writer.digest.hexdigest(),
-        )  # fmt: skip
-
-
-_UNFIT = r"Profile k(MIN|MAX) values are not self-consistent|k(MIN|OPT|MAX) values for profile"
-"""Shapes that the graph contradicts. With the second text the build fails; with the first, a mere warning, the engine would."""
-
-
-def _new_network(builder: Any) -> Any:
-    return builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-
-
-def _config(builder: Any, profiles: Sequence[Profile], spec: EngineSpec) -> Any:
-    config = builder.create_builder_config()
-    config.num_compute_capabilities = len(spec.compute_capability)
-    for index, text in enumerate(spec.compute_capability):
-        config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{text.replace('.', '')}"), index)
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    if spec.sparsity:
-        config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
-    if not spec.tf32:
-        config.clear_flag(trt.BuilderFlag.TF32)
-    if spec.builder_optimization_level is not None:
-        config.builder_optimization_level = spec.builder_optimization_level
-    for profile in profiles:
-        made = builder.create_optimization_profile()
-        for name, span in profile.shapes.items():
-            made.set_shape(name, span.min, span.opt, span.max)
-        if config.add_optimization_profile(made) < 0:
-            raise JobError(f"profile {profile.name!r} is refused: {_LOGGER.reason()}; change the shapes")
-    return config
-
-
-def _serialize(model: Model, builder: Any, network: Any, config: Any, writer: _Writer) -> None:
-    with _monitor() as monitor:
-        config.progress_monitor = monitor
-        done = builder.build_serialized_network_to_stream(network, config, writer)
-    if monitor.cancelled:
-        raise KeyboardInterrupt
-    if writer.error is not None:
-        raise writer.error
-    unfit = [line for _, text in _LOGGER.messages if re.search(_UNFIT, line := _plain(text))]
-    if unfit:
-        raise JobError(f"{model.path}: the graph cannot run in its profiles: {unfit[0]}; lower --max-seq-len or the shapes")
-    if not done or writer.size == 0:
-        raise JobError(f"{model.path}: TensorRT-RTX cannot build it: {_LOGGER.reason()}; see the graph with `onnxtools inspect`")
-
-
-class _Writer(trt.IStreamWriter):  # type: ignore[misc]
-    """Takes the plan piece by piece. TensorRT ignores a failed write, so the error is kept."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        super().__init__()
-        self.file = file
-        self.digest = hashlib.sha256()
-        self.size = 0
-        self.error: OSError | None = None
-
-    def write(self, data: bytes) -> int:
-        """Returns how many bytes were written."""
-        if self.error is None:
-            try:
-                self.file.write(data)
-                self.file.flush()
-            except OSError as error:
-                self.error = error
-                return 0
-            self.digest.update(data)
-            self.size += len(data)
-        return len(data)
-
-
-class _Logger(trt.ILogger):  # type: ignore[misc]
-    """Keeps errors and warnings; drops the rest, and the complaint that a machine without a GPU has no GPU driver."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.messages: list[tuple[Any, str]] = []
-
-    def log(self, severity: Any, message: str) -> None:
-        if severity <= trt.ILogger.WARNING and "cudaError 35" not in message:
-            self.messages.append((severity, message))
-
-    def clear(self) -> None:
-        self.messages.clear()
-
-    def lines(self, severity: Any) -> list[str]:
-        """Messages of one severity, each once, without TensorRT's source positions."""
-        return list(dict.fromkeys(_plain(text) for kind, text in self.messages if kind == severity))
-
-    def reason(self) -> str:
-        """The errors as one line."""
-        lines = self.lines(trt.ILogger.INTERNAL_ERROR) + self.lines(trt.ILogger.ERROR)
-        return "; ".join(lines) or "no reason given (another logger is active in this process)"
-
-
-_LOGGER = _Logger()
-"""TensorRT keeps the first logger of a process while anything made with it lives, so there is one."""
-
-
-def _plain(text: str) -> str:
-    """A message without source files, error codes and advice about other APIs; one line."""
-    text = " ".join(line for line in text.splitlines() if "cudaError 35" not in line)
-    text = re.sub(r"^\w+::\w+: Error Code \d+: ", "", text)
-    text = re.sub(r"\w+\.(cpp|h):\d+: ", "", text)
-    text = re.sub(r" ?\(See https?://[^)]*\)|\.? In \S+ at /_src/[^ )]*", "", text)
-    text = re.sub(r"^Internal Error \((.*)\)$", r"\1", text)
-    return re.sub(r"\s+", " ", text).strip().rstrip(".")
-
-
-def _parser_error(model: Model, parser: Any) -> str:
-    """One line for a single error, else a heading and one line for each."""
-    lines = [_parser_line(model, parser.get_error(i)) for i in range(parser.num_errors)]
-    advice = "`onnxtools convert` rewrites what exporters leave"
-    if not lines:
-        return f"{model.path}: TensorRT-RTX cannot parse it: {_LOGGER.reason()}; {advice}"
-    if len(lines) == 1:
-        return f"{model.path}: TensorRT-RTX's parser refuses {lines[0]}; {advice}"
-    return "\n  ".join([f"{model.path}: TensorRT-RTX's parser refuses {len(lines)} nodes; {advice}", *lines])
-
-
-def _parser_line(model: Model, error: Any) -> str:
-    """`node 'X' (Op) -> 'output': reason`; the output is how ONNX Runtime knows a node without a name."""
-    name = error.node_name()
-    outputs = [node.outputs[0].name for node in model.graph.all_nodes() if name and node.name == name]
-    makes = f" -> {outputs[0]!r}" if outputs else ""
-    reason = _plain(error.desc())
-    quoted = re.search(r'&& "([^"]*)"', reason) or re.match(r"Assertion failed: .*?: (.+)", reason)
-    if quoted:
-        reason = quoted.group(1)
-    if reason == "false":
-        reason = "this operator cannot be parsed here"
-    where = repr(name) if name else f"number {error.node()}"
-    return f"node {where} ({error.node_operator()}){makes}: {reason.rstrip('.')}"
-
-
-class _Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-    """Shows the phases on a terminal once a build takes longer than two seconds, and stops the build when cancelled."""
-
-    def __init__(self, bars: Any | None) -> None:
-        super().__init__()
-        self.cancelled = False
-        self.bars = bars
-        self.tasks: dict[str, Any] = {}
-        self.started = time.monotonic()
-        self.visible = False
-
-    def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-        if self.bars is not None:
-            self.tasks[phase_name] = self.bars.add_task(phase_name, total=num_steps)
-
-    def step_complete(self, phase_name: str, step: int) -> bool:
-        """Returns whether to go on."""
-        if self.bars is not None and phase_name in self.tasks:
-            if not self.visible and time.monotonic() - self.started > DELAY_SECONDS:
-                self.bars.start()
-                self.visible = True
-            self.bars.update(self.tasks[phase_name], completed=step + 1)
-        return not self.cancelled
-
-    def close(self) -> None:
-        if self.bars is not None and self.visible:
-            self.bars.stop()
-
-    def phase_finish(self, phase_name: str) -> None:
-        if self.bars is not None and phase_name in self.tasks:
-            self.bars.remove_task(self.tasks.pop(phase_name))
-
-
-@contextlib.contextmanager
-def _monitor() -> Iterator[_Monitor]:
-    """A monitor whose build Ctrl-C cancels at its next step: an exception must not fly through TensorRT's frames."""
-    monitor = _Monitor(_bars())
-
-    def cancel(signum: int, frame: Any) -> None:
-        monitor.cancelled = True
-
-    main = threading.current_thread() is threading.main_thread()
-    previous = signal.signal(signal.SIGINT, cancel) if main else None
-    try:
-        yield monitor
-    finally:
-        if main:
-            signal.signal(signal.SIGINT, previous)
-        monitor.close()
-
-
-def _bars() -> Any | None:
-    if not sys.stderr.isatty():
-        return None
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+    def configure(self, config: Any, spec: EngineSpec, *, strong: bool) -> None:
+        config.num_compute_capabilities = len(spec.compute_capability)
+        for index, text in enumerate(spec.compute_capability):
+            config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{text.replace('.', '')}"), index)

@@ -1,11 +1,16 @@
-"""The timing cache file: on TensorRT-RTX there is nothing to put into it, and we say so."""
+"""The timing cache file: locked, merged with what others wrote meanwhile, and never half written. TensorRT-RTX has none, and we say so."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
-from onnxtools.errors import UsageError
+from filelock import FileLock
+
+from onnxtools.engines.spec import EngineSpec
+from onnxtools.errors import JobError, UsageError
+from onnxtools.storage import replacing
 
 
 def check_timing_cache(path: Path) -> None:
@@ -25,3 +30,52 @@ def check_timing_cache(path: Path) -> None:
 def rtx_note(path: Path) -> str:
     """What TensorRT-RTX does with a timing cache (its calls for one are deprecated and do nothing)."""
     return f"timing cache: TensorRT-RTX has none; {path} {'left as it is' if path.exists() else 'not written'}"
+
+
+class TimingCache:
+    """The cache of one build; made from the file, and merged into it afterwards.
+
+    Several builds may use one file at once: each merges its timings into what the file holds when it is done.
+
+    Args:
+        config: an IBuilderConfig of TensorRT.
+    Raises:
+        JobError: the file is of another TensorRT or another GPU, or damaged.
+    """
+
+    def __init__(self, config: Any, path: Path) -> None:
+        self._config, self.path = config, path
+        with self._locked():
+            data = path.read_bytes() if path.exists() else b""
+        self._before = len(data)
+        cache = config.create_timing_cache(data)
+        if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+            raise JobError(f"{path}: is no timing cache of this TensorRT and this GPU; name another file with --timing-cache, or remove it")
+
+    @classmethod
+    def open(cls, builder: str, config: Any, spec: EngineSpec) -> TimingCache | None:
+        """None where none was asked for, and for TensorRT-RTX."""
+        return cls(config, Path(spec.timing_cache)) if spec.timing_cache is not None and builder != "tensorrt-rtx" else None
+
+    def save(self) -> list[str]:
+        """Merge into the file; a line for people.
+
+        Raises:
+            JobError: what lies in the file now cannot be merged.
+        """
+        mine = self._config.get_timing_cache()
+        with self._locked():
+            if self.path.exists():
+                whole = self._config.create_timing_cache(self.path.read_bytes())
+                if whole is None or not whole.combine(mine, ignore_mismatch=False):
+                    raise JobError(f"{self.path}: was replaced by a timing cache that does not fit; the new timings are lost, the engine is not")
+            else:
+                whole = mine
+            data = bytes(memoryview(whole.serialize()))
+            with replacing(self.path) as tmp:
+                tmp.write_bytes(data)
+        grown = "every timing was known" if len(data) == self._before else f"{self._before} bytes before"
+        return [f"timing cache: {self.path}, {len(data)} bytes, {grown}"]
+
+    def _locked(self) -> FileLock:
+        return FileLock(self.path.with_name(f"{self.path.name}.lock"))

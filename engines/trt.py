@@ -8,7 +8,6 @@ written in place (KVCacheUpdate aliases input and output). Every buffer is as la
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,31 +16,13 @@ import ml_dtypes
 import numpy as np
 
 from onnxtools.engines.decoder_io import DecoderIO, Port, decoder_io
-from onnxtools.engines.manifest import manifest_path
+from onnxtools.engines.manifest import check_plan, read_manifest
 from onnxtools.engines.ort_session import device_name
 from onnxtools.errors import JobError
 from onnxtools.generation.runtime import Floats, HostLogits, Ids, Logits, ModelInfo, Prompts, RuntimeOptions, check_length, padded, positions_of
 
 Shapes = Mapping[str, Sequence[int]]
 _MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
-
-
-def read_manifest(engine: Path) -> dict[str, Any]:
-    """The manifest beside a plan.
-
-    Raises:
-        JobError: there is none, or it is not of `onnxtools build`.
-    """
-    path = manifest_path(engine)
-    try:
-        found = json.loads(path.read_text())
-        if not all(key in found for key in ("backend", "inputs", "outputs", "profiles")):
-            raise ValueError("keys are missing")
-    except OSError:
-        raise JobError(f"{path}: there is no such manifest, so this is no engine of onnxtools; build one with onnxtools build") from None
-    except (ValueError, TypeError) as error:
-        raise JobError(f"{path}: is no manifest of onnxtools build ({error}); build the engine again") from None
-    return found  # type: ignore[no-any-return]
 
 
 def engine_io(engine: Path, manifest: Mapping[str, Any]) -> DecoderIO:
@@ -122,8 +103,14 @@ class TrtRuntime:
         error, free, total = self._cuda.cudaMemGetInfo()
         return "" if int(error) else f" ({free / 1e9:.1f} of {total / 1e9:.1f} GB are free); run a smaller batch or text"
 
+    def _capability(self) -> str:
+        kind = self._cuda.cudaDeviceAttr
+        names = (kind.cudaDevAttrComputeCapabilityMajor, kind.cudaDevAttrComputeCapabilityMinor)
+        return ".".join(str(self._call("cudaDeviceGetAttribute", name, 0)) for name in names)
+
     def _open(self, options: RuntimeOptions) -> None:
         trt = self._trt
+        check_plan(self.path, self.manifest, version=str(trt.__version__), capability=self._capability())
         self._stream = self._call("cudaStreamCreate")
         engine = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine(self.path.read_bytes())
         if engine is None:

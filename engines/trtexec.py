@@ -1,33 +1,103 @@
-"""The trtexec line that builds the same engine with TensorRT 11."""
+"""The trtexec line that builds the same engine, in the words of each version; and running it."""
 
 from __future__ import annotations
 
+import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from onnxtools.engines.profiles import Profile
-from onnxtools.engines.spec import EngineSpec
+from onnxtools.engines.profiles import Profile, Range
+from onnxtools.engines.spec import PRECISIONS, EngineSpec, pool_size
+from onnxtools.engines.versions import Version, check_options, is_strongly_typed
+from onnxtools.errors import UsageError
+
+NEWEST: Version = (11, 4)
+
+_WORDS: dict[str, Callable[[Any], list[str]]] = {
+    "sparsity": lambda value: [f"--sparsity={value}"],
+    "timing_cache": lambda value: [f"--timingCacheFile={value}"],
+    "error_on_cache_miss": lambda _: ["--errorOnTimingCacheMiss"],
+    "mem_pool_size": lambda value: [f"--memPoolSize={','.join(_mebibytes(text) for text in value)}"],
+    "builder_optimization_level": lambda value: [f"--builderOptimizationLevel={value}"],
+    "tiling_optimization_level": lambda value: [f"--tilingOptimizationLevel={['none', 'fast', 'moderate', 'full'].index(value)}"],
+    "hardware_compatibility_level": lambda value: [f"--hardwareCompatibilityLevel={value}"],
+    "version_compatible": lambda _: ["--versionCompatible"],
+    "refit": lambda _: ["--refit"],
+    "strip_weights": lambda _: ["--stripWeights"],
+    "allow_weight_streaming": lambda _: ["--allowWeightStreaming"],
+    "tf32": lambda value: [] if value else ["--noTF32"],
+    "profiling_verbosity": lambda value: [f"--profilingVerbosity={value}"],
+    "tactic_sources": lambda value: [f"--tacticSources={value}"],
+    "plugins": lambda value: [f"--staticPlugins={path}" for path in value],
+    "device": lambda value: [f"--device={value}"],
+}
+"""Options by the field of `EngineSpec`, written where they are not as trtexec has them by default."""
+_QUIET = {"sparsity": "disable", "hardware_compatibility_level": "none", "profiling_verbosity": "layer_names_only", "device": 0, "tf32": True}
 
 
-def trtexec_line(model_path: Path, engine_path: Path, spec: EngineSpec, profiles: Sequence[Profile]) -> str:
-    """One shell command.
+def trtexec_line(model_path: Path, engine_path: Path, spec: EngineSpec, profiles: Sequence[Profile], version: Version = NEWEST, *, mixed: bool = True) -> str:
+    """One shell command for trtexec of `version`.
 
-    TensorRT 11 networks are strongly typed: there is no precision flag, so `--fp8` leaves no trace. trtexec builds for the
-    GPU it runs on, so `--compute-capability` leaves none either. What we mend on the parsed network, trtexec does not.
+    trtexec builds for the GPU it runs on, so `--compute-capability` leaves no trace. What we mend on the parsed network, trtexec does not.
+
+    Args:
+        mixed: whether the graph has Q/DQ or more than one floating-point type.
+    Raises:
+        UsageError: that version has no such option.
     """
+    return shlex.join(trtexec_words(model_path, engine_path, spec, profiles, version, mixed=mixed))
+
+
+def trtexec_words(
+    model_path: Path, engine_path: Path, spec: EngineSpec, profiles: Sequence[Profile], version: Version, *, mixed: bool
+) -> list[str]:  # fmt: skip
+    """The words of `trtexec_line`."""
+    check_options(spec, "trtexec", version)
     words = ["trtexec", f"--onnx={model_path}", f"--saveEngine={engine_path}", "--skipInference"]
-    if spec.sparsity:
-        words.append("--sparsity=enable")
-    if spec.timing_cache is not None:
-        words.append(f"--timingCacheFile={spec.timing_cache}")
-    if spec.builder_optimization_level is not None:
-        words.append(f"--builderOptimizationLevel={spec.builder_optimization_level}")
-    if not spec.tf32:
-        words.append("--noTF32")
-    for index, profile in enumerate(profiles):
+    words += _typing(spec, version, mixed)
+    for field, say in _WORDS.items():
+        value = getattr(spec, field)
+        if value not in (None, (), False) and value != _QUIET.get(field):
+            words += say(value)
+        elif field == "tf32" and not value:
+            words += say(value)
+    if len(profiles) > 1 and version < (9,):
+        names = ", ".join(profile.name for profile in profiles)
+        raise UsageError(f"trtexec {'.'.join(map(str, version))} builds one profile, not {names}; use --backend tensorrt, or one of --min-shapes")
+    for index, profile in enumerate(profiles):  # --profile and its shapes must stand together, and count from 0
         words += [f"--profile={index}"] if len(profiles) > 1 else []
         for which in ("min", "opt", "max"):
-            shapes = (f"{name}:{'x'.join(map(str, getattr(span, which)))}" for name, span in profile.shapes.items() if span.min)
+            shapes = (f"{name}:{'x'.join(map(str, shape))}" for name, shape in _shapes(profile.shapes, which, version).items())
             words.append(f"--{which}Shapes={','.join(shapes)}")
-    return shlex.join(words)
+    return words
+
+
+def _typing(spec: EngineSpec, version: Version, mixed: bool) -> list[str]:
+    """Strong typing, or the builder's precision flags; TensorRT 11 knows neither."""
+    if version >= (11,):
+        return []
+    if is_strongly_typed(spec, "trtexec", version, mixed):
+        return ["--stronglyTyped"]
+    return [f"--{name}" for name in PRECISIONS if getattr(spec, name)]
+
+
+def _mebibytes(text: str) -> str:
+    """trtexec of 8.6 knows no units, so none are written."""
+    pool, size = pool_size(text)
+    return f"{pool}:{size / (1 << 20):g}"
+
+
+def _shapes(shapes: Mapping[str, Range], which: str, version: Version) -> dict[str, tuple[int, ...]]:
+    """Shapes by name, layers under one wildcard where their shapes are the same. 8.6 has no wildcards; later ones take one in a name."""
+    found: dict[str, tuple[int, ...]] = {}
+    patterns: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+    for name, span in shapes.items():
+        if span.min:
+            patterns.setdefault(re.sub(r"\d+", "*", name), []).append((name, getattr(span, which)))
+    for pattern, members in patterns.items():
+        meant = [name for name in shapes if re.fullmatch(re.escape(pattern).replace(r"\*", ".*"), name)]
+        same = len({shape for _, shape in members}) == 1 and len(members) > 1 and len(meant) == len(members) and pattern.count("*") == 1 and version >= (9,)
+        found.update({pattern: members[0][1]} if same else dict(members))
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import onnx_ir as ir
@@ -98,6 +99,22 @@ def differences(a: Model, b: Model) -> dict[str, list[dict[str, Any]]]:
         "weights": _changes(*({k: f"{v['count']} tensors, {v['bytes']} bytes" for k, v in d["weights"]["by_dtype"].items()} for d in (x, y))),
         "initializers": _changes(_initializers(a), _initializers(b)),
     }
+
+
+def engine_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Of two manifests: builder, graph and options, inputs and outputs, profiles, types of layer outputs, layers, size."""
+
+    def io(m: Mapping[str, Any]) -> dict[str, str]:
+        return {f"{kind} {t['name']}": f"{t['dtype']} {'x'.join(map(str, t['shape']))}" for kind in ("inputs", "outputs") for t in m[kind]}
+
+    def made(m: Mapping[str, Any]) -> dict[str, Any]:
+        return {"builder": f"{m['backend']['name']} {m['backend']['version']}", "graph": m["graph"]["sha256"][:12], "bytes": m["engine"]["bytes"]}
+
+    parts: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+        "made": made, "options": lambda m: m["spec"], "io": io, "profiles": lambda m: {p["name"]: p["inputs"] for p in m["profiles"]},
+        "types": lambda m: m["audit"]["outputs"], "layers": lambda m: m["layers"]["types"],
+    }  # fmt: skip
+    return {title: _changes(of(a), of(b)) for title, of in parts.items()}
 
 
 def _initializers(model: Model) -> dict[str, str]:

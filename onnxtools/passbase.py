@@ -19,15 +19,16 @@ Numerics = Literal["exact", "rounding", "lossy"]
 """What a pass may do to the outputs: nothing but reordering, rounding of stored values, or real change."""
 
 
-def option(default: Any, help: str, *, flags: Mapping[str, Any] | None = None) -> Any:
+def option(default: Any, help: str, *, flags: Mapping[str, Any] | None = None, bare: str | None = None) -> Any:
     """A field of a pass, with its help text.
 
     Args:
         default: the value when the user says nothing.
         help: one sentence, shown by `--help`.
         flags: extra command-line switches, each standing for a value (`{"--opset19": 19}`).
+        bare: the value that the option has when it is given without one.
     """
-    metadata = {"help": help, "flags": dict(flags or {})}
+    metadata = {"help": help, "flags": dict(flags or {}), "bare": bare}
     if isinstance(default, (list, dict, set)):
         raise TypeError("options are immutable: use a tuple")
     return field(default=default, metadata=metadata)

@@ -11,7 +11,7 @@ import functools
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
-from onnxtools.errors import UsageError
+from onnxtools.errors import JobError, UsageError
 
 if TYPE_CHECKING:
     from onnxtools.passbase import Pass
@@ -34,6 +34,7 @@ def load(name: str, group: str = PASSES) -> Any:
 
     Raises:
         UsageError: nobody registered that name; close names are suggested.
+        JobError: it needs a library that is not installed.
     """
     known = names(group)
     if name not in known:
@@ -43,6 +44,9 @@ def load(name: str, group: str = PASSES) -> Any:
     try:
         return known[name].load()
     except (ImportError, AttributeError) as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing is not None and not known[name].value.startswith(missing):
+            raise JobError(f"{_KIND[group]} {name!r} needs {missing!r}, which is not installed; install it") from error
         distribution = known[name].dist
         package = distribution.name if distribution is not None else known[name].value
         raise UsageError(f"{_KIND[group]} {name!r} of package {package!r} cannot be imported ({error}); repair or uninstall the package") from error

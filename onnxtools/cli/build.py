@@ -9,39 +9,104 @@ import click
 
 from onnxtools.cli.options import PATH, dataclass_options, from_parameters
 from onnxtools.engines.spec import EngineSpec
+from onnxtools.errors import JobError, UsageError
 
 if TYPE_CHECKING:
     from onnxtools.engines.builder import Engine
+    from onnxtools.engines.many import Job, Outcome
 
-_HELP = """Build ENGINE from MODEL and write ENGINE.json beside it.
+_HELP = """Build ENGINE from MODEL and write ENGINE.json beside it; or build several models, each to MODEL's name with .engine.
 
-The graph is checked before the build (operators, FP8, 2:4 weights, shapes, TensorRT's silent traps) and the manifest says
+The graph is checked before the build (operators, types, 2:4 weights, shapes, TensorRT's silent traps) and the manifest says
 what the engine has: inputs and outputs, profiles, layers, hashes, versions. Without shapes, profiles are derived from the
-graph: for a model with a KV cache one for the context and one for generation.
+graph: for a model with a KV cache one for the context and one for generation. What was built before from the same graph,
+weights and options is not built again.
 
 \b
-Example:
+Examples:
   onnxtools build sparse.onnx gpt.engine --fp8 --sparsity --compute-capability 8.9
+  onnxtools build rank0.onnx rank1.onnx --workers 2 --output-folder engines
 """
 
 
-def _callback(model_path: Path, engine_path: Path, print_trtexec: bool, as_json: bool, debug: bool, **values: Any) -> None:
+def _callback(
+    paths: tuple[Path, ...], workers: int, output_folder: Path | None, force: bool, print_trtexec: bool, as_json: bool, debug: bool, **values: Any
+) -> None:  # fmt: skip
+    spec = from_parameters(EngineSpec, values)
+    jobs = _jobs(paths, output_folder)
+    if print_trtexec:
+        for job in jobs:
+            click.echo(_line(job, spec))
+    elif len(jobs) == 1:
+        _one(jobs[0], spec, force, as_json)
+    else:
+        _several(jobs, spec, workers, force, as_json)
+
+
+def _jobs(paths: tuple[Path, ...], folder: Path | None) -> list[Job]:
+    from onnxtools.engines.many import Job, engine_paths
+
+    models = [path for path in paths if path.suffix == ".onnx"]
+    others = [path for path in paths if path.suffix != ".onnx"]
+    if len(models) == 1 and len(others) == 1 and folder is None and paths[1] == others[0]:
+        return [Job(models[0], others[0])]
+    if not models or others:
+        what = f"{others[0]} is no .onnx file" if others else "no model"
+        raise UsageError(f"{what}; write `build MODEL.onnx ENGINE`, or several models and, where they go, --output-folder")
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    return engine_paths(models, folder)
+
+
+def _line(job: Job, spec: EngineSpec) -> str:
+    from onnxtools.engines.profiles import profiles_for
+    from onnxtools.engines.spec import version_of
+    from onnxtools.engines.trtexec import NEWEST, trtexec_line
+    from onnxtools.engines.versions import is_mixed
+    from onnxtools.model import Model
+
+    model = Model.load(job.model)
+    version = version_of(spec.tensorrt_version) if spec.tensorrt_version else NEWEST
+    return trtexec_line(job.model, job.engine, spec, profiles_for(model, spec), version, mixed=is_mixed(model))
+
+
+def _one(job: Job, spec: EngineSpec, force: bool, as_json: bool) -> None:
     from onnxtools.cli.render import print_json
     from onnxtools.engines.build import build
 
-    spec = from_parameters(EngineSpec, values)
-    if print_trtexec:
-        from onnxtools.engines.profiles import profiles_for
-        from onnxtools.engines.trtexec import trtexec_line
-        from onnxtools.model import Model
-
-        click.echo(trtexec_line(model_path, engine_path, spec, profiles_for(Model.load(model_path), spec)))
-        return
-    engine = build(model_path, engine_path, spec)
+    engine = build(job.model, job.engine, spec, force=force)
     if as_json:
-        print_json(engine.manifest)
+        print_json({**engine.manifest, "reused": engine.reused})
     else:
         show_manifest(engine)
+
+
+def _several(jobs: list[Job], spec: EngineSpec, workers: int, force: bool, as_json: bool) -> None:
+    from onnxtools.cli.render import print_json, size, table
+    from onnxtools.engines.many import build_many
+    from onnxtools.progress import counted
+
+    with counted(f"build, {workers} at a time", len(jobs)) as tick:
+        outcomes = build_many(jobs, spec, workers=workers, force=force, done=lambda _: tick())
+    if as_json:
+        print_json([_row(outcome) for outcome in outcomes])
+    else:
+        rows = [
+            (r["model"], r["engine"], size(r["bytes"]) if r["bytes"] else "-", r["seconds"], r["error"] or ("was there" if r["reused"] else "built"))
+            for r in map(_row, outcomes)
+        ]
+        table(f"{sum(not o.error for o in outcomes)} of {len(outcomes)} engines", ("model", "engine", "size", "s", ""), rows, right=("size", "s"))
+    failed = [o for o in outcomes if o.error]
+    if failed:
+        more = f" (and {len(failed) - 1} more failed)" if len(failed) > 1 else ""
+        raise JobError(f"{failed[0].error}{more}")
+
+
+def _row(outcome: Outcome) -> dict[str, Any]:
+    return {
+        "model": str(outcome.job.model), "engine": str(outcome.job.engine), "bytes": outcome.manifest["engine"]["bytes"] if outcome.manifest else None,
+        "seconds": round(outcome.seconds, 1), "reused": outcome.reused, "error": outcome.error or None,
+    }  # fmt: skip
 
 
 command = click.Command(
@@ -49,9 +114,11 @@ command = click.Command(
     help=_HELP,
     callback=_callback,
     params=[
-        click.Argument(["model_path"], metavar="MODEL", type=PATH),
-        click.Argument(["engine_path"], metavar="ENGINE", type=PATH),
+        click.Argument(["paths"], metavar="MODEL ENGINE | MODEL...", type=PATH, nargs=-1, required=True),
         *dataclass_options(EngineSpec),
+        click.Option(["--workers"], type=click.IntRange(1), default=1, show_default=True, help="Processes that build several models, a device each."),
+        click.Option(["--output-folder"], type=PATH, help="Where the engines of several models go. [default: beside each model]"),
+        click.Option(["--force"], is_flag=True, help="Build although the engine that lies there is of the same graph, weights and options."),
         click.Option(["--print-trtexec"], is_flag=True, help="Print the equivalent trtexec line and build nothing."),
         click.Option(["--json", "as_json"], is_flag=True, help="Print the manifest as JSON on stdout."),
         click.Option(["--debug"], is_flag=True, help="Show the traceback of an error."),
@@ -72,13 +139,35 @@ def show_manifest(engine: Engine) -> None:
     for index, profile in enumerate(m["profiles"]):
         spans = [(name, *(_dims(span[which]) for which in ("min", "opt", "max"))) for name, span in profile["inputs"].items()]
         table(f"profile {index}: {profile['name']}", ("input", "min", "opt", "max"), collapse(spans, 0))
-    types = ", ".join(f"{count} {name}" for name, count in m["layers"]["output_dtypes"].items())
-    out.print(f"  layer outputs: {types}", markup=False)
+    types = ", ".join(f"{count} {name}" for name, count in m["audit"]["outputs"].items())
+    out.print(f"  layer outputs ({m['audit']['source']}): {types or 'unknown'}", markup=False)
     for line in (*m["mends"], *m["notes"]):
         out.print(f"  {line}", markup=False)
     for line in m["warnings"]:
         out.print(f"  warning: {line}", style="yellow", markup=False)
+    if engine.reused:
+        out.print("  was there already: same graph, weights, options and builder (--force builds it again)", style="yellow", markup=False)
     out.print(f"  built in {m['build_seconds']:.1f} s, peak {m['peak_rss_mib']:.0f} MiB; manifest in {engine.path}.json", markup=False)
+
+
+def show_layers(engine: Engine) -> None:
+    """The layers of the audit, equal ones as one row; where there was no GPU to read the engine on, the network's."""
+    from collections import Counter
+
+    from onnxtools.cli.render import size, table
+
+    m = engine.manifest
+    weights = sum(entry["bytes"] for entry in m["weights"])
+    if m["audit"]["layers"] is None:
+        table("layers of the parsed network", ("type", "count"), m["layers"]["types"].items(), right=("count",))
+    else:
+        kinds = Counter((one["kind"], *(", ".join(dict.fromkeys(one[k])) for k in ("inputs", "outputs")), one["weights"], one["tactic"], one["sparse"])
+                        for one in m["audit"]["layers"])  # fmt: skip
+        rows = [(kind, count, *types, tactic, "yes" if sparse else "") for (kind, *types, tactic, sparse), count in kinds.most_common()]
+        table("layers of the engine", ("type", "count", "inputs", "outputs", "weights", "tactic", "2:4"), rows, right=("count",))
+    if weights:
+        console_line = f"  {size(m['engine']['bytes'])} of plan for {size(weights)} of weights ({m['engine']['bytes'] / weights:.0%})"
+        click.echo(console_line)
 
 
 def _dims(shape: list[int]) -> str:

@@ -12,9 +12,12 @@ from onnxtools.cli.options import PATH, common_options
 @click.command(
     help="""Show what changed from BEFORE to AFTER: opsets, operators, inputs and outputs, weights.
 
+    Of two engines: options, builder, graph, inputs and outputs, layers and their types.
+
     \b
-    Example:
+    Examples:
       onnxtools diff te.onnx qdq.onnx
+      onnxtools diff fp16.engine fp8.engine
     """
 )
 @click.argument("before", type=PATH)
@@ -22,10 +25,14 @@ from onnxtools.cli.options import PATH, common_options
 @common_options
 def command(before: Path, after: Path, as_json: bool, debug: bool) -> None:
     from onnxtools.cli.render import console, print_json, table
-    from onnxtools.describe import differences
+    from onnxtools.describe import differences, engine_differences
+    from onnxtools.engines.manifest import read_manifest
     from onnxtools.model import Model
 
-    found = differences(Model.load(before), Model.load(after))
+    if before.suffix != ".onnx" and after.suffix != ".onnx":
+        found = engine_differences(read_manifest(before), read_manifest(after))
+    else:
+        found = differences(Model.load(before), Model.load(after))
     if as_json:
         print_json(found)
         return
@@ -33,7 +40,7 @@ def command(before: Path, after: Path, as_json: bool, debug: bool) -> None:
         if rows:
             table(title, ("", "before", "after"), [(r["name"], _cell(r["before"]), _cell(r["after"])) for r in rows])
     if not any(found.values()):
-        console().print("no difference in opsets, operators, inputs, outputs or weights")
+        console().print("no difference")
 
 
 def _cell(value: object) -> str:

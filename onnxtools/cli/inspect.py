@@ -13,9 +13,12 @@ from onnxtools.cli.options import PATH, common_options
 @click.command(
     help="""Show what MODEL contains.
 
+    An engine is shown by the manifest that lies beside it.
+
     \b
-    Example:
+    Examples:
       onnxtools inspect gpt.onnx --sparsity
+      onnxtools inspect gpt.engine
     """
 )
 @click.argument("model", type=PATH)
@@ -23,6 +26,11 @@ from onnxtools.cli.options import PATH, common_options
 @common_options
 def command(model: Path, sparsity: bool, as_json: bool, debug: bool) -> None:
     from onnxtools.cli.render import print_json
+    from onnxtools.engines.manifest import manifest_path
+
+    if model.suffix != ".onnx" and manifest_path(model).is_file():
+        _engine(model, as_json)
+        return
     from onnxtools.describe import describe
     from onnxtools.model import Model
 
@@ -31,6 +39,20 @@ def command(model: Path, sparsity: bool, as_json: bool, debug: bool) -> None:
         print_json(found)
     else:
         _show(found)
+
+
+def _engine(path: Path, as_json: bool) -> None:
+    from onnxtools.cli.build import show_layers, show_manifest
+    from onnxtools.cli.render import print_json
+    from onnxtools.engines.builder import Engine
+    from onnxtools.engines.manifest import read_manifest
+
+    engine = Engine(path, read_manifest(path))
+    if as_json:
+        print_json(engine.manifest)
+        return
+    show_manifest(engine)
+    show_layers(engine)
 
 
 def _show(d: dict[str, Any]) -> None:

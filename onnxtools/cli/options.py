@@ -59,10 +59,11 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> click.Option:
     common: dict[str, Any] = {"help": help_text, "default": None, "show_default": False}
     inner = hint if get_origin(hint) is tuple else base_type(hint)
     if inner is bool:
-        text = f"{help_text} [default: {'on' if field.default else 'off'}]"
+        text = help_text if field.default is None else f"{help_text} [default: {'on' if field.default else 'off'}]"
         return click.Option([f"--{name}/--no-{name}", field.name], help=text, default=None)
     if choices(hint):
-        return click.Option([f"--{name}", field.name], type=click.Choice([str(c) for c in choices(hint)]), **common)
+        bare = {"is_flag": False, "flag_value": field.metadata["bare"]} if field.metadata.get("bare") else {}
+        return click.Option([f"--{name}", field.name], type=click.Choice([str(c) for c in choices(hint)]), **common, **bare)
     if get_origin(inner) is tuple:
         return click.Option([f"--{name}", field.name], type=get_args(inner)[0], multiple=True, help=f"{help_text} May be given several times.")
     return click.Option([f"--{name}", field.name], type=inner, **common)

@@ -16,13 +16,16 @@ from onnxtools.cli.options import PATH, TOLERANCE, common_options
     A model with a KV cache is run at once and in steps, at several split points: the results must be those of the full
     run of the reference. Exit code 1 when a difference exceeds the tolerance.
 
+    An engine is checked against its manifest: whether plan, graph and weights are the files that were built.
+
     \b
-    Example:
+    Examples:
       onnxtools validate te.onnx kv.onnx
+      onnxtools validate gpt.engine
     """
 )
 @click.argument("reference", type=PATH)
-@click.argument("model", type=PATH)
+@click.argument("model", type=PATH, required=False)
 @click.option("--inputs", type=PATH, help="Full-sequence inputs: .npz or Polygraphy JSON. [default: random by rule]")
 @click.option("--tolerance", type=TOLERANCE, help="Largest accepted relative L2. [default: 1e-5 fp32, 1e-2 fp16, 0.1 bf16 and 16-bit FP8]")
 @click.option("--batch", type=click.IntRange(1), default=2, show_default=True, help="Batch of random inputs.")
@@ -31,10 +34,15 @@ from onnxtools.cli.options import PATH, TOLERANCE, common_options
 @click.option("--per-layer", is_flag=True, help="Find the first value, by name, that differs between the two graphs.")
 @common_options
 def command(
-    reference: Path, model: Path, inputs: Path | None, tolerance: float | None, batch: int, sequence: int, seed: int, per_layer: bool,
+    reference: Path, model: Path | None, inputs: Path | None, tolerance: float | None, batch: int, sequence: int, seed: int, per_layer: bool,
     as_json: bool, debug: bool,
 ) -> None:  # fmt: skip
     from onnxtools.cli.render import console, print_json, verdict_table
+
+    engine = model if model is not None and model.suffix != ".onnx" else reference if model is None else None
+    if engine is not None:
+        sys.exit(_engine(engine, reference if model is not None else None, as_json))
+    assert model is not None
     from onnxtools.model import Model
     from onnxtools.ort import random_feeds, read_feeds
     from onnxtools.validate import first_divergence, validate
@@ -57,3 +65,16 @@ def command(
             )  # fmt: skip
             console().print(f"  {line}", markup=False)
     sys.exit(0 if verdict.passed else 1)
+
+
+def _engine(engine: Path, graph: Path | None, as_json: bool) -> int:
+    """Exit code 1 where a file is not what the manifest says."""
+    from onnxtools.cli.render import print_json, table
+    from onnxtools.engines.manifest import check_files, read_manifest
+
+    found = check_files(engine, read_manifest(engine), graph)
+    if as_json:
+        print_json({"files": [{"file": file, "problem": problem or None} for file, problem in found], "passed": not any(problem for _, problem in found)})
+    else:
+        table(f"{engine} and its manifest", ("file", ""), [(file, problem or "as it was built") for file, problem in found])
+    return int(any(problem for _, problem in found))

@@ -279,7 +279,7 @@ def test_bf16_and_dtype_names(tmp_path: Path, make: Build) -> None:
 
 def test_trtexec_line(tmp_path: Path) -> None:
     source = cached(tmp_path / "m.onnx")
-    spec = EngineSpec(max_batch_size=1, max_seq_len=8, sparsity=True, timing_cache="t c", tf32=False, builder_optimization_level=4)
+    spec = EngineSpec(max_batch_size=1, max_seq_len=8, sparsity="enable", timing_cache="t c", tf32=False, builder_optimization_level=4)
     line = trtexec_line(Path("m.onnx"), Path("gpt.engine"), spec, profiles_for(Model.load(source), spec))
     assert line == (
         "trtexec --onnx=m.onnx --saveEngine=gpt.engine --skipInference --sparsity=enable '--timingCacheFile=t c'"

@@ -135,17 +135,17 @@ def products(path: Path, sparse: tuple[bool, bool, bool]) -> Path:
 
 
 def test_sparsity_counts(tmp_path: Path, make: Build) -> None:
-    found = manifest(make(products(tmp_path / "m.onnx", (True, True, True)), sparsity=True))
+    found = manifest(make(products(tmp_path / "m.onnx", (True, True, True)), sparsity="enable"))
     assert found["sparsity"] == {"sparse": 3, "total": 3, "dense": []}
     assert found["notes"] == ["sparsity: 3 of 3 weights are 2:4"]
-    found = manifest(make(products(tmp_path / "m.onnx", (True, False, True)), sparsity=True))
+    found = manifest(make(products(tmp_path / "m.onnx", (True, False, True)), sparsity="enable"))
     assert found["notes"] == ["sparsity: 2 of 3 weights are 2:4; dense: b"]
 
 
 def test_sparsity_without_sparse_weights(tmp_path: Path, make: Build) -> None:
     source = products(tmp_path / "m.onnx", (False, False, False))
     with pytest.raises(JobError, match=r"--sparsity, but 0 of 3 weights are 2:4 along the summed axis; prune them with `onnxtools prune IN OUT`"):
-        make(source, sparsity=True)
+        make(source, sparsity="enable")
     assert manifest(make(source))["sparsity"] is None
 
 
@@ -154,4 +154,4 @@ def test_sparse_along_the_wrong_axis_does_not_count(tmp_path: Path, make: Build)
     stored = weights(w=two_of_four(random(64, 64), axis=1))
     source = write(tmp_path / "m.onnx", [node], [tensor("x", [4, 64])], [tensor("y", [4, 64])], stored)
     with pytest.raises(JobError, match="0 of 1 weights"):
-        make(source, sparsity=True)
+        make(source, sparsity="enable")

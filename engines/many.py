@@ -1,0 +1,152 @@
+"""Several engines at once: a process each, a device each where there are any, and no more at a time than memory holds."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from onnxtools.engines.build import build
+from onnxtools.engines.spec import EngineSpec
+from onnxtools.errors import JobError, OnnxtoolsError
+from onnxtools.memory import available_bytes
+from onnxtools.model import Model
+
+_OVERHEAD = 1 << 30
+"""Of a process with TensorRT in it; its weights are counted twice, as it holds them and the plan."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model and where its engine goes."""
+
+    model: Path
+    engine: Path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended.
+
+    Attributes:
+        manifest: of the engine; None where it failed.
+        error: one line; empty where it did not.
+        reused: the engine lay there already.
+    """
+
+    job: Job
+    seconds: float
+    manifest: dict[str, Any] | None
+    error: str
+    reused: bool = False
+
+
+def build_many(jobs: Sequence[Job], spec: EngineSpec, *, workers: int, force: bool, done: Callable[[Outcome], None]) -> list[Outcome]:
+    """Build all; one that fails does not stop the others.
+
+    Args:
+        workers: processes at a time, fewer where memory is short.
+        done: called as each ends.
+    Returns:
+        Outcomes in the order of `jobs`.
+    Raises:
+        KeyboardInterrupt: Ctrl-C; the processes have been told and have ended, and finished engines stay.
+    """
+    context = multiprocessing.get_context("spawn")  # a forked TensorRT does not work
+    devices, waiting, room = visible_devices(), list(enumerate(jobs)), available_bytes()
+    running: dict[Connection, tuple[int, Any, float, int, str | None]] = {}
+    outcomes: dict[int, Outcome] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                number, job = waiting[0]
+                need = _needed(job.model)
+                if running and room is not None and sum(entry[3] for entry in running.values()) + need > room:
+                    break  # the next one waits until memory is free
+                waiting.pop(0)
+                free = [d for d in devices if d not in [entry[4] for entry in running.values()]]
+                device = free[0] if free else devices[number % len(devices)] if devices else None
+                receiver, sender = context.Pipe(duplex=False)
+                process = context.Process(target=_work, args=(job, spec, force, device, sender))
+                process.start()
+                sender.close()
+                running[receiver] = (number, process, time.monotonic(), need, device)
+            ready = set(wait(list(running)))
+            for receiver in [one for one in running if one in ready]:
+                number, process, started, *_ = running.pop(receiver)
+                outcomes[number] = _outcome(jobs[number], receiver, process, time.monotonic() - started)
+                done(outcomes[number])
+    except BaseException:
+        for _, process, *_ in running.values():
+            process.terminate()
+        raise
+    finally:
+        for _, process, *_ in running.values():
+            process.join()
+    return [outcomes[number] for number in range(len(jobs))]
+
+
+def _work(job: Job, spec: EngineSpec, force: bool, device: str | None, sender: Connection) -> None:
+    """In the process of one job."""
+    if device is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = device
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        try:
+            engine = build(job.model, job.engine, spec, force=force)
+            sender.send((engine.manifest, "", engine.reused))
+        except OnnxtoolsError as error:
+            sender.send((None, str(error), False))
+        except KeyboardInterrupt:
+            sender.send((None, "cancelled", False))
+
+
+def _outcome(job: Job, receiver: Connection, process: Any, seconds: float) -> Outcome:
+    try:
+        manifest, error, reused = receiver.recv()
+    except EOFError:
+        process.join()
+        manifest, error, reused = None, f"{job.model}: its process ended with {process.exitcode}; build it alone with --debug", False
+    process.join()
+    return Outcome(job, seconds, manifest, error, reused)
+
+
+def _needed(path: Path) -> int:
+    """Bytes that building may take; a model that cannot be read takes none, and its process says why."""
+    try:
+        return 2 * Model.load(path).weight_bytes() + _OVERHEAD
+    except (OnnxtoolsError, OSError):
+        return 0
+
+
+def visible_devices() -> list[str]:
+    """CUDA devices by what CUDA_VISIBLE_DEVICES, else nvidia-smi, says; none without a GPU."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [text for text in named.split(",") if text.strip()]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    told = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
+    return [str(index) for index, line in enumerate(told.splitlines()) if line.startswith("GPU ")]
+
+
+def engine_paths(models: Sequence[Path], folder: Path | None) -> list[Job]:
+    """`a.onnx` becomes `a.engine`, beside it or in `folder`.
+
+    Raises:
+        JobError: two would have one name.
+    """
+    jobs = [Job(model, (folder or model.parent) / f"{model.stem}.engine") for model in models]
+    taken: dict[Path, Path] = {}
+    for job in jobs:
+        if job.engine in taken:
+            raise JobError(f"{job.model} and {taken[job.engine]} would both become {job.engine}; rename one")
+        taken[job.engine] = job.model
+    return jobs

@@ -1,0 +1,75 @@
+"""The TensorRT backend, 8.6 to 11, for the GPU of this machine. NOT YET RUN: no machine of this project has the library.
+
+What is built and how is `tensorrt_api`, which TensorRT-RTX runs in every test; here is only what TensorRT has of its own. The names used
+are compared with the bindings of 10.13 and 11.4 in the tests.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tensorrt as trt
+
+from onnxtools.engines.builder import Limits
+from onnxtools.engines.spec import EngineSpec, version_of
+from onnxtools.engines.tensorrt_api import ApiBuilder
+from onnxtools.engines.versions import Version, ceilings, check_options, is_mixed, is_strongly_typed
+from onnxtools.errors import JobError
+from onnxtools.model import Model
+
+
+class TensorRTBuilder(ApiBuilder):
+    """See `onnxtools.engines.builder.Builder`."""
+
+    name, title = "tensorrt", "TensorRT"
+
+    def __init__(self) -> None:
+        if not hasattr(trt, "Builder"):  # stubs alone make an empty package
+            raise JobError("builder 'tensorrt' needs the library of TensorRT, of which only stubs are installed; install it")
+        super().__init__(trt)
+
+    def limits(self) -> Limits:
+        opset, ir_version = ceilings(self._number)
+        return Limits(opset=opset, ir_version=ir_version, capabilities=())
+
+    @property
+    def _number(self) -> Version:
+        return version_of(".".join(self.version().split(".")[:3]))
+
+    def strong(self, model: Model, spec: EngineSpec) -> bool:
+        return is_strongly_typed(spec, self.name, self._number, is_mixed(model))
+
+    def network_flags(self, *, strong: bool) -> int:
+        explicit = 1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH) if self._number < (10,) else 0
+        return super().network_flags(strong=strong) | explicit
+
+    def configure(self, config: Any, spec: EngineSpec, *, strong: bool) -> None:
+        check_options(spec, self.name, self._number)
+        _choose_device(spec.device)
+        for name in () if strong else spec.demanded:
+            config.set_flag(getattr(trt.BuilderFlag, name.upper()))
+        if spec.hardware_compatibility_level != "none":
+            level = {"ampere+": "AMPERE_PLUS", "sameComputeCapability": "SAME_COMPUTE_CAPABILITY"}[spec.hardware_compatibility_level]
+            config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, level)
+        if spec.tactic_sources is not None:
+            config.set_tactic_sources(_sources(config.get_tactic_sources(), spec.tactic_sources))
+
+
+def _choose_device(device: int) -> None:
+    if device == 0:
+        return  # the current one
+    try:
+        from cuda.bindings import runtime
+    except ImportError as error:
+        raise JobError(f"--device {device} needs cuda-python ({error}); install it, or set CUDA_VISIBLE_DEVICES={device}") from None
+    (status,) = runtime.cudaSetDevice(device)
+    if int(status):
+        raise JobError(f"--device {device}: {runtime.cudaGetErrorString(status)[1].decode()}; see nvidia-smi")
+
+
+def _sources(mask: int, text: str) -> int:
+    """trtexec's '-CUDNN,+CUBLAS' applied to a mask of TacticSource."""
+    for word in text.split(","):
+        bit = 1 << int(getattr(trt.TacticSource, word[1:]))
+        mask = mask | bit if word[0] == "+" else mask & ~bit
+    return mask

@@ -1,0 +1,310 @@
+"""Building through TensorRT's Python interface, which TensorRT and TensorRT-RTX share line by line.
+
+Measured with TensorRT-RTX 1.7.1: a plan cannot be deserialized without a GPU driver (cudaError 35), so the engine's inputs and outputs
+are read from the parsed network, whose bindings the plan keeps. Shapes that no run could have are only warned of, and failing writes are
+ignored: both are errors here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, BinaryIO
+
+from onnxtools.engines import network as net
+from onnxtools.engines.audit import audit_engine
+from onnxtools.engines.builder import Built
+from onnxtools.engines.lowering import lowered
+from onnxtools.engines.profiles import Profile
+from onnxtools.engines.spec import EngineSpec, pool_size
+from onnxtools.engines.timing_cache import TimingCache
+from onnxtools.errors import JobError
+from onnxtools.model import Model
+from onnxtools.progress import DELAY_SECONDS
+
+IO_SOURCE = "parsed network (a plan is read back on a GPU only)"
+
+
+class ApiBuilder:
+    """What the backends `tensorrt` and `tensorrt-rtx` share; subclasses say how they differ.
+
+    Attributes:
+        trt: the module.
+    """
+
+    name: str
+    title: str
+
+    def __init__(self, trt: Any) -> None:
+        self.trt = trt
+        self._tools = _tools(trt)
+
+    def version(self) -> str:
+        return str(self.trt.__version__)
+
+    def supports(self, op_type: str) -> bool:
+        if not hasattr(self, "_parser"):
+            builder = self.trt.Builder(self._tools.logger)
+            self._network = builder.create_network(self.network_flags(strong=True))
+            self._parser = self.trt.OnnxParser(self._network, self._tools.logger)
+        return bool(self._parser.supports_operator(op_type))
+
+    def network_flags(self, *, strong: bool) -> int:
+        """Of `create_network`."""
+        flag = getattr(self.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+        return 1 << int(flag) if strong and flag is not None else 0
+
+    def configure(self, config: Any, spec: EngineSpec, *, strong: bool) -> None:
+        """What only this library has."""
+
+    def strong(self, model: Model, spec: EngineSpec) -> bool:
+        """Whether the network is strongly typed."""
+        return True
+
+    def build(self, model: Model, source: Path, plan: Path, profiles: Sequence[Profile], spec: EngineSpec) -> Built:
+        logger, strong = self._tools.logger, self.strong(model, spec)
+        logger.clear()
+        builder = self.trt.Builder(logger)
+        network = builder.create_network(self.network_flags(strong=strong))
+        parser = self.trt.OnnxParser(network, logger)  # owns the weights: it must outlive the build
+        other = lowered(model)
+        parsed = parser.parse(other[0], str(source)) if other else parser.parse_from_file(str(source))
+        if not parsed:
+            raise JobError(self._parser_error(model, parser))
+        net.refuse_shape_inputs(model, network)
+        mends = [*(other[1] if other else []), *net.mend_attention(self.trt, network)]
+        inputs, outputs = net.read_io(network)
+        if strong:
+            net.check_io(model, inputs, outputs)
+        layers, precisions = net.histogram(network)
+        config = self._config(builder, profiles, spec)
+        self.configure(config, spec, strong=strong)
+        cache = TimingCache.open(self.name, config, spec)
+        with open(plan, "wb") as file:
+            writer = self._tools.Writer(file)
+            self._serialize(model, builder, network, config, writer)
+        notes = cache.save() if cache is not None else []
+        return Built(
+            inputs, outputs, io_source=IO_SOURCE, layers=layers, precisions=precisions, mends=mends, notes=notes,
+            warnings=logger.lines(self.trt.ILogger.WARNING), size=writer.size, sha256=writer.digest.hexdigest(),
+            engine_layers=audit_engine(self.trt, logger, plan),
+        )  # fmt: skip
+
+    def _config(self, builder: Any, profiles: Sequence[Profile], spec: EngineSpec) -> Any:
+        trt, config = self.trt, builder.create_builder_config()
+        config.profiling_verbosity = getattr(trt.ProfilingVerbosity, spec.profiling_verbosity.upper())
+        flags = trt.BuilderFlag
+        wanted = {
+            "SPARSE_WEIGHTS": spec.sparsity != "disable", "REFIT": spec.refit, "STRIP_PLAN": spec.strip_weights,
+            "WEIGHT_STREAMING": spec.allow_weight_streaming, "VERSION_COMPATIBLE": spec.version_compatible,
+            "ERROR_ON_TIMING_CACHE_MISS": spec.error_on_cache_miss,
+        }  # fmt: skip
+        for flag, on in wanted.items():
+            if on:
+                config.set_flag(getattr(flags, flag))
+        if not spec.tf32:
+            config.clear_flag(flags.TF32)
+        if spec.builder_optimization_level is not None:
+            config.builder_optimization_level = spec.builder_optimization_level
+        if spec.tiling_optimization_level is not None:
+            config.tiling_optimization_level = getattr(trt.TilingOptimizationLevel, spec.tiling_optimization_level.upper())
+        for text in spec.mem_pool_size:
+            pool, size = pool_size(text)
+            config.set_memory_pool_limit(getattr(trt.MemoryPoolType, _POOLS[pool]), size)
+        for path in spec.plugins:
+            trt.get_plugin_registry().load_library(path)
+        for profile in profiles:
+            made = builder.create_optimization_profile()
+            for name, span in profile.shapes.items():
+                made.set_shape(name, span.min, span.opt, span.max)
+            if config.add_optimization_profile(made) < 0:
+                raise JobError(f"profile {profile.name!r} is refused: {self._tools.logger.reason()}; change the shapes")
+        return config
+
+    def _serialize(self, model: Model, builder: Any, network: Any, config: Any, writer: Any) -> None:
+        with _monitor(self._tools) as monitor:
+            if hasattr(config, "progress_monitor"):
+                config.progress_monitor = monitor
+            if hasattr(builder, "build_serialized_network_to_stream"):
+                done = builder.build_serialized_network_to_stream(network, config, writer)
+            else:  # before TensorRT 10
+                done = builder.build_serialized_network(network, config)
+                if done is not None:
+                    writer.write(memoryview(done))
+        if monitor.cancelled:
+            raise KeyboardInterrupt
+        if writer.error is not None:
+            raise writer.error
+        logger = self._tools.logger
+        unfit = [line for _, text in logger.messages if re.search(_UNFIT, line := _plain(text))]
+        if unfit:
+            raise JobError(f"{model.path}: the graph cannot run in its profiles: {unfit[0]}; lower --max-seq-len or the shapes")
+        if not done or writer.size == 0:
+            raise JobError(f"{model.path}: {self.title} cannot build it: {logger.reason()}; see the graph with `onnxtools inspect`")
+
+    def _parser_error(self, model: Model, parser: Any) -> str:
+        """One line for a single error, else a heading and one line for each."""
+        lines = [_parser_line(model, parser.get_error(i)) for i in range(parser.num_errors)]
+        advice = "`onnxtools convert` rewrites what exporters leave"
+        if not lines:
+            return f"{model.path}: {self.title} cannot parse it: {self._tools.logger.reason()}; {advice}"
+        if len(lines) == 1:
+            return f"{model.path}: {self.title}'s parser refuses {lines[0]}; {advice}"
+        return "\n  ".join([f"{model.path}: {self.title}'s parser refuses {len(lines)} nodes; {advice}", *lines])
+
+
+_POOLS = {
+    "workspace": "WORKSPACE", "dlaSRAM": "DLA_MANAGED_SRAM", "dlaLocalDRAM": "DLA_LOCAL_DRAM", "dlaGlobalDRAM": "DLA_GLOBAL_DRAM",
+    "tacticSharedMem": "TACTIC_SHARED_MEMORY",
+}  # fmt: skip
+"""MemoryPoolType by trtexec's name."""
+
+_UNFIT = r"Profile k(MIN|MAX) values are not self-consistent|k(MIN|OPT|MAX) values for profile"
+"""Shapes that the graph contradicts. With the second text the build fails; with the first, a mere warning, the engine would."""
+
+
+@functools.cache
+def _tools(trt: Any) -> SimpleNamespace:
+    """Subclasses of the module's interfaces, and the one logger: TensorRT keeps the first of a process while anything made with it lives."""
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        """Keeps errors and warnings; drops the rest, and the complaint that a machine without a GPU has no GPU driver."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.messages: list[tuple[Any, str]] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.WARNING and "cudaError 35" not in message:
+                self.messages.append((severity, message))
+
+        def clear(self) -> None:
+            self.messages.clear()
+
+        def lines(self, severity: Any) -> list[str]:
+            """Messages of one severity, each once, without TensorRT's source positions."""
+            return list(dict.fromkeys(_plain(text) for kind, text in self.messages if kind == severity))
+
+        def reason(self) -> str:
+            """The errors as one line."""
+            lines = self.lines(trt.ILogger.INTERNAL_ERROR) + self.lines(trt.ILogger.ERROR)
+            return "; ".join(lines) or "no reason given (another logger is active in this process)"
+
+    class Writer(getattr(trt, "IStreamWriter", object)):  # type: ignore[misc]
+        """Takes the plan piece by piece. TensorRT ignores a failed write, so the error is kept."""
+
+        def __init__(self, file: BinaryIO) -> None:
+            super().__init__()
+            self.file = file
+            self.digest = hashlib.sha256()
+            self.size = 0
+            self.error: OSError | None = None
+
+        def write(self, data: bytes) -> int:
+            """Returns how many bytes were written."""
+            if self.error is None:
+                try:
+                    self.file.write(data)
+                    self.file.flush()
+                except OSError as error:
+                    self.error = error
+                    return 0
+                self.digest.update(data)
+                self.size += len(data)
+            return len(data)
+
+    class Monitor(getattr(trt, "IProgressMonitor", object)):  # type: ignore[misc]  # since TensorRT 9
+        """Shows the phases on a terminal once a build takes longer than two seconds, and stops the build when cancelled."""
+
+        def __init__(self, bars: Any | None) -> None:
+            super().__init__()
+            self.cancelled = False
+            self.bars = bars
+            self.tasks: dict[str, Any] = {}
+            self.started = time.monotonic()
+            self.visible = False
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            if self.bars is not None:
+                self.tasks[phase_name] = self.bars.add_task(phase_name, total=num_steps)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            """Returns whether to go on."""
+            if self.bars is not None and phase_name in self.tasks:
+                if not self.visible and time.monotonic() - self.started > DELAY_SECONDS:
+                    self.bars.start()
+                    self.visible = True
+                self.bars.update(self.tasks[phase_name], completed=step + 1)
+            return not self.cancelled
+
+        def close(self) -> None:
+            if self.bars is not None and self.visible:
+                self.bars.stop()
+
+        def phase_finish(self, phase_name: str) -> None:
+            if self.bars is not None and phase_name in self.tasks:
+                self.bars.remove_task(self.tasks.pop(phase_name))
+
+    return SimpleNamespace(logger=Logger(), Writer=Writer, Monitor=Monitor)
+
+
+def _plain(text: str) -> str:
+    """A message without source files, error codes and advice about other APIs; one line."""
+    text = " ".join(line for line in text.splitlines() if "cudaError 35" not in line)
+    text = re.sub(r"^\w+::\w+: Error Code \d+: ", "", text)
+    text = re.sub(r"\w+\.(cpp|h):\d+: ", "", text)
+    text = re.sub(r" ?\(See https?://[^)]*\)|\.? In \S+ at /_src/[^ )]*", "", text)
+    text = re.sub(r"^Internal Error \((.*)\)$", r"\1", text)
+    return re.sub(r"\s+", " ", text).strip().rstrip(".")
+
+
+def _parser_line(model: Model, error: Any) -> str:
+    """`node 'X' (Op) -> 'output': reason`; the output is how ONNX Runtime knows a node without a name."""
+    name = error.node_name()
+    outputs = [node.outputs[0].name for node in model.graph.all_nodes() if name and node.name == name]
+    makes = f" -> {outputs[0]!r}" if outputs else ""
+    reason = _plain(error.desc())
+    quoted = re.search(r'&& "([^"]*)"', reason) or re.match(r"Assertion failed: .*?: (.+)", reason)
+    if quoted:
+        reason = quoted.group(1)
+    if reason == "false":
+        reason = "this operator cannot be parsed here"
+    where = repr(name) if name else f"number {error.node()}"
+    return f"node {where} ({error.node_operator()}){makes}: {reason.rstrip('.')}"
+
+
+@contextlib.contextmanager
+def _monitor(tools: SimpleNamespace) -> Iterator[Any]:
+    """A monitor whose build Ctrl-C cancels at its next step: an exception must not fly through TensorRT's frames."""
+    monitor = tools.Monitor(_bars())
+
+    def cancel(signum: int, frame: Any) -> None:
+        monitor.cancelled = True
+
+    main = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGINT, cancel) if main else None
+    try:
+        yield monitor
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, previous)
+        monitor.close()
+
+
+def _bars() -> Any | None:
+    if not sys.stderr.isatty():
+        return None
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True)
