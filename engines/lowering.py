@@ -31,7 +31,7 @@ def lowered(model: Model) -> tuple[bytes, list[str]] | None:
     softmax = {node.name for node in nodes if node.op_type == "Attention" and attribute(node, "softmax_precision") == ir.DataType.FLOAT}
     if not scales and not softmax:
         return None
-    proto = ir.to_proto(model.ir)
+    proto = model.proto()
     notes = [*_lower_mx(proto, scales), *_lower_softmax(proto, softmax)]
     del proto.graph.value_info[:]
     return proto.SerializeToString(), notes

@@ -112,7 +112,8 @@ def check_plan(engine: Path, manifest: Mapping[str, Any], *, version: str, capab
         raise JobError(f"{engine}: was built by {built['name']} {built['version']} and {version} is installed; build it again, or install that one")
     wanted = manifest["compute_capabilities"]
     if built["name"] == "tensorrt-rtx" and capability not in wanted:
-        raise JobError(f"{engine}: was built for compute capability {', '.join(wanted)} and this GPU has {capability}; build it with --compute-capability {capability}")
+        known = ", ".join(wanted)
+        raise JobError(f"{engine}: was built for compute capability {known}, and this GPU has {capability}; build it with --compute-capability {capability}")
     if hash_file(engine) != manifest["engine"]:
         raise JobError(f"{engine}: is not the file that its manifest describes (changed, or damaged); build it again")
 

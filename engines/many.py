@@ -6,7 +6,9 @@ import contextlib
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -76,7 +78,7 @@ def build_many(jobs: Sequence[Job], spec: EngineSpec, *, workers: int, force: bo
                 device = free[0] if free else devices[number % len(devices)] if devices else None
                 receiver, sender = context.Pipe(duplex=False)
                 process = context.Process(target=_work, args=(job, spec, force, device, sender))
-                process.start()
+                _start(process)
                 sender.close()
                 running[receiver] = (number, process, time.monotonic(), need, device)
             ready = set(wait(list(running)))
@@ -96,6 +98,7 @@ def build_many(jobs: Sequence[Job], spec: EngineSpec, *, workers: int, force: bo
 
 def _work(job: Job, spec: EngineSpec, force: bool, device: str | None, sender: Connection) -> None:
     """In the process of one job."""
+    signal.signal(signal.SIGTERM, _cancel)
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
@@ -106,6 +109,21 @@ def _work(job: Job, spec: EngineSpec, force: bool, device: str | None, sender: C
             sender.send((None, str(error), False))
         except KeyboardInterrupt:
             sender.send((None, "cancelled", False))
+
+
+def _start(process: Any) -> None:
+    """Ctrl-C reaches a whole process group; the processes wait for SIGTERM instead, by which the parent ends them in an orderly way."""
+    main = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
+    try:
+        process.start()
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, previous)
+
+
+def _cancel(signum: int, frame: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def _outcome(job: Job, receiver: Connection, process: Any, seconds: float) -> Outcome:

@@ -15,8 +15,9 @@ import onnx_ir as ir
 from onnxtools.engines.decoder_io import Port
 from onnxtools.errors import JobError
 from onnxtools.generation.runtime import RuntimeOptions
-from onnxtools.graph import Builder, attribute
+from onnxtools.graph import Builder, attribute, is_op
 from onnxtools.model import Model
+from onnxtools.ort import BROKEN_OPTIMIZERS
 
 NEXT = "onnxtools.next"
 """An output that is added for a device, [rows, tokens]: the best token, -1 where the logits are NaN, so that a step moves 8 bytes a row to the
@@ -93,7 +94,7 @@ def open_session(model: Model, options: RuntimeOptions, device: str, notes: list
     if _heads_alone(model):
         # XQA shares a KV head among its queries; with one query a head it took 29 us where cuDNN took 19 (H200, 16 x 32 heads, 148 tokens).
         os.environ.setdefault("ORT_ENABLE_XQA", "0")
-    data = ir.to_proto(model.ir).SerializeToString()
+    data = model.proto().SerializeToString()
     for captured in (True, False) if graph else (False,):
         # What the graph says is what is computed: norms accumulate in fp32 (strict mode), and fp32 is not TF32.
         cuda = {
@@ -115,6 +116,9 @@ def open_session(model: Model, options: RuntimeOptions, device: str, notes: list
 
 def _session(ort: Any, source: str | bytes, settings: Any, providers: list[Any], model: Model) -> Any:
     try:
+        if any(is_op(node, "QuantizeLinear") and node.outputs[0].dtype in (ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E5M2) for node in model.graph):
+            settings.add_session_config_entry("session.disable_quant_qdq", "1")  # its fusions take FP8 for INT8
+            return ort.InferenceSession(source, settings, providers=providers, disabled_optimizers=BROKEN_OPTIMIZERS)
         return ort.InferenceSession(source, settings, providers=providers)
     except Exception as error:
         if is_out_of_memory(error):

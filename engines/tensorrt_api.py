@@ -284,19 +284,19 @@ def _parser_line(model: Model, error: Any) -> str:
 
 @contextlib.contextmanager
 def _monitor(tools: SimpleNamespace) -> Iterator[Any]:
-    """A monitor whose build Ctrl-C cancels at its next step: an exception must not fly through TensorRT's frames."""
+    """A monitor whose build Ctrl-C or SIGTERM cancels at its next step: an exception must not fly through TensorRT's frames."""
     monitor = tools.Monitor(_bars())
 
     def cancel(signum: int, frame: Any) -> None:
         monitor.cancelled = True
 
     main = threading.current_thread() is threading.main_thread()
-    previous = signal.signal(signal.SIGINT, cancel) if main else None
+    previous = {number: signal.signal(number, cancel) for number in (signal.SIGINT, signal.SIGTERM)} if main else {}
     try:
         yield monitor
     finally:
-        if main:
-            signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
         monitor.close()
 
 

@@ -59,9 +59,7 @@ def trtexec_words(
     words += _typing(spec, version, mixed)
     for field, say in _WORDS.items():
         value = getattr(spec, field)
-        if value not in (None, (), False) and value != _QUIET.get(field):
-            words += say(value)
-        elif field == "tf32" and not value:
+        if (value not in (None, (), False) and value != _QUIET.get(field)) or (field == "tf32" and not value):
             words += say(value)
     if len(profiles) > 1 and version < (9,):
         names = ", ".join(profile.name for profile in profiles)

@@ -69,7 +69,8 @@ class TrtexecBuilder:
         written = hash_file(plan)
         inputs, outputs = ([_info(value) for value in values] for values in (model.graph.inputs, model.graph.outputs))
         return Built(
-            inputs, outputs, io_source=IO_SOURCE, notes=log.notes(), warnings=list(dict.fromkeys(log.warnings)), size=written["bytes"], sha256=written["sha256"],
+            inputs, outputs, io_source=IO_SOURCE, notes=log.notes(), warnings=list(dict.fromkeys(log.warnings)), size=written["bytes"],
+            sha256=written["sha256"],
         )  # fmt: skip
 
 

@@ -82,6 +82,13 @@ class KvCache:
         return self.builder.op("Shape", [past], name, dtype=ir.DataType.INT64, shape=[1], start=self.axis, end=self.axis + 1)
 
 
+def positions(model: Model) -> int | None:
+    """Tokens that a sequence may have, as far as the model says."""
+    text = model.graph.metadata_props.get("onnxtools.model")
+    found = json.loads(text)["model"].get("max_position_embeddings") if text else None
+    return int(found) if found else None
+
+
 def rotation(keys: ir.Value | None, facts: Facts, model: Model) -> tuple[int, bool]:
     """How rotary embedding turned `keys` (or queries) [batch, heads, sequence, head_dim]: rotated channels, and whether pairs are neighbours.
 

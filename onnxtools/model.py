@@ -13,7 +13,7 @@ import onnx
 import onnx_ir
 import onnx_ir as ir
 
-from onnxtools.errors import ModelError
+from onnxtools.errors import ModelError, OnnxtoolsError
 from onnxtools.tensors import external_path
 
 if TYPE_CHECKING:
@@ -119,6 +119,20 @@ class Model:
 
     def weight_bytes(self) -> int:
         return sum(tensor.nbytes for _, tensor in self.weights())
+
+    def proto(self) -> onnx.ModelProto:
+        """The graph as ONNX's own message, weights in memory evaluated.
+
+        Raises:
+            OnnxtoolsError: a weight cannot be computed.
+        """
+        try:
+            return ir.to_proto(self.ir)
+        except Exception as error:  # onnx_ir wraps what a weight raises while it is computed
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OnnxtoolsError):
+                cause = cause.__cause__ or cause.__context__
+            raise cause or error from None
 
     def save(self, path: str | os.PathLike[str], *, copy_weights: bool = False, weights: bool = True) -> SaveReport:
         """Write the graph to `path` atomically; see `onnxtools.storage.save`."""

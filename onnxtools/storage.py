@@ -166,13 +166,7 @@ def save(model: Model, path: Path, *, copy_weights: bool = False, weights: bool 
 
 
 def _serialize(model: Model) -> bytes:
-    try:
-        proto = ir.to_proto(model.ir)
-    except Exception as error:  # onnx_ir wraps what a weight raises while it is computed
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, JobError):
-            cause = cause.__cause__ or cause.__context__
-        raise cause or error from None
+    proto = model.proto()
     try:
         return bytes(proto.SerializeToString())
     except Exception as error:

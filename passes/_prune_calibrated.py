@@ -59,8 +59,8 @@ class CalibratedPruner:
         self._by_node = {product.node: product for product in chosen}
         self._done: set[ir.Node] = set()
 
-    def run(self, calibration: Calibration, head: bool) -> None:
-        for segment, found in calibration.findings(lambda layer: self._look(layer, calibration), head=head):
+    def run(self, calibration: Calibration) -> None:
+        for segment, found in calibration.findings(lambda layer: self._look(layer, calibration), self._by_node):
             for product in segment.products:  # what the cache remembered
                 self._apply(product, found, calibration)
 

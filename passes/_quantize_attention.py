@@ -60,7 +60,7 @@ def operands(model: Model, facts: Facts) -> list[Operand]:
         qk, pv = block.product_qk, block.product_pv
         places += [(qk, 0, "query"), (qk, 1, "key"), (pv, 0, "probabilities"), (pv, 1, "value")]
     if not places:
-        raise JobError(f"{model.path}: has no Attention, or Softmax between two MatMuls, to quantize (GroupQueryAttention takes no Q/DQ); leave --attention out")
+        raise JobError(f"{model.path}: has no Attention, or Softmax between MatMuls, to quantize (GroupQueryAttention takes no Q/DQ); leave --attention out")
     return [made for node, index, kind in places if (made := _operand(node, index, kind, model, facts)) is not None]
 
 
@@ -81,6 +81,11 @@ class AttentionScheme:
 
     form: Format
     operands: Sequence[Operand]
+
+    @property
+    def nodes(self) -> set[ir.Node]:
+        """Where what is looked at is made."""
+        return {node for operand in self.operands if (node := operand.value.producer()) is not None}
 
     def watch(self, values: set[ir.Value]) -> dict[ir.Value, tuple[Observer, ...]]:
         """Observers of the operands among `values`."""

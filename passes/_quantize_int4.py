@@ -40,18 +40,13 @@ class Int4Scheme(Scheme):
     blocks: dict[str, int]
 
     def watch(self, groups: Sequence[Group]) -> dict[ir.Value, tuple[Observer, ...]]:
-        return {
-            g.activation: (ChannelRange(), TokenSample(ROWS, self.tokens), BlockGram(self._block(g)) if self.keep is None else Gram())
-            for g in groups
-        }
+        return {g.activation: (ChannelRange(), TokenSample(ROWS, self.tokens), BlockGram(self._block(g)) if self.keep is None else Gram()) for g in groups}
 
     def conclude(self, groups: Sequence[Group], seen: dict[ir.Value, tuple[Any, ...]]) -> Findings:
         """Also the factors of each group, and the scales of its weights, float32 [N, K / block]."""
         found: Findings = {}
         blocks = {
-            group.index: gram.blocks(self._block(group)) if isinstance(gram, Gram) else gram.value
-            for group in groups
-            for gram in seen[group.activation][-1:]
+            group.index: gram.blocks(self._block(group)) if isinstance(gram, Gram) else gram.value for group in groups for gram in seen[group.activation][-1:]
         }
         for group in groups:
             if group.fold is not None:
@@ -67,9 +62,7 @@ class Int4Scheme(Scheme):
         """The same for all products of a group: they have the same K."""
         return self.blocks[group.products[0].node.name or ""]
 
-    def _product(
-        self, product: Product, group: Group, groups: Sequence[Group], rows: Array, blocks: Array, gram: Gram | None, found: Findings
-    ) -> None:
+    def _product(self, product: Product, group: Group, groups: Sequence[Group], rows: Array, blocks: Array, gram: Gram | None, found: Findings) -> None:
         factors, block = found.get(f"{group.index}.factors"), self._block(group)
         weight, divisors = self.folded(product, group, groups, found)
         if factors is None:

@@ -89,6 +89,11 @@ class KvScheme:
     form: Format
     caches: Sequence[Cache]
 
+    @property
+    def nodes(self) -> set[ir.Node]:
+        """Where what is looked at is made."""
+        return {cache.node for cache in self.caches}
+
     def watch(self, values: set[ir.Value]) -> dict[ir.Value, tuple[Observer, ...]]:
         """Observers of the caches among `values`."""
         return {cache.present: (RotationRange(cache.rotated, cache.neighbours),) for cache in self.caches if cache.present in values}

@@ -49,7 +49,7 @@ class GraphSurgeonPass(Pass):
         function = self._function()
         before = len(model.graph)
         tensors = {value.name: tensor for value, tensor in model.weights()}
-        proto = ir.to_proto(model.ir)
+        proto = model.proto()
         with _folder(model.path):
             graph = gs.import_onnx(proto)
             imported = [(t._values, tensors[t.name]) for t in graph.tensors().values() if _is_lazy(t) and t.name in tensors]

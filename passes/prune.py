@@ -82,7 +82,7 @@ class Prune(Selected, Calibrated):
                 _prune(product)
             return
         with Calibration(model, self, key=repr(self)) as calibration:
-            CalibratedPruner(self.method, chosen).run(calibration, head=self.lm_head)
+            CalibratedPruner(self.method, chosen).run(calibration)
 
     def _notes(self, table: list[dict[str, Any]], pruned: list[dict[str, Any]]) -> list[str]:
         if not table:

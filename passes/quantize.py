@@ -98,6 +98,7 @@ class Quantize(Selected, Calibrated):
             (self.calib_method != "max" and (int4 or self.per_token or self.smoothquant is not None), "--calib-method is for static scales without smoothing"),
             (self.gptq and self.kind in ("none", "int4-rtn"), "--gptq is for weights that are calibrated"),
             (self.lower == "ort" and not int4, "--lower ort is for INT4: MatMulNBits is what it has fast kernels for"),
+            (self.kv_cache_dtype is not None and self.kv_cache not in ("none", self.kv_cache_dtype), "--kv-cache and --kv-cache-dtype contradict each other"),
             (self.exclude_worst and self.kind in ("int4-rtn", "none"), "--exclude-worst is for products that are calibrated"),
             (self.calib is not None and self.kind == "int4-rtn" and self.kv_kind == "none", "--int4-rtn looks at no activations, so --calib is of no use"),
         )  # fmt: skip
@@ -249,7 +250,8 @@ class Quantize(Selected, Calibrated):
                     found.update(other.conclude(seen))
                 return found
 
-            for _, part in calibration.findings(look, head=self.lm_head):
+            nodes = {*by_node, *(node for other in inner for node in other.nodes)}
+            for _, part in calibration.findings(look, nodes):
                 found.update(part)
         return scheme, found
 

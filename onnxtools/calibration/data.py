@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 
 from onnxtools.calibration.options import Calibrated
 from onnxtools.errors import JobError, UsageError
 from onnxtools.generation.text import Tokenizer
 from onnxtools.infer import is_ids_like, token_input
 from onnxtools.jsonl import read_jsonl
+from onnxtools.kvcache import positions
 from onnxtools.model import Model
 from onnxtools.ort import Feeds, random_feeds, read_feeds, vocabulary
 
@@ -52,12 +54,15 @@ def read_samples(model: Model, options: Calibrated) -> Samples:
         missing = [value.name for value in model.graph.inputs if value.name not in feeds]
         if missing:
             raise JobError(f"{path}: has no {missing[0]!r}, an input of the graph; write one array for each input")
+        for value in model.graph.inputs:
+            _check_array(path, value, feeds[value.name or ""])
         return Samples(model, [], [{name: feeds[name] for name in (value.name or "" for value in model.graph.inputs)}])
     tokens = token_input(model)
     if tokens is None:
         raise JobError(f"{model.path}: has no input of token ids, so texts are of no use; give its inputs with --calib inputs.npz")
     texts = _texts(path, options, model)
-    texts = [text[: options.calib_length] for text in texts if len(text) > 1]
+    length = min(options.calib_length, positions(model) or options.calib_length)
+    texts = [text[:length] for text in texts if len(text) > 1]
     if not texts:
         raise UsageError(f"{path}: holds no text of two tokens or more; name another file or another --calib-field")
     _check_range(path, texts, vocabulary(tokens.value))
@@ -87,10 +92,27 @@ def _tokenizer(options: Calibrated, model: Model) -> Tokenizer:
 
 def _field(path: Path, number: int, row: dict[str, Any], name: str) -> str | list[int]:
     value = row.get(name)
-    if isinstance(value, str) or (isinstance(value, list) and value and all(isinstance(id, int) for id in value)):
+    if isinstance(value, str) or (isinstance(value, list) and value and all(type(id) is int for id in value)):
         return value
+    if value is not None:
+        raise UsageError(f"{path}:{number}: {name!r} is neither text nor a list of tokens: {str(value)[:40]}; mend the line")
     fields = ", ".join(map(str, row)) or "no fields"
     raise UsageError(f"{path}:{number}: has no text or tokens in {name!r} (it has {fields}); name the field with --calib-field")
+
+
+def _check_array(path: Path, value: ir.Value, array: np.ndarray[Any, Any]) -> None:
+    """Type, rank and fixed sizes are the input's, and there is something in it."""
+    dims = value.shape
+    wanted = f"{value.dtype} [{', '.join(map(str, dims))}]" if dims is not None else str(value.dtype)
+    same = value.dtype is None or array.dtype == (np.float32 if value.dtype == ir.DataType.BFLOAT16 else value.dtype.numpy())
+    if dims is not None:
+        same &= array.ndim == len(dims) and all(not isinstance(d, int) or d == size for d, size in zip(dims, array.shape, strict=False))
+    if not same:
+        raise JobError(f"{path}: {value.name!r} is {array.dtype} {list(array.shape)}, but the graph's input is {wanted}; write it so")
+    if not array.size and "past" not in (value.name or ""):
+        raise JobError(f"{path}: {value.name!r} is empty; write one text or more")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise JobError(f"{path}: {value.name!r} holds infinite or NaN numbers; calibrate with real data")
 
 
 def _check_range(path: Path, texts: Sequence[Sequence[int]], size: int) -> None:

@@ -7,9 +7,11 @@ handed on lie in files, one for each text; those of finished segments are remove
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import zipfile
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,27 +140,41 @@ class Calibration:
     def _open_cache(self) -> None:
         note = self._folder / "calibration.json"
         if self._folder.exists() and any(self._folder.iterdir()):
-            if not note.is_file():
-                raise JobError(f"{self._folder}: holds other files; name an empty folder with --calib-cache")
-            if json.loads(note.read_text()) == self._key:
+            strangers = [entry.name for entry in self._folder.iterdir() if not re.fullmatch(r"calibration\.json|\d{4}\.npz|values|weights", entry.name)]
+            if strangers or not note.is_file():
+                raise JobError(
+                    f"{self._folder}: holds other files ({strangers[0] if strangers else 'no calibration.json'}); name an empty folder with --calib-cache"
+                )
+            try:
+                known = json.loads(note.read_text())
+            except ValueError:
+                known = None
+            if known == self._key:
                 return
+            if not isinstance(known, dict) or set(known) != set(self._key):
+                raise JobError(f"{note}: is no note of a calibration, or damaged; name an empty folder with --calib-cache, or remove this one")
             shutil.rmtree(self._folder)
         self._folder.mkdir(parents=True, exist_ok=True)
-        note.write_text(json.dumps(self._key))
+        with replacing(note) as tmp:
+            tmp.write_text(json.dumps(self._key))
 
-    def findings(self, look: Callable[[Layer], Findings], *, head: bool = False) -> Iterator[tuple[Segment, Findings]]:
+    def findings(self, look: Callable[[Layer], Findings], nodes: Collection[ir.Node] | None = None) -> Iterator[tuple[Segment, Findings]]:
         """What `look` finds at each segment, in order; findings that the cache has are not looked for again.
 
-        `look` may call `Layer.observe` and `run_again`; its arrays must be small. The last segment (the head) is left
-        out unless `head`.
+        `look` may call `Layer.observe` and `run_again`; its arrays must be small.
+
+        Args:
+            nodes: what `look` looks at; segments behind the last of them are left out. None: all.
+        Raises:
+            JobError: the cache is damaged.
         """
-        count = len(self.segments) if head or len(self.segments) == 1 else len(self.segments) - 1
+        numbers = [n for n, segment in enumerate(self.segments, 1) if nodes is None or any(node in nodes for node in segment.nodes)]
+        count = max(numbers, default=0)
         with counted(f"{self._label}: calibration", count * len(self.samples)) as self._tick:
             for number, segment in enumerate(self.segments[:count]):
                 path = self._folder / f"{number:04}.npz"
                 if path.is_file():
-                    with np.load(path) as archive:
-                        found = {name: archive[name] for name in archive.files}
+                    found = self._cached(path)
                     self._tick(len(self.samples))
                 else:
                     layer = Layer(self, segment)
@@ -169,6 +185,13 @@ class Calibration:
                     self._spool.keep_only(segment.kept)
                 yield segment, found
 
+    def _cached(self, path: Path) -> Findings:
+        try:
+            with np.load(path) as archive:
+                return {name: archive[name] for name in archive.files}
+        except (OSError, ValueError, zipfile.BadZipFile, EOFError, KeyError) as error:
+            raise JobError(f"{path}: this part of the calibration cache is damaged ({error}); remove the folder {str(self._folder)!r}") from None
+
     def store(self, name: str, array: Array) -> None:
         """Keep a weight that was computed on the disk."""
         path = self._folder / "weights" / f"{name}.npy"
@@ -178,7 +201,10 @@ class Calibration:
 
     def stored(self, name: str, dtype: ir.DataType, weight: str) -> StoredWeight:
         """The weight that `store` was given, which need not be in memory; its file lives as long as it."""
-        return StoredWeight(self._folder / "weights" / f"{name}.npy", dtype, weight, self._temporary)
+        path = self._folder / "weights" / f"{name}.npy"
+        if not path.is_file():
+            raise JobError(f"{path}: is missing from the calibration cache; remove the folder {str(self._folder)!r}")
+        return StoredWeight(path, dtype, weight, self._temporary)
 
     def is_float(self, value: ir.Value) -> bool:
         """Whether `value` holds floating-point numbers, as far as the graph says."""
@@ -189,13 +215,16 @@ class Calibration:
         """All texts through `segment`: what it makes for later ones is spooled, observers see theirs."""
         inner = {value for node in segment.nodes for value in node.outputs}
         wanted = [value for value in dict.fromkeys([*segment.kept, *observers]) if value in inner]
+        if not wanted and not observers:
+            self._tick(len(self.samples))
+            return
         session: SegmentSession | None = None
         for text, feeds in enumerate(self.samples):
             received = {value: self._spool.get(value, text) for value in segment.received}
-            if session is None:
+            if session is None and wanted:
                 types = {value: ir.DataType.from_numpy(array.dtype).value for value, array in received.items()}
                 session = SegmentSession(self.model, segment, types, wanted)
-            found = session(feeds, {value.name or "": array for value, array in received.items()})
+            found = {} if session is None else session(feeds, {value.name or "": array for value, array in received.items()})
             for value in segment.kept:
                 if value in found:
                     self._spool.put(value, text, found[value])

@@ -10,6 +10,7 @@ from typing import Any, get_args, get_origin
 
 import click
 
+from onnxtools.errors import UsageError
 from onnxtools.passbase import base_type, choices, convert_fields
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -78,6 +79,8 @@ def from_parameters(cls: type[Any], values: dict[str, Any], settings: Mapping[st
             given[field.name] = value
         for flag_value in field.metadata.get("flags", {}).values():
             if values.pop(_flag_name(field.name, flag_value)):
+                if given.get(field.name, flag_value) != flag_value:
+                    raise UsageError(f"--{field.name.replace('_', '-')} is said to be {given[field.name]} and {flag_value}; leave one out")
                 given[field.name] = flag_value
     hints = typing.get_type_hints(cls)
     for name, value in given.items():

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from onnxtools.errors import ModelError
 from onnxtools.infer import analyse
 from onnxtools.model import Model
 from onnxtools.products import Product, weight_products
@@ -58,8 +59,14 @@ def group(model: Model, chosen: Sequence[Product]) -> list[Group]:
 
 
 def matrix(product: Product) -> Array:
-    """The weight as float32 [N, K]."""
+    """The weight as float32 [N, K].
+
+    Raises:
+        ModelError: an element is infinite or NaN.
+    """
     whole = elements(product.tensor).astype(np.float32)
+    if not np.isfinite(whole).all():
+        raise ModelError(f"weight {product.weight.name!r} has infinite or NaN elements; restore it, or leave it out with --exclude")
     return whole if product.axis == 1 else np.ascontiguousarray(whole.T)
 
 

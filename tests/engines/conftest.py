@@ -26,6 +26,6 @@ def make(tmp_path: Path) -> Build:
 
     def run(source: Path, **options: Any) -> Engine:
         values: dict[str, Any] = {"max_batch_size": 2, "max_seq_len": 16, "backend": "tensorrt-rtx", **options}
-        return build(source, tmp_path / "e.engine", EngineSpec(**values))
+        return build(source, tmp_path / "e.engine", EngineSpec(**values), force=True)
 
     return run

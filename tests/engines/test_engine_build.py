@@ -283,7 +283,7 @@ def test_trtexec_line(tmp_path: Path) -> None:
     line = trtexec_line(Path("m.onnx"), Path("gpt.engine"), spec, profiles_for(Model.load(source), spec))
     assert line == (
         "trtexec --onnx=m.onnx --saveEngine=gpt.engine --skipInference --sparsity=enable '--timingCacheFile=t c'"
-        " --builderOptimizationLevel=4 --noTF32"
+        " --builderOptimizationLevel=4 --noTF32 --profilingVerbosity=detailed"
         " --profile=0 --minShapes=x:1x1x64,past_key:1x0x64 --optShapes=x:1x4x64,past_key:1x0x64 --maxShapes=x:1x8x64,past_key:1x0x64"
         " --profile=1 --minShapes=x:1x1x64,past_key:1x1x64 --optShapes=x:1x1x64,past_key:1x4x64 --maxShapes=x:1x1x64,past_key:1x7x64"
     )

@@ -156,7 +156,7 @@ def test_every_dynamic_input_is_covered_and_close_names_are_listed(tmp_path: Pat
         ({"min_shapes": ("a:1",)}, "given 1, 0 and 0 times"),
         ({"max_seq_len": 0}, "--max-seq-len is 0"),
         ({"max_batch_size": 0}, "--max-batch-size is 0"),
-        ({"max_seq_len": 8, "opt_seq_len": 9}, "between 1 and --max-seq-len 8"),
+        ({"max_seq_len": 8, "opt_seq_len": 9}, "between 1 and the longest sequence, 8"),
         ({"builder_optimization_level": 6}, "goes from 0 to 5"),
     ],
 )
