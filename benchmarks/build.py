@@ -50,7 +50,7 @@ def main() -> None:
             size = make(source, gigabytes)
             commands: dict[str, Command] = {
                 "TensorRT-RTX's interface": [sys.executable, str(raw), str(source), str(out / "raw.engine")],
-                "onnxtools build": [tool("onnxtools"), "build", str(source), str(out / "gpt.engine"), *"--backend tensorrt-rtx --max-seq-len 256".split()],
+                "onnxtools build": [tool("onnxtools"), "build", str(source), str(out / "gpt.engine"), *["--backend", "tensorrt-rtx", "--max-seq-len", "256"]],
             }  # fmt: skip
 
             def before(out: Path = out, source: Path = source) -> None:

@@ -257,12 +257,15 @@ def test_interrupt_cancels_and_leaves_nothing(tmp_path: Path) -> None:
     nodes = [helper.make_node("MatMul", [f"h{i}", f"w{i}"], [f"h{i + 1}"]) for i in range(300)]
     stored = weights(**{f"w{i}": random(64, 64) for i in range(300)})
     source = write(tmp_path / "m.onnx", nodes, [tensor("h0", ["batch", "sequence", 64])], [tensor("h300", None)], stored)
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
         for _ in range(200):
             build(source, tmp_path / "e.engine", EngineSpec(max_seq_len=16))
     assert [name for name in files(tmp_path) if name.startswith(".")] == []
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
 
 
 def test_unknown_builder() -> None:

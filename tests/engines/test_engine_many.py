@@ -30,6 +30,11 @@ def said(*args: str | Path) -> Any:
     return json.loads(succeed(*args, "--json").out)
 
 
+def listen() -> None:
+    """A shell's background jobs ignore SIGINT, and so would what they start."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def bad(path: Path) -> Path:
     """A graph that preflight refuses: an operator that the parser lacks."""
     node = helper.make_node("StringNormalizer", ["x"], ["y"], name="odd")
@@ -58,7 +63,7 @@ def test_ctrl_c_ends_the_processes_and_leaves_no_half_engine(tmp_path: Path) -> 
     for name in "abcd":
         succeed("export", "--random", *sizes.split(), "-o", tmp_path / f"{name}.onnx")
     command = [sys.executable, "-m", "onnxtools", "build", *(str(tmp_path / f"{name}.onnx") for name in "abcd"), "--workers", "2", *SMALL]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True, preexec_fn=listen)
     time.sleep(6)
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)

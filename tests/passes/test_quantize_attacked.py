@@ -19,11 +19,12 @@ from tests.support import refuse, rel_l2, succeed
 
 Array = np.ndarray[Any, Any]
 GENERATOR = np.random.default_rng(3)
-X = GENERATOR.standard_normal((32, 64)).astype(np.float32)
+X = GENERATOR.standard_normal((256, 64)).astype(np.float32)
 
 
 def weights(count: int, **changed: Array) -> dict[str, Array]:
-    made = {f"w{i}": (GENERATOR.standard_normal((64, 64)) / 8).astype(np.float32) for i in range(count)}
+    generator = np.random.default_rng(count)
+    made = {f"w{i}": (generator.standard_normal((64, 64)) / 8).astype(np.float32) for i in range(count)}
     return made | changed
 
 
@@ -125,7 +126,7 @@ def test_texts_end_where_the_model_does(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("array", "says"), [
-    (X.astype(np.float64), "float64 [32, 64]"), (X[0], "float32 [64]"), (X[:, :8], "float32 [32, 8]"), (X[:0], "is empty"),
+    (X.astype(np.float64), "float64 [256, 64]"), (X[0], "float32 [64]"), (X[:, :8], "float32 [256, 8]"), (X[:0], "is empty"),
     (np.where(X > 2, np.nan, X).astype(np.float32), "NaN numbers"), (X.astype(str), "<U"),
 ])  # fmt: skip
 def test_arrays_that_are_not_the_input(array: Array, says: str, tmp_path: Path) -> None:
