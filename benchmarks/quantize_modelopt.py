@@ -55,6 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("gguf", type=Path)
     parser.add_argument("--rows", type=int, default=1000)
+    parser.add_argument("--only", nargs="*", help="names of presets; INT4_AWQ searches for a quarter of an hour")
     args = parser.parse_args()
     options = {"gguf_file": args.gguf.name}
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.gguf.parent, **options)
@@ -77,6 +78,8 @@ def main() -> None:
     exact, first, perplexity = score(load(), passages)
     print(f"| torch fp32 | {exact.mean():.4f} | | {first.mean():.4f} | | {perplexity:.3f} | |", flush=True)
     for name, configuration in configurations().items():
+        if args.only and name not in args.only:
+            continue
         model = load()
         began = time.perf_counter()
 

@@ -4,6 +4,8 @@ Measured with TensorRT-RTX 1.7.1:
   - Attention: the `nonpad_kv_seqlen` input is dropped; `is_causal` becomes an upper-left aligned mask whatever the shapes
     and cannot be combined with a mask; past inputs and a second output are refused.
   - TensorScatter: only rank 4, axis -2, mode linear.
+  - ReduceMean and the like: axes must be an initializer or a Constant, not what a Reshape makes of one.
+  - TRT_MXFP8DequantizeLinear without `axis`: the blocks are looked for along axis 1, which is the last of a matrix alone.
   - an operator of an unknown domain that has the name of an ONNX operator is parsed as the ONNX operator.
 Boolean masks and fp32 Attention are mended on the parsed network instead (`onnxtools.engines.network`).
 """
@@ -18,7 +20,7 @@ import onnx
 import onnx_ir as ir
 
 from onnxtools.errors import JobError
-from onnxtools.graph import attribute, is_op
+from onnxtools.graph import attribute, constant_tensor, is_op
 from onnxtools.infer import Facts, constants
 from onnxtools.model import Model
 
@@ -84,6 +86,10 @@ def check_traps(graph: Graph) -> None:
             reason = _attention(node, graph)
         elif is_op(node, "TensorScatter"):
             reason = _tensor_scatter(node, graph)
+        elif node.op_type.startswith("Reduce") and _given(node, 1) and constant_tensor(node.inputs[1]) is None:
+            reason = "TensorRT takes the axes as an initializer or Constant alone, not computed; `onnxtools convert` folds them"
+        elif is_op(node, "TRT_MXFP8DequantizeLinear", domain="trt") and _blocks_unsaid(node, graph):
+            reason = "says no axis, and TensorRT looks for the blocks along axis 1, not the last; `onnxtools convert --keep-mx` says it"
         elif _shadows_onnx(node, graph.model):
             reason = f"TensorRT would read it as ONNX's {node.op_type} whatever {node.domain!r} means; use ONNX's or rename it"
         if reason is not None:
@@ -116,6 +122,11 @@ def _attention(node: ir.Node, graph: Graph) -> str | None:
     if lengths[0] != lengths[1]:
         return f"is_causal=1 on other lengths of queries and keys, and TensorRT aligns that mask upper-left; {_DECOMPOSE}"
     return None
+
+
+def _blocks_unsaid(node: ir.Node, graph: Graph) -> bool:
+    shape = graph.shape(node.inputs[0])
+    return "axis" not in node.attributes and (shape is None or len(shape) != 2)
 
 
 def _tensor_scatter(node: ir.Node, graph: Graph) -> str | None:

@@ -33,6 +33,8 @@ def _callback(
     paths: tuple[Path, ...], workers: int, output_folder: Path | None, force: bool, print_trtexec: bool, as_json: bool, debug: bool, **values: Any
 ) -> None:  # fmt: skip
     spec = from_parameters(EngineSpec, values)
+    if spec.tensorrt_version is not None and not print_trtexec:
+        raise UsageError("--tensorrt-version is for --print-trtexec; a build uses the version that is installed")
     jobs = _jobs(paths, output_folder)
     if print_trtexec:
         for job in jobs:

@@ -11,7 +11,8 @@ import tensorrt_rtx as trt
 from onnxtools.engines.network import attentions, mend_attention
 from onnxtools.errors import JobError
 from tests.engines.conftest import Build
-from tests.engines.graphs import BOOL, FLOAT, HALF, INT64, attention, helper, manifest, random, tensor, two_of_four, weights, write
+from tests.engines.graphs import BOOL, FIXTURES, FLOAT, HALF, INT64, attention, helper, manifest, random, tensor, two_of_four, weights, write
+from tests.support import succeed
 
 
 def parse(source: Path) -> tuple[Any, ...]:
@@ -155,3 +156,14 @@ def test_sparse_along_the_wrong_axis_does_not_count(tmp_path: Path, make: Build)
     source = write(tmp_path / "m.onnx", [node], [tensor("x", [4, 64])], [tensor("y", [4, 64])], stored)
     with pytest.raises(JobError, match="0 of 1 weights"):
         make(source, sparsity="enable")
+
+
+@pytest.mark.parametrize(("name", "operator", "remedy"), [
+    ("attention_op", "ReduceMean", []), ("padding_mask", "ReduceMean", []), ("gpt_mxfp8", "TRT_MXFP8DequantizeLinear", ["--keep-mx", "--no-check"]),
+])  # fmt: skip
+def test_what_the_parser_would_refuse_is_named_before_and_the_remedy_helps(name: str, operator: str, remedy: list[str], tmp_path: Path, make: Build) -> None:
+    source = FIXTURES / "te_style" / f"{name}.onnx"
+    with pytest.raises(JobError, match=rf"{operator}\): .*onnxtools convert"):
+        make(source)
+    succeed("convert", source, tmp_path / "converted.onnx", *remedy)
+    make(tmp_path / "converted.onnx")
