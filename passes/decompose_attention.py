@@ -10,7 +10,8 @@ import onnx_ir as ir
 
 from onnxtools.errors import JobError
 from onnxtools.graph import Builder, attribute, is_op, remove_unused, replace_keeping_name
-from onnxtools.infer import Fact, Facts, analyse
+from onnxtools.infer import Facts, analyse
+from onnxtools.infer_ops import Fact
 from onnxtools.model import Model
 from onnxtools.passbase import Pass, PassResult
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from onnxtools.infer import Fact, analyse
+from onnxtools.infer import analyse
+from onnxtools.infer_ops import Fact
 from onnxtools.model import Model
 from onnxtools.passbase import Pass, PassResult
 

@@ -9,7 +9,8 @@ import onnx
 import pytest
 from onnx import helper
 
-from onnxtools.infer import analyse, constants, reshape_target, stand_ins
+from onnxtools.infer import analyse, constants, stand_ins
+from onnxtools.infer_ops import reshape_target
 from onnxtools.model import Model
 from tests.support import FLOAT, INT64, STATIC, STYLE, TE, Array, Case, Feeds, Session, dims, info, normal, stored, write
 
