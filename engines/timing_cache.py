@@ -47,10 +47,10 @@ class TimingCache:
         self._config, self.path = config, path
         with self._locked():
             data = path.read_bytes() if path.exists() else b""
-        self._before = len(data)
         cache = config.create_timing_cache(data)
         if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
             raise JobError(f"{path}: is no timing cache of this TensorRT and this GPU; name another file with --timing-cache, or remove it")
+        self._known = _entries(cache)
 
     @classmethod
     def open(cls, builder: str, config: Any, spec: EngineSpec) -> TimingCache | None:
@@ -74,8 +74,14 @@ class TimingCache:
             data = bytes(memoryview(whole.serialize()))
             with replacing(self.path) as tmp:
                 tmp.write_bytes(data)
-        grown = "every timing was known" if len(data) == self._before else f"{self._before} bytes before"
-        return [f"timing cache: {self.path}, {len(data)} bytes, {grown}"]
+        new = _entries(mine) - self._known
+        what = f"{self._known} timings known, {new} measured" if self._known >= 0 else f"{len(data)} bytes"
+        return [f"timing cache: {self.path}, {what}"]
 
     def _locked(self) -> FileLock:
         return FileLock(self.path.with_name(f"{self.path.name}.lock"))
+
+
+def _entries(cache: Any) -> int:
+    """How many timings; -1 before TensorRT 10, which does not say."""
+    return len(cache.queryKeys()) if hasattr(cache, "queryKeys") else -1

@@ -31,6 +31,8 @@ class Selected(Pass):
             return "not included"
         if _matches(names, self.exclude):
             return "excluded"
+        if not product.tensor.size:
+            return "no elements"
         return LM_HEAD if product.node is head and not self.lm_head else ""
 
     def unmatched(self, table: Sequence[dict[str, str]]) -> list[str]:

@@ -48,6 +48,9 @@ def segments(model: Model) -> list[Segment]:
     """
     if model.ir.functions or any(node.domain == "trt" for node in model.graph):
         raise JobError(f"{model.path}: has functions or TransformerEngine's operators; run `onnxtools convert` first")
+    branching = next((node for node in model.graph if any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values())), None)
+    if branching is not None:
+        raise JobError(f"{model.path}: node {branching.name!r} ({branching.op_type}) has a graph inside, which calibration does not cut; inline one branch")
     products = {product.node: product for product in weight_products(model)}
     heavy = _heavy(model, set(products))
     if not heavy:

@@ -39,7 +39,9 @@ def chain(path: Path, arrays: dict[str, Array], *, relu: bool = True) -> Path:
             nodes.append(helper.make_node("Relu", [value], [f"r{index}"], name=f"r{index}"))
             value = f"r{index}"
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["tokens", 64]) for name in "xy")
-    graph = helper.make_graph(nodes, "g", [x], [y], [numpy_helper.from_array(array, name) for name, array in arrays.items()])
+    nodes.append(helper.make_node("MatMul", ["x", "w0"], ["o"]))
+    o = helper.make_tensor_value_info("o", TensorProto.FLOAT, ["tokens", 64])
+    graph = helper.make_graph(nodes, "g", [x], [y, o], [numpy_helper.from_array(array, name) for name, array in arrays.items()])
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
     np.savez(path.with_suffix(".npz"), x=X)
     return path
@@ -165,3 +167,34 @@ def test_rows_that_are_no_tokens(row: list[Any], says: str, tmp_path: Path) -> N
 def test_a_weight_beyond_fp16_is_an_error(tmp_path: Path) -> None:
     source = chain(tmp_path / "m.onnx", weights(2, w1=np.full((64, 64), 1e6, np.float32)))
     assert "w1" in refuse("precision", source, tmp_path / "q.onnx")
+
+
+def test_a_graph_inside_a_node_is_named(tmp_path: Path) -> None:
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    branches = {
+        key: helper.make_graph([helper.make_node("MatMul", ["x", weight], ["z"])], key, [], [helper.make_tensor_value_info("z", TensorProto.FLOAT, None)])
+        for key, weight in (("then_branch", "w0"), ("else_branch", "w1"))
+    }
+    nodes = [helper.make_node("ReduceMax", ["x"], ["m"], keepdims=0), helper.make_node("Cast", ["m"], ["c"], to=TensorProto.BOOL),
+             helper.make_node("If", ["c"], ["y"], name="choice", **branches)]  # fmt: skip
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["tokens", 64])
+    nodes.append(helper.make_node("MatMul", ["x", "w0"], ["o"]))
+    o = helper.make_tensor_value_info("o", TensorProto.FLOAT, ["tokens", 64])
+    graph = helper.make_graph(nodes, "g", [x], [y, o], [numpy_helper.from_array(array, name) for name, array in weights(2).items()])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), tmp_path / "m.onnx")
+    np.savez(tmp_path / "c.npz", x=X)
+    told = refuse("quantize", tmp_path / "m.onnx", tmp_path / "q.onnx", "--fp8", "--lm-head", "--calib", tmp_path / "c.npz")
+    assert "'choice' (If)" in told
+
+
+def test_a_weight_without_elements_is_left(tmp_path: Path) -> None:
+    arrays = weights(2)
+    source = chain(tmp_path / "m.onnx", arrays)
+    model = onnx.load(source)
+    model.graph.initializer.append(numpy_helper.from_array(np.zeros((0, 64), np.float32), "none"))
+    model.graph.node.append(helper.make_node("MatMul", ["e", "none"], ["o"], name="empty"))
+    model.graph.input.append(helper.make_tensor_value_info("e", TensorProto.FLOAT, ["tokens", 0]))
+    model.graph.output.append(helper.make_tensor_value_info("o", TensorProto.FLOAT, ["tokens", 64]))
+    onnx.save(model, source)
+    told = succeed("prune", source, tmp_path / "p.onnx", "--lm-head", "--no-check", "--json").out
+    assert [row["reason"] if "reason" in row else row.get("left") for row in json.loads(told)["steps"][0]["result"]["table"] if row["weight"] == "none"]
