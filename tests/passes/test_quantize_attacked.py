@@ -39,9 +39,7 @@ def chain(path: Path, arrays: dict[str, Array], *, relu: bool = True) -> Path:
             nodes.append(helper.make_node("Relu", [value], [f"r{index}"], name=f"r{index}"))
             value = f"r{index}"
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["tokens", 64]) for name in "xy")
-    nodes.append(helper.make_node("MatMul", ["x", "w0"], ["o"]))
-    o = helper.make_tensor_value_info("o", TensorProto.FLOAT, ["tokens", 64])
-    graph = helper.make_graph(nodes, "g", [x], [y, o], [numpy_helper.from_array(array, name) for name, array in arrays.items()])
+    graph = helper.make_graph(nodes, "g", [x], [y], [numpy_helper.from_array(array, name) for name, array in arrays.items()])
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
     np.savez(path.with_suffix(".npz"), x=X)
     return path
