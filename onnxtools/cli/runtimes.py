@@ -59,7 +59,7 @@ def opened(model: Path, runtimes: Sequence[str], options: RuntimeOptions) -> Ite
     """The runtimes, open at once, closed at the end.
 
     Raises:
-        UsageError: no such file, or one runtime named twice.
+        UsageError: no such file, one runtime named twice, or a checkpoint that none of them reads.
     """
     from onnxtools.generation.runtime import open_runtime
 
@@ -68,6 +68,8 @@ def opened(model: Path, runtimes: Sequence[str], options: RuntimeOptions) -> Ite
     names = list(runtimes) or [default_runtime(model)]
     if len(set(names)) != len(names):
         raise UsageError(f"--runtime names {max(names, key=names.count)!r} twice; name each once")
+    if options.checkpoint is not None and not any(name.split(":")[0] == "frameworks" for name in names):
+        raise UsageError(f"--checkpoint is for --runtime frameworks, and {', '.join(names)} runs {model}; add it, or leave --checkpoint out")
     made: list[Runtime] = []
     try:
         for name in names:
