@@ -5,6 +5,7 @@ Each is built, or refused before the parser sees it with the name of a node (iss
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -57,8 +58,8 @@ def short(cell: str) -> str:
     return cell.replace(str(ROOT), ".").replace("|", "/")[:260]
 
 
-def smollm2(folder: Path) -> None:
-    for form in ("concat", "scatter"):
+def smollm2(folder: Path, forms: list[str]) -> None:
+    for form in forms:
         first = folder / f"{form}.onnx"
         onnxtools("export", gguf(), "-o", first, "--kv-cache", form, "--dtype", "fp32").check_returncode()
         for name, steps in STEPS.items():
@@ -73,12 +74,15 @@ def smollm2(folder: Path) -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--parts", nargs="*", default=["fixtures", "concat", "scatter"])
+    parts = parser.parse_args().parts
     print(f"{date.today()}, tensorrt-rtx {version('tensorrt-rtx-cu13')}, on a CPU, for 8.9 and 12.0 in one plan\n")
     print("| model | form | result |\n| --- | --- | --- |", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
-        if "--smollm2" not in sys.argv:
+        if "fixtures" in parts:
             fixtures(Path(temporary))
-        smollm2(Path(temporary))
+        smollm2(Path(temporary), [part for part in parts if part != "fixtures"])
 
 
 if __name__ == "__main__":

@@ -204,7 +204,7 @@ def widen_node(node: onnx.NodeProto, types: Container[int]) -> None:
 
 
 def random_feeds(model: Model, batch: int = BATCH, sequence: int = SEQUENCE, seed: int = 0) -> Feeds:
-    """Inputs by rule: token ids within the embedding, positions 0.., causal 4-D masks, other masks that keep everything, empty caches, normal floats."""
+    """Inputs by rule: token ids within the embedding, positions 0.., causal 4-D masks, other masks that keep everything, caches that are empty or zero, normal floats."""
     generator = np.random.default_rng(seed)
     return {value.name or "": _feed(value, batch, sequence, generator) for value in model.graph.inputs}
 
@@ -215,6 +215,8 @@ def _feed(value: ir.Value, batch: int, sequence: int, generator: np.random.Gener
     shape = [_dim(dim, axis, value, batch, sequence) for axis, dim in enumerate(value.shape)]
     name = (value.name or "").lower()
     dtype = np.dtype(np.float32) if value.dtype == ir.DataType.BFLOAT16 else value.dtype.numpy()
+    if "past" in name:
+        return np.zeros(shape, dtype)  # also static caches, whose slots are masked
     if "position" in name and is_ids_like(value):
         along = np.arange(shape[1], dtype=dtype) if shape[1] == sequence else np.arange(shape[0], dtype=dtype)[:, None]
         return np.broadcast_to(along, shape).copy()

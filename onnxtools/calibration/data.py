@@ -131,6 +131,6 @@ def _text_feeds(model: Model, ids: Sequence[int]) -> Feeds:
         name = value.name or ""
         if value is tokens.value:
             feeds[name] = np.asarray(ids, feeds[name].dtype).reshape(feeds[name].shape)
-        elif "past" in name.lower() or (value.dtype is not None and not value.dtype.is_floating_point() and not is_ids_like(value)):
-            feeds[name] = np.zeros_like(feeds[name])  # a static cache, and where to write into it
+        elif value.dtype is not None and not value.dtype.is_floating_point() and not is_ids_like(value):
+            feeds[name] = np.zeros_like(feeds[name])  # where to write into a static cache
     return feeds

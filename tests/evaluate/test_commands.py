@@ -124,7 +124,8 @@ def test_runtimes_side_by_side(model: Path) -> None:
 
 
 @pytest.mark.parametrize(("arguments", "names", "code"), [
-    (["--prompt", ""], "prompt 0 is empty", 2), ([], "no prompt", 2), (["--prompt", "x", "--checkpoint", "x.gguf"], "--checkpoint is for", 2), (["--prompt", "x", "--runtime", "tensorflow"], "tensorflow", 2),
+    (["--prompt", ""], "prompt 0 is empty", 2), ([], "no prompt", 2), (["--prompt", "x", "--checkpoint", "x.gguf"], "--checkpoint is for", 2),
+    (["--prompt", "x", "--runtime", "tensorflow"], "tensorflow", 2),
     (["--prompt", "x", "--runtime", "onnxrt:gpu"], "gpu", 2), (["--prompt", "x", "--runtime", "onnxrt", "--runtime", "onnxrt"], "twice", 2),
     (["--prompt", "x", "--max-new-tokens", "9000"], "8192 positions", 1), (["--prompt", "x", "--tokenizer", "absent"], "no tokenizer", 1),
     (["--prompt", "x", "--runtime", "frameworks"], "--checkpoint", 1), (["--prompts-file", "absent.txt"], "absent.txt", 2),
