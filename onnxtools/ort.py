@@ -204,7 +204,7 @@ def widen_node(node: onnx.NodeProto, types: Container[int]) -> None:
 
 
 def random_feeds(model: Model, batch: int = BATCH, sequence: int = SEQUENCE, seed: int = 0) -> Feeds:
-    """Inputs by rule: token ids within the embedding, positions 0.., causal 4-D masks, other masks that keep everything, caches that are empty or zero, normal floats."""
+    """Inputs by rule: token ids within the embedding, positions 0.., causal 4-D masks, other masks that keep all, empty or zero caches, normal floats."""
     generator = np.random.default_rng(seed)
     return {value.name or "": _feed(value, batch, sequence, generator) for value in model.graph.inputs}
 
