@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -15,7 +16,7 @@ from typing import Any
 from onnxtools import __version__
 from onnxtools.engines.audit import holds, summary
 from onnxtools.engines.builder import Builder, Engine, get_builder
-from onnxtools.engines.manifest import FORMAT, hash_file, hash_weights, make_manifest, manifest_path
+from onnxtools.engines.manifest import FORMAT, hash_file, hash_weights, make_manifest, manifest_path, read_manifest
 from onnxtools.engines.preflight import preflight
 from onnxtools.engines.profiles import profiles_for
 from onnxtools.engines.spec import EngineSpec, version_of
@@ -101,16 +102,15 @@ def _timing_cache_notes(spec: EngineSpec, builder: Builder) -> list[str]:
 def _known(model: Model, engine_path: Path, spec: EngineSpec, builder: Builder) -> dict[str, Any] | None:
     """The manifest of the engine that lies there, where building it again would give the same."""
     try:
-        found = json.loads(manifest_path(engine_path).read_text())
+        found = read_manifest(engine_path)
         same = (
-            found["format"] == FORMAT
-            and found["onnxtools"] == __version__
+            found["onnxtools"] == __version__
             and found["spec"] == spec.as_json()
             and found["backend"] == {"name": builder.name, "version": builder.version()}
             and found["graph"]["sha256"] == model.sha256
             and found["engine"] == hash_file(engine_path)
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, JobError):
         return None
     return found if same and found["weights"] == hash_weights(model) else None
 
@@ -143,6 +143,13 @@ def check_target(engine_path: Path) -> None:
 
 
 def _refuse_overwriting(model: Model, engine_path: Path) -> None:
+    """Neither the model nor a JSON file of somebody else."""
+    manifest = manifest_path(engine_path)
+    with contextlib.suppress(OSError, ValueError):
+        kind = json.loads(manifest.read_text())
+        ours = isinstance(kind, dict) and (str(kind.get("format", "")).startswith(FORMAT.split("/")[0]) or {"engine", "graph", "backend"} <= set(kind))
+        if not ours:
+            raise UsageError(f"{manifest} exists and is no manifest of an engine; name another file for the engine")
     files = {external_path(tensor) for tensor in model.external_tensors()} | ({model.path} if model.path else set())
     for target in (engine_path, manifest_path(engine_path)):
         if target.resolve() in {file.resolve() for file in files}:

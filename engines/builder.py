@@ -84,14 +84,10 @@ class Engine:
     reused: bool = False
 
 
-class Builder(Protocol):
-    """A backend, registered by its name in the entry-point group `onnxtools.builders`."""
+class Reader(Protocol):
+    """What a TensorRT reads."""
 
     name: str
-
-    def version(self) -> str:
-        """Version of the library that builds."""
-        ...
 
     def limits(self) -> Limits:
         """What the library reads and builds for."""
@@ -99,6 +95,14 @@ class Builder(Protocol):
 
     def supports(self, op_type: str) -> bool:
         """Whether the parser knows an operator of this type."""
+        ...
+
+
+class Builder(Reader, Protocol):
+    """A backend, registered by its name in the entry-point group `onnxtools.builders`."""
+
+    def version(self) -> str:
+        """Version of the library that builds."""
         ...
 
     def build(self, model: Model, source: Path, plan: Path, profiles: Sequence[Profile], spec: EngineSpec) -> Built:

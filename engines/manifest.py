@@ -89,13 +89,41 @@ def read_manifest(engine: Path) -> dict[str, Any]:
     path = manifest_path(engine)
     try:
         found = json.loads(path.read_text())
-        if not all(key in found for key in ("backend", "inputs", "outputs", "profiles")):
-            raise ValueError("keys are missing")
+        _check_shape(found)
     except OSError:
-        raise JobError(f"{path}: there is no such manifest, so this is no engine of onnxtools; build one with onnxtools build") from None
-    except (ValueError, TypeError) as error:
-        raise JobError(f"{path}: is no manifest of onnxtools build ({error}); build the engine again") from None
+        where = f"{path}: there is no such manifest, so {engine.name} is no engine of onnxtools" if engine.is_file() else f"{engine}: no such file"
+        raise JobError(f"{where}; build one with onnxtools build") from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise JobError(f"{path}: is no manifest of this onnxtools build ({error}); build the engine again") from None
     return found  # type: ignore[no-any-return]
+
+
+_SHAPE: dict[str, Any] = {
+    "format": str, "onnxtools": str, "backend": {"name": str, "version": str}, "engine": {"file": str, "bytes": int, "sha256": str},
+    "graph": {"sha256": str}, "weights": [{"file": str, "bytes": int, "sha256": str}], "provenance": list, "spec": dict, "compute_capabilities": [str],
+    "profiles": [{"name": str, "inputs": dict}], "io_source": str, "inputs": [{"name": str, "dtype": str, "shape": list}],
+    "outputs": [{"name": str, "dtype": str, "shape": list}], "layers": {"types": dict, "output_dtypes": dict}, "audit": {"source": str, "outputs": dict},
+    "mends": [str], "notes": [str], "warnings": [str], "build_seconds": (int, float), "peak_rss_mib": (int, float),
+}  # fmt: skip
+"""Keys of a manifest and what they hold."""
+
+
+def _check_shape(found: Any, shape: Any = _SHAPE, where: str = "it") -> None:
+    """Raises ValueError or KeyError where `found` is not as `shape` says."""
+    kind = type(shape) if isinstance(shape, (dict, list)) else shape
+    if not isinstance(found, kind) or isinstance(found, bool):
+        raise ValueError(f"{where} is {type(found).__name__}")
+    value: Any = found
+    if isinstance(shape, dict):
+        for key, inner in shape.items():
+            if key not in value:
+                raise ValueError(f"it has no {key!r}")
+            _check_shape(value[key], inner, repr(key))
+        if shape is _SHAPE and value["format"] != FORMAT:
+            raise ValueError(f"its format is {value['format']!r}, not {FORMAT}")
+    elif isinstance(shape, list):
+        for entry in value:
+            _check_shape(entry, shape[0], where)
 
 
 def check_plan(engine: Path, manifest: Mapping[str, Any], *, version: str, capability: str) -> None:

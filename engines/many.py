@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -18,12 +20,16 @@ from typing import Any
 
 from onnxtools.engines.build import build
 from onnxtools.engines.spec import EngineSpec
-from onnxtools.errors import JobError, OnnxtoolsError
+from onnxtools.errors import JobError, OnnxtoolsError, UsageError
 from onnxtools.memory import available_bytes
 from onnxtools.model import Model
 
 _OVERHEAD = 1 << 30
 """Of a process with TensorRT in it; its weights are counted twice, as it holds them and the plan."""
+
+
+_PR_SET_PDEATHSIG = 1
+"""Linux: the signal that a process gets when its parent dies (prctl)."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,8 @@ def build_many(jobs: Sequence[Job], spec: EngineSpec, *, workers: int, force: bo
     devices, waiting, room = visible_devices(), list(enumerate(jobs)), available_bytes()
     running: dict[Connection, tuple[int, Any, float, int, str | None]] = {}
     outcomes: dict[int, Outcome] = {}
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _cancel) if main else None
     try:
         while waiting or running:
             while waiting and len(running) < workers:
@@ -93,22 +101,26 @@ def build_many(jobs: Sequence[Job], spec: EngineSpec, *, workers: int, force: bo
     finally:
         for _, process, *_ in running.values():
             process.join()
+        if main:
+            signal.signal(signal.SIGTERM, before)
     return [outcomes[number] for number in range(len(jobs))]
 
 
 def _work(job: Job, spec: EngineSpec, force: bool, device: str | None, sender: Connection) -> None:
     """In the process of one job."""
     signal.signal(signal.SIGTERM, _cancel)
+    if sys.platform == "linux":  # a parent that is killed takes its processes along
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)  # TensorRT's own words too: the parent reports
+    with contextlib.suppress(BrokenPipeError, KeyboardInterrupt):
         try:
             engine = build(job.model, job.engine, spec, force=force)
             sender.send((engine.manifest, "", engine.reused))
         except OnnxtoolsError as error:
             sender.send((None, str(error), False))
-        except KeyboardInterrupt:
-            sender.send((None, "cancelled", False))
 
 
 def _start(process: Any) -> None:
@@ -159,8 +171,12 @@ def engine_paths(models: Sequence[Path], folder: Path | None) -> list[Job]:
     """`a.onnx` becomes `a.engine`, beside it or in `folder`.
 
     Raises:
+        UsageError: a model is named twice.
         JobError: two would have one name.
     """
+    twice = next((model for model in models if models.count(model) > 1), None)
+    if twice is not None:
+        raise UsageError(f"{twice} is named twice; name each model once")
     jobs = [Job(model, (folder or model.parent) / f"{model.stem}.engine") for model in models]
     taken: dict[Path, Path] = {}
     for job in jobs:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxtools.engines.builder import Builder
+from onnxtools.engines.builder import Reader
 from onnxtools.engines.sparse_weights import Sparsity, check_sparsity
 from onnxtools.engines.spec import EngineSpec, capability
 from onnxtools.engines.traps import Graph, check_traps, refuse
@@ -30,7 +30,7 @@ class Preflight:
     sparsity: Sparsity | None = None
 
 
-def preflight(model: Model, spec: EngineSpec, builder: Builder, *, strong: bool = True) -> Preflight:
+def preflight(model: Model, spec: EngineSpec, builder: Reader, *, strong: bool = True) -> Preflight:
     """Check the graph against the specification and the builder.
 
     Args:
@@ -54,7 +54,7 @@ def preflight(model: Model, spec: EngineSpec, builder: Builder, *, strong: bool 
     return result
 
 
-def _check_limits(model: Model, spec: EngineSpec, builder: Builder) -> None:
+def _check_limits(model: Model, spec: EngineSpec, builder: Reader) -> None:
     limits = builder.limits()
     unknown = [text for text in spec.compute_capability if text not in limits.capabilities]
     if unknown and limits.capabilities:
@@ -121,7 +121,7 @@ def _holds_fp8(graph: Graph) -> bool:
     return any(_dtype(v) in _FP8 for v in values) or any(is_op(n, "Cast") and attribute(n, "to") in _FP8 for n in graph.nodes())
 
 
-def _check_supported(graph: Graph, builder: Builder) -> None:
+def _check_supported(graph: Graph, builder: Reader) -> None:
     functions = graph.model.ir.functions
     known: dict[str, bool] = {}
     found: list[tuple[ir.Node, str]] = []

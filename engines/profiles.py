@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from onnxtools.engines.spec import EngineSpec
 from onnxtools.errors import JobError, UsageError
+from onnxtools.kvcache import positions
 from onnxtools.model import Model
 
 Shape = tuple[int, ...]
@@ -144,6 +145,8 @@ def check_profile(where: str, ranges: Mapping[str, Range], inputs: Mapping[str, 
         if len({len(span.min), len(span.opt), len(span.max)}) > 1:
             raise UsageError(f"{where}: min, opt and max shape of input {name!r} differ in rank; give all three the same rank")
         for axis, (low, opt, high) in enumerate(zip(span.min, span.opt, span.max, strict=True)):
+            if high > _LARGEST:
+                raise UsageError(f"{where}: axis {axis} of input {name!r}: {high} is beyond TensorRT's {_LARGEST}")
             if not low <= opt <= high:
                 raise UsageError(f"{where}: axis {axis} of input {name!r}: min {low}, opt {opt}, max {high} must not decrease")
             fixed = dims[axis] if dims is not None else None
@@ -151,11 +154,33 @@ def check_profile(where: str, ranges: Mapping[str, Range], inputs: Mapping[str, 
                 raise UsageError(f"{where}: axis {axis} of input {name!r} is {fixed} in the graph, not {low} to {high}")
 
 
+_LARGEST = 2**31 - 1
+"""A dimension is a 32-bit number in TensorRT's parser and builder."""
+
+
 def _text(value: ir.Value) -> str:
     if value.shape is None:
         return "of unknown rank"
     return "[" + ", ".join(str(d) if isinstance(d, int) else d.value or "?" for d in value.shape) + "]"
 
+
+def _longest(model: Model, spec: EngineSpec) -> int:
+    """Tokens of a sequence: what was asked for, else what the model has, at most 1024.
+
+    Raises:
+        UsageError: more than the model's positions.
+    """
+    known = positions(model)
+    if spec.longest is None:
+        return min(known or _USUAL, _USUAL)
+    if known is not None and spec.longest > known:
+        raise UsageError(f"{model.path}: has {known} positions, and sequences of {spec.longest} are asked for; lower --max-seq-len")
+    if spec.longest > _LARGEST:
+        raise UsageError(f"sequences of {spec.longest} are beyond TensorRT's {_LARGEST}; lower --max-seq-len")
+    return spec.longest
+
+
+_USUAL = 1024
 
 Span = tuple[int, int, int]
 """(min, opt, max) of one dimension."""
@@ -174,7 +199,7 @@ def derive_profiles(model: Model, spec: EngineSpec) -> list[Profile]:
     inputs = {name: value for name, value in _inputs(model).items() if is_dynamic(value)}
     if not inputs:
         return []
-    longest, batch = spec.longest, (1, spec.opt_batch_size or spec.max_batch_size, spec.max_batch_size)
+    longest, batch = _longest(model, spec), (1, spec.opt_batch_size or spec.max_batch_size, spec.max_batch_size)
     prompt = spec.max_input_len or longest
     tuned = spec.opt_seq_len or max(1, longest // 2)
     context = (1, min(tuned, prompt), prompt)

@@ -45,7 +45,7 @@ class EngineSpec:
     max_shapes: tuple[str, ...] = option((), "Largest input shapes of a profile.")
     max_batch_size: int = option(8, "Largest batch of derived profiles.")
     opt_batch_size: int | None = option(None, "Batch that derived profiles are tuned for. [default: the largest]")
-    max_seq_len: int = option(1024, "Longest sequence, cache included, of derived profiles.")
+    max_seq_len: int | None = option(None, "Longest sequence, cache included, of derived profiles. [default: the model's positions, at most 1024]")
     max_input_len: int | None = option(None, "Longest prompt of derived profiles. [default: --max-seq-len]")
     max_output_len: int | None = option(None, "Most tokens generated after a prompt; with --max-input-len it decides --max-seq-len.")
     opt_seq_len: int | None = option(None, "Sequence length that derived profiles are tuned for. [default: half]")
@@ -80,9 +80,11 @@ class EngineSpec:
                 raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
         if self.max_output_len is not None and self.max_input_len is None:
             raise UsageError("--max-output-len counts from a prompt of --max-input-len; give both, or --max-seq-len")
-        if self.max_output_len is None and self.max_input_len is not None and self.max_input_len > self.max_seq_len:
+        if self.max_output_len is not None and self.max_seq_len is not None:
+            raise UsageError("--max-seq-len follows from --max-input-len and --max-output-len; leave one or the other out")
+        if self.max_input_len is not None and self.longest is not None and self.max_input_len > self.longest:
             raise UsageError(f"--max-input-len {self.max_input_len} is more than --max-seq-len {self.max_seq_len}; raise one, or give --max-output-len")
-        if self.opt_seq_len is not None and not 1 <= self.opt_seq_len <= self.longest:
+        if self.opt_seq_len is not None and not 1 <= self.opt_seq_len <= (self.longest or self.opt_seq_len):
             raise UsageError(f"--opt-seq-len is {self.opt_seq_len}; it must lie between 1 and the longest sequence, {self.longest}")
         if self.opt_batch_size is not None and not 1 <= self.opt_batch_size <= self.max_batch_size:
             raise UsageError(f"--opt-batch-size is {self.opt_batch_size}; it must lie between 1 and --max-batch-size {self.max_batch_size}")
@@ -96,8 +98,8 @@ class EngineSpec:
             raise UsageError(f"--builder-optimization-level is {self.builder_optimization_level}; it goes from 0 to 5")
 
     @property
-    def longest(self) -> int:
-        """Tokens of a sequence, cache included."""
+    def longest(self) -> int | None:
+        """Tokens of a sequence, cache included; None where nothing was said."""
         return self.max_seq_len if self.max_output_len is None else (self.max_input_len or 0) + self.max_output_len
 
     @property
@@ -130,7 +132,7 @@ def pool_size(text: str) -> tuple[str, int]:
     """
     pool, _, size = text.partition(":")
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([BKMG]?)", size)
-    if pool not in _POOLS or match is None:
+    if pool not in _POOLS or match is None or not float(match[1]):
         raise UsageError(f"--mem-pool-size {text!r}: write POOL:SIZE, as workspace:4G; the pools are {', '.join(sorted(_POOLS))}")
     return pool, int(float(match[1]) * _UNITS[match[2] or "M"])
 

@@ -27,7 +27,7 @@ from onnxtools.engines.lowering import lowered
 from onnxtools.engines.profiles import Profile
 from onnxtools.engines.spec import EngineSpec, pool_size
 from onnxtools.engines.timing_cache import TimingCache
-from onnxtools.errors import JobError
+from onnxtools.errors import JobError, UsageError
 from onnxtools.model import Model
 from onnxtools.progress import DELAY_SECONDS
 
@@ -121,6 +121,8 @@ class ApiBuilder:
             pool, size = pool_size(text)
             config.set_memory_pool_limit(getattr(trt.MemoryPoolType, _POOLS[pool]), size)
         for path in spec.plugins:
+            if not Path(path).is_file():
+                raise UsageError(f"--plugins {path}: no such file")
             trt.get_plugin_registry().load_library(path)
         for profile in profiles:
             made = builder.create_optimization_profile()

@@ -74,6 +74,23 @@ class TrtexecBuilder:
         )  # fmt: skip
 
 
+class OnPaper:
+    """What is known of a TensorRT that is not here, for `preflight`."""
+
+    name = "trtexec"
+
+    def __init__(self, version: Version) -> None:
+        self._number = version
+
+    def limits(self) -> Limits:
+        opset, ir_version = ceilings(self._number)
+        return Limits(opset=opset, ir_version=ir_version, capabilities=())
+
+    def supports(self, op_type: str) -> bool:
+        """Not known; the opset is what counts."""
+        return True
+
+
 def _info(value: object) -> TensorInfo:
     import onnx_ir as ir
 

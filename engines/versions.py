@@ -49,6 +49,7 @@ FEATURES = (
     Feature("allow_weight_streaming", since=(10,)),
     Feature("tactic_sources", rtx=False),
     Feature("plugins"),
+    Feature("device", rtx=False, instead="leave it out: it builds on the CPU"),
     Feature("bf16", since=(9,)),
     Feature("int4", since=(10,)),
 )

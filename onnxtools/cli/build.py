@@ -37,9 +37,11 @@ def _callback(
         raise UsageError("--tensorrt-version is for --print-trtexec; a build uses the version that is installed")
     jobs = _jobs(paths, output_folder)
     if print_trtexec:
-        for job in jobs:
-            click.echo(_line(job, spec))
-    elif len(jobs) == 1:
+        _lines(jobs, spec, as_json)
+        return
+    if output_folder is not None:
+        output_folder.mkdir(parents=True, exist_ok=True)
+    if len(jobs) == 1:
         _one(jobs[0], spec, force, as_json)
     else:
         _several(jobs, spec, workers, force, as_json)
@@ -55,21 +57,39 @@ def _jobs(paths: tuple[Path, ...], folder: Path | None) -> list[Job]:
     if not models or others:
         what = f"{others[0]} is no .onnx file" if others else "no model"
         raise UsageError(f"{what}; write `build MODEL.onnx ENGINE`, or several models and, where they go, --output-folder")
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
+    if folder is not None and folder.exists() and not folder.is_dir():
+        raise UsageError(f"--output-folder {folder} is a file; name a folder")
     return engine_paths(models, folder)
 
 
+def _lines(jobs: list[Job], spec: EngineSpec, as_json: bool) -> None:
+    from onnxtools.cli.render import print_json
+
+    lines = [_line(job, spec) for job in jobs]
+    if as_json:
+        print_json([{"model": str(job.model), "engine": str(job.engine), "line": line} for job, line in zip(jobs, lines, strict=True)])
+    else:
+        for line in lines:
+            click.echo(line)
+
+
 def _line(job: Job, spec: EngineSpec) -> str:
+    """Checked as a build would be, as far as that goes without the builder."""
+    from onnxtools.engines.preflight import preflight
     from onnxtools.engines.profiles import profiles_for
     from onnxtools.engines.spec import version_of
     from onnxtools.engines.trtexec import NEWEST, trtexec_line
-    from onnxtools.engines.versions import is_mixed
+    from onnxtools.engines.trtexec_builder import OnPaper
+    from onnxtools.engines.versions import is_mixed, is_strongly_typed
     from onnxtools.model import Model
 
     model = Model.load(job.model)
     version = version_of(spec.tensorrt_version) if spec.tensorrt_version else NEWEST
-    return trtexec_line(job.model, job.engine, spec, profiles_for(model, spec), version, mixed=is_mixed(model))
+    if not (8, 6) <= version < (12,):
+        raise UsageError(f"--tensorrt-version {spec.tensorrt_version}: the lines of 8.6 to 11 are known; name one of them")
+    line = trtexec_line(job.model, job.engine, spec, profiles_for(model, spec), version, mixed=is_mixed(model))
+    preflight(model, spec, OnPaper(version), strong=is_strongly_typed(spec, "trtexec", version, is_mixed(model)))
+    return line
 
 
 def _one(job: Job, spec: EngineSpec, force: bool, as_json: bool) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from onnxtools.cli.options import PATH, common_options
+from onnxtools.errors import UsageError
 
 
 @click.command(
@@ -29,10 +30,10 @@ def command(before: Path, after: Path, as_json: bool, debug: bool) -> None:
     from onnxtools.engines.manifest import read_manifest
     from onnxtools.model import Model
 
-    if before.suffix != ".onnx" and after.suffix != ".onnx":
-        found = engine_differences(read_manifest(before), read_manifest(after))
-    else:
-        found = differences(Model.load(before), Model.load(after))
+    engines = [path for path in (before, after) if path.suffix != ".onnx"]
+    if len(engines) == 1:
+        raise UsageError(f"{engines[0]} is no .onnx file and the other one is; compare two models, or two engines")
+    found = engine_differences(read_manifest(before), read_manifest(after)) if engines else differences(Model.load(before), Model.load(after))
     if as_json:
         print_json(found)
         return

@@ -28,7 +28,7 @@ def command(model: Path, sparsity: bool, as_json: bool, debug: bool) -> None:
     from onnxtools.cli.render import print_json
     from onnxtools.engines.manifest import manifest_path
 
-    if model.suffix != ".onnx" and manifest_path(model).is_file():
+    if model.suffix != ".onnx" and (manifest_path(model).is_file() or model.suffix in (".engine", ".plan", ".trt")):
         _engine(model, as_json)
         return
     from onnxtools.describe import describe
@@ -43,7 +43,7 @@ def command(model: Path, sparsity: bool, as_json: bool, debug: bool) -> None:
 
 def _engine(path: Path, as_json: bool) -> None:
     from onnxtools.cli.build import show_layers, show_manifest
-    from onnxtools.cli.render import print_json
+    from onnxtools.cli.render import console, print_json
     from onnxtools.engines.builder import Engine
     from onnxtools.engines.manifest import read_manifest
 
@@ -53,6 +53,8 @@ def _engine(path: Path, as_json: bool) -> None:
         return
     show_manifest(engine)
     show_layers(engine)
+    if path.stat().st_size != engine.manifest["engine"]["bytes"]:
+        console().print("  the plan has another size than its manifest says; see `onnxtools validate`", style="yellow", markup=False)
 
 
 def _show(d: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from onnxtools.cli.options import PATH, TOLERANCE, common_options
+from onnxtools.errors import JobError, UsageError
 
 
 @click.command(
@@ -39,9 +40,13 @@ def command(
 ) -> None:  # fmt: skip
     from onnxtools.cli.render import console, print_json, verdict_table
 
-    engine = model if model is not None and model.suffix != ".onnx" else reference if model is None else None
-    if engine is not None:
-        sys.exit(_engine(engine, reference if model is not None else None, as_json))
+    engines = [path for path in (reference, model) if path is not None and path.suffix != ".onnx"]
+    if model is None or engines:
+        others = [path for path in (reference, model) if path is not None and path not in engines]
+        if len(engines) != 1:
+            raise UsageError("compare two models, or an engine with its model; name MODEL too")
+        _engine(engines[0], others[0] if others else None, as_json)
+        return
     assert model is not None
     from onnxtools.model import Model
     from onnxtools.ort import random_feeds, read_feeds
@@ -67,8 +72,8 @@ def command(
     sys.exit(0 if verdict.passed else 1)
 
 
-def _engine(engine: Path, graph: Path | None, as_json: bool) -> int:
-    """Exit code 1 where a file is not what the manifest says."""
+def _engine(engine: Path, graph: Path | None, as_json: bool) -> None:
+    """Raises JobError where a file is not what the manifest says."""
     from onnxtools.cli.render import print_json, table
     from onnxtools.engines.manifest import check_files, read_manifest
 
@@ -77,4 +82,6 @@ def _engine(engine: Path, graph: Path | None, as_json: bool) -> int:
         print_json({"files": [{"file": file, "problem": problem or None} for file, problem in found], "passed": not any(problem for _, problem in found)})
     else:
         table(f"{engine} and its manifest", ("file", ""), [(file, problem or "as it was built") for file, problem in found])
-    return int(any(problem for _, problem in found))
+    wrong = [(file, problem) for file, problem in found if problem]
+    if wrong:
+        raise JobError(f"{wrong[0][0]} {wrong[0][1]}; build the engine again, or bring the file back")

@@ -58,7 +58,7 @@ def test_without_a_manifest_a_cuda_library_or_a_device_it_says_so(engine: Path, 
     with pytest.raises(JobError, match="no such manifest"):
         TrtRuntime(alone, RuntimeOptions())
     manifest_path(alone).write_text("[]")
-    with pytest.raises(JobError, match="no manifest of onnxtools build"):
+    with pytest.raises(JobError, match="no manifest of this onnxtools build"):
         TrtRuntime(alone, RuntimeOptions())
     with pytest.raises(JobError, match=r"cuda-python|no CUDA device"):
         TrtRuntime(engine, RuntimeOptions())

@@ -24,11 +24,11 @@ from onnxtools.engines.trtexec_builder import read_log, read_version
 from onnxtools.engines.versions import ceilings, check_options, is_mixed, is_strongly_typed
 from onnxtools.errors import JobError, UsageError
 from onnxtools.model import Model
-from tests.support import succeed
+from tests.support import run, succeed
 
 HERE = Path(__file__).parent
 API: dict[str, Any] = json.loads((HERE / "data/trt_api.json").read_text())
-TINY = "--family llama --n-layer 2 --n-embd 64 --n-head 4 --n-kv-head 2 --n-inner 128 --vocab-size 97 --n-positions 64 --dtype fp16"
+TINY = "--family llama --n-layer 2 --n-embd 64 --n-head 4 --n-kv-head 2 --n-inner 128 --vocab-size 97 --n-positions 256 --dtype fp16"
 
 
 # --- command lines --------------------------------------------------------------------------------------------------------
@@ -93,8 +93,22 @@ def test_trtexec_8_6_takes_one_profile(models: dict[str, Path]) -> None:
 
 
 def test_print_trtexec_is_a_command(models: dict[str, Path], tmp_path: Path) -> None:
-    line = succeed("build", models["concat"], tmp_path / "e.engine", "--print-trtexec", "--tensorrt-version", "10.13", "--sparsity").out
-    assert "--sparsity=enable" in line and "--profile=1" in line and not (tmp_path / "e.engine").exists()
+    line = succeed("build", models["concat"], tmp_path / "e.engine", "--print-trtexec", "--tensorrt-version", "11.4", "--no-tf32").out
+    assert "--noTF32" in line and "--profile=1" in line and not (tmp_path / "e.engine").exists()
+
+
+@pytest.mark.parametrize(("options", "says"), [
+    (["--tensorrt-version", "10.13"], "opset 24, but trtexec reads up to 22"), (["--tensorrt-version", "12.0"], "8.6 to 11"), (["--fp8"], "no QuantizeLinear"),
+    (["--sparsity"], "prune them"), (["--max-seq-len", "512"], "has 256 positions"), (["--max-seq-len", "99999999999"], "positions"),
+])  # fmt: skip
+def test_what_is_printed_is_checked_as_what_is_built(options: list[str], says: str, models: dict[str, Path], tmp_path: Path) -> None:
+    result = run("build", models["concat"], tmp_path / "e.engine", "--print-trtexec", *options)
+    assert result.code in (1, 2) and says in result.err and not result.out
+
+
+def test_printed_lines_are_json_where_asked(models: dict[str, Path], tmp_path: Path) -> None:
+    (found,) = json.loads(succeed("build", models["concat"], tmp_path / "e.engine", "--print-trtexec", "--json").out)
+    assert found["line"].startswith("trtexec --onnx=")
 
 
 # --- what exists where ----------------------------------------------------------------------------------------------------
@@ -136,7 +150,8 @@ def test_pool_sizes(text: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("options", [
-    {"mem_pool_size": ("workspce:1",)}, {"mem_pool_size": ("workspace:1T",)}, {"max_output_len": 4}, {"max_input_len": 2048}, {"opt_batch_size": 9},
+    {"mem_pool_size": ("workspce:1",)}, {"mem_pool_size": ("workspace:1T",)}, {"max_output_len": 4}, {"max_input_len": 9, "max_seq_len": 8},
+    {"opt_batch_size": 9},
     {"error_on_cache_miss": True}, {"tensorrt_version": "8.6", "strongly_typed": True},
 ])  # fmt: skip
 def test_options_that_contradict_each_other(options: dict[str, Any]) -> None:
@@ -188,7 +203,7 @@ def test_builder_settings_exist_under_their_names(version: str) -> None:
     builder, config = ApiBuilder.__new__(ApiBuilder), Recorded("IBuilderConfig", version)
     builder.trt = trt
     made = SimpleNamespace(create_builder_config=lambda: config)
-    builder._config(made, [], EngineSpec(**{**FULL, "device": 0}))
+    builder._config(made, [], EngineSpec(**{**FULL, "device": 0, "plugins": (__file__,)}))
     assert config.calls == [
         ("profiling_verbosity", "DETAILED"), *(("set_flag", flag) for flag in
         ("SPARSE_WEIGHTS", "REFIT", "STRIP_PLAN", "WEIGHT_STREAMING", "VERSION_COMPATIBLE", "ERROR_ON_TIMING_CACHE_MISS")), ("clear_flag", "TF32"),
