@@ -35,6 +35,15 @@ def listen() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def four_builds(folder: Path) -> subprocess.Popen[str]:
+    """Of models that take seconds, two at a time, in a process group of their own."""
+    sizes = "--family llama --n-layer 12 --n-embd 256 --n-head 4 --n-inner 512 --vocab-size 997 --n-positions 64 --dtype fp16"
+    for name in "abcd":
+        succeed("export", "--random", *sizes.split(), "-o", folder / f"{name}.onnx")
+    command = [sys.executable, "-m", "onnxtools", "build", *(str(folder / f"{name}.onnx") for name in "abcd"), "--workers", "2", *SMALL]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True, preexec_fn=listen)
+
+
 def bad(path: Path) -> Path:
     """A graph that preflight refuses: an operator that the parser lacks."""
     node = helper.make_node("StringNormalizer", ["x"], ["y"], name="odd")
@@ -59,11 +68,7 @@ def test_engines_go_into_a_folder(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_ends_the_processes_and_leaves_no_half_engine(tmp_path: Path) -> None:
-    sizes = "--family llama --n-layer 12 --n-embd 256 --n-head 4 --n-inner 512 --vocab-size 997 --n-positions 64 --dtype fp16"
-    for name in "abcd":
-        succeed("export", "--random", *sizes.split(), "-o", tmp_path / f"{name}.onnx")
-    command = [sys.executable, "-m", "onnxtools", "build", *(str(tmp_path / f"{name}.onnx") for name in "abcd"), "--workers", "2", *SMALL]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True, preexec_fn=listen)
+    process = four_builds(tmp_path)
     time.sleep(6)
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
@@ -157,11 +162,7 @@ def test_devices_are_those_that_cuda_is_told_of(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_processes_end_with_their_parent(number: signal.Signals, tmp_path: Path) -> None:
-    sizes = "--family llama --n-layer 12 --n-embd 256 --n-head 4 --n-inner 512 --vocab-size 997 --n-positions 64 --dtype fp16"
-    for name in "abcd":
-        succeed("export", "--random", *sizes.split(), "-o", tmp_path / f"{name}.onnx")
-    command = [sys.executable, "-m", "onnxtools", "build", *(str(tmp_path / f"{name}.onnx") for name in "abcd"), "--workers", "2", *SMALL]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True, preexec_fn=listen)
+    process = four_builds(tmp_path)
     time.sleep(4)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)  # the pipe closes when the last process that has it is gone
