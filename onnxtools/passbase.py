@@ -142,7 +142,8 @@ def convert_option(owner: str, name: str, annotation: Any, value: Any) -> Any:
         return None
     if wanted:
         if value not in wanted:
-            raise UsageError(f"{owner}: {name} is {value!r}; choose one of {', '.join(map(str, wanted))}")
+            quoted = "; YAML reads on, off, yes and no as booleans, so quote words" if isinstance(value, bool) else ""
+            raise UsageError(f"{owner}: {name} is {value!r}; choose one of {', '.join(map(str, wanted))}{quoted}")
         return value
     if get_origin(annotation) is tuple:
         items = value if isinstance(value, (list, tuple)) else [value]
@@ -151,5 +152,6 @@ def convert_option(owner: str, name: str, annotation: Any, value: Any) -> Any:
     if base is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, base) or (base is int and isinstance(value, bool)):
-        raise UsageError(f"{owner}: {name} is {value!r}; it takes {base.__name__}")
+        quoted = f": quote it, as '{value}'" if base is str and isinstance(value, (int, float)) and not isinstance(value, bool) else ""
+        raise UsageError(f"{owner}: {name} is {value!r}; it takes {base.__name__}{quoted}")
     return value

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
+from onnxtools.errors import UsageError
 from onnxtools.passes.add_kv_cache import AddKvCache
 from onnxtools.passes.convert import Convert
 from onnxtools.recipe import read_recipe
@@ -91,3 +93,12 @@ def test_an_output_that_is_not_onnx_is_a_usage_error(output: str, tmp_path: Path
     linear(tmp_path / "in.onnx")
     refuse("pipeline", recipe(tmp_path, f"input: in.onnx\noutput: {output}\npasses: [convert]\n"), code=2)
     assert not (tmp_path / output).exists()
+
+
+@pytest.mark.parametrize(("build", "says"), [
+    ("{engine: e.engine, compute_capability: 8.9}", "quote it, as '8.9'"), ("{engine: e.engine, sparsity: true}", "disable, enable, force; YAML reads"),
+])  # fmt: skip
+def test_what_yaml_reads_as_something_else_is_explained(build: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(f"input: a.onnx\noutput: b.onnx\npasses: []\nbuild: {build}\n")
+    with pytest.raises(UsageError, match=re.escape(says)):
+        read_recipe(tmp_path / "r.yaml")
