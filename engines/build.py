@@ -20,7 +20,7 @@ from onnxtools.engines.manifest import FORMAT, hash_file, hash_weights, make_man
 from onnxtools.engines.preflight import preflight
 from onnxtools.engines.profiles import profiles_for
 from onnxtools.engines.spec import EngineSpec, version_of
-from onnxtools.engines.timing_cache import check_timing_cache, rtx_note
+from onnxtools.engines.timing_cache import cache_file, check_timing_cache, rtx_note
 from onnxtools.engines.versions import check_options, is_mixed, is_strongly_typed
 from onnxtools.errors import JobError, UsageError
 from onnxtools.manager import PassManager
@@ -46,6 +46,9 @@ def build(source: Path | Model, engine_path: Path, spec: EngineSpec, *, force: b
     check_options(spec, builder.name, version_of(_number(builder)))
     if spec.sparsity == "force" and builder.name != "trtexec":
         source, spec = _pruned(source), dataclasses.replace(spec, sparsity="enable")
+    if spec.timing_cache is not None:
+        path = cache_file(Path(spec.timing_cache), builder.name, _number(builder), spec.device)
+        spec = dataclasses.replace(spec, timing_cache=str(path))
     if isinstance(source, Model):
         with tempfile.TemporaryDirectory(prefix=".onnxtools-build-", dir=engine_path.parent) as folder:
             copy = Path(folder) / (source.path.name if source.path else "model.onnx")

@@ -37,7 +37,9 @@ class EngineSpec:
     sparsity: Literal["disable", "enable", "force"] = option(
         "disable", "enable: let the builder use 2:4 sparse kernels, and refuse a graph without 2:4 weights; force: prune it first.", bare="enable"
     )  # fmt: skip
-    timing_cache: str | None = option(None, "Timing cache file: read, and the new timings merged into it (TensorRT-RTX has none).")
+    timing_cache: str | None = option(
+        None, "Timing cache: a file, read and merged into, or a folder with one for each GPU and version (TensorRT-RTX has none)."
+    )  # fmt: skip
     error_on_cache_miss: bool = option(False, "Fail where a timing is not in the timing cache.")
     compute_capability: tuple[str, ...] = option(("8.9",), "Compute capability to build for, such as 8.9 or 12.0 (TensorRT builds for its own GPU).")
     min_shapes: tuple[str, ...] = option((), "Smallest input shapes of a profile, in trtexec's syntax.")

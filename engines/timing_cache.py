@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +20,22 @@ def check_timing_cache(path: Path) -> None:
     """Refuse a cache path that no builder could read or write.
 
     Raises:
-        UsageError: it is a folder, it cannot be read, or its folder is missing.
+        UsageError: it cannot be read, or its folder is missing.
     """
-    if path.is_dir():
-        raise UsageError(f"--timing-cache {path} is a folder; name a file")
     if not path.parent.is_dir():
         raise UsageError(f"--timing-cache {path}: the folder {str(path.parent)!r} does not exist; create it first")
     if path.exists() and not os.access(path, os.R_OK):
         raise UsageError(f"--timing-cache {path} cannot be read; check its permissions")
+
+
+def cache_file(path: Path, backend: str, version: str, device: int) -> Path:
+    """`path`, or in a folder the file of this GPU and this version: timings of another are of no use."""
+    if not path.is_dir():
+        return path
+    query = ["nvidia-smi", f"--id={device}", "--query-gpu=name,compute_cap", "--format=csv,noheader"]
+    told = subprocess.run(query, capture_output=True, text=True, check=False).stdout if shutil.which("nvidia-smi") else ""
+    gpu = re.sub(r"[^A-Za-z0-9.]+", "-", told.strip()) or "no-gpu"
+    return path / f"{gpu}-{backend}-{version}.cache"
 
 
 def rtx_note(path: Path) -> str:
