@@ -153,22 +153,6 @@ class BlockGram:
         return np.asarray(self._sum / np.float32(self._count), np.float32)
 
 
-class KeyMean:
-    """Mean of keys [batch, heads, sequence, head_dim] over batch and sequence, float64 [heads, head_dim]."""
-
-    def __init__(self) -> None:
-        self._sum: Array = np.zeros(())
-        self._count = 0
-
-    def add(self, x: Array) -> None:
-        self._sum = self._sum + x.sum(axis=(0, 2), dtype=np.float64)
-        self._count += x.shape[0] * x.shape[2]
-
-    @property
-    def value(self) -> Array:
-        return np.asarray(self._sum / max(self._count, 1))
-
-
 class RotationRange:
     """Largest magnitude that rotary embedding could give each channel of keys [batch, heads, sequence, head_dim]: the length of its pair.
 
