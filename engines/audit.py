@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 _DTYPES = (
-    ("fp8", r"FP8|E4M3"), ("int4", r"INT4"), ("fp4", r"FP4|E2M1"), ("int8", r"INT8"), ("uint8", r"UINT8"),
+    ("fp8", r"FP8|E4M3"), ("int4", r"INT4"), ("fp4", r"FP4|E2M1"), ("int8", r"INT8"),
     ("bf16", r"BF16|BFLOAT16"), ("fp16", r"HALF|FP16|FLOAT16"),
     ("fp32", r"FLOAT|FP32"), ("int64", r"INT64"), ("int32", r"INT32"), ("bool", r"BOOL"),
 )  # fmt: skip

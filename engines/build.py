@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import re
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -19,9 +18,9 @@ from onnxtools.engines.builder import Builder, Engine, get_builder
 from onnxtools.engines.manifest import FORMAT, hash_file, hash_weights, make_manifest, manifest_path, read_manifest
 from onnxtools.engines.preflight import preflight
 from onnxtools.engines.profiles import profiles_for
-from onnxtools.engines.spec import EngineSpec, version_of
+from onnxtools.engines.spec import EngineSpec
 from onnxtools.engines.timing_cache import cache_file, check_timing_cache, rtx_note
-from onnxtools.engines.versions import check_options, is_mixed, is_strongly_typed
+from onnxtools.engines.versions import check_options, is_mixed, is_strongly_typed, release
 from onnxtools.errors import JobError, UsageError
 from onnxtools.manager import PassManager
 from onnxtools.model import Model
@@ -43,11 +42,11 @@ def build(source: Path | Model, engine_path: Path, spec: EngineSpec, *, force: b
     """
     check_target(engine_path)
     builder = get_builder(spec.backend)
-    check_options(spec, builder.name, version_of(_number(builder)))
+    check_options(spec, builder.name, release(builder.version()))
     if spec.sparsity == "force" and builder.name != "trtexec":
         source, spec = _pruned(source), dataclasses.replace(spec, sparsity="enable")
     if spec.timing_cache is not None:
-        path = cache_file(Path(spec.timing_cache), builder.name, _number(builder), spec.device)
+        path = cache_file(Path(spec.timing_cache), builder.name, ".".join(map(str, release(builder.version()))), spec.device)
         spec = dataclasses.replace(spec, timing_cache=str(path))
     if isinstance(source, Model):
         with tempfile.TemporaryDirectory(prefix=".onnxtools-build-", dir=engine_path.parent) as folder:
@@ -64,7 +63,7 @@ def _build(source: Path, engine_path: Path, spec: EngineSpec, builder: Builder, 
     if not force and (known := _known(model, engine_path, spec, builder)):
         return Engine(engine_path, known, reused=True)
     profiles = profiles_for(model, spec)
-    checked = preflight(model, spec, builder, strong=is_strongly_typed(spec, builder.name, version_of(_number(builder)), is_mixed(model)))
+    checked = preflight(model, spec, builder, strong=is_strongly_typed(spec, builder.name, release(builder.version()), is_mixed(model)))
     # Both files are complete before either gets its name, and the plan gets it first. Hashing runs beside the build.
     with replacing(manifest_path(engine_path)) as manifest_tmp, replacing(engine_path) as plan_tmp, ThreadPoolExecutor(1) as pool:
         weights = pool.submit(hash_weights, model)
@@ -79,12 +78,6 @@ def _build(source: Path, engine_path: Path, spec: EngineSpec, builder: Builder, 
         )  # fmt: skip
         manifest_tmp.write_text(json.dumps(manifest, indent=2) + "\n")
     return Engine(engine_path, manifest)
-
-
-def _number(builder: Builder) -> str:
-    """'1.7.1' of '1.7.1.116+cu13'."""
-    match = re.match(r"\d+(\.\d+){0,2}", builder.version())
-    return match[0] if match else "0"
 
 
 def _pruned(source: Path | Model) -> Model:

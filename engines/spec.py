@@ -122,12 +122,16 @@ def capability(text: str) -> tuple[int, int]:
 
 PRECISIONS = ("fp16", "bf16", "fp8", "int8", "int4")
 
-_POOLS = {"workspace", "dlaSRAM", "dlaLocalDRAM", "dlaGlobalDRAM", "tacticSharedMem"}
+_POOLS = {
+    "workspace": "WORKSPACE", "dlaSRAM": "DLA_MANAGED_SRAM", "dlaLocalDRAM": "DLA_LOCAL_DRAM", "dlaGlobalDRAM": "DLA_GLOBAL_DRAM",
+    "tacticSharedMem": "TACTIC_SHARED_MEMORY",
+}  # fmt: skip
+"""MemoryPoolType by trtexec's name."""
 _UNITS = {"B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 def pool_size(text: str) -> tuple[str, int]:
-    """'workspace:4G' as (pool, bytes); a number without a unit is MiB, as trtexec has it.
+    """'workspace:4G' as (pool, bytes), the pool by trtexec's name; a number without a unit is MiB, as trtexec has it.
 
     Raises:
         UsageError: no such pool, or no size.
@@ -137,6 +141,11 @@ def pool_size(text: str) -> tuple[str, int]:
     if pool not in _POOLS or match is None or not float(match[1]):
         raise UsageError(f"--mem-pool-size {text!r}: write POOL:SIZE, as workspace:4G; the pools are {', '.join(sorted(_POOLS))}")
     return pool, int(float(match[1]) * _UNITS[match[2] or "M"])
+
+
+def pool_type(pool: str) -> str:
+    """The member of MemoryPoolType that trtexec calls `pool`."""
+    return _POOLS[pool]
 
 
 def version_of(text: str) -> tuple[int, ...]:

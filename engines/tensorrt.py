@@ -11,9 +11,9 @@ from typing import Any
 import tensorrt as trt
 
 from onnxtools.engines.builder import Limits
-from onnxtools.engines.spec import EngineSpec, version_of
+from onnxtools.engines.spec import EngineSpec
 from onnxtools.engines.tensorrt_api import ApiBuilder
-from onnxtools.engines.versions import Version, ceilings, check_options, is_mixed, is_strongly_typed
+from onnxtools.engines.versions import Version, ceilings, is_mixed, is_strongly_typed, release
 from onnxtools.errors import JobError
 from onnxtools.model import Model
 
@@ -34,7 +34,7 @@ class TensorRTBuilder(ApiBuilder):
 
     @property
     def _number(self) -> Version:
-        return version_of(".".join(self.version().split(".")[:3]))
+        return release(self.version())
 
     def strong(self, model: Model, spec: EngineSpec) -> bool:
         return is_strongly_typed(spec, self.name, self._number, is_mixed(model))
@@ -44,7 +44,6 @@ class TensorRTBuilder(ApiBuilder):
         return super().network_flags(strong=strong) | explicit
 
     def configure(self, config: Any, spec: EngineSpec, *, strong: bool) -> None:
-        check_options(spec, self.name, self._number)
         _choose_device(spec.device)
         for name in () if strong else spec.demanded:
             config.set_flag(getattr(trt.BuilderFlag, name.upper()))

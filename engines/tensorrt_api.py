@@ -25,7 +25,7 @@ from onnxtools.engines.audit import audit_engine
 from onnxtools.engines.builder import Built
 from onnxtools.engines.lowering import lowered
 from onnxtools.engines.profiles import Profile
-from onnxtools.engines.spec import EngineSpec, pool_size
+from onnxtools.engines.spec import EngineSpec, pool_size, pool_type
 from onnxtools.engines.timing_cache import TimingCache
 from onnxtools.errors import JobError, UsageError
 from onnxtools.model import Model
@@ -119,7 +119,7 @@ class ApiBuilder:
             config.tiling_optimization_level = getattr(trt.TilingOptimizationLevel, spec.tiling_optimization_level.upper())
         for text in spec.mem_pool_size:
             pool, size = pool_size(text)
-            config.set_memory_pool_limit(getattr(trt.MemoryPoolType, _POOLS[pool]), size)
+            config.set_memory_pool_limit(getattr(trt.MemoryPoolType, pool_type(pool)), size)
         for path in spec.plugins:
             if not Path(path).is_file():
                 raise UsageError(f"--plugins {path}: no such file")
@@ -163,12 +163,6 @@ class ApiBuilder:
             return f"{model.path}: {self.title}'s parser refuses {lines[0]}; {advice}"
         return "\n  ".join([f"{model.path}: {self.title}'s parser refuses {len(lines)} nodes; {advice}", *lines])
 
-
-_POOLS = {
-    "workspace": "WORKSPACE", "dlaSRAM": "DLA_MANAGED_SRAM", "dlaLocalDRAM": "DLA_LOCAL_DRAM", "dlaGlobalDRAM": "DLA_GLOBAL_DRAM",
-    "tacticSharedMem": "TACTIC_SHARED_MEMORY",
-}  # fmt: skip
-"""MemoryPoolType by trtexec's name."""
 
 _UNFIT = r"Profile k(MIN|MAX) values are not self-consistent|k(MIN|OPT|MAX) values for profile"
 """Shapes that the graph contradicts. With the second text the build fails; with the first, a mere warning, the engine would."""

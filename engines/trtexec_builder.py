@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 import shutil
 import subprocess
@@ -14,7 +13,7 @@ from onnxtools.engines.builder import Built, Limits, TensorInfo
 from onnxtools.engines.manifest import hash_file
 from onnxtools.engines.profiles import Profile
 from onnxtools.engines.spec import EngineSpec, version_of
-from onnxtools.engines.trtexec import trtexec_words
+from onnxtools.engines.trtexec import NEWEST, trtexec_words
 from onnxtools.engines.versions import Version, ceilings, is_mixed
 from onnxtools.errors import JobError
 from onnxtools.model import Model
@@ -22,36 +21,40 @@ from onnxtools.model import Model
 IO_SOURCE = "graph (trtexec tells nothing of the network)"
 
 
-class TrtexecBuilder:
-    """See `onnxtools.engines.builder.Builder`.
-
-    Raises:
-        JobError: there is no trtexec on PATH.
-    """
+class OnPaper:
+    """What is known of a TensorRT that is not here, for `preflight`."""
 
     name = "trtexec"
 
-    def __init__(self) -> None:
-        found = shutil.which("trtexec")
-        if found is None:
-            raise JobError("trtexec is not on PATH; install TensorRT, or print the line with --print-trtexec and run it where it is")
-        self._program = found
-
-    def version(self) -> str:
-        return ".".join(map(str, self._number))
-
-    @functools.cached_property
-    def _number(self) -> Version:
-        told = subprocess.run([self._program, "--help"], capture_output=True, text=True, check=False).stdout
-        return read_version(told) or (11, 4)
+    def __init__(self, version: Version) -> None:
+        self._number = version
 
     def limits(self) -> Limits:
         opset, ir_version = ceilings(self._number)
         return Limits(opset=opset, ir_version=ir_version, capabilities=())
 
     def supports(self, op_type: str) -> bool:
-        """Its parser cannot be asked; the opset is what preflight goes by."""
+        """Not known; the opset is what counts."""
         return True
+
+
+class TrtexecBuilder(OnPaper):
+    """See `onnxtools.engines.builder.Builder`.
+
+    Raises:
+        JobError: there is no trtexec on PATH.
+    """
+
+    def __init__(self) -> None:
+        found = shutil.which("trtexec")
+        if found is None:
+            raise JobError("trtexec is not on PATH; install TensorRT, or print the line with --print-trtexec and run it where it is")
+        self._program = found
+        told = subprocess.run([found, "--help"], capture_output=True, text=True, check=False).stdout
+        super().__init__(read_version(told) or NEWEST)
+
+    def version(self) -> str:
+        return ".".join(map(str, self._number))
 
     def build(self, model: Model, source: Path, plan: Path, profiles: Sequence[Profile], spec: EngineSpec) -> Built:
         words = trtexec_words(source, plan, spec, profiles, self._number, mixed=is_mixed(model))
@@ -72,23 +75,6 @@ class TrtexecBuilder:
             inputs, outputs, io_source=IO_SOURCE, notes=log.notes(), warnings=list(dict.fromkeys(log.warnings)), size=written["bytes"],
             sha256=written["sha256"],
         )  # fmt: skip
-
-
-class OnPaper:
-    """What is known of a TensorRT that is not here, for `preflight`."""
-
-    name = "trtexec"
-
-    def __init__(self, version: Version) -> None:
-        self._number = version
-
-    def limits(self) -> Limits:
-        opset, ir_version = ceilings(self._number)
-        return Limits(opset=opset, ir_version=ir_version, capabilities=())
-
-    def supports(self, op_type: str) -> bool:
-        """Not known; the opset is what counts."""
-        return True
 
 
 def _info(value: object) -> TensorInfo:

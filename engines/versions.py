@@ -10,7 +10,7 @@ import dataclasses
 import re
 from dataclasses import dataclass
 
-from onnxtools.engines.spec import EngineSpec
+from onnxtools.engines.spec import EngineSpec, version_of
 from onnxtools.errors import UsageError
 from onnxtools.graph import is_op
 from onnxtools.model import Model
@@ -53,6 +53,12 @@ FEATURES = (
     Feature("bf16", since=(9,)),
     Feature("int4", since=(10,)),
 )
+
+
+def release(text: str) -> Version:
+    """(1, 7, 1) of a library's own '1.7.1.116+cu13'."""
+    match = re.match(r"\d+(\.\d+){0,2}", text)
+    return version_of(match[0]) if match else (0,)
 
 
 def check_options(spec: EngineSpec, backend: str, version: Version) -> None:

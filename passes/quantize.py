@@ -148,7 +148,7 @@ class Quantize(Selected, Calibrated):
         attention = AttentionScheme(FP8, operands(model, facts)) if self.attention else None
         if not chosen and kv is None and attention is None:
             return PassResult(False, 0, self._notes(table), table)
-        groups, extra = group(model, chosen), list[str]()
+        groups, extra = group(model, chosen, facts), list[str]()
         if self.kind == "int8" and not self.all_layers:
             groups = self._behind_norms(groups, table)
         inner = [made for made in (kv, attention) if made is not None]

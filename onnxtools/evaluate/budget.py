@@ -83,7 +83,7 @@ def within_budget(
             candidate = dataclasses.replace(wanted, exclude_worst=excluded, calib_cache=wanted.calib_cache or folder)
             try:
                 count = _write(candidate, source, trial_path)
-                results = _scores(trial_path, passages)
+                results = _scores(OrtRuntime(trial_path, RuntimeOptions()), passages)
             finally:
                 for path in output.parent.glob(f"{trial_path.name}*"):
                     path.unlink()
@@ -118,12 +118,11 @@ def _write(candidate: Quantize, source: Path, path: Path) -> int:
 def _reference(source: Path, tokenizer: Tokenizer, rows: Sequence[tuple[str, str]]) -> tuple[list[PassageResult], list[Passage]]:
     runtime = OrtRuntime(source, RuntimeOptions())
     passages = tokenized(rows, tokenizer, runtime.info.max_positions)
-    runtime.close()
-    return _scores(source, passages), passages
+    return _scores(runtime, passages), passages
 
 
-def _scores(path: Path, passages: list[Passage]) -> list[PassageResult]:
-    runtime = OrtRuntime(path, RuntimeOptions())
+def _scores(runtime: OrtRuntime, passages: list[Passage]) -> list[PassageResult]:
+    """Closes `runtime`."""
     try:
         return score_lambada(runtime, passages, batch_size=8, known={}, done=lambda *_: None)
     finally:

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxtools.errors import ModelError
-from onnxtools.infer import analyse
+from onnxtools.infer import Facts
 from onnxtools.model import Model
 from onnxtools.products import Product, weight_products
 from onnxtools.quantization.compensation import compensated
@@ -42,12 +42,11 @@ class Group:
         return int(product.tensor.shape.numpy()[product.axis])
 
 
-def group(model: Model, chosen: Sequence[Product]) -> list[Group]:
+def group(model: Model, chosen: Sequence[Product], facts: Facts) -> list[Group]:
     """The chosen products by activation, in graph order.
 
     A fold is only offered where all that reads the activation is in the group: the rest would see it divided.
     """
-    facts = analyse(model)
     folder = Folder(facts, weight_products(model))
     by_activation: dict[ir.Value, list[Product]] = {}
     for product in chosen:

@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
+from onnxtools.infer import analyse
 from onnxtools.model import Model
 from onnxtools.products import weight_products
 from onnxtools.quantization.formats import scaled
@@ -40,7 +41,7 @@ def run(path: Path) -> np.ndarray:
 def test_a_fold_changes_nothing(name: str, form: str, tmp_path: Path) -> None:
     model = Model.load(exported(name, form))
     head = head_product(model)
-    groups = group(model, [p for p in weight_products(model) if p.node is not head])
+    groups = group(model, [p for p in weight_products(model) if p.node is not head], analyse(model))
     generator = np.random.default_rng(4)
     for g in groups:
         if g.fold is not None:
