@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import re
 import signal
 import sys
@@ -18,18 +17,21 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, BinaryIO
+from typing import Any
 
 from onnxtools.engines import network as net
 from onnxtools.engines.audit import audit_engine
 from onnxtools.engines.builder import Built
 from onnxtools.engines.lowering import lowered
+from onnxtools.engines.plan_file import PlanFile
 from onnxtools.engines.profiles import Profile
 from onnxtools.engines.spec import EngineSpec, pool_size, pool_type
 from onnxtools.engines.timing_cache import TimingCache
 from onnxtools.errors import JobError, UsageError
+from onnxtools.memory import releasing_pages
 from onnxtools.model import Model
 from onnxtools.progress import DELAY_SECONDS
+from onnxtools.tensors import external_path
 
 IO_SOURCE = "parsed network (a plan is read back on a GPU only)"
 
@@ -89,13 +91,13 @@ class ApiBuilder:
         config = self._config(builder, profiles, spec)
         self.configure(config, spec, strong=strong)
         cache = TimingCache.open(self.name, config, spec)
-        with open(plan, "wb") as file:
-            writer = self._tools.Writer(file)
-            self._serialize(model, builder, network, config, writer)
+        weights = {external_path(tensor) for tensor in model.external_tensors()}
+        with PlanFile(plan) as written, releasing_pages(weights):
+            self._serialize(model, builder, network, config, written)
         notes = cache.save() if cache is not None else []
         return Built(
             inputs, outputs, io_source=IO_SOURCE, layers=layers, precisions=precisions, mends=mends, notes=notes,
-            warnings=logger.lines(self.trt.ILogger.WARNING), size=writer.size, sha256=writer.digest.hexdigest(),
+            warnings=logger.lines(self.trt.ILogger.WARNING), size=written.size, sha256=written.sha256,
             engine_layers=audit_engine(self.trt, logger, plan),
         )  # fmt: skip
 
@@ -132,25 +134,24 @@ class ApiBuilder:
                 raise JobError(f"profile {profile.name!r} is refused: {self._tools.logger.reason()}; change the shapes")
         return config
 
-    def _serialize(self, model: Model, builder: Any, network: Any, config: Any, writer: Any) -> None:
+    def _serialize(self, model: Model, builder: Any, network: Any, config: Any, plan: PlanFile) -> None:
         with _monitor(self._tools) as monitor:
             if hasattr(config, "progress_monitor"):
                 config.progress_monitor = monitor
             if hasattr(builder, "build_serialized_network_to_stream"):
-                done = builder.build_serialized_network_to_stream(network, config, writer)
+                done = builder.build_serialized_network_to_stream(network, config, self._tools.Writer(plan))
             else:  # before TensorRT 10
                 done = builder.build_serialized_network(network, config)
                 if done is not None:
-                    writer.write(memoryview(done))
+                    plan.take(memoryview(done))
         if monitor.cancelled:
             raise KeyboardInterrupt
-        if writer.error is not None:
-            raise writer.error
+        plan.finish()
         logger = self._tools.logger
         unfit = [line for _, text in logger.messages if re.search(_UNFIT, line := _plain(text))]
         if unfit:
             raise JobError(f"{model.path}: the graph cannot run in its profiles: {unfit[0]}; lower --max-seq-len or the shapes")
-        if not done or writer.size == 0:
+        if not done or plan.size == 0:
             raise JobError(f"{model.path}: {self.title} cannot build it: {logger.reason()}; see the graph with `onnxtools inspect`")
 
     def _parser_error(self, model: Model, parser: Any) -> str:
@@ -196,27 +197,15 @@ def _tools(trt: Any) -> SimpleNamespace:
             return "; ".join(lines) or "no reason given (another logger is active in this process)"
 
     class Writer(getattr(trt, "IStreamWriter", object)):  # type: ignore[misc]
-        """Takes the plan piece by piece. TensorRT ignores a failed write, so the error is kept."""
+        """Takes the plan piece by piece while `PlanFile` writes the one before. TensorRT ignores a failed write, so `PlanFile` keeps the error."""
 
-        def __init__(self, file: BinaryIO) -> None:
+        def __init__(self, plan: PlanFile) -> None:
             super().__init__()
-            self.file = file
-            self.digest = hashlib.sha256()
-            self.size = 0
-            self.error: OSError | None = None
+            self.plan = plan
 
         def write(self, data: bytes) -> int:
-            """Returns how many bytes were written."""
-            if self.error is None:
-                try:
-                    self.file.write(data)
-                    self.file.flush()
-                except OSError as error:
-                    self.error = error
-                    return 0
-                self.digest.update(data)
-                self.size += len(data)
-            return len(data)
+            """Returns how many bytes were taken."""
+            return self.plan.take(data)
 
     class Monitor(getattr(trt, "IProgressMonitor", object)):  # type: ignore[misc]  # since TensorRT 9
         """Shows the phases on a terminal once a build takes longer than two seconds, and stops the build when cancelled."""
