@@ -9,8 +9,9 @@ import argparse
 import tempfile
 import time
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
+
+import onnxruntime
 
 from onnxtools.engines.onnxrt import OrtRuntime
 from onnxtools.evaluate.wikitext import score_wikitext
@@ -41,7 +42,7 @@ def run() -> None:
         onnxtools("export", gguf(), "-o", source, "--dtype", "fp32")
         dense = perplexity(source, args.windows)
         print(
-            f"{date.today()}, onnxruntime {version('onnxruntime')}; WikiText-2, {args.windows} windows of 1024 tokens;"
+            f"{date.today()}, onnxruntime {onnxruntime.__version__}; WikiText-2, {args.windows} windows of 1024 tokens;"
             f" calibration: {args.texts} LAMBADA contexts\n"
         )
         print("| 2:4 by | ppl(token) | of dense | seconds to make |\n| --- | ---: | ---: | ---: |")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,14 @@ def weights_alone(folder: Path, gigabytes: float, runs: int) -> list[Row]:
     data, raised = weights_path(source), folder / "gpt21.onnx"
     run([tool("onnxtools"), "set-opset", str(source), str(raised), "--version", "21", "--no-check"])
     command = [tool("onnxtools"), "quantize", str(raised), str(out / "int4.onnx"), "--int4-rtn", "--no-check"]
-    rows = against_cp(data, out, {"quantize --int4-rtn": command}, runs, f">= {50 * (os.cpu_count() or 1)}% of cp (50% a core)")
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})  # what is started inherits it
+    try:
+        rows = against_cp(data, out, {"quantize --int4-rtn": command}, runs, ">= 50% of cp a core")
+    finally:
+        os.sched_setaffinity(0, cores)
+    rows = [replace(found, what=f"{found.what}, one core") for found in rows]
+    rows += against_cp(data, out, {"quantize --int4-rtn": command}, runs, "")
     data.unlink()
     return rows
 

@@ -1,4 +1,4 @@
-"""nvidia-modelopt on the model and the texts of `benchmarks/quantize.py`, in PyTorch on the CPU (its quantization is simulated there).
+"""nvidia-modelopt on the model and the texts of `benchmarks/quantize.py`, in PyTorch (its quantization is simulated there).
 
 Needs an environment of its own: `pip install torch==2.13.0 nvidia-modelopt transformers accelerate gguf`. Its rows are compared with PyTorch's
 fp32 on the same passages; tokens and scores are those of `onnxtools.evaluate.lambada`, so the differences can be laid beside ours.
@@ -18,6 +18,7 @@ import modelopt.torch.quantization as mtq
 import numpy as np
 import torch
 import transformers
+from modelopt.torch.quantization import extensions
 
 SHARED = Path(__file__).parents[1] / "../shared/data"
 
@@ -37,12 +38,12 @@ def score(model: Any, passages: list[tuple[list[int], list[int]]]) -> tuple[np.n
     for start in range(0, len(passages), 8):
         part = passages[start : start + 8]
         longest = max(len(c) + len(w) for c, w in part)
-        ids = torch.tensor([c + w + [0] * (longest - len(c) - len(w)) for c, w in part])
-        mask = torch.tensor([[1] * (len(c) + len(w)) + [0] * (longest - len(c) - len(w)) for c, w in part])
+        ids = torch.tensor([c + w + [0] * (longest - len(c) - len(w)) for c, w in part], device=model.device)
+        mask = torch.tensor([[1] * (len(c) + len(w)) + [0] * (longest - len(c) - len(w)) for c, w in part], device=model.device)
         hidden = model.model(ids, attention_mask=mask).last_hidden_state
         for row, (context, word) in enumerate(part):
             logits = model.lm_head(hidden[row, len(context) - 1 : len(context) - 1 + len(word)])
-            target = torch.tensor(word)
+            target = torch.tensor(word, device=model.device)
             hit = logits.argmax(-1) == target
             exact.append(bool(hit.all()))
             first.append(bool(hit[0]))
@@ -55,8 +56,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("gguf", type=Path)
     parser.add_argument("--rows", type=int, default=1000)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", nargs="*", help="names of presets; INT4_AWQ searches for a quarter of an hour")
     args = parser.parse_args()
+    for kernels in (extensions.get_cuda_ext, extensions.get_cuda_ext_fp8):
+        kernels.extension = None  # they would be compiled for minutes; PyTorch's own operators give the same
     options = {"gguf_file": args.gguf.name}
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.gguf.parent, **options)
 
@@ -66,12 +70,12 @@ def main() -> None:
     rows = [json.loads(line) for line in (SHARED / "lambada_openai.jsonl").read_text().splitlines()[: args.rows]]
     passages = [(encode(row["context"]), encode(" " + row["continuation"].strip())) for row in rows]
     ids = encode((SHARED / "wikitext2_test.txt").read_text()[:400000])[: 32 * 512]
-    texts = [torch.tensor([ids[start : start + 512]]) for start in range(0, len(ids), 512)]
+    texts = [torch.tensor([ids[start : start + 512]], device=args.device) for start in range(0, len(ids), 512)]
 
     def load() -> Any:
-        return transformers.AutoModelForCausalLM.from_pretrained(args.gguf.parent, dtype=torch.float32, **options).eval()
+        return transformers.AutoModelForCausalLM.from_pretrained(args.gguf.parent, dtype=torch.float32, **options).eval().to(args.device)
 
-    what = f"nvidia-modelopt {version('nvidia-modelopt')}, torch {torch.__version__}, CPU"
+    what = f"nvidia-modelopt {version('nvidia-modelopt')}, torch {torch.__version__}, {args.device}"
     print(f"{date.today()}, {what}; SmolLM2-135M, first {len(rows)} rows of LAMBADA\n")
     print("| tool | acc (whole word) | difference, points | top1 | difference | ppl(token) | seconds to make |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |", flush=True)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ import onnx_ir as ir
 from onnxtools.errors import JobError, ModelError
 from onnxtools.model import Model
 from onnxtools.progress import progress
-from onnxtools.tensors import RowTensor, Scratch, external_path, raw_bytes, read_rows, slabs, write_bytes
+from onnxtools.tensors import WORKERS, RowTensor, external_path, raw_bytes, read_rows, slabs, thread_scratch, write_bytes
 
 ALIGNMENT = 4096
 """Offset alignment of weights of at least this size: lets file systems share extents and runtimes map pages."""
@@ -34,7 +33,6 @@ INLINE_BYTES = 1024
 """Smaller tensors stay in the graph file, as onnx's own `size_threshold` does."""
 INLINE_TOTAL = 1 << 30
 """A model whose new weights exceed this gets a data file (a protobuf cannot exceed 2 GiB)."""
-WORKERS = min(4, os.cpu_count() or 1)
 
 
 @dataclass
@@ -328,16 +326,6 @@ def copy_range(source: int, target: int, start: int, offset: int, length: int, d
 _NO_RANGE_COPY = {18, 22, 38, 95}  # EXDEV, EINVAL, ENOSYS, EOPNOTSUPP
 
 
-class _Worker(threading.local):
-    """What each thread of the pool keeps."""
-
-    def __init__(self) -> None:
-        self.scratch = Scratch()
-
-
-_worker = _Worker()
-
-
 def _compute_job(move: _Move) -> _Job:
     tensor = move.tensor
 
@@ -348,7 +336,7 @@ def _compute_job(move: _Move) -> _Job:
             return
         offset = move.offset
         for start, stop in slabs(tensor):
-            data = raw_bytes(read_rows(tensor, start, stop, _worker.scratch))
+            data = raw_bytes(read_rows(tensor, start, stop, thread_scratch()))
             write_bytes(fd, data, offset)
             offset += data.nbytes
             done(data.nbytes)

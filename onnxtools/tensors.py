@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,6 +21,8 @@ from onnxtools.errors import ModelError
 
 SLAB_BYTES = 8 << 20
 """Bytes of source weight that are in memory at once for each worker."""
+WORKERS = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+"""Threads that work on weights: no more than the cores that Slurm, a container or `taskset` leaves to this process."""
 
 
 def external_path(tensor: ir.ExternalTensor) -> Path:
@@ -64,6 +67,19 @@ class Scratch:
         if size > self._memory.nbytes:
             self._memory = np.empty(size, np.uint8)
         return self._memory[:size].view(dtype).reshape(shape)
+
+
+class _Local(threading.local):
+    def __init__(self) -> None:
+        self.scratch = Scratch()
+
+
+_local = _Local()
+
+
+def thread_scratch() -> Scratch:
+    """The scratch of the thread that asks."""
+    return _local.scratch
 
 
 def read_rows(tensor: ir.TensorProtocol, start: int, stop: int, scratch: Scratch | None = None) -> np.ndarray:

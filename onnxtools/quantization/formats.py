@@ -7,6 +7,7 @@ is 0. A scale is rounded to the type it is stored in first, and the stored value
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ import onnx_ir as ir
 
 from onnxtools.errors import ModelError
 from onnxtools.fp8 import E4M3_MAX, to_e4m3
-from onnxtools.tensors import StreamedTensor, read_rows, slabs
+from onnxtools.tensors import WORKERS, StreamedTensor, read_rows, slabs, thread_scratch
 
 Array = np.ndarray[Any, Any]
 
@@ -71,25 +72,29 @@ def magnitudes(tensor: ir.TensorProtocol, axis: int, block: int = 0) -> Array:
     """Largest magnitude, float32: of each index of the other axis where `block` is 0, else of each block of `block` along `axis`.
 
     Args:
-        tensor: a matrix; read a slab at a time.
+        tensor: a matrix; read a slab a core at a time.
         axis: the axis that is summed over in the product (K).
         block: must divide K. The result keeps the matrix's rank, with K / block along `axis`.
     Raises:
         ModelError: an element is infinite or NaN.
     """
     columns = int(tensor.shape.numpy()[1])
-    parts = []
-    for start, stop in slabs(tensor, block if block and axis == 0 else 1):
-        size = _magnitude_keys(read_rows(tensor, start, stop))
+
+    def part(bounds: tuple[int, int]) -> Array:
+        start, stop = bounds
+        size = _magnitude_keys(read_rows(tensor, start, stop, thread_scratch()))
         if block:
             shape = (stop - start, columns // block, block) if axis == 1 else ((stop - start) // block, block, columns)
             keys = size.reshape(shape).max(axis=2 if axis == 1 else 1)
         else:
             keys = size.max(axis=axis)
-        found = keys.view(tensor.dtype.numpy()).astype(np.float32)
+        found = np.asarray(keys.view(tensor.dtype.numpy()).astype(np.float32))
         if not np.isfinite(found).all():
             raise ModelError(f"weight {tensor.name!r} has infinite or NaN elements; restore it, or leave it out with --exclude")
-        parts.append(found)
+        return found
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        parts = list(pool.map(part, slabs(tensor, block if block and axis == 0 else 1)))
     if block or axis == 1:
         return np.concatenate(parts)
     return np.asarray(np.max(parts, axis=0))
