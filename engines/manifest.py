@@ -71,7 +71,7 @@ def make_manifest(
         "outputs": [info.as_json() for info in built.outputs],
         "layers": {"source": "parsed network", "types": built.layers, "output_dtypes": built.precisions},
         "audit": audit,
-        "sparsity": checked.sparsity.as_json() if checked.sparsity is not None else None,
+        "sparsity": checked.sparsity.built(built.engine_layers).as_json() if checked.sparsity is not None else None,
         "mends": built.mends,
         "notes": [*model.notes, *checked.notes, *built.notes, *notes],
         "warnings": built.warnings,

@@ -177,5 +177,6 @@ def _elements(graph: Graph, value: ir.Value | None) -> np.ndarray[Any, Any] | No
 def _check_sparsity(model: Model) -> Sparsity:
     found = check_sparsity(model)
     if found.sparse == 0:
-        raise JobError(f"{model.path}: --sparsity, but {found} along the summed axis; prune them with `onnxtools prune IN OUT`")
+        first = f"{found.layers[0].weight}: {found.layers[0].reason}" if found.layers else "there is no product"
+        raise JobError(f"{model.path}: --sparsity, but {found} along the summed axis ({first}); prune them with `onnxtools prune IN OUT`")
     return found

@@ -37,6 +37,7 @@ PIECE_BYTES = 256 * 1024
 """Arrays that are not C-contiguous are copied in pieces of at most this size."""
 
 _NAMES = ("float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+_COUNTED = (*_NAMES, "int8")
 
 
 def prune_2_4(weight: Array, axis: int, out: Array | None = None) -> Array:
@@ -97,13 +98,13 @@ def is_2_4(weight: Array, axis: int) -> tuple[int, int]:
     """(groups of four along `axis` with at least two zeros, groups in all), in less than 8 MiB of memory.
 
     Args:
-        weight, axis: as of `prune_2_4`.
+        weight, axis: as of `prune_2_4`; also int8.
     Raises:
         ValueError: the axis, its length or the dtype does not fit.
     """
     weight = np.asarray(weight)
-    axis = _check(weight, axis)
-    sparse, clear = 0, _clear(weight.dtype.itemsize)
+    axis = _check(weight, axis, _COUNTED)
+    sparse, clear = 0, np.int8(-1) if weight.dtype == np.int8 else _clear(weight.dtype.itemsize)
     for index in _pieces(weight, axis, weight.flags.c_contiguous):
         x = _groups(weight[index], axis)
         for slab in _slabs(x):
@@ -119,7 +120,7 @@ def is_2_4(weight: Array, axis: int) -> tuple[int, int]:
 def count_2_4(tensor: ir.TensorProtocol, axis: int) -> Sparsity:
     """`is_2_4` of a stored weight, read a slab at a time; axes that are no multiple of 4 have no groups."""
     found = Sparsity()
-    whole = int(tensor.shape.numpy()[axis]) % 4 == 0 and tensor.dtype.numpy().name in _NAMES
+    whole = int(tensor.shape.numpy()[axis]) % 4 == 0 and tensor.dtype.numpy().name in _COUNTED
     for start, stop in slabs(tensor, 4 if axis == 0 else 1):
         rows = read_rows(tensor, start, stop)
         found.elements += rows.size
@@ -132,10 +133,10 @@ def count_2_4(tensor: ir.TensorProtocol, axis: int) -> Sparsity:
     return found
 
 
-def _check(weight: Array, axis: int) -> int:
+def _check(weight: Array, axis: int, names: tuple[str, ...] = _NAMES) -> int:
     """The axis counted from the front."""
-    if weight.dtype.name not in _NAMES or not weight.dtype.isnative:
-        raise ValueError(f"{weight.dtype} has no 2:4 pruning; use {', '.join(_NAMES)} in native byte order")
+    if weight.dtype.name not in names or not weight.dtype.isnative:
+        raise ValueError(f"{weight.dtype} has no 2:4 pruning; use {', '.join(names)} in native byte order")
     if not -weight.ndim <= axis < weight.ndim:
         raise ValueError(f"axis {axis} of an array of rank {weight.ndim}")
     if weight.shape[axis] % 4:

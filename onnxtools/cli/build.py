@@ -161,6 +161,7 @@ def show_manifest(engine: Engine) -> None:
     for index, profile in enumerate(m["profiles"]):
         spans = [(name, *(_dims(span[which]) for which in ("min", "opt", "max"))) for name, span in profile["inputs"].items()]
         table(f"profile {index}: {profile['name']}", ("input", "min", "opt", "max"), collapse(spans, 0))
+    _show_sparsity(m["sparsity"], m["audit"]["source"])
     types = ", ".join(f"{count} {name}" for name, count in m["audit"]["outputs"].items())
     out.print(f"  layer outputs ({m['audit']['source']}): {types or 'unknown'}", markup=False)
     for line in (*m["mends"], *m["notes"]):
@@ -170,6 +171,22 @@ def show_manifest(engine: Engine) -> None:
     if engine.reused:
         out.print("  was there already: same graph, weights, options and builder (--force builds it again)", style="yellow", markup=False)
     out.print(f"  built in {m['build_seconds']:.1f} s, peak {m['peak_rss_mib']:.0f} MiB; manifest in {engine.path}.json", markup=False)
+
+
+def _show_sparsity(sparsity: dict[str, Any] | None, source: str) -> None:
+    """Products alike as one row; the reason is what is known before the build, the kernel what the engine's inspector says."""
+    from collections import Counter
+
+    from onnxtools.cli.render import table
+
+    if sparsity is None:
+        return
+    keys = ("op", "dtype", "k", "n", "is_2_4", "kernel", "reason")
+    rows = [
+        (count, op, dtype, k, n, "yes" if sparse else "no", kernel or "unknown", reason)
+        for (op, dtype, k, n, sparse, kernel, reason), count in Counter(tuple(layer[key] for key in keys) for layer in sparsity["layers"]).most_common()
+    ]
+    table(f"2:4 sparsity (kernels from the {source})", ("count", "op", "weight", "K", "N", "2:4", "kernel", "but"), rows, right=("count", "K", "N"))
 
 
 def show_layers(engine: Engine) -> None:

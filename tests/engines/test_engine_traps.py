@@ -137,15 +137,22 @@ def products(path: Path, sparse: tuple[bool, bool, bool]) -> Path:
 
 def test_sparsity_counts(tmp_path: Path, make: Build) -> None:
     found = manifest(make(products(tmp_path / "m.onnx", (True, True, True)), sparsity="enable"))
-    assert found["sparsity"] == {"sparse": 3, "total": 3, "dense": []}
-    assert found["notes"] == ["sparsity: 3 of 3 weights are 2:4"]
+    assert (found["sparsity"]["sparse"], found["sparsity"]["total"]) == (3, 3)
+    assert found["notes"] == ["sparsity: 3 of 3 products have 2:4 weights"]
     found = manifest(make(products(tmp_path / "m.onnx", (True, False, True)), sparsity="enable"))
-    assert found["notes"] == ["sparsity: 2 of 3 weights are 2:4; dense: b"]
+    assert found["notes"] == ["sparsity: 2 of 3 products have 2:4 weights; dense: b"]
+    assert [(one["node"], one["op"], one["k"], one["n"], one["is_2_4"], one["kernel"]) for one in found["sparsity"]["layers"]] == [
+        ("first", "MatMul", 64, 64, True, ""), ("second", "Gemm", 64, 64, False, ""), ("third", "MatMul", 64, 64, True, ""),
+    ]  # fmt: skip
+    assert "below 256" in found["sparsity"]["layers"][0]["reason"] and "of 1024 groups of four are dense" in found["sparsity"]["layers"][1]["reason"]
 
 
 def test_sparsity_without_sparse_weights(tmp_path: Path, make: Build) -> None:
     source = products(tmp_path / "m.onnx", (False, False, False))
-    with pytest.raises(JobError, match=r"--sparsity, but 0 of 3 weights are 2:4 along the summed axis; prune them with `onnxtools prune IN OUT`"):
+    with pytest.raises(
+        JobError,
+        match=r"0 of 3 products have 2:4 weights along the summed axis \(a: .* groups of four are dense\); prune them with `onnxtools prune IN OUT`",
+    ):
         make(source, sparsity="enable")
     assert manifest(make(source))["sparsity"] is None
 
@@ -154,7 +161,7 @@ def test_sparse_along_the_wrong_axis_does_not_count(tmp_path: Path, make: Build)
     node = helper.make_node("MatMul", ["x", "w"], ["y"], name="mm")
     stored = weights(w=two_of_four(random(64, 64), axis=1))
     source = write(tmp_path / "m.onnx", [node], [tensor("x", [4, 64])], [tensor("y", [4, 64])], stored)
-    with pytest.raises(JobError, match="0 of 1 weights"):
+    with pytest.raises(JobError, match="0 of 1 products"):
         make(source, sparsity="enable")
 
 

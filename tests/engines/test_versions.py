@@ -12,11 +12,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from onnx import helper
 
 from onnxtools.engines.audit import holds, read_layers, summary
 from onnxtools.engines.many import engine_paths
 from onnxtools.engines.profiles import Profile, profiles_for
+from onnxtools.engines.sparse_weights import check_sparsity
 from onnxtools.engines.spec import EngineSpec, pool_size, version_of
 from onnxtools.engines.timing_cache import TimingCache
 from onnxtools.engines.trtexec import trtexec_line
@@ -24,6 +27,7 @@ from onnxtools.engines.trtexec_builder import read_log, read_version
 from onnxtools.engines.versions import ceilings, check_options, is_mixed, is_strongly_typed
 from onnxtools.errors import JobError, UsageError
 from onnxtools.model import Model
+from tests.engines.graphs import FLOAT, random, tensor, two_of_four, weights, write
 from tests.support import run, succeed
 
 HERE = Path(__file__).parent
@@ -302,6 +306,27 @@ def test_sparse_kernels_are_known_by_their_tactic() -> None:
     assert read_layers({"Layers": [entry, {"Name": "b", "TacticName": "sm80_xmma_gemm", "HasSparseWeights": 1}]})[0].sparse
     assert not read_layers({"Layers": [{"Name": "b", "TacticName": "sm80_xmma_gemm", "HasSparseWeights": 1}]})[0].sparse
     assert read_layers({"Layers": ["a name alone"]}) == []
+
+
+def test_sparsity_by_product_says_which_kernel_was_taken(tmp_path: Path) -> None:
+    """The engine's layers are in the inspector's form: several ONNX nodes in one, a node that is not named, one in two layers."""
+    wide, plain = two_of_four(random(256, 256, dtype=np.float32), axis=0), random(256, 256, dtype=np.float32)
+    stored = weights(a=wide, b=wide, c=plain, d=plain[:, :6], q=(9 * wide).astype(np.int8), s=np.float32(1))
+    nodes = [helper.make_node("MatMul", ["x", "a"], ["h0"], name="taken"), helper.make_node("MatMul", ["h0", "b"], ["h1"], name="beaten")]
+    nodes += [helper.make_node("MatMul", ["h1", "c"], ["h2"], name="whole"), helper.make_node("DequantizeLinear", ["q", "s"], ["w"], name="dq")]
+    nodes += [helper.make_node("MatMul", ["h2", "w"], ["h3"], name="coded"), helper.make_node("MatMul", ["h3", "d"], ["y"], name="narrow")]
+    model = Model.load(write(tmp_path / "m.onnx", nodes, [tensor("x", [4, 256], FLOAT)], [tensor("y", [4, 6], FLOAT)], stored))
+    engine = read_layers({"Layers": [
+        {"Name": "1", "TacticName": "sm80_xmma_gemm_sparse_f16", "Metadata": "[ONNX Layer: taken]\u001e[ONNX Layer: other]"},
+        {"Name": "2", "TacticName": "sm80_xmma_gemm", "Metadata": "[ONNX Layer: beaten]"},
+        {"Name": "3", "TacticName": "reformat", "Metadata": "[ONNX Layer: taken]"},
+    ]})  # fmt: skip
+    found = {layer.node: layer for layer in check_sparsity(model).built(engine).layers}
+    assert {name: (layer.is_2_4, layer.kernel) for name, layer in found.items()} == {
+        "taken": (True, "sparse"), "beaten": (True, "dense"), "whole": (False, ""), "coded": (True, ""), "narrow": (False, ""),
+    }  # fmt: skip
+    assert found["taken"].reason == found["beaten"].reason == "" and (found["narrow"].k, found["narrow"].n) == (256, 6)
+    assert "groups of four are dense" in found["whole"].reason and "Q/DQ" in found["coded"].reason
 
 
 def test_a_parsed_network_stands_in_and_says_so() -> None:

@@ -177,6 +177,15 @@ def test_is_2_4_counts_groups(dtype: np.dtype, shape: tuple[int, ...], axis: int
     assert is_2_4(prune_2_4(weight, axis), axis) == (len(groups), len(groups))
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_is_2_4_counts_int8_whose_lowest_value_is_a_sign_bit_alone(axis: int) -> None:
+    weight = np.random.default_rng(0).choice(np.array([-128, -1, 0, 0, 127], np.int8), (64, 304))
+    groups = np.moveaxis(weight, axis, -1).reshape(-1, 4)
+    assert is_2_4(weight, axis) == (int(((groups == 0).sum(axis=1) >= 2).sum()), len(groups))
+    with pytest.raises(ValueError, match="int8 has no 2:4 pruning"):
+        prune_2_4(weight, axis)
+
+
 @pytest.mark.parametrize("shape", [(0, 5), (4, 0), (0,), (8, 0, 3)])
 def test_empty(shape: tuple[int, ...]) -> None:
     weight = np.empty(shape, np.float16)
@@ -191,7 +200,7 @@ def test_empty(shape: tuple[int, ...]) -> None:
         (np.zeros((6, 4), np.float16), 0, "no multiple of 4"),
         (np.zeros((4, 6), np.float16), -1, "no multiple of 4"),
         (np.zeros((4, 4), np.float64), 0, "float64"),
-        (np.zeros((4, 4), np.int8), 0, "int8"),
+        (np.zeros((4, 4), np.uint8), 0, "uint8"),
         (np.zeros((4, 4), ">f2"), 0, "byte order"),
         (np.zeros((4, 4), np.float32), 2, "axis 2"),
         (np.zeros((4, 4), np.float32), -3, "axis -3"),
