@@ -64,7 +64,7 @@ class Int4Scheme(Scheme):
 
     def _product(self, product: Product, group: Group, groups: Sequence[Group], rows: Array, blocks: Array, gram: Gram | None, found: Findings) -> None:
         factors, block = found.get(f"{group.index}.factors"), self._block(group)
-        weight, divisors = self.folded(product, group, groups, found)
+        weight = self.folded(product, group, groups, found)
         if factors is None:
             inputs = rows
         else:
@@ -72,9 +72,8 @@ class Int4Scheme(Scheme):
             blocks = blocks / (cut[:, :, None] * cut[:, None, :])
         scale = _clipped(weight, blocks, product.tensor.dtype)
         made = self.rounded(weight, scale, block, product, gram, factors)
-        expected = rows @ matrix(product).T / divisors
         key = f"{group.index}.{product.node.name}"
-        found[key] = np.array((signal_to_noise(weight, made), relative_error(expected, inputs @ made.T)))
+        found[key] = np.array((signal_to_noise(weight, made), relative_error(inputs @ weight.T, inputs @ made.T)))
         found[f"{key}.scale"] = scale
 
     def _factors(self, group: Group, mean: Array, blocks: Array) -> Array:

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from onnxtools.calibration.run import Findings
 from onnxtools.calibration.statistics import ChannelRange, Gram, Histogram, Observer, TokenSample
 from onnxtools.quantization.formats import scale_of
-from onnxtools.quantization.groups import Group, column_amax, matrix, relative_error, signal_to_noise, stored_scale
+from onnxtools.quantization.groups import Group, column_amax, relative_error, signal_to_noise, stored_scale
 from onnxtools.quantization.qdq import QdqBuilder, weight_scale
 from onnxtools.quantization.ranges import Method, largest
 from onnxtools.quantization.scheme import Scheme, shown
@@ -75,12 +75,11 @@ class LinearScheme(Scheme):
         inputs = rows if factors is None else (rows / factors).astype(np.float32)
         coarse = self._activation(inputs, float(found[f"{group.index}.amax"]), group.dtype)
         for product in group.products:
-            weight, divisors = self.folded(product, group, groups, found)
+            weight = self.folded(product, group, groups, found)
             scale = stored_scale(weight, self.form, product.tensor.dtype, per_channel=self.per_channel)
             made = self.rounded(weight, scale, 0, product, gram, factors)
-            expected = rows @ matrix(product).T / divisors
             key = f"{group.index}.{product.node.name}"
-            found[key] = np.array((signal_to_noise(weight, made), relative_error(expected, coarse @ made.T)))
+            found[key] = np.array((signal_to_noise(weight, made), relative_error(inputs @ weight.T, coarse @ made.T)))
             if gram is not None:
                 found[f"{key}.scale"] = scale.astype(np.float32)
 

@@ -54,8 +54,8 @@ class Scheme:
         for product in group.products:
             product.weight.const_value = scaled(product.tensor, factors, product.axis)
 
-    def folded(self, product: Product, group: Group, groups: Sequence[Group], found: Findings) -> tuple[Array, Array]:
-        """The weight as it will be, float32 [N, K], and what its rows are divided by because a later group's factors go into it, [N]."""
+    def folded(self, product: Product, group: Group, groups: Sequence[Group], found: Findings) -> Array:
+        """The weight as it will be, float32 [N, K]: with its group's factors, and its rows divided by those that a later group folds into it."""
         weight, factors = matrix(product), found.get(f"{group.index}.factors")
         if factors is not None:
             weight = (weight * factors).astype(np.float32)
@@ -64,7 +64,7 @@ class Scheme:
             given = found.get(f"{other.index}.factors")
             if given is not None and other.fold is not None and other.fold.places[0][0] is product.weight:
                 divisors[np.array(other.fold.channels) if other.fold.channels is not None else slice(None)] = given
-        return weight / divisors[:, None], divisors
+        return weight / divisors[:, None]
 
     def rounded(self, weight: Array, scale: Array, block: int, product: Product, gram: Gram | None, factors: Array | None) -> Array:
         """The weight after quantization, [N, K]; GPTQ's is stored for `codes`."""
