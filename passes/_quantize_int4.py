@@ -115,14 +115,15 @@ def _errors(difference: Array, blocks: Array) -> Array:
     The rounding errors of two blocks are independent, so what they do together is the sum.
     """
     cut = difference.reshape(len(difference), len(blocks), -1).transpose(1, 0, 2)
-    return np.asarray(np.einsum("bni,bni->nb", cut @ blocks, cut))
+    with np.errstate(over="ignore", invalid="ignore"):  # of weights above 1e19: then nothing is better than to leave them as they are
+        return np.asarray(np.einsum("bni,bni->nb", cut @ blocks, cut))
 
 
 def _clipped(weight: Array, blocks: Array, dtype: ir.DataType) -> Array:
     """The scale of each block, float32 [N, K / block]: of the clipped ranges the one with the least output error."""
     block = blocks.shape[-1]
     amax = np.abs(weight.reshape(len(weight), -1, block)).max(axis=2)
-    best, least = np.zeros_like(amax), np.full(amax.shape, np.inf)
+    best, least = scale_of(amax, INT4, dtype).astype(np.float32), np.full(amax.shape, np.inf)
     for clip in _CLIPS:
         scale = scale_of(amax * np.float32(clip), INT4, dtype).astype(np.float32)
         error = _errors(rounded(weight, INT4, scale, block) - weight, blocks)

@@ -112,8 +112,9 @@ def signal_to_noise(weight: Array, made: Array) -> float:
 
 def relative_error(expected: Array, found: Array) -> float:
     """|found - expected| / |expected|, Frobenius norms."""
-    size = float(np.linalg.norm(expected))
-    return float(np.linalg.norm(found - expected)) / size if size else float(np.linalg.norm(found))
+    wide = expected.astype(np.float64)  # a square may exceed float32
+    size, error = float(np.linalg.norm(wide)), float(np.linalg.norm(found - wide))
+    return error / size if size else error
 
 
 def column_amax(products: Iterable[Product]) -> Array:

@@ -196,3 +196,17 @@ def test_a_weight_without_elements_is_left(tmp_path: Path) -> None:
     onnx.save(model, source)
     told = succeed("prune", source, tmp_path / "p.onnx", "--lm-head", "--no-check", "--json").out
     assert [row["reason"] if "reason" in row else row.get("left") for row in json.loads(told)["steps"][0]["result"]["table"] if row["weight"] == "none"]
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize(("flags", "limit"), [
+    ("--fp8", 0.06), ("--fp8 --gptq", 0.06), ("--smoothquant 0.5 --all-layers", 0.05), ("--int4-awq", 0.2), ("--int4-awq --gptq", 0.2),
+])  # fmt: skip
+def test_values_whose_squares_exceed_fp32(flags: str, limit: float, tmp_path: Path) -> None:
+    """Weights and activations of 1e25: norms and errors must not overflow, and no scale may become 0."""
+    arrays = weights(2)
+    arrays["w0"], arrays["w1"] = arrays["w0"] * np.float32(1e25), arrays["w1"] * np.float32(1e-25)
+    source = chain(tmp_path / "m.onnx", arrays)
+    data = source.with_suffix(".npz")
+    told = succeed("quantize", source, tmp_path / "q.onnx", *flags.split(), "--lm-head", "--calib", data, "--inputs", data, "--json").out
+    assert 1e-4 < relative(told) < limit
