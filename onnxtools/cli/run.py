@@ -71,12 +71,15 @@ def _run(runtime: Runtime, tokenizer: Tokenizer, texts: list[str], options: Gene
         click.echo(f"[{runtime.name}]")
     # One greedy or sampled text is shown while it grows.
     streams = len(texts) == 1 and options.num_beams == 1 and not as_json
+    waiting = texts[:1]  # the prompt comes with the first piece, so that nothing comes before an error
+
+    def show(_: int, piece: str) -> None:
+        click.echo("".join(waiting) + piece, nl=False)
+        waiting.clear()
+
+    found = continue_texts(runtime, tokenizer, texts, options, batch_size=batch, show=show if streams else None, logprobs=as_json)
     if streams:
-        click.echo(texts[0], nl=False)
-    show = (lambda _, piece: click.echo(piece, nl=False)) if streams else None
-    found = continue_texts(runtime, tokenizer, texts, options, batch_size=batch, show=show, logprobs=as_json)
-    if streams:
-        click.echo()
+        click.echo("".join(waiting))
     elif not as_json:
         _print(found)
     return [as_demo([beams[i] for beams in found]) for i in range(options.num_return_sequences)]

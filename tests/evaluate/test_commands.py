@@ -17,7 +17,7 @@ import transformers
 
 from onnxtools.generation.text import Streams, Tokenizer
 from tests.export.test_smollm2 import GGUF
-from tests.support import SHARED, refuse, succeed
+from tests.support import SHARED, refuse, run, succeed
 
 ARTICLES = Path(__file__).parents[2] / "fixtures/articles.jsonl"
 LAMBADA, WIKITEXT = SHARED / "data/lambada_openai.jsonl", SHARED / "data/wikitext2_test.txt"
@@ -135,6 +135,10 @@ def test_run_refuses(arguments: list[str], names: str, code: int, model: Path) -
     assert names in refuse("run", model, *arguments, code=code)
 
 
+def test_a_prompt_is_not_shown_before_an_error(model: Path) -> None:
+    assert run("run", model, "--prompt", "x", "--max-new-tokens", "9000").out == ""
+
+
 # --- benchmark ------------------------------------------------------------------------------------------------------------
 
 
@@ -186,8 +190,6 @@ def test_benchmark_refuses(arguments: list[str], names: str, code: int, model: P
 
 def refuse_last(*args: str | Path, code: int) -> str:
     """As `refuse`, after notes."""
-    from tests.support import run
-
     result = run(*args)
     *notes, line = result.err.splitlines()
     assert result.code == code and line.startswith("error: ") and all(note.startswith("note: ") for note in notes), result.err
@@ -285,8 +287,6 @@ def test_the_prompt_is_the_article_and_tldr_and_fits_the_room() -> None:
 
 
 def test_a_threshold_decides_the_exit_code(model: Path) -> None:
-    from tests.support import run
-
     arguments = ["summarize", model, "--dataset", ARTICLES, "--limit", "1", "--max-new-tokens", "8", "--check-accuracy", "--rouge1-threshold"]
     assert run(*arguments, "0").code == 0
     failed = run(*arguments, "99")
