@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -58,6 +58,23 @@ def weight_products(model: Model) -> Iterator[Product]:
             found = _trace(node, index)
             if found is not None:
                 yield found
+
+
+def products_behind(value: ir.Value | None, products: Collection[ir.Node]) -> set[ir.Node]:
+    """The nearest of `products` that `value` is computed from, through whatever lies between."""
+    found: set[ir.Node] = set()
+    waiting: list[ir.Value | None] = [value]
+    seen: set[ir.Node] = set()
+    while waiting:
+        node = current.producer() if (current := waiting.pop()) is not None else None
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node in products:
+            found.add(node)
+        else:
+            waiting += node.inputs
+    return found
 
 
 def _trace(node: ir.Node, index: int) -> Product | None:

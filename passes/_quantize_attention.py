@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from onnxtools.graph import is_op
 from onnxtools.infer import Facts
 from onnxtools.kvcache import rotation
 from onnxtools.model import Model
+from onnxtools.products import products_behind, weight_products
 from onnxtools.quantization.formats import Format, scale_of
 from onnxtools.quantization.qdq import COMPUTED, QdqBuilder
 
@@ -52,16 +54,34 @@ def operands(model: Model, facts: Facts) -> list[Operand]:
     Raises:
         JobError: no attention, or one in an operator that takes no Q/DQ.
     """
-    places: list[tuple[ir.Node, int, str]] = []
-    for node in model.graph:
-        if is_op(node, "Attention"):
-            places += [(node, index, kind) for index, kind in enumerate(("query", "key", "value"))]
-    for block in find_attention(model, facts):
-        qk, pv = block.product_qk, block.product_pv
-        places += [(qk, 0, "query"), (qk, 1, "key"), (pv, 0, "probabilities"), (pv, 1, "value")]
+    places = [place for place in _places(model, facts) if not is_op(place[0], *_FUSED, domain="com.microsoft")]
     if not places:
         raise JobError(f"{model.path}: has no Attention, or Softmax between MatMuls, to quantize (GroupQueryAttention takes no Q/DQ); leave --attention out")
     return [made for node, index, kind in places if (made := _operand(node, index, kind, model, facts)) is not None]
+
+
+_FUSED = ("GroupQueryAttention", "MultiHeadAttention")
+
+
+def _places(model: Model, facts: Facts) -> list[tuple[ir.Node, int, str]]:
+    """Inputs of nodes, and which operand of attention they are."""
+    places: list[tuple[ir.Node, int, str]] = []
+    for node in model.graph:
+        if is_op(node, "Attention") or is_op(node, *_FUSED, domain="com.microsoft"):
+            places += [(node, index, kind) for index, kind in enumerate(("query", "key", "value")) if index < len(node.inputs)]
+    for block in find_attention(model, facts):
+        qk, pv = block.product_qk, block.product_pv
+        places += [(qk, 0, "query"), (qk, 1, "key"), (pv, 0, "probabilities"), (pv, 1, "value")]
+    return places
+
+
+def score_products(model: Model, facts: Facts) -> set[ir.Node]:
+    """Products with stored weights that queries or keys come from; a packed QKV product is one of them."""
+    products = {product.node for product in weight_products(model)}
+    with contextlib.suppress(JobError):  # attention of another kind
+        places = _places(model, facts)
+        return {found for node, index, kind in places if kind in ("query", "key") for found in products_behind(node.inputs[index], products)}
+    return set()
 
 
 def _operand(node: ir.Node, index: int, kind: str, model: Model, facts: Facts) -> Operand | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,13 +31,16 @@ class Int4Scheme(Scheme):
     """Activation-aware weight quantization (AWQ, arXiv 2306.00978, section 3.2).
 
     The factor of input channel j is (mean |x_j|)^r, with the r of 20 between 0 and 1 that gives the least error of the
-    outputs; then each block's range is clipped to the fraction that gives the least error.
+    outputs; then each block's range is clipped to the fraction that gives the least error. What queries and keys come from is not
+    clipped, as AWQ's authors do it (their product multiplies the errors), but where GPTQ makes up for them.
 
     Attributes:
         blocks: block size of each product's weight, by node.
+        unclipped: products that queries and keys come from.
     """
 
     blocks: dict[str, int]
+    unclipped: Collection[ir.Node] = ()
 
     def watch(self, groups: Sequence[Group]) -> dict[ir.Value, tuple[Observer, ...]]:
         return {g.activation: (ChannelRange(), TokenSample(ROWS, self.tokens), BlockGram(self._block(g)) if self.keep is None else Gram()) for g in groups}
@@ -70,7 +73,7 @@ class Int4Scheme(Scheme):
         else:
             inputs, cut = (rows / factors).astype(np.float32), factors.reshape(-1, block).astype(np.float32)
             blocks = blocks / (cut[:, :, None] * cut[:, None, :])
-        scale = _clipped(weight, blocks, product.tensor.dtype)
+        scale = _clipped(weight, blocks, product.tensor.dtype, () if product.node in self.unclipped else _CLIPS)
         made = self.rounded(weight, scale, block, product, gram, factors)
         key = f"{group.index}.{product.node.name}"
         found[key] = np.array((signal_to_noise(weight, made), relative_error(inputs @ weight.T, inputs @ made.T)))
@@ -119,12 +122,12 @@ def _errors(difference: Array, blocks: Array) -> Array:
         return np.asarray(np.einsum("bni,bni->nb", cut @ blocks, cut))
 
 
-def _clipped(weight: Array, blocks: Array, dtype: ir.DataType) -> Array:
+def _clipped(weight: Array, blocks: Array, dtype: ir.DataType, clips: Sequence[float]) -> Array:
     """The scale of each block, float32 [N, K / block]: of the clipped ranges the one with the least output error."""
     block = blocks.shape[-1]
     amax = np.abs(weight.reshape(len(weight), -1, block)).max(axis=2)
     best, least = scale_of(amax, INT4, dtype).astype(np.float32), np.full(amax.shape, np.inf)
-    for clip in _CLIPS:
+    for clip in clips:
         scale = scale_of(amax * np.float32(clip), INT4, dtype).astype(np.float32)
         error = _errors(rounded(weight, INT4, scale, block) - weight, blocks)
         better = error < least

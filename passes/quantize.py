@@ -17,11 +17,11 @@ from onnxtools.calibration.run import Calibration, Findings, Layer
 from onnxtools.calibration.statistics import Observer
 from onnxtools.errors import JobError, UsageError
 from onnxtools.graph import is_op, remove_unused
-from onnxtools.infer import analyse
+from onnxtools.infer import Facts, analyse
 from onnxtools.kvcache import record_dtypes
 from onnxtools.model import Model
 from onnxtools.passbase import Pass, PassResult, option
-from onnxtools.passes._quantize_attention import AttentionScheme, operands
+from onnxtools.passes._quantize_attention import AttentionScheme, operands, score_products
 from onnxtools.passes._quantize_int4 import Int4Scheme, block_size
 from onnxtools.passes._quantize_kv import KvScheme, caches
 from onnxtools.passes._quantize_linear import LinearScheme
@@ -152,7 +152,7 @@ class Quantize(Selected, Calibrated):
         if self.kind == "int8" and not self.all_layers:
             groups = self._behind_norms(groups, table)
         inner = [made for made in (kv, attention) if made is not None]
-        scheme, found = self._calibrated(model, groups, inner)
+        scheme, found = self._calibrated(model, facts, groups, inner)
         self._drop_worst(groups, found, table)
         build = QdqBuilder(model)
         self._write(groups, found, scheme, table, build)
@@ -230,14 +230,14 @@ class Quantize(Selected, Calibrated):
 
     # --- calibration -------------------------------------------------------------------------------------------------
 
-    def _calibrated(self, model: Model, groups: list[Group], inner: Sequence[KvScheme | AttentionScheme]) -> tuple[Scheme, Findings]:
+    def _calibrated(self, model: Model, facts: Facts, groups: list[Group], inner: Sequence[KvScheme | AttentionScheme]) -> tuple[Scheme, Findings]:
         blocks = {p.node.name or "": block_size(g.channels, self.block_size) for g in groups for p in g.products} if self.form is INT4 else {}
         if self.kind == "int4-rtn" and not inner:
             return Int4Scheme(INT4, 0, None, blocks), {}
         found: Findings = {}
         with Calibration(model, self, key=repr(dataclasses.replace(self, exclude_worst=0))) as calibration:
             keep = calibration if self.gptq else None
-            scheme = self._scheme(blocks, calibration.tokens, keep)
+            scheme = self._scheme(blocks, calibration.tokens, keep, set() if self.gptq else score_products(model, facts))
             by_node = {product.node: g for g in groups for product in g.products} if self.kind != "int4-rtn" else {}
 
             def look(layer: Layer) -> Findings:
@@ -255,9 +255,9 @@ class Quantize(Selected, Calibrated):
                 found.update(part)
         return scheme, found
 
-    def _scheme(self, blocks: dict[str, int], tokens: int, keep: Calibration | None) -> Scheme:
+    def _scheme(self, blocks: dict[str, int], tokens: int, keep: Calibration | None, unclipped: set[ir.Node]) -> Scheme:
         if self.form is INT4:
-            return Int4Scheme(INT4, tokens, keep, blocks)
+            return Int4Scheme(INT4, tokens, keep, blocks, unclipped)
         return LinearScheme(self.form, tokens, keep, self.alpha, self.per_token, self.per_channel, self.calib_method)
 
     def _drop_worst(self, groups: list[Group], found: Findings, table: list[dict[str, Any]]) -> None:

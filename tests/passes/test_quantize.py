@@ -147,6 +147,16 @@ def test_awq_is_better_than_rounding_to_nearest(tmp_path: Path) -> None:
     assert logits_error(quantized(tmp_path, "--int4-awq")) < 0.9 * error
 
 
+@pytest.mark.parametrize(("form", "flags", "whole"), [
+    ("concat", [], {"q_proj", "k_proj"}), ("none", [], {"q_proj", "k_proj"}), ("gqa", [], {"qkv_proj"}), ("concat", ["--gptq"], set()),
+])  # fmt: skip
+def test_awq_does_not_clip_what_queries_and_keys_come_from(form: str, flags: list[str], whole: set[str], tmp_path: Path) -> None:
+    """Rounding to nearest with amax / 7 never gives -8; a clipped block that has a large negative number does."""
+    codes = {key.split(".")[-2]: codes for key, codes in stored(quantized(tmp_path, "--int4-awq", *flags, form=form)).items() if key.endswith("weight_int4")}
+    assert whole < set(codes)
+    assert {name for name, found in codes.items() if found.min() > -8} == whole
+
+
 def test_gptq_makes_up_for_its_rounding(tmp_path: Path) -> None:
     """The errors of the outputs on the calibration texts themselves, layer by layer."""
     calib, errors = calibration_file(tmp_path, tokens(count=40)), []
