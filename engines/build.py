@@ -8,7 +8,9 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from onnxtools.engines.versions import check_options, is_mixed, is_strongly_type
 from onnxtools.errors import JobError, UsageError
 from onnxtools.manager import PassManager
 from onnxtools.model import Model
-from onnxtools.storage import replacing, temporary, write_error
+from onnxtools.storage import refuse_special, replacing, temporary, write_error
 from onnxtools.tensors import external_path
 
 
@@ -43,49 +45,67 @@ def build(source: Path | Model, engine_path: Path, spec: EngineSpec, *, force: b
     check_target(engine_path)
     builder = get_builder(spec.backend)
     check_options(spec, builder.name, release(builder.version()))
-    if spec.sparsity == "force" and builder.name != "trtexec":
-        source, spec = _pruned(source), dataclasses.replace(spec, sparsity="enable")
     if spec.timing_cache is not None:
         path = cache_file(Path(spec.timing_cache), builder.name, ".".join(map(str, release(builder.version()))), spec.device)
         spec = dataclasses.replace(spec, timing_cache=str(path))
-    if isinstance(source, Model):
-        with tempfile.TemporaryDirectory(prefix=".onnxtools-build-", dir=engine_path.parent) as folder:
-            copy = Path(folder) / (source.path.name if source.path else "model.onnx")
-            source.save(copy)
-            return _build(copy, engine_path, spec, builder, force, path=None)
-    return _build(source, engine_path, spec, builder, force, path=os.path.relpath(source, engine_path.parent))
+    job = _Build(engine_path, spec, builder, force)
+    prunes = spec.sparsity == "force" and builder.name != "trtexec"
+    if isinstance(source, Path):
+        origin = Model.load(source)
+        return job.known(origin) or (job.copied(Model.load(source), origin, prunes) if prunes else job.run(origin, source, origin))
+    return job.copied(source, None, prunes)
 
 
-def _build(source: Path, engine_path: Path, spec: EngineSpec, builder: Builder, force: bool, path: str | None) -> Engine:
-    model = Model.load(source)
-    _refuse_overwriting(model, engine_path)
-    notes = _timing_cache_notes(spec, builder)
-    if not force and (known := _known(model, engine_path, spec, builder)):
-        return Engine(engine_path, known, reused=True)
-    profiles = profiles_for(model, spec)
-    checked = preflight(model, spec, builder, strong=is_strongly_typed(spec, builder.name, release(builder.version()), is_mixed(model)))
-    # Both files are complete before either gets its name, and the plan gets it first. Hashing runs beside the build.
-    with replacing(manifest_path(engine_path)) as manifest_tmp, replacing(engine_path) as plan_tmp, ThreadPoolExecutor(1) as pool:
-        weights = pool.submit(hash_weights, model)
-        started = time.monotonic()
-        built = builder.build(model, source, plan_tmp, profiles, spec)
-        seconds = time.monotonic() - started
-        audit = summary(built.engine_layers, built.precisions)
-        _check_audit(model, spec, audit)
-        manifest = make_manifest(
-            model, spec, builder, profiles, checked, built,
-            engine=engine_path.name, path=path, weights=weights.result(), audit=audit, notes=notes, seconds=seconds,
-        )  # fmt: skip
-        manifest_tmp.write_text(json.dumps(manifest, indent=2) + "\n")
-    return Engine(engine_path, manifest)
+@dataclass(frozen=True)
+class _Build:
+    """One build, of whatever model."""
 
+    engine_path: Path
+    spec: EngineSpec
+    builder: Builder
+    force: bool
 
-def _pruned(source: Path | Model) -> Model:
-    from onnxtools.passes.prune import Prune
+    def known(self, model: Model) -> Engine | None:
+        """The engine that lies there, where it is what building this model would give."""
+        _refuse_overwriting(model, self.engine_path, self.spec)
+        found = None if self.force else _known(model, self.engine_path, self.spec, self.builder)
+        return Engine(self.engine_path, found, reused=True) if found else None
 
-    model = source if isinstance(source, Model) else Model.load(source)
-    PassManager([Prune()]).run(model)
-    return model
+    def copied(self, model: Model, origin: Model | None, prune: bool) -> Engine:
+        """Build a model that is not on the disk as it is built."""
+        notes = []
+        if prune:
+            from onnxtools.passes.prune import Prune
+
+            PassManager([Prune()]).run(model)
+            notes.append("pruned to 2:4 by magnitude (--sparsity force): without fine-tuning accuracy is lost")
+        with tempfile.TemporaryDirectory(prefix=".onnxtools-build-", dir=self.engine_path.parent) as folder:
+            copy = Path(folder) / (model.path.name if model.path else "model.onnx")
+            model.save(copy)
+            made = Model.load(copy)
+            return (self.known(made) if origin is None else None) or self.run(made, copy, origin or made, notes, in_memory=origin is None)
+
+    def run(self, model: Model, source: Path, origin: Model, notes: Sequence[str] = (), *, in_memory: bool = False) -> Engine:
+        """Build the graph in the file `source`, which `model` was loaded from; the manifest describes `origin`."""
+        spec, builder = self.spec, self.builder
+        notes = [*notes, *_timing_cache_notes(spec, builder)]
+        profiles = profiles_for(model, spec)
+        checked = preflight(model, spec, builder, strong=is_strongly_typed(spec, builder.name, release(builder.version()), is_mixed(model)))
+        path = None if in_memory or origin.path is None else os.path.relpath(origin.path, self.engine_path.parent)
+        # Both files are complete before either gets its name, and the plan gets it first. Hashing runs beside the build.
+        with replacing(manifest_path(self.engine_path)) as manifest_tmp, replacing(self.engine_path) as plan_tmp, ThreadPoolExecutor(1) as pool:
+            weights = pool.submit(hash_weights, origin)
+            started = time.monotonic()
+            built = builder.build(model, source, plan_tmp, profiles, spec)
+            seconds = time.monotonic() - started
+            audit = summary(built.engine_layers, built.precisions)
+            _check_audit(model, spec, audit)
+            manifest = make_manifest(
+                model, origin, spec, builder, profiles, checked, built,
+                engine=self.engine_path.name, path=path, weights=weights.result(), audit=audit, notes=notes, seconds=seconds,
+            )  # fmt: skip
+            manifest_tmp.write_text(json.dumps(manifest, indent=2) + "\n")
+        return Engine(self.engine_path, manifest)
 
 
 def _timing_cache_notes(spec: EngineSpec, builder: Builder) -> list[str]:
@@ -124,11 +144,14 @@ def check_target(engine_path: Path) -> None:
     Raises:
         JobError: the folder is missing or not writable, or the name is taken by a folder.
     """
+    if engine_path.is_dir():
+        raise JobError(f"{engine_path}: is a folder; name a file")
     if not engine_path.parent.is_dir():
         raise JobError(f"{engine_path}: the folder {str(engine_path.parent)!r} does not exist; create it first")
     for path in (engine_path, manifest_path(engine_path)):
         if path.is_dir():
-            raise JobError(f"{path}: is a folder; name a file")
+            raise JobError(f"{path}: is a folder; name another file for the engine")
+        refuse_special(path)
         probe = temporary(path)
         try:
             probe.touch()
@@ -138,8 +161,8 @@ def check_target(engine_path: Path) -> None:
             probe.unlink(missing_ok=True)
 
 
-def _refuse_overwriting(model: Model, engine_path: Path) -> None:
-    """Neither the model nor a JSON file of somebody else."""
+def _refuse_overwriting(model: Model, engine_path: Path, spec: EngineSpec) -> None:
+    """Neither the model, nor a timing cache, nor a JSON file of somebody else."""
     manifest = manifest_path(engine_path)
     with contextlib.suppress(OSError, ValueError):
         kind = json.loads(manifest.read_text())
@@ -150,3 +173,5 @@ def _refuse_overwriting(model: Model, engine_path: Path) -> None:
     for target in (engine_path, manifest_path(engine_path)):
         if target.resolve() in {file.resolve() for file in files}:
             raise UsageError(f"{target} is the model or its data file; name another file for the engine")
+    if spec.timing_cache is not None and Path(spec.timing_cache).resolve() in {file.resolve() for file in {*files, engine_path, manifest}}:
+        raise UsageError(f"--timing-cache {spec.timing_cache} is the model or the engine; name another file")

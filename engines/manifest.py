@@ -43,18 +43,19 @@ def hash_weights(model: Model) -> list[dict[str, Any]]:
 
 
 def make_manifest(
-    model: Model, spec: EngineSpec, builder: Builder, profiles: Sequence[Profile], checked: Preflight, built: Built,
+    model: Model, origin: Model, spec: EngineSpec, builder: Builder, profiles: Sequence[Profile], checked: Preflight, built: Built,
     *, engine: str, path: str | None, weights: list[dict[str, Any]], audit: dict[str, Any], notes: Sequence[str], seconds: float,
 ) -> dict[str, Any]:  # fmt: skip
     """The manifest as plain data.
 
     Args:
+        model: what was built; origin: the user's model, which differs from it where it was pruned for the build.
         engine: file name of the plan.
         path: of the model, from the plan's folder; None where it was in memory.
-        weights: `hash_weights(model)`; audit: `audit.summary` of the engine.
+        weights: `hash_weights(origin)`; audit: `audit.summary` of the engine.
         seconds: wall time of parsing, building and writing.
     """
-    graph = {"file": model.path.name if model.path else None, "sha256": model.sha256, "path": path}
+    graph = {"file": origin.path.name if origin.path else None, "sha256": origin.sha256, "path": path}
     return {
         "format": FORMAT,
         "onnxtools": __version__,

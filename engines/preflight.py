@@ -49,7 +49,7 @@ def preflight(model: Model, spec: EngineSpec, builder: Reader, *, strong: bool =
     _check_scales(graph)
     _check_caches(graph)
     if spec.sparsity != "disable":
-        result.sparsity = _check_sparsity(model)
+        result.sparsity = _check_sparsity(model, forced=spec.sparsity == "force" and builder.name == "trtexec")
         result.notes.append(f"sparsity: {result.sparsity}")
     return result
 
@@ -113,7 +113,8 @@ def _check_demands(graph: Graph, spec: EngineSpec, strong: bool) -> None:
             continue
         values = [value for value, _ in graph.model.weights()] + [value for node in graph.nodes() for value in node.outputs]
         if not any(_dtype(value) in types for value in values):
-            raise JobError(f"{graph.model.path}: --{name}, but nothing in the graph is {name.upper()}, and its types are what the engine has; run `{remedy}`")
+            lacks = f"--{name}, but nothing in the graph is {name.upper()}, and its types are what the engine has"
+            raise JobError(f"{graph.model.path}: {lacks}; make it with `{remedy}` from the fp32 model")
 
 
 def _holds_fp8(graph: Graph) -> bool:
@@ -174,9 +175,10 @@ def _elements(graph: Graph, value: ir.Value | None) -> np.ndarray[Any, Any] | No
     return None if elements is None else np.asarray(elements).astype(np.float32)
 
 
-def _check_sparsity(model: Model) -> Sparsity:
+def _check_sparsity(model: Model, *, forced: bool) -> Sparsity:
+    """Forced: trtexec overwrites the weights itself."""
     found = check_sparsity(model)
-    if found.sparse == 0:
+    if found.sparse == 0 and not forced:
         first = f"{found.layers[0].weight}: {found.layers[0].reason}" if found.layers else "there is no product"
         raise JobError(f"{model.path}: --sparsity, but {found} along the summed axis ({first}); prune them with `onnxtools prune IN OUT`")
     return found

@@ -106,6 +106,7 @@ def _written_profiles(model: Model, spec: EngineSpec) -> list[Profile]:
         ranges = {name: Range(low[name], opt[name], high[name]) for name in low}
         profiles.append(Profile(f"profile{index}", ranges))
         check_profile(where, ranges, inputs)
+        _check_symbols(where, ranges, inputs)
     return profiles
 
 
@@ -154,6 +155,22 @@ def check_profile(where: str, ranges: Mapping[str, Range], inputs: Mapping[str, 
                 raise UsageError(f"{where}: axis {axis} of input {name!r} is {fixed} in the graph, not {low} to {high}")
 
 
+def _check_symbols(where: str, ranges: Mapping[str, Range], inputs: Mapping[str, ir.Value]) -> None:
+    """Dimensions of one name are one number in every run, so min, opt and max of a profile agree on it, as TensorRT demands."""
+    first: dict[str, tuple[str, int, Span]] = {}
+    for name, span in ranges.items():
+        for axis, dim in enumerate(inputs[name].shape or ()):
+            if isinstance(dim, int) or not dim.value:
+                continue
+            sizes = (span.min[axis], span.opt[axis], span.max[axis])
+            other, place, known = first.setdefault(dim.value, (name, axis, sizes))
+            if sizes != known:
+                raise UsageError(
+                    f"{where}: {dim.value!r} is one dimension, but min, opt and max are {', '.join(map(str, known))} on axis {place} of input {other!r}"
+                    f" and {', '.join(map(str, sizes))} on axis {axis} of {name!r}; give both the same"
+                )
+
+
 _LARGEST = 2**31 - 1
 """A dimension is a 32-bit number in TensorRT's parser and builder."""
 
@@ -199,6 +216,8 @@ def derive_profiles(model: Model, spec: EngineSpec) -> list[Profile]:
     inputs = {name: value for name, value in _inputs(model).items() if is_dynamic(value)}
     if not inputs:
         return []
+    if spec.opt_seq_len is not None and spec.opt_seq_len > _longest(model, spec):
+        raise UsageError(f"--opt-seq-len {spec.opt_seq_len} is more than the longest sequence, {_longest(model, spec)}; lower it, or give --max-seq-len")
     longest, batch = _longest(model, spec), (1, spec.opt_batch_size or spec.max_batch_size, spec.max_batch_size)
     prompt = spec.max_input_len or longest
     tuned = spec.opt_seq_len or max(1, longest // 2)

@@ -76,6 +76,10 @@ class EngineSpec:
             raise UsageError(
                 f"--min-shapes, --opt-shapes and --max-shapes are given {counts[0]}, {counts[1]} and {counts[2]} times; give all three once for each profile"
             )
+        derived = ("opt_batch_size", "max_seq_len", "max_input_len", "max_output_len", "opt_seq_len")
+        idle = next((name for name in derived if getattr(self, name) is not None), "max_batch_size" if self.max_batch_size != EngineSpec.max_batch_size else "")
+        if self.min_shapes and idle:
+            raise UsageError(f"--{idle.replace('_', '-')} is for derived profiles, and --min-shapes, --opt-shapes and --max-shapes give them; leave one out")
         for name in ("max_batch_size", "max_seq_len", "max_input_len", "max_output_len"):
             value = getattr(self, name)
             if value is not None and value < 1:

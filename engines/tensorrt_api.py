@@ -169,19 +169,22 @@ _UNFIT = r"Profile k(MIN|MAX) values are not self-consistent|k(MIN|OPT|MAX) valu
 """Shapes that the graph contradicts. With the second text the build fails; with the first, a mere warning, the engine would."""
 
 
+_NOISE = r"cudaError 35|Make sure input .* has Int64 binding"
+
+
 @functools.cache
 def _tools(trt: Any) -> SimpleNamespace:
     """Subclasses of the module's interfaces, and the one logger: TensorRT keeps the first of a process while anything made with it lives."""
 
     class Logger(trt.ILogger):  # type: ignore[misc]
-        """Keeps errors and warnings; drops the rest, and the complaint that a machine without a GPU has no GPU driver."""
+        """Keeps errors and warnings; drops the rest, and what every build says: that there is no GPU, and that 64-bit inputs have 64 bits."""
 
         def __init__(self) -> None:
             super().__init__()
             self.messages: list[tuple[Any, str]] = []
 
         def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.WARNING and "cudaError 35" not in message:
+            if severity <= trt.ILogger.WARNING and not re.search(_NOISE, message):
                 self.messages.append((severity, message))
 
         def clear(self) -> None:

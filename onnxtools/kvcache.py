@@ -11,6 +11,7 @@ import onnx_ir as ir
 from onnxtools.graph import Builder, attribute, is_op
 from onnxtools.infer import Facts
 from onnxtools.model import Model
+from onnxtools.positions import table_rows
 
 Dim = int | str | ir.SymbolicDim | None
 Kind = Literal["key", "value"]
@@ -83,9 +84,9 @@ class KvCache:
 
 
 def positions(model: Model) -> int | None:
-    """Tokens that a sequence may have, as far as the model says."""
+    """Tokens that a sequence may have, as far as the model says: its exporter, else its tables of positions."""
     text = model.graph.metadata_props.get("onnxtools.model")
-    found = json.loads(text)["model"].get("max_position_embeddings") if text else None
+    found = json.loads(text)["model"].get("max_position_embeddings") if text else table_rows(model)
     return int(found) if found else None
 
 

@@ -1,13 +1,49 @@
-"""Positions that a graph computes for itself: what must move by the cache length once there is a cache."""
+"""Positions in a graph: tables that limit them, and what must move by the cache length once there is a cache."""
 
 from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
 
-from onnxtools.graph import Builder, is_constant_expression, is_op
+from onnxtools.graph import Builder, attribute, constant_tensor, is_constant_expression, is_op
 from onnxtools.infer import Facts
 from onnxtools.model import Model
+
+
+def table_rows(model: Model) -> int | None:
+    """Rows of the smallest table that is looked up by position: Gather by something counted or an input called position, Slice up to a length.
+
+    A longer sequence has no row, or a shape that does not fit. None where there is no such table.
+    """
+    found = []
+    for node in model.graph:
+        data = constant_tensor(node.inputs[0]) if is_op(node, "Gather", "Slice") else None
+        if data is None or not data.shape:
+            continue
+        if is_op(node, "Gather"):
+            axis, by_position = attribute(node, "axis", 0), _by_position(node.inputs[1])
+        else:
+            axes = constant_tensor(node.inputs[3]) if len(node.inputs) > 3 else None
+            axis, by_position = int(axes.numpy().reshape(-1)[0]) if axes is not None else 0, not is_constant_expression(node.inputs[2])
+        if by_position:
+            found.append(int(data.shape.numpy()[axis]))
+    return min(found, default=None)
+
+
+def _by_position(value: ir.Value | None) -> bool:
+    """Whether `value` depends on inputs called position, or on shapes alone."""
+    waiting, seen, inputs = [value], set[ir.Value](), set[str]()
+    while waiting:
+        current = waiting.pop()
+        if current is None or current in seen or current.is_initializer():
+            continue
+        seen.add(current)
+        node = current.producer()
+        if node is None:
+            inputs.add(current.name or "")
+        elif not is_op(node, "Shape", "Size"):
+            waiting += node.inputs
+    return not is_constant_expression(value) and all("position" in name for name in inputs)
 
 
 def shift_positions(model: Model, facts: Facts, size: int, past: ir.Value, past_1d: ir.Value, builder: Builder) -> list[str]:

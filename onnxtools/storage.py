@@ -72,6 +72,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         JobError: the folder is missing or not writable, or the disk is full.
     """
+    refuse_special(path)
     tmp = temporary(path)
     _remove_orphans(path)
     try:
@@ -83,6 +84,16 @@ def replacing(path: Path) -> Iterator[Path]:
         raise write_error(path, error) from error
     finally:
         tmp.unlink(missing_ok=True)
+
+
+def refuse_special(path: Path) -> None:
+    """A device or a pipe must not be replaced by a file.
+
+    Raises:
+        JobError: `path` is one.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise JobError(f"{path}: is a device or a pipe, no file; name a file")
 
 
 def _remove_orphans(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ weights and options is not built again.
 \b
 Examples:
   onnxtools build sparse.onnx gpt.engine --fp8 --sparsity --compute-capability 8.9
-  onnxtools build rank0.onnx rank1.onnx --workers 2 --output-folder engines
+  onnxtools build rank0.onnx rank1.onnx --workers 2 --output-folder plans
 """
 
 
@@ -35,6 +36,8 @@ def _callback(
     spec = from_parameters(EngineSpec, values)
     if spec.tensorrt_version is not None and not print_trtexec:
         raise UsageError("--tensorrt-version is for --print-trtexec; a build uses the version that is installed")
+    if print_trtexec and spec.backend not in ("auto", "trtexec"):
+        raise UsageError(f"--print-trtexec prints a line for trtexec, not for --backend {spec.backend}; leave one out")
     jobs = _jobs(paths, output_folder)
     if print_trtexec:
         _lines(jobs, spec, as_json)
@@ -78,15 +81,19 @@ def _line(job: Job, spec: EngineSpec) -> str:
     from onnxtools.engines.preflight import preflight
     from onnxtools.engines.profiles import profiles_for
     from onnxtools.engines.spec import version_of
+    from onnxtools.engines.timing_cache import cache_file
     from onnxtools.engines.trtexec import NEWEST, trtexec_line
     from onnxtools.engines.trtexec_builder import OnPaper
     from onnxtools.engines.versions import is_mixed, is_strongly_typed
     from onnxtools.model import Model
 
     model = Model.load(job.model)
-    version = version_of(spec.tensorrt_version) if spec.tensorrt_version else NEWEST
+    version = NEWEST if spec.tensorrt_version is None else version_of(spec.tensorrt_version)
     if not (8, 6) <= version < (12,):
         raise UsageError(f"--tensorrt-version {spec.tensorrt_version}: the lines of 8.6 to 11 are known; name one of them")
+    if spec.timing_cache is not None:
+        path = cache_file(Path(spec.timing_cache), "trtexec", ".".join(map(str, version)), spec.device)
+        spec = dataclasses.replace(spec, timing_cache=str(path))
     line = trtexec_line(job.model, job.engine, spec, profiles_for(model, spec), version, mixed=is_mixed(model))
     preflight(model, spec, OnPaper(version), strong=is_strongly_typed(spec, "trtexec", version, is_mixed(model)))
     return line
@@ -170,7 +177,8 @@ def show_manifest(engine: Engine) -> None:
         out.print(f"  warning: {line}", style="yellow", markup=False)
     if engine.reused:
         out.print("  was there already: same graph, weights, options and builder (--force builds it again)", style="yellow", markup=False)
-    out.print(f"  built in {m['build_seconds']:.1f} s, peak {m['peak_rss_mib']:.0f} MiB; manifest in {engine.path}.json", markup=False)
+    when = "it was built in" if engine.reused else "built in"
+    out.print(f"  {when} {m['build_seconds']:.1f} s, peak {m['peak_rss_mib']:.0f} MiB; manifest in {engine.path}.json", markup=False)
 
 
 def _show_sparsity(sparsity: dict[str, Any] | None, source: str) -> None:
@@ -186,7 +194,8 @@ def _show_sparsity(sparsity: dict[str, Any] | None, source: str) -> None:
         (count, op, dtype, k, n, "yes" if sparse else "no", kernel or "unknown", reason)
         for (op, dtype, k, n, sparse, kernel, reason), count in Counter(tuple(layer[key] for key in keys) for layer in sparsity["layers"]).most_common()
     ]
-    table(f"2:4 sparsity (kernels from the {source})", ("count", "op", "weight", "K", "N", "2:4", "kernel", "but"), rows, right=("count", "K", "N"))
+    read = "of the engine" if source == "engine inspector" else "not known: the engine is read back on a GPU only"
+    table(f"2:4 sparsity (kernels {read})", ("count", "op", "weight", "K", "N", "2:4", "kernel", "but"), rows, right=("count", "K", "N"))
 
 
 def show_layers(engine: Engine) -> None:

@@ -25,7 +25,8 @@ def make(tmp_path: Path) -> Build:
     """Build a model to tmp_path/e.engine with small derived profiles."""
 
     def run(source: Path, **options: Any) -> Engine:
-        values: dict[str, Any] = {"max_batch_size": 2, "max_seq_len": 16, "backend": "tensorrt-rtx", **options}
+        small = {} if "min_shapes" in options else {"max_batch_size": 2, "max_seq_len": 16}
+        values: dict[str, Any] = {**small, "backend": "tensorrt-rtx", **options}
         return build(source, tmp_path / "e.engine", EngineSpec(**values), force=True)
 
     return run

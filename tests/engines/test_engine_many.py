@@ -102,7 +102,20 @@ def test_sparsity_force_prunes_before_it_builds(tmp_path: Path) -> None:
     assert "prune them" in refuse("build", source, tmp_path / "e.engine", *SMALL, "--sparsity")
     made = said("build", source, tmp_path / "e.engine", *SMALL, "--sparsity", "force")
     assert made["sparsity"]["sparse"] == made["sparsity"]["total"] == 1 and source.read_bytes() == before
-    assert [step["pass"] for step in made["provenance"][-1]["passes"]] == ["prune"]
+    assert [step["pass"] for step in made["provenance"][-1]["passes"]] == ["prune"] and any("accuracy is lost" in note for note in made["notes"])
+    succeed("validate", tmp_path / "e.engine")
+    assert said("build", source, tmp_path / "e.engine", *SMALL, "--sparsity", "force")["reused"]
+    assert not said("build", source, tmp_path / "e.engine", *SMALL)["reused"]
+    assert "--sparsity=force" in succeed("build", source, tmp_path / "e.engine", "--print-trtexec", "--sparsity", "force").out
+
+
+@pytest.mark.parametrize("target", [".", "", "pipe"])
+def test_an_engine_path_that_is_no_file_is_left_alone(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    source = linear(tmp_path / "m.onnx")
+    assert ("is a device or a pipe" if target == "pipe" else "is a folder") in refuse("build", source, target, *SMALL)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.onnx", "pipe"] and Path("pipe").is_fifo()
 
 
 @pytest.mark.parametrize(("flag", "says"), [

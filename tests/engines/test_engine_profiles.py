@@ -11,7 +11,10 @@ from onnxtools.engines.profiles import Profile, derive_profiles, parse_shapes, p
 from onnxtools.engines.spec import EngineSpec
 from onnxtools.errors import JobError, UsageError
 from onnxtools.model import Model
-from tests.engines.graphs import HALF, INT64, helper, linear, tensor, write
+from tests.engines.graphs import FIXTURES, HALF, INT64, helper, linear, tensor, write
+from tests.support import refuse, succeed
+
+SHAPES = ("--min-shapes", "input_ids:1x1,position_ids:1x1", "--opt-shapes", "input_ids:1x2,position_ids:1x2", "--max-shapes", "input_ids:1x4,position_ids:1x4")
 
 
 def decoder(path: Path, cache: bool, names: tuple[str, str, str] = ("batch", "sequence", "past_sequence")) -> Model:
@@ -163,3 +166,35 @@ def test_every_dynamic_input_is_covered_and_close_names_are_listed(tmp_path: Pat
 def test_spec_is_checked(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         EngineSpec(**options)
+
+
+def test_one_dimension_has_one_size(tmp_path: Path) -> None:
+    """TensorRT refuses it in its own words, and a maximum that differs it takes."""
+    nodes = [helper.make_node("Add", ["a", "b"], ["y"], name="sum")]
+    source = write(tmp_path / "m.onnx", nodes, [tensor("a", ["n", 4]), tensor("b", ["n", 4])], [tensor("y", ["n", 4])])
+    shapes = ("--min-shapes", "a:1x4,b:1x4", "--opt-shapes", "a:2x4,b:2x4", "--max-shapes", "a:4x4,b:8x4")
+    told = refuse("build", source, tmp_path / "e.engine", *shapes, code=2)
+    assert "'n' is one dimension" in told and "1, 2, 4 on axis 0 of input 'a' and 1, 2, 8 on axis 0 of 'b'" in told
+
+
+@pytest.mark.parametrize(("flags", "says"), [
+    (["--max-seq-len", "8", *SHAPES], "--max-seq-len is for derived profiles"),
+    (["--max-batch-size", "3", *SHAPES], "--max-batch-size is for derived profiles"),
+    (["--opt-seq-len", "99"], "more than the longest sequence, 64"), (["--max-seq-len", "65"], "has 64 positions"),
+    (["--print-trtexec", "--backend", "tensorrt-rtx"], "--print-trtexec prints a line for trtexec"),
+    (["--timing-cache", "MODEL"], "is the model or the engine"),
+    (["--print-trtexec", "--tensorrt-version", ""], "is no version"),
+])  # fmt: skip
+def test_options_that_would_be_ignored(flags: list[str], says: str, tmp_path: Path) -> None:
+    """The graph has no word of its exporter on positions: its table has 64 rows."""
+    source = FIXTURES / "te_style/gpt_fp16_fp8.onnx"
+    told = refuse("build", source, tmp_path / "e.engine", *(str(source) if flag == "MODEL" else flag for flag in flags), code=2)
+    assert says in told
+
+
+@pytest.mark.parametrize(("name", "rows"), [("rope_no_fp8", 64), ("ts_gpt_fp16", 64), ("gpt_bf16_fp8", 64), ("attention_op", None)])
+def test_derived_profiles_end_where_the_tables_of_positions_do(name: str, rows: int | None, tmp_path: Path) -> None:
+    """Sizes of the tables as their exporter's configuration has them."""
+    succeed("convert", FIXTURES / f"te_style/{name}.onnx", tmp_path / "m.onnx", "--no-check")
+    profile = profiles_for(Model.load(tmp_path / "m.onnx"), EngineSpec())[0]
+    assert profile.shapes["input_ids"].max[1] == (rows or 1024)
