@@ -122,6 +122,7 @@ def _known(model: Model, engine_path: Path, spec: EngineSpec, builder: Builder) 
         same = (
             found["onnxtools"] == __version__
             and found["spec"] == spec.as_json()
+            and found["profiles"] == [profile.as_json() for profile in profiles_for(model, spec)]
             and found["backend"] == {"name": builder.name, "version": builder.version()}
             and found["graph"]["sha256"] == model.sha256
             and found["engine"] == hash_file(engine_path)

@@ -143,6 +143,13 @@ def check_plan(engine: Path, manifest: Mapping[str, Any], *, version: str, capab
     if built["name"] == "tensorrt-rtx" and capability not in wanted:
         known = ", ".join(wanted)
         raise JobError(f"{engine}: was built for compute capability {known}, and this GPU has {capability}; build it with --compute-capability {capability}")
+    check_unchanged(engine, manifest)
+
+
+def check_unchanged(engine: Path, manifest: Mapping[str, Any]) -> None:
+    """Raises JobError where the plan is missing, or is not the one that the manifest describes."""
+    if not engine.is_file():
+        raise JobError(f"{engine}: is not there, only its manifest; build it again, or bring it back")
     if hash_file(engine) != manifest["engine"]:
         raise JobError(f"{engine}: is not the file that its manifest describes (changed, or damaged); build it again")
 
@@ -165,4 +172,4 @@ def check_files(engine: Path, manifest: Mapping[str, Any], graph: Path | None = 
 def _changed(path: Path, entry: Mapping[str, Any]) -> str:
     if not path.is_file():
         return "is not there"
-    return "" if hash_file(path)["sha256"] == entry["sha256"] else "is not what the engine was built from or as"
+    return "" if hash_file(path)["sha256"] == entry["sha256"] else "has changed since the engine was built"

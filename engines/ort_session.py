@@ -13,9 +13,10 @@ import onnx
 import onnx_ir as ir
 
 from onnxtools.engines.decoder_io import Port
+from onnxtools.engines.preflight import is_fp8_qdq
 from onnxtools.errors import JobError
 from onnxtools.generation.runtime import RuntimeOptions
-from onnxtools.graph import Builder, attribute, is_op
+from onnxtools.graph import Builder, attribute
 from onnxtools.model import Model
 from onnxtools.ort import BROKEN_OPTIMIZERS
 
@@ -116,13 +117,17 @@ def open_session(model: Model, options: RuntimeOptions, device: str, notes: list
 
 def _session(ort: Any, source: str | bytes, settings: Any, providers: list[Any], model: Model) -> Any:
     try:
-        if any(is_op(node, "QuantizeLinear") and node.outputs[0].dtype in (ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E5M2) for node in model.graph):
+        if any(map(is_fp8_qdq, model.graph)):
             settings.add_session_config_entry("session.disable_quant_qdq", "1")  # its fusions take FP8 for INT8
             return ort.InferenceSession(source, settings, providers=providers, disabled_optimizers=BROKEN_OPTIMIZERS)
         return ort.InferenceSession(source, settings, providers=providers)
     except Exception as error:
         if is_out_of_memory(error):
             raise JobError(f"{model.path}: out of memory while loading {model.weight_bytes() / 1e9:.1f} GB of weights; use a larger device") from None
+        bf16 = any(value.dtype == ir.DataType.BFLOAT16 for node in model.graph for value in node.outputs)
+        if "NOT_IMPLEMENTED" in str(error) and bf16 and providers == ["CPUExecutionProvider"]:
+            advice = "use --device cuda, or `onnxtools precision --to fp16` of the fp32 model"
+            raise JobError(f"{model.path}: is bf16, for which ONNX Runtime has no kernels on the CPU; {advice}") from None
         raise JobError(f"{model.path}: ONNX Runtime cannot load the graph: {one_line(error)}") from None
 
 

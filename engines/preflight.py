@@ -62,9 +62,8 @@ def _check_limits(model: Model, spec: EngineSpec, builder: Reader) -> None:
     if model.opset > limits.opset:
         raise JobError(f"{model.path}: opset {model.opset}, but {builder.name} reads up to {limits.opset}; export an older one")
     if model.ir.ir_version > limits.ir_version:
-        raise JobError(
-            f"{model.path}: IR version {model.ir.ir_version}, but {builder.name} reads up to {limits.ir_version}; save it with ir_version={limits.ir_version}"
-        )
+        remedy = f"`onnxtools set-opset IN OUT --ir-version {limits.ir_version}`"
+        raise JobError(f"{model.path}: IR version {model.ir.ir_version}, but {builder.name} reads up to {limits.ir_version}; run {remedy}")
 
 
 def _dtype(value: ir.Value | None) -> ir.DataType | None:

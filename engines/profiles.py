@@ -1,14 +1,16 @@
-"""Optimization profiles: read from trtexec's shapes text, or derived from the names of the graph's dimensions."""
+"""Optimization profiles: read from trtexec's shapes text or from a file, or derived from the names of the graph's dimensions."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+import yaml
 
 from onnxtools.engines.spec import EngineSpec
 from onnxtools.errors import JobError, UsageError
@@ -48,6 +50,8 @@ def profiles_for(model: Model, spec: EngineSpec) -> list[Profile]:
     """
     if spec.min_shapes:
         return _written_profiles(model, spec)
+    if spec.profiles is not None:
+        return _read_profiles(model, Path(spec.profiles))
     return derive_profiles(model, spec)
 
 
@@ -92,22 +96,54 @@ def is_dynamic(value: ir.Value) -> bool:
     return value.shape is None or not all(isinstance(dim, int) for dim in value.shape)
 
 
+_OPTIONS = ("--min-shapes", "--opt-shapes", "--max-shapes")
+
+
 def _written_profiles(model: Model, spec: EngineSpec) -> list[Profile]:
-    inputs = _inputs(model)
-    profiles = []
+    inputs, profiles = _inputs(model), []
     for index, texts in enumerate(zip(spec.min_shapes, spec.opt_shapes, spec.max_shapes, strict=True)):
-        options = ("--min-shapes", "--opt-shapes", "--max-shapes")
-        low, opt, high = (_resolve(parse_shapes(t, o), o, inputs) for t, o in zip(texts, options, strict=True))
-        where = f"profile {index}"
-        for name in {**low, **opt, **high}:
-            for option, shapes in zip(options, (low, opt, high), strict=True):
-                if name not in shapes:
-                    raise UsageError(f"{where}: {option} does not give input {name!r}, which the other shapes give; add it")
-        ranges = {name: Range(low[name], opt[name], high[name]) for name in low}
-        profiles.append(Profile(f"profile{index}", ranges))
-        check_profile(where, ranges, inputs)
-        _check_symbols(where, ranges, inputs)
+        shapes = [parse_shapes(text, option) for text, option in zip(texts, _OPTIONS, strict=True)]
+        profiles.append(_given(f"profile{index}", f"profile {index}", shapes, _OPTIONS, inputs))
     return profiles
+
+
+def _read_profiles(model: Model, path: Path) -> list[Profile]:
+    """`[{name: context, inputs: {input_ids: {min: [1, 1], opt: [8, 64], max: [8, 128]}, ...}}, ...]`; names of inputs may hold `*`."""
+    try:
+        found = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UsageError(f"--profiles {path}: cannot be read ({' '.join(str(error).split())})") from None
+    if not isinstance(found, list) or not found:
+        raise UsageError(f"--profiles {path}: is no list of profiles; write it as the manifest of an engine has them")
+    inputs, profiles = _inputs(model), []
+    for index, entry in enumerate(found):
+        where = f"--profiles {path}: profile {index}"
+        spans = entry.get("inputs") if isinstance(entry, dict) else None
+        if not isinstance(spans, dict) or not all(isinstance(span, dict) and set(span) == {"min", "opt", "max"} for span in spans.values()):
+            raise UsageError(f"{where}: needs `inputs` with min, opt and max of each")
+        shapes = [{str(name): _dims(where, name, span[which]) for name, span in spans.items()} for which in ("min", "opt", "max")]
+        profiles.append(_given(str(entry.get("name", f"profile{index}")), where, shapes, (where,) * 3, inputs))
+    return profiles
+
+
+def _dims(where: str, name: Any, dims: Any) -> Shape:
+    if not isinstance(dims, list) or not all(isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in dims):
+        raise UsageError(f"{where}: a shape of {name!r} is {dims!r}; write a list of numbers, as [8, 64]")
+    return tuple(dims)
+
+
+def _given(name: str, where: str, shapes: Sequence[dict[str, Shape]], options: Sequence[str], inputs: Mapping[str, ir.Value]) -> Profile:
+    """A profile of smallest, best and largest shapes, checked."""
+    found = [_resolve(given, option, inputs) for given, option in zip(shapes, options, strict=True)]
+    for key in {key: None for given in found for key in given}:
+        for option, given in zip(options, found, strict=True):
+            if key not in given:
+                raise UsageError(f"{where}: {option} does not give input {key!r}, which the other shapes give; add it")
+    low, opt, high = found
+    ranges = {key: Range(low[key], opt[key], high[key]) for key in low}
+    check_profile(where, ranges, inputs)
+    _check_symbols(where, ranges, inputs)
+    return Profile(name, ranges)
 
 
 def _resolve(shapes: dict[str, Shape], option: str, inputs: Mapping[str, ir.Value]) -> dict[str, Shape]:

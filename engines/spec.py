@@ -45,6 +45,7 @@ class EngineSpec:
     min_shapes: tuple[str, ...] = option((), "Smallest input shapes of a profile, in trtexec's syntax.")
     opt_shapes: tuple[str, ...] = option((), "Input shapes that a profile is tuned for.")
     max_shapes: tuple[str, ...] = option((), "Largest input shapes of a profile.")
+    profiles: str | None = option(None, "YAML or JSON file of profiles, as the manifest lists them: name, and min, opt and max of each of its inputs.")
     max_batch_size: int = option(8, "Largest batch of derived profiles.")
     opt_batch_size: int | None = option(None, "Batch that derived profiles are tuned for. [default: the largest]")
     max_seq_len: int | None = option(None, "Longest sequence, cache included, of derived profiles. [default: the model's positions, at most 1024]")
@@ -78,8 +79,11 @@ class EngineSpec:
             )
         derived = ("opt_batch_size", "max_seq_len", "max_input_len", "max_output_len", "opt_seq_len")
         idle = next((name for name in derived if getattr(self, name) is not None), "max_batch_size" if self.max_batch_size != EngineSpec.max_batch_size else "")
-        if self.min_shapes and idle:
-            raise UsageError(f"--{idle.replace('_', '-')} is for derived profiles, and --min-shapes, --opt-shapes and --max-shapes give them; leave one out")
+        given = "--min-shapes, --opt-shapes and --max-shapes give" if self.min_shapes else "--profiles gives" if self.profiles else ""
+        if self.min_shapes and self.profiles:
+            raise UsageError("--profiles and --min-shapes, --opt-shapes, --max-shapes say the same thing; leave one out")
+        if given and idle:
+            raise UsageError(f"--{idle.replace('_', '-')} is for derived profiles, and {given} them; leave one out")
         for name in ("max_batch_size", "max_seq_len", "max_input_len", "max_output_len"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -93,7 +93,7 @@ class ApiBuilder:
         cache = TimingCache.open(self.name, config, spec)
         weights = {external_path(tensor) for tensor in model.external_tensors()}
         with PlanFile(plan) as written, releasing_pages(weights):
-            self._serialize(model, builder, network, config, written)
+            self._serialize(model, builder, network, config, written, spec)
         notes = cache.save() if cache is not None else []
         return Built(
             inputs, outputs, io_source=IO_SOURCE, layers=layers, precisions=precisions, mends=mends, notes=notes,
@@ -134,7 +134,7 @@ class ApiBuilder:
                 raise JobError(f"profile {profile.name!r} is refused: {self._tools.logger.reason()}; change the shapes")
         return config
 
-    def _serialize(self, model: Model, builder: Any, network: Any, config: Any, plan: PlanFile) -> None:
+    def _serialize(self, model: Model, builder: Any, network: Any, config: Any, plan: PlanFile, spec: EngineSpec) -> None:
         with _monitor(self._tools) as monitor:
             if hasattr(config, "progress_monitor"):
                 config.progress_monitor = monitor
@@ -151,6 +151,9 @@ class ApiBuilder:
         unfit = [line for _, text in logger.messages if re.search(_UNFIT, line := _plain(text))]
         if unfit:
             raise JobError(f"{model.path}: the graph cannot run in its profiles: {unfit[0]}; lower --max-seq-len or the shapes")
+        if (not done or plan.size == 0) and (spec.refit or spec.strip_weights) and "Myelin" in logger.reason():
+            needs = f"{self.title} makes a refittable engine on a machine with a GPU alone"
+            raise JobError(f"{model.path}: {needs}; build it there, or leave --refit and --strip-weights out")
         if not done or plan.size == 0:
             raise JobError(f"{model.path}: {self.title} cannot build it: {logger.reason()}; see the graph with `onnxtools inspect`")
 

@@ -27,7 +27,8 @@ class SetOpset(Pass):
       - opset 18: Split without sizes names `num_outputs`; Reduce* take axes as an input;
       - every other operator must mean the same at both versions by its schema (inputs and attributes only grew),
         else the node is named in an error;
-      - never downwards: an operator such as Gelu (20) would lose its meaning.
+      - never downwards: an operator such as Gelu (20) would lose its meaning;
+      - the IR version is raised where the opset needs it; --ir-version writes an older one for an older reader (TensorRT 9 reads 9).
     """
 
     name = "set-opset"
@@ -35,13 +36,21 @@ class SetOpset(Pass):
 
     version: int = option(19, "Lowest opset that the result may have.")
 
+    ir_version: int | None = option(None, "IR version of the result. [default: what it is, or what the opset needs]")
+
     def __post_init__(self) -> None:
         if not 13 <= self.version <= MAX_OPSET:
             raise UsageError(f"set-opset: opset {self.version} is out of range; choose 13 to {MAX_OPSET} (TensorRT 11's parser stops at {MAX_OPSET})")
 
     def apply(self, model: Model) -> PassResult:
         old_ir = model.ir.ir_version or 0
-        model.ir.ir_version = min(MAX_IR_VERSION, max(old_ir, _ir_version(max(self.version, model.opset))))
+        least = _ir_version(max(self.version, model.opset))
+        if self.ir_version is not None and not least <= self.ir_version <= MAX_IR_VERSION:
+            raise UsageError(f"set-opset: --ir-version {self.ir_version}: opset {max(self.version, model.opset)} takes {least} to {MAX_IR_VERSION}")
+        small = next((value.name for value, tensor in model.weights() if tensor.dtype.bitwidth < 8), None)
+        if small is not None and self.ir_version is not None and self.ir_version < _IR_OF_4_BITS:
+            raise JobError(f"--ir-version {self.ir_version}: weight {small!r} has 4 bits, which IR {_IR_OF_4_BITS} brought; leave it out")
+        model.ir.ir_version = self.ir_version or min(MAX_IR_VERSION, max(old_ir, least))
         old = model.opset
         if old >= self.version:
             changed = model.ir.ir_version != old_ir
@@ -60,6 +69,9 @@ class SetOpset(Pass):
     def ensures(self, model: Model) -> None:
         if model.opset < self.version:
             raise JobError(f"the model is still at opset {model.opset}")
+
+
+_IR_OF_4_BITS = 10
 
 
 def _ir_version(opset: int) -> int:

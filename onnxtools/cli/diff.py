@@ -27,13 +27,16 @@ from onnxtools.errors import UsageError
 def command(before: Path, after: Path, as_json: bool, debug: bool) -> None:
     from onnxtools.cli.render import console, print_json, table
     from onnxtools.describe import differences, engine_differences
-    from onnxtools.engines.manifest import read_manifest
+    from onnxtools.engines.manifest import check_unchanged, read_manifest
     from onnxtools.model import Model
 
     engines = [path for path in (before, after) if path.suffix != ".onnx"]
     if len(engines) == 1:
         raise UsageError(f"{engines[0]} is no .onnx file and the other one is; compare two models, or two engines")
-    found = engine_differences(read_manifest(before), read_manifest(after)) if engines else differences(Model.load(before), Model.load(after))
+    manifests = [read_manifest(path) for path in engines]
+    for path, manifest in zip(engines, manifests, strict=True):
+        check_unchanged(path, manifest)
+    found = engine_differences(*manifests) if engines else differences(Model.load(before), Model.load(after))
     if as_json:
         print_json(found)
         return

@@ -43,18 +43,17 @@ def command(model: Path, sparsity: bool, as_json: bool, debug: bool) -> None:
 
 def _engine(path: Path, as_json: bool) -> None:
     from onnxtools.cli.build import show_layers, show_manifest
-    from onnxtools.cli.render import console, print_json
+    from onnxtools.cli.render import print_json
     from onnxtools.engines.builder import Engine
-    from onnxtools.engines.manifest import read_manifest
+    from onnxtools.engines.manifest import check_unchanged, read_manifest
 
     engine = Engine(path, read_manifest(path))
+    check_unchanged(path, engine.manifest)
     if as_json:
         print_json(engine.manifest)
         return
     show_manifest(engine)
     show_layers(engine)
-    if path.stat().st_size != engine.manifest["engine"]["bytes"]:
-        console().print("  the plan has another size than its manifest says; see `onnxtools validate`", style="yellow", markup=False)
 
 
 def _show(d: dict[str, Any]) -> None:

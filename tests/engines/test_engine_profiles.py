@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -198,3 +199,29 @@ def test_derived_profiles_end_where_the_tables_of_positions_do(name: str, rows: 
     succeed("convert", FIXTURES / f"te_style/{name}.onnx", tmp_path / "m.onnx", "--no-check")
     profile = profiles_for(Model.load(tmp_path / "m.onnx"), EngineSpec())[0]
     assert profile.shapes["input_ids"].max[1] == (rows or 1024)
+
+
+def test_profiles_of_a_file_are_those_of_the_options(tmp_path: Path) -> None:
+    """A manifest's own profiles can be given again; names may hold `*`."""
+    source, path = FIXTURES / "te_style/gpt_fp16_fp8.onnx", tmp_path / "p.yaml"
+    path.write_text("[{name: short, inputs: {'*_ids': {min: [1, 1], opt: [1, 2], max: [1, 4]}}}]")
+    model = Model.load(source)
+    flags = {f"{which}_shapes": (shapes,) for which, shapes in zip(("min", "opt", "max"), SHAPES[1::2], strict=True)}
+    [read], [written] = profiles_for(model, EngineSpec(profiles=str(path))), profiles_for(model, EngineSpec(**flags))  # type: ignore[arg-type]
+    assert read.name == "short" and read.shapes == written.shapes
+    path.write_text(json.dumps([read.as_json()]))
+    assert profiles_for(model, EngineSpec(profiles=str(path)))[0].shapes == read.shapes
+
+
+@pytest.mark.parametrize(("text", "says"), [
+    ("{", "cannot be read"), ("{}", "is no list of profiles"), ("[]", "is no list of profiles"), ("[1]", "profile 0: needs `inputs`"),
+    ("[{inputs: {input_ids: {min: [1, 1]}}}]", "needs `inputs` with min, opt and max"),
+    ("[{inputs: {input_ids: {min: [1, 1], opt: [1, x], max: [1, 4]}}}]", "is [1, 'x']; write a list of numbers"),
+    ("[{inputs: {inputids: {min: [1, 1], opt: [1, 1], max: [1, 4]}}}]", "did you mean input_ids"),
+    ("[{inputs: {input_ids: {min: [1, 1], opt: [1, 1], max: [1, 4]}}}]", "'position_ids' [batch, sequence] has no shapes"),
+])  # fmt: skip
+def test_a_file_of_profiles_that_does_not_fit(text: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "p.yaml").write_text(text)
+    told = refuse("build", FIXTURES / "te_style/gpt_fp16_fp8.onnx", tmp_path / "e.engine", "--profiles", tmp_path / "p.yaml", code=2)
+    assert says in told and "p.yaml" in told
+    assert "cannot be read" in refuse("build", FIXTURES / "te_style/gpt_fp16_fp8.onnx", tmp_path / "e.engine", "--profiles", tmp_path / "absent", code=2)
