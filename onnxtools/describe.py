@@ -9,6 +9,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from onnxtools.graph import attribute, is_op
 from onnxtools.manager import PROVENANCE_KEY
 from onnxtools.model import Model
 from onnxtools.products import weight_products
@@ -61,9 +62,10 @@ def _weights(model: Model) -> dict[str, Any]:
 def _quantization(model: Model) -> dict[str, Any]:
     products = list({p.node: p for p in weight_products(model)}.values())
     sizes = [(p.tensor.size, p.quantized) for p in products]
+    sizes += [(attribute(node, "K", 0) * attribute(node, "N", 0), True) for node in model.graph if is_op(node, "MatMulNBits", domain="com.microsoft")]
     total = sum(size for size, _ in sizes)
     return {
-        "products": len(products),
+        "products": len(sizes),
         "quantized_products": sum(quantized for _, quantized in sizes),
         "weight_fraction": sum(size for size, quantized in sizes if quantized) / total if total else 0.0,
     }

@@ -190,14 +190,19 @@ class NumericCheck(Instrument):
         shared = [name for name in self._expected if name in actual and not (lossy and "present" in name)]
         worst = max((Difference.of(self._expected[name], actual[name]).rel_l2 for name in shared), default=0.0)  # type: ignore[arg-type]
         step.measures["rel_l2"] = worst
-        allowed = self.tolerance if self.tolerance is not None else default_tolerance(model)
+        least = _REORDERED if pass_.numerics == "rounding" else 0.0
+        allowed = self.tolerance if self.tolerance is not None else max(default_tolerance(model), least)
         if not np.isfinite(worst):
             raise JobError(f"pass {pass_.name!r} made infinite or NaN outputs; nothing was written (--no-check writes it)")
         if lossy:
             self._expected = actual
         elif worst > allowed:
             limit = f"{worst:.2e} (relative L2), more than {allowed:.0e}"
-            raise JobError(f"pass {pass_.name!r} changed the outputs by {limit}; nothing was written (--no-check skips this)")
+            raise JobError(f"pass {pass_.name!r} changed the outputs by {limit}; nothing was written (--tolerance allows more, --no-check skips this)")
+
+
+_REORDERED = 1e-4
+"""What sums in another order may come to, as in ONNX Runtime's own INT4 products (measured: 2.5e-5)."""
 
 
 class Reproducer(Instrument):

@@ -36,10 +36,14 @@ class Selected(Pass):
         return LM_HEAD if product.node is head and not self.lm_head else ""
 
     def unmatched(self, table: Sequence[dict[str, str]]) -> list[str]:
-        """A warning where --include matched nothing."""
+        """Warnings where --include or a pattern of --exclude matched nothing."""
+        found = []
         if self.include and all(row["left"] == "not included" for row in table):
-            return [f"warning: nothing matches --include {' '.join(self.include)}"]
-        return []
+            found.append(f"warning: nothing matches --include {' '.join(self.include)}")
+        for pattern in self.exclude:
+            if table and not any(_matches([row.get("layer") or row.get("node") or "", row["weight"]], (pattern,)) for row in table):
+                found.append(f"warning: nothing matches --exclude {pattern}")
+        return found
 
 
 def _matches(names: list[str], patterns: tuple[str, ...]) -> bool:

@@ -136,12 +136,14 @@ def equal(a: Tensor, b: Tensor) -> bool:
 def cast(tensor: Tensor, dtype: ir.DataType) -> Tensor:
     """The weight in another float type, rounded to nearest even.
 
-    Writing it raises a ModelError where a value is beyond the type.
+    Writing it raises a ModelError where a value is beyond the type, infinite or NaN.
     """
     if tensor.dtype == dtype:
         return tensor
 
     def rows(block: np.ndarray, _: int) -> np.ndarray:
+        if not np.isfinite(block).all():
+            raise ModelError(f"weight {tensor.name!r} has infinite or NaN elements; restore it")
         try:
             with np.errstate(over="raise"):
                 return block.astype(dtype.numpy())

@@ -18,6 +18,7 @@ from onnxtools.kvcache import rotation
 from onnxtools.model import Model
 from onnxtools.quantization.formats import FP8, INT8, Format, scale_of
 from onnxtools.quantization.qdq import COMPUTED, QdqBuilder
+from onnxtools.validate import cache_inputs
 
 MICROSOFT = "com.microsoft"
 _SLOTS = {"key": (3, 1, 12), "value": (4, 2, 13)}
@@ -59,6 +60,9 @@ def caches(model: Model, facts: Facts) -> list[Cache]:
         JobError: there are none, or they are quantized already.
     """
     found = [made for value in model.graph.inputs if (made := _cache(value, facts, model)) is not None]
+    stored = next((value for value in cache_inputs(model) if value.dtype not in COMPUTED), None)
+    if not found and stored is not None:
+        raise JobError(f"{model.path}: its cache {stored.name!r} is {stored.dtype} already; start from the model in its own precision")
     if not found:
         raise JobError(f"{model.path}: has no KV cache to quantize; run `onnxtools add-kv-cache`, or export with --kv-cache concat, scatter or gqa")
     other = next((cache for cache in found if cache.past.dtype not in COMPUTED), None)

@@ -72,7 +72,7 @@ class Precision(Calibrated):
         model.graph.sort()
         remove_unused(model)
         record_dtypes(model, compute=self.to, cache=None if self.keep_io else self.to)
-        return PassResult(True, matches, [*_warnings(table), *narrowing.notes(matches)], table)
+        return PassResult(True, matches, [*(_warnings(table) if self.calib is not None and self.to == "fp16" else []), *narrowing.notes(matches)], table)
 
     def _overflows(self, model: Model) -> list[dict[str, Any]]:
         """Values whose largest magnitude over the calibration texts is beyond fp16."""
@@ -92,7 +92,7 @@ class Precision(Calibrated):
 
 def _warnings(table: list[dict[str, Any]]) -> list[str]:
     if not table:
-        return []
+        return [f"nothing exceeds fp16's {_FP16_MAX:.0f} while calibrating"]
     worst = max(table, key=lambda row: row["largest"])
     return [f"warning: {len(table)} values exceed fp16's {_FP16_MAX:.0f} while calibrating ({worst['value']!r} reaches {worst['largest']:.4g}); use --to bf16"]
 

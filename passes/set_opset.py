@@ -36,7 +36,7 @@ class SetOpset(Pass):
 
     version: int = option(19, "Lowest opset that the result may have.")
 
-    ir_version: int | None = option(None, "IR version of the result. [default: what it is, or what the opset needs]")
+    ir_version: int | None = option(None, "IR version of the result; what it is, or what the opset needs, by default.")
 
     def __post_init__(self) -> None:
         if not 13 <= self.version <= MAX_OPSET:

@@ -112,6 +112,8 @@ class Calibration:
         self._facts = analyse(model)
         self.tokens = sum(_count(feeds) for feeds in self.samples)
         self._label = options.name
+        few = f", fewer than --calib-size {options.calib_size}" if len(self.samples) < options.calib_size and not str(options.calib).endswith(".npz") else ""
+        model.notes.append(f"{'warning: ' if few else ''}calibrated on {len(self.samples)} texts, {self.tokens} tokens{few}")
         self._cache = Path(options.calib_cache) if options.calib_cache else None
         self._key = {
             "graph": model.sha256,

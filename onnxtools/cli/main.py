@@ -6,7 +6,9 @@ import ast
 import errno
 import importlib
 import importlib.util
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,8 @@ def cli() -> None:
 def main(args: list[str] | None = None) -> None:
     """Run the command line; every deliberate error is one line on stderr."""
     debug = "--debug" in (args if args is not None else sys.argv)
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         result: Any = cli.main(args=args, standalone_mode=False)
         sys.exit(result if isinstance(result, int) else 0)
@@ -101,6 +105,11 @@ def main(args: list[str] | None = None) -> None:
             _fail(f"the output cannot be written ({error.strerror}); free space, or send it elsewhere", 1)
         notes = "; ".join(getattr(error, "__notes__", []))
         _fail(f"internal error, {type(error).__name__}: {' '.join(str(error).split())[:300]}; {notes or 'run again with --debug and report it'}", 1)
+
+
+def _terminate(signum: int, frame: Any) -> None:
+    """So that temporary files go."""
+    raise SystemExit(128 + signum)
 
 
 def _fail(message: str, code: int) -> None:

@@ -18,7 +18,7 @@ from onnxtools.generation.options import GenerationOptions
 from onnxtools.generation.runtime import RuntimeOptions
 from tests.export import hf
 from tests.generation.models import exported, reference
-from tests.support import succeed
+from tests.support import SHARED, succeed
 
 CPU = RuntimeOptions(device="cpu", threads=2)
 TEXTS = [[5, 9, 30, 31, 77], [3, 8], [60, 61, 62, 63]]
@@ -162,3 +162,25 @@ def test_a_cache_added_to_a_full_graph_runs(name: str, tmp_path: Path) -> None:
     found = generate(runtime, [TEXTS[0]], GenerationOptions(max_new_tokens=12))[0][0].token_ids
     expected = generate(OrtRuntime(exported("llama", "concat"), CPU), [TEXTS[0]], GenerationOptions(max_new_tokens=12))[0][0].token_ids
     assert found == expected
+
+
+def test_bf16_on_the_cpu_says_what_helps(tmp_path: Path) -> None:
+    succeed("precision", exported("llama", "concat"), tmp_path / "m.onnx", "--to", "bf16", "--no-check")
+    with pytest.raises(JobError, match=r"is bf16, for which ONNX Runtime has no kernels on the CPU; use --device cuda, or `onnxtools precision --to fp16`"):
+        OrtRuntime(tmp_path / "m.onnx", CPU)
+
+
+def test_a_transformer_engine_model_with_an_fp8_cache_decodes(tmp_path: Path) -> None:
+    """TransformerEngine's own outputs of the export it was made from; its causal model, so a prefix gives the first of them."""
+    source = SHARED / "fixtures/te/te_gpt_fp8_ds_dyn.onnx"
+    if not source.exists():
+        pytest.skip("needs ../shared/fixtures/te")
+    succeed("convert", source, tmp_path / "q.onnx", "--opset19")
+    succeed("add-kv-cache", tmp_path / "q.onnx", tmp_path / "kv.onnx")
+    known = np.load(source.with_suffix(".npz"))
+    runtime = OrtRuntime(tmp_path / "kv.onnx", CPU)
+    ids, expected = known["input_ids"], known["te_export_mode"]
+    runtime.start(len(ids), 8)
+    found = [runtime.prefill([list(map(int, row[:4])) for row in ids]).numpy()] + [runtime.step(ids[:, position]).numpy() for position in range(4, 8)]
+    for position, logits in enumerate(found, start=3):
+        np.testing.assert_allclose(logits, expected[:, position], atol=2e-2)

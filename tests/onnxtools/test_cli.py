@@ -171,3 +171,10 @@ def test_a_closed_pipe_is_no_traceback(tmp_path: Path) -> None:
         text=True,
     )
     assert done.stdout == "{" and "Traceback" not in done.stderr
+
+
+def test_sigterm_leaves_no_temporary_files(tmp_path: Path) -> None:
+    code = "import os, signal, tempfile\nfrom onnxtools.cli import main as m\ndef work(**_):\n    with tempfile.TemporaryDirectory(dir='.'):\n"
+    code += "        os.kill(os.getpid(), signal.SIGTERM)\n        os.read(0, 1)\nm.cli.main = work\nm.main([])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, stdin=subprocess.PIPE, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 143 and not list(tmp_path.iterdir()), done.stderr

@@ -17,6 +17,7 @@ from tests.export import hf
 from tests.generation.models import exported, reference
 from tests.quantization.test_folding import run
 from tests.support import Session, info, refuse, rel_l2, stored, succeed, write
+from tests.support import run as app
 
 IDS = np.random.default_rng(2).integers(0, 97, (2, 9))
 TYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
@@ -104,7 +105,23 @@ def test_values_that_fp16_cannot_hold_are_named_by_calibration(tmp_path: Path) -
     onnx.save(model, tmp_path / "m.onnx")
     out = succeed("precision", tmp_path / "m.onnx", tmp_path / "n.onnx", "--calib", calibration_file(tmp_path), "--no-check").out
     assert "exceed fp16's 65504" in out and "layers.1/mlp" in out
-    assert "exceed" not in succeed("precision", exported("llama", "concat"), tmp_path / "o.onnx", "--calib", calibration_file(tmp_path)).out
+    out = succeed("precision", exported("llama", "concat"), tmp_path / "o.onnx", "--calib", calibration_file(tmp_path)).out
+    assert "nothing exceeds fp16's 65504" in out and "values exceed" not in out
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+@pytest.mark.parametrize("to", ["fp16", "bf16"])
+def test_a_damaged_weight_is_named(to: str, value: float, tmp_path: Path) -> None:
+    model = onnx.load(exported("llama", "concat"))
+    tensor = next(t for t in model.graph.initializer if t.name.endswith("layers.1.mlp.up_proj.weight"))
+    array = numpy_helper.to_array(tensor).copy()
+    array[3, 5] = value
+    tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+    onnx.save(model, tmp_path / "m.onnx")
+    assert "layers.1.mlp.up_proj.weight' has infinite or NaN" in refuse("precision", tmp_path / "m.onnx", tmp_path / "n.onnx", "--to", to, "--no-check")
+    assert not list(tmp_path.glob("n.onnx*"))
+    told = app("validate", tmp_path / "m.onnx", tmp_path / "m.onnx")
+    assert told.code == 1 and "NaN or infinite elements; look for a damaged weight" in " ".join(told.out.split())
 
 
 def test_a_model_without_fp32_weights_says_so(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from tests.export import hf
 from tests.generation.models import exported, reference
 from tests.quantization.test_folding import run
 from tests.support import refuse, rel_l2, succeed
+from tests.support import run as app
 
 Array = np.ndarray[Any, Any]
 
@@ -275,3 +276,24 @@ def test_nemotrons_flags_are_ours(tmp_path: Path) -> None:
 def test_the_summary_is_a_row_a_kind_of_layer(tmp_path: Path) -> None:
     out = succeed("quantize", exported("llama", "concat"), tmp_path / "q.onnx", "--fp8", "--calib", calibration_file(tmp_path)).out
     assert "/model/layers.*/mlp/up_proj/Gemm" in out and "SNR dB" in out
+
+
+def test_what_was_used_and_what_matched_nothing_is_said(tmp_path: Path) -> None:
+    command = ("quantize", exported("llama", "concat"), tmp_path / "q.onnx", "--fp8", "--calib", calibration_file(tmp_path, tokens(count=3)))
+    out = " ".join(succeed(*command, "--exclude", "*.mlp.*", "--exclude", "nosuch").out.split())
+    assert "warning: calibrated on 3 texts" in out and "fewer than --calib-size 128" in out
+    assert "nothing matches --exclude nosuch" in out and "--exclude *.mlp" not in out
+    out = succeed(*command, "--calib-size", "3").out
+    assert "calibrated on 3 texts" in out and "fewer" not in out
+
+
+def test_products_lowered_to_matmulnbits_are_counted_as_quantized(tmp_path: Path) -> None:
+    succeed("quantize", exported("llama", "concat"), tmp_path / "q.onnx", "--int4-rtn", "--lower", "ort")
+    found = json.loads(succeed("inspect", tmp_path / "q.onnx", "--json").out)["quantization"]
+    assert (found["quantized_products"], found["products"]) == (12, 15), "K = 112 of two products is no multiple of 32"
+    assert 0.5 < found["weight_fraction"] < 1
+
+
+def test_only_the_model_is_quantized(tmp_path: Path) -> None:
+    told = app("validate", exported("llama", "concat"), quantized(tmp_path, "--int4-rtn", calibrated=False))
+    assert told.code == 1 and "accuracy --compare" in told.out and "not compared" not in told.out
