@@ -42,7 +42,8 @@ def pass_command(name: str) -> click.Command:
     module = sys.modules[pass_type.__module__]
     summary = (module.__doc__ or "").strip().split("\n", 1)[0]
     rules = (pass_type.__doc__ or "").strip()
-    help_text = f"{summary}\n\n\b\n{_unindent(rules)}\n\n\b\nExample:\n  {pass_type.example}"
+    kept = _unindent(rules).replace("\n\n", "\n\n\b\n")  # \b keeps the lines of one paragraph
+    help_text = f"{summary}\n\n\b\n{kept}\n\n\b\nExample:\n  {pass_type.example}"
 
     searched = any(field.name == "exclude_worst" for field in dataclasses.fields(pass_type))
 
