@@ -177,7 +177,7 @@ def engine_paths(models: Sequence[Path], folder: Path | None) -> list[Job]:
     """
     twice = next((model for model in models if models.count(model) > 1), None)
     if twice is not None:
-        raise UsageError(f"{twice} is named twice; name each model once")
+        raise UsageError(f"{twice} is named twice; name each model once, and an engine with another name")
     jobs = [Job(model, (folder or model.parent) / f"{model.stem}.engine") for model in models]
     taken: dict[Path, Path] = {}
     for job in jobs:

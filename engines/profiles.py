@@ -75,6 +75,8 @@ def parse_shapes(text: str, option: str) -> dict[str, Shape]:
                 raise _syntax_error(option, text, position + bad, "'x' or ','" if bad else "a number")
             dims.append(int(part))
             position += len(part) + 1
+        if len(name) > 2 and name[0] == name[-1] == "'":  # as trtexec's help has names that hold ':'
+            name = name[1:-1]
         if name in shapes:
             raise _syntax_error(option, text, start, f"{name!r} only once")
         shapes[name] = tuple(dims)

@@ -90,8 +90,12 @@ class Prune(Selected, Calibrated):
         notes = [f"{len(pruned)} of {len(table)} weights pruned to 2:4 along K by {self.method}"]
         notes += [f"{count} left: {reason}" for reason, count in Counter(row["left"] for row in table if row["left"]).items()]
         notes = [*self.unmatched(table), *notes]
-        if pruned and self.method == "magnitude":
-            notes.append("warning: magnitude pruning without fine-tuning is for speed studies; accuracy is lost")
+        if pruned:
+            notes.append(
+                "warning: magnitude pruning without fine-tuning is for speed studies; accuracy is lost"
+                if self.method == "magnitude"
+                else "warning: 2:4 without fine-tuning costs accuracy; measure it with `onnxtools accuracy --compare`"
+            )
         return notes
 
     def _reason(self, product: Product, head: ir.Node | None) -> str:

@@ -79,7 +79,9 @@ def instruments(
     chosen: list[Instrument] = [Reproducer(output.parent / f"{output.name}.crash", passes)]
     if dump is not None:
         chosen.append(Dump(dump))
-    numeric = check or (check is None and model.weight_bytes() < CHECK_LIMIT)
+    if check is False and inputs is not None:
+        raise UsageError("--inputs are for the check that --no-check leaves out; leave one of them out")
+    numeric = check or (check is None and (inputs is not None or model.weight_bytes() < CHECK_LIMIT))
     if numeric:
         from onnxtools.ort import read_feeds
 

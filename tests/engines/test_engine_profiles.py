@@ -35,7 +35,8 @@ def spans(profile: Profile) -> dict[str, Any]:
 
 
 def test_text_is_read_with_names_that_hold_colons_and_wildcards() -> None:
-    assert parse_shapes("a:1x20,b:0:7,past.*.key:1x8x0x64", "--min-shapes") == {"a": (1, 20), "b:0": (7,), "past.*.key": (1, 8, 0, 64)}
+    found = parse_shapes("a:1x20,b:0:7,'c:1':4,past.*.key:1x8x0x64", "--min-shapes")
+    assert found == {"a": (1, 20), "b:0": (7,), "c:1": (4,), "past.*.key": (1, 8, 0, 64)}
 
 
 @pytest.mark.parametrize(
