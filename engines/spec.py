@@ -35,7 +35,7 @@ class EngineSpec:
         None, "Types as the graph says. [default: on where the graph has Q/DQ or several types; TensorRT 11 and TensorRT-RTX know nothing else]"
     )  # fmt: skip
     sparsity: Literal["disable", "enable", "force"] = option(
-        "disable", "enable: let the builder use 2:4 sparse kernels, and refuse a graph without 2:4 weights; force: prune it first. The flag alone means enable.", bare="enable"
+        "disable", "enable (the flag alone): let the builder use 2:4 sparse kernels, and refuse a graph without 2:4 weights; force: prune first.", bare="enable"
     )  # fmt: skip
     timing_cache: str | None = option(
         None, "Timing cache: a file, read and merged into, or a folder with one for each GPU and version (TensorRT-RTX has none)."
