@@ -50,7 +50,7 @@ def build(source: Path | Model, engine_path: Path, spec: EngineSpec, *, force: b
         spec = dataclasses.replace(spec, timing_cache=str(path))
     job = _Build(engine_path, spec, builder, force)
     prunes = spec.sparsity == "force" and builder.name != "trtexec"
-    if isinstance(source, Path):
+    if not isinstance(source, Model):
         origin = Model.load(source)
         return job.known(origin) or (job.copied(Model.load(source), origin, prunes) if prunes else job.run(origin, source, origin))
     return job.copied(source, None, prunes)

@@ -150,7 +150,7 @@ def check_unchanged(engine: Path, manifest: Mapping[str, Any]) -> None:
     """Raises JobError where the plan is missing, or is not the one that the manifest describes."""
     if not engine.is_file():
         raise JobError(f"{engine}: is not there, only its manifest; build it again, or bring it back")
-    if hash_file(engine) != manifest["engine"]:
+    if _changed(engine, manifest["engine"]):
         raise JobError(f"{engine}: is not the file that its manifest describes (changed, or damaged); build it again")
 
 

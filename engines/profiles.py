@@ -174,7 +174,7 @@ def check_profile(where: str, ranges: Mapping[str, Range], inputs: Mapping[str, 
     """
     for name, value in inputs.items():
         if name not in ranges and is_dynamic(value):
-            raise UsageError(f"{where}: dynamic input {name!r} {_text(value)} has no shapes; add it to all three shape options")
+            raise UsageError(f"{where}: dynamic input {name!r} {_text(value)} has no shapes; add its min, opt and max")
     for name, span in ranges.items():
         dims = inputs[name].shape
         for label, shape in (("min", span.min), ("opt", span.opt), ("max", span.max)):
@@ -194,7 +194,7 @@ def check_profile(where: str, ranges: Mapping[str, Range], inputs: Mapping[str, 
 
 
 def _check_symbols(where: str, ranges: Mapping[str, Range], inputs: Mapping[str, ir.Value]) -> None:
-    """Dimensions of one name are one number in every run, so min, opt and max of a profile agree on it, as TensorRT demands."""
+    """Dimensions of one name are one number in every run: TensorRT demands the same opt of them, and a size that all ranges hold."""
     first: dict[str, tuple[str, int, Span]] = {}
     for name, span in ranges.items():
         for axis, dim in enumerate(inputs[name].shape or ()):
@@ -202,7 +202,7 @@ def _check_symbols(where: str, ranges: Mapping[str, Range], inputs: Mapping[str,
                 continue
             sizes = (span.min[axis], span.opt[axis], span.max[axis])
             other, place, known = first.setdefault(dim.value, (name, axis, sizes))
-            if sizes != known:
+            if sizes[1] != known[1] or max(sizes[0], known[0]) > min(sizes[2], known[2]):
                 raise UsageError(
                     f"{where}: {dim.value!r} is one dimension, but min, opt and max are {', '.join(map(str, known))} on axis {place} of input {other!r}"
                     f" and {', '.join(map(str, sizes))} on axis {axis} of {name!r}; give both the same"

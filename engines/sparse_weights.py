@@ -94,6 +94,8 @@ def _obstacle(tensor: ir.TensorProtocol, axis: int) -> str:
     if k % 4:
         return f"K is {k}, no multiple of 4"
     counted = count_2_4(tensor, axis)
+    if not counted.groups:
+        return f"type {tensor.dtype.name} is not looked into"
     return "" if counted.is_2_4 else f"{counted.groups - counted.sparse_groups} of {counted.groups} groups of four are dense"
 
 

@@ -46,11 +46,11 @@ def available_bytes() -> int | None:
 def releasing_pages(files: Iterable[Path]) -> Iterator[None]:
     """Give pages of the mapped `files` back 20 times a second, whoever mapped them: a library that reads each weight once keeps them all.
 
-    Only mappings that nobody can write to are touched, so that a page used again is read again, from the page cache. Linux only;
-    elsewhere this does nothing.
+    Only mappings that are there at the beginning, and must stay until the end, and that nobody can write to are touched: a page used again
+    is read again, from the page cache. Linux only; elsewhere this does nothing.
     """
-    maps, names, done = Path("/proc/self/maps"), {str(file.resolve()) for file in files}, threading.Event()
-    if not maps.exists() or not names:
+    spans, done = list(_read_only_spans({bytes(file.resolve()) for file in files})), threading.Event()
+    if not spans:
         yield
         return
 
@@ -58,11 +58,8 @@ def releasing_pages(files: Iterable[Path]) -> Iterator[None]:
         madvise = ctypes.CDLL(None).madvise
         madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
         while not done.wait(_RELEASE_SECONDS):
-            for line in maps.read_text().splitlines():
-                span, rights, _, _, _, *name = line.split(maxsplit=5)  # proc(5): address perms offset dev inode pathname
-                if rights.startswith("r--") and name and name[0] in names:
-                    start, end = (int(bound, 16) for bound in span.split("-"))
-                    madvise(start, end - start, _MADV_DONTNEED)
+            for start, end in spans:
+                madvise(start, end - start, _MADV_DONTNEED)
 
     thread = threading.Thread(target=release, daemon=True)
     thread.start()
@@ -71,3 +68,13 @@ def releasing_pages(files: Iterable[Path]) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
+
+
+def _read_only_spans(names: set[bytes]) -> Iterator[tuple[int, int]]:
+    """Addresses where this process has files of these names mapped for reading alone."""
+    maps = Path("/proc/self/maps")
+    for line in maps.read_bytes().split(b"\n") if maps.exists() else ():
+        span, rights, *rest = line.split(maxsplit=5)[:6] if line else (b"", b"")  # proc(5): address perms offset dev inode pathname
+        if rights.startswith(b"r--") and len(rest) == 4 and rest[3] in names:
+            start, end = span.split(b"-")
+            yield int(start, 16), int(end, 16)

@@ -6,44 +6,64 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxtools.graph import Builder, attribute, constant_tensor, is_constant_expression, is_op
-from onnxtools.infer import Facts
+from onnxtools.infer import Facts, analyse, token_input
 from onnxtools.model import Model
 
 
 def table_rows(model: Model) -> int | None:
-    """Rows of the smallest table that is looked up by position: Gather by something counted or an input called position, Slice up to a length.
+    """Positions that the graph's tables have: Gather by what is counted or by an input called position, Slice as long as the sequence.
 
-    A longer sequence has no row, or a shape that does not fit. None where there is no such table.
+    A longer sequence has no row, or a shape that does not fit. None where there is no such table, or nothing says so.
     """
+    tokens = token_input(model)
+    facts = analyse(model) if tokens is not None else None
+    shape = facts[tokens.value].shape if tokens is not None and facts is not None else None
+    if tokens is None or facts is None or shape is None or isinstance((tokens.value.shape or ())[tokens.axis], int):
+        return None
     found = []
     for node in model.graph:
         data = constant_tensor(node.inputs[0]) if is_op(node, "Gather", "Slice") else None
-        if data is None or not data.shape:
-            continue
-        if is_op(node, "Gather"):
-            axis, by_position = attribute(node, "axis", 0), _by_position(node.inputs[1])
-        else:
-            axes = constant_tensor(node.inputs[3]) if len(node.inputs) > 3 else None
-            axis, by_position = int(axes.numpy().reshape(-1)[0]) if axes is not None else 0, not is_constant_expression(node.inputs[2])
-        if by_position:
-            found.append(int(data.shape.numpy()[axis]))
+        if data is not None and len(data.shape) > 1:
+            rows = data.shape.numpy()
+            if is_op(node, "Gather"):
+                found += [int(rows[attribute(node, "axis", 0)]) - first for first in _first_row(node.inputs[1], facts, shape[tokens.axis])]
+            else:
+                found += [int(rows[axis]) for axis in _as_long(node, facts, shape[tokens.axis])]
     return min(found, default=None)
 
 
-def _by_position(value: ir.Value | None) -> bool:
-    """Whether `value` depends on inputs called position, or on shapes alone."""
-    waiting, seen, inputs = [value], set[ir.Value](), set[str]()
-    while waiting:
-        current = waiting.pop()
-        if current is None or current in seen or current.is_initializer():
-            continue
-        seen.add(current)
-        node = current.producer()
-        if node is None:
-            inputs.add(current.name or "")
-        elif not is_op(node, "Shape", "Size"):
-            waiting += node.inputs
-    return not is_constant_expression(value) and all("position" in name for name in inputs)
+def _first_row(index: ir.Value | None, facts: Facts, length: int) -> list[int]:
+    """The row of position 0, where `index` counts `length` positions or is an input called position, perhaps plus a constant; else none."""
+    known = facts[index].value
+    if known is not None:
+        rows = np.unique(known)
+        return [int(rows[0])] if len(rows) == length and rows[-1] - rows[0] == length - 1 else []
+    first, value = 0, index
+    while value is not None and (node := value.producer()) is not None:
+        if is_op(node, "Add"):
+            added = [facts[v].value for v in node.inputs]
+            place = next((i for i, array in enumerate(added) if array is not None and array.size == 1), None)
+            if place is None:
+                return []
+            first += int(added[place].reshape(-1)[0])  # type: ignore[union-attr]
+            value = node.inputs[1 - place]
+        elif is_op(node, "Cast", "Identity", "Reshape", "Unsqueeze", "Squeeze"):
+            value = node.inputs[0]
+        else:
+            return []
+    return [first] if value is not None and value.is_graph_input() and "position" in (value.name or "") else []
+
+
+def _as_long(node: ir.Node, facts: Facts, length: int) -> list[int]:
+    """Axes that a Slice cuts to `length`."""
+    if len(node.inputs) < 3 or (len(node.inputs) > 4 and node.inputs[4] is not None and not np.all(facts[node.inputs[4]].value == 1)):
+        return []
+    starts, ends = facts[node.inputs[1]].value, facts[node.inputs[2]].value
+    axes = facts[node.inputs[3]].value if len(node.inputs) > 3 and node.inputs[3] is not None else None
+    if starts is None or ends is None or (axes is None and len(node.inputs) > 3 and node.inputs[3] is not None):
+        return []
+    places = range(ends.size) if axes is None else axes.reshape(-1)
+    return [int(axis) for axis, low, high in zip(places, starts.reshape(-1), ends.reshape(-1), strict=True) if low >= 0 and high - low == length]
 
 
 def shift_positions(model: Model, facts: Facts, size: int, past: ir.Value, past_1d: ir.Value, builder: Builder) -> list[str]:

@@ -136,13 +136,14 @@ def equal(a: Tensor, b: Tensor) -> bool:
 def cast(tensor: Tensor, dtype: ir.DataType) -> Tensor:
     """The weight in another float type, rounded to nearest even.
 
-    Writing it raises a ModelError where a value is beyond the type, infinite or NaN.
+    Writing it raises a ModelError where a value is beyond the type, infinite or NaN; minus infinity, of masks, stays.
     """
     if tensor.dtype == dtype:
         return tensor
 
     def rows(block: np.ndarray, _: int) -> np.ndarray:
-        if not np.isfinite(block).all():
+        finite = np.isfinite(block)
+        if not finite.all() and not (finite | (block == -np.inf)).all():  # minus infinity is a mask
             raise ModelError(f"weight {tensor.name!r} has infinite or NaN elements; restore it")
         try:
             with np.errstate(over="raise"):

@@ -171,7 +171,8 @@ class Quantize(Selected, Calibrated):
     def _choose(self, model: Model) -> tuple[list[Product], list[dict[str, Any]]]:
         head, table, chosen = head_product(model), [], []
         products = [p for p in weight_products(model) if p.node.op_type != "Conv"]
-        if products and all(is_quantized(p) for p in products if p.node is not head):
+        rest = [p for p in products if p.node is not head]
+        if rest and all(map(is_quantized, rest)):
             raise JobError(f"{model.path}: its products are quantized already; start from the model in its own precision")
         for product in products:
             reason = self._reason(product, head)

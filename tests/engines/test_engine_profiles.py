@@ -6,13 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from onnxtools.engines.profiles import Profile, derive_profiles, parse_shapes, profiles_for
 from onnxtools.engines.spec import EngineSpec
 from onnxtools.errors import JobError, UsageError
+from onnxtools.kvcache import positions
 from onnxtools.model import Model
-from tests.engines.graphs import FIXTURES, HALF, INT64, helper, linear, tensor, write
+from tests.engines.graphs import FIXTURES, HALF, INT64, helper, linear, random, tensor, weights, write
 from tests.support import refuse, succeed
 
 SHAPES = ("--min-shapes", "input_ids:1x1,position_ids:1x1", "--opt-shapes", "input_ids:1x2,position_ids:1x2", "--max-shapes", "input_ids:1x4,position_ids:1x4")
@@ -171,12 +173,13 @@ def test_spec_is_checked(options: dict[str, Any], message: str) -> None:
 
 
 def test_one_dimension_has_one_size(tmp_path: Path) -> None:
-    """TensorRT refuses it in its own words, and a maximum that differs it takes."""
+    """TensorRT refuses another opt in its own words, and takes other minima and maxima that overlap."""
     nodes = [helper.make_node("Add", ["a", "b"], ["y"], name="sum")]
     source = write(tmp_path / "m.onnx", nodes, [tensor("a", ["n", 4]), tensor("b", ["n", 4])], [tensor("y", ["n", 4])])
-    shapes = ("--min-shapes", "a:1x4,b:1x4", "--opt-shapes", "a:2x4,b:2x4", "--max-shapes", "a:4x4,b:8x4")
+    shapes = ("--min-shapes", "a:1x4,b:1x4", "--opt-shapes", "a:2x4,b:3x4", "--max-shapes", "a:4x4,b:8x4")
     told = refuse("build", source, tmp_path / "e.engine", *shapes, code=2)
-    assert "'n' is one dimension" in told and "1, 2, 4 on axis 0 of input 'a' and 1, 2, 8 on axis 0 of 'b'" in told
+    assert "'n' is one dimension" in told and "1, 2, 4 on axis 0 of input 'a' and 1, 3, 8 on axis 0 of 'b'" in told
+    succeed("build", source, tmp_path / "e.engine", *shapes[:3], "a:2x4,b:2x4", *shapes[4:], "--backend", "tensorrt-rtx")
 
 
 @pytest.mark.parametrize(("flags", "says"), [
@@ -226,3 +229,40 @@ def test_a_file_of_profiles_that_does_not_fit(text: str, says: str, tmp_path: Pa
     told = refuse("build", FIXTURES / "te_style/gpt_fp16_fp8.onnx", tmp_path / "e.engine", "--profiles", tmp_path / "p.yaml", code=2)
     assert says in told and "p.yaml" in told
     assert "cannot be read" in refuse("build", FIXTURES / "te_style/gpt_fp16_fp8.onnx", tmp_path / "e.engine", "--profiles", tmp_path / "absent", code=2)
+
+
+def lookup(path: Path, index: list[Any], table: tuple[int, ...], how: str) -> Model:
+    """Ids, their embedding, and a table that is looked up by what `index` computes from the shape of the ids, or cut."""
+    stored = weights(words=random(97, 8), table=random(*table), zero=np.array(0), one=np.array(1), three=np.array([3]), last=np.array([1]), axis=np.array([0]),
+                     two=np.array(2), first=np.array([0]), both=np.array([0, 2]), origin=np.array([0, 0]))  # fmt: skip
+    nodes = [
+        helper.make_node("Gather", ["words", "input_ids"], ["h"]), helper.make_node("Shape", ["input_ids"], ["shape"]),
+        helper.make_node("Gather", ["shape", "last"], ["length"]), helper.make_node("Squeeze", ["length"], ["n"]), *index,
+        helper.make_node(how, ["table", "i"] if how == "Gather" else ["table", "starts", "ends", "axes"], ["t"]),
+        helper.make_node("ReduceMax", ["t"], ["m"], keepdims=0), helper.make_node("Add", ["h", "m"], ["y"]),
+    ]  # fmt: skip
+    return Model.load(write(path, nodes, [tensor("input_ids", ["batch", "sequence"], INT64)], [tensor("y", ["batch", "sequence", 8])], stored))
+
+
+COUNT = [helper.make_node("Range", ["zero", "n", "one"], ["c"])]
+
+
+@pytest.mark.parametrize(("index", "table", "how", "rows"), [
+    ([*COUNT, helper.make_node("Identity", ["c"], ["i"])], (64, 8), "Gather", 64),
+    ([*COUNT, helper.make_node("Add", ["c", "two"], ["i"])], (64, 8), "Gather", 62),  # OPT begins at row 2
+    ([*COUNT, helper.make_node("Mul", ["c", "zero"], ["i"])], (2, 8), "Gather", None),  # token types, all 0
+    ([*COUNT, helper.make_node("Min", ["c", "two"], ["i"])], (4, 8), "Gather", None),  # buckets
+    ([helper.make_node("Identity", ["first"], ["starts"]), helper.make_node("Identity", ["length"], ["ends"]),
+      helper.make_node("Identity", ["axis"], ["axes"])], (64, 8), "Slice", 64),
+    ([helper.make_node("Identity", ["origin"], ["starts"]), helper.make_node("Concat", ["last", "length"], ["ends"], axis=0),
+      helper.make_node("Identity", ["both"], ["axes"])], (1, 1, 512), "Slice", 512),
+])  # fmt: skip
+def test_only_what_counts_positions_limits_them(index: list[Any], table: tuple[int, ...], how: str, rows: int | None, tmp_path: Path) -> None:
+    assert positions(lookup(tmp_path / "m.onnx", index, table, how)) == rows
+
+
+def test_a_slice_of_an_old_opset_is_no_table(tmp_path: Path) -> None:
+    node = helper.make_node("Slice", ["w"], ["s"], axes=[0], starts=[0], ends=[2])
+    nodes = [node, helper.make_node("Gather", ["s", "input_ids"], ["y"])]
+    source = write(tmp_path / "m.onnx", nodes, [tensor("input_ids", ["batch", "sequence"], INT64)], [tensor("y", None)], weights(w=random(4, 8)), opset=9, ir=8)
+    assert positions(Model.load(source)) is None

@@ -219,3 +219,12 @@ def test_an_fp8_output_is_compared_as_numbers(tmp_path: Path) -> None:
 def test_good_models_are_exit_code_0(converted: Make) -> None:
     case = Case("te_linear_fp8_ds")
     assert "pass" in succeed("validate", case.path, converted(case.name), "--inputs", case.path.with_suffix(".npz")).out
+
+
+def test_infinities_that_both_have_are_no_damage(tmp_path: Path) -> None:
+    """Logits of a padded vocabulary."""
+    bias = np.zeros(8, np.float32)
+    bias[5:] = -np.inf
+    nodes = [helper.make_node("Add", ["x", "b"], ["y"])]
+    path = write(tmp_path / "m.onnx", nodes, [info("x", [2, 8])], [info("y", [2, 8])], stored(b=bias))
+    assert judged(path, path)["passed"]

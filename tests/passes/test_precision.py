@@ -109,7 +109,7 @@ def test_values_that_fp16_cannot_hold_are_named_by_calibration(tmp_path: Path) -
     assert "nothing exceeds fp16's 65504" in out and "values exceed" not in out
 
 
-@pytest.mark.parametrize("value", [np.nan, -np.inf])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("to", ["fp16", "bf16"])
 def test_a_damaged_weight_is_named(to: str, value: float, tmp_path: Path) -> None:
     model = onnx.load(exported("llama", "concat"))
@@ -121,7 +121,7 @@ def test_a_damaged_weight_is_named(to: str, value: float, tmp_path: Path) -> Non
     assert "layers.1.mlp.up_proj.weight' has infinite or NaN" in refuse("precision", tmp_path / "m.onnx", tmp_path / "n.onnx", "--to", to, "--no-check")
     assert not list(tmp_path.glob("n.onnx*"))
     told = app("validate", tmp_path / "m.onnx", tmp_path / "m.onnx")
-    assert told.code == 1 and "NaN or infinite elements; look for a damaged weight" in " ".join(told.out.split())
+    assert told.code == 1 and "is NaN or infinite; look for a damaged weight" in " ".join(told.out.split())
 
 
 def test_a_model_without_fp32_weights_says_so(tmp_path: Path) -> None:
