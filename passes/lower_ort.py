@@ -1,7 +1,8 @@
-"""INT4 weights behind DequantizeLinear to com.microsoft.MatMulNBits, which ONNX Runtime has fast kernels for."""
+"""INT4 weights behind DequantizeLinear to com.microsoft.MatMulNBits, FP8 products to GemmFloat8: what ONNX Runtime has kernels for."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import onnx_ir as ir
 
 from onnxtools.graph import Builder, attribute, constant_tensor, is_op, remove_unused
 from onnxtools.model import Model
-from onnxtools.passbase import Pass, PassResult
+from onnxtools.passbase import Pass, PassResult, option
 from onnxtools.products import Product, weight_products
 from onnxtools.tensors import RowTensor, Scratch, StreamedTensor, elements, raw_bytes, read_rows
 from onnxtools.weights import shape_of
@@ -22,33 +23,43 @@ _BLOCKS = (16, 32, 64, 128, 256)
 
 @dataclass(frozen=True)
 class LowerOrt(Pass):
-    """Rewrite products with block-quantized INT4 weights as MatMulNBits.
+    """Rewrite products with block-quantized INT4 weights as MatMulNBits, and with --fp8 those of FP8 as GemmFloat8.
 
     Rules:
       - MatMul or Gemm whose weight is an INT4 initializer behind DequantizeLinear with blocks along K;
       - an INT4 value v is stored as v + 8 in four bits, the operator's default zero point: one bit of each is flipped;
       - the layout is [N, K / block, block / 2]; weights stored as [K, N] are transposed;
+      - --fp8: a Gemm of an activation and a weight [N, K] behind FP8 Q/DQ with one scale each, K and N multiples of 16;
       - the result is for ONNX Runtime; build engines from the file in standard operators.
 
-    FP8 is left alone: ONNX Runtime's GemmFloat8 took 117 us where fp16 took 37 (H200, 16 x 4096 x 16384).
+    GemmFloat8 is for CUDA and many tokens at once, to score or to prefill (H200, 4096 x 16384: 2048 tokens 313 us, fp16 446, plain Q/DQ 558);
+    of a few tokens it is slower (16 tokens 117 us, fp16 37), so a decoder keeps its Q/DQ.
     """
 
     name = "lower-ort"
     numerics = "rounding"
     example = "onnxtools lower-ort int4.onnx int4_ort.onnx"
 
+    fp8: bool = option(False, "FP8 products too, as GemmFloat8: for CUDA, and many tokens at once.")
+
     def apply(self, model: Model) -> PassResult:
-        build, matches = Builder(model), 0
+        build, made = Builder(model), Counter[str]()
         for product in list(weight_products(model)):
             dequantize = _blocks(product)
             if dequantize is not None:
                 _rewrite(build, product, dequantize)
-                matches += 1
-        if not matches:
-            return PassResult(False, 0, ["no product with an INT4 weight in blocks along K found"])
+                made["MatMulNBits"] += 1
+            elif self.fp8 and _is_fp8(product):
+                _to_gemm_float8(build, product)
+                made["GemmFloat8"] += 1
+        notes = [f"{count} products became {name}, for ONNX Runtime alone" for name, count in made.items()]
+        if self.fp8 and not made["GemmFloat8"]:
+            notes.append("no Gemm with FP8 Q/DQ of one scale on both sides found")
+        if not made:
+            return PassResult(False, 0, [*notes, "no product with an INT4 weight in blocks along K found"])
         model.graph.opset_imports["com.microsoft"] = 1
         remove_unused(model)
-        return PassResult(True, matches, [f"{matches} products became MatMulNBits, for ONNX Runtime alone"])
+        return PassResult(True, made.total(), notes)
 
 
 def _blocks(product: Product) -> ir.Node | None:
@@ -71,12 +82,48 @@ def _rewrite(build: Builder, product: Product, dequantize: ir.Node) -> None:
     wide = array if product.axis == 1 else np.ascontiguousarray(array.T)
     factor = build.initializer(ir.Tensor(wide, dtype=scales.dtype), f"{name}_nbits_scale")
     build.before = node
-    bias = node.inputs[2] if is_op(node, "Gemm") and len(node.inputs) > 2 else None
-    old = node.outputs[0]
     made = build.op(
-        "MatMulNBits", [product.activation, stored, factor], f"{node.name}/MatMulNBits", domain="com.microsoft", dtype=old.dtype,
+        "MatMulNBits", [product.activation, stored, factor], f"{node.name}/MatMulNBits", domain="com.microsoft", dtype=node.outputs[0].dtype,
         K=size, N=outputs, bits=4, block_size=block,
     )  # fmt: skip
+    _replace(build, node, made)
+
+
+def _is_fp8(product: Product) -> bool:
+    """A Gemm that cublasLt computes in FP8: the weight [N, K], one scale on each side."""
+    node, source = product.node, product.activation.producer()
+    if not is_op(node, "Gemm") or len(product.path) != 1 or product.axis != 1 or product.index != 1 or attribute(node, "transA", 0):
+        return False
+    if attribute(node, "alpha", 1.0) != 1.0 or attribute(node, "beta", 1.0) != 1.0 or any(size % 16 for size in product.tensor.shape.numpy()):
+        return False
+    if source is None or not is_op(source, "DequantizeLinear") or not is_op(source.inputs[0].producer() if source.inputs[0] else None, "QuantizeLinear"):
+        return False
+    zero = constant_tensor(source.inputs[2]) if len(source.inputs) > 2 else None
+    scales = [constant_tensor(side.inputs[1]) for side in (source, product.path[0])]
+    kinds = {product.tensor.dtype, zero.dtype if zero is not None else None}
+    return kinds == {ir.DataType.FLOAT8E4M3FN} and all(scale is not None and scale.size == 1 for scale in scales)
+
+
+def _to_gemm_float8(build: Builder, product: Product) -> None:
+    node, source, weight = product.node, product.activation.producer(), product.path[0]
+    assert source is not None
+    build.before = node
+    scales = []
+    for side in (source, weight):
+        tensor = constant_tensor(side.inputs[1])
+        assert tensor is not None
+        scales.append(build.constant(tensor.numpy().astype(np.float32).reshape(1), f"{side.inputs[1].name}_fp32"))  # type: ignore[union-attr]
+    dtype = weight.outputs[0].dtype or node.outputs[0].dtype or ir.DataType.FLOAT16
+    name, inputs = f"{node.name}/GemmFloat8", [source.inputs[0], product.weight, None, *scales]
+    made = build.ops("GemmFloat8", inputs, name, domain="com.microsoft", transB=1, dtype=dtype.value)[0]
+    made.dtype = dtype
+    _replace(build, node, made)
+
+
+def _replace(build: Builder, node: ir.Node, made: ir.Value) -> None:
+    """`made` and the bias of a Gemm in the place of what `node` makes."""
+    bias = node.inputs[2] if is_op(node, "Gemm") and len(node.inputs) > 2 else None
+    old = node.outputs[0]
     if bias is not None:
         made = build.op("Add", [made, bias], f"{node.name}/bias", dtype=old.dtype)
     made.shape = old.shape

@@ -297,3 +297,31 @@ def test_products_lowered_to_matmulnbits_are_counted_as_quantized(tmp_path: Path
 def test_only_the_model_is_quantized(tmp_path: Path) -> None:
     told = app("validate", exported("llama", "concat"), quantized(tmp_path, "--int4-rtn", calibrated=False))
     assert told.code == 1 and "accuracy --compare" in told.out and "not compared" not in told.out
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+def test_fp8_products_become_gemm_float8(dtype: str, tmp_path: Path) -> None:
+    """The operator has a CUDA kernel alone, so here its definition in numpy: scaleA * scaleB * A @ B^T, and the Gemm's bias behind it."""
+    source = exported("llama", "none", "--dtype", dtype)
+    succeed("quantize", source, tmp_path / "q.onnx", "--fp8", "--calib", calibration_file(tmp_path))
+    assert "14 products became GemmFloat8" in succeed("lower-ort", tmp_path / "q.onnx", tmp_path / "g.onnx", "--fp8", "--no-check").out
+    before, after = onnx.load(tmp_path / "q.onnx"), onnx.load(tmp_path / "g.onnx")
+    made = {o: n for n in before.graph.node for o in n.output}
+    old = {n.output[0]: n for n in before.graph.node if n.op_type == "Gemm"}
+    weights = {t.name: t for t in after.graph.initializer}
+    for node in (n for n in after.graph.node if n.op_type == "GemmFloat8"):
+        assert node.domain == "com.microsoft" and {a.name: a.i for a in node.attribute} == {
+            "transB": 1,
+            "dtype": onnx.TensorProto.FLOAT16 if dtype == "fp16" else 1,
+        }
+        activation, weight, bias, *scales = node.input
+        assert (
+            not bias and [weights[s].data_type for s in scales] == [onnx.TensorProto.FLOAT] * 2 and weights[weight].data_type == onnx.TensorProto.FLOAT8E4M3FN
+        )
+        gemm = old.pop(node.output[0])
+        dequantize = [made[name] for name in gemm.input[:2]]
+        assert [d.input[0] for d in dequantize] == [activation, weight]
+        for side, scale in zip(dequantize, scales, strict=True):
+            value = next(numpy_helper.to_array(t) for t in before.graph.initializer if t.name == side.input[1])
+            assert numpy_helper.to_array(weights[scale]) == value.astype(np.float32)
+    assert "no Gemm with FP8" in succeed("lower-ort", source, tmp_path / "n.onnx", "--fp8").out
