@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import tempfile
@@ -21,7 +20,7 @@ from onnxtools.engines.manifest import FORMAT, hash_file, hash_weights, make_man
 from onnxtools.engines.preflight import preflight
 from onnxtools.engines.profiles import profiles_for
 from onnxtools.engines.spec import EngineSpec
-from onnxtools.engines.timing_cache import cache_file, check_timing_cache, rtx_note
+from onnxtools.engines.timing_cache import check_timing_cache, rtx_note, with_cache_file
 from onnxtools.engines.versions import check_options, is_mixed, is_strongly_typed, release
 from onnxtools.errors import JobError, UsageError
 from onnxtools.manager import PassManager
@@ -44,16 +43,16 @@ def build(source: Path | Model, engine_path: Path, spec: EngineSpec, *, force: b
     """
     check_target(engine_path)
     builder = get_builder(spec.backend)
-    check_options(spec, builder.name, release(builder.version()))
-    if spec.timing_cache is not None:
-        path = cache_file(Path(spec.timing_cache), builder.name, ".".join(map(str, release(builder.version()))), spec.device)
-        spec = dataclasses.replace(spec, timing_cache=str(path))
-    job = _Build(engine_path, spec, builder, force)
+    version = release(builder.version())
+    check_options(spec, builder.name, version)
+    job = _Build(engine_path, with_cache_file(spec, builder.name, version), builder, force)
     prunes = spec.sparsity == "force" and builder.name != "trtexec"
-    if not isinstance(source, Model):
-        origin = Model.load(source)
-        return job.known(origin) or (job.copied(Model.load(source), origin, prunes) if prunes else job.run(origin, source, origin))
-    return job.copied(source, None, prunes)
+    if isinstance(source, Model):
+        return job.copied(source, None, prunes)
+    origin = Model.load(source)
+    if known := job.known(origin):
+        return known
+    return job.copied(Model.load(source), origin, prunes) if prunes else job.run(origin, source, origin)
 
 
 @dataclass(frozen=True)
@@ -83,25 +82,32 @@ class _Build:
             copy = Path(folder) / (model.path.name if model.path else "model.onnx")
             model.save(copy)
             made = Model.load(copy)
-            return (self.known(made) if origin is None else None) or self.run(made, copy, origin or made, notes, in_memory=origin is None)
+            if origin is None and (known := self.known(made)):
+                return known
+            return self.run(made, copy, origin, notes)
 
-    def run(self, model: Model, source: Path, origin: Model, notes: Sequence[str] = (), *, in_memory: bool = False) -> Engine:
-        """Build the graph in the file `source`, which `model` was loaded from; the manifest describes `origin`."""
+    def run(self, model: Model, source: Path, origin: Model | None, notes: Sequence[str] = ()) -> Engine:
+        """Build the graph in the file `source`, which `model` was loaded from.
+
+        Args:
+            origin: the user's file, which the manifest describes; None where there is none, and `model` stands in.
+        """
         spec, builder = self.spec, self.builder
         notes = [*notes, *_timing_cache_notes(spec, builder)]
         profiles = profiles_for(model, spec)
         checked = preflight(model, spec, builder, strong=is_strongly_typed(spec, builder.name, release(builder.version()), is_mixed(model)))
-        path = None if in_memory or origin.path is None else os.path.relpath(origin.path, self.engine_path.parent)
+        path = os.path.relpath(origin.path, self.engine_path.parent) if origin is not None and origin.path is not None else None
+        described = origin or model
         # Both files are complete before either gets its name, and the plan gets it first. Hashing runs beside the build.
         with replacing(manifest_path(self.engine_path)) as manifest_tmp, replacing(self.engine_path) as plan_tmp, ThreadPoolExecutor(1) as pool:
-            weights = pool.submit(hash_weights, origin)
+            weights = pool.submit(hash_weights, described)
             started = time.monotonic()
             built = builder.build(model, source, plan_tmp, profiles, spec)
             seconds = time.monotonic() - started
             audit = summary(built.engine_layers, built.precisions)
             _check_audit(model, spec, audit)
             manifest = make_manifest(
-                model, origin, spec, builder, profiles, checked, built,
+                model, described, spec, builder, profiles, checked, built,
                 engine=self.engine_path.name, path=path, weights=weights.result(), audit=audit, notes=notes, seconds=seconds,
             )  # fmt: skip
             manifest_tmp.write_text(json.dumps(manifest, indent=2) + "\n")
@@ -170,9 +176,9 @@ def _refuse_overwriting(model: Model, engine_path: Path, spec: EngineSpec) -> No
         ours = isinstance(kind, dict) and (str(kind.get("format", "")).startswith(FORMAT.split("/")[0]) or {"engine", "graph", "backend"} <= set(kind))
         if not ours:
             raise UsageError(f"{manifest} exists and is no manifest of an engine; name another file for the engine")
-    files = {external_path(tensor) for tensor in model.external_tensors()} | ({model.path} if model.path else set())
-    for target in (engine_path, manifest_path(engine_path)):
-        if target.resolve() in {file.resolve() for file in files}:
+    files = {file.resolve() for file in (*map(external_path, model.external_tensors()), *([model.path] if model.path else []))}
+    for target in (engine_path, manifest):
+        if target.resolve() in files:
             raise UsageError(f"{target} is the model or its data file; name another file for the engine")
-    if spec.timing_cache is not None and Path(spec.timing_cache).resolve() in {file.resolve() for file in {*files, engine_path, manifest}}:
+    if spec.timing_cache is not None and Path(spec.timing_cache).resolve() in {*files, engine_path.resolve(), manifest.resolve()}:
         raise UsageError(f"--timing-cache {spec.timing_cache} is the model or the engine; name another file")

@@ -13,10 +13,9 @@ import onnx
 import onnx_ir as ir
 
 from onnxtools.engines.decoder_io import Port
-from onnxtools.engines.preflight import is_fp8_qdq
 from onnxtools.errors import JobError
 from onnxtools.generation.runtime import RuntimeOptions
-from onnxtools.graph import Builder, attribute
+from onnxtools.graph import Builder, attribute, is_fp8_qdq
 from onnxtools.model import Model
 from onnxtools.ort import BROKEN_OPTIMIZERS
 

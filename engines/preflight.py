@@ -13,13 +13,11 @@ from onnxtools.engines.sparse_weights import Sparsity, check_sparsity
 from onnxtools.engines.spec import EngineSpec, capability
 from onnxtools.engines.traps import Graph, check_traps, refuse
 from onnxtools.errors import JobError, UsageError
-from onnxtools.graph import attribute, constant_tensor, is_op
+from onnxtools.graph import FP8_DTYPES, TE_QDQ, attribute, constant_tensor, is_fp8_qdq, is_op, stored_dtype
 from onnxtools.model import Model
 
 FP8_CAPABILITY = "8.9"
 """The first compute capability with FP8 tensor cores (Ada)."""
-_FP8 = (ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E4M3FNUZ, ir.DataType.FLOAT8E5M2, ir.DataType.FLOAT8E5M2FNUZ)
-_TE_OPS = ("TRT_FP8QuantizeLinear", "TRT_FP8DequantizeLinear", "TRT_MXFP8DynamicQuantize", "TRT_MXFP8DequantizeLinear")
 
 
 @dataclass
@@ -66,22 +64,6 @@ def _check_limits(model: Model, spec: EngineSpec, builder: Reader) -> None:
         raise JobError(f"{model.path}: IR version {model.ir.ir_version}, but {builder.name} reads up to {limits.ir_version}; run {remedy}")
 
 
-def _dtype(value: ir.Value | None) -> ir.DataType | None:
-    if value is None:
-        return None
-    return value.const_value.dtype if value.const_value is not None else value.dtype
-
-
-def is_fp8_qdq(node: ir.Node) -> bool:
-    """Whether `node` quantizes to FP8 or back, in ONNX's way or in TransformerEngine's."""
-    if is_op(node, *_TE_OPS, domain="trt"):
-        return True
-    if not is_op(node, "QuantizeLinear", "DequantizeLinear"):
-        return False
-    values = [*node.inputs[2:3], node.inputs[0] if node.op_type == "DequantizeLinear" else node.outputs[0]]
-    return any(_dtype(value) in _FP8 for value in values) or attribute(node, "output_dtype", 0) in _FP8
-
-
 def _check_fp8(graph: Graph, spec: EngineSpec) -> None:
     quantized = any(is_fp8_qdq(node) for node in graph.nodes())
     if spec.fp8 and not quantized:
@@ -111,14 +93,14 @@ def _check_demands(graph: Graph, spec: EngineSpec, strong: bool) -> None:
         if not (strong and getattr(spec, name)):
             continue
         values = [value for value, _ in graph.model.weights()] + [value for node in graph.nodes() for value in node.outputs]
-        if not any(_dtype(value) in types for value in values):
+        if not any(stored_dtype(value) in types for value in values):
             lacks = f"--{name}, but nothing in the graph is {name.upper()}, and its types are what the engine has"
             raise JobError(f"{graph.model.path}: {lacks}; make it with `{remedy}` from the fp32 model")
 
 
 def _holds_fp8(graph: Graph) -> bool:
     values = [value for value, _ in graph.model.weights()] + list(graph.model.graph.inputs)
-    return any(_dtype(v) in _FP8 for v in values) or any(is_op(n, "Cast") and attribute(n, "to") in _FP8 for n in graph.nodes())
+    return any(stored_dtype(v) in FP8_DTYPES for v in values) or any(is_op(n, "Cast") and attribute(n, "to") in FP8_DTYPES for n in graph.nodes())
 
 
 def _check_supported(graph: Graph, builder: Reader) -> None:
@@ -139,7 +121,7 @@ def _check_supported(graph: Graph, builder: Reader) -> None:
 def _check_scales(graph: Graph) -> None:
     found: list[tuple[ir.Node, str]] = []
     for node in graph.nodes():
-        if not is_op(node, "QuantizeLinear", "DequantizeLinear") and not is_op(node, *_TE_OPS[:2], domain="trt"):
+        if not is_op(node, "QuantizeLinear", "DequantizeLinear") and not is_op(node, *TE_QDQ[:2], domain="trt"):
             continue
         scale = _elements(graph, node.inputs[1])
         if scale is None:
@@ -157,7 +139,7 @@ def _check_caches(graph: Graph) -> None:
     found: list[tuple[ir.Node, str]] = []
     for node in graph.nodes():
         cache = node.inputs[0] if is_op(node, "TensorScatter") else None
-        if cache is not None and (not cache.is_graph_input() or _dtype(cache) not in _CACHE_TYPES):
+        if cache is not None and (not cache.is_graph_input() or stored_dtype(cache) not in _CACHE_TYPES):
             found.append((node, "TensorRT updates a static cache in place only where it is an input in fp32, fp16 or bf16; quantize a concat cache instead"))
     refuse(found)
 

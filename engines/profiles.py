@@ -254,9 +254,10 @@ def derive_profiles(model: Model, spec: EngineSpec) -> list[Profile]:
     inputs = {name: value for name, value in _inputs(model).items() if is_dynamic(value)}
     if not inputs:
         return []
-    if spec.opt_seq_len is not None and spec.opt_seq_len > _longest(model, spec):
-        raise UsageError(f"--opt-seq-len {spec.opt_seq_len} is more than the longest sequence, {_longest(model, spec)}; lower it, or give --max-seq-len")
-    longest, batch = _longest(model, spec), (1, spec.opt_batch_size or spec.max_batch_size, spec.max_batch_size)
+    longest = _longest(model, spec)
+    if spec.opt_seq_len is not None and spec.opt_seq_len > longest:
+        raise UsageError(f"--opt-seq-len {spec.opt_seq_len} is more than the longest sequence, {longest}; lower it, or give --max-seq-len")
+    batch = (1, spec.opt_batch_size or spec.max_batch_size, spec.max_batch_size)
     prompt = spec.max_input_len or longest
     tuned = spec.opt_seq_len or max(1, longest // 2)
     context = (1, min(tuned, prompt), prompt)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ from typing import Any
 from filelock import FileLock
 
 from onnxtools.engines.spec import EngineSpec
+from onnxtools.engines.versions import Version
 from onnxtools.errors import JobError, UsageError
 from onnxtools.storage import replacing
 
@@ -28,14 +30,14 @@ def check_timing_cache(path: Path) -> None:
         raise UsageError(f"--timing-cache {path} cannot be read; check its permissions")
 
 
-def cache_file(path: Path, backend: str, version: str, device: int) -> Path:
-    """`path`, or in a folder the file of this GPU and this version: timings of another are of no use."""
-    if not path.is_dir():
-        return path
-    query = ["nvidia-smi", f"--id={device}", "--query-gpu=name,compute_cap", "--format=csv,noheader"]
+def with_cache_file(spec: EngineSpec, backend: str, version: Version) -> EngineSpec:
+    """A timing cache that is a folder becomes its file of this GPU and this version: timings of another are of no use."""
+    if spec.timing_cache is None or not Path(spec.timing_cache).is_dir():
+        return spec
+    query = ["nvidia-smi", f"--id={spec.device}", "--query-gpu=name,compute_cap", "--format=csv,noheader"]
     told = subprocess.run(query, capture_output=True, text=True, check=False).stdout if shutil.which("nvidia-smi") else ""
     gpu = re.sub(r"[^A-Za-z0-9.]+", "-", told.strip()) or "no-gpu"
-    return path / f"{gpu}-{backend}-{version}.cache"
+    return dataclasses.replace(spec, timing_cache=str(Path(spec.timing_cache) / f"{gpu}-{backend}-{'.'.join(map(str, version))}.cache"))
 
 
 def rtx_note(path: Path) -> str:

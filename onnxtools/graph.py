@@ -11,6 +11,10 @@ import onnx_ir as ir
 
 from onnxtools.model import Model
 
+FP8_DTYPES = (ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E4M3FNUZ, ir.DataType.FLOAT8E5M2, ir.DataType.FLOAT8E5M2FNUZ)
+TE_QDQ = ("TRT_FP8QuantizeLinear", "TRT_FP8DequantizeLinear", "TRT_MXFP8DynamicQuantize", "TRT_MXFP8DequantizeLinear")
+"""TransformerEngine's operators, of the domain `trt`."""
+
 
 def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
     """The tensor behind an initializer or a Constant node, without reading it; None for anything else.
@@ -50,6 +54,23 @@ def is_constant_expression(value: ir.Value | None) -> bool:
 
 def is_op(node: ir.Node | None, *op_types: str, domain: str = "") -> bool:
     return node is not None and node.op_type in op_types and (node.domain or "").replace("ai.onnx", "") == domain
+
+
+def stored_dtype(value: ir.Value | None) -> ir.DataType | None:
+    """The type of a value, of its tensor where it has one."""
+    if value is None:
+        return None
+    return value.const_value.dtype if value.const_value is not None else value.dtype
+
+
+def is_fp8_qdq(node: ir.Node) -> bool:
+    """Whether `node` quantizes to FP8 or back, in ONNX's way or in TransformerEngine's."""
+    if is_op(node, *TE_QDQ, domain="trt"):
+        return True
+    if not is_op(node, "QuantizeLinear", "DequantizeLinear"):
+        return False
+    values = [*node.inputs[2:3], node.inputs[0] if node.op_type == "DequantizeLinear" else node.outputs[0]]
+    return any(stored_dtype(value) in FP8_DTYPES for value in values) or attribute(node, "output_dtype", 0) in FP8_DTYPES
 
 
 def has_dynamic_scales(model: Model) -> bool:

@@ -238,7 +238,7 @@ class Quantize(Selected, Calibrated):
         found: Findings = {}
         with Calibration(model, self, key=repr(dataclasses.replace(self, exclude_worst=0))) as calibration:
             keep = calibration if self.gptq else None
-            scheme = self._scheme(blocks, calibration.tokens, keep, set() if self.gptq else score_products(model, facts))
+            scheme = self._scheme(blocks, calibration.tokens, keep, model, facts)
             by_node = {product.node: g for g in groups for product in g.products} if self.kind != "int4-rtn" else {}
 
             def look(layer: Layer) -> Findings:
@@ -256,9 +256,9 @@ class Quantize(Selected, Calibrated):
                 found.update(part)
         return scheme, found
 
-    def _scheme(self, blocks: dict[str, int], tokens: int, keep: Calibration | None, unclipped: set[ir.Node]) -> Scheme:
+    def _scheme(self, blocks: dict[str, int], tokens: int, keep: Calibration | None, model: Model, facts: Facts) -> Scheme:
         if self.form is INT4:
-            return Int4Scheme(INT4, tokens, keep, blocks, unclipped)
+            return Int4Scheme(INT4, tokens, keep, blocks, unclipped=() if self.gptq else score_products(model, facts))
         return LinearScheme(self.form, tokens, keep, self.alpha, self.per_token, self.per_channel, self.calib_method)
 
     def _drop_worst(self, groups: list[Group], found: Findings, table: list[dict[str, Any]]) -> None:

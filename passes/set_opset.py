@@ -44,13 +44,12 @@ class SetOpset(Pass):
 
     def apply(self, model: Model) -> PassResult:
         old_ir = model.ir.ir_version or 0
-        least = _ir_version(max(self.version, model.opset))
-        if self.ir_version is not None and not least <= self.ir_version <= MAX_IR_VERSION:
-            raise UsageError(f"set-opset: --ir-version {self.ir_version}: opset {max(self.version, model.opset)} takes {least} to {MAX_IR_VERSION}")
-        small = next((value.name for value, tensor in model.weights() if tensor.dtype.bitwidth < 8), None)
-        if small is not None and self.ir_version is not None and self.ir_version < _IR_OF_4_BITS:
-            raise JobError(f"--ir-version {self.ir_version}: weight {small!r} has 4 bits, which IR {_IR_OF_4_BITS} brought; leave it out")
-        model.ir.ir_version = self.ir_version or min(MAX_IR_VERSION, max(old_ir, least))
+        opset = max(self.version, model.opset)
+        if self.ir_version is None:
+            model.ir.ir_version = min(MAX_IR_VERSION, max(old_ir, _ir_version(opset)))
+        else:
+            _check_ir_version(self.ir_version, opset, model)
+            model.ir.ir_version = self.ir_version
         old = model.opset
         if old >= self.version:
             changed = model.ir.ir_version != old_ir
@@ -72,6 +71,15 @@ class SetOpset(Pass):
 
 
 _IR_OF_4_BITS = 10
+
+
+def _check_ir_version(wanted: int, opset: int, model: Model) -> None:
+    least = _ir_version(opset)
+    if not least <= wanted <= MAX_IR_VERSION:
+        raise UsageError(f"set-opset: --ir-version {wanted}: opset {opset} takes {least} to {MAX_IR_VERSION}")
+    small = next((value.name for value, tensor in model.weights() if tensor.dtype.bitwidth < 8), None)
+    if small is not None and wanted < _IR_OF_4_BITS:
+        raise JobError(f"--ir-version {wanted}: weight {small!r} has 4 bits, which IR {_IR_OF_4_BITS} brought; leave it out")
 
 
 def _ir_version(opset: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +80,7 @@ def _line(job: Job, spec: EngineSpec) -> str:
     from onnxtools.engines.preflight import preflight
     from onnxtools.engines.profiles import profiles_for
     from onnxtools.engines.spec import version_of
-    from onnxtools.engines.timing_cache import cache_file
+    from onnxtools.engines.timing_cache import with_cache_file
     from onnxtools.engines.trtexec import NEWEST, trtexec_line
     from onnxtools.engines.trtexec_builder import OnPaper
     from onnxtools.engines.versions import is_mixed, is_strongly_typed
@@ -91,11 +90,9 @@ def _line(job: Job, spec: EngineSpec) -> str:
     version = NEWEST if spec.tensorrt_version is None else version_of(spec.tensorrt_version)
     if not (8, 6) <= version < (12,):
         raise UsageError(f"--tensorrt-version {spec.tensorrt_version}: the lines of 8.6 to 11 are known; name one of them")
-    if spec.timing_cache is not None:
-        path = cache_file(Path(spec.timing_cache), "trtexec", ".".join(map(str, version)), spec.device)
-        spec = dataclasses.replace(spec, timing_cache=str(path))
-    line = trtexec_line(job.model, job.engine, spec, profiles_for(model, spec), version, mixed=is_mixed(model))
-    preflight(model, spec, OnPaper(version), strong=is_strongly_typed(spec, "trtexec", version, is_mixed(model)))
+    spec, mixed = with_cache_file(spec, "trtexec", version), is_mixed(model)
+    line = trtexec_line(job.model, job.engine, spec, profiles_for(model, spec), version, mixed=mixed)
+    preflight(model, spec, OnPaper(version), strong=is_strongly_typed(spec, "trtexec", version, mixed))
     return line
 
 

@@ -131,3 +131,12 @@ def test_cast_to_and_integer_types_survive(tmp_path: Path) -> None:
         tmp_path / "in.onnx", [helper.make_node("Cast", ["x"], ["y"], to=INT64)], [info("x", [4, 6])], [info("y", [4, 6], INT64)], opset=13, ir_version=7
     )
     assert np.array_equal(Session(upgrade(path))({"x": X})["y"], X.astype(np.int64))
+
+
+def test_an_older_ir_version_for_an_older_reader(tmp_path: Path) -> None:
+    """onnx's own table: opset 19 came with IR 9, 21 with IR 10."""
+    path = write(tmp_path / "in.onnx", [helper.make_node("Relu", ["x"], ["y"])], [info("x", [4, 6])], [info("y", [4, 6])], opset=19, ir_version=11)
+    succeed("set-opset", path, tmp_path / "out.onnx", "--version", "19", "--ir-version", "9")
+    assert onnx.load(tmp_path / "out.onnx").ir_version == 9
+    assert "takes 9 to" in refuse("set-opset", path, tmp_path / "no.onnx", "--version", "19", "--ir-version", "8", code=2)
+    assert "takes 10 to" in refuse("set-opset", path, tmp_path / "no.onnx", "--version", "21", "--ir-version", "9", code=2)
