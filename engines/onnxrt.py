@@ -15,7 +15,19 @@ from typing import Any
 import numpy as np
 
 from onnxtools.engines.decoder_io import decoder_io
-from onnxtools.engines.ort_session import NEXT, DeviceOps, choose_device, device_memory, device_name, is_out_of_memory, one_line, open_session, ports
+from onnxtools.engines.ort_session import (
+    AHEAD,
+    NEXT,
+    PAST_TOKENS,
+    DeviceOps,
+    choose_device,
+    device_memory,
+    device_name,
+    is_out_of_memory,
+    one_line,
+    open_session,
+    ports,
+)
 from onnxtools.errors import JobError
 from onnxtools.generation.runtime import Floats, HostLogits, Ids, Logits, ModelInfo, Prompts, RuntimeOptions, check_length, padded, positions_of
 from onnxtools.memory import available_bytes
@@ -75,6 +87,8 @@ class OrtRuntime:
         self.session, self.captures = open_session(model, options, self._device, self.notes, graph=options.cuda_graph and static)
         if not self.has_cache:
             self.notes.append("the model has no KV cache: every token runs the whole text again; use add-kv-cache, or export --kv-cache concat")
+        self.looks_ahead = self.captures
+        self.takes_tokens = any(value.name == PAST_TOKENS for value in self.session.get_inputs())
         self.results = [self.io.logits.name, *([NEXT] if self._device == "cuda" else [])]
         self.ops = DeviceOps(self._device)
         self._plain = ort.RunOptions()
@@ -107,6 +121,11 @@ class OrtRuntime:
     def step(self, ids: Ids) -> Logits:
         with self._guarded() as state:
             return state.step(ids)
+
+    def ahead(self, ids: Ids, count: int) -> Ids:
+        with self._guarded() as state:
+            assert isinstance(state, _Static)
+            return state.ahead(ids, count)
 
     def reorder(self, rows: Ids) -> None:
         with self._guarded() as state:
@@ -163,10 +182,10 @@ class OrtRuntime:
         advice = "; --logits last at export saves most of it" if self.io.logits_all and self._length > 1 and row > 4 * cache else ""
         return JobError(f"{self.path}: out of memory with {self._rows} rows of {self._length} tokens{fits}{advice}")
 
-    def bound(self, feeds: dict[str, Any]) -> Any:
+    def bound(self, values: dict[str, Any]) -> Any:
         """A binding of small inputs (device values), and of the logits, for which ONNX Runtime makes room."""
         binding = self.session.io_binding()
-        for name, value in feeds.items():
+        for name, value in values.items():
             binding.bind_ortvalue_input(name, value)
         for name in self.results:
             binding.bind_output(name, self._device, 0)
@@ -175,15 +194,17 @@ class OrtRuntime:
     def run(self, binding: Any, options: Any = None) -> None:
         self.session.run_with_iobinding(binding, options or self._plain)
 
-    def feeds(self, ids: Ids, mask: Ids | None, positions: Ids, write: Ids | None = None) -> dict[str, Any]:
-        """Device values of those inputs that the graph has."""
+    def feeds(self, ids: Ids, mask: Ids | None, positions: Ids, write: Ids | None = None) -> dict[str, Ids]:
+        """Of those inputs that the graph has, beside the caches."""
         io = self.io
         pairs = ((io.ids, ids), (io.mask, mask), (io.positions, positions), (io.write_indices, write))
-        return {port.name: self.ops.value(np.ascontiguousarray(array, port.dtype)) for port, array in pairs if port is not None and array is not None}
+        found = {port.name: np.ascontiguousarray(array, port.dtype) for port, array in pairs if port is not None and array is not None}
+        if self.takes_tokens:
+            found[PAST_TOKENS] = np.zeros((len(ids), 1), np.int64)  # nobody reads what is made of it
+        return found
 
-    def last(self, binding: Any, ends: Ids) -> Logits:
+    def last(self, outputs: list[Any], ends: Ids) -> Logits:
         """The logits at `ends` of a prefill's outputs; the same as the last ones where the graph returns those alone."""
-        outputs = binding.get_outputs()
         if self._device == "cuda" and (not self.io.logits_all or outputs[0].shape()[1] == 1):
             return DeviceLogits(*outputs[:2])
         logits = outputs[0].numpy()
@@ -217,13 +238,14 @@ class _Growing:
 
     def _run(self, ids: Ids, positions: Ids) -> Logits:
         r = self.r
-        binding = r.bound(r.feeds(ids, self.mask, positions))
+        binding = r.bound(r.ops.values(r.feeds(ids, self.mask, positions)))
         for cache, value in zip(r.io.caches, self.caches, strict=True):
             binding.bind_ortvalue_input(cache.past.name, value)
             binding.bind_output(cache.present.name, r._device, 0)
         r.run(binding)
-        self.caches = binding.get_outputs()[-len(self.caches) :]
-        return r.last(binding, np.full(self.rows, -1))
+        outputs = binding.get_outputs()
+        self.caches = outputs[-len(self.caches) :]
+        return r.last(outputs, np.full(self.rows, -1))
 
     def reorder(self, rows: Ids) -> None:
         value = self.r.ops.value(rows)
@@ -249,16 +271,23 @@ class _Static:
         return rows == self.rows and (length == self.slots or (self.r.io.cache_length is not None and length <= self.slots))
 
     def _bind(self) -> None:
-        """The step's binding: fixed inputs, buffers and logits, so that a captured graph finds them where they were."""
+        """The step's bindings: fixed inputs, buffers and logits, so that a captured graph finds them where they were.
+
+        One reads what the host has written. Where steps can run ahead there are two, each of which writes what the other reads.
+        """
         r, io = self.r, self.r.io
         pairs = ((io.ids, self.ids), (io.mask, self.mask), (io.positions, self.positions), (io.write_indices, self.write))
         self.inputs = [(port.name, given) for port, given in pairs if port is not None]
-        self.binding = r.bound({name: given.value for name, given in self.inputs})
-        self._bind_buffers(self.binding)
-        self.outputs: list[Any] | None = None
-        self.options = _graph_options() if r.captures else None
+        count = 2 if r.looks_ahead else 1
+        places = [{name: given.value if at == 0 else r.ops.value(given.array) for name, given in self.inputs} for at in range(count)]
+        self.tokens = [r.ops.value(np.zeros((self.rows, self.slots), np.int64)) for _ in places]
+        self._prompts: dict[int, tuple[dict[str, Any], _Side]] = {}
+        self.sides = []
+        for place, other, past, tokens in zip(places, places[::-1], self.tokens, self.tokens[::-1], strict=True):
+            outputs = {f"{AHEAD}.{name}": value for name, value in other.items() if name != io.ids.name} | {NEXT: other[io.ids.name], f"{AHEAD}.tokens": tokens}
+            self.sides.append(_Side(self, place | ({PAST_TOKENS: past} if r.takes_tokens else {}), outputs if count > 1 else {}, captured=r.captures))
 
-    def _bind_buffers(self, binding: Any) -> None:
+    def bind_buffers(self, binding: Any) -> None:
         for cache, buffer in zip(self.r.io.caches, self.buffers, strict=True):
             binding.bind_ortvalue_input(cache.past.name, buffer)
             binding.bind_ortvalue_output(cache.present.name, buffer)
@@ -271,33 +300,76 @@ class _Static:
         self.mask.array[:, : mask.shape[1]] = mask
         # gqa takes a mask as long as the text, scatter one as long as the buffer.
         given = self.mask.array if r.io.kind == "scatter" else mask
-        binding = r.bound(r.feeds(ids, given, positions_of(mask), np.zeros(self.rows, np.int64)))
-        self._bind_buffers(binding)
-        r.run(binding)
-        return r.last(binding, self.lengths - 1)
+        feeds = r.feeds(ids, given, positions_of(mask), np.zeros(self.rows, np.int64))
+        return r.last(self._prompt_side(feeds, ids.shape[1]).run(), self.lengths - 1)
+
+    def _prompt_side(self, feeds: dict[str, Ids], length: int) -> _Side:
+        """With `feeds` as its inputs. It is kept for the next prompts of that length, where its logits are small."""
+        if length in self._prompts:
+            values, side = self._prompts[length]
+            for name, value in values.items():
+                value.update_inplace(feeds[name])
+            return side
+        values = self.r.ops.values(feeds)
+        side = _Side(self, values, {}, captured=False)
+        self._prompts = {} if self.r.io.logits_all else {length: (values, side)}
+        return side
 
     def step(self, ids: Ids) -> Logits:
-        every = np.arange(self.rows)
+        self._push(ids, 1)
+        outputs = self.sides[0].run(wait=True)
+        if self.r._device == "cuda":
+            return DeviceLogits(*outputs[:2])
+        return HostLogits(outputs[0].numpy()[:, -1].astype(np.float32, copy=False))
+
+    def ahead(self, ids: Ids, count: int) -> Ids:
+        first = self.lengths + 1  # where in a row the first token found will be
+        self._push(ids, count)
+        for step in range(count):
+            self.sides[step % 2].run(wait=step == count - 1)
+        return self.tokens[count % 2].numpy()[np.arange(self.rows)[:, None], first[:, None] + np.arange(count)]  # type: ignore[no-any-return]
+
+    def _push(self, ids: Ids, count: int) -> None:
+        """The inputs of the first of `count` steps."""
         self.ids.array[:, 0] = ids
         self.positions.array[:, 0] = self.write.array[:] = self.lengths
+        every = np.arange(self.rows)
         self.mask.array[every, self.lengths] = 1
-        self.lengths = self.lengths + 1
         for _, given in self.inputs:
             given.push()
-        self.r.run(self.binding, self.options)
-        if self.outputs is None:  # bound from now on, where the first run put them
-            self.outputs = self.binding.get_outputs()
-            for name, value in zip(self.r.results, self.outputs, strict=False):
-                self.binding.bind_ortvalue_output(name, value)
-        if self.r._device == "cuda":
-            return DeviceLogits(*self.outputs[:2])
-        return HostLogits(self.outputs[0].numpy()[:, -1].astype(np.float32, copy=False))
+        for step in range(1, count):
+            self.mask.array[every, self.lengths + step] = 1
+        self.lengths = self.lengths + count
 
     def reorder(self, rows: Ids) -> None:
         r, value = self.r, self.r.ops.value(rows)
         self.buffers = [r.ops.picked(buffer, value, _batch_axis(c)) for c, buffer in zip(r.io.caches, self.buffers, strict=True)]
         self.lengths, self.mask.array[:] = self.lengths[rows], self.mask.array[rows]
         self._bind()
+
+
+class _Side:
+    """Inputs, caches and outputs at fixed places. Of a step: captured as a CUDA graph where that is possible."""
+
+    def __init__(self, state: _Static, inputs: dict[str, Any], outputs: dict[str, Any], *, captured: bool) -> None:
+        r = self._runtime = state.r
+        self._binding = r.bound(inputs)
+        state.bind_buffers(self._binding)
+        for name, value in outputs.items():
+            self._binding.bind_ortvalue_output(name, value)
+        graph = next(_GRAPHS)
+        self._options = [_graph_options(graph, wait) if captured else None for wait in (False, True)]
+        self._results: list[Any] | None = None
+
+    def run(self, *, wait: bool = True) -> list[Any]:
+        """The logits and what else is asked of every run. Without `wait` they are there once a later run has been waited for."""
+        r = self._runtime
+        r.run(self._binding, self._options[wait])
+        if self._results is None:  # bound from now on where the first run put them
+            self._results = self._binding.get_outputs()[: len(r.results)]
+            for name, value in zip(r.results, self._results, strict=True):
+                self._binding.bind_ortvalue_output(name, value)
+        return self._results
 
 
 class _Whole:
@@ -324,7 +396,7 @@ class _Whole:
         slots = io.cache_length or ids.shape[1]
         given = np.pad(mask, ((0, 0), (0, slots - mask.shape[1]))) if io.kind == "scatter" else mask
         binding = r.session.io_binding()
-        for name, value in r.feeds(ids, given, positions_of(mask), np.zeros(len(ids), np.int64)).items():
+        for name, value in r.ops.values(r.feeds(ids, given, positions_of(mask), np.zeros(len(ids), np.int64))).items():
             binding.bind_ortvalue_input(name, value)
         for cache in io.caches:
             empty = r.ops.zeros(cache.shape(len(ids), slots if io.kind in ("scatter", "gqa") else 0), cache.past.dtype)
@@ -339,12 +411,14 @@ class _Whole:
 _GRAPHS = iter(range(1, 1 << 31))
 
 
-def _graph_options() -> Any:
-    """Run options with a graph of their own: captured at the second run, replayed from then on."""
+def _graph_options(graph: int, wait: bool) -> Any:
+    """Run options of the graph with that number: captured at its second run, replayed from then on."""
     import onnxruntime as ort
 
     made = ort.RunOptions()
-    made.add_run_config_entry("gpu_graph_id", str(next(_GRAPHS)))
+    made.add_run_config_entry("gpu_graph_id", str(graph))
+    if not wait:
+        made.add_run_config_entry("disable_synchronize_execution_providers", "1")
     return made
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from onnxtools.errors import UsageError
 from onnxtools.generation.generate import check_numbers
-from onnxtools.generation.runtime import Ids, Runtime
+from onnxtools.generation.runtime import Ids, Runtime, greedy_steps
 from onnxtools.generation.text import Tokenizer
 from onnxtools.passbase import option
 
@@ -113,17 +113,21 @@ def _one(runtime: Runtime, tokenizer: Tokenizer | None, text: str, prompts: Ids,
 
 
 def generate_timed(runtime: Runtime, prompts: Ids, new_tokens: int) -> tuple[Ids, list[float]]:
-    """Greedy tokens [rows, new_tokens], and when each was known on the host.
+    """Greedy tokens [rows, new_tokens], and when each was known on the host (those of steps taken at once: spread over them).
 
     Raises:
-        JobError: the last logits are not numbers.
+        JobError: logits that are not numbers.
     """
     runtime.start(len(prompts), prompts.shape[1] + new_tokens)
     ids, best = runtime.prefill(prompts.tolist()).argmax()
-    tokens, marks = [ids], [time.perf_counter()]
-    for _ in range(new_tokens - 1):
-        ids, best = runtime.step(ids).argmax()
-        tokens.append(ids)
-        marks.append(time.perf_counter())
-    check_numbers(best, new_tokens - 1)
-    return np.stack(tokens, axis=1), marks
+    check_numbers(best, 0)
+    found, marks = [ids[:, None]], [time.perf_counter()]
+    while len(marks) < new_tokens:
+        tokens, bests = greedy_steps(runtime, found[-1][:, -1], new_tokens - len(marks))
+        count, last = tokens.shape[1], marks[-1]
+        each = (time.perf_counter() - last) / count
+        for column in range(count):
+            check_numbers(bests[:, column], len(marks))
+            marks.append(last + each * (column + 1))
+        found.append(tokens)
+    return np.concatenate(found, axis=1), marks

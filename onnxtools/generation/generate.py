@@ -10,12 +10,16 @@ import numpy as np
 
 from onnxtools.errors import JobError, UsageError
 from onnxtools.generation.options import GenerationOptions
-from onnxtools.generation.runtime import Ids, Logits, Prompts, Runtime
+from onnxtools.generation.runtime import Ids, Logits, Prompts, Runtime, greedy_steps
 from onnxtools.generation.sampling import draw, filtered, forbidden, log_softmax, penalized
 
 Finish = Literal["length", "eos", "stop"]
 OnToken = Callable[[int, int], bool]
 """Called with the row and its new token; True ends the row (a stop text was found)."""
+
+
+_AHEAD = 8
+"""Steps between two looks at the tokens, where one of them may end the text: what is computed after an end is lost."""
 
 
 @dataclass
@@ -79,7 +83,7 @@ def first_logits(runtime: Runtime, prompts: Prompts) -> tuple[Logits, list[list[
 
 
 def check_numbers(best: np.ndarray, step: int) -> None:
-    """Raises: JobError naming the step and row whose best logit is NaN or infinite."""
+    """Raises: JobError naming the step and row whose best logit, of [rows], is NaN or infinite."""
     if not np.isfinite(best).all():
         row = int((~np.isfinite(best)).argmax())
         raise JobError(f"the logits of row {row} are NaN or infinite at step {step}; compare the model with its source: onnxtools validate")
@@ -101,7 +105,8 @@ class _Loop:
 
     def run(self) -> list[Generated]:
         logits, waiting = first_logits(self.runtime, self.prompts)
-        for step in range(self.options.max_new_tokens + max(map(len, waiting))):
+        longest = max(map(len, waiting))
+        for step in range(self.options.max_new_tokens + longest):
             ids, logprobs = self._choose(logits, step)
             for row in np.flatnonzero(self.open):
                 if waiting[row]:
@@ -110,7 +115,23 @@ class _Loop:
                     self._append(int(row), int(ids[row]), logprobs)
             if not self.open.any():
                 break
+            if self.plain and self.on_token is None and not longest:
+                return self._greedy(ids)
             logits = self.runtime.step(ids)
+        return self.found
+
+    def _greedy(self, ids: Ids) -> list[Generated]:
+        """The rest of a greedy search, several steps at once where the runtime can; a row's tokens after its end are dropped."""
+        done = 1
+        most = _AHEAD if self.ends else self.options.max_new_tokens
+        while self.open.any():
+            tokens, best = greedy_steps(self.runtime, ids, min(most, self.options.max_new_tokens - done))
+            for column in range(tokens.shape[1]):
+                check_numbers(np.where(self.open, best[:, column], 0), done)
+                for row in np.flatnonzero(self.open):
+                    self._append(int(row), int(tokens[row, column]), None)
+                done += 1
+            ids = tokens[:, -1]
         return self.found
 
     def _choose(self, logits: Logits, step: int) -> tuple[Ids, np.ndarray | None]:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -96,6 +96,7 @@ class RuntimeOptions:
     device: Literal["auto", "cpu", "cuda"] = option("auto", "Where to run; auto is CUDA where the runtime finds a device.")
     threads: int = option(0, "Threads of the CPU. [default: all cores]")
     cuda_graph: bool = option(True, "Capture the decode step as a CUDA graph where shapes are static (scatter, gqa).")
+    kernels: bool = option(True, "Our own CUDA kernels for decode steps in ONNX Runtime, compiled once by nvcc; from compute capability 9.0.")
     checkpoint: str | None = option(None, "Checkpoint of the runtime `frameworks`. [default: the MODEL, where it is a checkpoint]")
     attention: Literal["eager", "sdpa"] = option("sdpa", "Attention of the runtime `frameworks`.")
     cache: bool = option(True, "Let the runtime `frameworks` keep a KV cache.")
@@ -107,7 +108,7 @@ class RuntimeOptions:
 
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "cpu": {"device": "cpu"}, "cuda": {"device": "cuda"}, "eager": {"attention": "eager"}, "sdpa": {"attention": "sdpa"}, "nocache": {"cache": False},
-    "nograph": {"cuda_graph": False},
+    "nograph": {"cuda_graph": False}, "nokernels": {"kernels": False},
 }  # fmt: skip
 """Words after a runtime's name, as in `frameworks:eager:nocache`, and the options they stand for."""
 
@@ -165,6 +166,21 @@ class Runtime(Protocol):
         ...
 
 
+@runtime_checkable
+class LooksAhead(Protocol):
+    """A runtime that can feed its own greedy tokens back, so that the device does not wait for the host.
+
+    Attributes:
+        looks_ahead: whether it can with this model.
+    """
+
+    looks_ahead: bool
+
+    def ahead(self, ids: Ids, count: int) -> Ids:
+        """`count` greedy steps, the first of `ids`; the tokens they find, [rows, count], -1 where the logits are NaN."""
+        ...
+
+
 def open_runtime(spec: str, model: Path, options: RuntimeOptions) -> Runtime:
     """The runtime called `spec` (name[:variant...]) for `model`.
 
@@ -182,6 +198,19 @@ def open_runtime(spec: str, model: Path, options: RuntimeOptions) -> Runtime:
     made: Runtime = registry.load(name, registry.RUNTIMES)(model, options)
     made.name = spec
     return made
+
+
+def greedy_steps(runtime: Runtime, ids: Ids, count: int) -> tuple[Ids, Floats]:
+    """Greedy tokens after `ids`: `count`, or one where the runtime cannot look ahead.
+
+    Returns:
+        The tokens, and the best logit of each, NaN or infinite where logits are; both [rows, tokens].
+    """
+    if count > 1 and isinstance(runtime, LooksAhead) and runtime.looks_ahead:
+        tokens = runtime.ahead(ids, count)
+        return tokens, np.where(tokens < 0, np.float32(np.nan), np.float32(0))
+    found, best = runtime.step(ids).argmax()
+    return found[:, None], best[:, None]
 
 
 def check_length(info: ModelInfo, length: int, longest_prompt: int, what: str) -> None:

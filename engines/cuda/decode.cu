@@ -1,0 +1,150 @@
+// One query token a row against its cache: appends the token's key and value, rotates where there are angles, and attends.
+//
+// A block serves one KV head of one row with all the query heads that share it (G). A key is read by head_size / 8 lanes, 16 bytes each;
+// each such group of lanes keeps its own running maximum, sum and output (the online softmax of Milakov and Gimelshein, 2018), and the
+// groups are merged at the end. The cache is read once, keys and values together, with kUnroll of each in flight a lane.
+#include "kernels.h"
+#include "launch.h"
+
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kUnroll = 4;  // keys in flight a lane
+
+// Element d of a head, rotated by its position's angle (Su et al., 2021), in the halves or the interleaved form.
+template <typename T, int D>
+__device__ float rotated(const T* head, int d, const T* cos, const T* sin, bool interleaved) {
+  const float here = float(head[d]);
+  if (cos == nullptr) return here;
+  const int pair = interleaved ? d / 2 : d % (D / 2);
+  const bool first = interleaved ? d % 2 == 0 : d < D / 2;
+  const float other = float(head[interleaved ? d ^ 1 : (d + D / 2) % D]);
+  return here * float(cos[pair]) + (first ? -other : other) * float(sin[pair]);
+}
+
+__device__ __forceinline__ uint4 load(const void* p) {
+  uint4 v;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  return v;
+}
+
+template <typename T, int D, int G>
+__global__ __launch_bounds__(kThreads) void attention_kernel(AttentionArguments p) {
+  constexpr int kLanes = D / 8, kGroups = kThreads / kLanes;  // lanes a key, keys at once
+  __shared__ T query[G][D], fresh[2][D];
+  __shared__ float maxima[kGroups][G], sums[kGroups][G], outputs[kGroups][D];
+  const int kv = blockIdx.x % p.kv_heads, row = blockIdx.x / p.kv_heads, lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
+  const int position = p.positions[row];
+  const size_t width = size_t(p.heads + 2 * p.kv_heads) * D;
+  const T* qkv = static_cast<const T*>(p.qkv) + row * width;
+  const T* cos = p.cos == nullptr ? nullptr : static_cast<const T*>(p.cos) + size_t(position) * (D / 2);
+  const T* sin = p.cos == nullptr ? nullptr : static_cast<const T*>(p.sin) + size_t(position) * (D / 2);
+  T* keys = static_cast<T*>(p.key) + (size_t(row) * p.kv_heads + kv) * p.slots * D;
+  T* values = static_cast<T*>(p.value) + (size_t(row) * p.kv_heads + kv) * p.slots * D;
+
+  uint4 next_k[kUnroll], next_v[kUnroll];
+  auto fetch = [&](int base) {
+#pragma unroll
+    for (int u = 0; u < kUnroll; u++) {
+      const size_t at = size_t(min(base + group + u * kGroups, p.slots - 1)) * D + 8 * lane;
+      next_k[u] = load(keys + at), next_v[u] = load(values + at);
+    }
+  };
+  fetch(0);  // the cache is of earlier steps
+  wait_for_inputs();
+
+  for (int e = threadIdx.x; e < G * D; e += kThreads) query[e / D][e % D] = T(rotated<T, D>(qkv + (size_t(kv) * G + e / D) * D, e % D, cos, sin, p.interleaved));
+  for (int d = threadIdx.x; d < D; d += kThreads) {
+    fresh[0][d] = keys[size_t(position) * D + d] = T(rotated<T, D>(qkv + size_t(p.heads + kv) * D, d, cos, sin, p.interleaved));
+    fresh[1][d] = values[size_t(position) * D + d] = qkv[size_t(p.heads + p.kv_heads + kv) * D + d];
+  }
+  __syncthreads();
+
+  float q[G][8], maximum[G], sum[G], out[G][8] = {};
+  for (int h = 0; h < G; h++) {
+    widen<T>(*reinterpret_cast<const uint4*>(&query[h][8 * lane]), q[h]);
+    maximum[h] = -1e30f, sum[h] = 0;  // finite: a group may have no key
+    for (int i = 0; i < 8; i++) q[h][i] *= p.scale * 1.4426950408889634f;  // exp2 below
+  }
+  for (int base = 0; base <= position; base += kGroups * kUnroll) {  // the same trips for every lane, which shuffle together
+    uint4 k[kUnroll], v[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; u++) {
+      k[u] = next_k[u], v[u] = next_v[u];
+      if (base + group + u * kGroups >= position) {  // beyond it a weight of 0 must meet numbers
+        k[u] = *reinterpret_cast<const uint4*>(&fresh[0][8 * lane]);
+        v[u] = *reinterpret_cast<const uint4*>(&fresh[1][8 * lane]);
+      }
+    }
+    fetch(base + kGroups * kUnroll);
+#pragma unroll
+    for (int h = 0; h < G; h++) {
+      float score[kUnroll], top = maximum[h];
+#pragma unroll
+      for (int u = 0; u < kUnroll; u++) {
+        float wide[8], dot = 0;
+        widen<T>(k[u], wide);
+#pragma unroll
+        for (int i = 0; i < 8; i++) dot += q[h][i] * wide[i];
+#pragma unroll
+        for (int mask = kLanes / 2; mask > 0; mask /= 2) dot += __shfl_xor_sync(0xffffffffu, dot, mask);
+        score[u] = base + group + u * kGroups <= position ? dot : -INFINITY;
+        top = fmaxf(top, score[u]);
+      }
+      const float shrink = exp2f(maximum[h] - top);
+      maximum[h] = top, sum[h] *= shrink;
+#pragma unroll
+      for (int i = 0; i < 8; i++) out[h][i] *= shrink;
+#pragma unroll
+      for (int u = 0; u < kUnroll; u++) {
+        const float weight = exp2f(score[u] - top);
+        float wide[8];
+        widen<T>(v[u], wide);
+        sum[h] += weight;
+#pragma unroll
+        for (int i = 0; i < 8; i++) out[h][i] += weight * wide[i];
+      }
+    }
+  }
+  if (lane == 0)
+    for (int h = 0; h < G; h++) maxima[group][h] = maximum[h], sums[group][h] = sum[h];
+  for (int h = 0; h < G; h++) {
+    __syncthreads();
+    for (int i = 0; i < 8; i++) outputs[group][8 * lane + i] = out[h][i];
+    __syncthreads();
+    for (int d = threadIdx.x; d < D; d += kThreads) {
+      float top = -INFINITY, total = 0, value = 0;
+      for (int i = 0; i < kGroups; i++) top = fmaxf(top, maxima[i][h]);
+      for (int i = 0; i < kGroups; i++) {
+        const float weight = exp2f(maxima[i][h] - top);
+        total += weight * sums[i][h], value += weight * outputs[i][d];
+      }
+      static_cast<T*>(p.y)[(size_t(row) * p.heads + kv * G + h) * D + d] = T(value / total);
+    }
+  }
+}
+
+template <typename T, int D, int G>
+cudaError_t launch(const AttentionArguments& p, cudaStream_t stream) {
+  return Launch(dim3(p.batch * p.kv_heads), dim3(kThreads), 0, stream).run(attention_kernel<T, D, G>, p);
+}
+
+template <typename T, int D>
+cudaError_t grouped(const AttentionArguments& p, cudaStream_t stream) {
+  switch (p.heads / p.kv_heads) {
+    case 1: return launch<T, D, 1>(p, stream);
+    case 2: return launch<T, D, 2>(p, stream);
+    case 3: return launch<T, D, 3>(p, stream);
+    case 4: return launch<T, D, 4>(p, stream);
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace
+
+bool takes_decode(int heads, int kv_heads, int head_size) { return (head_size == 64 || head_size == 128) && heads % kv_heads == 0 && heads / kv_heads <= 4; }
+
+cudaError_t decode_attention(const AttentionArguments& p, bool bf16, cudaStream_t stream) {
+  if (bf16) return p.head_size == 64 ? grouped<__nv_bfloat16, 64>(p, stream) : grouped<__nv_bfloat16, 128>(p, stream);
+  return p.head_size == 64 ? grouped<half, 64>(p, stream) : grouped<half, 128>(p, stream);
+}

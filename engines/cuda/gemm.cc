@@ -1,0 +1,97 @@
+// act(X W^T + bias) of many rows by cublasLt, whose epilogue adds the bias and applies the activation without another pass over the result.
+//
+// The library is the one that ONNX Runtime has loaded; its interface (cublasLt.h) is declared as far as it is called, so that neither its
+// headers nor its version matter here.
+#include <dlfcn.h>
+
+#include <map>
+#include <mutex>
+#include <tuple>
+
+#include "kernels.h"
+
+namespace {
+
+using Handle = void*;
+struct Algorithm { uint64_t data[8]; };
+struct Heuristic { Algorithm algorithm; size_t workspace; int status; float waves; int reserved[4]; };
+
+constexpr int kCompute32F = 68, kTranspose = 1;                                       // cublasComputeType_t, cublasOperation_t
+constexpr int kReal32F = 0, kReal16F = 2, kReal16BF = 14;                             // cudaDataType_t
+constexpr int kDescTransA = 3, kDescEpilogue = 7, kDescBias = 8, kDescBiasType = 26;  // cublasLtMatmulDescAttributes_t
+constexpr int kBias = 4, kGelu = 32, kDefault = 1;                                    // cublasLtEpilogue_t
+constexpr int kMaxWorkspace = 1;                                                      // cublasLtMatmulPreferenceAttributes_t
+
+struct Library {
+  int (*Create)(Handle*);
+  int (*MatmulDescCreate)(Handle*, int compute, int scale);
+  int (*MatmulDescSetAttribute)(Handle, int attribute, const void* value, size_t size);
+  int (*MatrixLayoutCreate)(Handle*, int type, uint64_t rows, uint64_t columns, int64_t pitch);
+  int (*MatmulPreferenceCreate)(Handle*);
+  int (*MatmulPreferenceSetAttribute)(Handle, int attribute, const void* value, size_t size);
+  int (*MatmulAlgoGetHeuristic)(Handle, Handle desc, Handle a, Handle b, Handle c, Handle d, Handle preference, int wanted, Heuristic* found, int* count);
+  int (*Matmul)(Handle, Handle desc, const void* alpha, const void* a, Handle a_layout, const void* b, Handle b_layout, const void* beta, const void* c, Handle c_layout, void* d,
+                Handle d_layout, const Algorithm*, void* workspace, size_t workspace_size, cudaStream_t);
+  Handle handle = nullptr;
+  bool ready = false;
+
+  Library() {
+    void* file = nullptr;
+    for (const char* name : {"libcublasLt.so.13", "libcublasLt.so.12", "libcublasLt.so"})
+      if ((file = dlopen(name, RTLD_LAZY | RTLD_NOLOAD)) != nullptr || (file = dlopen(name, RTLD_LAZY)) != nullptr) break;
+    if (file == nullptr) return;
+    auto get = [&](auto& function, const char* name) { return (function = reinterpret_cast<std::decay_t<decltype(function)>>(dlsym(file, name))) != nullptr; };
+    ready = get(Create, "cublasLtCreate") && get(MatmulDescCreate, "cublasLtMatmulDescCreate") && get(MatmulDescSetAttribute, "cublasLtMatmulDescSetAttribute") &&
+            get(MatrixLayoutCreate, "cublasLtMatrixLayoutCreate") && get(MatmulPreferenceCreate, "cublasLtMatmulPreferenceCreate") &&
+            get(MatmulPreferenceSetAttribute, "cublasLtMatmulPreferenceSetAttribute") && get(MatmulAlgoGetHeuristic, "cublasLtMatmulAlgoGetHeuristic") &&
+            get(Matmul, "cublasLtMatmul") && Create(&handle) == 0;
+  }
+};
+
+struct Plan {
+  Handle desc = nullptr, x = nullptr, w = nullptr, y = nullptr;
+  Algorithm algorithm;
+};
+
+}  // namespace
+
+const char* gemm(const LinearArguments& p, bool bf16, cudaStream_t stream) {
+  static Library lt;
+  static std::mutex mutex;
+  static std::map<std::tuple<int, int, int, int, int, bool>, Plan> plans;  // kept for the life of the process: a few hundred bytes each
+  if (!lt.ready) return "Linear: cublasLt could not be loaded";
+  std::lock_guard<std::mutex> lock(mutex);
+  int epilogue = (p.bias != nullptr ? kBias : 0) | (p.activation == Activation::kGeluTanh ? kGelu : 0);
+  if (epilogue == 0) epilogue = kDefault;
+  int device = 0;
+  cudaGetDevice(&device);
+  auto [at, fresh] = plans.try_emplace({device, p.m, p.n, p.k, epilogue, bf16});
+  Plan& plan = at->second;
+  const int type = bf16 ? kReal16BF : kReal16F;
+  if (fresh) {
+    // Row-major Y = X W^T is column-major Y^T = W^T' X^T, and the bias runs along the rows of Y^T.
+    const size_t none = 0;
+    Handle preference = nullptr;
+    Heuristic found = {};
+    int count = 0, error = lt.MatmulDescCreate(&plan.desc, kCompute32F, kReal32F);
+    auto set = [&](int attribute, const void* value, size_t size) { if (error == 0) error = lt.MatmulDescSetAttribute(plan.desc, attribute, value, size); };
+    set(kDescTransA, &kTranspose, sizeof(int));
+    set(kDescEpilogue, &epilogue, sizeof epilogue);
+    if (p.bias != nullptr) set(kDescBias, &p.bias, sizeof p.bias), set(kDescBiasType, &type, sizeof type);
+    if (error == 0) error = lt.MatrixLayoutCreate(&plan.w, type, p.k, p.n, p.k);
+    if (error == 0) error = lt.MatrixLayoutCreate(&plan.x, type, p.k, p.m, p.k);
+    if (error == 0) error = lt.MatrixLayoutCreate(&plan.y, type, p.n, p.m, p.n);
+    if (error == 0) error = lt.MatmulPreferenceCreate(&preference);
+    if (error == 0) error = lt.MatmulPreferenceSetAttribute(preference, kMaxWorkspace, &none, sizeof none);
+    if (error == 0) error = lt.MatmulAlgoGetHeuristic(lt.handle, plan.desc, plan.w, plan.x, plan.y, plan.y, preference, 1, &found, &count);
+    if (error != 0 || count == 0) {
+      plans.erase(at);
+      return "Linear: cublasLt has no algorithm for this shape";
+    }
+    plan.algorithm = found.algorithm;
+  }
+  if (p.bias != nullptr && lt.MatmulDescSetAttribute(plan.desc, kDescBias, &p.bias, sizeof p.bias) != 0) return "Linear: cublasLt does not take the bias";
+  const float one = 1, zero = 0;
+  const int error = lt.Matmul(lt.handle, plan.desc, &one, p.w, plan.w, p.x, plan.x, &zero, p.y, plan.y, p.y, plan.y, &plan.algorithm, nullptr, 0, stream);
+  return error == 0 ? nullptr : "Linear: cublasLt failed";
+}

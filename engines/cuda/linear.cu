@@ -1,0 +1,152 @@
+// Y = act(X W^T + b) for a few rows of X: the products of a decode step, which are bound by reading W once.
+//
+// Each warp computes 16 * MT features for all rows with mma.m16n8k16: W is the A operand (features by K), X the B operand (K by rows).
+// Nothing passes through shared memory on its way in. An MMA sums over K in any order as long as A and B agree, so a thread takes its
+// operands as 16 consecutive bytes of a row of W and of X: thread t of a quad holds k = 8t .. 8t+7 of 32.
+// K is split among the warps of a block and among the blocks of a cluster; partial sums meet in (distributed) shared memory.
+#include <cooperative_groups.h>
+
+#include "kernels.h"
+#include "launch.h"
+
+namespace cg = cooperative_groups;
+
+namespace {
+
+constexpr int kWarps = 8;
+
+__device__ __forceinline__ float activated(float v, Activation activation) {
+  if (activation == Activation::kNone) return v;
+  return 0.5f * v * (1.0f + tanhf(0.7978845608028654f * (v + 0.044715f * v * v * v)));  // GELU's tanh form (Hendrycks and Gimpel, 2016)
+}
+
+// MT: tiles of 16 features a warp; NT: tiles of 8 rows of X; RG: groups of features in a block, each with kWarps / RG warps along K.
+template <typename T, int MT, int NT, int RG, int ST, int SUB>
+__global__ __launch_bounds__(32 * kWarps) void linear_kernel(const T* __restrict__ x, const T* __restrict__ w, const T* __restrict__ bias,
+                                                             T* __restrict__ y, int m, int n, int k, Activation activation) {
+  constexpr int kFeatures = 16 * MT, kRows = 8 * NT, kPitch = kFeatures + 4, kAlong = kWarps / RG, kChunk = 32 * SUB;
+  extern __shared__ uint4 shared[];
+  auto& partial = *reinterpret_cast<float (*)[kWarps][kRows][kPitch]>(shared);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int group = warp % RG, along = warp / RG;
+  const int splits = gridDim.y, feature0 = (blockIdx.x * RG + group) * kFeatures;
+
+  // A thread fetches what it will use itself, so its stages need no barrier.
+  uint4* ring = shared + warp * ST * (MT * 2 * SUB) * 32 + lane;
+  const T* rows[MT][2];
+  for (int i = 0; i < MT; i++)
+    for (int h = 0; h < 2; h++) rows[i][h] = w + size_t(min(feature0 + 16 * i + 8 * h + g, n - 1)) * k + 8 * t;
+  const int start = (blockIdx.y * kAlong + along) * kChunk, stride = splits * kAlong * kChunk;
+  auto fetch = [&](int at, int stage) {
+    if (at < k) {
+#pragma unroll
+      for (int i = 0; i < MT; i++)
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+#pragma unroll
+          for (int s = 0; s < SUB; s++) copy_async(ring + ((stage * MT + i) * 2 * SUB + h * SUB + s) * 32, rows[i][h] + at + 32 * s);
+    }
+    asm volatile("cp.async.commit_group;");
+  };
+  for (int i = 0; i < ST - 1; i++) fetch(start + i * stride, i);
+  wait_for_inputs();
+
+  const T* xs[NT];
+  for (int j = 0; j < NT; j++) xs[j] = x + size_t(min(8 * j + g, m - 1)) * k + 8 * t;
+  uint4 b[NT][SUB];
+  auto fetch_x = [&](int at) {
+    if (at >= k) return;
+#pragma unroll
+    for (int j = 0; j < NT; j++)
+#pragma unroll
+      for (int s = 0; s < SUB; s++) b[j][s] = *reinterpret_cast<const uint4*>(xs[j] + at + 32 * s);
+  };
+  fetch_x(start);
+  float sum[MT][NT][4] = {};
+  int stage = 0;
+  for (int at = start; at < k; at += stride) {
+    fetch(at + (ST - 1) * stride, (stage + ST - 1) % ST);
+    asm volatile("cp.async.wait_group %0;" ::"n"(ST - 1) : "memory");
+    uint4 c[NT][SUB];
+    for (int j = 0; j < NT; j++)
+      for (int s = 0; s < SUB; s++) c[j][s] = b[j][s];
+    fetch_x(at + stride);
+#pragma unroll
+    for (int s = 0; s < SUB; s++)
+#pragma unroll
+      for (int i = 0; i < MT; i++) {
+        const uint4 low = ring[((stage * MT + i) * 2 * SUB + s) * 32], high = ring[((stage * MT + i) * 2 * SUB + SUB + s) * 32];
+#pragma unroll
+        for (int j = 0; j < NT; j++) {
+          mma(sum[i][j], low.x, high.x, low.y, high.y, c[j][s].x, c[j][s].y, T());
+          mma(sum[i][j], low.z, high.z, low.w, high.w, c[j][s].z, c[j][s].w, T());
+        }
+      }
+    stage = (stage + 1) % ST;
+  }
+  asm volatile("cp.async.wait_all;" ::: "memory");
+  __syncthreads();
+  for (int i = 0; i < MT; i++)
+    for (int j = 0; j < NT; j++)
+      for (int c = 0; c < 4; c++) partial[warp][8 * j + 2 * t + c % 2][16 * i + g + 8 * (c / 2)] = sum[i][j][c];
+  __syncthreads();
+
+  // The warps of a group into its first one; then each block of the cluster finishes its share of the features.
+  constexpr int kAll = RG * kRows * kFeatures;
+  for (int e = threadIdx.x; e < kAll; e += 32 * kWarps) {
+    const int f = e % kFeatures, r = e / kFeatures % kRows, q = e / (kFeatures * kRows);
+    float total = 0;
+    for (int i = 0; i < kAlong; i++) total += partial[i * RG + q][r][f];
+    partial[q][r][f] = total;
+  }
+  cg::cluster_group cluster = cg::this_cluster();
+  if (splits > 1) cluster.sync(); else __syncthreads();
+  const int share = kAll / splits;
+  for (int e = blockIdx.y * share + threadIdx.x; e < int(blockIdx.y + 1) * share; e += 32 * kWarps) {
+    const int f = e % kFeatures, q = e / kFeatures % RG, r = e / (kFeatures * RG), feature = (blockIdx.x * RG + q) * kFeatures + f;
+    float total = 0;
+    if (splits > 1) {
+      for (int i = 0; i < splits; i++) total += *cluster.map_shared_rank(&partial[q][r][f], i);
+    } else {
+      total = partial[q][r][f];
+    }
+    if (r >= m || feature >= n) continue;
+    if (bias != nullptr) total += float(bias[feature]);
+    y[size_t(r) * n + feature] = T(activated(total, activation));
+  }
+  if (splits > 1) cluster.sync();  // shared memory must outlive its readers
+}
+
+template <typename T, int MT, int NT, int RG, int ST, int SUB>
+cudaError_t launch(const LinearArguments& p, int splits, cudaStream_t stream) {
+  auto* kernel = linear_kernel<T, MT, NT, RG, ST, SUB>;
+  constexpr int kRing = kWarps * ST * MT * 2 * SUB * 32 * 16, kPartial = kWarps * 8 * NT * (16 * MT + 4) * 4, kShared = kRing > kPartial ? kRing : kPartial;
+  static const cudaError_t ready = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+  if (ready != cudaSuccess) return ready;
+  const dim3 grid((p.n + 16 * MT * RG - 1) / (16 * MT * RG), splits);
+  return Launch(grid, dim3(32 * kWarps), kShared, stream).cluster(splits).run(kernel, static_cast<const T*>(p.x), static_cast<const T*>(p.w), static_cast<const T*>(p.bias),
+                                                                              static_cast<T*>(p.y), p.m, p.n, p.k, p.activation);
+}
+
+}  // namespace
+
+namespace {
+
+template <typename T, int NT>
+cudaError_t chosen(const LinearArguments& p, int processors, cudaStream_t stream) {
+  // 32 features a block. Few blocks: K is split among a cluster. Many: fewer bytes of shared memory let more of them live at once.
+  const int blocks = (p.n + 31) / 32;
+  if (blocks > 3 * processors) return launch<T, 2, NT, 1, 3, 1>(p, 1, stream);
+  if (blocks > 3 * processors / 2) return launch<T, 2, NT, 1, 2, 2>(p, 1, stream);
+  return launch<T, 2, NT, 1, 3, 2>(p, blocks > 3 * processors / 4 ? 2 : 4, stream);
+}
+
+}  // namespace
+
+// A head of very many features keeps all memory busy in cuBLAS too, which has less to do at the ends of its blocks.
+bool takes_linear(int m, int n, int k) { return m <= 16 && n <= 32768 && k % 64 == 0; }
+
+cudaError_t linear(const LinearArguments& p, bool bf16, int processors, cudaStream_t stream) {
+  if (bf16) return p.m <= 8 ? chosen<__nv_bfloat16, 1>(p, processors, stream) : chosen<__nv_bfloat16, 2>(p, processors, stream);
+  return p.m <= 8 ? chosen<half, 1>(p, processors, stream) : chosen<half, 2>(p, processors, stream);
+}

@@ -1,0 +1,133 @@
+"""Our CUDA kernels for a decode step in the place of ONNX Runtime's operators, in the graph that a session is made of; the file stays as it is.
+
+A decode step reads each weight once for a few rows, and ONNX Runtime takes a kernel each for product, bias, activation, unpacking of queries and
+normalization. The operators of the domain `onnxtools` (engines/cuda) take one each, which starts while the one before still runs.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from onnxtools.graph import Builder, attribute, constant_tensor, is_op, remove_unused, rename_or_bypass
+from onnxtools.model import Model
+from onnxtools.products import Product, weight_products
+from onnxtools.weights import shape_of
+
+DOMAIN = "onnxtools"
+_TYPES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+_GQA_DEFAULTS = {"local_window_size": -1, "softcap": 0.0, "smooth_softmax": 0, "qk_output": 0, "k_quant_type": "NONE", "v_quant_type": "NONE"}
+_NORMS = ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization")
+_PLAIN_NORMS = {"LayerNormalization": _NORMS[0], "RMSNormalization": _NORMS[1]}
+
+
+def use_kernels(model: Model) -> Counter[str]:
+    """Put our operators into the graph of `model`, where they compute the same; how many of each.
+
+    - Gemm of rows and a weight [N, K] in fp16 or bf16, K a multiple of 64: Linear, with the bias and the tanh GELU that follow it;
+    - com.microsoft.GroupQueryAttention of packed queries without a window, cap or quantized cache: GroupQueryAttention;
+    - com.microsoft.Skip(Simplified)LayerNormalization, LayerNormalization and RMSNormalization of up to 16384 channels: the first two.
+    """
+    build, made = Builder(model), Counter[str]()
+    for product in list(weight_products(model)):
+        if _is_linear(product):
+            _to_linear(build, product)
+            made["products"] += 1
+    for node in list(model.graph):
+        if is_op(node, "GroupQueryAttention", domain="com.microsoft") and _is_packed(node):
+            _to_attention(build, node)
+            made["attentions"] += 1
+        elif is_op(node, *_NORMS, domain="com.microsoft") and _is_norm(node, node.inputs[2]):
+            _to_norm(build, node, node.op_type, node.inputs)
+            made["norms"] += 1
+        elif is_op(node, *_PLAIN_NORMS) and attribute(node, "axis", -1) == -1 and _is_norm(node, node.inputs[1]):
+            _to_norm(build, node, _PLAIN_NORMS[node.op_type], [node.inputs[0], None, *node.inputs[1:]])
+            made["norms"] += 1
+    if made:
+        model.graph.opset_imports[DOMAIN] = 1
+        remove_unused(model)
+    return made
+
+
+def _is_linear(product: Product) -> bool:
+    node, tensor = product.node, product.tensor
+    plain = is_op(node, "Gemm") and not product.path and product.index == 1 and product.axis == 1 and not attribute(node, "transA", 0)
+    if not plain or tensor.dtype not in _TYPES or len(tensor.shape) != 2 or shape_of(tensor)[1] % 64:
+        return False
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    return attribute(node, "alpha", 1.0) == attribute(node, "beta", 1.0) == 1.0 and (bias is None or _is_bias(bias, shape_of(tensor)[0]))
+
+
+def _is_bias(value: ir.Value | None, size: int) -> bool:
+    tensor = constant_tensor(value)
+    return tensor is not None and tensor.dtype in _TYPES and shape_of(tensor) in ((size,), (1, size))
+
+
+def _to_linear(build: Builder, product: Product) -> None:
+    node, size = product.node, shape_of(product.tensor)[0]
+    bias, end, activation = node.inputs[2] if len(node.inputs) > 2 else None, node, "NONE"
+    gelu = _only_user(node)
+    if gelu is not None and bias is None and is_op(gelu, "FastGelu", domain="com.microsoft"):
+        added = gelu.inputs[1] if len(gelu.inputs) > 1 else None
+        if added is None or _is_bias(added, size):
+            bias, end, activation = added, gelu, "GELU"
+    elif gelu is not None and is_op(gelu, "Gelu") and attribute(gelu, "approximate", "none") == "tanh":
+        end, activation = gelu, "GELU"
+    # Queries, keys and values: the bias is added once they are shaped [batch, sequence, size], and can be added before.
+    shaped = _only_user(node) if end is node and bias is None else None
+    later = _only_user(shaped) if shaped is not None and is_op(shaped, "Reshape") else None
+    if shaped is not None and later is not None and is_op(later, "Add") and later.inputs[0] is shaped.outputs[0] and _is_bias(later.inputs[1], size):
+        bias = later.inputs[1]
+        rename_or_bypass(build.graph, later.outputs[0], shaped.outputs[0])
+    build.before = end
+    inputs = [product.activation, product.weight, *([bias] if bias is not None else [])]
+    value = build.op("Linear", inputs, f"{node.name}/Linear", domain=DOMAIN, dtype=end.outputs[0].dtype, activation=activation)
+    value.shape = end.outputs[0].shape
+    rename_or_bypass(build.graph, end.outputs[0], value)
+
+
+def _only_user(node: ir.Node) -> ir.Node | None:
+    """The one node that reads what `node` makes, where nobody else does."""
+    uses = list(node.outputs[0].uses())
+    return uses[0].node if len(uses) == 1 and not node.outputs[0].is_graph_output() else None
+
+
+def _is_packed(node: ir.Node) -> bool:
+    past = node.inputs[3] if len(node.inputs) > 3 else None
+    more = [value for value in node.inputs[9:] if value is not None]
+    if past is None or past.dtype not in _TYPES or node.inputs[1] is not None or node.inputs[2] is not None or more:
+        return False
+    return len(node.outputs) == 3 and all(attribute(node, name, default) == default for name, default in _GQA_DEFAULTS.items())
+
+
+def _to_attention(build: Builder, node: ir.Node) -> None:
+    past = node.inputs[3]
+    assert past is not None and past.shape is not None
+    size, rotary = past.shape[3], attribute(node, "do_rotary", 0)
+    assert isinstance(size, int)
+    inputs = [node.inputs[0], *node.inputs[3:7], *(node.inputs[7:9] if rotary else [])]
+    build.before = node
+    made = build.ops(
+        "GroupQueryAttention", inputs, f"{node.name}/onnxtools", outputs=3, domain=DOMAIN, num_heads=attribute(node, "num_heads"),
+        kv_num_heads=attribute(node, "kv_num_heads"), do_rotary=rotary, rotary_interleaved=attribute(node, "rotary_interleaved", 0),
+        scale=float(attribute(node, "scale", 0.0) or size**-0.5),
+    )  # fmt: skip
+    for old, new in zip(node.outputs, made, strict=True):
+        new.type, new.shape = old.type, old.shape
+        rename_or_bypass(build.graph, old, new)
+
+
+def _is_norm(node: ir.Node, scale: ir.Value | None) -> bool:
+    tensor = constant_tensor(scale)
+    width = shape_of(tensor)[-1] if tensor is not None and tensor.dtype in _TYPES else 0
+    return 0 < width <= 16384 and width % 16 == 0 and not any(value.uses() or value.is_graph_output() for value in node.outputs[1:3])
+
+
+def _to_norm(build: Builder, node: ir.Node, op_type: str, inputs: Sequence[ir.Value | None]) -> None:
+    build.before = node
+    made = build.ops(op_type, list(inputs), f"{node.name}/onnxtools", outputs=2, domain=DOMAIN, epsilon=float(attribute(node, "epsilon", 1e-5)))
+    for old, new in zip((node.outputs[0], *node.outputs[3:]), made, strict=False):
+        new.type, new.shape = old.type, old.shape
+        rename_or_bypass(build.graph, old, new)
