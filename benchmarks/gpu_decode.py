@@ -4,7 +4,7 @@ Target: >= 3500 tokens/s at batch 16, 128 in, 20 out with ONNX Runtime's CUDA pr
 loop: 2298 tokens/s (139 ms: prefill 35.6, step 5.45). Floor: 73 ms (10.1 GB of weights a step, 2.06e13 operations of the prefill).
 
 1. Tiny models in every form of the cache, fp32 (gqa: fp16, whose rounding may turn a tie): the GPU's greedy tokens are those of transformers on the CPU.
-2. `onnxtools benchmark` of onnxrt alone, then interleaved with itself without CUDA graph, transformers eager and SDPA, and eager without a
+2. `onnxtools benchmark` of onnxrt alone, then interleaved with itself without our kernels, transformers eager and SDPA, and eager without a
    cache. Interleaved, the card is hotter and its clocks lower.
 
 --small runs all of it on any machine, to try the script.
@@ -40,7 +40,7 @@ override_vocab_size: {vocab}
 """
 LARGE = {"layers": 24, "hidden": 4096, "ffn": 16384, "heads": 32, "vocab": 51200}
 SMALL = {"layers": 2, "hidden": 128, "ffn": 512, "heads": 4, "vocab": 512}
-RUNTIMES = ("onnxrt", "onnxrt:nograph", "frameworks:eager", "frameworks:sdpa", "frameworks:eager:nocache")
+RUNTIMES = ("onnxrt", "onnxrt:nokernels", "frameworks:eager", "frameworks:sdpa", "frameworks:eager:nocache")
 
 
 def onnxtools(*arguments: str) -> str:
@@ -80,13 +80,14 @@ def check_tokens(folder: Path, device: str) -> list[str]:
     from onnxtools.generation.runtime import RuntimeOptions, open_runtime
 
     prompts = [[5, 9, 30, 31, 77], [3, 8], [60, 61, 62, 63, 64, 65, 66, 67, 1]]
-    llama = {"vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 112}
+    many = 45  # times the prompts: enough rows and heads for our attention of a step to be used
+    llama = {"vocab_size": 97, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 192}
     lines = []
-    for name, config in (
-        ("llama", transformers.LlamaConfig(**llama, max_position_embeddings=64, eos_token_id=None)),
-        ("gpt2", transformers.GPT2Config(vocab_size=97, n_embd=64, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=None)),
+    for name, seed, config in (  # of seeds whose two best logits are never nearer than fp16 resolves
+        ("llama", 11, transformers.LlamaConfig(**llama, max_position_embeddings=64, eos_token_id=None)),
+        ("gpt2", 7, transformers.GPT2Config(vocab_size=97, n_embd=128, n_layer=2, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=None)),
     ):
-        torch.manual_seed(7)
+        torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(config).eval()
         with torch.no_grad():
             for parameter in model.parameters():
@@ -101,12 +102,14 @@ def check_tokens(folder: Path, device: str) -> list[str]:
                 runtime = open_runtime("onnxrt", path, RuntimeOptions(device=device))  # type: ignore[arg-type]
                 for _ in range(3):  # plain, while it is captured, replayed
                     found = [b[0].token_ids for b in generate(runtime, prompts, GenerationOptions(max_new_tokens=24, ignore_eos=True))]
+                for _ in range(3):
+                    rows = [b[0].token_ids for b in generate(runtime, prompts * many, GenerationOptions(max_new_tokens=24, ignore_eos=True))]
                 beams = [b[0].token_ids for b in generate(runtime, prompts, GenerationOptions(max_new_tokens=8, num_beams=3, ignore_eos=True))]
                 wanted = [
                     model.generate(torch.tensor([p]), max_new_tokens=8, num_beams=3, do_sample=False, pad_token_id=0)[0, len(p) :].tolist() for p in prompts
                 ]
                 lines.append(
-                    f"| {name} | {form} | {logits} | {'same' if found == expected else 'DIFFERENT'} | {'same' if beams == wanted else 'DIFFERENT'} |"
+                    f"| {name} | {form} | {logits} | {'same' if found == expected else 'DIFFERENT'} | {'same' if rows == expected * many else 'DIFFERENT'} | {'same' if beams == wanted else 'DIFFERENT'} |"
                     f" {'yes' if runtime.captures else 'no'} | {'; '.join(runtime.notes)} |"  # type: ignore[attr-defined]
                 )
                 runtime.close()
@@ -123,7 +126,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tokens = check_tokens(folder, device)
-        print("| model | cache | logits | greedy | 3 beams | CUDA graph | notes |\n| --- | --- | --- | --- | --- | --- | --- |", *tokens, sep="\n", flush=True)
+        print(
+            "| model | cache | logits | greedy | 135 rows | 3 beams | CUDA graph | notes |\n| --- | --- | --- | --- | --- | --- | --- | --- |",
+            *tokens,
+            sep="\n",
+            flush=True,
+        )
         model, checkpoint = shape(folder, SMALL if options.small else LARGE, "fp32" if options.small else "fp16")
         sizes = ("--batch-size", "16", "--input-seq-len", "128", "--output-seq-len", "20", "--warmup", "3", "--iterations", str(options.iterations))
         runtimes = [part for r in RUNTIMES for part in ("--runtime", r)]

@@ -15,19 +15,8 @@ from typing import Any
 import numpy as np
 
 from onnxtools.engines.decoder_io import decoder_io
-from onnxtools.engines.ort_session import (
-    AHEAD,
-    NEXT,
-    PAST_TOKENS,
-    DeviceOps,
-    choose_device,
-    device_memory,
-    device_name,
-    is_out_of_memory,
-    one_line,
-    open_session,
-    ports,
-)
+from onnxtools.engines.next_token import AHEAD, NEXT, PAST_TOKENS
+from onnxtools.engines.ort_session import DeviceOps, choose_device, device_memory, device_name, is_out_of_memory, one_line, open_session, ports
 from onnxtools.errors import JobError
 from onnxtools.generation.runtime import Floats, HostLogits, Ids, Logits, ModelInfo, Prompts, RuntimeOptions, check_length, padded, positions_of
 from onnxtools.memory import available_bytes

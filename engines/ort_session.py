@@ -6,7 +6,9 @@ import contextlib
 import functools
 import os
 import subprocess
+from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,19 +18,12 @@ import onnx_ir as ir
 from onnxtools.engines.decoder_io import Port
 from onnxtools.engines.kernel_library import MIN_CAPABILITY, find_nvcc, kernel_library
 from onnxtools.engines.kernels import use_kernels
+from onnxtools.engines.next_token import add_next_token
 from onnxtools.errors import JobError
 from onnxtools.generation.runtime import RuntimeOptions
-from onnxtools.graph import Builder, attribute, is_fp8_qdq
+from onnxtools.graph import attribute, is_fp8_qdq
 from onnxtools.model import Model
 from onnxtools.ort import BROKEN_OPTIMIZERS
-
-NEXT = "onnxtools.next"
-"""An output that is added for a device, [rows, tokens]: the best token, -1 where the logits are NaN, so that a step moves 8 bytes a row to the
-host and not the logits. It must not be bound to the memory of input_ids: to capture a graph, ONNX Runtime runs a step twice."""
-AHEAD = "onnxtools.ahead"
-"""Prefix of the outputs that are the next step's inputs beside NEXT, and of the tokens found so far, where a step can be captured."""
-PAST_TOKENS = f"{AHEAD}.past_tokens"
-"""The input beside them: the tokens found before, [rows, slots]."""
 
 
 def choose_device(wanted: str, notes: list[str]) -> str:
@@ -99,11 +94,12 @@ def open_session(model: Model, options: RuntimeOptions, device: str, notes: list
     if device == "cpu":
         return _session(ort, str(model.path), settings, ["CPUExecutionProvider"], model), False
     settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model.path.parent.resolve()))
-    _add_argmax(model)
-    if graph:
-        _add_ahead(model)
-    if options.kernels:
-        _add_kernels(model, settings, notes)
+    library = _library(options, notes)
+    made = use_kernels(model) if library is not None else Counter[str]()
+    add_next_token(model, ahead=graph, kernel=library is not None)
+    if library is not None:
+        settings.register_custom_ops_library(str(library))
+        notes.append("our kernels: " + (", ".join(f"{count} {name}" for name, count in made.items()) or "none of the model's operators"))
     if _heads_alone(model):
         # XQA shares a KV head among its queries; with one query a head it took 29 us where cuDNN took 19 (H200, 16 x 32 heads, 148 tokens).
         os.environ.setdefault("ORT_ENABLE_XQA", "0")
@@ -143,63 +139,16 @@ def _session(ort: Any, source: str | bytes, settings: Any, providers: list[Any],
         raise JobError(f"{model.path}: ONNX Runtime cannot load the graph: {one_line(error)}") from None
 
 
-def _add_argmax(model: Model) -> None:
-    """The output NEXT, of the logits."""
-    build = Builder(model)
-    logits = next((value for value in model.graph.outputs if value.name == "logits"), model.graph.outputs[0])
-    best = build.op("ArgMax", [logits], f"{NEXT}/best", axis=-1, keepdims=1)
-    logit = build.op("GatherElements", [logits, best], f"{NEXT}/logit", axis=-1)
-    bad = build.op("IsNaN", [build.op("Sub", [logit, logit], f"{NEXT}/zero")], f"{NEXT}/bad")  # infinity - infinity is NaN too
-    checked = build.op("Where", [bad, build.constant(np.array(-1), f"{NEXT}/none"), best], f"{NEXT}/checked")
-    found = build.op("Squeeze", [checked, build.constant([-1], f"{NEXT}/axis")], NEXT)
-    found.name, found.dtype = NEXT, ir.DataType.INT64
-    found.shape = ir.Shape(list(logits.shape)[:-1]) if logits.shape is not None else None
-    model.graph.outputs.append(found)
-
-
-def _add_ahead(model: Model) -> None:
-    """The outputs AHEAD: what the next step takes for attention_mask, position_ids and write_indices, and the tokens found so far.
-
-    The mask is 1 on a row's first tokens, that of the step among them; the token that the step finds comes after them. AHEAD.tokens is the
-    input PAST_TOKENS, [rows, slots], with that token in its place.
-    """
-    inputs = {value.name: value for value in model.graph.inputs}
-    mask, found = inputs["attention_mask"], next(value for value in model.graph.outputs if value.name == NEXT)
-    build, one = Builder(model), np.array(1)
-
-    def op(op_type: str, operands: list[ir.Value], name: str, **attributes: Any) -> ir.Value:
-        return build.op(op_type, operands, f"{AHEAD}/{name}", **attributes)
-
-    def output(value: ir.Value, name: str, dims: list[int | str | None]) -> None:
-        value.name, value.dtype, value.shape = f"{AHEAD}.{name}", ir.DataType.INT64, ir.Shape(dims)
-        model.graph.outputs.append(value)
-
-    past = ir.Value(name=PAST_TOKENS, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([None, None]))
-    model.graph.inputs.append(past)
-    slots = op("Squeeze", [op("Shape", [mask], "slots", start=1)], "count")
-    place = op("Range", [build.constant(np.array(0), f"{AHEAD}/zero"), slots, build.constant(one, f"{AHEAD}/one")], "place")
-    length = op("ReduceSum", [mask, build.constant([1], f"{AHEAD}/axis")], "length", keepdims=1)
-    output(op("Cast", [op("LessOrEqual", [place, length], "inside")], "mask", to=ir.DataType.INT64.value), "attention_mask", [None, None])
-    one_token = op("ReduceMax", [found, build.constant([1], f"{AHEAD}/axis")], "token", keepdims=1)  # a prefill finds several, and nobody reads on
-    output(op("Where", [op("Equal", [place, length], "here"), one_token, past], "append"), "tokens", [None, None])
-    for name in ("position_ids", "write_indices"):
-        if name in inputs:
-            output(op("Add", [inputs[name], build.constant(one, f"{AHEAD}/one")], name), name, [None] * len(inputs[name].shape or ()))
-
-
-def _add_kernels(model: Model, settings: Any, notes: list[str]) -> None:
-    """Our kernels, where there is a card for them and nvcc to compile them."""
-    capability = _cuda_devices()[0][1] if _cuda_devices() else 0
+def _library(options: RuntimeOptions, notes: list[str]) -> Path | None:
+    """That of our kernels, where they are wanted, there is a card for them, and nvcc to compile them."""
+    capability = _cuda_devices()[0][1] if options.kernels and _cuda_devices() else 0
     if capability < MIN_CAPABILITY:
-        return
+        return None
     nvcc = find_nvcc()
     if nvcc is None:
-        notes.append("our kernels for decode steps are not used: there is no nvcc to compile them; install the CUDA toolkit, or say --no-kernels")
-        return
-    made = use_kernels(model)
-    if made:
-        settings.register_custom_ops_library(str(kernel_library(nvcc, capability)))
-        notes.append("our kernels: " + ", ".join(f"{count} {name}" for name, count in made.items()))
+        notes.append("our kernels are not used: there is no nvcc to compile them; install the CUDA toolkit, or say --no-kernels")
+        return None
+    return kernel_library(nvcc, capability)
 
 
 def _heads_alone(model: Model) -> bool:

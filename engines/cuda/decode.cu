@@ -2,14 +2,14 @@
 //
 // A block serves one KV head of one row with all the query heads that share it (G). A key is read by head_size / 8 lanes, 16 bytes each;
 // each such group of lanes keeps its own running maximum, sum and output (the online softmax of Milakov and Gimelshein, 2018), and the
-// groups are merged at the end. The cache is read once, keys and values together, with kUnroll of each in flight a lane.
+// groups are merged at the end. The cache is read once, keys and values together.
 #include "kernels.h"
 #include "launch.h"
 
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kUnroll = 4;  // keys in flight a lane
+constexpr int kUnroll = 4, kStages = 3;  // keys a lane takes at once, and how many times that are in flight
 
 // Element d of a head, rotated by its position's angle (Su et al., 2021), in the halves or the interleaved form.
 template <typename T, int D>
@@ -20,12 +20,6 @@ __device__ float rotated(const T* head, int d, const T* cos, const T* sin, bool 
   const bool first = interleaved ? d % 2 == 0 : d < D / 2;
   const float other = float(head[interleaved ? d ^ 1 : (d + D / 2) % D]);
   return here * float(cos[pair]) + (first ? -other : other) * float(sin[pair]);
-}
-
-__device__ __forceinline__ uint4 load(const void* p) {
-  uint4 v;
-  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
-  return v;
 }
 
 template <typename T, int D, int G>
@@ -42,15 +36,22 @@ __global__ __launch_bounds__(kThreads) void attention_kernel(AttentionArguments 
   T* keys = static_cast<T*>(p.key) + (size_t(row) * p.kv_heads + kv) * p.slots * D;
   T* values = static_cast<T*>(p.value) + (size_t(row) * p.kv_heads + kv) * p.slots * D;
 
-  uint4 next_k[kUnroll], next_v[kUnroll];
-  auto fetch = [&](int base) {
+  // A lane fetches what it will use itself, so its stages need no barrier.
+  extern __shared__ uint4 shared[];
+  uint4* ring = shared + threadIdx.x;
+  constexpr int kStride = kGroups * kUnroll;
+  auto fetch = [&](int base, int stage) {
+    if (base < p.slots) {
 #pragma unroll
-    for (int u = 0; u < kUnroll; u++) {
-      const size_t at = size_t(min(base + group + u * kGroups, p.slots - 1)) * D + 8 * lane;
-      next_k[u] = load(keys + at), next_v[u] = load(values + at);
+      for (int u = 0; u < kUnroll; u++) {
+        const size_t at = size_t(min(base + group + u * kGroups, p.slots - 1)) * D + 8 * lane;
+        copy_async(ring + ((stage * kUnroll + u) * 2 + 0) * kThreads, keys + at);
+        copy_async(ring + ((stage * kUnroll + u) * 2 + 1) * kThreads, values + at);
+      }
     }
+    asm volatile("cp.async.commit_group;");
   };
-  fetch(0);  // the cache is of earlier steps
+  for (int i = 0; i < kStages - 1; i++) fetch(i * kStride, i);  // the cache is of earlier steps
   wait_for_inputs();
 
   for (int e = threadIdx.x; e < G * D; e += kThreads) query[e / D][e % D] = T(rotated<T, D>(qkv + (size_t(kv) * G + e / D) * D, e % D, cos, sin, p.interleaved));
@@ -66,17 +67,19 @@ __global__ __launch_bounds__(kThreads) void attention_kernel(AttentionArguments 
     maximum[h] = -1e30f, sum[h] = 0;  // finite: a group may have no key
     for (int i = 0; i < 8; i++) q[h][i] *= p.scale * 1.4426950408889634f;  // exp2 below
   }
-  for (int base = 0; base <= position; base += kGroups * kUnroll) {  // the same trips for every lane, which shuffle together
+  int stage = 0;
+  for (int base = 0; base <= position; base += kStride) {  // the same trips for every lane, which shuffle together
+    const int ahead = base + (kStages - 1) * kStride;
+    fetch(ahead <= position ? ahead : p.slots, (stage + kStages - 1) % kStages);
+    asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 1) : "memory");
     uint4 k[kUnroll], v[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; u++) {
-      k[u] = next_k[u], v[u] = next_v[u];
-      if (base + group + u * kGroups >= position) {  // beyond it a weight of 0 must meet numbers
-        k[u] = *reinterpret_cast<const uint4*>(&fresh[0][8 * lane]);
-        v[u] = *reinterpret_cast<const uint4*>(&fresh[1][8 * lane]);
-      }
+      const bool old = base + group + u * kGroups < position;  // beyond the token itself a weight of 0 must meet numbers
+      k[u] = old ? ring[((stage * kUnroll + u) * 2 + 0) * kThreads] : *reinterpret_cast<const uint4*>(&fresh[0][8 * lane]);
+      v[u] = old ? ring[((stage * kUnroll + u) * 2 + 1) * kThreads] : *reinterpret_cast<const uint4*>(&fresh[1][8 * lane]);
     }
-    fetch(base + kGroups * kUnroll);
+    stage = (stage + 1) % kStages;
 #pragma unroll
     for (int h = 0; h < G; h++) {
       float score[kUnroll], top = maximum[h];
@@ -126,7 +129,10 @@ __global__ __launch_bounds__(kThreads) void attention_kernel(AttentionArguments 
 
 template <typename T, int D, int G>
 cudaError_t launch(const AttentionArguments& p, cudaStream_t stream) {
-  return Launch(dim3(p.batch * p.kv_heads), dim3(kThreads), 0, stream).run(attention_kernel<T, D, G>, p);
+  constexpr int kShared = kStages * kUnroll * 2 * kThreads * 16;
+  static const cudaError_t ready = cudaFuncSetAttribute(attention_kernel<T, D, G>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+  if (ready != cudaSuccess) return ready;
+  return Launch(dim3(p.batch * p.kv_heads), dim3(kThreads), kShared, stream).run(attention_kernel<T, D, G>, p);
 }
 
 template <typename T, int D>

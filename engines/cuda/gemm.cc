@@ -4,6 +4,7 @@
 // headers nor its version matter here.
 #include <dlfcn.h>
 
+#include <cmath>
 #include <map>
 #include <mutex>
 #include <tuple>
@@ -48,10 +49,36 @@ struct Library {
   }
 };
 
+constexpr int kCandidates = 8, kTimed = 3;
+
 struct Plan {
   Handle desc = nullptr, x = nullptr, w = nullptr, y = nullptr;
-  Algorithm algorithm;
+  Heuristic found[kCandidates];  // best guess first
+  int count = 0, chosen = 0, uses = 0;
 };
+
+int multiply(const Library& lt, const LinearArguments& p, const Plan& plan, int candidate, cudaStream_t stream) {
+  const float one = 1, zero = 0;
+  return lt.Matmul(lt.handle, plan.desc, &one, p.w, plan.w, p.x, plan.x, &zero, p.y, plan.y, p.y, plan.y, &plan.found[candidate].algorithm, nullptr, 0, stream);
+}
+
+// The candidate that takes the least time for these operands.
+int fastest(const Library& lt, const LinearArguments& p, const Plan& plan, cudaStream_t stream) {
+  cudaEvent_t begin, end;
+  if (cudaEventCreate(&begin) != cudaSuccess || cudaEventCreate(&end) != cudaSuccess) return plan.chosen;
+  int best = plan.chosen;
+  float least = INFINITY;
+  for (int i = 0; i < plan.count; i++) {
+    float ms = INFINITY;
+    int error = multiply(lt, p, plan, i, stream);
+    cudaEventRecord(begin, stream);
+    for (int run = 0; run < kTimed && error == 0; run++) error = multiply(lt, p, plan, i, stream);
+    cudaEventRecord(end, stream);
+    if (error == 0 && cudaEventSynchronize(end) == cudaSuccess && cudaEventElapsedTime(&ms, begin, end) == cudaSuccess && ms < least) best = i, least = ms;
+  }
+  cudaEventDestroy(begin), cudaEventDestroy(end);
+  return best;
+}
 
 }  // namespace
 
@@ -72,8 +99,7 @@ const char* gemm(const LinearArguments& p, bool bf16, cudaStream_t stream) {
     // Row-major Y = X W^T is column-major Y^T = W^T' X^T, and the bias runs along the rows of Y^T.
     const size_t none = 0;
     Handle preference = nullptr;
-    Heuristic found = {};
-    int count = 0, error = lt.MatmulDescCreate(&plan.desc, kCompute32F, kReal32F);
+    int error = lt.MatmulDescCreate(&plan.desc, kCompute32F, kReal32F);
     auto set = [&](int attribute, const void* value, size_t size) { if (error == 0) error = lt.MatmulDescSetAttribute(plan.desc, attribute, value, size); };
     set(kDescTransA, &kTranspose, sizeof(int));
     set(kDescEpilogue, &epilogue, sizeof epilogue);
@@ -83,15 +109,15 @@ const char* gemm(const LinearArguments& p, bool bf16, cudaStream_t stream) {
     if (error == 0) error = lt.MatrixLayoutCreate(&plan.y, type, p.n, p.m, p.n);
     if (error == 0) error = lt.MatmulPreferenceCreate(&preference);
     if (error == 0) error = lt.MatmulPreferenceSetAttribute(preference, kMaxWorkspace, &none, sizeof none);
-    if (error == 0) error = lt.MatmulAlgoGetHeuristic(lt.handle, plan.desc, plan.w, plan.x, plan.y, plan.y, preference, 1, &found, &count);
-    if (error != 0 || count == 0) {
+    if (error == 0) error = lt.MatmulAlgoGetHeuristic(lt.handle, plan.desc, plan.w, plan.x, plan.y, plan.y, preference, kCandidates, plan.found, &plan.count);
+    if (error != 0 || plan.count == 0) {
       plans.erase(at);
       return "Linear: cublasLt has no algorithm for this shape";
     }
-    plan.algorithm = found.algorithm;
   }
   if (p.bias != nullptr && lt.MatmulDescSetAttribute(plan.desc, kDescBias, &p.bias, sizeof p.bias) != 0) return "Linear: cublasLt does not take the bias";
-  const float one = 1, zero = 0;
-  const int error = lt.Matmul(lt.handle, plan.desc, &one, p.w, plan.w, p.x, plan.x, &zero, p.y, plan.y, p.y, plan.y, &plan.algorithm, nullptr, 0, stream);
-  return error == 0 ? nullptr : "Linear: cublasLt failed";
+  // A shape that comes again is worth a look at the other candidates; not while a graph is captured, which forbids waiting.
+  cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusActive;
+  if (++plan.uses == 2 && cudaStreamIsCapturing(stream, &capturing) == cudaSuccess && capturing == cudaStreamCaptureStatusNone) plan.chosen = fastest(lt, p, plan, stream);
+  return multiply(lt, p, plan, plan.chosen, stream) == 0 ? nullptr : "Linear: cublasLt failed";
 }

@@ -46,3 +46,12 @@ cudaError_t decode_attention(const AttentionArguments& p, bool bf16, cudaStream_
 
 bool takes_prefill(int batch, int heads, int kv_heads, int head_size, int tokens);
 cudaError_t prefill_attention(const AttentionArguments& p, bool bf16, cudaStream_t stream);
+
+struct NextTokenArguments {
+  const float* logits;                        // [rows, tokens, vocabulary]
+  const int64_t *mask, *past;                 // [rows, slots]: 1 on a row's first tokens; [rows, past_slots]: tokens found before
+  int64_t *next, *next_mask, *found;          // [rows, tokens], -1 where a logit is NaN or the best infinite; [rows, slots] each
+  int rows, tokens, vocabulary, slots, past_slots;
+};
+
+cudaError_t next_token(const NextTokenArguments& p, cudaStream_t stream);

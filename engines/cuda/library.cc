@@ -4,6 +4,7 @@
 // Linear(X, W, bias?) -> Y: act(X W^T + bias). X [tokens, K], W [N, K], bias [1, N]; attribute activation: NONE or GELU (tanh form).
 // GroupQueryAttention: the inputs of com.microsoft.GroupQueryAttention that a packed query needs; its attributes.
 // SkipLayerNormalization, SkipSimplifiedLayerNormalization: those of com.microsoft, and of their outputs the first and the sum. Without skip: a norm.
+// NextToken(logits fp32, mask, past_tokens) -> next, next_mask, tokens: see next_token.cu.
 #include "kernels.h"
 #include "ort_abi.h"
 
@@ -100,6 +101,7 @@ struct Linear {
   static constexpr const char* kName = "Linear";
   static constexpr int kInputs = 3, kOutputs = 1;
   static int type(size_t) { return kType; }
+  static int output_type(size_t) { return kType; }
   static bool optional(size_t index) { return index == 2; }
   static bool on_host(size_t) { return false; }
 
@@ -140,6 +142,7 @@ struct GroupQueryAttention {
   enum { kQuery, kPastKey, kPastValue, kLengths, kTotal, kCos, kSin, kInputs };
   static constexpr int kOutputs = 3;
   static int type(size_t index) { return index == kLengths || index == kTotal ? kInt32 : kType; }
+  static int output_type(size_t) { return kType; }
   static bool optional(size_t index) { return index >= kCos; }
   static bool on_host(size_t index) { return index == kTotal; }
 
@@ -197,6 +200,7 @@ struct SkipNorm {
   enum { kX, kSkip, kScale, kShiftOrBias, kBias, kInputs = kRms ? kBias : kBias + 1 };  // RMS normalization has no shift
   static constexpr int kOutputs = 2;
   static int type(size_t) { return kType; }
+  static int output_type(size_t) { return kType; }
   static bool optional(size_t index) { return index == kSkip || index >= kShiftOrBias; }
   static bool on_host(size_t) { return false; }
 
@@ -221,6 +225,35 @@ struct SkipNorm {
   }
 };
 
+struct NextToken {
+  static constexpr const char* kName = "NextToken";
+  enum { kLogits, kMask, kPast, kInputs };
+  static constexpr int kOutputs = 3;
+  static int type(size_t index) { return index == kLogits ? kFloat32 : kInt64; }
+  static int output_type(size_t) { return kInt64; }
+  static bool optional(size_t) { return false; }
+  static bool on_host(size_t) { return false; }
+
+  OrtStatus* make(const OrtKernelInfo*) { return nullptr; }
+
+  OrtStatus* compute(OrtKernelContext* context) {
+    Tensor in[kInputs], out[kOutputs];
+    for (int i = 0; i < kInputs; i++) TRY(input(context, i, in[i]));
+    const auto &logits = in[kLogits].dims, &mask = in[kMask].dims, &past = in[kPast].dims;
+    if (logits.size() != 3 || mask.size() != 2 || past.size() != 2 || mask[0] != logits[0] || past[0] != logits[0] || (past[1] != 1 && past[1] < mask[1]))
+      return ort->CreateStatus(kFail, "NextToken: logits, mask and tokens do not fit");
+    TRY(output(context, 0, {logits[0], logits[1]}, out[0]));
+    TRY(output(context, 1, mask, out[1]));
+    TRY(output(context, 2, mask, out[2]));
+    void* stream = nullptr;
+    TRY(ort->KernelContext_GetGPUComputeStream(context, &stream));
+    auto tokens = [](const Tensor& t) { return static_cast<int64_t*>(t.data); };
+    TRY_CUDA(next_token({static_cast<const float*>(in[kLogits].data), tokens(in[kMask]), tokens(in[kPast]), tokens(out[0]), tokens(out[1]), tokens(out[2]), int(logits[0]), int(logits[1]),
+                         int(logits[2]), int(mask[1]), int(past[1])}, static_cast<cudaStream_t>(stream)));
+    return nullptr;
+  }
+};
+
 // The table of functions that ONNX Runtime knows an operator by.
 template <typename Op>
 struct Registered : OrtCustomOp {
@@ -230,7 +263,7 @@ struct Registered : OrtCustomOp {
     GetExecutionProviderType = [](const OrtCustomOp*) { return "CUDAExecutionProvider"; };
     GetInputType = [](const OrtCustomOp*, size_t index) { return Op::type(index); };
     GetInputTypeCount = [](const OrtCustomOp*) { return size_t(Op::kInputs); };
-    GetOutputType = [](const OrtCustomOp*, size_t) { return Op::type(0); };
+    GetOutputType = [](const OrtCustomOp*, size_t index) { return Op::output_type(index); };
     GetOutputTypeCount = [](const OrtCustomOp*) { return size_t(Op::kOutputs); };
     GetInputCharacteristic = [](const OrtCustomOp*, size_t index) { return int(Op::optional(index)); };
     GetOutputCharacteristic = [](const OrtCustomOp*, size_t) { return 0; };
@@ -273,7 +306,7 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
   if (domain == nullptr) {
     TRY(ort->CreateCustomOpDomain("onnxtools", &domain));
     TRY(add<Linear<kFloat16>, Linear<kBFloat16>, GroupQueryAttention<kFloat16>, GroupQueryAttention<kBFloat16>, SkipNorm<kFloat16, false>, SkipNorm<kBFloat16, false>,
-            SkipNorm<kFloat16, true>, SkipNorm<kBFloat16, true>>(domain));
+            SkipNorm<kFloat16, true>, SkipNorm<kBFloat16, true>, NextToken>(domain));
   }
   return ort->AddCustomOpDomain(options, domain);
 }

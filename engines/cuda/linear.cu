@@ -20,16 +20,28 @@ __device__ __forceinline__ float activated(float v, Activation activation) {
   return 0.5f * v * (1.0f + tanhf(0.7978845608028654f * (v + 0.044715f * v * v * v)));  // GELU's tanh form (Hendrycks and Gimpel, 2016)
 }
 
+template <int MT, int NT, int RG, int ST, int SUB>
+struct Shared {  // bytes
+  static constexpr int kRing = kWarps * ST * MT * 2 * SUB * 32 * 16, kPartial = kWarps * 8 * NT * (16 * MT + 4) * 4;
+  static constexpr int kReceived = kRing > kPartial ? kRing : kPartial;  // where it begins
+  static constexpr int kAll = kReceived + RG * 8 * NT * 16 * MT * 4;
+  static constexpr int kBlocks = 200 * 1024 / kAll < 4 ? 200 * 1024 / kAll : 4;  // that live at once, if registers allow it
+};
+
 // MT: tiles of 16 features a warp; NT: tiles of 8 rows of X; RG: groups of features in a block, each with kWarps / RG warps along K.
 template <typename T, int MT, int NT, int RG, int ST, int SUB>
-__global__ __launch_bounds__(32 * kWarps) void linear_kernel(const T* __restrict__ x, const T* __restrict__ w, const T* __restrict__ bias,
+__global__ __launch_bounds__(32 * kWarps, Shared<MT, NT, RG, ST, SUB>::kBlocks) void linear_kernel(const T* __restrict__ x, const T* __restrict__ w, const T* __restrict__ bias,
                                                              T* __restrict__ y, int m, int n, int k, Activation activation) {
   constexpr int kFeatures = 16 * MT, kRows = 8 * NT, kPitch = kFeatures + 4, kAlong = kWarps / RG, kChunk = 32 * SUB;
+  constexpr int kReceived = Shared<MT, NT, RG, ST, SUB>::kReceived;
   extern __shared__ uint4 shared[];
+  cg::cluster_group cluster = cg::this_cluster();
+  const int splits = gridDim.y;
+  if (splits > 1) cluster.barrier_arrive();  // that the others run is known before they are written to
   auto& partial = *reinterpret_cast<float (*)[kWarps][kRows][kPitch]>(shared);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int group = warp % RG, along = warp / RG;
-  const int splits = gridDim.y, feature0 = (blockIdx.x * RG + group) * kFeatures;
+  const int feature0 = (blockIdx.x * RG + group) * kFeatures;
 
   // A thread fetches what it will use itself, so its stages need no barrier.
   uint4* ring = shared + warp * ST * (MT * 2 * SUB) * 32 + lane;
@@ -91,36 +103,33 @@ __global__ __launch_bounds__(32 * kWarps) void linear_kernel(const T* __restrict
       for (int c = 0; c < 4; c++) partial[warp][8 * j + 2 * t + c % 2][16 * i + g + 8 * (c / 2)] = sum[i][j][c];
   __syncthreads();
 
-  // The warps of a group into its first one; then each block of the cluster finishes its share of the features.
+  // The warps of a group are added up. Of a cluster, each block finishes its share of the result: it gets the others' sums for that.
   constexpr int kAll = RG * kRows * kFeatures;
+  float* received = reinterpret_cast<float*>(reinterpret_cast<char*>(shared) + kReceived);  // [splits][share]
+  const int share = kAll / splits, rank = blockIdx.y;
+  if (splits > 1) cluster.barrier_wait();
   for (int e = threadIdx.x; e < kAll; e += 32 * kWarps) {
-    const int f = e % kFeatures, r = e / kFeatures % kRows, q = e / (kFeatures * kRows);
+    const int f = e % kFeatures, q = e / kFeatures % RG, r = e / (kFeatures * RG), owner = e / share;
     float total = 0;
     for (int i = 0; i < kAlong; i++) total += partial[i * RG + q][r][f];
-    partial[q][r][f] = total;
+    float* to = received + rank * share + e % share;
+    *(owner == rank ? to : cluster.map_shared_rank(to, owner)) = total;
   }
-  cg::cluster_group cluster = cg::this_cluster();
   if (splits > 1) cluster.sync(); else __syncthreads();
-  const int share = kAll / splits;
-  for (int e = blockIdx.y * share + threadIdx.x; e < int(blockIdx.y + 1) * share; e += 32 * kWarps) {
-    const int f = e % kFeatures, q = e / kFeatures % RG, r = e / (kFeatures * RG), feature = (blockIdx.x * RG + q) * kFeatures + f;
-    float total = 0;
-    if (splits > 1) {
-      for (int i = 0; i < splits; i++) total += *cluster.map_shared_rank(&partial[q][r][f], i);
-    } else {
-      total = partial[q][r][f];
-    }
+  for (int at = threadIdx.x; at < share; at += 32 * kWarps) {
+    const int e = rank * share + at, f = e % kFeatures, q = e / kFeatures % RG, r = e / (kFeatures * RG);
+    const int feature = (blockIdx.x * RG + q) * kFeatures + f;
     if (r >= m || feature >= n) continue;
-    if (bias != nullptr) total += float(bias[feature]);
+    float total = bias != nullptr ? float(bias[feature]) : 0.0f;
+    for (int i = 0; i < splits; i++) total += received[i * share + at];
     y[size_t(r) * n + feature] = T(activated(total, activation));
   }
-  if (splits > 1) cluster.sync();  // shared memory must outlive its readers
 }
 
 template <typename T, int MT, int NT, int RG, int ST, int SUB>
 cudaError_t launch(const LinearArguments& p, int splits, cudaStream_t stream) {
   auto* kernel = linear_kernel<T, MT, NT, RG, ST, SUB>;
-  constexpr int kRing = kWarps * ST * MT * 2 * SUB * 32 * 16, kPartial = kWarps * 8 * NT * (16 * MT + 4) * 4, kShared = kRing > kPartial ? kRing : kPartial;
+  constexpr int kShared = Shared<MT, NT, RG, ST, SUB>::kAll;
   static const cudaError_t ready = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
   if (ready != cudaSuccess) return ready;
   const dim3 grid((p.n + 16 * MT * RG - 1) / (16 * MT * RG), splits);

@@ -8,7 +8,7 @@
 
 constexpr int kApiVersion = 17;
 constexpr int kFail = 1;                                       // OrtErrorCode
-constexpr int kInt32 = 6, kFloat16 = 10, kBFloat16 = 16;       // ONNXTensorElementDataType
+constexpr int kFloat32 = 1, kInt32 = 6, kInt64 = 7, kFloat16 = 10, kBFloat16 = 16;  // ONNXTensorElementDataType
 constexpr int kMemoryCpuInput = -2, kMemoryDefault = 0;        // OrtMemType
 enum OrtOpAttrType { kInt = 1, kFloat = 3, kString = 5 };
 

@@ -14,7 +14,7 @@ from onnx import helper
 
 from onnxtools.engines.kernel_library import find_nvcc, kernel_library
 from onnxtools.engines.kernels import DOMAIN, use_kernels
-from onnxtools.engines.ort_session import AHEAD, NEXT, PAST_TOKENS, _add_ahead, _add_argmax
+from onnxtools.engines.next_token import AHEAD, NEXT, PAST_TOKENS, add_next_token
 from onnxtools.errors import JobError
 from onnxtools.export.export import export
 from onnxtools.export.options import ExportOptions
@@ -133,8 +133,7 @@ def test_steps_that_feed_each_other_find_the_tokens_of_steps_by_the_host(tmp_pat
         for best in generate(open_runtime("onnxrt", path, RuntimeOptions(device="cpu")), prompts, GenerationOptions(max_new_tokens=new, ignore_eos=True))
     ]
     model = Model.load(path)
-    _add_argmax(model)
-    _add_ahead(model)
+    add_next_token(model, ahead=True, kernel=False)
     settings = ort.SessionOptions()
     settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(tmp_path))
     session = ort.InferenceSession(model.proto().SerializeToString(), settings, providers=["CPUExecutionProvider"])
