@@ -268,7 +268,7 @@ class _Static:
         pairs = ((io.ids, self.ids), (io.mask, self.mask), (io.positions, self.positions), (io.write_indices, self.write))
         self.inputs = [(port.name, given) for port, given in pairs if port is not None]
         count = 2 if r.looks_ahead else 1
-        places = [{name: given.value if at == 0 else r.ops.value(given.array) for name, given in self.inputs} for at in range(count)]
+        places = [{name: given.value if at == 0 else r.ops.value(given.array.copy()) for name, given in self.inputs} for at in range(count)]
         self.tokens = [r.ops.value(np.zeros((self.rows, self.slots), np.int64)) for _ in places]
         self._prompts: dict[int, tuple[dict[str, Any], _Side]] = {}
         self.sides = []
@@ -305,30 +305,30 @@ class _Static:
         return side
 
     def step(self, ids: Ids) -> Logits:
-        self._push(ids, 1)
-        outputs = self.sides[0].run(wait=True)
+        self._push(ids)
+        outputs = self.sides[0].run()
+        self.lengths = self.lengths + 1
         if self.r._device == "cuda":
             return DeviceLogits(*outputs[:2])
         return HostLogits(outputs[0].numpy()[:, -1].astype(np.float32, copy=False))
 
     def ahead(self, ids: Ids, count: int) -> Ids:
-        first = self.lengths + 1  # where in a row the first token found will be
-        self._push(ids, count)
+        self._push(ids)
         for step in range(count):
             self.sides[step % 2].run(wait=step == count - 1)
-        return self.tokens[count % 2].numpy()[np.arange(self.rows)[:, None], first[:, None] + np.arange(count)]  # type: ignore[no-any-return]
+        places = self.lengths[:, None] + np.arange(count)
+        every = np.arange(self.rows)[:, None]
+        self.mask.array[every, places] = 1
+        self.lengths = self.lengths + count
+        return self.tokens[count % 2].numpy()[every, places + 1]  # type: ignore[no-any-return]
 
-    def _push(self, ids: Ids, count: int) -> None:
-        """The inputs of the first of `count` steps."""
+    def _push(self, ids: Ids) -> None:
+        """The inputs of a step."""
         self.ids.array[:, 0] = ids
         self.positions.array[:, 0] = self.write.array[:] = self.lengths
-        every = np.arange(self.rows)
-        self.mask.array[every, self.lengths] = 1
+        self.mask.array[np.arange(self.rows), self.lengths] = 1
         for _, given in self.inputs:
             given.push()
-        for step in range(1, count):
-            self.mask.array[every, self.lengths + step] = 1
-        self.lengths = self.lengths + count
 
     def reorder(self, rows: Ids) -> None:
         r, value = self.r, self.r.ops.value(rows)

@@ -94,7 +94,7 @@ def open_session(model: Model, options: RuntimeOptions, device: str, notes: list
     if device == "cpu":
         return _session(ort, str(model.path), settings, ["CPUExecutionProvider"], model), False
     settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model.path.parent.resolve()))
-    library = _library(options, notes)
+    library = library_of(options, notes)
     made = use_kernels(model) if library is not None else Counter[str]()
     add_next_token(model, ahead=graph, kernel=library is not None)
     if library is not None:
@@ -139,7 +139,7 @@ def _session(ort: Any, source: str | bytes, settings: Any, providers: list[Any],
         raise JobError(f"{model.path}: ONNX Runtime cannot load the graph: {one_line(error)}") from None
 
 
-def _library(options: RuntimeOptions, notes: list[str]) -> Path | None:
+def library_of(options: RuntimeOptions, notes: list[str]) -> Path | None:
     """That of our kernels, where they are wanted, there is a card for them, and nvcc to compile them."""
     capability = _cuda_devices()[0][1] if options.kernels and _cuda_devices() else 0
     if capability < MIN_CAPABILITY:

@@ -33,7 +33,7 @@ def runtime_command(
             *(dataclass_options(options) if options is not None else []),
             click.Option(
                 ["--runtime", "runtimes"], multiple=True, metavar="NAME[:VARIANT]",
-                help="onnxrt (:cpu, :cuda, :nograph), trt, frameworks (:eager, :sdpa, :nocache). May be given several times. [default: by the file]",
+                help="onnxrt (:cpu, :cuda, :nograph, :nokernels), trt, frameworks (:eager, :sdpa, :nocache). May be repeated. [default: by the file]",
             ),
             click.Option(["--tokenizer", "tokenizer_path"], type=PATH, help="tokenizer.json, or a folder with it. [default: beside the model]"),
             *dataclass_options(RuntimeOptions),

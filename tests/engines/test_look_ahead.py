@@ -1,0 +1,116 @@
+"""Steps that feed each other, as a captured step on CUDA does, here on the CPU: the same graph, bindings and loop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+pytest.importorskip("transformers", reason="it makes the tiny checkpoint (make setup installs it)")
+
+from onnxtools.engines.next_token import NEXT, add_next_token
+from onnxtools.engines.onnxrt import OrtRuntime
+from onnxtools.engines.ort_session import library_of
+from onnxtools.errors import JobError
+from onnxtools.evaluate.timing import generate_timed
+from onnxtools.generation.generate import generate
+from onnxtools.generation.options import GenerationOptions
+from onnxtools.generation.runtime import Ids, RuntimeOptions, open_runtime
+from onnxtools.model import Model
+from tests.generation.models import exported
+
+PROMPTS = [[5, 9, 30, 31, 77], [3, 8], [60, 61, 62, 63, 64, 65, 66, 67, 1]]
+CPU = RuntimeOptions(device="cpu", threads=2)
+
+
+class Ahead(OrtRuntime):
+    """ONNX Runtime on the CPU with the graph that a session on CUDA gets."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, CPU)
+        model = Model.load(path)
+        add_next_token(model, ahead=True, kernel=False)
+        settings = ort.SessionOptions()
+        settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+        self.session = ort.InferenceSession(model.proto().SerializeToString(), settings, providers=["CPUExecutionProvider"])
+        self.looks_ahead = self.takes_tokens = True
+        self.results = [self.io.logits.name, NEXT]
+        self.chunks: list[int] = []
+
+    def ahead(self, ids: Ids, count: int) -> Ids:
+        self.chunks.append(count)
+        return super().ahead(ids, count)
+
+
+def tokens(runtime: object, prompts: list[list[int]], **options: object) -> list[list[int]]:
+    return [best[0].token_ids for best in generate(runtime, prompts, GenerationOptions(**options))]  # type: ignore[arg-type]
+
+
+@pytest.fixture(params=["gqa", "scatter"])
+def path(request: pytest.FixtureRequest) -> Path:
+    return exported("llama", request.param)
+
+
+def test_the_tokens_are_those_of_single_steps_whatever_came_before(path: Path) -> None:
+    plain, ahead = open_runtime("onnxrt", path, CPU), Ahead(path)
+    for prompts in (PROMPTS, [row[::-1] for row in PROMPTS], PROMPTS):  # the second uses the buffers of the first
+        assert tokens(ahead, prompts, max_new_tokens=24, ignore_eos=True) == tokens(plain, prompts, max_new_tokens=24, ignore_eos=True)
+    assert ahead.chunks == [23, 23, 23]  # nothing may end the text
+    for new in (1, 2, 3):
+        assert tokens(ahead, PROMPTS, max_new_tokens=new, ignore_eos=True) == tokens(plain, PROMPTS, max_new_tokens=new, ignore_eos=True)
+    assert tokens(ahead, PROMPTS, max_new_tokens=9, num_beams=3) == tokens(plain, PROMPTS, max_new_tokens=9, num_beams=3)
+    assert tokens(ahead, PROMPTS, max_new_tokens=24, ignore_eos=True) == tokens(plain, PROMPTS, max_new_tokens=24, ignore_eos=True)
+
+
+def test_a_row_that_ends_within_a_chunk_ends_there(path: Path) -> None:
+    plain, ahead = open_runtime("onnxrt", path, CPU), Ahead(path)
+    free = tokens(plain, PROMPTS, max_new_tokens=24, ignore_eos=True)
+    for runtime in (plain, ahead):
+        object.__setattr__(runtime.info, "eos_token_ids", (free[0][4], free[1][12]))
+    found = tokens(ahead, PROMPTS, max_new_tokens=24)
+    assert found == tokens(plain, PROMPTS, max_new_tokens=24)
+    assert len(found[0]) <= 5 and found != free
+    assert set(ahead.chunks) <= {8, 7} and ahead.chunks  # it looks every eight steps
+
+
+def test_a_token_seen_as_it_comes_takes_single_steps(path: Path) -> None:
+    ahead, seen = Ahead(path), []
+    generate(ahead, PROMPTS, GenerationOptions(max_new_tokens=5, ignore_eos=True), on_token=lambda row, token: bool(seen.append((row, token))))
+    assert len(seen) == 15 and not ahead.chunks
+
+
+def test_a_benchmark_takes_all_steps_at_once(path: Path) -> None:
+    plain, ahead = open_runtime("onnxrt", path, CPU), Ahead(path)
+    prompts = np.arange(18).reshape(2, 9)
+    found, marks = generate_timed(ahead, prompts, 7)
+    assert ahead.chunks == [6] and len(marks) == 7 and np.allclose(np.diff(marks), np.diff(marks)[0])
+    assert np.array_equal(found, generate_timed(plain, prompts, 7)[0])
+
+
+def test_a_token_that_is_none_is_an_error_of_its_step(path: Path) -> None:
+    class Spoilt(Ahead):
+        def ahead(self, ids: Ids, count: int) -> Ids:
+            found = super().ahead(ids, count)
+            found[1, 3:] = -1
+            return found
+
+    with pytest.raises(JobError, match="row 1 are NaN or infinite at step 4"):
+        tokens(Spoilt(path), PROMPTS, max_new_tokens=9, ignore_eos=True)
+    with pytest.raises(JobError, match="row 1 are NaN or infinite at step 4"):
+        generate_timed(Spoilt(path), np.arange(18).reshape(2, 9), 7)
+
+
+def test_our_kernels_want_a_card_and_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def at(capability: int) -> tuple[object, list[str]]:
+        notes: list[str] = []
+        monkeypatch.setattr("onnxtools.engines.ort_session._cuda_devices", lambda: (("a card", capability),) if capability else ())
+        return library_of(RuntimeOptions(), notes), notes
+
+    monkeypatch.setattr("onnxtools.engines.ort_session.find_nvcc", lambda: None)
+    assert at(0) == at(89) == (None, [])
+    assert at(90) == (None, ["our kernels are not used: there is no nvcc to compile them; install the CUDA toolkit, or say --no-kernels"])
+    monkeypatch.setattr("onnxtools.engines.ort_session._cuda_devices", lambda: (("a card", 90),))
+    notes: list[str] = []
+    assert library_of(RuntimeOptions(kernels=False), notes) is None and not notes
