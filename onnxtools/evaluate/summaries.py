@@ -49,7 +49,7 @@ def summarize(
     """Summaries, their mean ROUGE F-measures in percent, and how long they took.
 
     Raises:
-        UsageError: a template without {article}.
+        UsageError: a template that does not hold {article} once.
         JobError: rouge-score is not installed, or no room for an article in the model.
     """
     scorer = _scorer()
@@ -91,9 +91,9 @@ def _room(runtime: Runtime, options: GenerationOptions, longest: int) -> int:
 
 def _prompt(tokenizer: Tokenizer, article: str, template: str, room: int) -> list[int]:
     """The template's tokens around the article's first ones, `room` in all."""
-    before, placed, after = template.partition("{article}")
-    if not placed:
-        raise UsageError(f"the template {template!r} has no {{article}}; add it")
+    if (times := template.count("{article}")) != 1:
+        raise UsageError(f"the template {template!r} has {{article}} {times} times; write it once")
+    before, _, after = template.partition("{article}")
     head, tail = (tokenizer.encode(before) if before else []), tokenizer.pieces(after)
     body = (tokenizer.pieces if head else tokenizer.encode)(article.strip())
     return [*head, *body[: max(room - len(head) - len(tail), 1)], *tail]

@@ -297,3 +297,4 @@ def test_summarize_refuses_other_fields_and_templates(model: Path, tmp_path: Pat
     (tmp_path / "d.jsonl").write_text('{"text": "x"}\n')
     assert "'text'" in refuse("summarize", model, "--dataset", tmp_path / "d.jsonl", code=2)
     assert "{article}" in refuse("summarize", model, "--dataset", ARTICLES, "--template", "Sum up:", code=2)
+    assert "2 times" in refuse("summarize", model, "--dataset", ARTICLES, "--template", "{article} and {article}:", code=2)
