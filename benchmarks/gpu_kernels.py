@@ -16,9 +16,9 @@ import onnx
 import onnxruntime as ort
 from onnx import helper
 
-from onnxtools.engines.kernel_library import find_nvcc, kernel_library
+from onnxtools.engines.kernel_library import device_capability, find_nvcc, kernel_library
 from onnxtools.engines.kernels import DOMAIN
-from onnxtools.engines.ort_session import _cuda_devices, choose_device
+from onnxtools.engines.ort_session import choose_device
 
 Array = np.ndarray[Any, Any]
 DTYPES = {"fp16": (np.dtype(np.float16), onnx.TensorProto.FLOAT16, 1e-3), "bf16": (np.dtype(ml_dtypes.bfloat16), onnx.TensorProto.BFLOAT16, 8e-3)}
@@ -174,9 +174,9 @@ def next_token(library: str, rows: int, tokens: int, vocabulary: int, slots: int
 def main() -> None:
     choose_device("cuda", [])
     nvcc = find_nvcc()
-    if nvcc is None or not _cuda_devices():
+    if nvcc is None or not device_capability():
         sys.exit("this wants a CUDA device and nvcc")
-    library = str(kernel_library(nvcc, _cuda_devices()[0][1]))
+    library = str(kernel_library(nvcc, device_capability()))
     groups: dict[str, list[tuple[Any, tuple[Any, ...]]]] = {
         "Linear, up to 16 rows": [
             (linear, (d, m, n, k, b, a))

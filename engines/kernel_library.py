@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 from pathlib import Path
@@ -16,6 +18,20 @@ from onnxtools.storage import replacing
 SOURCES = Path(__file__).parent / "cuda"
 MIN_CAPABILITY = 90
 """Hopper: thread block clusters, and launches that overlap."""
+_FLAGS = ("-O3", "-std=c++17", "--threads", "0", "--shared", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall")
+
+
+def device_capability() -> int:
+    """Of the device that CUDA counts as the first (90: 9.0), which may not be nvidia-smi's; 0 where there is none or no driver."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    failed = cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(device), 0)
+    for found, wanted in ((major, 75), (minor, 76)):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+        failed = failed or cuda.cuDeviceGetAttribute(ctypes.byref(found), wanted, device)
+    return 0 if failed else 10 * major.value + minor.value
 
 
 def find_nvcc() -> str | None:
@@ -27,14 +43,17 @@ def find_nvcc() -> str | None:
 def kernel_library(nvcc: str, capability: int) -> Path:
     """The library for cards of `capability` (90: 9.0), compiled where it is not there yet (10 s).
 
-    It is named by what it was made of, so another version of the sources or of the compiler never finds it.
+    It is named by what it was made of, so another version of the sources or of the compiler, or another machine, never finds it.
 
     Raises:
         JobError: it cannot be compiled.
     """
-    version = subprocess.run([nvcc, "--version"], capture_output=True, check=True).stdout
+    done = subprocess.run([nvcc, "--version"], capture_output=True, check=False)
+    if done.returncode:
+        raise JobError(f"{nvcc} --version fails; repair the CUDA toolkit")
     sources = sorted(SOURCES.iterdir())
-    digest = hashlib.sha256(b"\0".join([version, *(path.read_bytes() for path in sources)])).hexdigest()[:16]
+    made_of = [done.stdout, " ".join((*_FLAGS, platform.machine())).encode(), *(path.read_bytes() for path in sources)]
+    digest = hashlib.sha256(b"\0".join(made_of)).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onnxtools"
     path = folder / f"kernels-sm{capability}-{digest}.so"
     if not path.exists():
@@ -47,11 +66,11 @@ def kernel_library(nvcc: str, capability: int) -> Path:
 
 def _compile(nvcc: str, capability: int, sources: list[str], path: Path) -> None:
     with replacing(path) as tmp:
-        command = [
-            nvcc, "-O3", "-std=c++17", f"-gencode=arch=compute_{capability},code=sm_{capability}", "--threads", "0", "--shared",
-            "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", *sources, "-o", str(tmp),
-        ]  # fmt: skip
+        command = [nvcc, *_FLAGS, f"-gencode=arch=compute_{capability},code=sm_{capability}", *sources, "-o", str(tmp)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            said = next((line for line in (done.stdout + done.stderr).splitlines() if "error" in line.lower()), f"exit code {done.returncode}")
-            raise JobError(f"{nvcc} cannot compile our kernels: {said[:200]}; run with --no-kernels, and please report it")
+            said = next(
+                (line for line in (done.stdout + done.stderr).splitlines() if "error" in line.lower() or "fatal" in line.lower()),
+                f"exit code {done.returncode}",
+            )
+            raise JobError(f"{nvcc} cannot compile our kernels: {said[:200]}")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from onnxtools.graph import Builder, attribute, constant_tensor, is_op, remove_unused, rename_or_bypass
+from onnxtools.graph import Builder, attribute, constant_tensor, is_op, remove_unused, rename_or_bypass, small_constant
 from onnxtools.model import Model
 from onnxtools.products import Product, weight_products
 from onnxtools.weights import shape_of
@@ -21,6 +21,8 @@ _TYPES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _GQA_DEFAULTS = {"local_window_size": -1, "softcap": 0.0, "smooth_softmax": 0, "qk_output": 0, "k_quant_type": "NONE", "v_quant_type": "NONE"}
 _NORMS = ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization")
 _PLAIN_NORMS = {"LayerNormalization": _NORMS[0], "RMSNormalization": _NORMS[1]}
+_EPSILON = dict.fromkeys(_NORMS, 1e-12) | dict.fromkeys(_PLAIN_NORMS, 1e-5)
+"""The operators' defaults."""
 
 
 def use_kernels(model: Model) -> Counter[str]:
@@ -39,10 +41,10 @@ def use_kernels(model: Model) -> Counter[str]:
         if is_op(node, "GroupQueryAttention", domain="com.microsoft") and _is_packed(node):
             _to_attention(build, node)
             made["attentions"] += 1
-        elif is_op(node, *_NORMS, domain="com.microsoft") and _is_norm(node, node.inputs[2]):
+        elif is_op(node, *_NORMS, domain="com.microsoft") and _is_norm(node, node.inputs[2:]):
             _to_norm(build, node, node.op_type, node.inputs)
             made["norms"] += 1
-        elif is_op(node, *_PLAIN_NORMS) and attribute(node, "axis", -1) == -1 and _is_norm(node, node.inputs[1]):
+        elif is_op(node, *_PLAIN_NORMS) and attribute(node, "axis", -1) == -1 and _is_norm(node, node.inputs[1:]):
             _to_norm(build, node, _PLAIN_NORMS[node.op_type], [node.inputs[0], None, *node.inputs[1:]])
             made["norms"] += 1
     if made:
@@ -77,7 +79,7 @@ def _to_linear(build: Builder, product: Product) -> None:
         end, activation = gelu, "GELU"
     # Queries, keys and values: the bias is added once they are shaped [batch, sequence, size], and can be added before.
     shaped = _only_user(node) if end is node and bias is None else None
-    later = _only_user(shaped) if shaped is not None and is_op(shaped, "Reshape") else None
+    later = _only_user(shaped) if shaped is not None and is_op(shaped, "Reshape") and _last_of(shaped.inputs[1]) == size else None
     if shaped is not None and later is not None and is_op(later, "Add") and later.inputs[0] is shaped.outputs[0] and _is_bias(later.inputs[1], size):
         bias = later.inputs[1]
         rename_or_bypass(build.graph, later.outputs[0], shaped.outputs[0])
@@ -89,15 +91,26 @@ def _to_linear(build: Builder, product: Product) -> None:
 
 
 def _only_user(node: ir.Node) -> ir.Node | None:
-    """The one node that reads what `node` makes, where nobody else does."""
+    """The one node that reads what `node` makes, where nobody else does, in its own graph."""
     uses = list(node.outputs[0].uses())
-    return uses[0].node if len(uses) == 1 and not node.outputs[0].is_graph_output() else None
+    single = len(uses) == 1 and not node.outputs[0].is_graph_output() and uses[0].node.graph is node.graph
+    return uses[0].node if single else None
+
+
+def _last_of(shape: ir.Value | None) -> int | None:
+    """The last of the dimensions that a Reshape is given, where it is stored."""
+    while shape is not None and is_op(shape.producer(), "Concat"):
+        shape = shape.producer().inputs[-1]  # type: ignore[union-attr]
+    dims = small_constant(shape)
+    return int(dims.ravel()[-1]) if dims is not None and dims.size else None
 
 
 def _is_packed(node: ir.Node) -> bool:
     past = node.inputs[3] if len(node.inputs) > 3 else None
     more = [value for value in node.inputs[9:] if value is not None]
-    if past is None or past.dtype not in _TYPES or node.inputs[1] is not None or node.inputs[2] is not None or more:
+    if past is None or past.shape is None or not isinstance(past.shape[-1], int):
+        return False
+    if past.dtype not in _TYPES or node.inputs[1] is not None or node.inputs[2] is not None or more:
         return False
     return len(node.outputs) == 3 and all(attribute(node, name, default) == default for name, default in _GQA_DEFAULTS.items())
 
@@ -119,15 +132,19 @@ def _to_attention(build: Builder, node: ir.Node) -> None:
         rename_or_bypass(build.graph, old, new)
 
 
-def _is_norm(node: ir.Node, scale: ir.Value | None) -> bool:
-    tensor = constant_tensor(scale)
-    width = shape_of(tensor)[-1] if tensor is not None and tensor.dtype in _TYPES else 0
-    return 0 < width <= 16384 and width % 16 == 0 and not any(value.uses() or value.is_graph_output() for value in node.outputs[1:3])
+def _is_norm(node: ir.Node, constants: Sequence[ir.Value | None]) -> bool:
+    """Whether `constants`, scale and what may follow it, are stored vectors that our kernel can fetch ahead, and statistics are not asked for."""
+    scale = constant_tensor(constants[0])
+    if scale is None or len(scale.shape) != 1 or any(value.uses() or value.is_graph_output() for value in node.outputs[1:3]):
+        return False
+    width = shape_of(scale)[0]
+    return 0 < width <= 16384 and width % 16 == 0 and all(value is None or _is_bias(value, width) for value in constants)
 
 
 def _to_norm(build: Builder, node: ir.Node, op_type: str, inputs: Sequence[ir.Value | None]) -> None:
     build.before = node
-    made = build.ops(op_type, list(inputs), f"{node.name}/onnxtools", outputs=2, domain=DOMAIN, epsilon=float(attribute(node, "epsilon", 1e-5)))
+    epsilon = float(attribute(node, "epsilon", _EPSILON[node.op_type]))
+    made = build.ops(op_type, list(inputs), f"{node.name}/onnxtools", outputs=2, domain=DOMAIN, epsilon=epsilon)
     for old, new in zip((node.outputs[0], *node.outputs[3:]), made, strict=False):
         new.type, new.shape = old.type, old.shape
         rename_or_bypass(build.graph, old, new)

@@ -21,7 +21,7 @@ PAST_TOKENS = f"{AHEAD}.past_tokens"
 
 
 def add_next_token(model: Model, *, ahead: bool, kernel: bool) -> None:
-    """The output NEXT, and with `ahead` the outputs AHEAD of a graph whose caches are fixed buffers.
+    """The output NEXT, and with `ahead` the outputs AHEAD of a graph whose caches are fixed buffers and that has a mask.
 
     AHEAD.attention_mask, AHEAD.position_ids and AHEAD.write_indices are what the next step takes. The mask is 1 on a row's first tokens, that
     of the step among them; the token that the step finds comes after them. AHEAD.tokens is PAST_TOKENS with that token in its place.
@@ -31,11 +31,11 @@ def add_next_token(model: Model, *, ahead: bool, kernel: bool) -> None:
     """
     build = Builder(model)
     logits = next((value for value in model.graph.outputs if value.name == "logits"), model.graph.outputs[0])
-    if not ahead:
+    inputs = {value.name: value for value in model.graph.inputs}
+    mask = inputs.get("attention_mask")
+    if not ahead or mask is None:
         _output(model, _best(build, logits), NEXT, list(logits.shape)[:-1] if logits.shape is not None else None)
         return
-    inputs = {value.name: value for value in model.graph.inputs}
-    mask = inputs["attention_mask"]
     past = ir.Value(name=PAST_TOKENS, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([None, None]))
     model.graph.inputs.append(past)
     if kernel and logits.dtype == ir.DataType.FLOAT:

@@ -16,7 +16,7 @@ import onnx
 import onnx_ir as ir
 
 from onnxtools.engines.decoder_io import Port
-from onnxtools.engines.kernel_library import MIN_CAPABILITY, find_nvcc, kernel_library
+from onnxtools.engines.kernel_library import MIN_CAPABILITY, device_capability, find_nvcc, kernel_library
 from onnxtools.engines.kernels import use_kernels
 from onnxtools.engines.next_token import add_next_token
 from onnxtools.errors import JobError
@@ -55,19 +55,17 @@ def _preload(ort: Any) -> None:
 
 
 @functools.cache
-def _cuda_devices() -> tuple[tuple[str, int], ...]:
-    """Name and compute capability (90: 9.0) of each card, of nvidia-smi."""
-    query = ["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"]
+def _cuda_devices() -> tuple[str, ...]:
+    """Names of the cards, of nvidia-smi."""
     try:
-        found = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+        found = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return ()
-    cards = [line.rsplit(",", 1) for line in found.stdout.splitlines() if line.strip()] if found.returncode == 0 else []
-    return tuple((name.strip(), int(capability.strip().replace(".", ""))) for name, capability in cards)
+    return tuple(line.strip() for line in found.stdout.splitlines() if line.strip()) if found.returncode == 0 else ()
 
 
 def device_name(device: str) -> str:
-    return f"cuda ({_cuda_devices()[0][0]})" if device == "cuda" and _cuda_devices() else device
+    return f"cuda ({_cuda_devices()[0]})" if device == "cuda" and _cuda_devices() else device
 
 
 def device_memory() -> tuple[int, int] | None:
@@ -116,6 +114,8 @@ def open_session(model: Model, options: RuntimeOptions, device: str, notes: list
             if captured and "graph capture" in str(error):
                 notes.append("no CUDA graph: part of the model runs on the CPU")
                 continue
+            if library is not None and not is_out_of_memory(error):
+                raise JobError(f"{error} (with our kernels: run with --no-kernels to see whether it is they)") from None
             raise
         if session.get_providers()[0] != "CUDAExecutionProvider":
             raise JobError("ONNX Runtime's CUDA provider does not start (are CUDA and cuDNN of its version installed?); run with --device cpu")
@@ -140,15 +140,22 @@ def _session(ort: Any, source: str | bytes, settings: Any, providers: list[Any],
 
 
 def library_of(options: RuntimeOptions, notes: list[str]) -> Path | None:
-    """That of our kernels, where they are wanted, there is a card for them, and nvcc to compile them."""
-    capability = _cuda_devices()[0][1] if options.kernels and _cuda_devices() else 0
+    """That of our kernels, where they are wanted, there is a card for them, and it can be compiled and loaded; `notes` says why not."""
+    import onnxruntime as ort
+
+    capability = device_capability() if options.kernels else 0
     if capability < MIN_CAPABILITY:
         return None
     nvcc = find_nvcc()
-    if nvcc is None:
-        notes.append("our kernels are not used: there is no nvcc to compile them; install the CUDA toolkit, or say --no-kernels")
+    try:
+        if nvcc is None:
+            raise JobError("there is no nvcc to compile them; install the CUDA toolkit")
+        path = kernel_library(nvcc, capability)
+        ort.SessionOptions().register_custom_ops_library(str(path))
+    except Exception as error:
+        notes.append(f"our kernels are not used, which is slower: {one_line(error)}; or say --no-kernels")
         return None
-    return kernel_library(nvcc, capability)
+    return path
 
 
 def _heads_alone(model: Model) -> bool:

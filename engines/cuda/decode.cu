@@ -28,11 +28,8 @@ __global__ __launch_bounds__(kThreads) void attention_kernel(AttentionArguments 
   __shared__ T query[G][D], fresh[2][D];
   __shared__ float maxima[kGroups][G], sums[kGroups][G], outputs[kGroups][D];
   const int kv = blockIdx.x % p.kv_heads, row = blockIdx.x / p.kv_heads, lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
-  const int position = p.positions[row];
   const size_t width = size_t(p.heads + 2 * p.kv_heads) * D;
   const T* qkv = static_cast<const T*>(p.qkv) + row * width;
-  const T* cos = p.cos == nullptr ? nullptr : static_cast<const T*>(p.cos) + size_t(position) * (D / 2);
-  const T* sin = p.cos == nullptr ? nullptr : static_cast<const T*>(p.sin) + size_t(position) * (D / 2);
   T* keys = static_cast<T*>(p.key) + (size_t(row) * p.kv_heads + kv) * p.slots * D;
   T* values = static_cast<T*>(p.value) + (size_t(row) * p.kv_heads + kv) * p.slots * D;
 
@@ -53,6 +50,9 @@ __global__ __launch_bounds__(kThreads) void attention_kernel(AttentionArguments 
   };
   for (int i = 0; i < kStages - 1; i++) fetch(i * kStride, i);  // the cache is of earlier steps
   wait_for_inputs();
+  const int position = p.positions[row];  // the kernel before may be the one that makes it
+  const T* cos = p.cos == nullptr ? nullptr : static_cast<const T*>(p.cos) + size_t(position) * (D / 2);
+  const T* sin = p.cos == nullptr ? nullptr : static_cast<const T*>(p.sin) + size_t(position) * (D / 2);
 
   for (int e = threadIdx.x; e < G * D; e += kThreads) query[e / D][e % D] = T(rotated<T, D>(qkv + (size_t(kv) * G + e / D) * D, e % D, cos, sin, p.interleaved));
   for (int d = threadIdx.x; d < D; d += kThreads) {

@@ -38,8 +38,9 @@ struct Library {
 
   Library() {
     void* file = nullptr;
-    for (const char* name : {"libcublasLt.so.13", "libcublasLt.so.12", "libcublasLt.so"})
-      if ((file = dlopen(name, RTLD_LAZY | RTLD_NOLOAD)) != nullptr || (file = dlopen(name, RTLD_LAZY)) != nullptr) break;
+    for (int flags : {RTLD_LAZY | RTLD_NOLOAD, RTLD_LAZY})
+      for (const char* name : {"libcublasLt.so.13", "libcublasLt.so.12", "libcublasLt.so"})
+        if (file == nullptr) file = dlopen(name, flags);
     if (file == nullptr) return;
     auto get = [&](auto& function, const char* name) { return (function = reinterpret_cast<std::decay_t<decltype(function)>>(dlsym(file, name))) != nullptr; };
     ready = get(Create, "cublasLtCreate") && get(MatmulDescCreate, "cublasLtMatmulDescCreate") && get(MatmulDescSetAttribute, "cublasLtMatmulDescSetAttribute") &&
@@ -118,6 +119,7 @@ const char* gemm(const LinearArguments& p, bool bf16, cudaStream_t stream) {
   if (p.bias != nullptr && lt.MatmulDescSetAttribute(plan.desc, kDescBias, &p.bias, sizeof p.bias) != 0) return "Linear: cublasLt does not take the bias";
   // A shape that comes again is worth a look at the other candidates; not while a graph is captured, which forbids waiting.
   cudaStreamCaptureStatus capturing = cudaStreamCaptureStatusActive;
-  if (++plan.uses == 2 && cudaStreamIsCapturing(stream, &capturing) == cudaSuccess && capturing == cudaStreamCaptureStatusNone) plan.chosen = fastest(lt, p, plan, stream);
+  const bool free = cudaStreamIsCapturing(stream, &capturing) == cudaSuccess && capturing == cudaStreamCaptureStatusNone;
+  if (free && ++plan.uses == 2) plan.chosen = fastest(lt, p, plan, stream);
   return multiply(lt, p, plan, plan.chosen, stream) == 0 ? nullptr : "Linear: cublasLt failed";
 }

@@ -1,4 +1,4 @@
-// Launchers of the kernels; see linear.cu and attention.cu.
+// Launchers of the kernels; each is described in the file of its name. One device a process: limits are set on the one that is current first.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -20,10 +20,10 @@ bool takes_linear(int m, int n, int k);
 cudaError_t linear(const LinearArguments& p, bool bf16, int processors, cudaStream_t stream);
 
 struct NormArguments {
-  const void *x, *skip;               // [rows, width]; skip may be null
+  const void *x, *skip;               // [rows, width], [skip_rows, width] over and over; skip may be null
   const void *scale, *shift, *bias;   // [width]; shift and bias may be null
   void *y, *sum;                      // [rows, width]; sum = x + skip + bias, may be null
-  int rows, width;
+  int rows, skip_rows, width;
   float epsilon;
 };
 

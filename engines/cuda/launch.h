@@ -1,9 +1,9 @@
 // What the kernels share: loads, the matrix instruction, and launches that overlap.
 //
-// Each kernel is launched while the one before it still runs (programmatic dependent launch, CUDA programming guide), fetches what never
-// changes in a step (weights, the cache of earlier tokens), and only then waits for the one before to be complete and its results visible.
-// It lets the next one start after that wait and not before: so no more than two overlap, and a kernel may read before its wait whatever
-// was made two kernels ago.
+// Each kernel is launched while the one before it still runs (programmatic dependent launch, CUDA programming guide), fetches what no kernel of
+// this step has made (weights, the cache of earlier tokens), and only then waits for the one before to be complete and its results visible. It lets
+// the next one start after that wait and not before, so no more than two overlap. The one before may be any of ONNX Runtime's: what a step makes, such
+// as the positions, is read after the wait.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -35,7 +35,7 @@ __device__ __forceinline__ void widen(const uint4& v, float (&to)[8]) {
 }
 
 __device__ __forceinline__ void copy_async(void* to, const void* from) {
-  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(unsigned(__cvta_generic_to_shared(to))), "l"(from));
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(unsigned(__cvta_generic_to_shared(to))), "l"(from) : "memory");
 }
 
 __device__ __forceinline__ void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1, half) {

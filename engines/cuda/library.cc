@@ -1,5 +1,5 @@
 // The operators of the domain `onnxtools` for ONNX Runtime's CUDA provider: kernels of ours for a decode step, and cublasLt or ONNX Runtime's
-// own operator for everything else, so that a graph with them is right for any input.
+// own operator for everything else, so that a graph with them is right for any input whose caches have slots for all tokens.
 //
 // Linear(X, W, bias?) -> Y: act(X W^T + bias). X [tokens, K], W [N, K], bias [1, N]; attribute activation: NONE or GELU (tanh form).
 // GroupQueryAttention: the inputs of com.microsoft.GroupQueryAttention that a packed query needs; its attributes.
@@ -22,7 +22,6 @@ struct Tensor {
   OrtValue* value = nullptr;
   void* data = nullptr;
   std::vector<int64_t> dims;
-  int type = 0;
 };
 
 OrtStatus* read(OrtValue* value, Tensor& to) {
@@ -35,7 +34,6 @@ OrtStatus* read(OrtValue* value, Tensor& to) {
   OrtStatus* status = ort->GetDimensionsCount(info, &rank);
   to.dims.resize(rank);
   if (status == nullptr) status = ort->GetDimensions(info, to.dims.data(), rank);
-  if (status == nullptr) status = ort->GetTensorElementType(info, &to.type);
   ort->ReleaseTensorTypeAndShapeInfo(info);
   return status;
 }
@@ -174,6 +172,7 @@ struct GroupQueryAttention {
     TRY(output(context, 1, cache, out[1]));
     TRY(output(context, 2, cache, out[2]));
     if (in[kTotal].data != nullptr) total = *static_cast<const int32_t*>(in[kTotal].data);
+    if (total > cache[2]) return ort->CreateStatus(kFail, "GroupQueryAttention: more tokens than the cache has slots");
     const bool shared = out[1].data == in[kPastKey].data && out[2].data == in[kPastValue].data;
     const int h = int(heads), kv = int(kv_heads), d = int(size);
     // A step's block serves a row and KV head, and they must fill the GPU: with fewer, ONNX Runtime's kernels, which split the keys, are faster.
@@ -213,13 +212,15 @@ struct SkipNorm {
     for (int i = 0; i < kInputs; i++) TRY(input(context, i, in[i]));
     for (int i = 0; i < kOutputs; i++) TRY(output(context, i, in[kX].dims, out[i]));
     const int width = int(in[kX].dims.back());
-    int64_t rows = 1;
+    int64_t rows = 1, skip_rows = 1;
     for (size_t i = 0; i + 1 < in[kX].dims.size(); i++) rows *= in[kX].dims[i];
-    if (!takes_norm(width) || (in[kSkip].value != nullptr && in[kSkip].dims != in[kX].dims)) return ort->CreateStatus(kFail, "SkipLayerNormalization: a width our kernel does not take, or inputs of two shapes");
+    for (size_t i = 0; i + 1 < in[kSkip].dims.size(); i++) skip_rows *= in[kSkip].dims[i];
+    const bool fits = in[kSkip].value == nullptr || (in[kSkip].dims.back() == width && skip_rows > 0 && rows % skip_rows == 0);
+    if (!takes_norm(width) || !fits) return ort->CreateStatus(kFail, "SkipLayerNormalization: a width our kernel does not take, or inputs that do not fit");
     if (rows == 0) return nullptr;
     void* stream = nullptr;
     TRY(ort->KernelContext_GetGPUComputeStream(context, &stream));
-    TRY_CUDA(norm({in[kX].data, in[kSkip].data, in[kScale].data, kRms ? nullptr : in[kShiftOrBias].data, in[kInputs - 1].data, out[0].data, out[1].data, int(rows), width, epsilon},
+    TRY_CUDA(norm({in[kX].data, in[kSkip].data, in[kScale].data, kRms ? nullptr : in[kShiftOrBias].data, in[kInputs - 1].data, out[0].data, out[1].data, int(rows), int(skip_rows), width, epsilon},
                   kRms, kType == kBFloat16, static_cast<cudaStream_t>(stream)));
     return nullptr;
   }

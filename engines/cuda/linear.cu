@@ -30,7 +30,7 @@ struct Shared {  // bytes
 
 // MT: tiles of 16 features a warp; NT: tiles of 8 rows of X; RG: groups of features in a block, each with kWarps / RG warps along K.
 template <typename T, int MT, int NT, int RG, int ST, int SUB>
-__global__ __launch_bounds__(32 * kWarps, Shared<MT, NT, RG, ST, SUB>::kBlocks) void linear_kernel(const T* __restrict__ x, const T* __restrict__ w, const T* __restrict__ bias,
+__global__ __launch_bounds__(32 * kWarps, Shared<MT, NT, RG, ST, SUB>::kBlocks) void linear_kernel(const T* x, const T* __restrict__ w, const T* __restrict__ bias,
                                                              T* __restrict__ y, int m, int n, int k, Activation activation) {
   constexpr int kFeatures = 16 * MT, kRows = 8 * NT, kPitch = kFeatures + 4, kAlong = kWarps / RG, kChunk = 32 * SUB;
   constexpr int kReceived = Shared<MT, NT, RG, ST, SUB>::kReceived;

@@ -16,17 +16,16 @@ __device__ float block_sum(float v, float* shared) {
 template <typename T, bool RMS, int kVectors>  // kVectors: of 8 elements, a thread
 __global__ __launch_bounds__(1024) void norm_kernel(NormArguments p) {
   __shared__ float shared[2][32];
-  const size_t row = blockIdx.x * size_t(p.width);
+  const size_t row = blockIdx.x * size_t(p.width), skip = blockIdx.x % p.skip_rows * size_t(p.width);
   uint4 scale[kVectors], shift[kVectors], bias[kVectors];
-  const uint4 none = make_uint4(0, 0, 0, 0);
-  auto constants = [&](int i, int at) {
-    scale[i] = *reinterpret_cast<const uint4*>(static_cast<const T*>(p.scale) + at);
-    shift[i] = p.shift == nullptr ? none : *reinterpret_cast<const uint4*>(static_cast<const T*>(p.shift) + at);
-    bias[i] = p.bias == nullptr ? none : *reinterpret_cast<const uint4*>(static_cast<const T*>(p.bias) + at);
+  auto vector = [](const void* from, size_t at) {  // zeros for what is not there
+    uint4 v = make_uint4(0, 0, 0, 0);
+    if (from != nullptr) v = *reinterpret_cast<const uint4*>(static_cast<const T*>(from) + at);
+    return v;
   };
 #pragma unroll
   for (int i = 0; i < kVectors; i++)
-    if (int at = 8 * (threadIdx.x + i * blockDim.x); at < p.width) constants(i, at);
+    if (const int at = 8 * (threadIdx.x + i * blockDim.x); at < p.width) scale[i] = vector(p.scale, at), shift[i] = vector(p.shift, at), bias[i] = vector(p.bias, at);
   wait_for_inputs();
 
   float v[kVectors][8], total = 0;
@@ -35,8 +34,8 @@ __global__ __launch_bounds__(1024) void norm_kernel(NormArguments p) {
     const int at = 8 * (threadIdx.x + i * blockDim.x);
     if (at >= p.width) continue;
     float a[8], b[8], c[8];
-    widen<T>(*reinterpret_cast<const uint4*>(static_cast<const T*>(p.x) + row + at), a);
-    widen<T>(p.skip == nullptr ? none : *reinterpret_cast<const uint4*>(static_cast<const T*>(p.skip) + row + at), b);
+    widen<T>(vector(p.x, row + at), a);
+    widen<T>(vector(p.skip, skip + at), b);
     widen<T>(bias[i], c);
     T sum[8];
 #pragma unroll

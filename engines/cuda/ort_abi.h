@@ -32,7 +32,7 @@ struct OrtApi {
   void* unused_29[22];
   OrtStatus* (*GetTensorMutableData)(OrtValue* value, void** out);
   void* unused_52[8];
-  OrtStatus* (*GetTensorElementType)(const OrtTensorTypeAndShapeInfo* info, int* out);
+  void* unused_60[1];
   OrtStatus* (*GetDimensionsCount)(const OrtTensorTypeAndShapeInfo* info, size_t* out);
   OrtStatus* (*GetDimensions)(const OrtTensorTypeAndShapeInfo* info, int64_t* dims, size_t rank);
   void* unused_63[2];

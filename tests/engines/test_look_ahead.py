@@ -102,15 +102,36 @@ def test_a_token_that_is_none_is_an_error_of_its_step(path: Path) -> None:
         generate_timed(Spoilt(path), np.arange(18).reshape(2, 9), 7)
 
 
-def test_our_kernels_want_a_card_and_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    def at(capability: int) -> tuple[object, list[str]]:
+def test_our_kernels_want_a_card_and_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def at(capability: int, **options: bool) -> tuple[object, str]:
         notes: list[str] = []
-        monkeypatch.setattr("onnxtools.engines.ort_session._cuda_devices", lambda: (("a card", capability),) if capability else ())
-        return library_of(RuntimeOptions(), notes), notes
+        monkeypatch.setattr("onnxtools.engines.ort_session.device_capability", lambda: capability)
+        return library_of(RuntimeOptions(**options), notes), "; ".join(notes)  # type: ignore[arg-type]
 
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     monkeypatch.setattr("onnxtools.engines.ort_session.find_nvcc", lambda: None)
-    assert at(0) == at(89) == (None, [])
-    assert at(90) == (None, ["our kernels are not used: there is no nvcc to compile them; install the CUDA toolkit, or say --no-kernels"])
-    monkeypatch.setattr("onnxtools.engines.ort_session._cuda_devices", lambda: (("a card", 90),))
+    assert at(0) == at(89) == at(90, kernels=False) == (None, "")
+    why = "our kernels are not used, which is slower: "
+    assert at(90) == (None, f"{why}there is no nvcc to compile them; install the CUDA toolkit; or say --no-kernels")
+    monkeypatch.setattr("onnxtools.engines.ort_session.find_nvcc", lambda: "/bin/false")
+    assert at(90) == (None, f"{why}/bin/false --version fails; repair the CUDA toolkit; or say --no-kernels")
+    monkeypatch.setattr("onnxtools.engines.ort_session.find_nvcc", lambda: "/bin/echo")
+    (tmp_path / "file").touch()
+    assert at(90)[0] is None and str(tmp_path / "file") in at(90)[1]  # a cache folder that cannot be
+
+
+def test_a_library_that_does_not_load_is_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken.so").write_text("no library")
+    monkeypatch.setattr("onnxtools.engines.ort_session.device_capability", lambda: 90)
+    monkeypatch.setattr("onnxtools.engines.ort_session.kernel_library", lambda nvcc, capability: tmp_path / "broken.so")
+    monkeypatch.setattr("onnxtools.engines.ort_session.find_nvcc", lambda: "nvcc")
     notes: list[str] = []
-    assert library_of(RuntimeOptions(kernels=False), notes) is None and not notes
+    assert library_of(RuntimeOptions(), notes) is None and "broken.so" in notes[0]
+
+
+def test_a_static_cache_without_a_mask_takes_single_steps() -> None:
+    model = Model.load(exported("llama", "scatter"))
+    mask = next(value for value in model.graph.inputs if value.name == "attention_mask")
+    model.graph.inputs.remove(mask)
+    add_next_token(model, ahead=True, kernel=True)
+    assert [value.name for value in model.graph.outputs if (value.name or "").startswith("onnxtools")] == [NEXT]
