@@ -25,6 +25,14 @@ DTYPES = {"fp16": (np.dtype(np.float16), onnx.TensorProto.FLOAT16, 1e-3), "bf16"
 RANDOM = np.random.default_rng(0)
 
 
+def session(library: str, nodes: list[onnx.NodeProto], inputs: list[onnx.ValueInfoProto], outputs: list[onnx.ValueInfoProto]) -> Any:
+    opsets = [helper.make_opsetid("", 19), helper.make_opsetid(DOMAIN, 1)]
+    model = helper.make_model(helper.make_graph(nodes, "case", inputs, outputs), opset_imports=opsets, ir_version=9)
+    settings = ort.SessionOptions()
+    settings.register_custom_ops_library(library)
+    return ort.InferenceSession(model.SerializeToString(), settings, providers=["CUDAExecutionProvider"])
+
+
 class Case:
     """One node in a session of its own."""
 
@@ -38,11 +46,7 @@ class Case:
         results = [helper.make_tensor_value_info(name, self.onnx, [None] * len(shape)) for name, shape in outputs.items()]
         results += [helper.make_tensor_value_info(f"{name}_fp32", onnx.TensorProto.FLOAT, [None] * len(shape)) for name, shape in outputs.items()]
         node = helper.make_node(op, [name if array is not None else "" for name, array in inputs.items()], list(outputs), domain=DOMAIN, **attributes)
-        opsets = [helper.make_opsetid("", 19), helper.make_opsetid(DOMAIN, 1)]
-        model = helper.make_model(helper.make_graph([node, *casts], "case", infos, results), opset_imports=opsets, ir_version=9)
-        settings = ort.SessionOptions()
-        settings.register_custom_ops_library(library)
-        self.session = ort.InferenceSession(model.SerializeToString(), settings, providers=["CUDAExecutionProvider"])
+        self.session = session(library, [node, *casts], infos, results)
         self.outputs = outputs
 
     def _value(self, array: Array) -> Any:
@@ -160,12 +164,7 @@ def next_token(library: str, rows: int, tokens: int, vocabulary: int, slots: int
     ]
     results = [helper.make_tensor_value_info(name, onnx.TensorProto.INT64, [None, None]) for name in ("next", "longer", "tokens")]
     node = helper.make_node("NextToken", ["logits", "mask", "past"], ["next", "longer", "tokens"], domain=DOMAIN)
-    opsets = [helper.make_opsetid("", 19), helper.make_opsetid(DOMAIN, 1)]
-    model = helper.make_model(helper.make_graph([node], "next", infos, results), opset_imports=opsets, ir_version=9)
-    settings = ort.SessionOptions()
-    settings.register_custom_ops_library(library)
-    session = ort.InferenceSession(model.SerializeToString(), settings, providers=["CUDAExecutionProvider"])
-    found, longer, appended = session.run(None, {"logits": logits, "mask": mask, "past": past})
+    found, longer, appended = session(library, [node], infos, results).run(None, {"logits": logits, "mask": mask, "past": past})
     past[np.arange(rows), lengths] = expected[:, -1]
     right = (found == expected).all() and (longer == (np.arange(slots) <= lengths[:, None])).all() and (appended == past).all()
     return 0.0 if right else 1.0
