@@ -1,8 +1,8 @@
 // Y = act(X W^T + b) for a few rows of X: the products of a decode step, which are bound by reading W once.
 //
 // Each warp computes 16 * MT features for all rows with mma.m16n8k16: W is the A operand (features by K), X the B operand (K by rows).
-// Nothing passes through shared memory on its way in. An MMA sums over K in any order as long as A and B agree, so a thread takes its
-// operands as 16 consecutive bytes of a row of W and of X: thread t of a quad holds k = 8t .. 8t+7 of 32.
+// An MMA sums over K in any order as long as A and B agree, so a thread takes its operands as 16 consecutive bytes of a row of W and of X:
+// thread t of a quad holds k = 8t .. 8t+7 of 32. Its pieces of W come ahead of time through a ring in shared memory that it alone uses.
 // K is split among the warps of a block and among the blocks of a cluster; partial sums meet in (distributed) shared memory.
 #include <cooperative_groups.h>
 
@@ -28,7 +28,8 @@ struct Shared {  // bytes
   static constexpr int kBlocks = 200 * 1024 / kAll < 4 ? 200 * 1024 / kAll : 4;  // that live at once, if registers allow it
 };
 
-// MT: tiles of 16 features a warp; NT: tiles of 8 rows of X; RG: groups of features in a block, each with kWarps / RG warps along K.
+// MT: tiles of 16 features a warp; NT: tiles of 8 rows of X; RG: groups of features in a block, each with kWarps / RG warps along K; ST: stages of the
+// ring, each SUB times 32 elements of K.
 template <typename T, int MT, int NT, int RG, int ST, int SUB>
 __global__ __launch_bounds__(32 * kWarps, Shared<MT, NT, RG, ST, SUB>::kBlocks) void linear_kernel(const T* x, const T* __restrict__ w, const T* __restrict__ bias,
                                                              T* __restrict__ y, int m, int n, int k, Activation activation) {
@@ -136,10 +137,6 @@ cudaError_t launch(const LinearArguments& p, int splits, cudaStream_t stream) {
   return Launch(grid, dim3(32 * kWarps), kShared, stream).cluster(splits).run(kernel, static_cast<const T*>(p.x), static_cast<const T*>(p.w), static_cast<const T*>(p.bias),
                                                                               static_cast<T*>(p.y), p.m, p.n, p.k, p.activation);
 }
-
-}  // namespace
-
-namespace {
 
 template <typename T, int NT>
 cudaError_t chosen(const LinearArguments& p, int processors, cudaStream_t stream) {
