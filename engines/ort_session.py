@@ -6,9 +6,7 @@ import contextlib
 import functools
 import os
 import subprocess
-from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +21,7 @@ from onnxtools.errors import JobError
 from onnxtools.generation.runtime import RuntimeOptions
 from onnxtools.graph import attribute, is_fp8_qdq
 from onnxtools.model import Model
-from onnxtools.ort import BROKEN_OPTIMIZERS
+from onnxtools.ort import BROKEN_OPTIMIZERS, one_line
 
 
 def choose_device(wanted: str, notes: list[str]) -> str:
@@ -92,12 +90,11 @@ def open_session(model: Model, options: RuntimeOptions, device: str, notes: list
     if device == "cpu":
         return _session(ort, str(model.path), settings, ["CPUExecutionProvider"], model), False
     settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model.path.parent.resolve()))
-    library = library_of(options, notes)
-    made = use_kernels(model) if library is not None else Counter[str]()
-    add_next_token(model, ahead=graph, kernel=library is not None)
-    if library is not None:
-        settings.register_custom_ops_library(str(library))
+    ours = register_kernels(settings, options, notes)
+    if ours:
+        made = use_kernels(model)
         notes.append("our kernels: " + (", ".join(f"{count} {name}" for name, count in made.items()) or "none of the model's operators"))
+    add_next_token(model, ahead=graph, kernel=ours)
     if _heads_alone(model):
         # XQA shares a KV head among its queries; with one query a head it took 29 us where cuDNN took 19 (H200, 16 x 32 heads, 148 tokens).
         os.environ.setdefault("ORT_ENABLE_XQA", "0")
@@ -114,7 +111,7 @@ def open_session(model: Model, options: RuntimeOptions, device: str, notes: list
             if captured and "graph capture" in str(error):
                 notes.append("no CUDA graph: part of the model runs on the CPU")
                 continue
-            if library is not None and not is_out_of_memory(error):
+            if ours and not is_out_of_memory(error):
                 raise JobError(f"{error} (with our kernels: run with --no-kernels to see whether it is they)") from None
             raise
         if session.get_providers()[0] != "CUDAExecutionProvider":
@@ -139,33 +136,30 @@ def _session(ort: Any, source: str | bytes, settings: Any, providers: list[Any],
         raise JobError(f"{model.path}: ONNX Runtime cannot load the graph: {one_line(error)}") from None
 
 
-def library_of(options: RuntimeOptions, notes: list[str]) -> Path | None:
-    """That of our kernels, where they are wanted, there is a card for them, and it can be compiled and loaded; `notes` says why not."""
-    import onnxruntime as ort
+def register_kernels(settings: Any, options: RuntimeOptions, notes: list[str]) -> bool:
+    """Let sessions with `settings` know our kernels, where they are wanted, there is a card for them, and they can be compiled and loaded.
 
+    Returns:
+        Whether they do; where they are wanted and do not, `notes` says why.
+    """
     capability = device_capability() if options.kernels else 0
     if capability < MIN_CAPABILITY:
-        return None
+        return False
     nvcc = find_nvcc()
     try:
         if nvcc is None:
             raise JobError("there is no nvcc to compile them; install the CUDA toolkit")
-        path = kernel_library(nvcc, capability)
-        ort.SessionOptions().register_custom_ops_library(str(path))
+        settings.register_custom_ops_library(str(kernel_library(nvcc, capability)))
     except Exception as error:
         notes.append(f"our kernels are not used, which is slower: {one_line(error)}; or say --no-kernels")
-        return None
-    return path
+        return False
+    return True
 
 
 def _heads_alone(model: Model) -> bool:
     """Whether every GroupQueryAttention has as many KV heads as heads."""
     nodes = [node for node in model.graph if node.op_type == "GroupQueryAttention"]
     return bool(nodes) and all(attribute(node, "num_heads") == attribute(node, "kv_num_heads") for node in nodes)
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -12,7 +12,7 @@ pytest.importorskip("transformers", reason="it makes the tiny checkpoint (make s
 
 from onnxtools.engines.next_token import NEXT, add_next_token
 from onnxtools.engines.onnxrt import OrtRuntime
-from onnxtools.engines.ort_session import library_of
+from onnxtools.engines.ort_session import register_kernels
 from onnxtools.errors import JobError
 from onnxtools.evaluate.timing import generate_timed
 from onnxtools.generation.generate import generate
@@ -103,21 +103,21 @@ def test_a_token_that_is_none_is_an_error_of_its_step(path: Path) -> None:
 
 
 def test_our_kernels_want_a_card_and_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def at(capability: int, **options: bool) -> tuple[object, str]:
+    def at(capability: int, **options: bool) -> tuple[bool, str]:
         notes: list[str] = []
         monkeypatch.setattr("onnxtools.engines.ort_session.device_capability", lambda: capability)
-        return library_of(RuntimeOptions(**options), notes), "; ".join(notes)  # type: ignore[arg-type]
+        return register_kernels(ort.SessionOptions(), RuntimeOptions(**options), notes), "; ".join(notes)  # type: ignore[arg-type]
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     monkeypatch.setattr("onnxtools.engines.ort_session.find_nvcc", lambda: None)
-    assert at(0) == at(89) == at(90, kernels=False) == (None, "")
+    assert at(0) == at(89) == at(90, kernels=False) == (False, "")
     why = "our kernels are not used, which is slower: "
-    assert at(90) == (None, f"{why}there is no nvcc to compile them; install the CUDA toolkit; or say --no-kernels")
+    assert at(90) == (False, f"{why}there is no nvcc to compile them; install the CUDA toolkit; or say --no-kernels")
     monkeypatch.setattr("onnxtools.engines.ort_session.find_nvcc", lambda: "/bin/false")
-    assert at(90) == (None, f"{why}/bin/false --version fails; repair the CUDA toolkit; or say --no-kernels")
+    assert at(90) == (False, f"{why}/bin/false --version fails; repair the CUDA toolkit; or say --no-kernels")
     monkeypatch.setattr("onnxtools.engines.ort_session.find_nvcc", lambda: "/bin/echo")
     (tmp_path / "file").touch()
-    assert at(90)[0] is None and str(tmp_path / "file") in at(90)[1]  # a cache folder that cannot be
+    assert at(90)[0] is False and str(tmp_path / "file") in at(90)[1]  # a cache folder that cannot be
 
 
 def test_a_library_that_does_not_load_is_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +126,7 @@ def test_a_library_that_does_not_load_is_a_note(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("onnxtools.engines.ort_session.kernel_library", lambda nvcc, capability: tmp_path / "broken.so")
     monkeypatch.setattr("onnxtools.engines.ort_session.find_nvcc", lambda: "nvcc")
     notes: list[str] = []
-    assert library_of(RuntimeOptions(), notes) is None and "broken.so" in notes[0]
+    assert register_kernels(ort.SessionOptions(), RuntimeOptions(), notes) is False and "broken.so" in notes[0]
 
 
 def test_a_static_cache_without_a_mask_takes_single_steps() -> None:
