@@ -144,7 +144,8 @@ def _is_norm(node: ir.Node, constants: Sequence[ir.Value | None]) -> bool:
 def _to_norm(build: Builder, node: ir.Node, op_type: str, inputs: Sequence[ir.Value | None]) -> None:
     build.before = node
     epsilon = float(attribute(node, "epsilon", _EPSILON[node.op_type]))
-    made = build.ops(op_type, list(inputs), f"{node.name}/onnxtools", outputs=2, domain=DOMAIN, epsilon=epsilon)
-    for old, new in zip((node.outputs[0], *node.outputs[3:]), made, strict=False):
+    outputs = [node.outputs[0], *(value for value in node.outputs[3:] if value.uses() or value.is_graph_output())]  # the sum where it is asked for
+    made = build.ops(op_type, list(inputs), f"{node.name}/onnxtools", outputs=len(outputs), domain=DOMAIN, epsilon=epsilon)
+    for old, new in zip(outputs, made, strict=True):
         new.type, new.shape = old.type, old.shape
         rename_or_bypass(build.graph, old, new)

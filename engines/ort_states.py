@@ -2,7 +2,7 @@
 
 concat: the outputs of a step are the inputs of the next, bound as they are; prompts are padded on the left.
 scatter, gqa: one buffer a cache is input and output at once, bound once; prompts are padded on the right. On CUDA the step is captured
-as a CUDA graph, and two of them feed each other. none: the whole text is run again for each token.
+as a CUDA graph, and two of them feed each other; so are prompts, once their length comes again. none: the whole text is run again for each token.
 """
 
 from __future__ import annotations
@@ -116,7 +116,10 @@ class Static:
         self.sides = []
         for place, other, past, tokens in zip(places, places[::-1], self.tokens, self.tokens[::-1], strict=True):
             outputs = {f"{AHEAD}.{name}": value for name, value in other.items() if name != io.ids.name} | {NEXT: other[io.ids.name], f"{AHEAD}.tokens": tokens}
-            self.sides.append(_Side(self, place | ({PAST_TOKENS: past} if r.takes_tokens else {}), outputs if count > 1 else {}, captured=r.captures))
+            side = _Side(self, place | ({PAST_TOKENS: past} if r.takes_tokens else {}), outputs if count > 1 else {})
+            if r.captures:
+                side.capture()
+            self.sides.append(side)
 
     def bind_buffers(self, binding: Any) -> None:
         for cache, buffer in zip(self.r.io.caches, self.buffers, strict=True):
@@ -135,14 +138,16 @@ class Static:
         return r.last(self._prompt_side(feeds, ids.shape[1]).run(), self.lengths - 1)
 
     def _prompt_side(self, feeds: dict[str, Ids], length: int) -> _Side:
-        """With `feeds` as its inputs. It is kept for the next prompts of that length, where its logits are small."""
+        """With `feeds` as its inputs. It is kept for the next prompts of that length, where its logits are small, and captured if they come."""
         if length in self._prompts:
             values, side = self._prompts[length]
             for name, value in values.items():
                 value.update_inplace(feeds[name])
+            if self.r.captures:
+                side.capture()
             return side
         values = self.r.ops.values(feeds)
-        side = _Side(self, values, {}, captured=False)
+        side = _Side(self, values, {})
         self._prompts = {} if self.r.io.logits_all else {length: (values, side)}
         return side
 
@@ -180,17 +185,22 @@ class Static:
 
 
 class _Side:
-    """Inputs, caches and outputs at fixed places. Of a step: captured as a CUDA graph where that is possible."""
+    """Inputs, caches and outputs at fixed places, so that a run can be captured as a CUDA graph."""
 
-    def __init__(self, state: Static, inputs: dict[str, Any], outputs: dict[str, Any], *, captured: bool) -> None:
+    def __init__(self, state: Static, inputs: dict[str, Any], outputs: dict[str, Any]) -> None:
         r = self._runtime = state.r
         self._binding = r.bound(inputs)
         state.bind_buffers(self._binding)
         for name, value in outputs.items():
             self._binding.bind_ortvalue_output(name, value)
-        graph = next(_GRAPHS)
-        self._options = [_graph_options(graph, wait) if captured else None for wait in (False, True)]
+        self._options: list[Any] = [None, None]
         self._results: list[Any] | None = None
+
+    def capture(self) -> None:
+        """From its next run on."""
+        if self._options[0] is None:
+            graph = next(_GRAPHS)
+            self._options = [_graph_options(graph, wait) for wait in (False, True)]
 
     def run(self, *, wait: bool = True) -> list[Any]:
         """The logits and what else is asked of every run. Without `wait` they are there once a later run has been waited for."""
@@ -243,7 +253,7 @@ _GRAPHS = iter(range(1, 1 << 31))
 
 
 def _graph_options(graph: int, wait: bool) -> Any:
-    """Run options of the graph with that number: captured at its second run, replayed from then on."""
+    """Run options of the graph with that number, which ONNX Runtime captures at the first run with them (it runs twice) and replays from then on."""
     import onnxruntime as ort
 
     made = ort.RunOptions()

@@ -11,21 +11,10 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kUnroll = 4, kStages = 3;  // keys a lane takes at once, and how many times that are in flight
 
-// Element d of a head, rotated by its position's angle (Su et al., 2021), in the halves or the interleaved form.
-template <typename T, int D>
-__device__ float rotated(const T* head, int d, const T* cos, const T* sin, bool interleaved) {
-  const float here = float(head[d]);
-  if (cos == nullptr) return here;
-  const int pair = interleaved ? d / 2 : d % (D / 2);
-  const bool first = interleaved ? d % 2 == 0 : d < D / 2;
-  const float other = float(head[interleaved ? d ^ 1 : (d + D / 2) % D]);
-  return here * float(cos[pair]) + (first ? -other : other) * float(sin[pair]);
-}
-
 template <typename T, int D, int G>
 __global__ __launch_bounds__(kThreads) void attention_kernel(AttentionArguments p) {
   constexpr int kLanes = D / 8, kGroups = kThreads / kLanes;  // lanes a key, keys at once
-  __shared__ T query[G][D], fresh[2][D];
+  __shared__ __align__(16) T query[G][D], fresh[2][D];
   __shared__ float maxima[kGroups][G], sums[kGroups][G], outputs[kGroups][D];
   const int kv = blockIdx.x % p.kv_heads, row = blockIdx.x / p.kv_heads, lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
   const size_t width = size_t(p.heads + 2 * p.kv_heads) * D;
@@ -54,10 +43,13 @@ __global__ __launch_bounds__(kThreads) void attention_kernel(AttentionArguments 
   const T* cos = p.cos == nullptr ? nullptr : static_cast<const T*>(p.cos) + size_t(position) * (D / 2);
   const T* sin = p.cos == nullptr ? nullptr : static_cast<const T*>(p.sin) + size_t(position) * (D / 2);
 
-  for (int e = threadIdx.x; e < G * D; e += kThreads) query[e / D][e % D] = T(rotated<T, D>(qkv + (size_t(kv) * G + e / D) * D, e % D, cos, sin, p.interleaved));
-  for (int d = threadIdx.x; d < D; d += kThreads) {
-    fresh[0][d] = keys[size_t(position) * D + d] = T(rotated<T, D>(qkv + size_t(p.heads + kv) * D, d, cos, sin, p.interleaved));
-    fresh[1][d] = values[size_t(position) * D + d] = qkv[size_t(p.heads + p.kv_heads + kv) * D + d];
+  for (int at = threadIdx.x; at < (G + 2) * (D / 16); at += kThreads) {  // the queries, the key, the value
+    const int which = at / (D / 16), i = at % (D / 16), head = which < G ? kv * G + which : p.heads + (which - G) * p.kv_heads + kv;
+    T low[8], high[8];
+    rotated<T, D>(qkv + size_t(head) * D, i, which <= G ? cos : nullptr, sin, p.interleaved, low, high);
+    auto put = [&](T* to) { reinterpret_cast<uint4*>(to)[i] = *reinterpret_cast<uint4*>(low), reinterpret_cast<uint4*>(to + D / 2)[i] = *reinterpret_cast<uint4*>(high); };
+    put(which < G ? query[which] : fresh[which - G]);
+    if (which >= G) put((which == G ? keys : values) + size_t(position) * D);
   }
   __syncthreads();
 

@@ -1,4 +1,4 @@
-// What the kernels share: loads, the matrix instruction, and launches that overlap.
+// What the kernels share: loads, rotated heads, the matrix instruction, and launches that overlap.
 //
 // Each kernel is launched while the one before it still runs (programmatic dependent launch, CUDA programming guide), fetches what no kernel of
 // this step has made (weights, the cache of earlier tokens), and only then waits for the one before to be complete and its results visible. It lets
@@ -52,6 +52,28 @@ template <typename T>
 __device__ __forceinline__ unsigned packed(float a, float b) {
   const T pair[2] = {T(a), T(b)};
   return *reinterpret_cast<const unsigned*>(pair);
+}
+
+// Elements 8 i .. 8 i + 7 of both halves of a head, rotated by the angles of its position (Su et al., 2021) in the halves or the interleaved form; cos may
+// be null.
+template <typename T, int D>
+__device__ __forceinline__ void rotated(const T* head, int i, const T* cos, const T* sin, bool interleaved, T (&low)[8], T (&high)[8]) {
+  *reinterpret_cast<uint4*>(low) = *reinterpret_cast<const uint4*>(head + 8 * i);
+  *reinterpret_cast<uint4*>(high) = *reinterpret_cast<const uint4*>(head + D / 2 + 8 * i);
+  if (cos == nullptr) return;
+#pragma unroll
+  for (int e = 0; e < 8; e++) {
+    if (!interleaved) {
+      const float c = float(cos[8 * i + e]), s = float(sin[8 * i + e]), a = float(low[e]), b = float(high[e]);
+      low[e] = T(a * c - b * s), high[e] = T(b * c + a * s);
+    } else if (e % 2 == 0) {
+      for (T* half : {low, high}) {
+        const int pair = (half == low ? 0 : D / 4) + 4 * i + e / 2;
+        const float c = float(cos[pair]), s = float(sin[pair]), a = float(half[e]), b = float(half[e + 1]);
+        half[e] = T(a * c - b * s), half[e + 1] = T(b * c + a * s);
+      }
+    }
+  }
 }
 
 class Launch {

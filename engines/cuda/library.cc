@@ -97,7 +97,7 @@ OrtStatus* processors(int& count) {
 template <int kType>
 struct Linear {
   static constexpr const char* kName = "Linear";
-  static constexpr int kInputs = 3, kOutputs = 1;
+  static constexpr int kInputs = 3, kOutputs = 1, kNeeded = 1;
   static int type(size_t) { return kType; }
   static int output_type(size_t) { return kType; }
   static bool optional(size_t index) { return index == 2; }
@@ -138,7 +138,7 @@ template <int kType>
 struct GroupQueryAttention {
   static constexpr const char* kName = "GroupQueryAttention";
   enum { kQuery, kPastKey, kPastValue, kLengths, kTotal, kCos, kSin, kInputs };
-  static constexpr int kOutputs = 3;
+  static constexpr int kOutputs = 3, kNeeded = 3;
   static int type(size_t index) { return index == kLengths || index == kTotal ? kInt32 : kType; }
   static int output_type(size_t) { return kType; }
   static bool optional(size_t index) { return index >= kCos; }
@@ -197,7 +197,7 @@ template <int kType, bool kRms>
 struct SkipNorm {
   static constexpr const char* kName = kRms ? "SkipSimplifiedLayerNormalization" : "SkipLayerNormalization";
   enum { kX, kSkip, kScale, kShiftOrBias, kBias, kInputs = kRms ? kBias : kBias + 1 };  // RMS normalization has no shift
-  static constexpr int kOutputs = 2;
+  static constexpr int kOutputs = 2, kNeeded = 1;
   static int type(size_t) { return kType; }
   static int output_type(size_t) { return kType; }
   static bool optional(size_t index) { return index == kSkip || index >= kShiftOrBias; }
@@ -229,7 +229,7 @@ struct SkipNorm {
 struct NextToken {
   static constexpr const char* kName = "NextToken";
   enum { kLogits, kMask, kPast, kInputs };
-  static constexpr int kOutputs = 3;
+  static constexpr int kOutputs = 3, kNeeded = 3;
   static int type(size_t index) { return index == kLogits ? kFloat32 : kInt64; }
   static int output_type(size_t) { return kInt64; }
   static bool optional(size_t) { return false; }
@@ -267,7 +267,7 @@ struct Registered : OrtCustomOp {
     GetOutputType = [](const OrtCustomOp*, size_t index) { return Op::output_type(index); };
     GetOutputTypeCount = [](const OrtCustomOp*) { return size_t(Op::kOutputs); };
     GetInputCharacteristic = [](const OrtCustomOp*, size_t index) { return int(Op::optional(index)); };
-    GetOutputCharacteristic = [](const OrtCustomOp*, size_t) { return 0; };
+    GetOutputCharacteristic = [](const OrtCustomOp*, size_t index) { return int(index >= Op::kNeeded); };
     GetInputMemoryType = [](const OrtCustomOp*, size_t index) { return Op::on_host(index) ? kMemoryCpuInput : kMemoryDefault; };
     GetVariadicInputMinArity = GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 1; };
     GetVariadicInputHomogeneity = GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 1; };

@@ -68,10 +68,10 @@ def standard(proto: onnx.ModelProto) -> onnx.ModelProto:
         elif node.op_type == "GroupQueryAttention":
             nodes.append(helper.make_node(node.op_type, [node.input[0], "", "", *node.input[1:]], out, domain="com.microsoft", **given))
         elif node.input[1]:
-            nodes.append(helper.make_node(node.op_type, node.input, [out[0], "", "", out[1]], domain="com.microsoft", **given))
+            nodes.append(helper.make_node(node.op_type, node.input, [out[0], "", "", *out[1:]], domain="com.microsoft", **given))
         else:
             plain = {"SkipLayerNormalization": "LayerNormalization", "SkipSimplifiedLayerNormalization": "RMSNormalization"}[node.op_type]
-            nodes.append(helper.make_node(plain, [node.input[0], *node.input[2:]], out[:1], axis=-1, **given))
+            nodes.append(helper.make_node(plain, [node.input[0], *node.input[2:]], out, axis=-1, **given))
     del proto.graph.node[:]
     proto.graph.node.extend(nodes)
     if not any(entry.domain == "com.microsoft" for entry in proto.opset_import):
