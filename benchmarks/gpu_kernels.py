@@ -39,7 +39,8 @@ class Case:
     def __init__(self, library: str, op: str, dtype: str, inputs: dict[str, Array | None], outputs: dict[str, tuple[int, ...]], **attributes: Any) -> None:
         self.numpy, self.onnx, self.limit = DTYPES[dtype]
         self.values = {name: self._value(array) for name, array in inputs.items() if array is not None}
-        self.kinds = {name: onnx.TensorProto.INT32 if value.data_type() == "tensor(int32)" else self.onnx for name, value in self.values.items()}
+        kinds = {"tensor(int32)": onnx.TensorProto.INT32, "tensor(int64)": onnx.TensorProto.INT64}
+        self.kinds = {name: kinds.get(value.data_type(), self.onnx) for name, value in self.values.items()}
         infos = [helper.make_tensor_value_info(name, self.kinds[name], [None] * len(self.values[name].shape())) for name in self.values]
         # ONNX Runtime hands out no bf16 to NumPy: fp32 beside it, and the node's own outputs where they share memory with an input.
         casts = [helper.make_node("Cast", [name], [f"{name}_fp32"], to=onnx.TensorProto.FLOAT) for name in outputs]
@@ -50,7 +51,7 @@ class Case:
         self.outputs = outputs
 
     def _value(self, array: Array) -> Any:
-        if array.dtype == np.int32:
+        if array.dtype.kind == "i":
             return ort.OrtValue.ortvalue_from_numpy(array, *(("cuda", 0) if array.ndim else ("cpu", 0)))
         kept = np.ascontiguousarray(array.astype(self.numpy))
         made = ort.OrtValue.ortvalue_from_shape_and_type(list(kept.shape), self.onnx, "cuda", 0)
@@ -149,6 +150,14 @@ def attention(library: str, dtype: str, batch: int, tokens: int, heads: int, kv:
     return max(error(y, expected.reshape(y.shape)), error(new_keys, keys), error(new_values, values))
 
 
+def last_token(library: str, dtype: str, rows: int, tokens: int, total: int, width: int) -> float:
+    x, real = rounded(dtype, rows, tokens, width), RANDOM.integers(0, tokens + 1, rows)
+    real[0], real[-1] = tokens, 0  # all of them; none, which takes the first
+    mask = (np.arange(total) < (total - tokens + real)[:, None]).astype(np.int64)
+    case = Case(library, "LastToken", dtype, {"x": x, "mask": mask}, {"y": (rows, 1, width)})
+    return error(case.run()[0][:, 0], x[np.arange(rows), np.maximum(real - 1, 0)])
+
+
 def next_token(library: str, rows: int, tokens: int, vocabulary: int, slots: int, spoilt: bool) -> float:
     """0 where the tokens, the longer mask and the tokens so far are right, else 1."""
     logits = RANDOM.standard_normal((rows, tokens, vocabulary)).astype(np.float32)
@@ -209,6 +218,10 @@ def main() -> None:
         "GroupQueryAttention, prompts": [
             (attention, (d, 3, tokens, h, kv, size, rope, 520))
             for d, tokens, (h, kv), size, rope in itertools.product(DTYPES, (2, 130, 512), [(4, 4), (6, 2)], (64, 128), ("", "halves", "interleaved"))
+        ],
+        "LastToken": [
+            (last_token, (d, rows, tokens, total, width))
+            for d, (rows, tokens, total), width in itertools.product(DTYPES, [(3, 1, 40), (16, 128, 128), (5, 700, 900)], (64, 4096))
         ],
         "GroupQueryAttention, long prompts (ONNX Runtime's)": [(attention, (d, 1, 600, 4, 2, 64, "halves", 640)) for d in DTYPES],
     }

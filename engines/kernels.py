@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 from onnxtools.graph import Builder, attribute, constant_tensor, is_op, remove_unused, rename_or_bypass, small_constant
@@ -30,6 +31,7 @@ def use_kernels(model: Model) -> Counter[str]:
 
     - Gemm of rows and a weight [N, K] in fp16 or bf16, K a multiple of 64: Linear, with the bias and the tanh GELU that follow it;
     - com.microsoft.GroupQueryAttention of packed queries without a window, cap or quantized cache: GroupQueryAttention;
+    - what `export --logits last` picks each row's last token with, where caches are shared buffers: LastToken;
     - com.microsoft.Skip(Simplified)LayerNormalization, LayerNormalization and RMSNormalization of up to 16384 channels: the first two.
     """
     build, made = Builder(model), Counter[str]()
@@ -47,6 +49,12 @@ def use_kernels(model: Model) -> Counter[str]:
         elif is_op(node, *_PLAIN_NORMS) and attribute(node, "axis", -1) == -1 and _is_norm(node, node.inputs[1:]):
             _to_norm(build, node, _PLAIN_NORMS[node.op_type], [node.inputs[0], None, *node.inputs[1:]])
             made["norms"] += 1
+        elif (mask := _mask_of_last(node)) is not None:
+            build.before = node
+            picked = build.op("LastToken", [node.inputs[0], mask], f"{node.name}/LastToken", domain=DOMAIN, dtype=node.outputs[0].dtype)
+            picked.shape = node.outputs[0].shape
+            rename_or_bypass(build.graph, node.outputs[0], picked)
+            made["picks"] += 1
     if made:
         model.graph.opset_imports[DOMAIN] = 1
         remove_unused(model)
@@ -149,3 +157,34 @@ def _to_norm(build: Builder, node: ir.Node, op_type: str, inputs: Sequence[ir.Va
     for old, new in zip(outputs, made, strict=True):
         new.type, new.shape = old.type, old.shape
         rename_or_bypass(build.graph, old, new)
+
+
+_INDEX_OF_LAST = (("Expand", {}), ("Unsqueeze", {1: 2}), ("Max", {1: 0}), ("Sub", {1: 1}), ("ReduceSum", {1: 1}), ("Slice", {2: np.iinfo(np.int64).max, 3: 1}))
+"""max(sum(mask[:, -new:]) - 1, 0), from its end to the mask: each operator with those of its inputs that are constants."""
+
+
+def _mask_of_last(node: ir.Node) -> ir.Value | None:
+    """The mask [batch, total], where `node` picks from [batch, new, width] by that index."""
+    rows = node.inputs[0].producer() if is_op(node, "GatherElements") and node.inputs[0] is not None else None
+    if attribute(node, "axis", 0) != 1 or rows is None or not is_op(rows, "Reshape") or (_last_of(rows.inputs[1]) or 1) % 8:
+        return None
+    source: ir.Node | None = rows
+    while source is not None and is_op(source, "Reshape"):
+        source = source.inputs[0].producer() if source.inputs[0] is not None else None
+    if source is None or source.domain != DOMAIN:  # its type is one that we take
+        return None
+    value, step = node.inputs[1], None
+    for op_type, constants in _INDEX_OF_LAST:
+        step = value.producer() if value is not None else None
+        if step is None or not is_op(step, op_type) or any(_only_element(step.inputs[at]) != wanted for at, wanted in constants.items()):
+            return None
+        value = step.inputs[0]
+    assert step is not None
+    start = step.inputs[1].producer() if step.inputs[1] is not None else None
+    length = start.inputs[0].producer() if start is not None and is_op(start, "Neg") and start.inputs[0] is not None else None
+    return value if length is not None and is_op(length, "Shape") and (attribute(length, "start"), attribute(length, "end")) == (1, 2) else None
+
+
+def _only_element(value: ir.Value | None) -> int | None:
+    found = small_constant(value)
+    return int(found.item()) if found is not None and found.size == 1 else None

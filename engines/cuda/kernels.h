@@ -47,6 +47,15 @@ cudaError_t decode_attention(const AttentionArguments& p, bool bf16, cudaStream_
 bool takes_prefill(int batch, int heads, int kv_heads, int head_size, int tokens);
 cudaError_t prefill_attention(const AttentionArguments& p, bool bf16, cudaStream_t stream);
 
+struct LastTokenArguments {
+  const void* x;        // [rows, tokens, pieces of 16 bytes]
+  const int64_t* mask;  // [rows, total]: of the last `tokens` columns, 1 on those that are no padding, which come first
+  void* y;              // [rows, pieces of 16 bytes]; the first where there is no token
+  int rows, tokens, total, pieces;
+};
+
+cudaError_t last_token(const LastTokenArguments& p, cudaStream_t stream);
+
 struct NextTokenArguments {
   const float* logits;                        // [rows, tokens, vocabulary]
   const int64_t *mask, *past;                 // [rows, slots]: 1 on a row's first tokens; [rows, past_slots]: tokens found before

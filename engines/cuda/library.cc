@@ -4,6 +4,7 @@
 // Linear(X, W, bias?) -> Y: act(X W^T + bias). X [tokens, K], W [N, K], bias [1, N]; attribute activation: NONE or GELU (tanh form).
 // GroupQueryAttention: the inputs of com.microsoft.GroupQueryAttention that a packed query needs; its attributes.
 // SkipLayerNormalization, SkipSimplifiedLayerNormalization: those of com.microsoft, and of their outputs the first and the sum. Without skip: a norm.
+// LastToken(X [batch, tokens, width], mask [batch, total]) -> [batch, 1, width]: the row at max(sum of the mask's last `tokens` columns - 1, 0).
 // NextToken(logits fp32, mask, past_tokens) -> next, next_mask, tokens: see next_token.cu.
 #include "kernels.h"
 #include "ort_abi.h"
@@ -226,6 +227,32 @@ struct SkipNorm {
   }
 };
 
+template <int kType>
+struct LastToken {
+  static constexpr const char* kName = "LastToken";
+  enum { kX, kMask, kInputs };
+  static constexpr int kOutputs = 1, kNeeded = 1;
+  static int type(size_t index) { return index == kMask ? kInt64 : kType; }
+  static int output_type(size_t) { return kType; }
+  static bool optional(size_t) { return false; }
+  static bool on_host(size_t) { return false; }
+
+  OrtStatus* make(const OrtKernelInfo*) { return nullptr; }
+
+  OrtStatus* compute(OrtKernelContext* context) {
+    Tensor x, mask, y;
+    TRY(input(context, kX, x));
+    TRY(input(context, kMask, mask));
+    if (x.dims.size() != 3 || mask.dims.size() != 2 || x.dims[0] != mask.dims[0] || x.dims[2] % 8) return ort->CreateStatus(kFail, "LastToken: rows and mask do not fit");
+    TRY(output(context, 0, {x.dims[0], 1, x.dims[2]}, y));
+    if (x.dims[0] == 0) return nullptr;
+    void* stream = nullptr;
+    TRY(ort->KernelContext_GetGPUComputeStream(context, &stream));
+    TRY_CUDA(last_token({x.data, static_cast<const int64_t*>(mask.data), y.data, int(x.dims[0]), int(x.dims[1]), int(mask.dims[1]), int(x.dims[2] / 8)}, static_cast<cudaStream_t>(stream)));
+    return nullptr;
+  }
+};
+
 struct NextToken {
   static constexpr const char* kName = "NextToken";
   enum { kLogits, kMask, kPast, kInputs };
@@ -307,7 +334,7 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
   if (domain == nullptr) {
     TRY(ort->CreateCustomOpDomain("onnxtools", &domain));
     TRY(add<Linear<kFloat16>, Linear<kBFloat16>, GroupQueryAttention<kFloat16>, GroupQueryAttention<kBFloat16>, SkipNorm<kFloat16, false>, SkipNorm<kBFloat16, false>,
-            SkipNorm<kFloat16, true>, SkipNorm<kBFloat16, true>, NextToken>(domain));
+            SkipNorm<kFloat16, true>, SkipNorm<kBFloat16, true>, LastToken<kFloat16>, LastToken<kBFloat16>, NextToken>(domain));
   }
   return ort->AddCustomOpDomain(options, domain);
 }

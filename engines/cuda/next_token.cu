@@ -41,6 +41,7 @@ __global__ __launch_bounds__(kThreads) void next_token_kernel(NextTokenArguments
   const int row = blockIdx.x / p.tokens;
   const float* logits = p.logits + size_t(blockIdx.x) * p.vocabulary;
   Best best{-INFINITY, p.vocabulary};
+#pragma unroll 8  // loads in flight
   for (int at = threadIdx.x; at < p.vocabulary; at += kThreads) best = better(best, {logits[at], at});
   best = reduced(best, Best{-INFINITY, p.vocabulary}, bests, better);
   const int64_t token = isfinite(best.value) ? best.at : -1;

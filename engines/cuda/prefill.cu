@@ -1,14 +1,15 @@
 // Causal attention of whole prompts, packed [batch, tokens, (heads + 2 kv_heads) head_size]: each query attends to the keys up to its own, and the keys,
 // rotated where there are angles, and values go to the caches.
 //
-// FlashAttention-2 (Dao, 2023) with mma.m16n8k16: a block serves 128 queries of one head, 16 a warp, and walks over the keys in tiles of 32, which
-// are fetched (cp.async) kStages - 1 tiles ahead. The block that meets all keys of a KV head stores them in the caches as they pass.
+// FlashAttention-2 (Dao, 2023) with mma.m16n8k16: a block serves 64 queries of one head, 16 a warp, and walks over the keys in tiles of 64, which
+// are fetched (cp.async) kStages - 1 tiles ahead. Keys that need no rotation are taken as they are, and the block that meets all of a KV head stores
+// them in the caches as they pass; others are rotated and stored once, by a kernel before.
 #include "kernels.h"
 #include "launch.h"
 
 namespace {
 
-constexpr int kWarps = 8, kThreads = 32 * kWarps, kQueries = 16 * kWarps, kTile = 32, kStages = 4;
+constexpr int kWarps = 4, kThreads = 32 * kWarps, kQueries = 16 * kWarps, kTile = 64, kStages = 2;
 
 // A tile [rows][D] in shared memory: the 16 byte pieces of a row are permuted by its number, so that 8 rows' pieces meet in no bank.
 template <typename T, int D>
@@ -26,6 +27,23 @@ __device__ __forceinline__ void matrices_turned(unsigned (&to)[4], const void* f
 }
 
 template <typename T, int D>
+__global__ __launch_bounds__(kThreads) void append_kernel(AttentionArguments p) {
+  wait_for_inputs();
+  constexpr int kPairs = D / 16;  // threads a head
+  const int token = blockIdx.x, row = token / p.tokens, position = token % p.tokens;
+  const T* qkv = static_cast<const T*>(p.qkv) + (size_t(token) * (p.heads + 2 * p.kv_heads) + p.heads) * D;
+  const size_t angles = size_t(position) * (D / 2);
+  for (int at = threadIdx.x; at < 2 * p.kv_heads * kPairs; at += kThreads) {
+    const int head = at / kPairs, i = at % kPairs;
+    const bool key = head < p.kv_heads;
+    T low[8], high[8];
+    rotated<T, D>(qkv + head * D, i, key ? static_cast<const T*>(p.cos) + angles : nullptr, static_cast<const T*>(p.sin) + angles, p.interleaved, low, high);
+    T* to = static_cast<T*>(key ? p.key : p.value) + ((size_t(row) * p.kv_heads + head % p.kv_heads) * p.slots + position) * D;
+    reinterpret_cast<uint4*>(to)[i] = *reinterpret_cast<uint4*>(low), reinterpret_cast<uint4*>(to + D / 2)[i] = *reinterpret_cast<uint4*>(high);
+  }
+}
+
+template <typename T, int D>
 __global__ __launch_bounds__(kThreads, 2) void prefill_kernel(AttentionArguments p) {
   constexpr int kPieces = D / 8, kSteps = D / 16;
   extern __shared__ uint4 shared[];
@@ -34,63 +52,71 @@ __global__ __launch_bounds__(kThreads, 2) void prefill_kernel(AttentionArguments
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int first = (gridDim.x - 1 - blockIdx.x) * kQueries, tiles = (min(first + kQueries, p.tokens) + kTile - 1) / kTile;  // the longest rows of keys begin first
   const int row = blockIdx.y / p.heads, head = blockIdx.y % p.heads, group = p.heads / p.kv_heads, kv = head / group;
-  const bool stores = blockIdx.x == 0 && head % group == 0;
-  const size_t width = size_t(p.heads + 2 * p.kv_heads) * D, cache = (size_t(row) * p.kv_heads + kv) * p.slots * D;
+  const size_t width = size_t(p.heads + 2 * p.kv_heads) * D;
   const T* qkv = static_cast<const T*>(p.qkv) + size_t(row) * p.tokens * width;
+  T* key_cache = static_cast<T*>(p.key) + (size_t(row) * p.kv_heads + kv) * p.slots * D;
+  T* value_cache = static_cast<T*>(p.value) + (size_t(row) * p.kv_heads + kv) * p.slots * D;
+  const bool stored = p.cos != nullptr, stores = !stored && blockIdx.x == 0 && head % group == 0;
+  const T *keys = stored ? key_cache : qkv + (p.heads + kv) * D, *values = stored ? value_cache : qkv + (p.heads + p.kv_heads + kv) * D;
+  const size_t pitch = stored ? D : width;
+  wait_for_inputs();
 
-  // Tokens from `begin` of one of the heads, of queries, keys and values side by side; those after the last are as that one.
-  auto fetch = [&](T* to, int rows, int begin, int which) {
-    for (int at = threadIdx.x; at < rows * (kPieces / 2); at += kThreads) {
-      const int r = at / (kPieces / 2), i = at % (kPieces / 2), position = min(begin + r, p.tokens - 1);
-      const T* from = qkv + position * width + which * D;
-      if (p.cos != nullptr && which < p.heads + p.kv_heads) {
-        const size_t angles = size_t(position) * (D / 2);
-        T low[8], high[8];
-        rotated<T, D>(from, i, static_cast<const T*>(p.cos) + angles, static_cast<const T*>(p.sin) + angles, p.interleaved, low, high);
-        whole<T, D>(to, r, i) = *reinterpret_cast<uint4*>(low), whole<T, D>(to, r, i + kPieces / 2) = *reinterpret_cast<uint4*>(high);
-      } else {
-        copy_async(piece<T, D>(to, r, i), from + 8 * i), copy_async(piece<T, D>(to, r, i + kPieces / 2), from + D / 2 + 8 * i);
+  auto stage = [&](int tile) { return ring + tile % kStages * 2 * kTile * D; };
+  auto fetch = [&](int tile) {
+    if (tile < tiles) {
+      for (int at = threadIdx.x; at < kTile * kPieces; at += kThreads) {
+        const int r = at / kPieces, i = at % kPieces;
+        const size_t from = min(tile * kTile + r, p.tokens - 1) * pitch + 8 * i;
+        copy_async(piece<T, D>(stage(tile), r, i), keys + from);
+        copy_async(piece<T, D>(stage(tile) + kTile * D, r, i), values + from);
       }
     }
-  };
-  auto stage = [&](int tile) { return ring + tile % kStages * 2 * kTile * D; };
-  auto fetch_tile = [&](int tile) {
-    if (tile < tiles) fetch(stage(tile), kTile, tile * kTile, p.heads + kv), fetch(stage(tile) + kTile * D, kTile, tile * kTile, p.heads + p.kv_heads + kv);
     asm volatile("cp.async.commit_group;");
   };
-  wait_for_inputs();
-  fetch(queries, kQueries, first, head);
-  for (int tile = 0; tile < kStages - 1; tile++) fetch_tile(tile);
+  for (int at = threadIdx.x; at < kQueries * kPieces / 2; at += kThreads) {
+    const int r = at / (kPieces / 2), i = at % (kPieces / 2), position = min(first + r, p.tokens - 1);
+    const T* query = qkv + position * width + head * D;
+    if (stored) {
+      const size_t angles = size_t(position) * (D / 2);
+      T low[8], high[8];
+      rotated<T, D>(query, i, static_cast<const T*>(p.cos) + angles, static_cast<const T*>(p.sin) + angles, p.interleaved, low, high);
+      whole<T, D>(queries, r, i) = *reinterpret_cast<uint4*>(low), whole<T, D>(queries, r, i + kPieces / 2) = *reinterpret_cast<uint4*>(high);
+    } else {
+      copy_async(piece<T, D>(queries, r, i), query + 8 * i), copy_async(piece<T, D>(queries, r, i + kPieces / 2), query + D / 2 + 8 * i);
+    }
+  }
+  for (int tile = 0; tile < kStages - 1; tile++) fetch(tile);
 
   const float scale = p.scale * 1.4426950408889634f;  // exp2 below
   const int query0 = first + 16 * warp;
+  unsigned q[kSteps][4];
   float out[2 * kSteps][4] = {}, top[2] = {-1e30f, -1e30f}, sum[2] = {};
   for (int tile = 0; tile < tiles; tile++) {
     asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 2) : "memory");
     __syncthreads();  // this tile is there, and the one before is done with
-    fetch_tile(tile + kStages - 1);
+    fetch(tile + kStages - 1);
+    if (tile == 0)
+#pragma unroll
+      for (int s = 0; s < kSteps; s++) matrices(q[s], piece<T, D>(queries, 16 * warp + lane % 16, 2 * s + lane / 16));
     T *k = stage(tile), *v = k + kTile * D;
     if (stores)
       for (int at = threadIdx.x; at < kTile * kPieces; at += kThreads) {
         const int r = at / kPieces, i = at % kPieces, position = tile * kTile + r;
         if (position >= p.tokens) break;
-        reinterpret_cast<uint4*>(static_cast<T*>(p.key) + cache + size_t(position) * D)[i] = whole<T, D>(k, r, i);
-        reinterpret_cast<uint4*>(static_cast<T*>(p.value) + cache + size_t(position) * D)[i] = whole<T, D>(v, r, i);
+        reinterpret_cast<uint4*>(key_cache + size_t(position) * D)[i] = whole<T, D>(k, r, i);
+        reinterpret_cast<uint4*>(value_cache + size_t(position) * D)[i] = whole<T, D>(v, r, i);
       }
     if (tile * kTile > query0) continue;  // all its keys come later than this warp's queries
     float score[kTile / 8][4] = {};
 #pragma unroll
-    for (int s = 0; s < kSteps; s++) {
-      unsigned q[4];
-      matrices(q, piece<T, D>(queries, 16 * warp + lane % 16, 2 * s + lane / 16));
+    for (int s = 0; s < kSteps; s++)
 #pragma unroll
       for (int n = 0; n < kTile / 16; n++) {
         unsigned b[4];
         matrices(b, piece<T, D>(k, 16 * n + lane % 8 + lane / 16 * 8, 2 * s + lane / 8 % 2));
-        mma(score[2 * n], q[0], q[1], q[2], q[3], b[0], b[1], T());
-        mma(score[2 * n + 1], q[0], q[1], q[2], q[3], b[2], b[3], T());
+        mma(score[2 * n], q[s][0], q[s][1], q[s][2], q[s][3], b[0], b[1], T());
+        mma(score[2 * n + 1], q[s][0], q[s][1], q[s][2], q[s][3], b[2], b[3], T());
       }
-    }
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       const int query = query0 + g + 8 * h;
@@ -148,6 +174,8 @@ cudaError_t launch(const AttentionArguments& p, cudaStream_t stream) {
   constexpr int kShared = (kQueries + 2 * kStages * kTile) * D * sizeof(T);
   static const cudaError_t ready = cudaFuncSetAttribute(prefill_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
   if (ready != cudaSuccess) return ready;
+  if (p.cos != nullptr)
+    if (cudaError_t error = Launch(dim3(p.batch * p.tokens), dim3(kThreads), 0, stream).run(append_kernel<T, D>, p); error != cudaSuccess) return error;
   return Launch(dim3((p.tokens + kQueries - 1) / kQueries, p.batch * p.heads), dim3(kThreads), kShared, stream).run(prefill_kernel<T, D>, p);
 }
 

@@ -65,6 +65,8 @@ def standard(proto: onnx.ModelProto) -> onnx.ModelProto:
                 nodes.append(helper.make_node("Add", [f"{name}/product", node.input[2]], [last]))
             if gelu:
                 nodes.append(helper.make_node("Gelu", [last], [name], approximate="tanh"))
+        elif node.op_type == "LastToken":
+            nodes += last_token(name, *node.input)
         elif node.op_type == "GroupQueryAttention":
             nodes.append(helper.make_node(node.op_type, [node.input[0], "", "", *node.input[1:]], out, domain="com.microsoft", **given))
         elif node.input[1]:
@@ -79,6 +81,27 @@ def standard(proto: onnx.ModelProto) -> onnx.ModelProto:
     return proto
 
 
+def last_token(name: str, rows: str, mask: str) -> list[onnx.NodeProto]:
+    """By a product with the one-hot row of the last token: OneHot of ArgMax(CumSum(mask of the last tokens))."""
+    made = []
+
+    def op(op_type: str, inputs: list[str], out: str, **attributes: Any) -> str:
+        made.append(helper.make_node(op_type, inputs, [f"{name}/{out}"], **attributes))
+        return f"{name}/{out}"
+
+    def number(values: list[int], out: str) -> str:
+        return op("Constant", [], out, value_ints=values)
+
+    new, axis = op("Shape", [rows], "new", start=1, end=2), number([1], "axis")
+    recent = op("Slice", [mask, op("Neg", [new], "begin"), number([2**31], "end"), axis], "recent")
+    summed = op("CumSum", [recent, op("Constant", [], "one", value_int=1)], "summed")
+    last = op("ArgMax", [summed], "last", axis=1, keepdims=0)  # the first of the largest: what follows adds nothing
+    values = op("Cast", [number([0, 1], "values")], "values16", to=onnx.TensorProto.FLOAT16)
+    hot = op("OneHot", [last, new, values], "hot")
+    made.append(helper.make_node("MatMul", [op("Unsqueeze", [hot, axis], "row"), rows], [name]))
+    return made
+
+
 def logits(proto: onnx.ModelProto, feeds: dict[str, np.ndarray], folder: Path) -> np.ndarray:
     settings = ort.SessionOptions()
     settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
@@ -89,6 +112,9 @@ def logits(proto: onnx.ModelProto, feeds: dict[str, np.ndarray], folder: Path) -
 @pytest.mark.parametrize(
     ("config", "form", "made"),
     [
+        (MEGATRON, "gqa last", {"products": 9, "attentions": 2, "norms": 5, "picks": 2}),
+        (LLAMA, "gqa last", {"products": 11, "attentions": 2, "norms": 5, "picks": 2}),
+        (LLAMA, "scatter last", {"products": 15, "norms": 5}),
         (MEGATRON, "gqa", {"products": 9, "attentions": 2, "norms": 5}),
         (GPT2, "gqa", {"products": 1, "attentions": 2, "norms": 5}),  # its weights are stored [K, N]; the head is not
         (LLAMA, "gqa", {"products": 11, "attentions": 2, "norms": 5}),
@@ -97,10 +123,12 @@ def logits(proto: onnx.ModelProto, feeds: dict[str, np.ndarray], folder: Path) -
     ],
 )
 def test_our_operators_compute_what_the_graph_did(tmp_path: Path, config: dict[str, object], form: str, made: dict[str, int]) -> None:
-    path = exported(tmp_path, config, dtype="fp16", kv_cache=form)
+    cache, _, kept = form.partition(" ")
+    path = exported(tmp_path, config, dtype="fp16", kv_cache=cache, logits=kept or "all")
     model = Model.load(path)
     feeds = random_feeds(model, batch=2, sequence=7)
-    if form == "gqa":
+    if cache == "gqa":
+        feeds["attention_mask"] = (np.arange(7) < [[5], [7]]).astype(np.int64)
         for value in model.graph.inputs:
             if value.name and value.name.startswith("past"):
                 assert value.shape is not None
