@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import subprocess
 import sys
 import tempfile
@@ -71,7 +72,7 @@ def theirs(model: Any, prompt: list[int], **settings: Any) -> list[int]:
 
 
 def check_tokens(folder: Path, device: str) -> list[str]:
-    """Greedy tokens of a tiny Llama and GPT-2 on the device against transformers' generate on the CPU, prompts of three lengths together."""
+    """Tokens of a tiny Llama and GPT-2 on the device against transformers' generate on the CPU, prompts of several lengths together."""
     import torch
     import transformers
 
@@ -79,12 +80,18 @@ def check_tokens(folder: Path, device: str) -> list[str]:
     from onnxtools.generation.options import GenerationOptions
     from onnxtools.generation.runtime import RuntimeOptions, open_runtime
 
+    def greedy(runtime: Any, prompts: list[list[int]]) -> list[list[int]]:
+        """Of the third time: the first is plain, the second captured with other prompts, the third replayed."""
+        for given in (prompts, [prompt[::-1] for prompt in prompts], prompts):
+            found = [best[0].token_ids for best in generate(runtime, given, GenerationOptions(max_new_tokens=24, ignore_eos=True))]
+        return found
+
     prompts = [[5, 9, 30, 31, 77], [3, 8], [60, 61, 62, 63, 64, 65, 66, 67, 1]]
     many = 45  # times the prompts: enough rows and heads for our attention of a step to be used
     llama = {"vocab_size": 97, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 192}
     lines = []
     for name, seed, config in (  # of seeds whose two best logits are never nearer than fp16 resolves
-        ("llama", 11, transformers.LlamaConfig(**llama, max_position_embeddings=64, eos_token_id=None)),
+        ("llama", 11, transformers.LlamaConfig(**llama, max_position_embeddings=1024, eos_token_id=None)),
         ("gpt2", 7, transformers.GPT2Config(vocab_size=97, n_embd=128, n_layer=2, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=None)),
     ):
         torch.manual_seed(seed)
@@ -100,10 +107,8 @@ def check_tokens(folder: Path, device: str) -> list[str]:
                 dtype = "fp16" if form == "gqa" and device == "cuda" else "fp32"  # GroupQueryAttention has no fp32 kernel there
                 onnxtools("export", str(folder / name), "-o", str(path), "--kv-cache", form, "--logits", logits, "--dtype", dtype)
                 runtime = open_runtime("onnxrt", path, RuntimeOptions(device=device))  # type: ignore[arg-type]
-                for _ in range(3):  # plain, while it is captured, replayed
-                    found = [b[0].token_ids for b in generate(runtime, prompts, GenerationOptions(max_new_tokens=24, ignore_eos=True))]
-                for _ in range(3):
-                    rows = [b[0].token_ids for b in generate(runtime, prompts * many, GenerationOptions(max_new_tokens=24, ignore_eos=True))]
+                found = greedy(runtime, prompts)
+                rows = greedy(runtime, prompts * many)
                 beams = [b[0].token_ids for b in generate(runtime, prompts, GenerationOptions(max_new_tokens=8, num_beams=3, ignore_eos=True))]
                 wanted = [
                     model.generate(torch.tensor([p]), max_new_tokens=8, num_beams=3, do_sample=False, pad_token_id=0)[0, len(p) :].tolist() for p in prompts
@@ -111,6 +116,16 @@ def check_tokens(folder: Path, device: str) -> list[str]:
                 compared = ("same" if same else "DIFFERENT" for same in (found == expected, rows == expected * many, beams == wanted))
                 captures = "yes" if runtime.captures else "no"  # type: ignore[attr-defined]
                 lines.append(f"| {' | '.join((name, form, logits, *compared, captures, '; '.join(runtime.notes)))} |")
+                runtime.close()
+        if name == "llama":  # longer than our attention of prompts takes: ONNX Runtime's, inside and outside of our operator
+            long = [random.Random(row).choices(range(2, 97), k=600 - 40 * row) for row in range(2)]
+            expected = [theirs(model, p, max_new_tokens=24) for p in long]
+            for kernels in (True, False):
+                runtime = open_runtime("onnxrt", path, RuntimeOptions(device=device, kernels=kernels))  # type: ignore[arg-type]
+                same = "same" if greedy(runtime, long) == expected else "DIFFERENT"
+                lines.append(
+                    f"| {name}, prompts of 600 and 560 | {form} | {logits} | {same} | | | {'yes' if runtime.captures else 'no'} | {'; '.join(runtime.notes)} |"
+                )  # type: ignore[attr-defined]
                 runtime.close()
     return lines
 
