@@ -94,8 +94,8 @@ def linear(library: str, dtype: str, m: int, n: int, k: int, bias: bool, activat
     return error(case.run()[0], gelu(expected) if activation == "GELU" else expected)
 
 
-def norm(library: str, dtype: str, rows: int, width: int, rms: bool, shift: bool, bias: bool, skips: bool) -> float:
-    x, skip, scale = rounded(dtype, rows, width), rounded(dtype, rows, width) if skips else None, rounded(dtype, width)
+def norm(library: str, dtype: str, rows: int, width: int, rms: bool, shift: bool, bias: bool, given: str) -> float:
+    x, skip, scale = rounded(dtype, rows, width), rounded(dtype, rows, width) if given else None, rounded(dtype, width)
     s, b = rounded(dtype, width) if shift else None, rounded(dtype, width) if bias else None
     total = x + (skip if skip is not None else 0) + (b if b is not None else 0)
     centred = total if rms else total - total.mean(axis=-1, keepdims=True)
@@ -104,7 +104,7 @@ def norm(library: str, dtype: str, rows: int, width: int, rms: bool, shift: bool
     while inputs[last := list(inputs)[-1]] is None:
         del inputs[last]
     op = "SkipSimplifiedLayerNormalization" if rms else "SkipLayerNormalization"
-    outputs = {"y": x.shape} | ({"sum": x.shape} if skips else {})
+    outputs = {"y": x.shape} | ({"sum": x.shape} if given == "skip and sum" else {})
     found = Case(library, op, dtype, inputs, outputs, epsilon=1e-5).run()
     return max(error(*pair) for pair in zip(found, (expected, total), strict=False))
 
@@ -151,9 +151,9 @@ def attention(library: str, dtype: str, batch: int, tokens: int, heads: int, kv:
 
 
 def last_token(library: str, dtype: str, rows: int, tokens: int, total: int, width: int) -> float:
-    x, real = rounded(dtype, rows, tokens, width), RANDOM.integers(0, tokens + 1, rows)
-    real[0], real[-1] = tokens, 0  # all of them; none, which takes the first
-    mask = (np.arange(total) < (total - tokens + real)[:, None]).astype(np.int64)
+    x, real = rounded(dtype, rows, tokens, width), RANDOM.integers(0, min(tokens, total) + 1, rows)
+    real[0], real[-1] = min(tokens, total), 0  # all of them; none, which takes the first
+    mask = (np.arange(total) < (max(total - tokens, 0) + real)[:, None]).astype(np.int64)
     case = Case(library, "LastToken", dtype, {"x": x, "mask": mask}, {"y": (rows, 1, width)})
     return error(case.run()[0][:, 0], x[np.arange(rows), np.maximum(real - 1, 0)])
 
@@ -203,9 +203,13 @@ def main() -> None:
             )
         ],
         "SkipLayerNormalization, SkipSimplifiedLayerNormalization": [
-            (norm, (d, rows, width, rms, shift, bias, skips))
-            for d, (rows, width), (rms, shift), bias, skips in itertools.product(
-                DTYPES, [(1, 64), (16, 4096), (3, 576), (7, 16384)], [(False, True), (False, False), (True, False)], (False, True), (False, True)
+            (norm, (d, rows, width, rms, shift, bias, given))
+            for d, (rows, width), (rms, shift), bias, given in itertools.product(
+                DTYPES,
+                [(1, 64), (16, 4096), (3, 576), (7, 16384)],
+                [(False, True), (False, False), (True, False)],
+                (False, True),
+                ("", "skip", "skip and sum"),
             )
         ],
         "GroupQueryAttention, a step": [
@@ -217,11 +221,11 @@ def main() -> None:
         "GroupQueryAttention, few rows (ONNX Runtime's)": [(attention, (d, 2, 1, 8, 4, 64, rope, 90)) for d in DTYPES for rope in ("", "halves")],
         "GroupQueryAttention, prompts": [
             (attention, (d, 3, tokens, h, kv, size, rope, 520))
-            for d, tokens, (h, kv), size, rope in itertools.product(DTYPES, (2, 130, 512), [(4, 4), (6, 2)], (64, 128), ("", "halves", "interleaved"))
+            for d, tokens, (h, kv), size, rope in itertools.product(DTYPES, (2, 64, 65, 130, 512), [(4, 4), (6, 2)], (64, 128), ("", "halves", "interleaved"))
         ],
         "LastToken": [
             (last_token, (d, rows, tokens, total, width))
-            for d, (rows, tokens, total), width in itertools.product(DTYPES, [(3, 1, 40), (16, 128, 128), (5, 700, 900)], (64, 4096))
+            for d, (rows, tokens, total), width in itertools.product(DTYPES, [(3, 1, 40), (16, 128, 128), (5, 700, 900), (3, 9, 5)], (64, 4096))
         ],
         "GroupQueryAttention, long prompts (ONNX Runtime's)": [(attention, (d, 1, 600, 4, 2, 64, "halves", 640)) for d in DTYPES],
     }

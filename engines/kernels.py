@@ -159,30 +159,43 @@ def _to_norm(build: Builder, node: ir.Node, op_type: str, inputs: Sequence[ir.Va
         rename_or_bypass(build.graph, old, new)
 
 
-_INDEX_OF_LAST = (("Expand", {}), ("Unsqueeze", {1: 2}), ("Max", {1: 0}), ("Sub", {1: 1}), ("ReduceSum", {1: 1}), ("Slice", {2: np.iinfo(np.int64).max, 3: 1}))
-"""max(sum(mask[:, -new:]) - 1, 0), from its end to the mask: each operator with those of its inputs that are constants."""
+_INDEX_OF_LAST: tuple[tuple[str, tuple[int | None, ...]], ...] = (
+    ("Expand", (None,)), ("Unsqueeze", (2,)), ("Max", (0,)), ("Sub", (1,)), ("ReduceSum", (1,)), ("Slice", (None, np.iinfo(np.int64).max, 1)),
+)  # fmt: skip
+"""max(sum(mask[:, -new:]) - 1, 0), from its end to the mask: the operators, and the constants that follow the first input of each."""
 
 
 def _mask_of_last(node: ir.Node) -> ir.Value | None:
     """The mask [batch, total], where `node` picks from [batch, new, width] by that index."""
-    rows = node.inputs[0].producer() if is_op(node, "GatherElements") and node.inputs[0] is not None else None
-    if attribute(node, "axis", 0) != 1 or rows is None or not is_op(rows, "Reshape") or (_last_of(rows.inputs[1]) or 1) % 8:
+    if not is_op(node, "GatherElements") or attribute(node, "axis", 0) != 1:
         return None
-    source: ir.Node | None = rows
+    mask, steps = node.inputs[1], []
+    for op_type, constants in _INDEX_OF_LAST:
+        steps.append(_inputs(mask, op_type, *constants))
+        if not steps[-1]:
+            return None
+        mask = steps[-1][0]
+    rows, new = _inputs(node.inputs[0], "Reshape", None), _inputs(steps[-1][1], "Neg")
+    shape, wanted = _inputs(rows[1], "Concat", None, None) if rows else [], _inputs(steps[0][1], "Concat", None)
+    if not (new and shape and wanted) or shape[1] is not new[0] or wanted[0] is not shape[0]:
+        return None
+    width, picked = small_constant(shape[2]), small_constant(wanted[1])
+    if width is None or picked is None or width.size != 1 or picked.tolist() != [1, width.item()] or width.item() % 8:
+        return None
+    source: ir.Node | None = rows[0].producer()
     while source is not None and is_op(source, "Reshape"):
         source = source.inputs[0].producer() if source.inputs[0] is not None else None
-    if source is None or source.domain != DOMAIN:  # its type is one that we take
-        return None
-    value, step = node.inputs[1], None
-    for op_type, constants in _INDEX_OF_LAST:
-        step = value.producer() if value is not None else None
-        if step is None or not is_op(step, op_type) or any(_only_element(step.inputs[at]) != wanted for at, wanted in constants.items()):
-            return None
-        value = step.inputs[0]
-    assert step is not None
-    start = step.inputs[1].producer() if step.inputs[1] is not None else None
-    length = start.inputs[0].producer() if start is not None and is_op(start, "Neg") and start.inputs[0] is not None else None
-    return value if length is not None and is_op(length, "Shape") and (attribute(length, "start"), attribute(length, "end")) == (1, 2) else None
+    ours = source is not None and source.domain == DOMAIN  # its type is one that we take
+    return mask if ours and mask is not None and mask.dtype == ir.DataType.INT64 else None
+
+
+def _inputs(value: ir.Value | None, op_type: str, *constants: int | None) -> list[ir.Value]:
+    """The inputs of the `op_type` that makes `value`, the first one and as many as `constants`, which they equal (None: any value); else none."""
+    node = value.producer() if value is not None else None
+    if node is None or not is_op(node, op_type) or len(node.inputs) != 1 + len(constants):
+        return []
+    fit = all(wanted is None or _only_element(given) == wanted for given, wanted in zip(node.inputs[1:], constants, strict=True))
+    return [given for given in node.inputs if given is not None] if fit and None not in node.inputs else []
 
 
 def _only_element(value: ir.Value | None) -> int | None:

@@ -76,7 +76,7 @@ def device_memory() -> tuple[int, int] | None:
 
 
 def open_session(model: Model, options: RuntimeOptions, device: str, notes: list[str], *, graph: bool) -> tuple[Any, bool]:
-    """A session of `model`, and whether its decode steps can be captured as a CUDA graph.
+    """A session of `model`, and whether its runs can be captured as CUDA graphs.
 
     Raises:
         JobError: ONNX Runtime does not take the graph, or has no working CUDA.

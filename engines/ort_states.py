@@ -2,7 +2,8 @@
 
 concat: the outputs of a step are the inputs of the next, bound as they are; prompts are padded on the left.
 scatter, gqa: one buffer a cache is input and output at once, bound once; prompts are padded on the right. On CUDA the step is captured
-as a CUDA graph, and two of them feed each other; so are prompts, once their length comes again. none: the whole text is run again for each token.
+as a CUDA graph, and two of them feed each other; a prompt's run is captured when its length comes twice in a row.
+none: the whole text is run again for each token.
 """
 
 from __future__ import annotations
@@ -112,13 +113,12 @@ class Static:
         count = 2 if r.looks_ahead else 1
         places = [{name: given.value if at == 0 else r.ops.value(given.array.copy()) for name, given in self.inputs} for at in range(count)]
         self.tokens = [r.ops.value(np.zeros((self.rows, self.slots), np.int64)) for _ in places]
-        self._prompts: dict[int, tuple[dict[str, Any], _Side]] = {}
+        self._prompt: tuple[int, dict[str, Any], _Side] | None = None
         self.sides = []
         for place, other, past, tokens in zip(places, places[::-1], self.tokens, self.tokens[::-1], strict=True):
             outputs = {f"{AHEAD}.{name}": value for name, value in other.items() if name != io.ids.name} | {NEXT: other[io.ids.name], f"{AHEAD}.tokens": tokens}
             side = _Side(self, place | ({PAST_TOKENS: past} if r.takes_tokens else {}), outputs if count > 1 else {})
-            if r.captures:
-                side.capture()
+            side.capture()
             self.sides.append(side)
 
     def bind_buffers(self, binding: Any) -> None:
@@ -138,17 +138,16 @@ class Static:
         return r.last(self._prompt_side(feeds, ids.shape[1]).run(), self.lengths - 1)
 
     def _prompt_side(self, feeds: dict[str, Ids], length: int) -> _Side:
-        """With `feeds` as its inputs. It is kept for the next prompts of that length, where its logits are small, and captured if they come."""
-        if length in self._prompts:
-            values, side = self._prompts[length]
+        """With `feeds` as its inputs. Where its logits are small it is kept, and captured if the next prompts are of that length too."""
+        if self._prompt is not None and self._prompt[0] == length:
+            _, values, side = self._prompt
             for name, value in values.items():
                 value.update_inplace(feeds[name])
-            if self.r.captures:
-                side.capture()
+            side.capture()
             return side
         values = self.r.ops.values(feeds)
         side = _Side(self, values, {})
-        self._prompts = {} if self.r.io.logits_all else {length: (values, side)}
+        self._prompt = None if self.r.io.logits_all else (length, values, side)
         return side
 
     def step(self, ids: Ids) -> Logits:
@@ -197,8 +196,8 @@ class _Side:
         self._results: list[Any] | None = None
 
     def capture(self) -> None:
-        """From its next run on."""
-        if self._options[0] is None:
+        """From its next run on, where graphs can be captured."""
+        if self._runtime.captures and self._options[0] is None:
             graph = next(_GRAPHS)
             self._options = [_graph_options(graph, wait) for wait in (False, True)]
 

@@ -4,7 +4,7 @@
 // Linear(X, W, bias?) -> Y: act(X W^T + bias). X [tokens, K], W [N, K], bias [1, N]; attribute activation: NONE or GELU (tanh form).
 // GroupQueryAttention: the inputs of com.microsoft.GroupQueryAttention that a packed query needs; its attributes.
 // SkipLayerNormalization, SkipSimplifiedLayerNormalization: those of com.microsoft, and of their outputs the first and the sum. Without skip: a norm.
-// LastToken(X [batch, tokens, width], mask [batch, total]) -> [batch, 1, width]: the row at max(sum of the mask's last `tokens` columns - 1, 0).
+// LastToken(X [batch, tokens, width], mask [batch, total]) -> [batch, 1, width]: the row at max(ones in the mask's last `tokens` columns - 1, 0).
 // NextToken(logits fp32, mask, past_tokens) -> next, next_mask, tokens: see next_token.cu.
 #include "kernels.h"
 #include "ort_abi.h"

@@ -106,7 +106,6 @@ __global__ __launch_bounds__(kThreads, 2) void prefill_kernel(AttentionArguments
         reinterpret_cast<uint4*>(key_cache + size_t(position) * D)[i] = whole<T, D>(k, r, i);
         reinterpret_cast<uint4*>(value_cache + size_t(position) * D)[i] = whole<T, D>(v, r, i);
       }
-    if (tile * kTile > query0) continue;  // all its keys come later than this warp's queries
     float score[kTile / 8][4] = {};
 #pragma unroll
     for (int s = 0; s < kSteps; s++)

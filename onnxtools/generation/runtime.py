@@ -95,8 +95,8 @@ class RuntimeOptions:
 
     device: Literal["auto", "cpu", "cuda"] = option("auto", "Where to run; auto is CUDA where the runtime finds a device.")
     threads: int = option(0, "Threads of the CPU. [default: all cores]")
-    cuda_graph: bool = option(True, "Capture the decode step as a CUDA graph where shapes are static (scatter, gqa).")
-    kernels: bool = option(True, "Our own CUDA kernels for decode steps in ONNX Runtime, compiled once by nvcc; from compute capability 9.0.")
+    cuda_graph: bool = option(True, "Capture decode steps, and prompts of a length that comes again, as CUDA graphs where shapes are static (scatter, gqa).")
+    kernels: bool = option(True, "Our own CUDA kernels for decode steps and short prompts in ONNX Runtime, compiled once by nvcc; from compute capability 9.0.")
     checkpoint: str | None = option(None, "Checkpoint of the runtime `frameworks`. [default: the MODEL, where it is a checkpoint]")
     attention: Literal["eager", "sdpa"] = option("sdpa", "Attention of the runtime `frameworks`.")
     cache: bool = option(True, "Let the runtime `frameworks` keep a KV cache.")

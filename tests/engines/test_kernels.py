@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from onnx import helper
@@ -193,6 +195,39 @@ def test_a_bias_along_another_axis_is_not_the_products(tmp_path: Path) -> None:
     model = graph_of(tmp_path, nodes, {"x": ["rows", 64]}, w=WIDE, b=ONES, shape=np.array([-1, 64, 1]))
     assert use_kernels(model) == Counter({"products": 1})
     assert [node.op_type for node in model.graph] == ["Linear", "Reshape", "Add"]
+
+
+def replace(node: ir.Node, *inputs: ir.Value) -> None:
+    node.resize_inputs(len(inputs))
+    for index, value in enumerate(inputs):
+        node.replace_input_with(index, value)
+
+
+@pytest.mark.parametrize(
+    ("what", "change"),
+    [
+        ("min for max", lambda n: setattr(n["Max"], "op_type", "Min")),
+        ("max of three", lambda n: replace(n["Max"], *n["Max"].inputs, n["Sub"].outputs[0])),
+        ("max of one", lambda n: replace(n["Max"], n["Max"].inputs[0])),
+        ("minus 0", lambda n: n["Sub"].replace_input_with(1, n["Max"].inputs[1])),
+        ("sum of everything", lambda n: replace(n["ReduceSum"], n["ReduceSum"].inputs[0])),
+        ("the largest", lambda n: setattr(n["ReduceSum"], "op_type", "ReduceMax")),
+        ("every second", lambda n: replace(n["Slice"], *n["Slice"].inputs, n["Slice"].inputs[3])),
+        ("the first ones", lambda n: n["Slice"].replace_input_with(1, n["Max"].inputs[1])),
+        ("as many as rows", lambda n: n["Neg"].replace_input_with(0, n["Concat"].inputs[0])),
+        ("another batch", lambda n: n["Concat"].replace_input_with(0, n["Neg"].inputs[0])),
+        ("an int32 mask", lambda n: setattr(n["Slice"].inputs[0], "dtype", ir.DataType.INT32)),
+    ],
+)
+def test_another_index_than_the_last_tokens_is_not_picked(tmp_path: Path, what: str, change: Callable[[dict[str, ir.Node]], None]) -> None:
+    path = exported(tmp_path, LLAMA, dtype="fp16", kv_cache="gqa", logits="last")
+    assert use_kernels(Model.load(path))["picks"] == 2
+    model = Model.load(path)
+    chain = {node.name.rpartition("/")[2]: node for node in model.graph if node.name.startswith("/model/last")}
+    change(chain)
+    if what == "another batch":  # the one part that each pick has for itself
+        change({"Concat": chain["Concat_1"], "Neg": chain["Neg"]})
+    assert use_kernels(model)["picks"] == 0
 
 
 def test_the_operators_own_epsilon_is_kept(tmp_path: Path) -> None:

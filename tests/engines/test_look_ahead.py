@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -62,6 +63,34 @@ def test_the_tokens_are_those_of_single_steps_whatever_came_before(path: Path) -
         assert tokens(ahead, PROMPTS, max_new_tokens=new, ignore_eos=True) == tokens(plain, PROMPTS, max_new_tokens=new, ignore_eos=True)
     assert tokens(ahead, PROMPTS, max_new_tokens=9, num_beams=3) == tokens(plain, PROMPTS, max_new_tokens=9, num_beams=3)
     assert tokens(ahead, PROMPTS, max_new_tokens=24, ignore_eos=True) == tokens(plain, PROMPTS, max_new_tokens=24, ignore_eos=True)
+
+
+@pytest.mark.parametrize("form", ["gqa", "scatter"])
+def test_prompts_are_captured_when_their_length_comes_twice_in_a_row(form: str) -> None:
+    class Captures(Ahead):
+        """A session on the CPU takes the number of a graph and runs as ever."""
+
+        def __init__(self, path: Path) -> None:
+            super().__init__(path)
+            self.captures, self.graphs = True, list[str]()
+
+        def run(self, binding: Any, options: Any = None) -> None:
+            self.graphs.append(options.get_run_config_entry("gpu_graph_id") if options else "none")
+            super().run(binding, options)
+
+    path = exported("llama", form, "--logits", "last")
+    captures, plain = Captures(path), open_runtime("onnxrt", path, CPU)
+    other = [[*row, 7] for row in PROMPTS]
+    for prompts in (PROMPTS, PROMPTS[::-1], PROMPTS, other, PROMPTS, other, other):
+        found = []
+        for runtime in (captures, plain):
+            runtime.start(3, 24)
+            found.append(runtime.prefill(prompts).argmax()[0].tolist())
+        assert found[0] == found[1]
+    first, second = captures.graphs[1], captures.graphs[6]
+    assert captures.graphs == ["none", first, first, "none", "none", "none", second] and first != second
+    captures.step(np.array([1, 2, 3]))
+    assert captures.graphs[-1] not in ("none", first, second)
 
 
 def test_a_row_that_ends_within_a_chunk_ends_there(path: Path) -> None:
