@@ -8,6 +8,7 @@ none: the whole text is run again for each token.
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -117,9 +118,7 @@ class Static:
         self.sides = []
         for place, other, past, tokens in zip(places, places[::-1], self.tokens, self.tokens[::-1], strict=True):
             outputs = {f"{AHEAD}.{name}": value for name, value in other.items() if name != io.ids.name} | {NEXT: other[io.ids.name], f"{AHEAD}.tokens": tokens}
-            side = _Side(self, place | ({PAST_TOKENS: past} if r.takes_tokens else {}), outputs if count > 1 else {})
-            side.capture()
-            self.sides.append(side)
+            self.sides.append(_Side(self, place | ({PAST_TOKENS: past} if r.takes_tokens else {}), outputs if count > 1 else {}))
 
     def bind_buffers(self, binding: Any) -> None:
         for cache, buffer in zip(self.r.io.caches, self.buffers, strict=True):
@@ -128,6 +127,8 @@ class Static:
 
     def prefill(self, prompts: Prompts) -> Logits:
         r = self.r
+        for side in self.sides:  # what comes is a sequence of steps, until the rows are reordered
+            side.capture()
         ids, mask = padded(prompts, r.info.pad_token_id, "right")
         self.lengths = mask.sum(axis=1)
         self.mask.array[:] = 0
@@ -180,7 +181,7 @@ class Static:
         r, value = self.r, self.r.ops.value(rows)
         self.buffers = [r.ops.picked(buffer, value, _batch_axis(c)) for c, buffer in zip(r.io.caches, self.buffers, strict=True)]
         self.lengths, self.mask.array[:] = self.lengths[rows], self.mask.array[rows]
-        self._bind()
+        self._bind()  # without a graph: a beam search binds anew for each step, and to capture takes two
 
 
 class _Side:
@@ -188,6 +189,7 @@ class _Side:
 
     def __init__(self, state: Static, inputs: dict[str, Any], outputs: dict[str, Any]) -> None:
         r = self._runtime = state.r
+        self._graph: int | None = None
         self._binding = r.bound(inputs)
         state.bind_buffers(self._binding)
         for name, value in outputs.items():
@@ -197,9 +199,16 @@ class _Side:
 
     def capture(self) -> None:
         """From its next run on, where graphs can be captured."""
-        if self._runtime.captures and self._options[0] is None:
-            graph = next(_GRAPHS)
-            self._options = [_graph_options(graph, wait) for wait in (False, True)]
+        if self._runtime.captures and self._graph is None:
+            self._graph = next(_GRAPHS)
+            self._options = [_graph_options(self._graph, wait) for wait in (False, True)]
+
+    def __del__(self) -> None:
+        """Give the graph back, which would else live as long as the session (2 MB of the host's memory for 24 layers); older releases cannot."""
+        session = self._runtime.session
+        if self._graph is not None and hasattr(session, "release_captured_graph"):
+            with contextlib.suppress(Exception):  # after an error of the device nothing can be given back
+                session.release_captured_graph(self._graph)
 
     def run(self, *, wait: bool = True) -> list[Any]:
         """The logits and what else is asked of every run. Without `wait` they are there once a later run has been waited for."""

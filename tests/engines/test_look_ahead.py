@@ -72,7 +72,8 @@ def test_prompts_are_captured_when_their_length_comes_twice_in_a_row(form: str) 
 
         def __init__(self, path: Path) -> None:
             super().__init__(path)
-            self.captures, self.graphs = True, list[str]()
+            self.captures, self.graphs, self.released = True, list[str](), list[str]()
+            self.session.release_captured_graph = lambda graph: self.released.append(str(graph))
 
         def run(self, binding: Any, options: Any = None) -> None:
             self.graphs.append(options.get_run_config_entry("gpu_graph_id") if options else "none")
@@ -90,7 +91,15 @@ def test_prompts_are_captured_when_their_length_comes_twice_in_a_row(form: str) 
     first, second = captures.graphs[1], captures.graphs[6]
     assert captures.graphs == ["none", first, first, "none", "none", "none", second] and first != second
     captures.step(np.array([1, 2, 3]))
-    assert captures.graphs[-1] not in ("none", first, second)
+    step = captures.graphs[-1]
+    assert step not in ("none", first, second) and captures.released == [first]
+    captures.reorder(np.array([2, 0, 1]))  # as a beam search does for each step: not worth a graph
+    captures.step(np.array([1, 2, 3]))
+    captures.prefill(other)
+    captures.step(np.array([1, 2, 3]))
+    assert captures.graphs[-3] == captures.graphs[-2] == "none" and captures.graphs[-1] not in ("none", step)
+    captures.close()
+    assert {second, step} <= set(captures.released)
 
 
 def test_a_row_that_ends_within_a_chunk_ends_there(path: Path) -> None:
