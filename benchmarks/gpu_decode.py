@@ -1,7 +1,8 @@
 """GPT-5B's shape (24 layers, 4096 hidden, 32 heads, ffn 16384, vocabulary 51200, fp16, random weights) on a GPU, and whether the GPU is right.
 
 Target: >= 3500 tokens/s at batch 16, 128 in, 20 out with ONNX Runtime's CUDA provider. Measured on an H200 before this code, with a naive
-loop: 2298 tokens/s (139 ms: prefill 35.6, step 5.45). Floor: 73 ms (10.1 GB of weights a step, 2.06e13 operations of the prefill).
+loop: 2298 tokens/s (139 ms: prefill 35.6, step 5.45). Floor: 73 ms (10.1 GB of weights a step at
+4.3 TB/s, 2.06e13 operations of the prefill at 790 TFLOP/s; the printed one is of the rates that the benchmark measures beside it).
 
 1. Tiny models in every form of the cache, fp32 (gqa: fp16, with our kernels): the GPU's tokens, greedy and of beams, are those of transformers on the CPU.
 2. `onnxtools benchmark` of onnxrt alone, then interleaved with itself without our kernels, transformers eager and SDPA, and eager without a
@@ -82,7 +83,7 @@ def check_tokens(folder: Path, device: str) -> list[str]:
     from onnxtools.generation.runtime import RuntimeOptions, open_runtime
 
     def greedy(runtime: Any, prompts: list[list[int]], expected: list[list[int]]) -> str:
-        """Plain, then captured with other prompts of the same padded length, then replayed."""
+        """Prompts plain, then captured with others of the same padded length, then replayed, where they are; steps are captured from the first."""
         same = True
         for step in (1, -1, 1):
             found = [best[0].token_ids for best in generate(runtime, prompts[::step], GenerationOptions(max_new_tokens=24, ignore_eos=True))]

@@ -49,6 +49,7 @@ class OrtRuntime:
         self.session, self.captures = open_session(model, options, self._device, self.notes, graph=options.cuda_graph and static)
         if not self.has_cache:
             self.notes.append("the model has no KV cache: every token runs the whole text again; use add-kv-cache, or export --kv-cache concat")
+        self.graphs = 0  # captured so far
         self.takes_tokens = any(value.name == PAST_TOKENS for value in self.session.get_inputs())
         self.looks_ahead = self.captures and self.takes_tokens
         self.results = [self.io.logits.name, *([NEXT] if self._device == "cuda" else [])]

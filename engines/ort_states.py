@@ -8,7 +8,6 @@ none: the whole text is run again for each token.
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +19,10 @@ from onnxtools.generation.runtime import Floats, HostLogits, Ids, Logits, Prompt
 
 if TYPE_CHECKING:
     from onnxtools.engines.onnxrt import OrtRuntime
+
+
+MAX_GRAPHS = 256
+"""Of a session, which on CUDA keeps each as long as it lives (1 MB of the host's memory for 24 layers); what comes later runs without."""
 
 
 class DeviceLogits:
@@ -189,7 +192,6 @@ class _Side:
 
     def __init__(self, state: Static, inputs: dict[str, Any], outputs: dict[str, Any]) -> None:
         r = self._runtime = state.r
-        self._graph: int | None = None
         self._binding = r.bound(inputs)
         state.bind_buffers(self._binding)
         for name, value in outputs.items():
@@ -199,16 +201,10 @@ class _Side:
 
     def capture(self) -> None:
         """From its next run on, where graphs can be captured."""
-        if self._runtime.captures and self._graph is None:
-            self._graph = next(_GRAPHS)
-            self._options = [_graph_options(self._graph, wait) for wait in (False, True)]
-
-    def __del__(self) -> None:
-        """Give the graph back, which would else live as long as the session (2 MB of the host's memory for 24 layers); older releases cannot."""
-        session = self._runtime.session
-        if self._graph is not None and hasattr(session, "release_captured_graph"):
-            with contextlib.suppress(Exception):  # after an error of the device nothing can be given back
-                session.release_captured_graph(self._graph)
+        r = self._runtime
+        if r.captures and self._options[0] is None and r.graphs < MAX_GRAPHS:
+            r.graphs += 1
+            self._options = [_graph_options(r.graphs, wait) for wait in (False, True)]
 
     def run(self, *, wait: bool = True) -> list[Any]:
         """The logits and what else is asked of every run. Without `wait` they are there once a later run has been waited for."""
@@ -255,9 +251,6 @@ class Whole:
             binding.bind_output(name, "cpu", 0)
         r.run(binding)
         return binding.get_outputs()[len(io.caches)].numpy()  # type: ignore[no-any-return]
-
-
-_GRAPHS = iter(range(1, 1 << 31))
 
 
 def _graph_options(graph: int, wait: bool) -> Any:
