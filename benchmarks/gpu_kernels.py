@@ -37,11 +37,12 @@ class Case:
     """One node in a session of its own."""
 
     def __init__(self, library: str, op: str, dtype: str, inputs: dict[str, Array | None], outputs: dict[str, tuple[int, ...]], **attributes: Any) -> None:
-        self.numpy, self.onnx, self.limit = DTYPES[dtype]
+        self.numpy, self.onnx, _ = DTYPES[dtype]
         self.values = {name: self._value(array) for name, array in inputs.items() if array is not None}
         kinds = {"tensor(int32)": onnx.TensorProto.INT32, "tensor(int64)": onnx.TensorProto.INT64}
-        self.kinds = {name: kinds.get(value.data_type(), self.onnx) for name, value in self.values.items()}
-        infos = [helper.make_tensor_value_info(name, self.kinds[name], [None] * len(self.values[name].shape())) for name in self.values]
+        infos = [
+            helper.make_tensor_value_info(name, kinds.get(value.data_type(), self.onnx), [None] * len(value.shape())) for name, value in self.values.items()
+        ]
         # ONNX Runtime hands out no bf16 to NumPy: fp32 beside it, and the node's own outputs where they share memory with an input.
         casts = [helper.make_node("Cast", [name], [f"{name}_fp32"], to=onnx.TensorProto.FLOAT) for name in outputs]
         results = [helper.make_tensor_value_info(name, self.onnx, [None] * len(shape)) for name, shape in outputs.items()]

@@ -51,9 +51,7 @@ def use_kernels(model: Model) -> Counter[str]:
             made["norms"] += 1
         elif (mask := _mask_of_last(node)) is not None:
             build.before = node
-            picked = build.op("LastToken", [node.inputs[0], mask], f"{node.name}/LastToken", domain=DOMAIN, dtype=node.outputs[0].dtype)
-            picked.shape = node.outputs[0].shape
-            rename_or_bypass(build.graph, node.outputs[0], picked)
+            _replace(build, node.outputs, [build.op("LastToken", [node.inputs[0], mask], f"{node.name}/LastToken", domain=DOMAIN)])
             made["picks"] += 1
     if made:
         model.graph.opset_imports[DOMAIN] = 1
@@ -93,9 +91,15 @@ def _to_linear(build: Builder, product: Product) -> None:
         rename_or_bypass(build.graph, later.outputs[0], shaped.outputs[0])
     build.before = end
     inputs = [product.activation, product.weight, *([bias] if bias is not None else [])]
-    value = build.op("Linear", inputs, f"{node.name}/Linear", domain=DOMAIN, dtype=end.outputs[0].dtype, activation=activation)
-    value.shape = end.outputs[0].shape
-    rename_or_bypass(build.graph, end.outputs[0], value)
+    value = build.op("Linear", inputs, f"{node.name}/Linear", domain=DOMAIN, activation=activation)
+    _replace(build, end.outputs, [value])
+
+
+def _replace(build: Builder, old: Sequence[ir.Value], new: Sequence[ir.Value]) -> None:
+    """Let each of `new` take the place, type and shape of its `old`."""
+    for before, after in zip(old, new, strict=True):
+        after.type, after.shape = before.type, before.shape
+        rename_or_bypass(build.graph, before, after)
 
 
 def _only_user(node: ir.Node) -> ir.Node | None:
@@ -135,9 +139,7 @@ def _to_attention(build: Builder, node: ir.Node) -> None:
         kv_num_heads=attribute(node, "kv_num_heads"), do_rotary=rotary, rotary_interleaved=attribute(node, "rotary_interleaved", 0),
         scale=float(attribute(node, "scale", 0.0) or size**-0.5),
     )  # fmt: skip
-    for old, new in zip(node.outputs, made, strict=True):
-        new.type, new.shape = old.type, old.shape
-        rename_or_bypass(build.graph, old, new)
+    _replace(build, node.outputs, made)
 
 
 def _is_norm(node: ir.Node, constants: Sequence[ir.Value | None]) -> bool:
@@ -154,9 +156,7 @@ def _to_norm(build: Builder, node: ir.Node, op_type: str, inputs: Sequence[ir.Va
     epsilon = float(attribute(node, "epsilon", _EPSILON[node.op_type]))
     outputs = [node.outputs[0], *(value for value in node.outputs[3:] if value.uses() or value.is_graph_output())]  # the sum where it is asked for
     made = build.ops(op_type, list(inputs), f"{node.name}/onnxtools", outputs=len(outputs), domain=DOMAIN, epsilon=epsilon)
-    for old, new in zip(outputs, made, strict=True):
-        new.type, new.shape = old.type, old.shape
-        rename_or_bypass(build.graph, old, new)
+    _replace(build, outputs, made)
 
 
 _INDEX_OF_LAST: tuple[tuple[str, tuple[int | None, ...]], ...] = (

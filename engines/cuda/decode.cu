@@ -47,9 +47,8 @@ __global__ __launch_bounds__(kThreads) void attention_kernel(AttentionArguments 
     const int which = at / (D / 16), i = at % (D / 16), head = which < G ? kv * G + which : p.heads + (which - G) * p.kv_heads + kv;
     T low[8], high[8];
     rotated<T, D>(qkv + size_t(head) * D, i, which <= G ? cos : nullptr, sin, p.interleaved, low, high);
-    auto put = [&](T* to) { reinterpret_cast<uint4*>(to)[i] = *reinterpret_cast<uint4*>(low), reinterpret_cast<uint4*>(to + D / 2)[i] = *reinterpret_cast<uint4*>(high); };
-    put(which < G ? query[which] : fresh[which - G]);
-    if (which >= G) put((which == G ? keys : values) + size_t(position) * D);
+    put<T, D>(which < G ? query[which] : fresh[which - G], i, low, high);
+    if (which >= G) put<T, D>((which == G ? keys : values) + size_t(position) * D, i, low, high);
   }
   __syncthreads();
 
@@ -57,7 +56,7 @@ __global__ __launch_bounds__(kThreads) void attention_kernel(AttentionArguments 
   for (int h = 0; h < G; h++) {
     widen<T>(*reinterpret_cast<const uint4*>(&query[h][8 * lane]), q[h]);
     maximum[h] = -1e30f, sum[h] = 0;  // finite: a group may have no key
-    for (int i = 0; i < 8; i++) q[h][i] *= p.scale * 1.4426950408889634f;  // exp2 below
+    for (int i = 0; i < 8; i++) q[h][i] *= p.scale * kLog2E;
   }
   int stage = 0;
   for (int base = 0; base <= position; base += kStride) {  // the same trips for every lane, which shuffle together

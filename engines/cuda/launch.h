@@ -76,6 +76,14 @@ __device__ __forceinline__ void rotated(const T* head, int i, const T* cos, cons
   }
 }
 
+// Puts the elements that `rotated` gave to their places in a head.
+template <typename T, int D>
+__device__ __forceinline__ void put(T* head, int i, const T (&low)[8], const T (&high)[8]) {
+  reinterpret_cast<uint4*>(head)[i] = *reinterpret_cast<const uint4*>(low), reinterpret_cast<uint4*>(head + D / 2)[i] = *reinterpret_cast<const uint4*>(high);
+}
+
+constexpr float kLog2E = 1.4426950408889634f;  // of scores whose exponentials are taken by exp2
+
 class Launch {
  public:
   Launch(dim3 grid, dim3 block, size_t shared, cudaStream_t stream) {

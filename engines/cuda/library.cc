@@ -95,14 +95,27 @@ OrtStatus* processors(int& count) {
   return nullptr;
 }
 
+OrtStatus* stream_of(OrtKernelContext* context, cudaStream_t& to) {
+  void* stream = nullptr;
+  OrtStatus* status = ort->KernelContext_GetGPUComputeStream(context, &stream);
+  to = static_cast<cudaStream_t>(stream);
+  return status;
+}
+
+// What holds for an operator that does not say otherwise.
+struct Operator {
+  static bool optional(size_t) { return false; }  // of its inputs
+  static bool on_host(size_t) { return false; }
+  OrtStatus* make(const OrtKernelInfo*) { return nullptr; }
+};
+
 template <int kType>
-struct Linear {
+struct Linear : Operator {
   static constexpr const char* kName = "Linear";
   static constexpr int kInputs = 3, kOutputs = 1, kNeeded = 1;
   static int type(size_t) { return kType; }
   static int output_type(size_t) { return kType; }
   static bool optional(size_t index) { return index == 2; }
-  static bool on_host(size_t) { return false; }
 
   Activation activation = Activation::kNone;
   int count = 0;
@@ -123,12 +136,12 @@ struct Linear {
     if (x.dims.size() != 2 || w.dims.size() != 2 || x.dims[1] != w.dims[1]) return ort->CreateStatus(kFail, "Linear: X [tokens, K] and W [N, K] do not fit");
     TRY(output(context, 0, {x.dims[0], w.dims[0]}, y));
     if (x.dims[0] == 0) return nullptr;
-    void* stream = nullptr;
-    TRY(ort->KernelContext_GetGPUComputeStream(context, &stream));
+    cudaStream_t stream = nullptr;
+    TRY(stream_of(context, stream));
     const LinearArguments given{x.data, w.data, b.data, y.data, int(x.dims[0]), int(w.dims[0]), int(w.dims[1]), activation};
     if (takes_linear(given.m, given.n, given.k)) {
-      TRY_CUDA(linear(given, kType == kBFloat16, count, static_cast<cudaStream_t>(stream)));
-    } else if (const char* error = gemm(given, kType == kBFloat16, static_cast<cudaStream_t>(stream))) {
+      TRY_CUDA(linear(given, kType == kBFloat16, count, stream));
+    } else if (const char* error = gemm(given, kType == kBFloat16, stream)) {
       return ort->CreateStatus(kFail, error);
     }
     return nullptr;
@@ -136,7 +149,7 @@ struct Linear {
 };
 
 template <int kType>
-struct GroupQueryAttention {
+struct GroupQueryAttention : Operator {
   static constexpr const char* kName = "GroupQueryAttention";
   enum { kQuery, kPastKey, kPastValue, kLengths, kTotal, kCos, kSin, kInputs };
   static constexpr int kOutputs = 3, kNeeded = 3;
@@ -185,24 +198,23 @@ struct GroupQueryAttention {
                                                in[kTotal].value, in[kCos].value, in[kSin].value};
       return attention.run(context, given, {out[0].value, out[1].value, out[2].value});
     }
-    void* stream = nullptr;
-    TRY(ort->KernelContext_GetGPUComputeStream(context, &stream));
+    cudaStream_t stream = nullptr;
+    TRY(stream_of(context, stream));
     const AttentionArguments a{in[kQuery].data, out[1].data, out[2].data, static_cast<const int*>(in[kLengths].data), in[kCos].data, in[kSin].data, out[0].data,
                                int(batch), int(tokens), h, kv, d, int(cache[2]), scale, interleaved != 0};
-    TRY_CUDA((decodes ? decode_attention : prefill_attention)(a, kType == kBFloat16, static_cast<cudaStream_t>(stream)));
+    TRY_CUDA((decodes ? decode_attention : prefill_attention)(a, kType == kBFloat16, stream));
     return nullptr;
   }
 };
 
 template <int kType, bool kRms>
-struct SkipNorm {
+struct SkipNorm : Operator {
   static constexpr const char* kName = kRms ? "SkipSimplifiedLayerNormalization" : "SkipLayerNormalization";
   enum { kX, kSkip, kScale, kShiftOrBias, kBias, kInputs = kRms ? kBias : kBias + 1 };  // RMS normalization has no shift
   static constexpr int kOutputs = 2, kNeeded = 1;
   static int type(size_t) { return kType; }
   static int output_type(size_t) { return kType; }
   static bool optional(size_t index) { return index == kSkip || index >= kShiftOrBias; }
-  static bool on_host(size_t) { return false; }
 
   float epsilon = 0;
 
@@ -219,25 +231,21 @@ struct SkipNorm {
     const bool fits = in[kSkip].value == nullptr || (in[kSkip].dims.back() == width && skip_rows > 0 && rows % skip_rows == 0);
     if (!takes_norm(width) || !fits) return ort->CreateStatus(kFail, "SkipLayerNormalization: a width our kernel does not take, or inputs that do not fit");
     if (rows == 0) return nullptr;
-    void* stream = nullptr;
-    TRY(ort->KernelContext_GetGPUComputeStream(context, &stream));
+    cudaStream_t stream = nullptr;
+    TRY(stream_of(context, stream));
     TRY_CUDA(norm({in[kX].data, in[kSkip].data, in[kScale].data, kRms ? nullptr : in[kShiftOrBias].data, in[kInputs - 1].data, out[0].data, out[1].data, int(rows), int(skip_rows), width, epsilon},
-                  kRms, kType == kBFloat16, static_cast<cudaStream_t>(stream)));
+                  kRms, kType == kBFloat16, stream));
     return nullptr;
   }
 };
 
 template <int kType>
-struct LastToken {
+struct LastToken : Operator {
   static constexpr const char* kName = "LastToken";
   enum { kX, kMask, kInputs };
   static constexpr int kOutputs = 1, kNeeded = 1;
   static int type(size_t index) { return index == kMask ? kInt64 : kType; }
   static int output_type(size_t) { return kType; }
-  static bool optional(size_t) { return false; }
-  static bool on_host(size_t) { return false; }
-
-  OrtStatus* make(const OrtKernelInfo*) { return nullptr; }
 
   OrtStatus* compute(OrtKernelContext* context) {
     Tensor x, mask, y;
@@ -246,23 +254,19 @@ struct LastToken {
     if (x.dims.size() != 3 || mask.dims.size() != 2 || x.dims[0] != mask.dims[0] || x.dims[2] % 8) return ort->CreateStatus(kFail, "LastToken: rows and mask do not fit");
     TRY(output(context, 0, {x.dims[0], 1, x.dims[2]}, y));
     if (x.dims[0] == 0) return nullptr;
-    void* stream = nullptr;
-    TRY(ort->KernelContext_GetGPUComputeStream(context, &stream));
-    TRY_CUDA(last_token({x.data, static_cast<const int64_t*>(mask.data), y.data, int(x.dims[0]), int(x.dims[1]), int(mask.dims[1]), int(x.dims[2] / 8)}, static_cast<cudaStream_t>(stream)));
+    cudaStream_t stream = nullptr;
+    TRY(stream_of(context, stream));
+    TRY_CUDA(last_token({x.data, static_cast<const int64_t*>(mask.data), y.data, int(x.dims[0]), int(x.dims[1]), int(mask.dims[1]), int(x.dims[2] / 8)}, stream));
     return nullptr;
   }
 };
 
-struct NextToken {
+struct NextToken : Operator {
   static constexpr const char* kName = "NextToken";
   enum { kLogits, kMask, kPast, kInputs };
   static constexpr int kOutputs = 3, kNeeded = 3;
   static int type(size_t index) { return index == kLogits ? kFloat32 : kInt64; }
   static int output_type(size_t) { return kInt64; }
-  static bool optional(size_t) { return false; }
-  static bool on_host(size_t) { return false; }
-
-  OrtStatus* make(const OrtKernelInfo*) { return nullptr; }
 
   OrtStatus* compute(OrtKernelContext* context) {
     Tensor in[kInputs], out[kOutputs];
@@ -273,11 +277,11 @@ struct NextToken {
     TRY(output(context, 0, {logits[0], logits[1]}, out[0]));
     TRY(output(context, 1, mask, out[1]));
     TRY(output(context, 2, mask, out[2]));
-    void* stream = nullptr;
-    TRY(ort->KernelContext_GetGPUComputeStream(context, &stream));
+    cudaStream_t stream = nullptr;
+    TRY(stream_of(context, stream));
     auto tokens = [](const Tensor& t) { return static_cast<int64_t*>(t.data); };
     TRY_CUDA(next_token({static_cast<const float*>(in[kLogits].data), tokens(in[kMask]), tokens(in[kPast]), tokens(out[0]), tokens(out[1]), tokens(out[2]), int(logits[0]), int(logits[1]),
-                         int(logits[2]), int(mask[1]), int(past[1])}, static_cast<cudaStream_t>(stream)));
+                         int(logits[2]), int(mask[1]), int(past[1])}, stream));
     return nullptr;
   }
 };

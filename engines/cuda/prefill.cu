@@ -39,7 +39,7 @@ __global__ __launch_bounds__(kThreads) void append_kernel(AttentionArguments p) 
     T low[8], high[8];
     rotated<T, D>(qkv + head * D, i, key ? static_cast<const T*>(p.cos) + angles : nullptr, static_cast<const T*>(p.sin) + angles, p.interleaved, low, high);
     T* to = static_cast<T*>(key ? p.key : p.value) + ((size_t(row) * p.kv_heads + head % p.kv_heads) * p.slots + position) * D;
-    reinterpret_cast<uint4*>(to)[i] = *reinterpret_cast<uint4*>(low), reinterpret_cast<uint4*>(to + D / 2)[i] = *reinterpret_cast<uint4*>(high);
+    put<T, D>(to, i, low, high);
   }
 }
 
@@ -87,7 +87,7 @@ __global__ __launch_bounds__(kThreads, 2) void prefill_kernel(AttentionArguments
   }
   for (int tile = 0; tile < kStages - 1; tile++) fetch(tile);
 
-  const float scale = p.scale * 1.4426950408889634f;  // exp2 below
+  const float scale = p.scale * kLog2E;
   const int query0 = first + 16 * warp;
   unsigned q[kSteps][4];
   float out[2 * kSteps][4] = {}, top[2] = {-1e30f, -1e30f}, sum[2] = {};
