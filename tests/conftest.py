@@ -7,21 +7,21 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import SHARED, TE, Case, fixture_path, succeed
+from tests.support import SHARED, TE, Case, fixture_path, present, succeed
 
 Make = Callable[..., Path]
 
 
 def pytest_report_header() -> list[str]:
-    return [] if SHARED.is_dir() else [f"{SHARED} is absent: tests of {', '.join(n for n in TE if not fixture_path(n).exists())} are skipped"]
+    absent = [name for name in TE if not fixture_path(name).exists()]
+    return [] if SHARED.is_dir() else [f"{SHARED} is absent: tests of {', '.join(absent)} and of its data are skipped"]
 
 
 @pytest.fixture
 def case(request: pytest.FixtureRequest) -> Case:
     """A fixture by name (parametrize indirectly); skips where the file is not in this clone."""
     found = Case(request.param)
-    if not found.path.exists():
-        pytest.skip(f"{found.path} is absent (it is not part of a clone)")
+    present(found.path)
     return found
 
 
@@ -34,7 +34,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Make:
         key = (name, *flags)
         if key not in made:
             made[key] = folder / f"{len(made)}_{name}.onnx"
-            succeed("convert", fixture_path(name), made[key], *flags)
+            succeed("convert", present(fixture_path(name)), made[key], *flags)
         return made[key]
 
     return make

@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime as ort
+import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
@@ -23,7 +24,9 @@ Feeds = dict[str, Array]
 
 ROOT = Path(__file__).parents[1]
 FIXTURES = ROOT / "fixtures"
-SHARED = ROOT.parent / "shared" / "fixtures" / "te"
+SHARED = ROOT.parent / "shared"
+"""Files beside the repository, not part of a clone; a test asks for one by `present`."""
+SHARED_TE = SHARED / "fixtures" / "te"
 FP8 = ml_dtypes.float8_e4m3fn
 FLOAT, HALF, INT64, UINT8, E4M3 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT64, TensorProto.UINT8, TensorProto.FLOAT8E4M3FN
 
@@ -42,7 +45,14 @@ NO_ATTENTION = ("te_linear_fp8_ds", "te_lnmlp_fp8_ds", "mxfp8_linear")
 def fixture_path(name: str) -> Path:
     """The model `name`, from the repository's own copy where there is one; it may be absent (../shared)."""
     own = [FIXTURES / folder / f"{name}.onnx" for folder in ("te", "te_style")]
-    return next((path for path in own if path.exists()), SHARED / f"{name}.onnx")
+    return next((path for path in own if path.exists()), SHARED_TE / f"{name}.onnx")
+
+
+def present(path: Path) -> Path:
+    """`path`, or the test is skipped: what lies beside the repository is not part of a clone."""
+    if not path.exists():
+        pytest.skip(f"{path} is absent (it is not part of a clone)")
+    return path
 
 
 @dataclass(frozen=True)

@@ -294,17 +294,24 @@ def test_the_library_compiles_once_and_onnxruntime_takes_it(tmp_path: Path, nvcc
     path = kernel_library(nvcc, 90)
     made = path.stat().st_mtime_ns
     assert kernel_library(nvcc, 90) == path and path.stat().st_mtime_ns == made
+    # The kernel is not for the CPU, so a session is refused either way. Its words change from release to release of ONNX Runtime;
+    # that they are others once the library is there says that the operator is known.
+    assert cpu_refusal("Linear", path) != cpu_refusal("Linear")
+    assert cpu_refusal("Linea", path) == cpu_refusal("Linea")
+
+
+def cpu_refusal(op_type: str, library: Path | None = None) -> str:
+    """What ONNX Runtime says to an operator of ours on the CPU, with our library or without."""
     settings = ort.SessionOptions()
-    settings.register_custom_ops_library(str(path))
+    if library is not None:
+        settings.register_custom_ops_library(str(library))
     x, w, y = (helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT16, [None, 64]) for name in "xwy")
-    node = helper.make_node("Linear", ["x", "w"], ["y"], domain=DOMAIN, activation="NONE")
+    node = helper.make_node(op_type, ["x", "w"], ["y"], domain=DOMAIN, activation="NONE")
     opsets = [helper.make_opsetid("", 19), helper.make_opsetid(DOMAIN, 1)]
     model = helper.make_model(helper.make_graph([node], "one", [x, w], [y]), opset_imports=opsets, ir_version=9)
-    # ONNX Runtime knows the operator and its types, and that its kernel is not for the CPU, where it casts fp16 in vain.
-    with pytest.raises(Exception, match=r"operator \(Linear\)"):
+    with pytest.raises(Exception, match=op_type) as caught:
         ort.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
-    with pytest.raises(Exception, match="not a registered"):
-        ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return str(caught.value)
 
 
 def test_a_library_that_does_not_compile_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from onnxtools.generation.options import GenerationOptions
 from onnxtools.generation.runtime import RuntimeOptions
 from tests.export import hf
 from tests.generation.models import exported, reference
-from tests.support import fixture_path, succeed
+from tests.support import fixture_path, present, succeed
 
 CPU = RuntimeOptions(device="cpu", threads=2)
 TEXTS = [[5, 9, 30, 31, 77], [3, 8], [60, 61, 62, 63]]
@@ -172,9 +172,7 @@ def test_bf16_on_the_cpu_says_what_helps(tmp_path: Path) -> None:
 
 def test_a_transformer_engine_model_with_an_fp8_cache_decodes(tmp_path: Path) -> None:
     """TransformerEngine's own outputs of the export it was made from; its causal model, so a prefix gives the first of them."""
-    source = fixture_path("te_gpt_fp8_ds_dyn")
-    if not source.exists():
-        pytest.skip("needs ../shared/fixtures/te")
+    source = present(fixture_path("te_gpt_fp8_ds_dyn"))
     succeed("convert", source, tmp_path / "q.onnx", "--opset19")
     succeed("add-kv-cache", tmp_path / "q.onnx", tmp_path / "kv.onnx")
     known = np.load(source.with_suffix(".npz"))

@@ -17,11 +17,10 @@ import transformers
 
 from onnxtools.generation.text import Streams, Tokenizer
 from tests.export.test_smollm2 import GGUF
-from tests.support import SHARED, refuse, run, succeed
+from tests.support import SHARED, present, refuse, run, succeed
 
 ARTICLES = Path(__file__).parents[2] / "fixtures/articles.jsonl"
 LAMBADA, WIKITEXT = SHARED / "data/lambada_openai.jsonl", SHARED / "data/wikitext2_test.txt"
-needs_data = pytest.mark.skipif(not LAMBADA.is_file(), reason=f"{LAMBADA} is absent (evaluation data is not part of a clone)")
 PROMPTS = (
     "The capital of France is", "Once upon a time", "def fibonacci(n):", "Water boils at", "The three primary colors are", "In 1969,",
     "My favourite recipe for bread", "To be or not", "The mitochondria", "Dear Sir or Madam,", "import numpy as np", "The opposite of hot is",
@@ -199,13 +198,12 @@ def refuse_last(*args: str | Path, code: int) -> str:
 # --- accuracy -------------------------------------------------------------------------------------------------------------
 
 
-@needs_data
 def test_lambada_equals_transformers(model: Path, tmp_path: Path) -> None:
     journal = tmp_path / "rows.jsonl"
-    found = said(
-        "accuracy", model, "--dataset", "lambada", "--path", LAMBADA, "--limit", "24", "--runtime", "onnxrt", "--runtime", "frameworks", "--checkpoint", GGUF,
-        "--resume", journal,
-    )  # fmt: skip
+    lambada = present(LAMBADA)
+    # A journal is of one way of running, so that the second run repeats every flag of the first.
+    common = ["--limit", "24", "--runtime", "onnxrt", "--runtime", "frameworks", "--checkpoint", GGUF, "--resume", journal]
+    found = said("accuracy", model, "--dataset", "lambada", "--path", lambada, *common)
     ours, theirs = found["models"]["onnxrt"], found["models"]["frameworks"]
     assert ours["n"] == 24 and 0 < ours["acc"] < 1
     for name in ("acc", "acc_top1", "acc_top3", "acc_top5"):
@@ -214,13 +212,12 @@ def test_lambada_equals_transformers(model: Path, tmp_path: Path) -> None:
         assert ours[name] == pytest.approx(theirs[name], rel=1e-3)
     assert found["compared"]["frameworks - onnxrt"]["acc_difference"] == 0
     assert len(journal.read_text().splitlines()) == 25
-    again = said("accuracy", model, "--dataset", str(LAMBADA), "--limit", "24", "--resume", journal)
-    assert again["models"]["onnxrt"] == ours
+    again = said("accuracy", model, "--dataset", lambada, *common)
+    assert again["models"] == found["models"]
 
 
-@needs_data
 def test_wikitext_equals_transformers(concat: Path, reference: Any) -> None:
-    found = said("accuracy", concat, "--dataset", "wikitext", "--path", WIKITEXT, "--max-length", "256", "--limit", "2")["models"]["onnxrt"]
+    found = said("accuracy", concat, "--dataset", "wikitext", "--path", present(WIKITEXT), "--max-length", "256", "--limit", "2")["models"]["onnxrt"]
     from tokenizers import Tokenizer
 
     ids = Tokenizer.from_file(str(concat.parent / "tokenizer.json")).encode(WIKITEXT.read_text()).ids[:512]

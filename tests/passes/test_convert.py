@@ -10,7 +10,28 @@ import pytest
 from onnx import numpy_helper
 
 from tests.conftest import Make
-from tests.support import E4M3, FP8, MX, SHARED, STYLE, TE, Array, Case, Session, e4m3, info, initializers, normal, ops, opsets, refuse, rel_l2, succeed, write
+from tests.support import (
+    E4M3,
+    FP8,
+    MX,
+    SHARED_TE,
+    STYLE,
+    TE,
+    Array,
+    Case,
+    Session,
+    e4m3,
+    info,
+    initializers,
+    normal,
+    ops,
+    opsets,
+    present,
+    refuse,
+    rel_l2,
+    succeed,
+    write,
+)
 
 STANDARD = [name for name in (*TE, *STYLE) if name not in MX]
 QUANTIZED = [name for name in STANDARD if name not in ("te_gpt_none_dyn", "attention_op", "padding_mask", "rope_no_fp8", "sdpa_gqa")]
@@ -18,9 +39,7 @@ REFUSED_BY_TENSORRT = {"SplitToSequence", "SequenceAt", "CastLike", "Identity", 
 
 
 def test_every_shared_fixture_is_tested() -> None:
-    if not SHARED.is_dir():
-        pytest.skip(f"{SHARED} is absent (it is not part of a clone)")
-    assert {path.stem for path in SHARED.glob("*.onnx")} <= set(TE)
+    assert {path.stem for path in present(SHARED_TE).glob("*.onnx")} <= set(TE)
 
 
 @pytest.mark.parametrize("case", STANDARD, indirect=True)

@@ -18,7 +18,7 @@ import torch
 from tests.calibration.texts import calibration_file, tokens
 from tests.generation.models import exported, reference
 from tests.passes.test_quantize import logits_error, quantized
-from tests.support import SHARED, refuse, succeed
+from tests.support import fixture_path, present, refuse, succeed
 
 Array = np.ndarray[Any, Any]
 
@@ -70,9 +70,7 @@ def test_the_result_is_near(name: str, form: str, flags: tuple[str, ...], tmp_pa
 
 def test_attention_of_matmul_and_softmax(tmp_path: Path) -> None:
     """TransformerEngine's export: probabilities lie between 0 and 1, so their scale is 1 / 448."""
-    source = SHARED / "te_gpt_none_dyn.onnx"
-    if not source.exists():
-        pytest.skip(f"{source} is not here")
+    source = present(fixture_path("te_gpt_none_dyn"))
     succeed("convert", source, tmp_path / "m.onnx")
     feeds = np.load(source.with_suffix(".npz"))
     names = [value.name for value in onnx.load(tmp_path / "m.onnx", load_external_data=False).graph.input]
