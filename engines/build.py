@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,9 +22,9 @@ from onnxtools.engines.spec import EngineSpec
 from onnxtools.engines.timing_cache import check_timing_cache, rtx_note, with_cache_file
 from onnxtools.engines.versions import check_options, is_mixed, is_strongly_typed, release
 from onnxtools.errors import JobError, UsageError
+from onnxtools.files import OwnFolder, probe, replacing
 from onnxtools.manager import PassManager
 from onnxtools.model import Model
-from onnxtools.storage import refuse_special, replacing, temporary, write_error
 from onnxtools.tensors import external_path
 
 
@@ -78,8 +77,8 @@ class _Build:
 
             PassManager([Prune()]).run(model)
             notes.append("pruned to 2:4 by magnitude (--sparsity force): without fine-tuning accuracy is lost")
-        with tempfile.TemporaryDirectory(prefix=".onnxtools-build-", dir=self.engine_path.parent) as folder:
-            copy = Path(folder) / (model.path.name if model.path else "model.onnx")
+        with OwnFolder(".onnxtools-build-", self.engine_path.parent) as folder:
+            copy = folder / (model.path.name if model.path else "model.onnx")
             model.save(copy)
             made = Model.load(copy)
             if origin is None and (known := self.known(made)):
@@ -158,14 +157,7 @@ def check_target(engine_path: Path) -> None:
     for path in (engine_path, manifest_path(engine_path)):
         if path.is_dir():
             raise JobError(f"{path}: is a folder; name another file for the engine")
-        refuse_special(path)
-        probe = temporary(path)
-        try:
-            probe.touch()
-        except OSError as error:
-            raise write_error(path, error) from error
-        finally:
-            probe.unlink(missing_ok=True)
+        probe(path)
 
 
 def _refuse_overwriting(model: Model, engine_path: Path, spec: EngineSpec) -> None:

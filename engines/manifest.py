@@ -14,7 +14,7 @@ from onnxtools.engines.preflight import Preflight
 from onnxtools.engines.profiles import Profile
 from onnxtools.engines.spec import EngineSpec
 from onnxtools.errors import JobError
-from onnxtools.manager import PROVENANCE_KEY
+from onnxtools.manager import provenance
 from onnxtools.memory import peak_mib
 from onnxtools.model import Model
 from onnxtools.tensors import external_path
@@ -63,7 +63,7 @@ def make_manifest(
         "engine": {"file": engine, "bytes": built.size, "sha256": built.sha256},
         "graph": {**graph, "opset": model.opset, "ir_version": model.ir.ir_version},
         "weights": weights,
-        "provenance": json.loads(model.ir.metadata_props.get(PROVENANCE_KEY, "[]")),
+        "provenance": provenance(model),
         "spec": spec.as_json(),
         "compute_capabilities": list(spec.compute_capability),
         "profiles": [profile.as_json() for profile in profiles],

@@ -15,7 +15,7 @@ from filelock import FileLock
 from onnxtools.engines.spec import EngineSpec
 from onnxtools.engines.versions import Version
 from onnxtools.errors import JobError, UsageError
-from onnxtools.storage import replacing
+from onnxtools.files import replacing
 
 
 def check_timing_cache(path: Path) -> None:

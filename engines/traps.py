@@ -45,9 +45,7 @@ class Graph:
 
     def nodes(self) -> Iterator[ir.Node]:
         """Every node, those of subgraphs and functions included."""
-        yield from self.model.graph.all_nodes()
-        for function in self.model.ir.functions.values():
-            yield from function.all_nodes()
+        return self.model.nodes_everywhere()
 
     def shape(self, value: ir.Value | None) -> tuple[int, ...] | None:
         """Sizes with distinct stand-ins for symbolic dimensions: equal stand-ins are equal at run time."""

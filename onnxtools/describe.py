@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import onnx_ir as ir
 
 from onnxtools.graph import attribute, is_op
-from onnxtools.manager import PROVENANCE_KEY
+from onnxtools.manager import provenance
 from onnxtools.model import Model
 from onnxtools.products import weight_products
 from onnxtools.validate import cache_inputs
@@ -30,7 +29,7 @@ def describe(model: Model, *, sparsity: bool = False) -> dict[str, Any]:
         "weights": _weights(model),
         "quantization": _quantization(model),
         "cache": _cache(model),
-        "provenance": json.loads(model.ir.metadata_props.get(PROVENANCE_KEY, "[]")),
+        "provenance": provenance(model),
         "sparsity": _sparsity(model) if sparsity else None,
     }
 

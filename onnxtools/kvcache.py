@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import onnx_ir as ir
 
@@ -17,16 +18,28 @@ Dim = int | str | ir.SymbolicDim | None
 Kind = Literal["key", "value"]
 
 
+MODEL_KEY = "onnxtools.model"
+
+
+def described(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What a model says of itself (`onnxtools.model`); empty where that is missing, or is not of our making."""
+    try:
+        found = json.loads(metadata.get(MODEL_KEY, "{}"))
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) and isinstance(found.get("model"), dict) else {}
+
+
 def record_dtypes(model: Model, *, cache: str | None = None, compute: str | None = None) -> None:
     """Let the model's own description (`onnxtools.model`) follow where the type of its cache or its computation has changed."""
     for props in (model.graph.metadata_props, model.ir.metadata_props):
-        if "onnxtools.model" in props:
-            info = json.loads(props["onnxtools.model"])
+        info = described(props)
+        if info:
             if compute is not None:
                 info["dtype"] = compute
-            if cache is not None and info.get("kv_cache"):
+            if cache is not None and isinstance(info.get("kv_cache"), dict):
                 info["kv_cache"]["dtype"] = cache
-            props["onnxtools.model"] = json.dumps(info)
+            props[MODEL_KEY] = json.dumps(info)
 
 
 @dataclass(frozen=True)
@@ -85,9 +98,9 @@ class KvCache:
 
 def positions(model: Model) -> int | None:
     """Tokens that a sequence may have, as far as the model says: its exporter, else its tables of positions."""
-    text = model.graph.metadata_props.get("onnxtools.model")
-    found = json.loads(text)["model"].get("max_position_embeddings") if text else table_rows(model)
-    return int(found) if found else None
+    info = described(model.graph.metadata_props)
+    found = info["model"].get("max_position_embeddings") if info else table_rows(model)
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def rotation(keys: ir.Value | None, facts: Facts, model: Model) -> tuple[int, bool]:
@@ -102,6 +115,7 @@ def rotation(keys: ir.Value | None, facts: Facts, model: Model) -> tuple[int, bo
     if node is not None and is_op(node, "RotaryEmbedding"):
         shape = facts[node.inputs[0]].shape
         return int(attribute(node, "rotary_embedding_dim", 0) or (shape[-1] if shape else 0)), bool(attribute(node, "interleaved", 0))
-    text = model.graph.metadata_props.get("onnxtools.model")
-    rope = json.loads(text)["model"].get("rope") if text else None
-    return (int(rope["dim"]), False) if rope else (0, False)
+    info = described(model.graph.metadata_props)
+    rope = info["model"].get("rope") if info else None
+    dim = rope.get("dim") if isinstance(rope, dict) else None
+    return (dim, False) if isinstance(dim, int) and dim > 0 else (0, False)

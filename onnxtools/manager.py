@@ -69,6 +69,7 @@ class PassManager:
             OnnxtoolsError: whatever a pass or an instrument refused.
         """
         report = Report()
+        model.lift_constants()  # of a model that was made in memory
         for pass_ in self.passes:
             for instrument in self.instruments:
                 instrument.before(pass_, model)
@@ -90,6 +91,20 @@ class PassManager:
         return report
 
 
+def provenance(model: Model) -> list[dict[str, Any]]:
+    """What the model's metadata says of how it was made, oldest first; entries that are not ours are left out."""
+    try:
+        found = json.loads(model.ir.metadata_props.get(PROVENANCE_KEY, "[]"))
+    except (ValueError, RecursionError):
+        return []
+    return [entry for entry in found if _is_entry(entry)] if isinstance(found, list) else []
+
+
+def _is_entry(entry: Any) -> bool:
+    passes = entry.get("passes") if isinstance(entry, dict) else None
+    return isinstance(passes, list) and all(isinstance(p, dict) and isinstance(p.get("pass"), str) for p in passes)
+
+
 def record_provenance(model: Model, passes: Sequence[Pass]) -> None:
     """Append to `metadata_props['onnxtools.provenance']` (a JSON list): input hash, passes with options, versions."""
     import numpy
@@ -97,12 +112,12 @@ def record_provenance(model: Model, passes: Sequence[Pass]) -> None:
     import onnx_ir
 
     props = model.ir.metadata_props
-    history = json.loads(props.get(PROVENANCE_KEY, "[]"))
+    history = provenance(model)
     versions = {"onnxtools": __version__, "onnx": onnx.__version__, "onnx_ir": onnx_ir.__version__, "numpy": numpy.__version__}
     entry = {
         "input": model.path.name if model.path else None,
         "input_sha256": model.sha256,
-        "passes": [{"pass": p.name, **p.options()} for p in passes],
+        "passes": [{"pass": p.name, **p.public_options()} for p in passes],
         "versions": versions,
     }
     props[PROVENANCE_KEY] = json.dumps([*history, entry])

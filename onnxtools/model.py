@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import onnx
 import onnx_ir
@@ -15,12 +16,15 @@ import onnx_ir as ir
 
 from onnxtools.errors import ModelError, OnnxtoolsError
 from onnxtools.tensors import external_path
+from onnxtools.wellformed import check
 
 if TYPE_CHECKING:
-    from onnxtools.storage import SaveReport
+    from onnxtools.storage import Beside, SaveReport
 
 MAX_IR_VERSION = 13
 """ONNX Runtime 1.31 loads IR <= 13; onnx 1.23 would write 14."""
+_MAX_PROTO_BYTES = 1 << 31
+"""No protobuf is larger."""
 
 
 @dataclass
@@ -48,33 +52,50 @@ class Model:
         """
         path = Path(path)
         proto, digest = _read_proto(path)
-        notes = _check_names(proto, path)
+        notes = check(proto, path)
         try:
             model = ir.from_proto(proto)
         except Exception as error:  # onnx_ir raises many types for ill-formed protos
             raise ModelError(f"{path}: ill-formed ONNX graph ({_one_line(error)}); re-export the model") from error
-        ir.external_data.set_base_dir(model.graph, path.parent)
         loaded = cls(model, path, digest, notes)
-        loaded._lift_external_constants()
+        for tensor in loaded.external_tensors():
+            tensor.base_dir = path.parent
+            check_external(tensor, path)
+        loaded._follow_hub_links()
+        loaded.lift_constants()
         loaded._drop_initializer_inputs()
         loaded._sort()
-        for tensor in loaded.external_tensors():
-            check_external(tensor, path)
         return loaded
 
-    def _lift_external_constants(self) -> None:
-        """Constant nodes whose tensor lies in a data file become initializers, so that all such weights are in one place."""
-        for node in list(self.ir.graph):
-            value = node.attributes.get("value") if node.op_type == "Constant" else None
-            if value is None or not isinstance(value.value, ir.ExternalTensor):
-                continue
-            old, tensor = node.outputs[0], value.value
-            name, old.name = old.name or "constant", f"{old.name}__node"
-            tensor.name = name
-            new = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(list(tensor.shape.numpy())), const_value=tensor)
-            self.ir.graph.register_initializer(new)
-            ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-            self.ir.graph.remove(node)
+    def _follow_hub_links(self) -> None:
+        """Let weights behind the links of a Hugging Face cache refer to the files that these lead to: onnx_ir follows none that leave the folder."""
+        for value, tensor in self.weights():
+            if isinstance(tensor, ir.ExternalTensor):
+                value.const_value = _real(tensor)
+        for attributes, name, tensor in self.external_attributes():
+            attributes[name] = ir.AttrTensor(name, _real(tensor))
+
+    def lift_constants(self) -> None:
+        """Constant nodes that hold a weight become initializers, in subgraphs too, so that all weights are in one place.
+
+        A weight is a tensor in a data file, or one of two or more elements in floating point, or above 1 KiB; scalars stay.
+        """
+        for graph in self.ir.graphs():
+            for node in list(graph):
+                held = node.attributes.get("value") if node.op_type == "Constant" and node.domain in ("", "ai.onnx") else None
+                if held is not None and held.type == ir.AttributeType.TENSOR and _is_weight(held.as_tensor()):
+                    self._lift(graph, node, held.as_tensor())
+
+    def _lift(self, graph: onnx_ir.Graph, node: onnx_ir.Node, tensor: onnx_ir.TensorProtocol) -> None:
+        old = node.outputs[0]
+        if old.is_graph_output():
+            return
+        name, old.name = old.name or "constant", f"{old.name}__node"
+        tensor.name = name
+        new = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(list(tensor.shape.numpy())), const_value=tensor)
+        graph.register_initializer(new)
+        ir.convenience.replace_all_uses_with(old, new)
+        graph.remove(node)
 
     def _drop_initializer_inputs(self) -> None:
         """Initializers that IR < 4 forced to be inputs too become constants; in a newer model they are meant to be overridden."""
@@ -108,14 +129,30 @@ class Model:
                 if value.const_value is not None:
                     yield value, value.const_value
 
+    def nodes_everywhere(self) -> Iterator[onnx_ir.Node]:
+        """Every node, those of subgraphs and functions included."""
+        yield from self.ir.graph.all_nodes()
+        for function in self.ir.functions.values():
+            yield from function.all_nodes()
+
+    def external_attributes(self) -> Iterator[tuple[MutableMapping[str, Any], str, onnx_ir.ExternalTensor]]:
+        """(attributes, name, tensor) of every attribute whose tensor lies in a data file, in functions and subgraphs too."""
+        for node in self.nodes_everywhere():
+            for name, attribute in list(node.attributes.items()):
+                if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
+                    yield node.attributes, name, attribute.value
+
     def external_tensors(self) -> Iterator[onnx_ir.ExternalTensor]:
+        """Whatever lies in data files: initializers, and attributes of nodes."""
         for _, tensor in self.weights():
             if isinstance(tensor, ir.ExternalTensor):
                 yield tensor
-        for node in self.ir.graph.all_nodes():
+        for _, _, tensor in self.external_attributes():
+            yield tensor
+        for node in self.nodes_everywhere():
             for attribute in node.attributes.values():
-                if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
-                    yield attribute.value
+                if attribute.type == ir.AttributeType.TENSORS:
+                    yield from (tensor for tensor in attribute.value if isinstance(tensor, ir.ExternalTensor))
 
     def weight_bytes(self) -> int:
         return sum(tensor.nbytes for _, tensor in self.weights())
@@ -134,17 +171,27 @@ class Model:
                 cause = cause.__cause__ or cause.__context__
             raise cause or error from None
 
-    def save(self, path: str | os.PathLike[str], *, copy_weights: bool = False, weights: bool = True) -> SaveReport:
+    def save(self, path: str | os.PathLike[str], *, copy_weights: bool = False, weights: bool = True, beside: Beside | None = None) -> SaveReport:
         """Write the graph to `path` atomically; see `onnxtools.storage.save`."""
         from onnxtools import storage
 
-        return storage.save(self, Path(path), copy_weights=copy_weights, weights=weights)
+        return storage.save(self, Path(path), copy_weights=copy_weights, weights=weights, beside=beside)
+
+
+def _is_weight(tensor: ir.TensorProtocol) -> bool:
+    floating = tensor.dtype.is_floating_point() and tensor.size > 1
+    return isinstance(tensor, ir.ExternalTensor) or (tensor.dtype != ir.DataType.STRING and (floating or tensor.nbytes > 1024))
 
 
 def _read_proto(path: Path) -> tuple[onnx.ModelProto, str]:
     try:
-        if path.is_dir():
+        status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
             raise ModelError(f"{path}: is a folder; name the .onnx file in it")
+        if not stat.S_ISREG(status.st_mode):
+            raise ModelError(f"{path}: is a device or a pipe, no file; name an ONNX file")
+        if status.st_size >= _MAX_PROTO_BYTES:
+            raise ModelError(f"{path}: has {status.st_size} bytes, and no ONNX graph can have more than {_MAX_PROTO_BYTES}; keep its weights in a data file")
         data = path.read_bytes()
     except FileNotFoundError:
         raise ModelError(f"{path}: no such file; check the path") from None
@@ -160,64 +207,6 @@ def _read_proto(path: Path) -> tuple[onnx.ModelProto, str]:
     if not proto.opset_import:
         raise ModelError(f"{path}: imports no operator set, so its nodes have no meaning; export it again")
     return proto, hashlib.sha256(data).hexdigest()
-
-
-def _check_names(proto: onnx.ModelProto, path: Path) -> list[str]:
-    """Refuse values defined twice and undeclared domains; give unique names to nodes that share one."""
-    domains = {entry.domain or "" for entry in proto.opset_import} | {f.domain for f in proto.functions}
-    defined: dict[str, str] = {}
-    for value in proto.graph.input:
-        if value.name in defined:
-            raise ModelError(f"{path}: input {value.name!r} is declared twice; rename one")
-        defined[value.name] = "a graph input"
-    seen: set[str] = set()
-    for tensor in proto.graph.initializer:
-        if tensor.name in seen:
-            raise ModelError(f"{path}: initializer {tensor.name!r} is defined twice; rename or remove one")
-        seen.add(tensor.name)
-        defined.setdefault(tensor.name, "an initializer")
-    node_names: set[str] = set()
-    renamed = 0
-    for index, node in enumerate(proto.graph.node):
-        node.name = node.name or f"{node.op_type}_{index}"  # errors, checks and TensorRT all speak of nodes by name
-        domain = "" if node.domain == "ai.onnx" else node.domain
-        if domain not in domains and not (domain == "" and "ai.onnx" in domains):
-            raise ModelError(
-                f"{path}: node {node.name!r} is {node.domain}::{node.op_type} but the model imports no domain {node.domain!r}; add the opset import"
-            )
-        for name in node.output:
-            if name in defined:
-                raise ModelError(f"{path}: value {name!r} of node {node.name!r} is already defined by {defined[name]}; names must be unique")
-            if name:
-                defined[name] = f"node {node.name!r}"
-        if node.name in node_names:
-            node.name, renamed = _unique(node.name, node_names), renamed + 1
-        node_names.add(node.name)
-    _check_defined(proto.graph, set(), path)
-    return [f"{renamed} nodes shared a name with another; given unique names"] if renamed else []
-
-
-def _check_defined(graph: onnx.GraphProto, outer: set[str], path: Path) -> None:
-    """Refuse uses of values that nothing defines, in the graph and its subgraphs."""
-    known = outer | {v.name for v in graph.input} | {t.name for t in graph.initializer} | {t.values.name for t in graph.sparse_initializer}
-    known |= {name for node in graph.node for name in node.output}
-    for node in graph.node:
-        for name in node.input:
-            if name and name not in known:
-                raise ModelError(f"{path}: node {node.name!r} ({node.op_type}) uses the value {name!r}, which nothing defines; export the model again")
-        for attribute in node.attribute:
-            for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-                _check_defined(inner, known, path)
-    for value in graph.output:
-        if value.name not in known:
-            raise ModelError(f"{path}: nothing defines the output {value.name!r}; export the model again")
-
-
-def _unique(name: str, taken: set[str]) -> str:
-    index = 1
-    while f"{name}_{index}" in taken:
-        index += 1
-    return f"{name}_{index}"
 
 
 def _cycle_node(graph: ir.Graph) -> str:
@@ -236,9 +225,10 @@ def _cycle_node(graph: ir.Graph) -> str:
 
 
 def check_external(tensor: ir.ExternalTensor, model_path: Path) -> None:
-    """Refuse a data file that is missing, too short, a link, or outside the model's folder.
+    """Refuse a data file that is missing, too short, no file, outside the model's folder, or a link that leads out of it.
 
-    The rules are onnx's own (a data file behind a link, or outside the folder, is refused by onnx and onnx_ir).
+    The rules are onnx's own (a data file behind a link, or outside the folder, is refused by onnx and onnx_ir); the links of a
+    Hugging Face cache lead from `snapshots/REVISION/` into the `blobs/` of the same repository and are followed.
     """
     location = str(tensor.location)
     where = f"{model_path}: weight {tensor.name!r} lies in external data {location!r}"
@@ -248,18 +238,40 @@ def check_external(tensor: ir.ExternalTensor, model_path: Path) -> None:
     probe = Path(tensor.base_dir)
     for part in Path(location).parts:
         probe = probe / part
-        if probe.is_symlink():
+        if probe.is_symlink() and hub_blob(probe) is None:
             raise ModelError(f"{where}, which is a symbolic link; replace it by the file itself")
     try:
-        size = file.stat().st_size
+        status = file.stat()
     except OSError:
         raise ModelError(f"{where}, which is missing; put the file beside the model") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise ModelError(f"{where}, which is no file; put the data file beside the model")
     offset = tensor.offset or 0
     length = tensor.length if tensor.length is not None else tensor.nbytes
     if offset < 0 or length != tensor.nbytes:
         raise ModelError(f"{where} at offset {offset} with length {length}, but its shape needs {tensor.nbytes} bytes; re-export the model")
-    if size < offset + length:
-        raise ModelError(f"{where}, which ends at byte {size} but should reach {offset + length}; the file is truncated, copy it again")
+    if status.st_size < offset + length:
+        raise ModelError(f"{where}, which ends at byte {status.st_size} but should reach {offset + length}; the file is truncated, copy it again")
+
+
+def hub_blob(link: Path) -> Path | None:
+    """The file that a link of a Hugging Face cache leads to; None where it is another link.
+
+    huggingface_hub's layout: `REPOSITORY/snapshots/REVISION/NAME` is a link to `REPOSITORY/blobs/HASH`.
+    """
+    real = link.resolve()
+    folder = link.parent.resolve()
+    snapshots = next((parent for parent in (folder, *folder.parents) if parent.parent.name == "snapshots"), None)
+    return real if snapshots is not None and real.parent == snapshots.parent.parent / "blobs" else None
+
+
+def _real(tensor: ir.ExternalTensor) -> ir.ExternalTensor:
+    """The tensor itself, or one that refers to the file behind a link that `check_external` let pass."""
+    file = external_path(tensor)
+    if not file.is_symlink():
+        return tensor
+    real = file.resolve()
+    return ir.ExternalTensor(real.name, tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=tensor.name, base_dir=real.parent)
 
 
 def _one_line(error: BaseException) -> str:

@@ -10,6 +10,7 @@ import dataclasses
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin
 
 from onnxtools.errors import UsageError
@@ -19,7 +20,7 @@ Numerics = Literal["exact", "rounding", "lossy"]
 """What a pass may do to the outputs: nothing but reordering, rounding of stored values, or real change."""
 
 
-def option(default: Any, help: str, *, flags: Mapping[str, Any] | None = None, bare: str | None = None) -> Any:
+def option(default: Any, help: str, *, flags: Mapping[str, Any] | None = None, bare: str | None = None, path: bool = False) -> Any:
     """A field of a pass, with its help text.
 
     Args:
@@ -27,8 +28,9 @@ def option(default: Any, help: str, *, flags: Mapping[str, Any] | None = None, b
         help: one sentence, shown by `--help`.
         flags: extra command-line switches, each standing for a value (`{"--opset19": 19}`).
         bare: the value that the option has when it is given without one.
+        path: it names a file or folder; the provenance keeps the last part alone, since a model may be given away.
     """
-    metadata = {"help": help, "flags": dict(flags or {}), "bare": bare}
+    metadata = {"help": help, "flags": dict(flags or {}), "bare": bare, "path": path}
     if isinstance(default, (list, dict, set)):
         raise TypeError("options are immutable: use a tuple")
     return field(default=default, metadata=metadata)
@@ -61,11 +63,18 @@ class Pass:
         name: the command and recipe name, kebab-case.
         numerics: how the outputs may change; decides how the numeric check judges.
         example: a command line for `--help`.
+        runs_code: it runs code that a recipe names, which must be allowed.
     """
 
     name: ClassVar[str]
     numerics: ClassVar[Numerics] = "exact"
     example: ClassVar[str] = ""
+    runs_code: ClassVar[bool] = False
+
+    @property
+    def rewrites_weights(self) -> bool:
+        """Whether most weights are new, so that the output should not need the input's data file."""
+        return False
 
     def expand(self) -> list[Pass]:
         """The passes that stand behind this one; itself unless it is a composite."""
@@ -85,6 +94,11 @@ class Pass:
         """Option names and values as plain data (tuples become lists), for recipes and provenance."""
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
+
+    def public_options(self) -> dict[str, Any]:
+        """`options`, of paths the last part alone: a model that is given away does not say where its author keeps things."""
+        paths = {f.name for f in dataclasses.fields(self) if f.metadata.get("path")}
+        return {key: Path(value).name if key in paths and value is not None else value for key, value in self.options().items()}
 
     @classmethod
     def default(cls, name: str) -> Any:

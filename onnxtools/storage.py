@@ -1,29 +1,38 @@
 """Writing models: atomic, streamed, and without copying what did not change.
 
 Invariants of every save:
-1. A reader sees the old file or the new one, never half of one: everything is written to `.NAME.PID.tmp` and renamed;
-   the data file is renamed before the graph that refers to it. Where an older file is replaced, the new bytes are on
-   the disk first, so a power cut leaves one of the two; a new file is as durable as after `cp`.
-2. A data file that a graph in the folder refers to is never overwritten: a new one gets a free name, and the old one
-   goes only when no graph in the folder mentions it any more.
+1. A reader sees the old file or the new one, never half of one: everything is written to temporary files and renamed, the
+   graph last. Where an older file is replaced, the new bytes are on the disk first, so a power cut leaves one of the two; a
+   new file is as durable as after `cp`.
+2. A data file is never overwritten: a new one takes a free name with O_EXCL, so two runs never share one. A graph says
+   which data file was written with it; that one goes when the graph is replaced, unless another file of the folder mentions
+   it. Nothing else is ever removed.
 3. A weight that no pass changed is not read: in the same folder the new graph refers to the old data file, elsewhere
    the kernel copies the bytes (`copy_file_range`, which shares extents where the file system can).
+4. The tokenizer's and other side files get their names together with the graph, which records their hashes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
+import hashlib
+import json
+import mmap
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import onnx
 import onnx_ir as ir
 
 from onnxtools.errors import JobError, ModelError
-from onnxtools.model import Model
+from onnxtools.files import NewFile, create, flush, is_dead, naming, new_token, real_target, refuse_special, sweep, temporary, write_error
+from onnxtools.model import Model, check_external
 from onnxtools.progress import progress
 from onnxtools.tensors import WORKERS, RowTensor, external_path, raw_bytes, read_rows, slabs, thread_scratch, write_bytes
 
@@ -33,6 +42,13 @@ INLINE_BYTES = 1024
 """Smaller tensors stay in the graph file, as onnx's own `size_threshold` does."""
 INLINE_TOTAL = 1 << 30
 """A model whose new weights exceed this gets a data file (a protobuf cannot exceed 2 GiB)."""
+FILES_KEY = "onnxtools.files"
+"""Metadata of the model: the data file that was written with the graph, and the sha256 of each file beside it."""
+_NO_GRAPHS = {".data", ".bin", ".safetensors", ".gguf", ".pt", ".pth", ".ckpt", ".nemo", ".engine", ".plan", ".npz", ".npy"}
+"""Suffixes of files that may be large and cannot mention a data file."""
+
+Beside = Mapping[str, Path | bytes]
+"""Files that belong to a model, by name: their content, or where it lies."""
 
 
 @dataclass
@@ -45,6 +61,7 @@ class SaveReport:
     copied_bytes: int = 0
     referenced: set[str] = field(default_factory=set)
     left_out: tuple[str, int] | None = None
+    beside: list[Path] = field(default_factory=list)
 
     def lines(self) -> Iterator[str]:
         if self.referenced:
@@ -61,117 +78,253 @@ def _size(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
 
 
-def temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success rename it over `path` (flushed first if `path` exists), else remove it.
-
-    Raises:
-        JobError: the folder is missing or not writable, or the disk is full.
-    """
-    refuse_special(path)
-    tmp = temporary(path)
-    _remove_orphans(path)
-    try:
-        yield tmp
-        if path.exists():
-            _flush(tmp)
-        tmp.replace(path)
-    except OSError as error:
-        raise write_error(path, error) from error
-    finally:
-        tmp.unlink(missing_ok=True)
-
-
-def refuse_special(path: Path) -> None:
-    """A device or a pipe must not be replaced by a file.
-
-    Raises:
-        JobError: `path` is one.
-    """
-    if path.exists() and not path.is_file() and not path.is_dir():
-        raise JobError(f"{path}: is a device or a pipe, no file; name a file")
-
-
-def _remove_orphans(path: Path) -> None:
-    """Delete temporary files of `path` whose process is gone (killed in the middle of a save)."""
-    for orphan in path.parent.glob(f".{glob.escape(path.name)}*.tmp"):
-        pid = orphan.suffixes[-2].removeprefix(".") if len(orphan.suffixes) > 1 else ""
-        if pid.isdigit() and not Path("/proc", pid).exists():
-            orphan.unlink(missing_ok=True)
-
-
-def write_error(path: Path, error: OSError) -> JobError:
-    reason = error.strerror or str(error)
-    return JobError(f"{path}: cannot be written ({reason}); free space or choose another folder")
-
-
-def _flush(path: Path) -> None:
-    """Wait until the bytes of `path` are on the disk."""
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
-
-
 @dataclass
 class _Move:
-    """One weight that goes into the new data file at `offset`."""
+    """Bytes that go into the new data file at `offset`, and the initializers that they are, each of its own type and shape."""
 
-    values: list[ir.Value]
-    tensor: ir.TensorProtocol
+    values: list[tuple[ir.Value, ir.TensorProtocol]]
     offset: int = 0
+
+    @property
+    def tensor(self) -> ir.TensorProtocol:
+        return self.values[0][1]
 
     @property
     def is_copy(self) -> bool:
         return isinstance(self.tensor, ir.ExternalTensor)
 
 
-def save(model: Model, path: Path, *, copy_weights: bool = False, weights: bool = True) -> SaveReport:
+def save(model: Model, path: Path, *, copy_weights: bool = False, weights: bool = True, beside: Beside | None = None) -> SaveReport:
     """Write `model` to `path`; weights go where the rules above say.
 
     Args:
         copy_weights: put every external weight into the output's own data file.
         weights: False writes a graph that refers to a data file which is not written (shapes only).
+        beside: files that get their names together with the graph.
     Returns:
         What was written, copied and referred to.
     Raises:
-        JobError: the target cannot be written.
+        JobError: the target cannot be written, or a data file that the graph refers to is gone meanwhile.
     """
-    if not path.parent.is_dir():
-        raise JobError(f"{path}: the folder {str(path.parent)!r} does not exist; create it first")
     if path.is_dir():
         raise JobError(f"{path}: is a folder; name a file")
-    report = SaveReport(path)
-    moves = _plan(model, path, copy_weights, weights, report)
-    old_data = _referenced_files(path) if path.exists() else set()
-    originals = [(value, value.const_value) for move in moves for value in move.values]
-    with contextlib.ExitStack() as stack:
-        if moves:
-            data_file = _free_data_name(path)
-            tmp = stack.enter_context(_new_data_file(data_file))
-            if weights:
-                report.data_file = data_file
-                _fill(tmp, moves, report, data_file, flush=path.exists())
-            else:
-                report.left_out = (data_file.name, sum(move.tensor.nbytes for move in moves))
-            for move in moves:
-                _refer(move, data_file)
+    refuse_special(path)
+    made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            return _Save(model, path, copy_weights, weights, beside or {}, stack).run()
+    except OSError as error:
+        raise write_error(path, error) from error
+    finally:
+        for folder in made:
+            with contextlib.suppress(OSError):  # it holds the model
+                folder.rmdir()
+
+
+class _Save:
+    """One save. What it makes under temporary names goes with `stack`, where it has not got its name by then."""
+
+    def __init__(self, model: Model, path: Path, copy_weights: bool, weights: bool, beside: Beside, stack: contextlib.ExitStack) -> None:
+        self.model, self.path, self.weights, self.beside, self.stack = model, path, weights, beside, stack
+        self.report, self.token = SaveReport(path), new_token()
+        self.moves = _plan(model, path, copy_weights, weights, self.report)
+        _embed_attributes(model, path.parent, copy_weights, self.report)
+        self.durable = path.exists()
+
+    def run(self) -> SaveReport:
+        """Write, or leave the model in memory as it was."""
+        _remove_leftovers(self.path, self.beside)
+        recorded = self.model.ir.metadata_props.pop(FILES_KEY, None)
         try:
-            # The data file gets its name first: a graph must never refer to a file that is not there.
-            with replacing(path) as graph_tmp:
-                graph_tmp.write_bytes(_serialize(model))
-                if moves and weights:
-                    tmp.replace(data_file)
+            self._write()
         except BaseException:
-            if moves and weights:
-                data_file.unlink(missing_ok=True)
-            for value, tensor in originals:
+            for value, tensor in (pair for move in self.moves for pair in move.values):
                 value.const_value = tensor
+            self.model.ir.metadata_props.pop(FILES_KEY, None)
+            if recorded is not None:
+                self.model.ir.metadata_props[FILES_KEY] = recorded
             raise
-    _remove_stale(old_data, path)
-    return report
+        return self.report
+
+    def _write(self) -> None:
+        """Everything under temporary names, then the names."""
+        data, name = self._data() if self.moves else (None, None)
+        files = [self._file(name, content) for name, content in self.beside.items() if not self._is_there(name, content)]
+        self._record(name if data is not None else None, {file.path.name: file.tmp for file in files})
+        graph = self._new(self.path)
+        graph.tmp.write_bytes(_serialize(self.model))
+        try:
+            if data is not None:
+                data.commit(durable=self.durable, path=name)  # a graph must never refer to a file that is not there
+            with naming(graph.path.parent):
+                self._name(graph, files)
+        except BaseException:
+            if data is not None and not graph.is_named:
+                data.path.unlink(missing_ok=True)
+            raise
+        self.report.beside = [self.path.with_name(name) for name in self.beside]
+
+    def _name(self, graph: NewFile, files: Sequence[NewFile]) -> None:
+        if self.weights:
+            for tensor in self.model.external_tensors():
+                check_external(tensor, self.path)
+        stale = recorded_data(self.path)
+        replaced = [(file, temporary(file.path, self.token, "old")) for file in files if file.path.exists()]
+        try:
+            for file, old in replaced:
+                os.link(file.path, old)
+            for file in files:
+                file.commit(durable=self.durable)
+            graph.commit(durable=self.durable)
+        finally:
+            for file, old in replaced:
+                if old.exists() and not graph.is_named:
+                    old.replace(file.path)
+                old.unlink(missing_ok=True)
+        if self.durable:
+            flush(graph.path.parent)
+        if stale:
+            _remove_unmentioned(self.path.parent / stale)
+
+    def _new(self, path: Path, like: Path | None = None) -> NewFile:
+        made = NewFile(path, self.token, like)
+        self.stack.callback(made.close)
+        return made
+
+    def _data(self) -> tuple[NewFile | None, Path]:
+        """The data file under its temporary name, and the name that is reserved for it; no file where weights are left out."""
+        if real_target(self.path).parent.resolve() != self.path.parent.resolve():
+            raise JobError(f"{self.path}: is a link into another folder, where the weights would not be found; name the file itself")
+        name = self._reserved()
+        made = None
+        if self.weights:
+            made = self._new(self.path.with_name(f"{self.path.name}.data"), like=self.path)
+            self.report.data_file = name
+            _write_data(self.moves, made.tmp, self.report)
+        else:
+            self.report.left_out = (name.name, sum(move.tensor.nbytes for move in self.moves))
+        for move in self.moves:
+            _refer(move, name)
+        return made, name
+
+    def _reserved(self) -> Path:
+        """`MODEL.onnx.data`, or `MODEL.onnx.N.data` where there is one: an empty file keeps the name for us."""
+        for name in _data_names(self.path):
+            with contextlib.suppress(FileExistsError):
+                fd = create(name, self.path)
+                self.stack.callback(_release, name, fd)
+                return name
+        raise AssertionError
+
+    def _is_there(self, name: str, content: Path | bytes) -> bool:
+        """Whether the file has this content already, or is its own source."""
+        target = self.path.with_name(name)
+        if not target.is_file():
+            return False
+        if isinstance(content, Path) and content.resolve() == target.resolve():
+            return True
+        return target.read_bytes() == (content if isinstance(content, bytes) else content.read_bytes())
+
+    def _file(self, name: str, content: Path | bytes) -> NewFile:
+        made = self._new(self.path.with_name(name))
+        made.tmp.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+        return made
+
+    def _record(self, data: Path | None, new: Mapping[str, Path]) -> None:
+        """Say in the graph what belongs to it; `new` files have temporary names."""
+        beside = {name: sha256(new.get(name, self.path.with_name(name))) for name in self.beside}
+        if data is not None or beside:
+            self.model.ir.metadata_props[FILES_KEY] = json.dumps({"data": data.name if data is not None else "", "beside": beside})
+
+
+def sha256(path: Path) -> str:
+    """Of a small file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _release(path: Path, fd: int) -> None:
+    """Remove an empty file that kept a name, where nothing has taken it."""
+    with contextlib.suppress(OSError):
+        if os.fstat(fd).st_ino == path.stat().st_ino:
+            path.unlink()
+    os.close(fd)
+
+
+def _data_names(path: Path) -> Iterator[Path]:
+    yield path.with_name(f"{path.name}.data")
+    for index in range(1, 1 << 30):
+        yield path.with_name(f"{path.name}.{index}.data")
+
+
+def recorded(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What a graph says of its files: `data`, a name or "", and `beside`, name to sha256. Empty where it says nothing sensible."""
+    try:
+        found = json.loads(metadata.get(FILES_KEY, "{}"))
+        data, beside = found.get("data", ""), found.get("beside", {})
+    except (ValueError, AttributeError, RecursionError):
+        return {"data": "", "beside": {}}
+    plain = isinstance(data, str) and isinstance(beside, dict) and all(isinstance(text, str) for pair in beside.items() for text in pair)
+    return {"data": data, "beside": beside} if plain and all(Path(name).name == name for name in (data, *beside) if name) else {"data": "", "beside": {}}
+
+
+def files_of(path: Path) -> dict[str, Any]:
+    """`recorded` of the graph in the file at `path`; no weight is read."""
+    proto = onnx.ModelProto()
+    try:
+        if path.is_file() and path.stat().st_size < 1 << 31:
+            proto.ParseFromString(path.read_bytes())
+        return recorded({entry.key: entry.value for entry in proto.metadata_props})
+    except Exception:  # protobuf raises its own; what is no graph records nothing
+        return recorded({})
+
+
+def recorded_data(path: Path) -> str:
+    """The data file that was written with the graph at `path`; "" where there is none that we wrote."""
+    name = str(files_of(path)["data"])
+    return name if name in (file.name for file in path.parent.glob("*.data")) and name.startswith(f"{path.name}.") else ""
+
+
+def _remove_unmentioned(data: Path) -> None:
+    """Delete a data file of ours, unless some file in the folder still mentions it: a graph, a copy of one, or one that is being written."""
+    if not any(_mentions(file, data.name.encode()) for file in data.parent.iterdir() if file.name != data.name):
+        with contextlib.suppress(OSError):
+            data.unlink()
+
+
+def _mentions(file: Path, name: bytes) -> bool:
+    if file.suffix in _NO_GRAPHS or (file.suffix == ".tmp" and ".data." in file.name) or file.is_symlink() or not file.is_file():
+        return False
+    try:
+        with open(file, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return content.find(name) >= 0
+    except ValueError:  # an empty file cannot be mapped
+        return False
+    except OSError:
+        return True  # it cannot be read, so it may
+
+
+def _remove_leftovers(path: Path, beside: Beside) -> None:
+    """What runs that were killed left of this output: temporary files, data files whose graph has no name yet, reserved names."""
+    path = real_target(path)
+    dead = [tmp for tmp in path.parent.glob(f".{glob.escape(path.name)}.*.tmp") if not tmp.is_symlink() and is_dead(tmp)]
+    data = [path.parent / name for tmp in dead if (name := str(files_of(tmp)["data"])) and (path.parent / name).is_file()]
+    sweep(path.parent, {path.name, f"{path.name}.data", *beside})
+    empty = [file for file in path.parent.glob(f"{glob.escape(path.name)}.*data") if file.is_file() and not file.stat().st_size and is_dead(file)]
+    for file in (*data, *empty):
+        _remove_unmentioned(file)
+
+
+def _embed_attributes(model: Model, folder: Path, copy_weights: bool, report: SaveReport) -> None:
+    """Tensors in data files that are attributes of nodes, where they cannot be referred to: functions have no initializers."""
+    for attributes, name, tensor in model.external_attributes():
+        if not copy_weights and Path(tensor.base_dir).resolve() == folder.resolve():
+            report.referenced.add(str(tensor.location))
+            continue
+        check_external(tensor, folder)
+        if tensor.nbytes > INLINE_TOTAL:
+            raise JobError(f"{model.path}: the tensor {tensor.name!r} inside a function has {tensor.nbytes} bytes; inline the function first")
+        attributes[name] = ir.AttrTensor(name, ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name))
 
 
 def _serialize(model: Model) -> bytes:
@@ -226,9 +379,9 @@ def _layout(moving: list[tuple[ir.Value, ir.TensorProtocol]]) -> list[_Move]:
         if isinstance(tensor, ir.ExternalTensor):
             key = (external_path(tensor), tensor.offset or 0, tensor.nbytes)
         if key in by_source:
-            by_source[key].values.append(value)
+            by_source[key].values.append((value, tensor))
             continue
-        by_source[key] = _Move([value], tensor)
+        by_source[key] = _Move([(value, tensor)])
         moves.append(by_source[key])
     moves.sort(key=lambda m: (str(external_path(m.tensor)), m.tensor.offset or 0) if isinstance(m.tensor, ir.ExternalTensor) else ("", 0))
     end, source_end = 0, None
@@ -247,27 +400,9 @@ def _layout(moving: list[tuple[ir.Value, ir.TensorProtocol]]) -> list[_Move]:
     return moves
 
 
-@contextlib.contextmanager
-def _new_data_file(path: Path) -> Iterator[Path]:
-    tmp = temporary(path)
-    try:
-        yield tmp
-    finally:
-        tmp.unlink(missing_ok=True)
-
-
-def _fill(tmp: Path, moves: list[_Move], report: SaveReport, data_file: Path, *, flush: bool) -> None:
-    try:
-        _write_data(moves, tmp, report)
-        if flush:
-            _flush(tmp)
-    except OSError as error:
-        raise write_error(data_file, error) from error
-
-
 def _write_data(moves: list[_Move], tmp: Path, report: SaveReport) -> None:
     total = max(move.offset + move.tensor.nbytes for move in moves)
-    with open(tmp, "wb") as file:
+    with open(tmp, "rb+") as file:
         fd = file.fileno()
         os.truncate(fd, total)
         with progress("writing weights", sum(m.tensor.nbytes for m in moves)) as advance, ThreadPoolExecutor(WORKERS) as pool:
@@ -334,7 +469,7 @@ def copy_range(source: int, target: int, start: int, offset: int, length: int, d
         done(count)
 
 
-_NO_RANGE_COPY = {18, 22, 38, 95}  # EXDEV, EINVAL, ENOSYS, EOPNOTSUPP
+_NO_RANGE_COPY = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 def _compute_job(move: _Move) -> _Job:
@@ -356,33 +491,8 @@ def _compute_job(move: _Move) -> _Job:
 
 
 def _refer(move: _Move, data_file: Path) -> None:
-    for value in move.values:
-        tensor = move.tensor
+    for value, tensor in move.values:
         value.const_value = ir.ExternalTensor(
             data_file.name, move.offset, tensor.nbytes, tensor.dtype, shape=ir.Shape(list(tensor.shape.numpy())),
             name=value.name or "", base_dir=data_file.parent,
         )  # fmt: skip
-
-
-def _free_data_name(path: Path) -> Path:
-    """`MODEL.onnx.data`, or `MODEL.onnx.N.data` while an earlier one is still in use."""
-    candidate, index = path.with_name(f"{path.name}.data"), 1
-    while candidate.exists():
-        candidate, index = path.with_name(f"{path.name}.{index}.data"), index + 1
-    return candidate
-
-
-def _referenced_files(path: Path) -> set[str]:
-    """Data files of ours (`NAME.data`, `NAME.N.data`) that the graph file at `path` mentions."""
-    content = path.read_bytes() if path.stat().st_size < 2**31 else b""
-    ours = [p.name for p in path.parent.glob(f"{glob.escape(path.name)}.*data")]
-    return {name for name in ours if name.encode() in content}
-
-
-def _remove_stale(names: set[str], path: Path) -> None:
-    """Delete the replaced graph's own data files, unless some graph in the folder still mentions them."""
-    for name in names:
-        users = [p for p in path.parent.glob("*.onnx") if p.stat().st_size < 2**31 and name.encode() in p.read_bytes()]
-        if not users:
-            with contextlib.suppress(OSError):
-                (path.parent / name).unlink()

@@ -35,6 +35,7 @@ class GraphSurgeonPass(Pass):
 
     name = "graphsurgeon"
     numerics = "lossy"
+    runs_code = True
     example = "onnxtools graphsurgeon model.onnx out.onnx --function my_package.surgery:fix_names"
 
     function: str | GraphFunction = option("", "The function, as package.module:name.")  # noqa: RUF009

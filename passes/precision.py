@@ -59,6 +59,10 @@ class Precision(Calibrated):
     to: Literal["fp16", "bf16"] = option("fp16", "The type to compute in.")
     keep_io: bool = option(False, "Inputs and outputs of the graph keep their types.")
 
+    @property
+    def rewrites_weights(self) -> bool:
+        return True
+
     def requires(self, model: Model) -> None:
         if any(node.domain == "trt" for node in model.graph):
             raise JobError(f"{model.path}: has TransformerEngine's operators; run `onnxtools convert` first")

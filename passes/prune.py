@@ -55,6 +55,10 @@ class Prune(Selected, Calibrated):
         if self.method == "magnitude" and self.calib is not None:
             raise UsageError("prune: magnitudes need no --calib; leave it out, or say --method wanda or sparsegpt")
 
+    @property
+    def rewrites_weights(self) -> bool:
+        return self.method != "magnitude"
+
     def apply(self, model: Model) -> PassResult:
         head = head_product(model)
         axes: dict[ir.Value, set[int]] = {}

@@ -137,6 +137,10 @@ class Quantize(Selected, Calibrated):
         plain = dataclasses.replace(self, **own, qformat=None, dtype=None, kv_cache_dtype=None, lower="none")  # type: ignore[arg-type]
         return [*narrow, plain, *([LowerOrt()] if self.lower == "ort" else [])]
 
+    @property
+    def rewrites_weights(self) -> bool:
+        return True
+
     def requires(self, model: Model) -> None:
         if model.opset < self.form.opset:
             raise JobError(f"{self.form.name} needs opset {self.form.opset} and the model is at {model.opset}; raise it with `onnxtools set-opset`")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import tempfile
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,10 +24,11 @@ from onnxtools.calibration.segments import Segment, segments
 from onnxtools.calibration.session import SegmentSession
 from onnxtools.calibration.statistics import Observer
 from onnxtools.errors import JobError
+from onnxtools.files import OwnFolder, replacing
 from onnxtools.infer import analyse
 from onnxtools.model import Model
 from onnxtools.progress import counted
-from onnxtools.storage import file_stamps, replacing
+from onnxtools.storage import file_stamps
 from onnxtools.tensors import RowTensor, Scratch
 
 Array = np.ndarray[Any, Any]
@@ -124,10 +124,10 @@ class Calibration:
         }
 
     def __enter__(self) -> Calibration:
-        self._temporary = None
+        self._temporary: OwnFolder | None = None
         if self._cache is None:
-            self._temporary = tempfile.TemporaryDirectory(prefix="onnxtools-calibration-")
-            self._folder = Path(self._temporary.name)
+            self._temporary = OwnFolder("onnxtools-calibration-")
+            self._folder = self._temporary.path
         else:
             self._folder = self._cache
             self._open_cache()

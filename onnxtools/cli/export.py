@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxtools.cli.options import PATH, dataclass_options, from_parameters
+from onnxtools.cli.options import OUTPUT_OPTION, PATH, dataclass_options, from_parameters, one_output
 from onnxtools.errors import UsageError
 from onnxtools.export.options import ExportOptions
 
@@ -33,15 +33,19 @@ Examples:
 """
 
 
-def _callback(source: Path | None, output: Path | None, config_path: Path | None, settings: tuple[str, ...], as_json: bool, debug: bool, **values: Any) -> None:
+def _callback(
+    source: Path | None, output: Path | None, output_option: Path | None, config_path: Path | None, settings: tuple[str, ...], as_json: bool, debug: bool,
+    **values: Any,
+) -> None:  # fmt: skip
     from onnxtools.cli.passes import check_output
     from onnxtools.export.export import export
 
     given = _settings(config_path, settings)
+    if source is not None and output is None and output_option is None and source.suffix == ".onnx":
+        source, output = None, source  # --random takes no SOURCE
     from_file = {key: _path(given, key, config_path) for key in ("source", "output")}
-    source, output = source or from_file["source"], output or from_file["output"]
-    if output is None:
-        raise UsageError("export: no output; say -o MODEL.onnx")
+    source = source or from_file["source"]
+    output = one_output(output, output_option or (from_file["output"] if output is None else None), "export SOURCE -o MODEL.onnx")
     check_output(output)
     made = export(source, output, from_parameters(ExportOptions, values, given))
     _show(made, source, as_json)
@@ -79,7 +83,8 @@ command = click.Command(
     callback=_callback,
     params=[
         click.Argument(["source"], metavar="[SOURCE]", type=PATH, required=False),
-        click.Option(["-o", "--output"], type=PATH, help="The ONNX file to write."),
+        click.Argument(["output"], metavar="[OUTPUT]", type=PATH, required=False),
+        OUTPUT_OPTION,
         click.Option(["--config", "config_path"], type=PATH, help="Options as YAML."),
         click.Option(["--set", "settings"], multiple=True, metavar="KEY=VALUE", help="An option's value; wins over --config. May be given several times."),
         *dataclass_options(ExportOptions),
@@ -96,7 +101,7 @@ def _show(made: Exported, source: Path | None, as_json: bool) -> None:
     if as_json:
         print_json({
             "output": str(path), "source": str(source) if source else None, "config": dataclasses.asdict(c), "weight_bytes": made.model.weight_bytes(),
-            "files": [str(file) for file in made.files], "notes": [*made.notes, *made.saved.lines()],
+            "files": [str(file) for file in made.saved.beside], "notes": [*made.notes, *made.saved.lines()],
         })  # fmt: skip
         return
     attention = f"{c.num_attention_heads} heads of {c.head_dim}, {c.num_key_value_heads} for keys and values"
@@ -108,5 +113,5 @@ def _show(made: Exported, source: Path | None, as_json: bool) -> None:
         ("vocabulary", f"{c.vocab_size}{', tied' if c.tie_word_embeddings else ''}"), ("weights", size(made.model.weight_bytes())),
     ]  # fmt: skip
     table(f"export: {source or 'random weights'} -> {path}", ("", ""), rows)
-    for line in (*made.notes, *made.saved.lines(), f"beside it: {', '.join(file.name for file in made.files)}"):
+    for line in (*made.notes, *made.saved.lines(), f"beside it: {', '.join(file.name for file in made.saved.beside)}"):
         console().print(f"  {line}", markup=False)

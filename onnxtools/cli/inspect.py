@@ -73,7 +73,7 @@ def _show(d: dict[str, Any]) -> None:
     cache = d["cache"]
     out.print(f"  cache: {cache['tensors']} tensors in {cache['dtype']}, {cache['shape']}" if cache else "  cache: none", markup=False)
     for entry in d["provenance"]:
-        out.print(f"  made by: {', '.join(p['pass'] for p in entry['passes'])} from {entry['input']}", markup=False)
+        out.print(f"  made by: {', '.join(p['pass'] for p in entry['passes'])} from {entry.get('input')}", markup=False)
     if d["sparsity"] is not None:
         rows = [(s["name"], "x".join(map(str, s["shape"])), f"{s['zeros']:.1%}", "yes" if s["is_2_4"] else "no") for s in d["sparsity"]]
         table("sparsity", ("weight", "shape", "zeros", "2:4"), rows, right=("zeros",))

@@ -18,6 +18,23 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 PATH = click.Path(path_type=Path)
 
 
+OUTPUT_OPTION = click.Option(["-o", "--output", "output_option"], type=PATH, help="The file to write; the same as OUTPUT.")
+
+
+def one_output(positional: Path | None, option: Path | None, usage: str) -> Path:
+    """The output, whichever way it was named.
+
+    Raises:
+        UsageError: not at all, or twice.
+    """
+    if positional is not None and option is not None:
+        raise UsageError(f"OUTPUT is {positional} and -o is {option}; name one")
+    found = positional or option
+    if found is None:
+        raise UsageError(f"no output; write `onnxtools {usage}`, or say -o")
+    return found
+
+
 class _Tolerance(click.ParamType[float]):
     name = "float"
 

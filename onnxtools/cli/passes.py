@@ -4,23 +4,35 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from onnxtools.cli.options import PATH, TOLERANCE, dataclass_options, from_parameters
-from onnxtools.errors import UsageError
+from onnxtools.beside import check_folder, files_beside
+from onnxtools.cli.options import OUTPUT_OPTION, PATH, TOLERANCE, dataclass_options, from_parameters, one_output
+from onnxtools.errors import JobError, UsageError
+from onnxtools.files import refuse_special
 from onnxtools.manager import Instrument, PassManager, Report
 from onnxtools.model import Model
 from onnxtools.passbase import Pass
 from onnxtools.registry import load_pass
 from onnxtools.storage import SaveReport
 
+WRITE_OPTIONS: tuple[click.Parameter, ...] = (
+    click.Option(
+        ["--copy-weights/--no-copy-weights"], default=None,
+        help="Make the output self-contained instead of referring to the input's data file. [default: where most weights are new]",
+    ),
+    click.Option(["--force"], is_flag=True, help="Let OUTPUT replace INPUT."),
+)  # fmt: skip
 RUN_OPTIONS: tuple[click.Parameter, ...] = (
-    click.Option(["--copy-weights"], is_flag=True, help="Make the output self-contained instead of referring to the input's data file."),
-    click.Option(["--check/--no-check"], default=None, help="Compare with the input on ONNX Runtime after each pass. [default: on below 256 MB of weights]"),
+    *WRITE_OPTIONS,
+    click.Option(
+        ["--check/--no-check"], default=None,
+        help="Compare with the input on ONNX Runtime after each pass: in full, or a part of a large model without it being said. [default: on]",
+    ),
     click.Option(["--inputs"], type=PATH, help="Inputs for the check: .npz or Polygraphy JSON. [default: random by rule]"),
     click.Option(["--tolerance"], type=TOLERANCE, help="Largest accepted relative L2 of the check. [default: by element type]"),
     click.Option(["--dump"], type=PATH, help="Write the graph after each pass into this folder."),
@@ -47,7 +59,8 @@ def pass_command(name: str) -> click.Command:
 
     searched = any(field.name == "exclude_worst" for field in dataclasses.fields(pass_type))
 
-    def callback(input_path: Path, output_path: Path, **values: Any) -> None:
+    def callback(input_path: Path, output_path: Path | None, output_option: Path | None, **values: Any) -> None:
+        output_path = one_output(output_path, output_option, f"{name} INPUT OUTPUT")
         pass_ = from_parameters(pass_type, values)
         extra: dict[str, Any] = {}
         if searched:
@@ -60,7 +73,8 @@ def pass_command(name: str) -> click.Command:
 
     arguments: list[click.Parameter] = [
         click.Argument(["input_path"], metavar="INPUT", type=PATH),
-        click.Argument(["output_path"], metavar="OUTPUT", type=PATH),
+        click.Argument(["output_path"], metavar="OUTPUT", type=PATH, required=False),
+        OUTPUT_OPTION,
     ]
     options = [*dataclass_options(pass_type), *(BUDGET_OPTIONS if searched else ()), *RUN_OPTIONS]
     return click.Command(name, params=[*arguments, *options], callback=callback, help=help_text)
@@ -91,22 +105,41 @@ def instruments(
     return [*chosen, PeakMemory(), NodeCount(), Timing()]
 
 
-def check_output(path: Path) -> None:
-    """Refuse a model output that is not called so, before any work."""
+def check_output(path: Path, source: Path | None = None, *, force: bool = True) -> None:
+    """Refuse, before any work, a model output that is not called so, cannot be written, or is the input.
+
+    Raises:
+        UsageError: it does not end in .onnx, or it is `source`, and not `force`.
+        JobError: it is a device, a pipe or a folder.
+    """
     if path.suffix != ".onnx":
         raise UsageError(f"the output {str(path)!r} does not end in .onnx; name an ONNX file")
+    refuse_special(path)
+    if path.is_dir():
+        raise JobError(f"{path}: is a folder; name a file")
+    if source is not None and not force and path.exists() and source.exists() and path.samefile(source):
+        raise UsageError(f"the output {str(path)!r} is the input, which would be lost; name another file, or say --force")
+
+
+def write_model(model: Model, output: Path, passes: Sequence[Pass], copy_weights: bool | None) -> SaveReport:
+    """Save with what lies beside the input; weights are copied where it is said, or where most of them are new."""
+    files = files_beside(model)
+    check_folder(output, files)
+    copy = copy_weights if copy_weights is not None else any(pass_.rewrites_weights for pass_ in passes)
+    return model.save(output, copy_weights=copy, beside=files)
 
 
 def run_passes(
-    passes: list[Pass], input_path: Path, output_path: Path, *, title: str, copy_weights: bool, check: bool | None, inputs: Path | None,
+    passes: list[Pass], input_path: Path, output_path: Path, *, title: str, copy_weights: bool | None, force: bool, check: bool | None, inputs: Path | None,
     tolerance: float | None, dump: Path | None, as_json: bool, debug: bool, extra: Mapping[str, Any] | None = None,
 ) -> Model:  # fmt: skip
     """Load, run, save, report; `extra` goes into the JSON."""
-    check_output(output_path)
+    check_output(output_path, input_path, force=force or check is False)
     model = Model.load(input_path)
+    check_folder(output_path, files_beside(model))
     used = instruments(passes, model, check, inputs, tolerance, dump, output_path)
     report = PassManager(passes, used).run(model)
-    saved = model.save(output_path, copy_weights=copy_weights)
+    saved = write_model(model, output_path, passes, copy_weights)
     show(report, saved, model, input_path, title, as_json, extra)
     return model
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from onnxtools.cli.options import PATH, common_options
+from onnxtools.errors import UsageError
 
 
 @click.command(
@@ -29,25 +30,37 @@ from onnxtools.cli.options import PATH, common_options
 )
 @click.argument("recipe", type=PATH)
 @click.option("--input", "input_path", type=PATH, help="Use this input instead of the recipe's.")
-@click.option("--output", "output_path", type=PATH, help="Use this output instead of the recipe's.")
-@click.option("--copy-weights", is_flag=True, help="Make the output self-contained instead of referring to the input's data file.")
-@click.option("--check/--no-check", default=None, help="Compare with the input on ONNX Runtime after each pass. [default: on below 256 MB of weights]")
+@click.option("-o", "--output", "output_path", type=PATH, help="Use this output instead of the recipe's.")
+@click.option(
+    "--copy-weights/--no-copy-weights",
+    default=None,
+    help="Make the output self-contained instead of referring to the input's data file. [default: where most weights are new]",
+)
+@click.option("--force", is_flag=True, help="Let the output replace the input.")
+@click.option("--allow-code", is_flag=True, help="Run code that the recipe names (graphsurgeon); only for recipes that you trust.")
+@click.option("--check/--no-check", default=None, help="Compare with the input on ONNX Runtime after each pass, of large models a part. [default: on]")
 @click.option("--dump", type=PATH, help="Write the graph after each pass into this folder.")
 @common_options
 def command(
-    recipe: Path, input_path: Path | None, output_path: Path | None, copy_weights: bool, check: bool | None, dump: Path | None, as_json: bool, debug: bool
-) -> None:
-    from onnxtools.cli.passes import check_output, instruments, show
+    recipe: Path, input_path: Path | None, output_path: Path | None, copy_weights: bool | None, force: bool, allow_code: bool, check: bool | None,
+    dump: Path | None, as_json: bool, debug: bool,
+) -> None:  # fmt: skip
+    from onnxtools.beside import check_folder, files_beside
+    from onnxtools.cli.passes import check_output, instruments, show, write_model
     from onnxtools.cli.render import console, print_json, verdict_table
     from onnxtools.manager import PassManager
     from onnxtools.model import Model
     from onnxtools.recipe import read_recipe
 
     plan = read_recipe(recipe, input_path, output_path)
-    check_output(plan.output)
+    coding = next((pass_.name for pass_ in plan.passes if pass_.runs_code), None)
+    if coding is not None and not allow_code:
+        raise UsageError(f"{recipe}: its pass {coding!r} runs code that the recipe names; read the recipe, then say --allow-code")
+    check_output(plan.output, plan.input, force=force or check is False)
     model = Model.load(plan.input)
+    check_folder(plan.output, files_beside(model))
     report = PassManager(plan.passes, instruments(plan.passes, model, check, None, None, dump, plan.output)).run(model)
-    saved = model.save(plan.output, copy_weights=copy_weights)
+    saved = write_model(model, plan.output, plan.passes, copy_weights)
     result: dict[str, object] = {"input": str(plan.input), "output": str(plan.output), "steps": report.as_json(), "notes": [*model.notes, *saved.lines()]}
     if not as_json:
         show(report, saved, model, plan.input, recipe.name, False)

@@ -81,10 +81,19 @@ def opened(model: Path, runtimes: Sequence[str], options: RuntimeOptions) -> Ite
 
 
 def open_tokenizer(path: Path | None, runtime: Runtime, model: Path) -> Tokenizer:
-    """The one named, else the runtime's own, else the one beside MODEL."""
+    """The one named, else the runtime's own, else the one beside MODEL.
+
+    Raises:
+        JobError: there is none, or it is another model's by now.
+    """
     from onnxtools.generation.text import Tokenizer
 
     own = runtime.info.folder
+    if path is None and model.suffix == ".onnx":
+        from onnxtools.beside import check_beside
+        from onnxtools.storage import files_of
+
+        check_beside(model, files_of(model)["beside"])
     return Tokenizer.open(path or (own if (own / "tokenizer.json").is_file() else model if model.is_dir() else model.parent))
 
 

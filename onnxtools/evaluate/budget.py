@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 from onnxtools.engines.onnxrt import OrtRuntime
 from onnxtools.errors import JobError, UsageError
 from onnxtools.evaluate.lambada import Passage, PassageResult, compare_lambada, score_lambada, summarize_lambada, tokenized
+from onnxtools.files import OwnFolder
 from onnxtools.generation.runtime import RuntimeOptions
 from onnxtools.generation.text import Tokenizer
 from onnxtools.manager import PassManager
@@ -77,10 +77,10 @@ def within_budget(
     reference, passages = _reference(source, tokenizer, rows)
     trial_path = output.with_name(f"{output.stem}.trial.onnx")
     trials: dict[int, Trial] = {}
-    with tempfile.TemporaryDirectory(prefix="onnxtools-budget-") as folder:
+    with OwnFolder("onnxtools-budget-") as folder:
 
         def attempt(excluded: int) -> tuple[Trial, int]:
-            candidate = dataclasses.replace(wanted, exclude_worst=excluded, calib_cache=wanted.calib_cache or folder)
+            candidate = dataclasses.replace(wanted, exclude_worst=excluded, calib_cache=wanted.calib_cache or str(folder))
             try:
                 count = _write(candidate, source, trial_path)
                 results = _scores(OrtRuntime(trial_path, RuntimeOptions()), passages)

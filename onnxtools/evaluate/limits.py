@@ -6,8 +6,8 @@ every weight with every token: 2 x weights x tokens operations over the matrix r
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 
 from onnxtools.evaluate.timing import BenchmarkOptions
+from onnxtools.kvcache import described
 from onnxtools.model import Model
 
 _ELEMS = {"float": onnx.TensorProto.FLOAT, "float16": onnx.TensorProto.FLOAT16, "bfloat16": onnx.TensorProto.BFLOAT16}
@@ -83,15 +84,9 @@ def _itemsize(dtype: str) -> int:
 
 def _query_channels(model: Model) -> int:
     """Heads x channels summed over layers, of onnxtools.json; 0 where it is not known (attention is a small part)."""
-    import json
-
-    from onnxtools.generation.runtime import INFO_KEY
-
-    text = model.ir.metadata_props.get(INFO_KEY) or model.graph.metadata_props.get(INFO_KEY)
-    if not text:
-        return 0
-    c: Mapping[str, Any] = json.loads(text)["model"]
-    return int(c["num_hidden_layers"] * c["num_attention_heads"] * c["head_dim"])
+    c = described(model.ir.metadata_props).get("model") or described(model.graph.metadata_props).get("model") or {}
+    sizes = [size for name in ("num_hidden_layers", "num_attention_heads", "head_dim") if isinstance(size := c.get(name), int)]
+    return math.prod(sizes) if len(sizes) == 3 else 0
 
 
 def measure_rates(device: str, dtype: str, threads: int = 0) -> Rates:

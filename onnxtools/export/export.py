@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,18 +12,19 @@ from typing import Any
 import onnx_ir as ir
 
 from onnxtools import __version__, registry
+from onnxtools.beside import INFO, check_folder
 from onnxtools.checkpoints.base import Checkpoint
 from onnxtools.checkpoints.open import open_checkpoint
-from onnxtools.errors import JobError, ModelError, UsageError
+from onnxtools.errors import ModelError, UsageError
 from onnxtools.export.config import DecoderConfig, weight_shapes
 from onnxtools.export.family import Family, Source, Weights, family_for
 from onnxtools.export.graph import DTYPES, build_decoder
 from onnxtools.export.options import ExportOptions
+from onnxtools.kvcache import MODEL_KEY
 from onnxtools.model import Model
-from onnxtools.storage import SaveReport, replacing
+from onnxtools.storage import SaveReport
 from onnxtools.weights import RandomRows, Tensor
 
-INFO = "onnxtools.json"
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _SIZES = {
     "n_layer": ("n_layer", "num_hidden_layers", "num_layers"), "n_embd": ("n_embd", "hidden_size"), "n_head": ("n_head", "num_attention_heads"),
@@ -41,7 +41,6 @@ class Exported:
     model: Model
     config: DecoderConfig
     saved: SaveReport
-    files: list[Path]
     notes: list[str]
 
 
@@ -56,31 +55,16 @@ def export(source: Path | None, output: Path, options: ExportOptions) -> Exporte
     """
     if source is None and not options.random:
         raise UsageError("export: name a checkpoint, or say --random")
-    if not output.parent.is_dir():
-        raise JobError(f"{output}: the folder {str(output.parent)!r} does not exist; create it first")
     checkpoint = open_checkpoint(source, weights=not options.random) if source is not None else None
     config, weights, dtype = _random(checkpoint, options) if options.random else _bound(_opened(checkpoint), options)
     model = build_decoder(config, options, weights, dtype)
     info = describe(config, options, dtype)
-    model.graph.metadata_props["onnxtools.model"] = json.dumps(info)
-    model.ir.metadata_props["onnxtools.model"] = json.dumps(info)
-    with _none_left(output.parent):
-        files = _write_beside(output.parent, checkpoint.files if checkpoint is not None else {}, info)
-        saved = model.save(output, copy_weights=options.copy_weights, weights=options.weights)
-    return Exported(model, config, saved, files, list(checkpoint.notes) if checkpoint is not None else [])
-
-
-@contextlib.contextmanager
-def _none_left(folder: Path) -> Iterator[None]:
-    """Remove what an export that fails has written into `folder`; older files of the same names are replaced, as they would be anyway."""
-    before = set(folder.iterdir())
-    try:
-        yield
-    except BaseException:
-        for path in set(folder.iterdir()) - before:
-            if path.is_file():
-                path.unlink(missing_ok=True)
-        raise
+    model.graph.metadata_props[MODEL_KEY] = json.dumps(info)
+    model.ir.metadata_props[MODEL_KEY] = json.dumps(info)
+    files: dict[str, Path | bytes] = {**(checkpoint.files if checkpoint is not None else {}), INFO: (json.dumps(info, indent=2) + "\n").encode()}
+    check_folder(output, files)
+    saved = model.save(output, copy_weights=options.copy_weights, weights=options.weights, beside=files)
+    return Exported(model, config, saved, list(checkpoint.notes) if checkpoint is not None else [])
 
 
 def _opened(checkpoint: Checkpoint | None) -> Checkpoint:
@@ -183,17 +167,3 @@ def describe(config: DecoderConfig, options: ExportOptions, dtype: ir.DataType) 
         "logits": options.logits,
         "options": {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if getattr(options, f.name) != f.default},
     }  # fmt: skip
-
-
-def _write_beside(folder: Path, files: Mapping[str, Path | bytes], info: dict[str, Any]) -> list[Path]:
-    """Copy the tokenizer's files and write onnxtools.json; a file that is its own source stays."""
-    contents = {**files, INFO: (json.dumps(info, indent=2) + "\n").encode()}
-    for name, content in contents.items():
-        target = folder / name
-        if isinstance(content, Path):
-            if content.resolve() == target.resolve():
-                continue
-            content = content.read_bytes()
-        with replacing(target) as tmp:
-            tmp.write_bytes(content)
-    return [folder / name for name in contents]

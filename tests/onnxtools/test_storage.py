@@ -162,13 +162,18 @@ def test_a_large_model_in_memory_gets_no_data_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("outside", [False, True], ids=["inline", "external"])
-def test_the_output_may_be_the_input(outside: bool, tmp_path: Path) -> None:
+def test_the_output_is_the_input_with_force_alone(outside: bool, tmp_path: Path) -> None:
     path = linear(tmp_path / "m.onnx")
     if outside:
         external(path)
-    succeed("prune", path, path)
+    before = path.read_bytes()
+    assert "--force" in refuse("prune", path, path, code=2) and path.read_bytes() == before
+    link = tmp_path / "link.onnx"
+    link.symlink_to(path)
+    assert "--force" in refuse("prune", path, link, code=2)
+    succeed("prune", path, path, "--force")
     assert np.count_nonzero(initializers(path)["w"]) == W.size // 2
-    succeed("convert", path, path)
+    succeed("convert", path, path, "--force")
     assert np.count_nonzero(initializers(path)["w"]) == W.size // 2
 
 
@@ -211,9 +216,12 @@ def test_an_unwritable_folder_leaves_nothing(tmp_path: Path) -> None:
     assert "/proc/out.onnx" in message and "cannot be written" in message
 
 
-def test_a_missing_folder_is_named(tmp_path: Path) -> None:
-    assert "nowhere" in refuse("convert", linear(tmp_path / "in.onnx"), tmp_path / "nowhere" / "out.onnx")
-    assert names(tmp_path) == ["in.onnx"]
+def test_a_missing_folder_is_made_and_goes_where_nothing_is_written(tmp_path: Path) -> None:
+    path = linear(tmp_path / "in.onnx")
+    succeed("convert", path, tmp_path / "new" / "deep" / "out.onnx")
+    assert names(tmp_path / "new" / "deep") == ["out.onnx"]
+    refuse("set-opset", path, tmp_path / "never" / "out.onnx", "--ir-version", "3", "--version", "20", code=2)
+    assert names(tmp_path) == ["in.onnx", "new"]
 
 
 def test_an_output_that_is_a_folder_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,70 @@
+"""A folder is a model: the tokenizer and what else lies beside a graph travels with it, and no model takes that of another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from onnxtools.checkpoints.huggingface import BESIDE
+from onnxtools.errors import JobError, UsageError
+from onnxtools.model import Model
+from onnxtools.storage import Beside, files_of, recorded, sha256
+
+INFO = "onnxtools.json"
+"""What the model is, for people and for engines; the graph's own metadata says the same."""
+_FOREIGN = ("config.json", "genai_config.json")
+"""Configurations that other tools' ONNX folders have: where a text ends is said there."""
+
+
+def files_beside(model: Model) -> dict[str, Path | bytes]:
+    """The files that belong to `model`: those that its graph records, else whatever of a model's files lies beside it.
+
+    Raises:
+        JobError: one of them is another model's by now.
+    """
+    if model.path is None:
+        return {}
+    folder, known = model.path.parent, recorded(model.ir.metadata_props)["beside"]
+    check_beside(model.path, known)
+    names = known or (*BESIDE, INFO, *_FOREIGN)
+    return {name: folder / name for name in names if (folder / name).is_file()}
+
+
+def check_beside(path: Path, known: Mapping[str, str]) -> None:
+    """Refuse files beside the graph at `path` that are not those it was written with.
+
+    Args:
+        known: their sha256 by name, as the graph records it.
+    Raises:
+        JobError: names the first that has changed.
+    """
+    for name, digest in known.items():
+        file = path.parent / name
+        if name != INFO and file.is_file() and sha256(file) != digest:
+            raise JobError(f"{file}: is not the file that {path.name} was written with (another model's?); bring it back, or keep each model in its own folder")
+
+
+def check_folder(path: Path, files: Beside) -> None:
+    """Refuse to write `files` beside `path` where files of the same names belong to something else.
+
+    Raises:
+        UsageError: names the file and whose it is.
+    """
+    own = files_of(path)["beside"]
+    for name, content in files.items():
+        target = path.parent / name
+        if name == INFO or not target.is_file():
+            continue
+        found = sha256(target)
+        if found == (sha256(content) if isinstance(content, Path) else _digest(content)):
+            continue
+        owner = next((graph.name for graph in sorted(path.parent.glob("*.onnx")) if graph != path and files_of(graph)["beside"].get(name) == found), "")
+        if owner or own.get(name) != found:
+            whose = f"belongs to {owner}" if owner else f"was not written with {path.name}"
+            raise UsageError(f"{target}: {whose} and differs from this model's; write into a folder of its own, or move that file away")
+
+
+def _digest(content: bytes) -> str:
+    import hashlib
+
+    return hashlib.sha256(content).hexdigest()
