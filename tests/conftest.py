@@ -9,6 +9,8 @@ import pytest
 
 from tests.support import SHARED, TE, Case, fixture_path, present, succeed
 
+pytest_plugins = ("tests.signals",)
+
 Make = Callable[..., Path]
 
 
@@ -33,8 +35,9 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Make:
     def make(name: str, *flags: str) -> Path:
         key = (name, *flags)
         if key not in made:
-            made[key] = folder / f"{len(made)}_{name}.onnx"
-            succeed("convert", present(fixture_path(name)), made[key], *flags)
+            path = folder / f"{len(made)}_{name}.onnx"
+            succeed("convert", present(fixture_path(name)), path, *flags)
+            made[key] = path
         return made[key]
 
     return make
@@ -48,8 +51,9 @@ def cached(tmp_path_factory: pytest.TempPathFactory, converted: Make) -> Make:
     def make(name: str, *flags: str) -> Path:
         key = (name, *flags)
         if key not in made:
-            made[key] = folder / f"{len(made)}_{name}.onnx"
-            succeed("add-kv-cache", converted(name), made[key], *flags)
+            path = folder / f"{len(made)}_{name}.onnx"
+            succeed("add-kv-cache", converted(name), path, *flags)
+            made[key] = path
         return made[key]
 
     return make
