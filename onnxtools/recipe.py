@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from onnxtools.errors import UsageError
+from onnxtools.files import replacing
+from onnxtools.inputs import MAX_YAML_BYTES, check_regular, parse_yaml, shown
 from onnxtools.passbase import Pass, convert_fields
 from onnxtools.registry import load_pass
-from onnxtools.storage import replacing
 
 if TYPE_CHECKING:
     from onnxtools.engines.spec import EngineSpec
@@ -42,7 +43,7 @@ def read_recipe(path: Path, input_path: Path | None = None, output_path: Path | 
     data = read_yaml(path, f"a recipe with the keys {', '.join(sorted(_KEYS))}")
     unknown = set(data) - _KEYS
     if unknown:
-        raise UsageError(f"{path}: unknown key {sorted(map(str, unknown))[0]!r}; a recipe has {', '.join(sorted(_KEYS))}")
+        raise UsageError(f"{path}: unknown key {shown(sorted(map(str, unknown))[0])}; a recipe has {', '.join(sorted(_KEYS))}")
     source = input_path or _path(path, data, "input")
     target = output_path or _path(path, data, "output")
     if source is None or target is None:
@@ -58,7 +59,7 @@ def read_recipe(path: Path, input_path: Path | None = None, output_path: Path | 
     spec = _spec({key: value for key, value in build.items() if key != "engine"}) if build else None
     tolerance = check.get("tolerance")
     if tolerance is not None and not isinstance(tolerance, (int, float)):
-        raise UsageError(f"{path}: validate.tolerance is {tolerance!r}; it takes a number such as 0.00001")
+        raise UsageError(f"{path}: validate.tolerance is {shown(tolerance)}; it takes a number such as 0.00001")
     return Recipe(source, target, passes, _path(path, check, "against"), tolerance, engine, spec)
 
 
@@ -77,11 +78,13 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
         UsageError: unreadable, not YAML, or no mapping.
     """
     try:
-        data = yaml.safe_load(path.read_text())
+        check_regular(path, UsageError)
+        with open(path, "rb") as file:
+            data = parse_yaml(file.read(MAX_YAML_BYTES + 1))
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path}: not YAML ({' '.join(str(error).split())[:160]})") from None
+    except ValueError as error:
+        raise UsageError(f"{path}: not YAML that is read ({error}); correct the file") from None
     if not isinstance(data, dict):
         raise UsageError(f"{path}: not a mapping; it should be {what}")
     return data
@@ -96,7 +99,7 @@ def _spec(options: dict[str, Any]) -> EngineSpec:
 def _path(recipe: Path, data: dict[str, Any], key: str) -> Path | None:
     value = data.get(key)
     if value is not None and not isinstance(value, str):
-        raise UsageError(f"{recipe}: {key} is {value!r}; it takes a path")
+        raise UsageError(f"{recipe}: {key} is {shown(value)}; it takes a path")
     return recipe.parent / value if value else None
 
 
@@ -113,7 +116,7 @@ def _mapping(recipe: Path, key: str, value: Any, known: set[str] | None) -> dict
         raise UsageError(f"{recipe}: {key} is a mapping")
     unknown = set(value) - known if known is not None else set()
     if unknown:
-        raise UsageError(f"{recipe}: {key} has no key {sorted(map(str, unknown))[0]!r}; it has {', '.join(sorted(known or ()))}")
+        raise UsageError(f"{recipe}: {key} has no key {shown(sorted(map(str, unknown))[0])}; it has {', '.join(sorted(known or ()))}")
     return value
 
 
@@ -125,4 +128,4 @@ def _pass(recipe: Path, entry: Any) -> Pass:
         name, options = next(iter(entry.items()))
         if options is None or isinstance(options, dict):
             return load_pass(str(name)).from_options(options or {})
-    raise UsageError(f"{recipe}: {entry!r} is no pass; write `name` or `name: {{option: value}}`")
+    raise UsageError(f"{recipe}: {shown(entry)} is no pass; write `name` or `name: {{option: value}}`")

@@ -142,14 +142,14 @@ def cast(tensor: Tensor, dtype: ir.DataType) -> Tensor:
         return tensor
 
     def rows(block: np.ndarray, _: int) -> np.ndarray:
-        finite = np.isfinite(block)
-        if not finite.all() and not (finite | (block == -np.inf)).all():  # minus infinity is a mask
-            raise ModelError(f"weight {tensor.name!r} has infinite or NaN elements; restore it")
-        try:
-            with np.errstate(over="raise"):
-                return block.astype(dtype.numpy())
-        except FloatingPointError:
-            raise ModelError(f"weight {tensor.name!r} has values beyond {dtype.name}; use bf16 or fp32") from None
+        with np.errstate(over="ignore", invalid="ignore"):
+            result = block.astype(dtype.numpy())
+        finite = np.isfinite(result)
+        if not finite.all() and not (finite | (block == -np.inf) & (result == -np.inf)).all():  # minus infinity is a mask
+            if not (np.isfinite(block) | (block == -np.inf)).all():
+                raise ModelError(f"weight {tensor.name!r} has infinite or NaN elements; restore it")
+            raise ModelError(f"weight {tensor.name!r} has values beyond {dtype.name}; use {'fp32' if dtype == ir.DataType.BFLOAT16 else 'bf16 or fp32'}")
+        return result
 
     return StreamedTensor(tensor, rows, dtype=dtype, name=tensor.name or "")
 

@@ -12,6 +12,7 @@ from typing import Any
 import onnx_ir as ir
 
 from onnxtools.errors import ModelError
+from onnxtools.inputs import check_regular, shown
 
 MAX_JSON_BYTES = 100 << 20
 """Configurations and headers beyond this size are refused unread (the limit of the safetensors library)."""
@@ -49,7 +50,12 @@ class Region:
 
     @classmethod
     def of(cls, path: Path) -> Region:
-        """The whole file; links are followed, since ONNX refuses weights behind a link."""
+        """The whole file; links are followed, since ONNX refuses weights behind a link.
+
+        Raises:
+            ModelError: it is a pipe or a device.
+        """
+        check_regular(path, ModelError)
         real = path.resolve()
         return cls(real, 0, real.stat().st_size, str(path))
 
@@ -86,9 +92,34 @@ def read_json(path: Path) -> dict[str, Any]:
         ModelError: missing, unreadable, too large, or no JSON object.
     """
     with reading(path):
+        check_regular(path, ModelError)
         if path.stat().st_size > MAX_JSON_BYTES:
             raise ModelError(f"{path}: is {path.stat().st_size} bytes, too large for a configuration; check the file")
         return json_object(path.read_bytes(), str(path))
+
+
+def member(folder: Path, name: str) -> Path:
+    """The file `name` of a checkpoint's folder, behind any link.
+
+    Links are followed within the folder, and from a snapshot of the Hugging Face cache to the blobs of its own repository
+    (huggingface_hub's guide "Understand caching": REPOSITORY/snapshots/REVISION/FILE -> REPOSITORY/blobs/HASH). Any other link could
+    hand out a file that the checkpoint's author has never had.
+
+    Raises:
+        ModelError: a link that leads elsewhere, or in a circle.
+    """
+    path, home = folder / name, folder.resolve()
+    try:
+        real = path.resolve(strict=True)
+    except (OSError, RuntimeError):  # absent: whoever opens it says so
+        if path.is_symlink():
+            raise ModelError(f"{path}: is a link to nothing; fetch the checkpoint again") from None
+        return path
+    snapshots = next((parent for parent in home.parents if parent.name == "snapshots"), None)
+    homes = [home] if snapshots is None else [home, snapshots.parent / "blobs"]
+    if not any(real.is_relative_to(allowed) for allowed in homes):
+        raise ModelError(f"{path}: leads out of the checkpoint, to {real}; put the file itself there if you trust it")
+    return real
 
 
 def json_object(data: bytes, label: str) -> dict[str, Any]:
@@ -104,8 +135,11 @@ def json_object(data: bytes, label: str) -> dict[str, Any]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{max(names, key=names.count)!r} stands twice in one object")
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"{shown(name)} stands twice in one object")
+            seen.add(name)
     return found
 
 

@@ -20,9 +20,9 @@ _ENDS = ("eot_token_id", "eom_token_id")
 _SPACE = "▁"
 
 
-def _byte_level(use_regex: bool) -> dict[str, Any]:
-    """`use_regex` splits by GPT-2's own regex first."""
-    return {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
+def byte_level(use_regex: bool, prefix: bool = False) -> dict[str, Any]:
+    """`use_regex` splits by GPT-2's own regex first; `prefix` puts a space in front of a text."""
+    return {"type": "ByteLevel", "add_prefix_space": prefix, "trim_offsets": True, "use_regex": use_regex}
 
 
 def _split(regex: str) -> dict[str, Any]:
@@ -33,23 +33,26 @@ def _sequence(*steps: dict[str, Any]) -> dict[str, Any]:
     return {"type": "Sequence", "pretokenizers": list(steps)}
 
 
-def _words(digits: str) -> dict[str, Any]:
-    """The regex of cl100k and its descendants, which differ in how digits are grouped."""
+def words(digits: str, prefix: bool = False) -> dict[str, Any]:
+    """The regex of cl100k and its descendants, which differ in how digits are grouped; `prefix` as in `byte_level`."""
     regex = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    return _sequence(_split(regex), _byte_level(False))
+    return _sequence(_split(regex), byte_level(False, prefix))
 
 
-_GPT2 = _byte_level(True)
-_DIGITS = _sequence({"type": "Digits", "individual_digits": True}, _byte_level(True))
-_LLAMA3 = _words(r"\p{N}{1,3}")
-_QWEN2 = _words(r"\p{N}")
+ONE_DIGIT = r"\p{N}"
+"""How Qwen 2 groups digits: not at all."""
+
+_GPT2 = byte_level(True)
+_DIGITS = _sequence({"type": "Digits", "individual_digits": True}, byte_level(True))
+_LLAMA3 = words(r"\p{N}{1,3}")
+_QWEN2 = words(ONE_DIGIT)
 # What llama.cpp does when a file names no pre-tokenizer, or "default": no model's own, but what the file's users run.
 _DEFAULT = _sequence(
     _split(r"[\p{P}\$\+<=>\^~\|]+"),
     _split(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"),
     _split(r"\p{N}+"),
     _split(r"[0-9][0-9][0-9]"),
-    _byte_level(False),
+    byte_level(False),
 )
 _PRE = {
     **{"default": _DEFAULT, "gpt-2": _GPT2, "phi-2": _GPT2},
@@ -86,7 +89,7 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, str]:
     parts = _sentencepiece(metadata, names, types, names[special["unk"]]) if kind == "llama" else _byte_level_bpe(metadata, vocab)
     adds = _adds(metadata, kind, special)
     tokenizer = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, **parts}
-    tokenizer["post_processor"] = _template(adds, {role: names[i] for role, i in special.items()}, special)
+    tokenizer["post_processor"] = template(adds, {role: names[i] for role, i in special.items()}, special)
     tokenizer["model"]["vocab"] = vocab
     named = {f"{role}_token": names[i] for role, i in special.items()}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **named, **_chat_template(metadata)}
@@ -161,11 +164,11 @@ def _byte_level_bpe(metadata: Mapping[str, Any], vocab: Mapping[str, int]) -> di
         "normalizer": {"type": "NFC"} if _PRE[pre] is _QWEN2 else None,
         "pre_tokenizer": _PRE[pre],
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "model": _bpe(merges, ignore_merges=_PRE[pre] is _LLAMA3),
+        "model": bpe(merges, ignore_merges=_PRE[pre] is _LLAMA3),
     }
 
 
-def _bpe(merges: list[list[str]], **settings: Any) -> dict[str, Any]:
+def bpe(merges: list[list[str]], **settings: Any) -> dict[str, Any]:
     base = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}
     return {**base, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False, **settings, "merges": merges}
 
@@ -179,7 +182,7 @@ def _sentencepiece(metadata: Mapping[str, Any], names: list[str], types: list[in
         "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": _SPACE}, spaces]} if prefix else spaces,
         "pre_tokenizer": None,
         "decoder": {"type": "Sequence", "decoders": [*decoders, *([{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else [])]},
-        "model": _bpe(_merges_by_score(metadata, names, types), unk_token=unknown, fuse_unk=True, byte_fallback=True),
+        "model": bpe(_merges_by_score(metadata, names, types), unk_token=unknown, fuse_unk=True, byte_fallback=True),
     }
 
 
@@ -216,7 +219,7 @@ def _adds(metadata: Mapping[str, Any], kind: str, special: Mapping[str, int]) ->
     return {role for role, wants in wanted.items() if wants and role in special}
 
 
-def _template(adds: set[str], names: Mapping[str, str], ids: Mapping[str, int]) -> dict[str, Any] | None:
+def template(adds: set[str], names: Mapping[str, str], ids: Mapping[str, int]) -> dict[str, Any] | None:
     if not adds:
         return None
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from onnxtools.checkpoints.base import Checkpoint, Region, read_json, reading
-from onnxtools.checkpoints.safetensors import read_safetensors, read_sharded, weight_map
+from onnxtools.checkpoints.base import Checkpoint, Region, member, read_json, reading
+from onnxtools.checkpoints.safetensors import read_safetensors, read_sharded
 from onnxtools.checkpoints.torch_file import read_torch
 from onnxtools.errors import ModelError
 
@@ -22,27 +22,26 @@ def read_folder(folder: Path, *, weights: bool = True) -> Checkpoint:
     """Open a folder written by `save_pretrained`; with `weights=False` only its configuration.
 
     Raises:
-        ModelError: no config.json, no weights, or damaged files.
+        ModelError: no config.json, no weights, damaged files, or links that lead out of the folder (see `member`).
     """
-    config = read_json(folder / "config.json")
-    files: dict[str, Path | bytes] = {name: folder / name for name in BESIDE if (folder / name).is_file()}
+    config = read_json(member(folder, "config.json"))
+    files: dict[str, Path | bytes] = {name: path for name in BESIDE if (path := member(folder, name)).is_file()}
     if not config.get("model_type"):
         raise ModelError(f"{folder / 'config.json'}: names no model_type; fetch the configuration again")
-    config = {**config, "_generation": read_json(folder / "generation_config.json") if "generation_config.json" in files else {}}
+    config = {**config, "_generation": read_json(member(folder, "generation_config.json")) if "generation_config.json" in files else {}}
     return Checkpoint(folder, str(config["model_type"]), config, _weights(folder) if weights else {}, files)
 
 
 def _weights(folder: Path) -> dict[str, ir.TensorProtocol]:
-    if (folder / "model.safetensors.index.json").is_file():
-        return read_sharded(folder / "model.safetensors.index.json")
-    if (folder / "model.safetensors").is_file():
-        return read_safetensors(folder / "model.safetensors")
-    if (folder / "pytorch_model.bin.index.json").is_file():
-        places = weight_map(folder / "pytorch_model.bin.index.json")
-        shards = [_state(folder / file) for file in sorted(set(places.values()))]
-        return {name: tensor for shard in shards for name, tensor in shard.items()}
-    if (folder / "pytorch_model.bin").is_file():
-        return _state(folder / "pytorch_model.bin")
+    """Of the first of transformers' names that is there: a later one is a leftover of an earlier save.
+
+    The order is that of transformers' modeling_utils.py, `_get_resolved_checkpoint_files`.
+    """
+    for name, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", _state)):
+        if member(folder, name).is_file():
+            return read(member(folder, name))
+        if member(folder, f"{name}.index.json").is_file():
+            return read_sharded(folder, f"{name}.index.json", read)
     raise ModelError(
         f"{folder}: has a config.json but neither model.safetensors nor pytorch_model.bin; fetch the weights (an unfetched LFS pointer has another name)"
     )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx_ir as ir
 
-from onnxtools.checkpoints.base import MAX_JSON_BYTES, Region, json_object, read_json, reading
+from onnxtools.checkpoints.base import MAX_JSON_BYTES, Region, json_object, member, read_json, reading
 from onnxtools.errors import ModelError
+from onnxtools.inputs import shown
 
 _DTYPES = {
     "F64": ir.DataType.DOUBLE, "F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16,
@@ -62,29 +64,30 @@ def _tensor(data: Region, name: str, entry: object) -> ir.ExternalTensor:
     return tensor
 
 
-def read_sharded(index: Path) -> dict[str, ir.TensorProtocol]:
-    """The tensors of all files that `*.safetensors.index.json` names; its map and the files must agree.
+def read_sharded(folder: Path, index_name: str, read: Callable[[Path], dict[str, ir.TensorProtocol]]) -> dict[str, ir.TensorProtocol]:
+    """The tensors of all files of `folder` that the index of shards names, each opened by `read`; its map and the files must agree.
 
     Raises:
         ModelError: a file is missing or lies elsewhere, or a tensor is not where the index says.
     """
-    places = weight_map(index)
+    index = folder / index_name
+    places = _weight_map(member(folder, index_name), index)
     found: dict[str, ir.TensorProtocol] = {}
     for file in sorted(set(places.values())):
-        tensors = read_safetensors(index.parent / file)
+        tensors = read(member(folder, file))
         absent = sorted(name for name, place in places.items() if place == file and name not in tensors)
         if absent:
-            raise ModelError(f"{index.parent / file}: has no tensor {absent[0]!r}, which {index.name} places there ({len(absent)} in all); fetch both again")
+            raise ModelError(f"{folder / file}: has no tensor {absent[0]!r}, which {index_name} places there ({len(absent)} in all); fetch both again")
         found.update({name: tensor for name, tensor in tensors.items() if places.get(name, file) == file})
     return found
 
 
-def weight_map(index: Path) -> dict[str, str]:
-    """Tensor name to file name, as an index of shards gives it; only files in its own folder are accepted."""
-    places = read_json(index).get("weight_map")
+def _weight_map(path: Path, index: Path) -> dict[str, str]:
+    """Tensor name to file name, as the index of shards at `path` gives it; only files in the folder of `index`, its name, are accepted."""
+    places = read_json(path).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise ModelError(f"{index}: has no weight_map; fetch it again")
     for name, file in places.items():
         if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
-            raise ModelError(f"{index}: places {name!r} in {file!r}; shards must lie beside the index")
+            raise ModelError(f"{index}: places {shown(name)} in {shown(file)}; shards must lie beside the index")
     return places

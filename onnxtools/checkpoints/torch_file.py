@@ -1,28 +1,36 @@
 """Files of torch.save (zip format) without torch: the pickle is read by a restricted unpickler, tensors stay in the file.
 
-The rules are those of `torch.load(weights_only=True)`: a global that is not on the list below is refused by name, so no
+The rules are those of `torch.load(weights_only=True)`, and narrower: a global that is not on the list below is refused by name, so no
 code of the file can run. The list: https://docs.pytorch.org/docs/stable/notes/serialization.html
+What a pickle makes takes no state, since a state may set any attribute, and keys are plain, since hash() of nested tuples takes
+exponential time or the whole stack.
 """
 
 from __future__ import annotations
 
+import functools
 import io
 import pickle
+import pickletools
 import struct
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxtools.checkpoints.base import Region
 from onnxtools.errors import ModelError
+from onnxtools.inputs import shown
 
 MAX_PICKLE_BYTES = 256 << 20
 """The pickle holds names and shapes, no weights; the state dict of a 175B model has about 1 MB."""
+MAX_OPCODES = 4_000_000
+"""A tensor takes about 30; the state dict of a mixture of 50,000 experts' weights has 1.5 million."""
+_MAX_RANK = 64
 _LOCAL_HEADER = 30  # bytes before the name in a zip entry (APPNOTE.TXT, 4.3.7)
 
 _DTYPES = {
@@ -112,21 +120,89 @@ def _stored(region: Region, info: zipfile.ZipInfo) -> Region:
 
 
 def _unpickle(payload: bytes, storage: Callable[[Any], _Storage], label: str) -> Any:
-    reader = _Unpickler(io.BytesIO(payload), storage, label)
     try:
-        return reader.load()
+        return _load(io.BytesIO(payload), storage, label)
     except ModelError:
         raise
     except Exception as error:  # a damaged pickle raises nearly anything
         raise ModelError(f"{label}: its pickle is damaged ({type(error).__name__}: {' '.join(str(error).split())[:100]}); fetch it again") from None
 
 
-class _Unpickler(pickle.Unpickler):
-    """Knows tensors and plain containers; refuses every other global by name."""
+def _load(stream: io.BytesIO, storage: Callable[[Any], _Storage], label: str, *, nested: bool = False) -> Any:
+    """The next pickle of `stream`, looked through before anything of it is made."""
+    start = stream.tell()
+    for count, (opcode, _, _) in enumerate(pickletools.genops(stream)):
+        if opcode.name in _REFUSED:
+            raise ModelError(f"{label}: its pickle has the opcode {opcode.name}, which no state dict needs; refused: save the state dict alone")
+        if count >= MAX_OPCODES:
+            raise ModelError(f"{label}: its pickle has more than {MAX_OPCODES} opcodes, which no state dict has; do not trust this file")
+    stream.seek(start)
+    return _Unpickler(stream, storage, label, nested).load()
 
-    def __init__(self, file: io.BytesIO, storage: Callable[[Any], _Storage], label: str) -> None:
+
+_REFUSED = {"INST", "OBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "BYTEARRAY8", "NEXT_BUFFER", "READONLY_BUFFER", "FROZENSET", "ADDITEMS"}
+"""Opcodes that make objects in other ways than calling a global, that allocate what they only claim, or that hash anything."""
+
+
+def _plain_key(key: Any, label: str) -> Any:
+    """A key of a state dict or a configuration: text, a number, or a short tuple of those."""
+    parts = key if isinstance(key, tuple) and len(key) <= 8 else (key,)
+    if not all(part is None or isinstance(part, (str, bytes, int, float)) for part in parts):
+        raise ModelError(f"{label}: its pickle has a {type(key).__name__} as a key, which no state dict has; do not trust this file")
+    return key
+
+
+class _Unpickler(pickle._Unpickler):
+    """Knows tensors and plain containers; refuses every other global by name.
+
+    The reader in Python, since only there an opcode can be given another meaning; its memo is a dictionary, so an index costs nothing.
+    """
+
+    stack: list[Any]
+    pop_mark: Callable[[], list[Any]]
+
+    def __init__(self, file: io.BytesIO, storage: Callable[[Any], _Storage], label: str, nested: bool) -> None:
         super().__init__(file, encoding="utf-8")
-        self._storage, self._label = storage, label
+        self._storage, self._label, self._nested = storage, label, nested
+
+    def _build(self) -> None:
+        """BUILD: of a BytesIO its bytes; the state of a state dict (`_metadata`) and of objects that stand for others is dropped."""
+        state, made = self.stack.pop(), self.stack[-1]
+        if isinstance(made, io.BytesIO) and isinstance(state, tuple) and state and isinstance(state[0], bytes):
+            made.write(state[0])
+        elif type(made) not in (OrderedDict, _Opaque):
+            raise ModelError(f"{self._label}: its pickle sets attributes of a {type(made).__name__}, which no state dict does; do not trust this file")
+
+    def _set_item(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._target()[_plain_key(key, self._label)] = value
+
+    def _set_items(self) -> None:
+        items = self.pop_mark()
+        target = self._target()
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            target[_plain_key(key, self._label)] = value
+
+    def _target(self) -> dict[Any, Any]:
+        if not isinstance(target := self.stack[-1], dict):
+            raise ModelError(f"{self._label}: its pickle puts items into a {type(target).__name__}; it is damaged, fetch it again")
+        return target
+
+    def _dictionary(self) -> None:
+        items = self.pop_mark()
+        self.stack.append({_plain_key(key, self._label): value for key, value in zip(items[::2], items[1::2], strict=True)})
+
+    def _reduce(self) -> None:
+        """REDUCE calls what `find_class` gave out, nothing else."""
+        arguments = self.stack.pop()
+        if not isinstance(arguments, tuple) or not any(self.stack[-1] is allowed for allowed in _CALLABLE):
+            raise ModelError(f"{self._label}: its pickle calls a {type(self.stack[-1]).__name__}; it is damaged or hostile, do not trust this file")
+        self.stack[-1] = self.stack[-1](*arguments)
+
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
+        **pickle._Unpickler.dispatch, pickle.BUILD[0]: _build, pickle.SETITEM[0]: _set_item, pickle.SETITEMS[0]: _set_items,
+        pickle.DICT[0]: _dictionary, pickle.REDUCE[0]: _reduce, pickle.NEWOBJ[0]: _reduce,
+    }  # fmt: skip
 
     def persistent_load(self, pid: Any) -> _Storage:
         return self._storage(pid)
@@ -139,7 +215,7 @@ class _Unpickler(pickle.Unpickler):
         if module == "torch" and name in _SCALARS:
             return _SCALARS[name]
         allowed = _GLOBALS.get((module, name))
-        if allowed is None:
+        if allowed is None or (self._nested and allowed is _load_from_bytes):
             raise ModelError(
                 f"{self._label}: its pickle wants {module}.{name}, which is not data and may run code; refused: "
                 "load it where you trust it and save the state dict alone"
@@ -150,16 +226,17 @@ class _Unpickler(pickle.Unpickler):
 class _Opaque:
     """Stands for an object of a class that is not imported."""
 
-    def __init__(self, *_: Any, **__: Any) -> None: ...
-
-    def __setstate__(self, _: Any) -> None: ...
+    def __init__(self, *_: Any) -> None: ...
 
 
 def _rebuild_tensor(
     storage: _Storage, offset: int, size: tuple[int, ...], stride: tuple[int, ...], grad: Any = None, hooks: Any = None, metadata: Any = None
 ) -> ir.TensorProtocol:
+    for name, numbers in (("shape", size), ("strides", stride), ("offset", (offset,))):
+        if not isinstance(numbers, tuple) or len(numbers) > _MAX_RANK or not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
+            raise ModelError(f"a tensor has the {name} {shown(numbers)}; the file is damaged, fetch it again")
     if metadata:  # a lazy negation or conjugation, say
-        raise ModelError(f"a tensor of shape {list(size)} is stored with {', '.join(map(str, metadata))}; save it with .resolve_neg() or .clone()")
+        raise ModelError(f"a tensor of shape {list(size)} is stored with {shown(metadata)}; save it with .resolve_neg() or .clone()")
     expected = 1
     for extent, step in zip(reversed(size), reversed(stride), strict=True):
         if extent > 1 and step != expected:
@@ -182,26 +259,48 @@ def _load_from_bytes(data: bytes) -> _Storage:
         kinds[key] = kind
         return _Storage(kind, None)
 
-    for _ in range(3):  # magic number, protocol version, system information
-        _Unpickler(stream, storage, "a nested tensor").load()
-    _Unpickler(stream, storage, "a nested tensor").load()
-    keys = _Unpickler(stream, storage, "a nested tensor").load()
+    for _ in range(4):  # magic number, protocol version, system information, the tensor
+        _load(stream, storage, "a nested tensor", nested=True)
+    keys = _load(stream, storage, "a nested tensor", nested=True)
     count = int(np.frombuffer(stream.read(8), np.int64)[0])
     kind = kinds[str(keys[0])]
     return _Storage(kind, None, stream.read(count * int(kind.itemsize)))
 
 
+def _ordered(*arguments: Any) -> OrderedDict[Any, Any]:
+    """OrderedDict, as Python 2 pickled it: a list of pairs, or nothing."""
+    return OrderedDict((_plain_key(key, "a state dict"), value) for key, value in (arguments[0] if arguments else ()))
+
+
+def _nothing(*_: Any) -> None:
+    """Stands for torch.device."""
+
+
+def _latin1(text: str, _: str = "") -> bytes:
+    """How protocol 2 spells bytes."""
+    return text.encode("latin1")
+
+
+def _size(numbers: Any = ()) -> tuple[Any, ...]:
+    return tuple(numbers)
+
+
+def _bytes_io(data: bytes = b"") -> io.BytesIO:
+    return io.BytesIO(data)
+
+
 _GLOBALS: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): OrderedDict,
+    ("collections", "OrderedDict"): _ordered,
     ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
     ("torch.storage", "_load_from_bytes"): _load_from_bytes,
-    ("torch", "Size"): tuple,
-    ("torch", "device"): lambda *_: None,
-    ("_io", "BytesIO"): io.BytesIO,
-    ("_codecs", "encode"): lambda text, encoding: text.encode("latin1"),
+    ("torch", "Size"): _size,
+    ("torch", "device"): _nothing,
+    ("_io", "BytesIO"): _bytes_io,
+    ("_codecs", "encode"): _latin1,
 }
+_CALLABLE = (*_GLOBALS.values(), _Opaque)
 
 
 def loads(data: bytes, label: str) -> Any:
@@ -219,9 +318,11 @@ def loads(data: bytes, label: str) -> Any:
             if sum(info.file_size for info in archive.infolist()) > MAX_PICKLE_BYTES:
                 raise ModelError(f"{label}: claims more than {MAX_PICKLE_BYTES} bytes; do not trust this file")
 
+            read = functools.cache(archive.read)  # once each, however often the pickle names it
+
             def storage(persistent: Any) -> _Storage:
                 kind, key = _storage_id(persistent, label)
-                return _Storage(kind, None, archive.read(f"{prefix}data/{key}"))
+                return _Storage(kind, None, read(f"{prefix}data/{key}"))
 
             return _unpickle(archive.read(name), storage, label)
     except (zipfile.BadZipFile, KeyError, StopIteration):

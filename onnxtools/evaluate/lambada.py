@@ -53,7 +53,9 @@ class PassageResult:
 
 
 def read_lambada(path: Path, limit: int | None = None) -> list[tuple[str, str]]:
-    """(context, last word) of a JSONL file: fields `context` and `continuation`, or `text`, whose last word is split off.
+    """(context, last word with the white space before it) of a JSONL file: fields `context` and `continuation`, or `text`.
+
+    A continuation that neither begins with white space nor follows some is a word of its own: it gets a space.
 
     Raises:
         UsageError: no such file, not JSONL, or other fields.
@@ -63,22 +65,35 @@ def read_lambada(path: Path, limit: int | None = None) -> list[tuple[str, str]]:
         if "context" in row and "continuation" in row:
             context, word = row["context"], row["continuation"]
         elif "text" in row:
-            context, _, word = row["text"].rstrip().rpartition(" ") if isinstance(row["text"], str) else (None, None, None)
+            context, word = split_text(row["text"]) if isinstance(row["text"], str) else (None, None)
         else:
             raise UsageError(f"{path}:{number}: has the fields {', '.join(map(repr, row)) or 'none'}; LAMBADA's are context and continuation, or text")
         if not isinstance(context, str) or not isinstance(word, str):
             raise UsageError(f"{path}:{number}: context and continuation, or text, must be text; mend the line")
         if not context.strip() or not word.strip():
             raise UsageError(f"{path}:{number}: the {'context' if not context.strip() else 'last word'} is empty; remove the line")
-        found.append((context, word.strip()))
+        found.append((context, word.rstrip()))
     return found
 
 
+def split_text(text: str) -> tuple[str, str]:
+    """A passage as its context and its last word; the space before the word belongs to the word."""
+    context, space, word = text.rstrip().rpartition(" ")
+    return context, space + word
+
+
 def tokenized(rows: Sequence[tuple[str, str]], tokenizer: Tokenizer, longest: int | None) -> list[Passage]:
-    """Context and " " + word, encoded separately and joined; the context's beginning is cut where the model's positions end."""
+    """Context and word as `Tokenizer.pair` cuts them; the context's beginning is cut where the model's positions end.
+
+    Raises:
+        JobError: a word that has no token of its own.
+    """
     found = []
-    for context, word in rows:
-        before, pieces = tokenizer.encode(context), tokenizer.pieces(" " + word)
+    for number, (context, word) in enumerate(rows):
+        joint = "" if context[-1:].isspace() or word[:1].isspace() else " "
+        before, pieces = tokenizer.pair(context, joint + word)
+        if not pieces:
+            raise JobError(f"passage {number}: its last word {word.strip()[:40]!r} has no token of its own in {tokenizer.path}; remove the line")
         if longest is not None:
             before = before[-max(longest + 1 - len(pieces), 1) :]
         found.append(Passage(before, pieces))

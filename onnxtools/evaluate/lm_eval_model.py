@@ -58,14 +58,10 @@ class OnnxtoolsLM(LM):  # type: ignore[misc]
         return [(float(s.logprobs[-n:].sum()), bool((s.ranks == 0).all())) for s, n in zip(found, targets, strict=True)]
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Tokens of both, cut where the context's own tokens end; white space at the context's end belongs to the continuation."""
-        spaces = len(context) - len(context.rstrip())
-        if spaces:
-            context, continuation = context[:-spaces], context[-spaces:] + continuation
-        if not context:
-            return [self._prefix()], self.tokens.pieces(continuation)
-        before = self.tokens.encode(context)
-        return before, self.tokens.encode(context + continuation)[len(before) :]
+        """Tokens of both; an empty context is one token that stands before a text."""
+        if not context.strip():
+            return [self._prefix()], self.tokens.pieces(context + continuation)
+        return self.tokens.pair(context, continuation)
 
     def _prefix(self) -> int:
         """The token that stands before a text without context: the beginning of texts, or the end of the one before."""

@@ -11,11 +11,11 @@ from onnxtools.passbase import option
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """Greedy search unless a temperature, top-k, top-p or beams are given."""
+    """Greedy search unless a temperature, top-k, top-p or beams are given; a temperature of 0 is greedy whatever else is."""
 
     max_new_tokens: int = option(20, "Tokens to generate at most.")
     min_new_tokens: int = option(0, "Tokens before the text may end.")
-    temperature: float | None = option(None, "Sample, after dividing the logits by this.")
+    temperature: float | None = option(None, "Sample, after dividing the logits by this. 0 is greedy search.")
     top_k: int | None = option(None, "Sample among the k most likely tokens.")
     top_p: float | None = option(None, "Sample among the fewest tokens whose probabilities reach p (arXiv 1904.09751, section 3.1).")
     repetition_penalty: float = option(1.0, "Divide positive logits of tokens seen before by this, multiply negative ones (arXiv 1909.05858, section 4.1).")
@@ -31,7 +31,7 @@ class GenerationOptions:
         rules = (
             (self.max_new_tokens >= 1, "max_new_tokens", "1 or more"),
             (0 <= self.min_new_tokens <= self.max_new_tokens, "min_new_tokens", "0 to max_new_tokens"),
-            (self.temperature is None or 1e-4 <= self.temperature <= 1e4, "temperature", "0.0001 to 10000; leave it out for greedy search"),
+            (self.temperature in (None, 0) or 1e-4 <= self.temperature <= 1e4, "temperature", "0.0001 to 10000, or 0 for greedy search"),
             (self.top_k is None or self.top_k >= 1, "top_k", "1 or more"), (self.top_p is None or 0 < self.top_p <= 1, "top_p", "more than 0, at most 1"),
             (1e-3 <= self.repetition_penalty <= 1e3, "repetition_penalty", "0.001 to 1000"), (self.num_beams >= 1, "num_beams", "1 or more"),
             (1 <= self.num_return_sequences <= self.num_beams, "num_return_sequences", "1 to num_beams"), (self.seed >= 0, "seed", "0 or more"),
@@ -45,4 +45,4 @@ class GenerationOptions:
 
     @property
     def samples(self) -> bool:
-        return self.temperature is not None or self.top_k is not None or self.top_p is not None
+        return self.temperature != 0 and (self.temperature is not None or self.top_k is not None or self.top_p is not None)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from onnxtools.errors import JobError, UsageError
+from onnxtools.generation.native import native_call
+from onnxtools.inputs import absent, check_regular
 
 
 class Tokenizer:
@@ -19,21 +22,31 @@ class Tokenizer:
     def open(cls, place: Path) -> Tokenizer:
         """Of a folder with tokenizer.json (or vocab.json and merges.txt), or of the file itself.
 
+        Truncation and padding that a training script left in tokenizer.json are switched off, as by transformers.
+
         Raises:
-            JobError: there is none, or it cannot be read.
+            JobError: there is none, it cannot be read, or its patterns take unreasonable time.
         """
         import tokenizers
 
+        from onnxtools.generation.special_tokens import add_named, from_merges
+
         path = place / "tokenizer.json" if place.is_dir() else place
-        try:
-            if path.is_file():
-                return cls(tokenizers.Tokenizer.from_file(str(path)), path)
-            vocabulary, merges = (path.parent / name for name in ("vocab.json", "merges.txt"))
-            if vocabulary.is_file() and merges.is_file():
-                return cls(tokenizers.ByteLevelBPETokenizer.from_file(str(vocabulary), str(merges)), vocabulary)
-        except Exception as error:  # the library raises Exception itself
-            raise JobError(f"{path}: is no readable tokenizer ({' '.join(str(error).split())[:120]}); fetch the model's own") from None
-        raise JobError(f"{path}: there is no tokenizer; put the model's tokenizer.json there, or name one with --tokenizer")
+        vocabulary, merges = (path.parent / name for name in ("vocab.json", "merges.txt"))
+        with native_call(f"{path}: is no readable tokenizer, fetch the model's own"):
+            if path.exists():
+                check_regular(path, JobError)
+                inner = tokenizers.Tokenizer.from_file(str(path))
+                add_named(inner, path.parent)
+            elif vocabulary.exists() and merges.exists():
+                path = vocabulary
+                inner = from_merges(vocabulary, merges)
+            else:
+                raise JobError(f"{absent(path)}: there is no tokenizer; put the model's tokenizer.json there, or name one with --tokenizer")
+            inner.no_truncation()
+            inner.no_padding()
+        _probe(inner, path)
+        return cls(inner, path)
 
     def encode(self, text: str) -> list[int]:
         """Tokens of `text`, with the special tokens that this tokenizer puts around a text.
@@ -41,15 +54,31 @@ class Tokenizer:
         Raises:
             UsageError: `text` is no valid Unicode.
         """
-        return list(self._inner.encode(_valid(text)).ids)
+        return self._encode(text, True)
 
     def pieces(self, text: str) -> list[int]:
         """Tokens of `text` alone."""
-        return list(self._inner.encode(_valid(text), add_special_tokens=False).ids)
+        return self._encode(text, False)
+
+    def _encode(self, text: str, special: bool) -> list[int]:
+        with native_call(f"{self.path}: cannot encode {text[:40]!r}, check the tokenizer"):
+            return list(self._inner.encode(_valid(text), add_special_tokens=special).ids)
+
+    def pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Tokens of a context that is not empty and of what continues it: both are encoded as one text and cut where the
+        context's own tokens end; white space at the context's end belongs to the continuation.
+
+        lm-eval's rule (api/model.py, `TemplateLM._encode_pair`). Encoded alone, a continuation gets the word mark that
+        SentencePiece puts in front of every text.
+        """
+        bare = context.rstrip()
+        before = self.encode(bare)
+        return before, self.encode(context + continuation)[len(before) :]
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         """Text of `ids`; `special` keeps tokens such as the end of text."""
-        return str(self._inner.decode(list(ids), skip_special_tokens=not special))
+        with native_call(f"{self.path}: cannot decode tokens, check the tokenizer"):
+            return str(self._inner.decode(list(ids), skip_special_tokens=not special))
 
     def continuation(self, before: Sequence[int], new: Sequence[int]) -> str:
         """Text of `new` where it follows `before`: a tokenizer may drop the space in front of a text's first word."""
@@ -59,7 +88,8 @@ class Tokenizer:
 
     def token(self, id: int) -> str:
         """The vocabulary's spelling of one token."""
-        return str(self._inner.id_to_token(int(id)))
+        with native_call(f"{self.path}: has no token {id}, use the model's own tokenizer"):
+            return str(self._inner.id_to_token(int(id)))
 
     def offsets(self, ids: Sequence[int]) -> list[int]:
         """Where the text of each token begins in the text of all, in characters."""
@@ -68,6 +98,28 @@ class Tokenizer:
 
 _TAIL = 16
 """Tokens of a prompt that decide how its continuation is spelt."""
+
+
+_RUN, _PATIENCE = 1500, 2.0
+"""Characters of one kind that follow one another in a probe, and seconds that all probes together may take."""
+
+
+def _probe(inner: Any, path: Path) -> None:
+    """Encode and decode long runs of one character: there a bad pattern takes quadratic or exponential time, which nothing can interrupt.
+
+    Raises:
+        JobError: it panics, or takes more than `_PATIENCE` seconds.
+    """
+    start = time.monotonic()
+    for character in "a1 !é\n":
+        with native_call(f"{path}: is no usable tokenizer, fetch the model's own"):
+            try:
+                ids = inner.encode(f"{character * 28}{'!' if character != '!' else 'a'}{character * _RUN}?").ids
+            except Exception:  # a text that this vocabulary cannot spell; panics are no Exception
+                continue
+            inner.decode(ids)
+        if time.monotonic() - start > _PATIENCE:
+            raise JobError(f"{path}: its patterns take seconds for {_RUN} times {character!r}; it is damaged or hostile, fetch the model's own")
 
 
 def _valid(text: str) -> str:

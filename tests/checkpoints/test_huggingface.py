@@ -76,9 +76,9 @@ def test_views_that_share_a_storage(tmp_path: Path) -> None:
 
 def test_a_linked_cache_folder(tmp_path: Path) -> None:
     """The hub's cache holds links to blobs; ONNX refuses weights behind a link, so the blob itself is named."""
-    real, links = tmp_path / "blobs", tmp_path / "snapshot"
+    real, links = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "abc"
     hf.make("llama", real)
-    links.mkdir()
+    links.mkdir(parents=True)
     for file in real.iterdir():
         (links / file.name).symlink_to(file)
     assert all(Path(t.base_dir) == real.resolve() for t in read_folder(links).tensors.values())  # type: ignore[union-attr]

@@ -49,7 +49,7 @@ def test_draws_follow_the_probabilities_and_never_take_what_is_ruled_out() -> No
 
 
 @pytest.mark.parametrize("settings", [
-    {"temperature": 0.0}, {"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}, {"num_beams": 0}, {"max_new_tokens": 0},
+    {"temperature": 1e-5}, {"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}, {"num_beams": 0}, {"max_new_tokens": 0},
     {"repetition_penalty": 0.0}, {"num_beams": 2, "top_k": 3}, {"num_return_sequences": 2}, {"min_new_tokens": 30},
 ])  # fmt: skip
 def test_impossible_options_are_refused_by_name(settings: dict[str, float]) -> None:
