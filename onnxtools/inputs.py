@@ -38,11 +38,11 @@ def check_regular(path: Path, error: type[OnnxtoolsError]) -> None:
 
 
 def absent(path: Path) -> str:
-    """`path` as the subject of "there is no such ...", with what to do where it looks like a name on the Hugging Face hub."""
+    """`path` for a message that it is not there, with what to do where it looks like a name on the Hugging Face hub."""
     name = str(path)
     if not _HUB_NAME.fullmatch(name) or path.parent.exists():
         return name
-    return f"{name}: if this is a model on the Hugging Face hub, fetch it with `hf download {name} --local-dir {path.name}` and name that folder"
+    return f"{name} (of the Hugging Face hub? then `hf download {name} --local-dir {path.name}` first, and name that folder)"
 
 
 def shown(value: Any) -> str:

@@ -78,7 +78,8 @@ class Region:
             size *= extent
         if offset < 0 or min(shape, default=0) < 0 or offset + size > self.size:
             raise ModelError(
-                f"{self.label}: tensor {name!r} needs bytes {offset} to {offset + int(size)} of {self.size}; the file is truncated or damaged, fetch it again"
+                f"{self.label}: tensor {shown(name)} needs bytes {shown(offset)} to {shown(offset + int(size))} of {self.size};"
+                " the file is truncated or damaged, fetch it again"
             )
         return ir.ExternalTensor(
             self.path.name, self.start + offset, int(size), dtype, shape=ir.Shape(shape), name=name, base_dir=self.path.parent,

@@ -1,7 +1,9 @@
-"""GGUF files (llama.cpp) through the `gguf` package; quantized weights become float rows while they are written."""
+"""GGUF files (llama.cpp); quantized weights become float rows, by the `gguf` package, while they are written."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,15 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxtools.checkpoints.base import Checkpoint, Region, reading
+from onnxtools.checkpoints.gguf_header import TensorEntry, read_header
 from onnxtools.checkpoints.gguf_tokenizer import tokenizer_files
 from onnxtools.errors import JobError, ModelError
-from onnxtools.tensors import RowTensor, Scratch
+from onnxtools.inputs import shown
+from onnxtools.tensors import RowTensor, Scratch, elements
 
 _RAW = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
+ROPE_FACTORS = "rope_freqs.weight"
+_MAX_FACTORS = 1 << 18
 _QUANTIZED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 
 
@@ -27,9 +33,11 @@ class QuantizedRows(RowTensor):
         from gguf.constants import GGML_QUANT_SIZES
 
         block, size = GGML_QUANT_SIZES[kind]
-        if shape[-1] % block:
-            raise ModelError(f"{region.label}: tensor {name!r} has rows of {shape[-1]}, no multiple of {kind.name}'s block of {block}; fetch the file again")
-        rows = int(np.prod(shape[:-1], dtype=np.int64))
+        if not shape or shape[-1] % block:
+            raise ModelError(
+                f"{region.label}: tensor {shown(name)} is {list(shape)}, its rows no multiple of {kind.name}'s block of {block}; fetch the file again"
+            )
+        rows = math.prod(shape[:-1])
         self._bytes = region.tensor(name, ir.DataType.UINT8, (rows, shape[-1] // block * size), offset)
         self._kind = kind
         self.sources = (self._bytes,)
@@ -51,32 +59,58 @@ def read_gguf(path: Path) -> Checkpoint:
     Raises:
         ModelError: damaged, or a weight type that is not supported.
     """
-    from gguf import GGUFReader
-
     with reading(path):
         region = Region.of(path)
-        try:
-            reader = GGUFReader(path)
-        except (ValueError, IndexError, KeyError, OverflowError, TypeError, UnicodeDecodeError, MemoryError) as error:
-            raise ModelError(f"{path}: not a GGUF file, or a truncated one ({' '.join(str(error).split())[:120]}); fetch it again") from None
-    metadata = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
-    tensors = {tensor.name: _tensor(region, tensor) for tensor in reader.tensors}
+        metadata, entries = read_header(region)
+    kinds = {entry.name: _kind(region, entry) for entry in entries}
+    tensors = {entry.name: _tensor(region, entry, kinds[entry.name]) for entry in entries}
     notes = []
     files: dict[str, Path | bytes] = {}
     try:
         files = {name: text.encode() for name, text in tokenizer_files(metadata).items()}
     except JobError as error:
         notes.append(f"warning: no tokenizer was written: {error}")
-    kinds = sorted({tensor.tensor_type.name for tensor in reader.tensors if tensor.tensor_type.name in _QUANTIZED})
-    if kinds:
-        notes.append(f"{', '.join(kinds)} weights are de-quantized")
-    return Checkpoint(path, f"{metadata.get('general.architecture')} (gguf)", {**metadata, "_tensors": frozenset(tensors)}, tensors, files, notes)
+    packed = sorted({kind.name for kind in kinds.values() if kind.name in _QUANTIZED})
+    if packed:
+        notes.append(f"{', '.join(packed)} weights are de-quantized")
+    config = {**metadata, "_tensors": frozenset(tensors), "_rope_factors": _rope_factors(region, tensors)}
+    return Checkpoint(path, f"{_architecture(region, metadata)} (gguf)", config, tensors, files, notes)
 
 
-def _tensor(region: Region, tensor: Any) -> ir.TensorProtocol:
-    shape, kind = tuple(int(extent) for extent in reversed(tensor.shape)), tensor.tensor_type
+def _architecture(region: Region, metadata: Mapping[str, Any]) -> str:
+    name = metadata.get("general.architecture")
+    if not isinstance(name, str) or len(name) > 64:
+        raise ModelError(f"{region.label}: general.architecture is {shown(name)}; it must be a name, fetch the file again")
+    return name
+
+
+def _kind(region: Region, entry: TensorEntry) -> Any:
+    """The `gguf` package's type of the tensor, of those that can be read."""
+    from gguf.constants import GGMLQuantizationType
+
+    known = {kind.value: kind for kind in GGMLQuantizationType}
+    kind = known.get(entry.kind)
+    if kind is None or kind.name not in (*_RAW, *_QUANTIZED):
+        name = kind.name if kind is not None else f"of the unknown type {entry.kind}"
+        raise ModelError(
+            f"{region.label}: tensor {shown(entry.name)} is {name}; {', '.join((*_RAW, *_QUANTIZED))} can be read, convert the file to one of them"
+        )
+    return kind
+
+
+def _tensor(region: Region, entry: TensorEntry, kind: Any) -> ir.TensorProtocol:
     if kind.name in _RAW:
-        return region.tensor(tensor.name, _RAW[kind.name], shape, int(tensor.data_offset))
-    if kind.name in _QUANTIZED:
-        return QuantizedRows(region, tensor.name, shape, int(tensor.data_offset), kind)
-    raise ModelError(f"{region.label}: tensor {tensor.name!r} is {kind.name}; {', '.join((*_RAW, *_QUANTIZED))} can be read, convert the file to one of them")
+        return region.tensor(entry.name, _RAW[kind.name], entry.shape, entry.offset)
+    return QuantizedRows(region, entry.name, entry.shape, entry.offset, kind)
+
+
+def _rope_factors(region: Region, tensors: Mapping[str, ir.TensorProtocol]) -> tuple[float, ...]:
+    """What each rotary frequency is divided by: `rope_freqs.weight`, which llama.cpp writes of Llama 3.1 and later; () where it is absent."""
+    tensor = tensors.get(ROPE_FACTORS)
+    if tensor is None:
+        return ()
+    if tensor.nbytes > _MAX_FACTORS:
+        raise ModelError(
+            f"{region.label}: {ROPE_FACTORS} has {tensor.nbytes} bytes; it holds a number for each pair of channels of a head, fetch the file again"
+        )
+    return tuple(elements(tensor).astype(np.float64).reshape(-1).tolist())

@@ -18,6 +18,7 @@ _NAMED = {"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unknown_token_id
 # Tokens that end an answer, beside eos: of a turn, and of a message with a tool call.
 _ENDS = ("eot_token_id", "eom_token_id")
 _SPACE = "▁"
+_LONGEST = 512
 
 
 def byte_level(use_regex: bool, prefix: bool = False) -> dict[str, Any]:
@@ -209,6 +210,13 @@ def _merges_by_score(metadata: Mapping[str, Any], names: list[str], types: list[
 
 
 def _pairs(name: str, pieces: Mapping[str, float]) -> list[list[str]]:
+    """Every cut of a piece into two.
+
+    Raises:
+        JobError: it is longer than any vocabulary's (SentencePiece stops at 16 characters by default): the cuts take quadratic time.
+    """
+    if len(name) > _LONGEST:
+        raise JobError(f"tokenizer.ggml.tokens has a piece of {len(name)} characters, beginning with {name[:20]!r}; fetch the file again")
     return [[name[:cut], name[cut:]] for cut in range(1, len(name)) if name[:cut] in pieces and name[cut:] in pieces]
 
 

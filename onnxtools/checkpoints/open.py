@@ -6,6 +6,7 @@ from pathlib import Path
 
 from onnxtools.checkpoints.base import Checkpoint
 from onnxtools.errors import ModelError, OnnxtoolsError
+from onnxtools.inputs import absent
 
 
 def open_checkpoint(path: Path, *, weights: bool = True) -> Checkpoint:
@@ -28,7 +29,7 @@ def _open(path: Path, weights: bool) -> Checkpoint:
         ModelError: no such path, or nothing that a reader knows.
     """
     if not path.exists():
-        raise ModelError(f"{path}: no such file or folder; check the path")
+        raise ModelError(f"{absent(path)}: no such file or folder; check the path")
     if path.is_dir():
         if (path / "config.json").is_file():
             from onnxtools.checkpoints.huggingface import read_folder

@@ -18,8 +18,10 @@ import numpy as np
 
 from onnxtools.errors import JobError, UsageError
 from onnxtools.evaluate.scores import Scored, mean_interval, perplexity, score_texts, share_interval
+from onnxtools.files import _lock
 from onnxtools.generation.runtime import Runtime
 from onnxtools.generation.text import Tokenizer
+from onnxtools.inputs import check_regular
 from onnxtools.jsonl import read_jsonl
 
 
@@ -157,17 +159,27 @@ def compare_lambada(a: Sequence[PassageResult], b: Sequence[PassageResult]) -> d
 class Journal:
     """Results on disk as they come, so that an interrupted run goes on where it was: JSONL, the first line says of what.
 
+    The file is locked (flock) until `close`, or until the process ends, however it ends.
+
     Raises:
-        JobError: the file is of another model or dataset.
+        JobError: the file is of another model or dataset, or another run writes it now.
     """
 
     def __init__(self, path: Path, of: dict[str, Any]) -> None:
         self.known: dict[int, PassageResult] = {}
-        if path.is_file() and path.stat().st_size:
-            self._read(path, of)
+        if path.exists():
+            check_regular(path, JobError)
         self._file = path.open("a", encoding="utf-8")
-        if not self.known and self._file.tell() == 0:
-            self._write(of)
+        try:
+            if not _lock(self._file.fileno()):
+                raise JobError(f"{path}: another run of `accuracy` writes it now; wait for it, or name another file with --resume")
+            if path.stat().st_size:
+                self._read(path, of)
+            if not self.known and path.stat().st_size == 0:
+                self._write(of)
+        except BaseException:
+            self._file.close()
+            raise
 
     def _read(self, path: Path, of: dict[str, Any]) -> None:
         """Take over what is there; a last line that was cut off in the middle is removed, anything else that is wrong is refused."""

@@ -94,6 +94,5 @@ def _prompt(tokenizer: Tokenizer, article: str, template: str, room: int) -> lis
     if (times := template.count("{article}")) != 1:
         raise UsageError(f"the template {template!r} has {{article}} {times} times; write it once")
     before, _, after = template.partition("{article}")
-    head, tail = (tokenizer.encode(before) if before else []), tokenizer.pieces(after)
-    body = (tokenizer.pieces if head else tokenizer.encode)(article.strip())
-    return [*head, *body[: max(room - len(head) - len(tail), 1)], *tail]
+    body, tail = tokenizer.pair(before + article.strip(), after)
+    return [*body[: max(room - len(tail), len(tokenizer.encode(before)) + 1)], *tail]

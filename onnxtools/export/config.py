@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from onnxtools.errors import ModelError
-from onnxtools.export.rope import Rope, is_positive
+from onnxtools.export.rope import MAX_HEAD_DIM, Rope, is_positive
+from onnxtools.inputs import shown
 
 Activation = Literal["gelu", "gelu_tanh", "silu", "relu", "relu2"]
 """`gelu` is the exact (erf) form, `relu2` is the square of ReLU."""
@@ -21,7 +22,7 @@ ACTIVATIONS: dict[str, Activation] = {
 
 _LARGEST = {
     "vocab_size": 1 << 27, "hidden_size": 1 << 20, "num_hidden_layers": 1 << 12, "num_attention_heads": 1 << 14, "num_key_value_heads": 1 << 14,
-    "head_dim": 1 << 16, "intermediate_size": 1 << 24, "max_position_embeddings": 1 << 23,
+    "head_dim": MAX_HEAD_DIM, "intermediate_size": 1 << 24, "max_position_embeddings": 1 << 23,
 }  # fmt: skip
 """Far above any model; a damaged configuration must not fill the memory with names and tables."""
 
@@ -67,7 +68,7 @@ class DecoderConfig:
         for name in (*sizes, "max_position_embeddings"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _LARGEST[name]:
-                raise ModelError(f"{self.family}: {name} is {value!r}; it must be an integer of 1 to {_LARGEST[name]}")
+                raise ModelError(f"{self.family}: {name} is {shown(value)}; it must be an integer of 1 to {_LARGEST[name]}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ModelError(
                 f"{self.family}: {self.num_attention_heads} heads do not divide into {self.num_key_value_heads} key/value heads; check the configuration"
@@ -91,15 +92,15 @@ def integer(config: Mapping[str, Any], family: str, *names: str, default: int | 
         ModelError: no positive integer, two that differ, or none and no default.
     """
     found = {name: config[name] for name in names if config.get(name) is not None}
-    if len({repr(value) for value in found.values()}) > 1:
-        raise ModelError(f"{family}: {' and '.join(f'{name} is {value!r}' for name, value in found.items())}; they mean the same, correct one")
+    if len({shown(value) for value in found.values()}) > 1:
+        raise ModelError(f"{family}: {' and '.join(f'{name} is {shown(value)}' for name, value in found.items())}; they mean the same, correct one")
     if not found:
         if default is None:
             raise ModelError(f"{family}: the configuration has no {' or '.join(names)}; fetch the checkpoint's own configuration")
         return default
     name, value = next(iter(found.items()))
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ModelError(f"{family}: {name} is {value!r}; it must be a positive integer")
+        raise ModelError(f"{family}: {name} is {shown(value)}; it must be a positive integer")
     return value
 
 
@@ -110,7 +111,7 @@ def number(config: Mapping[str, Any], family: str, *names: str, default: float |
         if value is None:
             continue
         if not is_positive(value):
-            raise ModelError(f"{family}: {name} is {value!r}; it must be a positive number")
+            raise ModelError(f"{family}: {name} is {shown(value)}; it must be a positive number")
         return float(value)
     if default is None:
         raise ModelError(f"{family}: the configuration has no {' or '.join(names)}; fetch the checkpoint's own configuration")
@@ -127,7 +128,7 @@ def flag(config: Mapping[str, Any], family: str, name: str, default: bool) -> bo
     if value is None:
         return default
     if not isinstance(value, bool):
-        raise ModelError(f"{family}: {name} is {value!r}; it must be true or false")
+        raise ModelError(f"{family}: {name} is {shown(value)}; it must be true or false")
     return value
 
 
@@ -147,7 +148,7 @@ def check_plain(config: Mapping[str, Any], family: str) -> None:
 def head_dim_of(family: str, hidden: Any, heads: Any) -> int:
     """hidden_size / heads, which must be whole."""
     if not isinstance(hidden, int) or not isinstance(heads, int) or heads < 1 or hidden % heads:
-        raise ModelError(f"{family}: hidden size {hidden!r} is not divisible by {heads!r} heads; check the configuration")
+        raise ModelError(f"{family}: hidden size {shown(hidden)} is not divisible by {shown(heads)} heads; check the configuration")
     return hidden // heads
 
 
@@ -167,14 +168,18 @@ def activation_of(config: Mapping[str, Any], family: str, name: str, default: st
     """The activation that a Hugging Face configuration names."""
     wanted = default if config.get(name) is None else config[name]
     if not isinstance(wanted, str):
-        raise ModelError(f"{family}: {name} is {wanted!r}; it must be the name of an activation")
+        raise ModelError(f"{family}: {name} is {shown(wanted)}; it must be the name of an activation")
     if wanted not in ACTIVATIONS:
-        raise ModelError(f"{family}: the activation {wanted!r} is not supported; {', '.join(ACTIVATIONS)} are")
+        raise ModelError(f"{family}: the activation {shown(wanted)} is not supported; {', '.join(ACTIVATIONS)} are")
     return ACTIVATIONS[wanted]
 
 
 def token_ids(config: Mapping[str, Any]) -> dict[str, Any]:
-    """bos, eos and pad ids of a Hugging Face configuration; generation_config.json decides where it speaks."""
+    """bos, eos and pad ids of a Hugging Face configuration; generation_config.json decides where it speaks.
+
+    Raises:
+        ModelError: an id that is none.
+    """
     both = {**config, **{key: value for key, value in config.get("_generation", {}).items() if value is not None}}
     eos = both.get("eos_token_id")
     ends = [_token_id(token, "eos_token_id") for token in (eos if isinstance(eos, list) else [eos])]
@@ -189,8 +194,8 @@ def _token_id(value: Any, name: str) -> int | None:
     """A token; None where there is none, which older configurations spell -1."""
     if value is None or (value == -1 and isinstance(value, int)):
         return None
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ModelError(f"{name} is {value!r}; it must be a token's number, or null")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 31:
+        raise ModelError(f"{name} is {shown(value)}; it must be a token's number, or null")
     return value
 
 

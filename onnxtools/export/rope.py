@@ -10,8 +10,13 @@ from typing import Any
 import numpy as np
 
 from onnxtools.errors import ModelError
+from onnxtools.inputs import shown
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
+
+MAX_HEAD_DIM = 1 << 16
+_MAX_TABLE = 1 << 27
+"""Positions times channels: a million and 128; cos and sin are half a GiB each while they are computed."""
 
 
 @dataclass(frozen=True)
@@ -22,16 +27,33 @@ class Rope:
         theta: the base of the frequencies.
         kind: default, linear, llama3 or yarn.
         scaling: the parameters of the kind, in Hugging Face's names.
+        factors: what each frequency is divided by besides, [dim / 2] (GGUF's `rope_freqs.weight`); none by default.
     """
 
     dim: int
     theta: float
     kind: str = "default"
     scaling: Mapping[str, Any] = field(default_factory=dict)
+    factors: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raises: ModelError for sizes and factors that no model has, before a table of them is made."""
+        if not 1 <= self.dim <= MAX_HEAD_DIM:
+            raise ModelError(f"rope: {self.dim} channels of a head are rotated; it must be 2 to {MAX_HEAD_DIM}")
+        if self.factors and (len(self.factors) != self.dim // 2 or not all(map(is_positive, self.factors))):
+            raise ModelError(f"rope: the factors of its frequencies are {shown(self.factors)}; they must be {self.dim // 2} positive numbers")
 
     def tables(self, length: int) -> tuple[Array, Array]:
-        """cos and sin, each [length, dim / 2], of position times frequency."""
+        """cos and sin, each [length, dim / 2], of position times frequency.
+
+        Raises:
+            ModelError: they would fill the memory.
+        """
+        if length * self.dim > _MAX_TABLE:
+            raise ModelError(f"rope: tables of {length} positions and {self.dim} channels have more than {_MAX_TABLE} numbers; lower max_position_embeddings")
         frequencies, factor = _KINDS[self.kind](self)
+        if self.factors:
+            frequencies = frequencies / np.asarray(self.factors)
         angles = np.outer(np.arange(length, dtype=np.float64), frequencies)
         return np.cos(angles) * factor, np.sin(angles) * factor
 
@@ -46,16 +68,16 @@ def rope_of(config: Mapping[str, Any], family: str, head_dim: int, *, partial: f
     """
     found: Any = next((config[name] for name in ("rope_scaling", "rope_parameters") if config.get(name) is not None), {})
     if not isinstance(found, Mapping):
-        raise ModelError(f"{family}: rope_parameters is {found!r}, not a mapping; fetch the configuration again")
+        raise ModelError(f"{family}: rope_parameters is {shown(found)}, not a mapping; fetch the configuration again")
     kind = next((found[name] for name in ("rope_type", "type") if found.get(name) is not None), "default")
-    if kind not in _KINDS:
-        raise ModelError(f"{family}: the rope type {kind!r} is not supported; {', '.join(_KINDS)} are")
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise ModelError(f"{family}: the rope type {shown(kind)} is not supported; {', '.join(_KINDS)} are")
     original = config.get("original_max_position_embeddings") or config.get("max_position_embeddings")
     scaling = {"original_max_position_embeddings": original, **{k: v for k, v in found.items() if v is not None}}
     for name in (*_NUMBERS, *_NEEDED[kind]):
         value = scaling.get(name)
         if value is not None and not is_positive(value):
-            raise ModelError(f"{family}: rope's {name} is {value!r}; it must be a positive number")
+            raise ModelError(f"{family}: rope's {name} is {shown(value)}; it must be a positive number")
     absent = [name for name in _NEEDED[kind] if scaling.get(name) is None]
     if absent:
         raise ModelError(f"{family}: rope type {kind} needs {', '.join(absent)}; fetch the configuration again")
@@ -64,13 +86,13 @@ def rope_of(config: Mapping[str, Any], family: str, head_dim: int, *, partial: f
     both = {"partial_rotary_factor": partial or 1.0, "rope_theta": 10000.0, **{k: v for k, v in config.items() if v is not None}, **scaling}
     for name in ("partial_rotary_factor", "rope_theta"):
         if not is_positive(both[name]):
-            raise ModelError(f"{family}: {name} is {both[name]!r}; it must be a positive number")
+            raise ModelError(f"{family}: {name} is {shown(both[name])}; it must be a positive number")
     share, theta = float(both["partial_rotary_factor"]), float(both["rope_theta"])
     if partial is None and share != 1:
         raise ModelError(f"{family}: partial_rotary_factor is {share}, which this family does not have; check the model_type")
     made = Rope(int(head_dim * share), theta, kind, scaling)
     if not np.isfinite(made.tables(2)).all():
-        raise ModelError(f"{family}: rope parameters {scaling} give no finite angles; fetch the configuration again")
+        raise ModelError(f"{family}: rope parameters {shown(scaling)} give no finite angles; fetch the configuration again")
     return made
 
 
@@ -117,11 +139,12 @@ def _yarn(rope: Rope) -> tuple[Array, float]:
     attention = scaling.get("attention_factor")
     if attention is None:
         both = scaling.get("mscale"), scaling.get("mscale_all_dim")
-        attention = _magnitude(factor, both[0]) / _magnitude(factor, both[1]) if both[0] and both[1] else _magnitude(factor)
+        attention = yarn_magnitude(factor, both[0]) / yarn_magnitude(factor, both[1]) if both[0] and both[1] else yarn_magnitude(factor)
     return plain / factor * ramp + plain * (1 - ramp), float(attention)
 
 
-def _magnitude(factor: float, scale: float = 1.0) -> float:
+def yarn_magnitude(factor: float, scale: float = 1.0) -> float:
+    """What YaRN multiplies cos and sin by where positions are stretched by `factor`."""
     return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 

@@ -6,12 +6,12 @@ The rules are those of transformers 5 (tokenization_utils_base.py, `_from_pretra
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from onnxtools.checkpoints.base import read_json
+from onnxtools.checkpoints.base import nested, read_json
 from onnxtools.checkpoints.gguf_tokenizer import ONE_DIGIT, bpe, byte_level, template, words
 from onnxtools.errors import JobError
 from onnxtools.inputs import check_regular, shown
@@ -87,6 +87,26 @@ def _id(value: Any, label: str) -> int:
     if not text.isdecimal() or len(text) > 9:
         raise JobError(f"{label}: an added token has the id {shown(value)}; it takes a number of 0 or more")
     return int(text)
+
+
+def ids_by_name(folder: Path, wanted: Sequence[str]) -> dict[str, int]:
+    """Those of `wanted` (`eos_token_id` and the like) whose token the files in `folder` name by its text, as far as they say its id too."""
+    says = named(folder)
+    roles = {key: says.roles[role] for role in ROLES if (key := f"{role}_token_id") in wanted and role in says.roles}
+    ids = {text: entry["id"] for text, entry in says.tokens.items() if "id" in entry}
+    for name, keys in (("tokenizer.json", ("model", "vocab")), ("vocab.json", ())):
+        if set(roles.values()) - ids.keys():
+            content = _optional(folder / name)
+            vocab = nested(content, *keys)
+            ids = {**(vocab if isinstance(vocab, dict) else {}), **_added_ids(content), **ids}
+    return {key: ids[text] for key, text in roles.items() if isinstance(ids.get(text), int)}
+
+
+def _added_ids(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The added tokens of a tokenizer.json."""
+    listed = content.get("added_tokens")
+    entries = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
+    return {str(entry.get("content")): entry.get("id") for entry in entries}
 
 
 def add_named(tokenizer: Any, folder: Path) -> None:

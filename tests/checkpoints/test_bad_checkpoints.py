@@ -136,11 +136,11 @@ CASES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "zip bomb": (zip_bomb, "claims 100000.. bytes|compressed"),
     "no zip": (not_a_zip, "not a zip archive of torch.save"),
     "tar with ..": (tar_with("../../evil.yaml"), "leads out of the archive"),
-    "tar with a link": (tar_with("model_config.yaml", tarfile.SYMTYPE), "a link or device"),
+    "tar with a link": (tar_with("model_config.yaml", tarfile.SYMTYPE), "is a link, a device or sparse"),
     "tar without weights": (tar_with("model_config.yaml"), "has no model_weights.ckpt"),
     "tar without configuration": (tar_with("x.yaml"), "has no model_config.yaml"),
     "shard elsewhere": (shard_elsewhere, "shards must lie beside the index"),
-    "GGUF sizes": (gguf_header, "not a GGUF file, or a truncated one"),
+    "GGUF sizes": (gguf_header, "not a GGUF file, or a damaged one: it claims 1099511627776 tensors"),
     "no folder": (lambda f: f / "absent", "no such file or folder"),
     "wrong file": (lambda f: Path(__file__), "no reader for .py"),
 }

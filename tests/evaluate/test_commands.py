@@ -271,14 +271,13 @@ def test_summaries_are_scored_with_rouge(model: Path) -> None:
 
 def test_the_prompt_is_the_article_and_tldr_and_fits_the_room() -> None:
     from onnxtools.evaluate.summaries import TEMPLATE, _prompt
+    from onnxtools.generation.text import Tokenizer
 
-    class Words:
-        def encode(self, text: str) -> list[str]:
+    class Words(Tokenizer):
+        def encode(self, text: str) -> Any:
             return text.split()
 
-        pieces = encode
-
-    words: Any = Words()
+    words: Any = Words(None, Path())
     assert _prompt(words, "one two three four five", TEMPLATE, 4) == ["one", "two", "three", "TL;DR:"]
     assert _prompt(words, "one two", "Say: {article} now", 9) == ["Say:", "one", "two", "now"]
 

@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from onnxtools.checkpoints.gguf import ROPE_FACTORS
 from onnxtools.errors import ModelError
 from onnxtools.export.config import DecoderConfig, head_dim_of, integer, number, weight_shapes
 from onnxtools.export.family import Family, Source
-from onnxtools.export.rope import Rope
+from onnxtools.export.rope import Rope, yarn_magnitude
+from onnxtools.inputs import shown
 from onnxtools.weights import Tensor, half_rotation
 
 _LAYER = {
@@ -31,23 +33,47 @@ def config(raw: Mapping[str, Any]) -> DecoderConfig:
 
     hidden, heads = whole("embedding_length"), whole("attention.head_count")
     head_dim = whole("attention.key_length") if "llama.attention.key_length" in raw else head_dim_of("llama-gguf", hidden, heads)
-    # llama.cpp (load_hparams): without a type the scaling is linear, by the factor or its older name.
-    kind = raw.get("llama.rope.scaling.type", "linear")
-    theta, dim = real("rope.freq_base", 10000.0), whole("rope.dimension_count", head_dim)
-    if kind not in ("none", "linear"):
-        raise ModelError(f"llama-gguf: the rope scaling {kind!r} is not supported; none and linear are")
-    factor = number(raw, "llama-gguf", "llama.rope.scaling.factor", "llama.rope.scale_linear", default=1.0)
-    scaled = Rope(dim, theta, "linear", {"factor": factor}) if kind == "linear" and factor != 1 else Rope(dim, theta)
     tokens = raw.get("tokenizer.ggml.tokens") or []
     return DecoderConfig(
         family="llama", vocab_size=whole("vocab_size", len(tokens)), hidden_size=hidden, num_hidden_layers=whole("block_count"),
         num_attention_heads=heads, num_key_value_heads=whole("attention.head_count_kv", heads), head_dim=head_dim,
         intermediate_size=whole("feed_forward_length"), max_position_embeddings=whole("context_length"), norm="rms_norm",
-        norm_eps=float(np.float32(real("attention.layer_norm_rms_epsilon"))), activation="silu", gated_mlp=True, rope=scaled,
+        norm_eps=float(np.float32(real("attention.layer_norm_rms_epsilon"))), activation="silu", gated_mlp=True, 
+        rope=_rope(raw, whole("rope.dimension_count", head_dim), whole("context_length")),
         tie_word_embeddings="output.weight" not in raw["_tensors"], attention_scale=head_dim**-0.5,
         bos_token_id=raw.get("tokenizer.ggml.bos_token_id"), pad_token_id=raw.get("tokenizer.ggml.padding_token_id"),
         eos_token_ids=tuple(i for i in (raw.get("tokenizer.ggml.eos_token_id"),) if i is not None),
     )  # fmt: skip
+
+
+def _rope(raw: Mapping[str, Any], dim: int, positions: int) -> Rope:
+    """llama.cpp's load_hparams and rope_yarn: without a type the scaling is linear, by the factor or its older name."""
+
+    def real(name: str, default: float) -> float:
+        return number(raw, "llama-gguf", f"llama.rope.{name}", default=default)
+
+    kind = raw.get("llama.rope.scaling.type", "linear")
+    if kind not in ("none", "linear", "yarn"):
+        raise ModelError(f"llama-gguf: the rope scaling {shown(kind)} is not supported; none, linear and yarn are")
+    for name in _OTHER_YARN:
+        if real(f"scaling.{name}", 1.0) != 1 and (kind != "yarn" or name != "attn_factor"):
+            raise ModelError(f"llama-gguf: rope.scaling.{name} is {raw[f'llama.rope.scaling.{name}']} with the scaling {kind}; only 1 is supported")
+    theta, factors = real("freq_base", 10000.0), raw.get("_rope_factors", ())
+    factor = number(raw, "llama-gguf", "llama.rope.scaling.factor", "llama.rope.scale_linear", default=1.0)
+    if kind == "none" or factor == 1:
+        return Rope(dim, theta, factors=factors)
+    if kind == "linear":
+        return Rope(dim, theta, "linear", {"factor": factor}, factors)
+    scaling = {
+        "factor": factor, "original_max_position_embeddings": integer(raw, "llama-gguf", "llama.rope.scaling.original_context_length", default=positions),
+        "beta_fast": real("scaling.yarn_beta_fast", 32.0), "beta_slow": real("scaling.yarn_beta_slow", 1.0),
+        "attention_factor": real("scaling.attn_factor", 1.0) * yarn_magnitude(factor),
+    }  # fmt: skip
+    return Rope(dim, theta, "yarn", scaling, factors)
+
+
+_OTHER_YARN = ("attn_factor", "yarn_ext_factor", "yarn_attn_factor")
+"""Factors that llama.cpp multiplies with others; all are 1 but YaRN's attn_factor."""
 
 
 def weights(c: DecoderConfig, source: Source) -> dict[str, Tensor]:
@@ -67,4 +93,4 @@ def _their_name(name: str) -> str:
     return f"blk.{layer}.{_LAYER[part]}.{kind}"
 
 
-FAMILY = Family("llama-gguf", ("llama (gguf)",), config, weights)
+FAMILY = Family("llama-gguf", ("llama (gguf)",), config, weights, ignored=(ROPE_FACTORS,))

@@ -11,6 +11,7 @@ from onnxtools.errors import ModelError
 from onnxtools.export.config import Activation, DecoderConfig, head_dim_of, integer, number
 from onnxtools.export.family import Family, FP8Scales, Source
 from onnxtools.export.rope import Rope
+from onnxtools.inputs import shown
 from onnxtools.weights import Tensor, flatten, pick_rows, plus_one, row_range
 
 _LAYER_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -43,16 +44,16 @@ def config(raw: Mapping[str, Any]) -> DecoderConfig:
     head_dim = head_dim_of("megatron", hidden, heads) if raw.get("kv_channels") is None else integer(raw, "megatron", "kv_channels")
     for key, value in _UNSUPPORTED.items():
         if raw.get(key) and (value is None or raw[key] == value):
-            raise ModelError(f"megatron: {key}={raw[key]} is not supported; only dense decoders without it are")
+            raise ModelError(f"megatron: {key}={shown(raw[key])} is not supported; only dense decoders without it are")
     if raw.get("transformer_block_type", "pre_ln") != "pre_ln":
-        raise ModelError(f"megatron: transformer_block_type is {raw['transformer_block_type']!r}; only pre_ln is supported")
+        raise ModelError(f"megatron: transformer_block_type is {shown(raw['transformer_block_type'])}; only pre_ln is supported")
     known = next((name for name in ("max_position_embeddings", "encoder_seq_length") if raw.get(name) is not None), "max_position_embeddings")
     positions = integer(raw, "megatron", known)
     activation, gated = _activation(raw)
     bias = bool(raw.get("bias", True))
     normalization = str(raw.get("normalization", "layernorm")).lower()
     if normalization not in ("layernorm", "layernorm1p", "rmsnorm"):
-        raise ModelError(f"megatron: normalization {normalization!r} is not supported; layernorm, layernorm1p and rmsnorm are")
+        raise ModelError(f"megatron: normalization {shown(normalization)} is not supported; layernorm, layernorm1p and rmsnorm are")
     return DecoderConfig(
         family="megatron", vocab_size=integer(raw, "megatron", "_vocab_size"), hidden_size=hidden, num_hidden_layers=integer(raw, "megatron", "num_layers"),
         num_attention_heads=heads, num_key_value_heads=integer(raw, "megatron", "num_query_groups", default=heads), head_dim=head_dim,
@@ -78,7 +79,7 @@ def _activation(raw: Mapping[str, Any]) -> tuple[Activation, bool]:
         return ("gelu_tanh" if tanh else "gelu"), gated
     if name in ("silu", "relu", "relu2"):
         return name, gated  # type: ignore[return-value]
-    raise ModelError(f"megatron: the activation {raw.get('activation')!r} is not supported; gelu, squared-relu, relu, swiglu, geglu and reglu are")
+    raise ModelError(f"megatron: the activation {shown(raw.get('activation'))} is not supported; gelu, squared-relu, relu, swiglu, geglu and reglu are")
 
 
 def _rope(raw: Mapping[str, Any], head_dim: int) -> Rope | None:
@@ -86,7 +87,7 @@ def _rope(raw: Mapping[str, Any], head_dim: int) -> Rope | None:
     if kind == "learned_absolute":
         return None
     if kind != "rope":
-        raise ModelError(f"megatron: position_embedding_type {kind!r} is not supported; learned_absolute and rope are")
+        raise ModelError(f"megatron: position_embedding_type {shown(kind)} is not supported; learned_absolute and rope are")
     dim = int(head_dim * number(raw, "megatron", "rotary_percentage", default=1.0))
     theta = number(raw, "megatron", "rotary_base", default=10000.0)
     factor = number(raw, "megatron", "seq_len_interpolation_factor", default=1.0)
