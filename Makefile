@@ -7,7 +7,7 @@ DEMO := $(VENV)/.demo
 LOCKS := pyproject.toml requirements/install requirements/build.txt requirements/demo.txt
 
 # Tests of one file share what its fixtures made, so a file stays with one worker. Four of them take up to 10 GB.
-PYTEST := $(BIN)/python -m pytest -v -rs --durations=15 --numprocesses=logical --maxprocesses=4 --dist=loadfile
+PYTEST := $(BIN)/python -m pytest -v -rfEs --durations=15 --numprocesses=logical --maxprocesses=4 --dist=loadfile
 # `make test TESTS=tests/passes` runs a part.
 TESTS ?= tests
 
