@@ -10,7 +10,9 @@ import onnx_ir as ir
 
 from onnxtools.checkpoints.torch_file import loads
 from onnxtools.errors import ModelError
+from onnxtools.inputs import shown
 
+_MOST = 4096
 Array = np.ndarray[Any, Any]
 
 
@@ -29,7 +31,9 @@ def forward_scales(extra: Any, label: str) -> Array | None:
     scale = state.get("scale_fwd") if isinstance(state, dict) else None
     if scale is None:
         return None
-    array = np.asarray(scale.numpy() if isinstance(scale, ir.TensorProtocol) else scale, np.float32).reshape(-1)
+    if not isinstance(scale, ir.TensorProtocol) or scale.size > _MOST:
+        raise ModelError(f"the FP8 state of {label} holds {shown(scale)} as its scales; save the checkpoint again")
+    array = np.asarray(scale.numpy(), np.float32).reshape(-1)
     if array.size < 2 or not np.isfinite(array).all() or array.min() <= 0:
         raise ModelError(f"the FP8 state of {label} holds the scales {array[:6].tolist()}; they must be positive numbers")
     return array

@@ -76,7 +76,7 @@ def read_torch(region: Region) -> Any:
         window = _Window(file, region.start, region.size)
         try:
             archive = zipfile.ZipFile(window)
-        except zipfile.BadZipFile:
+        except (zipfile.BadZipFile, ValueError, struct.error, NotImplementedError):
             raise ModelError(
                 f"{region.label}: not a zip archive of torch.save, or truncated; fetch it again (files of torch < 1.6 must be loaded and saved again)"
             ) from None
@@ -216,8 +216,9 @@ class _Unpickler(pickle._Unpickler):
             return _SCALARS[name]
         allowed = _GLOBALS.get((module, name))
         if allowed is None or (self._nested and allowed is _load_from_bytes):
+            wanted = " ".join(f"{module}.{name}".split())[:120]
             raise ModelError(
-                f"{self._label}: its pickle wants {module}.{name}, which is not data and may run code; refused: "
+                f"{self._label}: its pickle wants {wanted}, which is not data and may run code; refused: "
                 "load it where you trust it and save the state dict alone"
             )
         return allowed
@@ -325,7 +326,9 @@ def loads(data: bytes, label: str) -> Any:
                 return _Storage(kind, None, read(f"{prefix}data/{key}"))
 
             return _unpickle(archive.read(name), storage, label)
-    except (zipfile.BadZipFile, KeyError, StopIteration):
+    except ModelError:
+        raise
+    except Exception:  # a damaged archive raises nearly anything
         raise ModelError(f"{label}: a damaged archive of torch.save; fetch the checkpoint again") from None
 
 

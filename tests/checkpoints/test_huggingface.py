@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import numpy as np
 import pytest
 
 pytest.importorskip("transformers", reason="the checkpoints are written by transformers (make setup installs it)")
+import safetensors.torch
 import torch
+import transformers
 
 from onnxtools.checkpoints.huggingface import read_folder
 from onnxtools.errors import ModelError
@@ -82,3 +85,53 @@ def test_a_linked_cache_folder(tmp_path: Path) -> None:
     for file in real.iterdir():
         (links / file.name).symlink_to(file)
     assert all(Path(t.base_dir) == real.resolve() for t in read_folder(links).tensors.values())  # type: ignore[union-attr]
+
+
+# --- which of several files ---------------------------------------------------------------------------------------------------
+
+
+def in_every_form(folder: Path) -> dict[str, Any]:
+    """Another model in each of the four forms; the file that says so to the model."""
+    made: dict[str, Any] = {}
+    for number, name in enumerate(("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")):
+        model = hf.make("llama", folder / "made")
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.01 * number)
+        made[name] = model
+        if name == "model.safetensors":
+            model.save_pretrained(folder)
+        elif name == "pytorch_model.bin":
+            torch.save(model.state_dict(), folder / name)
+        else:
+            suffix = "safetensors" if "safetensors" in name else "bin"
+            state = {key: value.contiguous() for key, value in model.state_dict().items()}
+            (safetensors.torch.save_file if suffix == "safetensors" else torch.save)(state, folder / f"part.{suffix}")
+            (folder / name).write_text(json.dumps({"metadata": {"format": "pt"}, "weight_map": dict.fromkeys(state, f"part.{suffix}")}))
+    shutil.rmtree(folder / "made")
+    return made
+
+
+def test_the_files_are_taken_in_transformers_order(tmp_path: Path) -> None:
+    made = in_every_form(tmp_path)
+    for name in made:
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+        np.testing.assert_array_equal(theirs.model.norm.weight.detach(), made[name].model.norm.weight.detach())
+        assert_same(values(read_folder(tmp_path).tensors), expected(made[name]))
+        (tmp_path / name).unlink()
+    with pytest.raises(ModelError, match=r"neither model\.safetensors nor pytorch_model"):
+        read_folder(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_a_shard_that_lacks_what_the_index_places_there_is_refused(suffix: str, tmp_path: Path) -> None:
+    in_every_form(tmp_path)
+    index = tmp_path / ("model.safetensors.index.json" if suffix == "safetensors" else "pytorch_model.bin.index.json")
+    for path in tmp_path.glob("*model*"):
+        if path != index:
+            path.unlink()
+    places = json.loads(index.read_text())
+    places["weight_map"]["model.layers.9.absent"] = f"part.{suffix}"
+    index.write_text(json.dumps(places))
+    with pytest.raises(ModelError, match=rf"part\.{suffix}: has no tensor 'model\.layers\.9\.absent'"):
+        read_folder(tmp_path)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from onnxtools.evaluate.scores import mean_interval, score_texts, share_interval
 from onnxtools.evaluate.wikitext import score_wikitext
 from onnxtools.generation.runtime import RuntimeOptions
 from onnxtools.generation.text import Tokenizer
+from tests.generation import vocabularies
 from tests.generation.models import exported, reference
 
 CPU = RuntimeOptions(device="cpu", threads=2)
@@ -180,6 +183,53 @@ def test_both_spellings_of_the_dataset(tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert read_lambada(tmp_path / "d.jsonl") == [("He said", "yes"), ("She said", " no")]
     assert read_lambada(tmp_path / "d.jsonl", 1) == [("He said", "yes")]
+
+
+ROWS = (
+    ({"text": "the old ship sails"}, "the old ship", " sails"), ({"text": "the old  ship \n"}, "the old ", " ship"),
+    ({"context": "the old", "continuation": "ship"}, "the old", " ship"), ({"context": "the old ", "continuation": "ship"}, "the old ", "ship"),
+    ({"context": "the old", "continuation": " ship"}, "the old", " ship"), ({"context": "the old\n", "continuation": "ship "}, "the old\n", "ship"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "byte_level"])
+def test_words_are_cut_from_their_contexts_as_lm_eval_cuts_them(kind: str, tmp_path: Path) -> None:
+    """lm-eval's rule written out: both as one text, cut where the context, less the white space at its end, has its tokens."""
+    native = getattr(vocabularies, kind)()
+    native.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "d.jsonl").write_text("\n".join(json.dumps(row) for row, _, _ in ROWS))
+    found = lambada.tokenized(read_lambada(tmp_path / "d.jsonl"), Tokenizer.open(tmp_path), None)
+    for passage, (row, context, word) in zip(found, ROWS, strict=True):
+        before = native.encode(context.rstrip()).ids
+        assert passage == Passage(before, native.encode(context + word).ids[len(before) :]), row
+        assert native.decode([*passage.context, *passage.word]) == context + word
+
+
+def test_a_word_without_a_token_of_its_own_is_named() -> None:
+    """A tokenizer that joins a context's last word and the next one."""
+
+    class Letters(Tokenizer):
+        def encode(self, text: str) -> list[int]:
+            return [len(text)]
+
+    with pytest.raises(JobError, match="passage 0: its last word 'old' has no token of its own"):
+        lambada.tokenized([("the", " old")], Letters(None, Path()), None)
+
+
+def test_one_run_writes_a_journal(tmp_path: Path) -> None:
+    """The second is refused by name and changes nothing; the lock goes with the process, however it ends."""
+    path, code = tmp_path / "j.jsonl", "import sys, time; from pathlib import Path; from onnxtools.evaluate.lambada import Journal"
+    with subprocess.Popen(
+        [sys.executable, "-c", f"{code}; j = Journal(Path(sys.argv[1]), {{'model': 'm'}}); print(1, flush=True); time.sleep(60)", path], stdout=subprocess.PIPE
+    ) as run:
+        assert run.stdout is not None and run.stdout.readline() == b"1\n"
+        content = path.read_bytes()
+        with pytest.raises(JobError, match=r"j\.jsonl: another run of `accuracy` writes it now"):
+            Journal(path, {"model": "m"})
+        assert path.read_bytes() == content and [p.name for p in tmp_path.iterdir()] == ["j.jsonl"]
+        run.kill()
+    Journal(path, {"model": "m"}).close()
+    assert [p.name for p in tmp_path.iterdir()] == ["j.jsonl"]
 
 
 def test_contexts_are_cut_at_their_beginning_where_the_positions_end() -> None:

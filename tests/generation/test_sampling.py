@@ -56,3 +56,11 @@ def test_impossible_options_are_refused_by_name(settings: dict[str, float]) -> N
     with pytest.raises(UsageError) as error:
         GenerationOptions(**settings)  # type: ignore[arg-type]
     assert next(iter(settings)).replace("_", "-") in str(error.value) or "beam search" in str(error.value)
+
+
+@pytest.mark.parametrize("others", [{}, {"top_k": 5}, {"top_p": 0.5}, {"num_beams": 3}, {"seed": 4}])
+def test_a_temperature_of_0_is_greedy(others: dict[str, float]) -> None:
+    """As in vLLM, llama.cpp and OpenAI's interface; without the others it is what no temperature is."""
+    options = GenerationOptions(temperature=0.0, **others)  # type: ignore[arg-type]
+    assert not options.samples
+    assert not GenerationOptions().samples and GenerationOptions(temperature=0.5).samples and GenerationOptions(top_k=5).samples

@@ -10,7 +10,9 @@ import onnx_ir as ir
 import pytest
 
 from onnxtools import weights as w
-from onnxtools.tensors import RowTensor, read_rows
+from onnxtools.errors import ModelError
+from onnxtools.tensors import RowTensor, elements, read_rows
+from onnxtools.weights import cast
 
 WHOLE = np.random.default_rng(1).standard_normal((24, 6)).astype(np.float32)
 
@@ -59,3 +61,39 @@ def test_what_is_contiguous_stays_a_byte_range(stored: ir.ExternalTensor) -> Non
     assert isinstance(joined, ir.ExternalTensor) and (joined.offset, joined.length) == (4 + 3 * 24, 21 * 24)
     assert w.row_range(stored, 0, 24) is stored and w.cast(stored, ir.DataType.FLOAT) is stored
     assert not isinstance(w.vstack(pieces[::-1], "x"), ir.ExternalTensor)
+
+
+_FLOATS = {
+    "float64": (np.float64, ir.DataType.DOUBLE), "float32": (np.float32, ir.DataType.FLOAT), "float16": (np.float16, ir.DataType.FLOAT16),
+    "bfloat16": (ml_dtypes.bfloat16, ir.DataType.BFLOAT16),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("target", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("source", _FLOATS)
+def test_a_value_beyond_the_target_is_refused_and_a_mask_stays(source: str, target: str) -> None:
+    """Of every pair of types: the largest value that fits stays finite, the next one that the source has is refused."""
+    kind, wide = _FLOATS[source][0], _FLOATS[target][0]
+    largest = float(ml_dtypes.finfo(wide).max)
+    fits = np.array([largest, -largest, 0, -np.inf], np.float64).astype(kind)
+    if np.isfinite(fits[0].astype(np.float64)) and float(fits[0]) <= largest:
+        found = elements(cast(ir.Tensor(fits, name="w"), _FLOATS[target][1]))
+        np.testing.assert_array_equal(found.astype(np.float64), fits.astype(np.float64))
+    beyond = np.array([1.0, 2 * largest], np.float64).astype(kind)
+    if np.isfinite(beyond[1].astype(np.float64)):
+        with pytest.raises(ModelError, match="'w' has values beyond"):
+            elements(cast(ir.Tensor(beyond, name="w"), _FLOATS[target][1]))
+        with pytest.raises(ModelError, match="'w' has values beyond"):
+            elements(cast(ir.Tensor(-beyond, name="w"), _FLOATS[target][1]))
+    for odd in (np.inf, np.nan):
+        if source != target:
+            with pytest.raises(ModelError, match="'w' has infinite or NaN elements"):
+                elements(cast(ir.Tensor(np.array([1.0, odd], np.float64).astype(kind), name="w"), _FLOATS[target][1]))
+
+
+def test_a_value_that_rounds_up_to_infinity_is_beyond() -> None:
+    """3.4e38 is a float32, and nearer to bfloat16's infinity than to its largest number; 65520 is so of float16."""
+    for value, target in ((3.4e38, ir.DataType.BFLOAT16), (65520.0, ir.DataType.FLOAT16)):
+        with pytest.raises(ModelError, match="beyond"):
+            elements(cast(ir.Tensor(np.array([value], np.float32), name="w"), target))
+    np.testing.assert_array_equal(elements(cast(ir.Tensor(np.array([65519.0], np.float32), name="w"), ir.DataType.FLOAT16)), [65504])
