@@ -55,9 +55,7 @@ class PassageResult:
 
 
 def read_lambada(path: Path, limit: int | None = None) -> list[tuple[str, str]]:
-    """(context, last word with the white space before it) of a JSONL file: fields `context` and `continuation`, or `text`.
-
-    A continuation that neither begins with white space nor follows some is a word of its own: it gets a space.
+    """(context, last word) of a JSONL file: fields `context` and `continuation`, or `text`, whose last word is split off.
 
     Raises:
         UsageError: no such file, not JSONL, or other fields.
@@ -66,6 +64,7 @@ def read_lambada(path: Path, limit: int | None = None) -> list[tuple[str, str]]:
     for number, row in read_jsonl(path, limit):
         if "context" in row and "continuation" in row:
             context, word = row["context"], row["continuation"]
+            word = word.strip() if isinstance(word, str) else word
         elif "text" in row:
             context, word = split_text(row["text"]) if isinstance(row["text"], str) else (None, None)
         else:
@@ -74,25 +73,27 @@ def read_lambada(path: Path, limit: int | None = None) -> list[tuple[str, str]]:
             raise UsageError(f"{path}:{number}: context and continuation, or text, must be text; mend the line")
         if not context.strip() or not word.strip():
             raise UsageError(f"{path}:{number}: the {'context' if not context.strip() else 'last word'} is empty; remove the line")
-        found.append((context, word.rstrip()))
+        found.append((context, word))
     return found
 
 
 def split_text(text: str) -> tuple[str, str]:
-    """A passage as its context and its last word; the space before the word belongs to the word."""
+    """A passage as its context and its last word with the space before it; other spaces are the context's."""
     context, space, word = text.rstrip().rpartition(" ")
-    return context, space + word
+    return context, space + word.strip()
 
 
 def tokenized(rows: Sequence[tuple[str, str]], tokenizer: Tokenizer, longest: int | None) -> list[Passage]:
     """Context and word as `Tokenizer.pair` cuts them; the context's beginning is cut where the model's positions end.
+
+    A word that neither begins with a space nor follows white space gets a space.
 
     Raises:
         JobError: a word that has no token of its own.
     """
     found = []
     for number, (context, word) in enumerate(rows):
-        joint = "" if context[-1:].isspace() or word[:1].isspace() else " "
+        joint = "" if context[-1:].isspace() or word.startswith(" ") else " "
         before, pieces = tokenizer.pair(context, joint + word)
         if not pieces:
             raise JobError(f"passage {number}: its last word {word.strip()[:40]!r} has no token of its own in {tokenizer.path}; remove the line")

@@ -189,6 +189,7 @@ ROWS = (
     ({"text": "the old ship sails"}, "the old ship", " sails"), ({"text": "the old  ship \n"}, "the old ", " ship"),
     ({"context": "the old", "continuation": "ship"}, "the old", " ship"), ({"context": "the old ", "continuation": "ship"}, "the old ", "ship"),
     ({"context": "the old", "continuation": " ship"}, "the old", " ship"), ({"context": "the old\n", "continuation": "ship "}, "the old\n", "ship"),
+    ({"context": "the old", "continuation": "\n\nship"}, "the old", " ship"),
 )  # fmt: skip
 
 
