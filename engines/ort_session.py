@@ -20,6 +20,7 @@ from onnxtools.engines.next_token import add_next_token
 from onnxtools.errors import JobError
 from onnxtools.generation.runtime import RuntimeOptions
 from onnxtools.graph import attribute, is_fp8_qdq
+from onnxtools.kvcache import settle_sizes
 from onnxtools.model import Model
 from onnxtools.ort import BROKEN_OPTIMIZERS, one_line
 
@@ -171,6 +172,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def ports(model: Model) -> tuple[list[Port], list[Port]]:
     """Inputs and outputs of the graph."""
+    settle_sizes(model)
     return [_port(value) for value in model.graph.inputs], [_port(value) for value in model.graph.outputs]
 
 

@@ -14,7 +14,7 @@ import yaml
 
 from onnxtools.engines.spec import EngineSpec
 from onnxtools.errors import JobError, UsageError
-from onnxtools.kvcache import positions
+from onnxtools.kvcache import positions, settle_sizes
 from onnxtools.model import Model
 
 Shape = tuple[int, ...]
@@ -48,6 +48,7 @@ def profiles_for(model: Model, spec: EngineSpec) -> list[Profile]:
         UsageError: the shapes text does not fit the graph.
         JobError: the graph's dimensions do not say what they are, and no shapes were given.
     """
+    settle_sizes(model)
     if spec.min_shapes:
         return _written_profiles(model, spec)
     if spec.profiles is not None:

@@ -129,35 +129,53 @@ def _is_product(node: ir.Node | None, facts: Facts) -> bool:
     return node is not None and is_op(node, "MatMul") and all(_is_activation(v, facts) for v in node.inputs)
 
 
-def _up_to_product(value: ir.Value | None, facts: Facts) -> tuple[ir.Node, list[tuple[ir.Node, int]]] | None:
-    """The query-key product above `value` and the nodes from it down to `value`, each with its data input."""
-    node = value.producer() if value is not None else None
-    if node is None or facts[value].value is not None:
-        return None
-    if _is_product(node, facts):
-        return node, []
-    if node.op_type in _UNARY | {"Reshape", "Transpose", "Unsqueeze", "Squeeze", "Expand"}:
-        candidates = [0]
-    elif node.op_type in _BINARY:
-        candidates = [1, 2] if node.op_type == "Where" else list(range(len(node.inputs)))
-    else:
-        return None
-    for index in candidates:
-        found = _up_to_product(node.inputs[index], facts)
-        if found is not None:
-            return found[0], [*found[1], (node, index)]
+_Path = tuple[ir.Node, list[tuple[ir.Node, int]]]
+
+
+def _up_to_product(value: ir.Value | None, facts: Facts) -> _Path | None:
+    """The query-key product above `value` and the nodes from it down to `value`, each with its data input.
+
+    Each value is looked at once: `Add(x, x)` has two ways up, and a chain of them exponentially many.
+    """
+    steps: list[tuple[ir.Value, list[tuple[ir.Node, int]]]] = [(value, [])] if value is not None else []
+    seen: set[ir.Value] = set()
+    while steps:
+        current, below = steps.pop()
+        node = current.producer()
+        if current in seen or node is None or facts[current].value is not None:
+            continue
+        seen.add(current)
+        if _is_product(node, facts):
+            return node, below
+        if node.op_type in _UNARY | {"Reshape", "Transpose", "Unsqueeze", "Squeeze", "Expand"}:
+            candidates = [0]
+        elif node.op_type in _BINARY:
+            candidates = [1, 2] if node.op_type == "Where" else list(range(len(node.inputs)))
+        else:
+            continue
+        for index in reversed(candidates):
+            source = node.inputs[index]
+            if source is not None:
+                steps.append((source, [(node, index), *below]))
     return None
 
 
-def _down_to_product(value: ir.Value, facts: Facts) -> tuple[ir.Node, list[tuple[ir.Node, int]]] | None:
+def _down_to_product(value: ir.Value, facts: Facts) -> _Path | None:
     """The probability-value product below `value` and the nodes on the way."""
-    for user, index in value.uses():
-        if is_op(user, "MatMul") and index == 0 and _is_product(user, facts):
-            return user, []
-        if user.op_type in _AFTER_SOFTMAX and user.domain == "":
-            found = _down_to_product(user.outputs[0], facts)
-            if found is not None:
-                return found[0], [(user, index), *found[1]]
+    steps: list[tuple[ir.Value, list[tuple[ir.Node, int]]]] = [(value, [])]
+    seen: set[ir.Value] = set()
+    while steps:
+        current, above = steps.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        uses = [(user, index) for user, index in current.uses()]
+        for user, index in uses:
+            if is_op(user, "MatMul") and index == 0 and _is_product(user, facts):
+                return user, above
+        for user, index in reversed(uses):
+            if user.op_type in _AFTER_SOFTMAX and user.domain == "" and user.outputs:
+                steps.append((user.outputs[0], [*above, (user, index)]))
     return None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,10 +46,18 @@ def small_constant(value: ir.Value | None, limit: int = 4096) -> np.ndarray | No
 
 def is_constant_expression(value: ir.Value | None) -> bool:
     """Whether `value` is computed from constants alone."""
-    if value is None or constant_tensor(value) is not None:
-        return True
-    node = value.producer()
-    return node is not None and all(is_constant_expression(v) for v in node.inputs)
+    waiting, seen = [value], {value}
+    while waiting:
+        current = waiting.pop()
+        if current is None or constant_tensor(current) is not None:
+            continue
+        node = current.producer()
+        if node is None:
+            return False
+        new = [v for v in node.inputs if v not in seen]
+        seen.update(new)
+        waiting += new
+    return True
 
 
 def is_op(node: ir.Node | None, *op_types: str, domain: str = "") -> bool:
@@ -81,6 +89,15 @@ def has_dynamic_scales(model: Model) -> bool:
 def attribute(node: ir.Node, name: str, default: Any = None) -> Any:
     found = node.attributes.get(name)
     return default if found is None else found.value
+
+
+def graphs_inside(node: ir.Node) -> Iterator[ir.Graph]:
+    """The graphs that are attributes of an If, Loop or Scan."""
+    for held in node.attributes.values():
+        if held.type == ir.AttributeType.GRAPH:
+            yield held.as_graph()
+        elif held.type == ir.AttributeType.GRAPHS:
+            yield from held.as_graphs()
 
 
 def rename_or_bypass(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:

@@ -22,7 +22,7 @@ import onnx
 import onnx_ir as ir
 
 from onnxtools.graph import attribute, constant_tensor
-from onnxtools.infer_ops import SHAPE_RULES, UNKNOWN, VALUE_RULES, Fact, output_dtypes
+from onnxtools.infer_ops import SHAPE_RULES, UNKNOWN, VALUE_RULES, Disputed, Fact, output_dtypes
 from onnxtools.model import Model
 from onnxtools.tensors import elements
 
@@ -90,7 +90,7 @@ def stand_ins(model: Model, above: int = 10) -> dict[str, int]:
             if isinstance(dim, int):
                 continue
             name = dim_name(value, axis)
-            if ids and axis == 1 and "total" in name.lower() and past is not None:
+            if len(dim_terms(name)) > 1 or (ids and axis == 1 and "total" in name.lower() and past is not None):
                 totals.append(name)
                 continue
             if name not in sizes:
@@ -98,9 +98,20 @@ def stand_ins(model: Model, above: int = 10) -> dict[str, int]:
             if ids:
                 roles.setdefault(axis, sizes[name])
     for name in totals:
-        assert past is not None
-        sizes[name] = sizes[past] + roles.get(1, 0)
+        terms = dim_terms(name)
+        if len(terms) == 1:
+            sizes[name] = sizes[past or ""] + roles.get(1, 0)
+        elif all(isinstance(term, int) or term in sizes for term in terms):
+            sizes[name] = sum(term if isinstance(term, int) else sizes[term] for term in terms)
+        else:
+            sizes[name] = next(primes)
     return sizes
+
+
+def dim_terms(name: str) -> list[int | str]:
+    """The terms of a dimension that is called a sum, such as optimum's `past_sequence_length + sequence_length`; of another its name alone."""
+    terms = [term.strip() for term in name.split("+")]
+    return [int(term) if term.isdigit() else term for term in terms] if all(terms) else [name]
 
 
 def _growing_past(model: Model) -> str | None:
@@ -207,6 +218,9 @@ def infer_node(node: ir.Node, facts: Facts, model: Model) -> None:
     if domain == "" and node.op_type == "SequenceAt":
         _infer_sequence_at(node, inputs, facts)
         return
+    if domain == "" and node.op_type in ("If", "Loop", "Scan"):
+        _infer_branches(node, facts)
+        return
     known = domain == "" and all(i.value is not None for v, i in zip(node.inputs, inputs, strict=True) if v is not None)
     if known and node.op_type not in _OPAQUE and _evaluate(node, inputs, facts, model):
         return
@@ -214,6 +228,10 @@ def infer_node(node: ir.Node, facts: Facts, model: Model) -> None:
     if domain == "" and node.op_type in SHAPE_RULES:
         try:
             shapes = SHAPE_RULES[node.op_type](node, inputs)
+        except Disputed:
+            for output in node.outputs:
+                facts[output] = Fact(inputs[0].dtype)
+            return
         except (ValueError, TypeError, IndexError, KeyError):
             shapes = None
         if shapes is not None:
@@ -282,6 +300,14 @@ def _infer_sequence_at(node: ir.Node, inputs: list[Fact], facts: Facts) -> None:
     facts[node.outputs[0]] = Fact(data.dtype, tuple(shape))
 
 
+def _infer_branches(node: ir.Node, facts: Facts) -> None:
+    """Element types of what a node with graphs inside makes, as one of these graphs says them."""
+    inner = next((a.as_graph() for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH), None)
+    made = list(inner.outputs)[1 if node.op_type == "Loop" else 0 :] if inner is not None else []
+    for index, output in enumerate(node.outputs):
+        facts[output] = Fact(output.dtype or (made[index].dtype if index < len(made) else None))
+
+
 def sequence_sizes(split: ir.Node, size: int, facts: Facts) -> list[int] | None:
     """Sizes of the pieces of a SplitToSequence along an axis of `size`; None where they are computed at run time."""
     if len(split.inputs) < 2 or split.inputs[1] is None:
@@ -296,28 +322,46 @@ def sequence_sizes(split: ir.Node, size: int, facts: Facts) -> list[int] | None:
 
 def _evaluate(node: ir.Node, inputs: list[Fact], facts: Facts, model: Model) -> bool:
     """Compute the elements with numpy (onnx's reference kernels for rare operators); False if they are too many."""
-    if _too_large(node, inputs, facts.limit):
-        return False
-    arrays = [i.value for i in inputs]
     rule = VALUE_RULES.get(node.op_type)
     try:
         if rule is not None:
-            result: Any = rule(node, arrays)
+            if _too_large(node, inputs, facts.limit):
+                return False
+            result: Any = rule(node, [i.value for i in inputs])
+            dtypes = output_dtypes(node, inputs)
         else:
-            result = _reference(node, inputs, model)
+            typed = _by_schema(node, inputs, model)
+            if not _is_small(node, inputs, typed, facts.limit):
+                return False
+            result, dtypes = _reference(node, inputs, model), [fact.dtype for fact in typed]
     except Exception:  # an operator numpy or the reference cannot do stays unknown
         return False
     results = list(result) if isinstance(result, (tuple, list)) else [result]
     grown = node.op_type in _GROWERS or any(i.grown for i in inputs)
-    for output, array in zip(node.outputs, results, strict=False):
-        array = np.asarray(array)
+    made: list[Fact] = []
+    for array, known in zip(map(np.asarray, results), dtypes, strict=False):
+        dtype = known or ir.DataType.from_numpy(array.dtype)
         if array.size > facts.limit:
             return False
-        dtype = output_dtypes(node, inputs)[0] or ir.DataType.from_numpy(array.dtype)
-        if array.dtype != dtype.numpy():
-            array = array.astype(dtype.numpy())
-        facts[output] = Fact(dtype, array.shape, array, grown and array.size > 1)
+        made.append(Fact(dtype, array.shape, array.astype(dtype.numpy(), copy=False), grown and array.size > 1))
+    for output, fact in zip(node.outputs, made, strict=False):
+        facts[output] = fact
     return True
+
+
+_FILTERS = {"NonZero", "Compress", "Unique", "NonMaxSuppression"}
+"""Operators whose result is as large as their inputs at most, and of a size that the elements decide."""
+_REFERENCE_LIMIT = 1 << 18
+"""Elements that onnx's reference kernels, some of them loops in Python, are asked to work on."""
+
+
+def _is_small(node: ir.Node, inputs: list[Fact], typed: list[Fact], limit: int) -> bool:
+    """Whether the reference kernel can be run: what goes in and what comes out is bounded before anything is computed."""
+    if sum(i.value.size for i in inputs if i.value is not None) > _REFERENCE_LIMIT or not typed:
+        return False
+    if node.op_type in _FILTERS:
+        return True
+    return all(fact.shape is not None and math.prod(fact.shape) <= min(limit, _REFERENCE_LIMIT) for fact in typed)
 
 
 def _too_large(node: ir.Node, inputs: list[Fact], limit: int) -> bool:
@@ -351,8 +395,13 @@ def _reference(node: ir.Node, inputs: list[Fact], model: Model) -> list[Array]:
 
 def _infer_by_schema(node: ir.Node, inputs: list[Fact], facts: Facts, model: Model) -> None:
     """onnx's own inference for one node: slower, and it knows every operator."""
-    for output in node.outputs:
-        facts[output] = Fact(output.dtype)
+    found = _by_schema(node, inputs, model)
+    for index, output in enumerate(node.outputs):
+        facts[output] = found[index] if index < len(found) and found[index].dtype is not None else Fact(output.dtype)
+
+
+def _by_schema(node: ir.Node, inputs: list[Fact], model: Model) -> list[Fact]:
+    """Types and, where they follow, shapes of the outputs by onnx's schema; nothing where an operator or an input type is unknown."""
     try:
         version = model.ir.opset_imports.get(node.domain, 1)
         schema = onnx.defs.get_schema(node.op_type, version, node.domain)
@@ -362,22 +411,21 @@ def _infer_by_schema(node: ir.Node, inputs: list[Fact], facts: Facts, model: Mod
             if value is None or value.name is None:
                 continue
             if fact.dtype is None:
-                return
+                return []
             types[value.name] = onnx.helper.make_tensor_type_proto(fact.dtype.value, fact.shape)
             if fact.value is not None and fact.value.size <= 1024:
                 data[value.name] = onnx.numpy_helper.from_array(fact.value)
         opsets = [onnx.helper.make_opsetid(d, v) for d, v in model.ir.opset_imports.items()]
         inferred = onnx.shape_inference.infer_node_outputs(schema, proto, types, data, opset_imports=opsets, ir_version=10)
     except Exception:  # an unknown operator or a sequence type: nothing is known
-        return
-    for output in node.outputs:
-        proto_type = inferred.get(output.name or "")
-        if proto_type is None or not proto_type.HasField("tensor_type"):
-            continue
-        tensor_type = proto_type.tensor_type
-        dims = [d.dim_value if d.HasField("dim_value") else None for d in tensor_type.shape.dim]
-        known = tensor_type.HasField("shape") and None not in dims
-        facts[output] = Fact(ir.DataType(tensor_type.elem_type), tuple(dims) if known else None)  # type: ignore[arg-type]
+        return []
+    return [_fact_of(inferred.get(output.name or "")) for output in node.outputs]
 
 
-# --- elements ---------------------------------------------------------------------------------------------------------
+def _fact_of(proto: onnx.TypeProto | None) -> Fact:
+    if proto is None or not proto.HasField("tensor_type") or not proto.tensor_type.elem_type:
+        return Fact()
+    kind = proto.tensor_type
+    dims = [d.dim_value for d in kind.shape.dim if d.HasField("dim_value")]
+    known = kind.HasField("shape") and len(dims) == len(kind.shape.dim)
+    return Fact(ir.DataType(kind.elem_type), tuple(dims) if known else None)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -62,13 +63,24 @@ def _reshape(node: ir.Node, arrays: Sequence[Any]) -> Array:
     return np.asarray(arrays[0]).reshape(reshape_target(arrays[0].shape, arrays[1].tolist(), attribute(node, "allowzero", 0)))
 
 
-def _slice_index(node: ir.Node, rank: int, arrays: Sequence[Any]) -> tuple[slice, ...]:
+class Disputed(ValueError):
+    """What ONNX Runtime and ONNX see in different ways: nothing is concluded from it."""
+
+
+def _slice_index(node: ir.Node, shape: Sequence[int], arrays: Sequence[Any]) -> tuple[slice, ...]:
+    """The part of an array of `shape` that a Slice takes; bounds are clamped as ONNX's Slice-13 says, which for negative steps is not numpy's way."""
     starts, ends = arrays[1].tolist(), arrays[2].tolist()
     axes = arrays[3].tolist() if len(arrays) > 3 and arrays[3] is not None else list(range(len(starts)))
     steps = arrays[4].tolist() if len(arrays) > 4 and arrays[4] is not None else [1] * len(starts)
-    index = [slice(None)] * rank
+    index = [slice(None)] * len(shape)
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
-        index[axis] = slice(start, None if step < 0 and end < -(2**31) else end, step)
+        if step < 0 and end >= 2**31 - 1:
+            raise Disputed("ONNX Runtime's kernel takes such an end for the beginning, its shape inference and ONNX do not")
+        size = shape[axis]
+        low, high = (0, size) if step > 0 else (-1, size - 1)
+        first = min(max(start + size if start < 0 else start, max(low, 0)), high)
+        last = min(max(end + size if end < 0 else end, low), high)
+        index[axis] = slice(0, 0) if not size else slice(first, None if last < 0 else last, step)
     return tuple(index)
 
 
@@ -95,15 +107,41 @@ def _split(node: ir.Node, arrays: Sequence[Any]) -> list[Array]:
 
 
 def _cast(node: ir.Node, arrays: Sequence[Any]) -> Array:
-    return arrays[0].astype(ir.DataType(attribute(node, "to")).numpy())  # type: ignore[no-any-return]
+    return _as(arrays[0], ir.DataType(attribute(node, "to")).numpy(), bool(attribute(node, "saturate", 1)))
+
+
+def _cast_like(node: ir.Node, arrays: Sequence[Any]) -> Array:
+    return _as(arrays[0], arrays[1].dtype, bool(attribute(node, "saturate", 1)))
+
+
+def _as(array: Array, dtype: np.dtype[Any], saturate: bool) -> Array:
+    """`array` as `dtype` by ONNX's Cast: numbers beyond a float8 become its largest, infinity too, unless `saturate` is off.
+
+    Raises:
+        ValueError: floats that the integer type cannot hold; ONNX leaves open what they become.
+    """
+    if np.dtype(array.dtype).kind == "f" and np.dtype(dtype).kind in "iu":
+        whole, bounds = np.trunc(array.astype(np.float64)), np.iinfo(dtype)
+        if not ((whole >= bounds.min) & (whole <= bounds.max)).all():
+            raise ValueError("out of range")
+    if saturate and "float8" in dtype.name and "e8m0" not in dtype.name:
+        top = float(ml_dtypes.finfo(dtype).max)  # type: ignore[no-untyped-call]
+        array = np.clip(array.astype(np.float32), -top, top)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return array.astype(dtype)
 
 
 def _squeeze(node: ir.Node, arrays: Sequence[Any]) -> Array:
     return np.asarray(np.squeeze(arrays[0], _axes(node, arrays)))
 
 
+_LONGEST = 1 << 27
+
+
 def _range(node: ir.Node, arrays: Sequence[Any]) -> Array:
     start, limit, delta = (a.item() for a in arrays)
+    if not delta or abs((limit - start) / delta) > _LONGEST:
+        raise ValueError("too long, or endless")
     return np.arange(start, limit, delta, dtype=arrays[0].dtype)
 
 
@@ -144,9 +182,9 @@ _BROADCAST_ONLY = {"Div", "Max", "Min", "Mod", "PRelu", "BitwiseAnd", "BitwiseOr
 
 VALUE_RULES: dict[str, Callable[[ir.Node, Sequence[Any]], Any]] = {
     **{name: _ufunc(function) for name, function in (_BINARY | _UNARY).items()},
-    "Div": _divide, "Cast": _cast, "CastLike": lambda n, a: a[0].astype(a[1].dtype), "Reshape": _reshape, "Unsqueeze": _unsqueeze,
+    "Div": _divide, "Cast": _cast, "CastLike": _cast_like, "Reshape": _reshape, "Unsqueeze": _unsqueeze,
     "Squeeze": _squeeze, "Concat": lambda n, a: np.concatenate(a, attribute(n, "axis")), "Transpose": lambda n, a: np.transpose(a[0], attribute(n, "perm")),
-    "Gather": lambda n, a: np.take(a[0], a[1], axis=attribute(n, "axis", 0)), "Slice": lambda n, a: a[0][_slice_index(n, a[0].ndim, a)],
+    "Gather": lambda n, a: np.take(a[0], a[1], axis=attribute(n, "axis", 0)), "Slice": lambda n, a: a[0][_slice_index(n, a[0].shape, a)],
     "Split": _split, "Range": _range, "ConstantOfShape": _constant_of_shape, "Expand": _expand, "Trilu": _trilu,
     "Size": lambda n, a: np.int64(a[0].size), "Flatten": lambda n, a: a[0].reshape(math.prod(a[0].shape[: attribute(n, "axis", 1)]), -1),
     "Tile": lambda n, a: np.tile(a[0], a[1]),
@@ -210,7 +248,7 @@ def _slice_shape(node: ir.Node, i: list[Fact]) -> Shapes:
         if given is not None and fact.value is None:
             raise ValueError("unknown bounds")
     shape = _shape(i[0])
-    index = _slice_index(node, len(shape), [None, *(f.value for f in i[1:])])
+    index = _slice_index(node, shape, [None, *(f.value for f in i[1:])])
     return [tuple(len(range(*part.indices(d))) for part, d in zip(index, shape, strict=True))]
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +12,24 @@ import onnx
 import onnx_ir as ir
 
 from onnxtools.errors import JobError, OnnxtoolsError, UsageError
+from onnxtools.feeds import Array, Feeds, Probe, long_probe, probes, too_costly
+from onnxtools.infer import token_input
 from onnxtools.manager import Instrument, Step
 from onnxtools.memory import peak_mib
 from onnxtools.model import Model
-from onnxtools.ort import Feeds, Runner, random_feeds
+from onnxtools.ort import Runner
+from onnxtools.part import TABLE_ROWS, beginning
 from onnxtools.passbase import Pass
 from onnxtools.validate import Difference, default_tolerance, empty_cache, is_cached
 
 CHECK_LIMIT = 256 << 20
-"""The numeric check runs by default on models with fewer weight bytes than this."""
+"""Models with fewer weight bytes than this are compared in full by default."""
+PART_LIMIT = 512 << 20
+"""Of larger ones, as many bytes of weights from the beginning on."""
+WARN, FAIL = 0.3, 1.0
+"""Relative L2 of a lossy pass: above the one it is said, above the other refused. At 1 the difference is as large as the outputs."""
+_SECONDS = 60.0
+"""A run that nobody asked for is ended after so long."""
 
 
 class Timing(Instrument):
@@ -136,68 +146,166 @@ def _placeholder(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
     return ir.ExternalTensor("none", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(list(tensor.shape.numpy())), name=name, base_dir="")
 
 
+@dataclass(frozen=True)
+class _Compared:
+    """What is compared before and after a pass: outputs on several inputs, or inner values of a part.
+
+    Attributes:
+        names: of inner values, in graph order; None: the outputs of the whole graph.
+        expected: the values on each of the probes.
+    """
+
+    probes: list[Probe]
+    names: list[str] | None
+    expected: list[dict[str, Array]]
+
+
 class NumericCheck(Instrument):
     """Runs the graph on ONNX Runtime after each pass and compares it with the graph before (`measures['rel_l2']`).
 
-    A pass that declares itself exact or rounding must stay within `tolerance`; a lossy one is reported, and what it
-    made becomes the reference of the next.
+    A model of less than `CHECK_LIMIT` bytes of weights is compared in full: with token ids all over the vocabulary, a padded row, and at
+    positions beyond 4,000 where it has them. Of a larger one the first layers are, up to `PART_LIMIT` bytes; `measures['sampled']` says how
+    much that was and what it cost. A pass that declares itself exact or rounding must stay within `tolerance`; of a lossy one a difference
+    above `WARN` is said and one above `FAIL` refused, and what it made becomes the reference of the next.
     """
 
-    def __init__(self, feeds: Feeds | None = None, tolerance: float | None = None) -> None:
-        self.feeds, self.tolerance = feeds, tolerance
-        self.given = feeds is not None
-        self._expected: dict[str, object] | None = None
+    def __init__(self, feeds: Feeds | None = None, tolerance: float | None = None, *, full: bool = False) -> None:
+        self.feeds, self.tolerance, self.full = feeds, tolerance, full
+        self._before: _Compared | None = None
         self._skip = ""
+        self._sampled = ""
 
     def before(self, pass_: Pass, model: Model) -> None:
-        if self._expected is not None or self._skip:
+        if self._before is not None or self._skip:
             return
         try:
-            if self.feeds is None:
-                self.feeds = random_feeds(model)
-            self._expected = self._run(model)
+            self._before = self._start(model)
         except OnnxtoolsError as error:
-            if self.given:
+            if self.feeds is not None:
                 raise  # inputs that the user named must work
             self._skip = str(error)
 
-    def _run(self, model: Model) -> dict[str, object]:
-        assert self.feeds is not None
-        feeds = dict(self.feeds)
+    def _start(self, model: Model) -> _Compared:
+        if self.feeds is not None:
+            return self._full(model, [Probe("", self.feeds)])
+        if self.full or model.weight_bytes() < CHECK_LIMIT:
+            found, _ = probes(model)
+            if not self.full and (why := too_costly(model, found[0].feeds)):
+                raise JobError(f"a run of the graph would cost too much: {why}; --check runs it nevertheless")
+            far = long_probe(model)
+            return self._full(model, [*found, far] if far is not None and not too_costly(model, far.feeds) else found)
+        return self._part(model)
+
+    def _full(self, model: Model, wanted: Sequence[Probe]) -> _Compared:
+        """All outputs on each of the inputs; of those beyond the plain ones, where the graph runs on them."""
+        run, kept = Runner(model, seconds=self._seconds), _Compared([], None, [])
+        for probe in wanted:
+            try:
+                found = run(self._complete(model, probe.feeds))
+            except OnnxtoolsError:
+                if not probe.title:
+                    raise
+                continue
+            kept.probes.append(probe)
+            kept.expected.append(found)
+        return kept
+
+    def _part(self, model: Model) -> _Compared:
+        """Inner values of the first layers."""
+        started = time.perf_counter()
+        names, nodes, nbytes = beginning(model, PART_LIMIT)
+        found, _ = probes(model, rows=TABLE_ROWS)
+        plain = found[:1]
+        if not names:
+            raise JobError(f"its first weights alone have more than {PART_LIMIT >> 20} MiB; --check compares it in full")
+        run = Runner(model, names, rows=TABLE_ROWS, seconds=_SECONDS)
+        values = [run({**self._complete(model, probe.feeds)}) for probe in plain]
+        self._sampled = f"the first {nodes} of {len(model.graph)} nodes ({nbytes / 1e6:.0f} MB of weights), {time.perf_counter() - started:.1f} s"
+        return _Compared(plain, names, values)
+
+    @property
+    def _seconds(self) -> float | None:
+        return None if self.full or self.feeds is not None else _SECONDS
+
+    def _complete(self, model: Model, feeds: Feeds) -> Feeds:
+        """The feeds with an empty cache, in the types that the graph wants."""
+        feeds = dict(feeds)
         if is_cached(model):
-            feeds.update({name: array for name, array in empty_cache(model, next(iter(feeds.values())).shape[0]).items() if name not in feeds})
+            tokens = token_input(model)
+            known = feeds[tokens.value.name or ""].shape[tokens.batch_axis] if tokens is not None and tokens.value.name in feeds else 1
+            feeds.update({name: array for name, array in empty_cache(model, known).items() if name not in feeds})
         for value in model.graph.inputs:
             name, kind = value.name or "", value.dtype
             if name in feeds and kind is not None and kind != ir.DataType.BFLOAT16 and feeds[name].dtype != kind.numpy():
                 feeds[name] = feeds[name].astype(kind.numpy())
-        return dict(Runner(model)(feeds))
+        return feeds
 
     def after(self, pass_: Pass, model: Model, step: Step) -> None:
-        if self._skip or self._expected is None:
+        if self._skip or self._before is None:
             step.measures["numeric_skipped"] = self._skip
             return
         if not step.result.changed:
             return
         try:
-            actual = self._run(model)
+            actual = self._again(model)
         except OnnxtoolsError as error:
-            if "NOT_IMPLEMENTED" not in str(error) and model.weight_bytes() < CHECK_LIMIT:
+            if "NOT_IMPLEMENTED" not in str(error) and self._before.names is None:
                 raise JobError(f"pass {pass_.name!r} made a graph that ONNX Runtime cannot run, while it ran before: {error} (--no-check writes it)") from error
             self._skip = f"after {pass_.name}: {error}"
             step.measures["numeric_skipped"] = self._skip
             return
-        lossy = pass_.numerics == "lossy"  # may change the type and the scale of what a cache holds; what is made of it is compared
-        shared = [name for name in self._expected if name in actual and not (lossy and "present" in name)]
-        worst = max((Difference.of(self._expected[name], actual[name]).rel_l2 for name in shared), default=0.0)  # type: ignore[arg-type]
+        worst, where = self._worst(actual, lossy=pass_.numerics == "lossy")
         step.measures["rel_l2"] = worst
-        least = _REORDERED if pass_.numerics == "rounding" else 0.0
-        allowed = self.tolerance if self.tolerance is not None else max(default_tolerance(model), least)
+        if self._before.names is not None:
+            step.measures["sampled"] = self._sampled
+        self._judge(pass_, model, step, worst, where)
+        if self._before.names is not None:
+            self._before = self._part(model)
+        elif pass_.numerics == "lossy":
+            self._before = _Compared(self._before.probes, None, actual)
+
+    def _again(self, model: Model) -> list[dict[str, Array]]:
+        """The same values of the graph as it is now; of inner ones, those that it still has."""
+        assert self._before is not None
+        names = self._before.names
+        if names is None:
+            run = Runner(model, seconds=self._seconds)
+        else:
+            here = {value.name for node in model.graph for value in node.outputs}
+            names = [name for name in names if name in here][-3:]
+            if not names:
+                raise JobError("no inner value of the part that was looked at kept its name; --check compares the whole")
+            run = Runner(model, names, rows=TABLE_ROWS, seconds=_SECONDS)
+        return [run(self._complete(model, probe.feeds)) for probe in self._before.probes]
+
+    def _worst(self, actual: Sequence[Mapping[str, Array]], *, lossy: bool) -> tuple[float, str]:
+        """The largest difference, and of which inputs. A lossy pass may change what a cache holds; what is made of it is compared."""
+        assert self._before is not None
+        found = [(0.0, "")]
+        for probe, expected, now in zip(self._before.probes, self._before.expected, actual, strict=True):
+            for name, array in expected.items():
+                if name in now and not (lossy and "present" in name):
+                    a, b = probe.of_real(array), probe.of_real(now[name])
+                    if a.shape != b.shape:
+                        raise JobError(f"output {name!r} has the shape {list(b.shape)} now and had {list(a.shape)}; nothing was written (--no-check writes it)")
+                    found.append((Difference.of(a, b).rel_l2, f" ({probe.title})" if probe.title else ""))
+        return max(found, key=lambda pair: pair[0])
+
+    def _judge(self, pass_: Pass, model: Model, step: Step, worst: float, where: str) -> None:
         if not np.isfinite(worst):
-            raise JobError(f"pass {pass_.name!r} made infinite or NaN outputs; nothing was written (--no-check writes it)")
-        if lossy:
-            self._expected = actual
-        elif worst > allowed:
-            limit = f"{worst:.2e} (relative L2), more than {allowed:.0e}"
+            raise JobError(f"pass {pass_.name!r} made infinite or NaN outputs{where}; nothing was written (--no-check writes it)")
+        if pass_.numerics == "lossy":
+            if worst > (FAIL if self.tolerance is None else self.tolerance):
+                raise JobError(
+                    f"pass {pass_.name!r} changed the outputs by {worst:.2g} (relative L2){where}: hardly anything of the model is left; nothing was"
+                    " written (--tolerance allows more, --no-check skips this)"
+                )
+            if worst > WARN:
+                step.result.notes.append(f"warning: the outputs changed by {worst:.2g} (relative L2){where}; measure what that costs with `onnxtools accuracy`")
+            return
+        allowed = self.tolerance if self.tolerance is not None else max(default_tolerance(model), _REORDERED if pass_.numerics == "rounding" else 0.0)
+        if worst > allowed:
+            limit = f"{worst:.2e} (relative L2){where}, more than {allowed:.0e}"
             raise JobError(f"pass {pass_.name!r} changed the outputs by {limit}; nothing was written (--tolerance allows more, --no-check skips this)")
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import onnx_ir as ir
 
 from onnxtools.graph import Builder, attribute, is_op
-from onnxtools.infer import Facts
+from onnxtools.infer import Facts, analyse
 from onnxtools.model import Model
 from onnxtools.positions import table_rows
 
@@ -94,6 +94,37 @@ class KvCache:
     def past_length(self, past: ir.Value, name: str) -> ir.Value:
         """Tokens in the cache, shape [1]."""
         return self.builder.op("Shape", [past], name, dtype=ir.DataType.INT64, shape=[1], start=self.axis, end=self.axis + 1)
+
+
+def settle_sizes(model: Model) -> None:
+    """Write the head size of caches into their shapes where it is called by a name, as ONNX Runtime GenAI does; the graph knows it."""
+    named = [value for value in model.graph.inputs if value.shape is not None and len(value.shape) == 4 and not isinstance(value.shape[3], int)]
+    if not named:
+        return
+    facts = analyse(model)
+    for past in named:
+        for node, index in past.uses():
+            size = _head_size(node, index, facts)
+            if size is not None:
+                presents = [o for o in node.outputs if o.is_graph_output() and o.shape is not None and len(o.shape) == 4]
+                for value in (past, *presents):
+                    assert value.shape is not None
+                    value.shape = ir.Shape([*list(value.shape)[:3], size])
+
+
+def _head_size(node: ir.Node, index: int, facts: Facts) -> int | None:
+    """Channels of a head, off what joins the cache with new keys or values."""
+    known = set(facts.dims.values())
+    if is_op(node, "Concat", "TensorScatter") and index == 0:
+        shape = facts[node.inputs[1]].shape
+        return shape[3] if shape is not None and len(shape) == 4 and shape[3] not in known else None
+    if is_op(node, "GroupQueryAttention", domain="com.microsoft") and index in (3, 4):
+        heads, shared = attribute(node, "num_heads", 0), attribute(node, "kv_num_heads", 0)
+        keys, packed = facts[node.inputs[1]].shape, facts[node.inputs[0]].shape
+        if keys is not None and shared:
+            return int(keys[-1]) // int(shared)
+        return int(packed[-1]) // int(heads + 2 * shared) if packed is not None and heads + shared else None
+    return None
 
 
 def positions(model: Model) -> int | None:

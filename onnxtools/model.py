@@ -15,6 +15,7 @@ import onnx_ir
 import onnx_ir as ir
 
 from onnxtools.errors import ModelError, OnnxtoolsError
+from onnxtools.inputs import absent, check_regular
 from onnxtools.tensors import external_path
 from onnxtools.wellformed import check
 
@@ -185,16 +186,14 @@ def _is_weight(tensor: ir.TensorProtocol) -> bool:
 
 def _read_proto(path: Path) -> tuple[onnx.ModelProto, str]:
     try:
-        status = path.stat()
-        if stat.S_ISDIR(status.st_mode):
+        if path.is_dir():
             raise ModelError(f"{path}: is a folder; name the .onnx file in it")
-        if not stat.S_ISREG(status.st_mode):
-            raise ModelError(f"{path}: is a device or a pipe, no file; name an ONNX file")
-        if status.st_size >= _MAX_PROTO_BYTES:
-            raise ModelError(f"{path}: has {status.st_size} bytes, and no ONNX graph can have more than {_MAX_PROTO_BYTES}; keep its weights in a data file")
+        check_regular(path, ModelError)
+        if (size := path.stat().st_size) >= _MAX_PROTO_BYTES:
+            raise ModelError(f"{path}: has {size} bytes, and no ONNX graph can have more than {_MAX_PROTO_BYTES}; keep its weights in a data file")
         data = path.read_bytes()
     except FileNotFoundError:
-        raise ModelError(f"{path}: no such file; check the path") from None
+        raise ModelError(f"{absent(path)}: no such file; check the path") from None
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
     proto = onnx.ModelProto()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,15 @@ import onnx
 import onnx_ir as ir
 
 from onnxtools.errors import JobError
-from onnxtools.graph import constant_tensor, is_op
-from onnxtools.infer import is_ids_like
+from onnxtools.feeds import Array, Feeds
 from onnxtools.model import Model
-from onnxtools.tensors import RowTensor
-
-Array = np.ndarray[Any, Any]
-Feeds = dict[str, Array]
+from onnxtools.part import part
+from onnxtools.tensors import RowTensor, elements
 
 IN_MEMORY_LIMIT = 1_500_000_000
 REFERENCE_LIMIT = 64 << 20
 BROKEN_OPTIMIZERS = ["ReluQuantRewrite", "ClipQuantRewrite"]
 """ONNX Runtime's rewrites that drop a Relu or Clip before QuantizeLinear, taking every zero point of 0 for an unsigned type's least value: wrong in FP8."""
-BATCH, SEQUENCE = 2, 16
 _BF16 = onnx.TensorProto.BFLOAT16
 _F32 = onnx.TensorProto.FLOAT
 
@@ -36,17 +33,15 @@ class Runner:
     onnx.reference when the model is small.
 
     Args:
-        extra_outputs: names of inner values to return as well.
-        only: return just these values, so that nothing behind them is computed.
+        only: return just these values; what they do not need is not loaded.
+        rows: of tables that tokens look up, load the first so many rows.
+        seconds: a run that takes longer is ended.
     """
 
-    def __init__(self, model: Model, extra_outputs: Sequence[str] = (), only: Sequence[str] | None = None) -> None:
+    def __init__(self, model: Model, only: Sequence[str] | None = None, *, rows: int | None = None, seconds: float | None = None) -> None:
         self.notes: list[str] = []
-        proto = _runnable(model, self.notes)
-        if only is not None:
-            del proto.graph.output[:]
-        wanted = list(extra_outputs) if only is None else list(only)
-        proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
+        self._seconds = seconds
+        proto = _runnable(model, self.notes, only, rows)
         self.inputs = {value.name: value for value in proto.graph.input}
         self.outputs = [value.name for value in proto.graph.output]
         self._run = self._load(proto, model)
@@ -60,6 +55,7 @@ class Runner:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
         if model.path is not None:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model.path.parent.resolve()))
+        self._mapped = _map_foreign(options, proto, model)  # ONNX Runtime reads them in place
         data = proto.SerializeToString()
         try:
             session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"], disabled_optimizers=BROKEN_OPTIMIZERS)
@@ -72,10 +68,20 @@ class Runner:
 
         def run(feeds: Feeds) -> list[Array]:
             values = {name: ort_value(feeds[name], types[name]) for name in types}
+            limit = ort.RunOptions()
+            timer = threading.Timer(self._seconds, lambda: setattr(limit, "terminate", True)) if self._seconds is not None else None
+            if timer is not None:
+                timer.daemon = True
+                timer.start()
             try:
-                results = session.run_with_ort_values(None, values)
+                results = session.run_with_ort_values(None, values, limit)
             except Exception as error:
+                if limit.terminate:
+                    raise JobError(f"the graph ran for more than {self._seconds:g} s, so it was ended") from None
                 raise JobError(f"ONNX Runtime failed on the graph: {one_line(error)}") from error
+            finally:
+                if timer is not None:
+                    timer.cancel()
             return [to_numpy(value) for value in results]
 
         return run
@@ -132,12 +138,34 @@ def to_numpy(value: Any) -> Array:
     return array  # type: ignore[no-any-return]
 
 
-def _runnable(model: Model, notes: list[str]) -> onnx.ModelProto:
-    """A proto that ONNX Runtime takes: functions for `trt::`, no stale types, float32 for bfloat16."""
+def _map_foreign(options: Any, proto: onnx.ModelProto, model: Model) -> list[Array]:
+    """Give ONNX Runtime the weights that lie in other folders than the graph (a Hugging Face cache) from memory: it looks into one folder."""
+
+    folder = model.path.parent.resolve() if model.path is not None else None
+    wanted = {tensor.name for tensor in proto.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL}
+    names, arrays = [], []
+    for value, tensor in model.weights():
+        if value.name in wanted and isinstance(tensor, ir.ExternalTensor) and Path(tensor.base_dir).resolve() != folder:
+            names.append(value.name)
+            arrays.append(np.ascontiguousarray(elements(tensor)))
+    if names:
+        kinds = {tensor.name: onnx.TensorProto.DataType.Name(tensor.data_type).lower() for tensor in proto.graph.initializer}
+        options.add_external_initializers(names, [ort_value(array, kinds[name]) for name, array in zip(names, arrays, strict=True)])
+    return arrays
+
+
+def _runnable(model: Model, notes: list[str], only: Sequence[str] | None = None, rows: int | None = None) -> onnx.ModelProto:
+    """A proto that ONNX Runtime takes: functions for `trt::`, no stale types, float32 for bfloat16; of the values `only` where they are named."""
+    if only is not None:
+        proto = part(model, only, rows=rows)
+        return _as_it_runs(proto, model, notes)
     streamed = sum(t.nbytes for _, t in model.weights() if isinstance(t, RowTensor))
     if streamed > IN_MEMORY_LIMIT:
         raise JobError(f"{streamed / 1e9:.1f} GB of changed weights are not on disk yet; save the model, then validate the files")
-    proto = model.proto()
+    return _as_it_runs(model.proto(), model, notes)
+
+
+def _as_it_runs(proto: onnx.ModelProto, model: Model, notes: list[str]) -> onnx.ModelProto:
     uses_te = any(node.domain == "trt" for node in model.graph.all_nodes())
     if uses_te:
         proto = _with_te_functions(proto, model)
@@ -182,7 +210,9 @@ def _bf16_as_fp32(proto: onnx.ModelProto, model: Model) -> None:
     tensors = {value.name: tensor for value, tensor in model.weights()}
     for initializer in proto.graph.initializer:
         if initializer.data_type == _BF16:
-            array = tensors[initializer.name].numpy().astype(np.float32)
+            tensor = tensors[initializer.name]
+            array = elements(tensor)[: initializer.dims[0]] if initializer.dims else elements(tensor)
+            array = array.astype(np.float32)
             initializer.CopyFrom(onnx.numpy_helper.from_array(array, initializer.name))
     for value in (*proto.graph.input, *proto.graph.output):
         if _elem_type(value) == _BF16:
@@ -198,90 +228,3 @@ def widen_node(node: onnx.NodeProto, types: Container[int]) -> None:
             attribute.i = _F32
         if attribute.HasField("t") and attribute.t.data_type in types:
             attribute.t.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(attribute.t).astype(np.float32)))
-
-
-# --- inputs -----------------------------------------------------------------------------------------------------------
-
-
-def random_feeds(model: Model, batch: int = BATCH, sequence: int = SEQUENCE, seed: int = 0) -> Feeds:
-    """Inputs by rule: token ids within the embedding, positions 0.., causal 4-D masks, other masks that keep all, empty or zero caches, normal floats."""
-    generator = np.random.default_rng(seed)
-    return {value.name or "": _feed(value, batch, sequence, generator) for value in model.graph.inputs}
-
-
-def _feed(value: ir.Value, batch: int, sequence: int, generator: np.random.Generator) -> Array:
-    if value.shape is None or value.dtype is None:
-        raise JobError(f"input {value.name!r} has no recorded type or shape; give data with --inputs")
-    shape = [_dim(dim, axis, value, batch, sequence) for axis, dim in enumerate(value.shape)]
-    name = (value.name or "").lower()
-    dtype = np.dtype(np.float32) if value.dtype == ir.DataType.BFLOAT16 else value.dtype.numpy()
-    if "past" in name:
-        return np.zeros(shape, dtype)  # also static caches, whose slots are masked
-    if "position" in name and is_ids_like(value):
-        along = np.arange(shape[1], dtype=dtype) if shape[1] == sequence else np.arange(shape[0], dtype=dtype)[:, None]
-        return np.broadcast_to(along, shape).copy()
-    if "mask" in name:
-        if value.dtype == ir.DataType.BOOL and len(shape) == 4:
-            causal = np.triu(np.ones(shape[-2:], dtype=bool), shape[-1] - shape[-2] + 1)
-            return np.broadcast_to(causal if _true_hides(value) else ~causal, shape).copy()
-        if value.dtype.is_floating_point() and len(shape) == 4:
-            return np.broadcast_to(np.triu(np.full(shape[-2:], -10000.0), shape[-1] - shape[-2] + 1), shape).astype(dtype)
-        return np.ones(shape, dtype=dtype) if value.dtype in (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL) else np.zeros(shape, dtype=dtype)
-    if value.dtype in (ir.DataType.INT64, ir.DataType.INT32):
-        return generator.integers(0, vocabulary(value), shape).astype(dtype)
-    return generator.standard_normal(shape).astype(dtype)
-
-
-def _true_hides(mask: ir.Value) -> bool:
-    """Whether True takes a key out (NeMo: Where(mask, -10000, scores)) or keeps it (the Attention operator, Where(mask, scores, ...))."""
-    for node, index in mask.uses():
-        if node.op_type == "Attention":
-            return False
-        if node.op_type == "Where" and index == 0:
-            chosen = node.inputs[1]
-            while chosen is not None and is_op(chosen.producer(), "Cast", "CastLike"):
-                chosen = chosen.producer().inputs[0]  # type: ignore[union-attr]
-            fill = constant_tensor(chosen)
-            return fill is not None and fill.size == 1
-        if node.op_type == "Not":
-            return not _true_hides(node.outputs[0])
-        if node.op_type in ("Unsqueeze", "Identity", "Expand", "Cast", "Slice", "Reshape"):
-            return _true_hides(node.outputs[0])
-    return True
-
-
-def _dim(dim: int | ir.SymbolicDim, axis: int, value: ir.Value, batch: int, sequence: int) -> int:
-    if isinstance(dim, int):
-        return dim
-    name = (dim.value or "").lower()
-    if "past" in name:
-        return 0
-    if "batch" in name or (not name and axis == 0):
-        return batch
-    return batch if axis == 0 and "seq" not in name else sequence
-
-
-def vocabulary(ids: ir.Value) -> int:
-    """Rows of the smallest table that `ids` index; 2 where they index none."""
-    tables = [node.inputs[0] for node, index in ids.uses() if node.op_type == "Gather" and index == 1]
-    rows = [table.shape[0] for table in tables if table is not None and table.shape]
-    return min((size for size in rows if isinstance(size, int)), default=2)
-
-
-def read_feeds(path: Path) -> Feeds:
-    """Inputs from an .npz file or from Polygraphy's JSON (the first entry of a list of feeds).
-
-    Raises:
-        JobError: the file cannot be read.
-    """
-    try:
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as archive:
-                return {name: archive[name] for name in archive.files}
-        from polygraphy.json import load_json
-
-        data = load_json(str(path))
-        first = data[0] if isinstance(data, list) else data
-        return {name: np.asarray(array) for name, array in first.items()}
-    except Exception as error:
-        raise JobError(f"{path}: no readable inputs ({one_line(error)}); write an .npz or a Polygraphy JSON file") from error

@@ -45,6 +45,13 @@ class Product:
         return found
 
     @property
+    def obstacle(self) -> str:
+        """Why the rows of the activation are not its tokens, so that nothing can be learnt of its channels; empty where they are."""
+        if self.index == 0 and self.node.op_type != "Conv":
+            return "the weight is the first operand of the product"
+        return "its activation is transposed (transA)" if self.node.op_type == "Gemm" and attribute(self.node, "transA", 0) else ""
+
+    @property
     def quantized(self) -> bool:
         return any(node.op_type.endswith("DequantizeLinear") for node in self.path)
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from onnxtools.graph import constant_tensor, is_op
+from onnxtools.graph import is_op
 from onnxtools.model import Model
 from onnxtools.passbase import Pass, option
 from onnxtools.products import Product, weight_products
+from onnxtools.readers import stored_weight
 
 LM_HEAD = "language-model head (--lm-head takes it)"
 
@@ -58,7 +59,7 @@ def head_product(model: Model) -> ir.Node | None:
 
     A lone layer has no table, so its product is no head.
     """
-    if not any(is_op(node, "Gather") and constant_tensor(node.inputs[0]) is not None for node in model.graph):
+    if not any(is_op(node, "Gather") and stored_weight(node.inputs[0]) is not None for node in model.graph):
         return None
     products = {product.node: product for product in weight_products(model)}
     for output in model.graph.outputs:
@@ -68,8 +69,3 @@ def head_product(model: Model) -> ir.Node | None:
         if node is not None and node in products:
             return node
     return None
-
-
-def is_embedding(value: ir.Value) -> bool:
-    """Whether the weight is also a table that tokens look up."""
-    return any(is_op(user, "Gather", "GatherElements", "GatherND") for user, _ in value.uses())

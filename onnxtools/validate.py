@@ -10,10 +10,12 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxtools.errors import JobError
+from onnxtools.feeds import Array, Feeds, Probe, long_probe, probes, sizes_of, too_costly
 from onnxtools.graph import has_dynamic_scales
-from onnxtools.infer import token_input
+from onnxtools.infer import dim_terms, token_input
+from onnxtools.kvcache import settle_sizes
 from onnxtools.model import Model
-from onnxtools.ort import Array, Feeds, Runner, random_feeds
+from onnxtools.ort import Runner
 
 FP8_TOLERANCE = 0.1
 """FP8 rounds to 3 bits: one flipped rounding is 6% of a value."""
@@ -130,23 +132,42 @@ def validate(
         JobError: a model does not run, or they share no output.
     """
     verdict = Verdict(tolerance if tolerance is not None else max(default_tolerance(reference), default_tolerance(model)))
-    given = feeds if feeds is not None else random_feeds(reference, batch, sequence, seed)
     run_a, run_b = Runner(reference), Runner(model)
     verdict.notes = list(dict.fromkeys([*run_a.notes, *run_b.notes]))
-    expected = run_a(_with_empty_cache(reference, given))
-    if is_cached(model):
-        steps_tolerance = None
-        if has_dynamic_scales(model) and tolerance is None:
-            steps_tolerance = STEP_TOLERANCE
-            verdict.notes.append(
-                f"scales are computed from the data (current scaling): a step sees fewer tokens than the full run, so steps may differ by {STEP_TOLERANCE:g}"
-            )
-        _validate_decoding(verdict, {name: array for name, array in expected.items() if not is_cache(name)}, model, run_b, given, steps_tolerance)
-    else:
-        _compare(verdict, "full", expected, run_b(given))
+    steps_tolerance = None
+    if is_cached(model) and has_dynamic_scales(model) and tolerance is None:
+        steps_tolerance = STEP_TOLERANCE
+        verdict.notes.append(
+            f"scales are computed from the data (current scaling): a step sees fewer tokens than the full run, so steps may differ by {STEP_TOLERANCE:g}"
+        )
+    for probe in [Probe("", feeds)] if feeds is not None else _probes(reference, batch, sequence, seed, verdict.notes):
+        try:
+            expected = run_a(_with_empty_cache(reference, probe.feeds))
+        except JobError as error:
+            if not probe.title:
+                raise
+            verdict.notes.append(f"not compared: {probe.title} (the reference does not run: {error})")
+            continue
+        if is_cached(model):
+            outputs = {name: array for name, array in expected.items() if not is_cache(name)}
+            _validate_decoding(verdict, outputs, model, run_b, probe, steps_tolerance)
+        else:
+            _compare(verdict, probe.title or "full", expected, run_b(probe.feeds), probe)
     if not verdict.passed and is_quantized(model) and not is_quantized(reference):
         verdict.notes.append("only the model is quantized: percents of difference are its rounding; `onnxtools accuracy --compare` says what it costs")
     return verdict
+
+
+def _probes(model: Model, batch: int, sequence: int, seed: int, notes: list[str]) -> list[Probe]:
+    """All inputs by rule; the long one where it is cheap enough."""
+    found, unknown = probes(model, batch, sequence, seed)
+    notes += unknown
+    far = long_probe(model, seed)
+    if far is not None and not (why := too_costly(model, far.feeds)):
+        found.append(far)
+    elif far is not None:
+        notes.append(f"not compared: {far.title} ({why}); `--sequence` makes the inputs longer")
+    return found
 
 
 def is_cache(name: str) -> bool:
@@ -158,13 +179,15 @@ def is_quantized(model: Model) -> bool:
     return any(node.op_type.endswith(("DequantizeLinear", "MatMulNBits")) for node in model.graph)
 
 
-def _compare(verdict: Verdict, check: str, expected: Mapping[str, Array], actual: Mapping[str, Array], tolerance: float | None = None) -> None:
+def _compare(
+    verdict: Verdict, check: str, expected: Mapping[str, Array], actual: Mapping[str, Array], probe: Probe, tolerance: float | None = None
+) -> None:  # fmt: skip
     """Add one row for each shared output, and a note for each that only one model has."""
     shared = [name for name in expected if name in actual]
     if not shared:
         raise JobError(f"the models share no output: {', '.join(expected)} against {', '.join(actual)}")
     for name in shared:
-        verdict.add(check, name, expected[name], actual[name], tolerance)
+        verdict.add(check, name, probe.of_real(expected[name]), probe.of_real(actual[name]), tolerance)
     for owner, mine, other in (("the reference", expected, actual), ("the model", actual, expected)):
         lonely = [name for name in mine if name not in other]
         note = f"warning: only {owner} has {', '.join(map(repr, lonely))}; not compared"
@@ -179,6 +202,7 @@ def _with_empty_cache(model: Model, feeds: Feeds) -> Feeds:
 
 def empty_cache(model: Model, batch: int) -> Feeds:
     """Cache inputs of length 0."""
+    settle_sizes(model)
     feeds: Feeds = {}
     for value in cache_inputs(model):
         assert value.shape is not None and value.dtype is not None
@@ -233,9 +257,16 @@ def _sequence_axis(model: Model, output: str) -> int | None:
     """The axis of an output along which steps are joined; None where each step replaces the one before (last-token logits)."""
     value = next(v for v in model.graph.outputs if v.name == output)
     names = [d.value if isinstance(d, ir.SymbolicDim) else None for d in value.shape or ()]
-    if "sequence" in names:
-        return names.index("sequence")
+    if (new := _new_tokens(model)) in names:
+        return names.index(new)
     return None if value.shape is not None and len(value.shape) > 1 and isinstance(value.shape[1], int) else 1
+
+
+def _new_tokens(model: Model) -> str:
+    """What the dimension of new tokens is called."""
+    tokens = token_input(model)
+    dim = tokens.value.shape[tokens.axis] if tokens is not None and tokens.value.shape is not None else None
+    return dim.value or "sequence" if isinstance(dim, ir.SymbolicDim) else "sequence"
 
 
 def _joined(old: Array, new: Array, axis: int) -> Array:
@@ -260,24 +291,26 @@ def _past_axis(value: ir.Value) -> int:
 
 def _part(name: str, array: Array, model: Model, done: int, step: int) -> Array:
     """The slice of a full-sequence input that one step needs: new tokens, or everything up to them for a mask."""
-    value = next(v for v in model.graph.inputs if v.name == name)
-    dims = [d.value if isinstance(d, ir.SymbolicDim) else d for d in value.shape or ()]
+    value, new = next(v for v in model.graph.inputs if v.name == name), _new_tokens(model)
     index: list[slice] = []
-    for dim in dims:
-        if dim == "total_sequence":
+    for dim in value.shape or ():
+        text = dim.value or "" if isinstance(dim, ir.SymbolicDim) else ""
+        if "total" in text or len(dim_terms(text)) > 1:
             index.append(slice(0, done + step))
-        elif dim == "sequence":
+        elif text == new:
             index.append(slice(done, done + step))
         else:
             index.append(slice(None))
     return array[tuple(index)]
 
 
-def _validate_decoding(verdict: Verdict, expected: Mapping[str, Array], model: Model, run: Runner, feeds: Feeds, tolerance: float | None) -> None:
-    _, sequence = _token_shape(model, feeds)
-    for steps in split_points(sequence):
+def _validate_decoding(verdict: Verdict, expected: Mapping[str, Array], model: Model, run: Runner, probe: Probe, tolerance: float | None) -> None:
+    """At once and in steps: in all ways on the plain inputs, in one way on others."""
+    _, sequence = _token_shape(model, probe.feeds)
+    for steps in [[sequence], [sequence - 1, 1]] if probe.title and sequence > 1 else split_points(sequence):
         label = "prefill" if len(steps) == 1 else f"steps {_brief(steps)}"
-        _compare(verdict, label, expected, decode(model, run, feeds, steps), tolerance if len(steps) > 1 else None)
+        label = f"{probe.title}: {label}" if probe.title else label
+        _compare(verdict, label, expected, decode(model, run, probe.feeds, steps), probe, tolerance if len(steps) > 1 else None)
 
 
 def _brief(steps: Sequence[int]) -> str:
@@ -307,7 +340,7 @@ def first_divergence(reference: Model, model: Model, feeds: Feeds, tolerance: fl
     """
     from onnxtools.infer import analyse
 
-    facts = analyse(reference, _sizes(reference, feeds))
+    facts = analyse(reference, sizes_of(reference, feeds))
     known = {v.name for node in reference.graph for v in node.outputs if v.name}
     names = [(v.name, node) for node in model.graph for v in node.outputs if v.name in known and v.name]
     shapes = {v.name: facts[v] for node in reference.graph for v in node.outputs}
@@ -325,16 +358,6 @@ def first_divergence(reference: Model, model: Model, feeds: Feeds, tolerance: fl
             if difference.rel_l2 > tolerance:
                 return Divergence(name, node.name or "", node.op_type, difference, compared)
     return None
-
-
-def _sizes(model: Model, feeds: Mapping[str, Array]) -> dict[str, int]:
-    from onnxtools.infer import dim_name
-
-    return {
-        dim_name(value, axis): int(feeds[value.name].shape[axis])
-        for value in model.graph.inputs if value.name and value.name in feeds
-        for axis, dim in enumerate(value.shape or ()) if not isinstance(dim, int)
-    }  # fmt: skip
 
 
 def _groups(names: list[tuple[str, ir.Node]], shapes: Mapping[str | None, Any]) -> Iterator[list[tuple[str, ir.Node]]]:

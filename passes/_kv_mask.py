@@ -86,7 +86,7 @@ class MaskRewriter:
         """The other operand of a pointwise node, grown; None when the node has no effect."""
         fact = self.facts[side]
         if fact.value is None:
-            return (side, False) if fact.shape is not None and np.prod(fact.shape) == 1 else (self.extend(side), True)
+            return (side, False) if fact.shape is not None and np.prod(fact.shape) == 1 else (self.extend(side), self.is_causal(side))
         if fact.value.size == 1:
             return side, False
         if node.op_type in ("Add", "Sub") and not fact.value.any():
@@ -112,7 +112,7 @@ class MaskRewriter:
             assert condition is not None
             inputs: list[ir.Value | None] = [self.extend(condition), None, None]
             inputs[data], inputs[3 - data] = scores, fill
-            return self.builder.op("Where", inputs, name), True
+            return self.builder.op("Where", inputs, name), self.is_causal(condition)
         matrix = square(known if data == 2 else ~known, self.size)
         if matrix is None:
             raise MaskError(f"has the shape {list(known.shape)}, which is no [sequence, sequence] mask")
@@ -167,6 +167,30 @@ class MaskRewriter:
             self._made[key] = build.op("Where", [hidden, low, zero], "/model/mask/additive")
             build.before = here
         return self._made[key]
+
+    def is_causal(self, value: ir.Value | None) -> bool:
+        """Whether a mask, or what it is made of, hides later tokens: by its elements, or as an input that says it for each pair of tokens.
+
+        A mask of [batch, sequence] hides padding alone: an encoder has one, and its tokens see later ones.
+        """
+        waiting, seen = [value], {value}
+        while waiting:
+            current = waiting.pop()
+            if current is None:
+                continue
+            fact, node = self.facts[current], current.producer()
+            if fact.value is not None:
+                if _hides_later(fact.value, self.size):
+                    return True
+                continue
+            if node is None:
+                if fact.shape is not None and fact.shape[-2:] == (self.size, self.size):
+                    return True
+                continue
+            new = [v for v in node.inputs if v not in seen]
+            seen.update(new)
+            waiting += new
+        return False
 
     # --- masks from inputs -------------------------------------------------------------------------------------------
 
@@ -262,6 +286,25 @@ class MaskRewriter:
             else:
                 axes.append(index)
         return self.builder.op("Unsqueeze", [grown, self.builder.constant(axes, "axes")], "/model/mask/Unsqueeze") if axes else grown
+
+
+def _hides_later(array: Any, size: int) -> bool:
+    """Whether the elements are a causal mask, added, or True where a key is hidden or where it is seen."""
+    try:
+        matrix = square(array, size)
+        if matrix is None:
+            return False
+        candidates = [matrix, ~matrix] if matrix.dtype == bool else [hidden_by_addition(matrix)[0]]
+    except MaskError:
+        return False
+    for hidden in candidates:
+        try:
+            pattern = pattern_of(hidden)
+        except MaskError:
+            continue
+        if pattern is not None and pattern.causal:
+            return True
+    return False
 
 
 _SHAPE_ARGUMENTS = {"Reshape", "Expand", "Slice", "Tile", "ConstantOfShape", "Unsqueeze", "Squeeze", "Split", "Pad", "Resize"}

@@ -77,7 +77,7 @@ class CalibratedPruner:
             else:
                 made = sparsegpt(matrix(product), observed.value)
                 stored = (made if product.axis == 1 else np.ascontiguousarray(made.T)).astype(product.tensor.dtype.numpy())
-                calibration.store(_place(product), stored)
+                calibration.store(product.weight.name or "", stored)
                 found[product.node.name or ""] = np.array(index)
         for product in products:
             self._apply(product, found, calibration)
@@ -94,9 +94,5 @@ class CalibratedPruner:
         if self._method == "wanda":
             value.const_value = wanda_rows(product.tensor, norms, product.axis, name)
         else:
-            value.const_value = calibration.stored(_place(product), product.tensor.dtype, name)
+            value.const_value = calibration.stored(name, product.tensor.dtype)
         value.metadata_props["onnxtools.sparsity"] = "2:4"
-
-
-def _place(product: Product) -> str:
-    return (product.weight.name or "").replace("/", "_")

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxtools.calibration.run import Findings
-from onnxtools.calibration.statistics import BlockGram, ChannelRange, Gram, Observer, TokenSample, equal_tokens
+from onnxtools.calibration.statistics import BlockGram, ChannelRange, Gram, Observer, TokenSample
 from onnxtools.products import Product
 from onnxtools.quantization.formats import INT4, scale_of
 from onnxtools.quantization.groups import Group, matrix, relative_error, rounded, signal_to_noise
@@ -18,6 +18,8 @@ from onnxtools.quantization.qdq import QdqBuilder, weight_scale
 from onnxtools.quantization.scheme import Scheme, shown
 
 Array = np.ndarray[Any, Any]
+Grams = tuple[Array, Array]
+"""X^T X / tokens of each block of channels, [K / block, block, block]: of the tokens as they are, and of tokens of length 1."""
 
 ROWS = 256
 """Tokens that the reported error of a layer is measured on."""
@@ -31,8 +33,11 @@ class Int4Scheme(Scheme):
     """Activation-aware weight quantization (AWQ, arXiv 2306.00978, section 3.2).
 
     The factor of input channel j is (mean |x_j|)^r, with the r of 20 between 0 and 1 that gives the least error of the
-    outputs; then each block's range is clipped to the fraction that gives the least error. What queries and keys come from is not
-    clipped, as AWQ's authors do it (their product multiplies the errors), but where GPTQ makes up for them.
+    outputs; then each block's range is clipped to the fraction that gives the least error. Errors are measured on the tokens
+    as they are, as AWQ does it, and on tokens of equal length, so that the few long ones (attention sinks) neither decide
+    alone nor are given up: what counts is the larger of the two, each in proportion to rounding to nearest, which is the
+    first candidate. What queries and keys come from is not clipped, as AWQ's authors do it (their product multiplies the
+    errors), but where GPTQ makes up for them.
 
     Attributes:
         blocks: block size of each product's weight, by node.
@@ -42,59 +47,66 @@ class Int4Scheme(Scheme):
     blocks: dict[str, int]
     unclipped: Collection[ir.Node] = ()
 
+    @property
+    def rows_have_scales(self) -> bool:
+        return True
+
     def watch(self, groups: Sequence[Group]) -> dict[ir.Value, tuple[Observer, ...]]:
-        return {g.activation: (ChannelRange(), TokenSample(ROWS, self.tokens), BlockGram(self._block(g)) if self.keep is None else Gram()) for g in groups}
+        found: dict[ir.Value, tuple[Observer, ...]] = {}
+        for group in groups:
+            grams: tuple[Observer, ...] = (BlockGram(self._block(group)), BlockGram(self._block(group), equal=True))
+            found[group.activation] = (ChannelRange(), TokenSample(ROWS, self.tokens), *grams, *([Gram()] if self.keep is not None else []))
+        return found
 
     def conclude(self, groups: Sequence[Group], seen: dict[ir.Value, tuple[Any, ...]]) -> Findings:
         """Also the factors of each group, and the scales of its weights, float32 [N, K / block]."""
         found: Findings = {}
-        blocks = {
-            group.index: gram.blocks(self._block(group)) if isinstance(gram, Gram) else gram.value for group in groups for gram in seen[group.activation][-1:]
-        }
+        grams = {group.index: (seen[group.activation][2].value, seen[group.activation][3].value) for group in groups}
         for group in groups:
-            if group.fold is not None:
-                found[f"{group.index}.factors"] = self._factors(group, seen[group.activation][0].mean, blocks[group.index])
+            if self.may_fold(group, groups):
+                found[f"{group.index}.factors"] = self._factors(group, seen[group.activation][0].mean, grams[group.index])
+                if self.is_late(group, groups):
+                    found[f"{group.index}.late"] = np.array(1)
         for group in groups:
-            _, sample, gram = seen[group.activation]
+            _, sample, _, _, *whole = seen[group.activation]
             for product in group.products:
-                full = gram if isinstance(gram, Gram) else None
-                self._product(product, group, groups, equal_tokens(sample.rows), blocks[group.index], full, found)
+                self._product(product, group, groups, sample.rows, grams[group.index], whole[0] if whole else None, found)
         return found
 
     def _block(self, group: Group) -> int:
         """The same for all products of a group: they have the same K."""
         return self.blocks[group.products[0].node.name or ""]
 
-    def _product(self, product: Product, group: Group, groups: Sequence[Group], rows: Array, blocks: Array, gram: Gram | None, found: Findings) -> None:
+    def _product(self, product: Product, group: Group, groups: Sequence[Group], rows: Array, grams: Grams, gram: Gram | None, found: Findings) -> None:
         factors, block = found.get(f"{group.index}.factors"), self._block(group)
-        weight = self.folded(product, group, groups, found)
-        if factors is None:
-            inputs = rows
-        else:
+        weight, inputs = self.folded(product, group, groups, found), rows
+        if factors is not None:
             inputs, cut = (rows / factors).astype(np.float32), factors.reshape(-1, block).astype(np.float32)
-            blocks = blocks / (cut[:, :, None] * cut[:, None, :])
-        scale = _clipped(weight, blocks, product.tensor.dtype, () if product.node in self.unclipped else _CLIPS)
+            grams = (grams[0] / (cut[:, :, None] * cut[:, None, :]), grams[1] / (cut[:, :, None] * cut[:, None, :]))
+        scale = _clipped(weight, grams, product.tensor.dtype, () if product.node in self.unclipped else _CLIPS)
         made = self.rounded(weight, scale, block, product, gram, factors)
         key = f"{group.index}.{product.node.name}"
         found[key] = np.array((signal_to_noise(weight, made), relative_error(inputs @ weight.T, inputs @ made.T)))
         found[f"{key}.scale"] = scale
 
-    def _factors(self, group: Group, mean: Array, blocks: Array) -> Array:
+    def _factors(self, group: Group, mean: Array, grams: Grams) -> Array:
+        """The factors with which both errors are least; those of rounding to nearest, 1, are the first candidate."""
         assert group.fold is not None
         weights = [(matrix(product), product.tensor.dtype) for product in group.products]
         size = np.maximum(mean, 1e-4 * max(float(mean.max()), 1e-30))
-        best, least = np.ones(len(size)), np.inf
+        plain, best, least = np.ones(2), np.ones(len(size)), np.inf
         for step in range(_GRID):
             factors = size ** (step / _GRID)
             factors = group.fold.tied(factors / np.sqrt(factors.max() * factors.min()))
-            error = 0.0
+            errors = np.zeros(2)
             for weight, dtype in weights:
-                wide = (weight * factors).astype(np.float32)
-                block = self._block(group)
+                wide, block = (weight * factors).astype(np.float32), self._block(group)
                 made = rounded(wide, INT4, _scale(wide, block, dtype), block) / factors.astype(np.float32)
-                error += float(_errors(made - weight, blocks).sum(dtype=np.float64))
-            if error < least:
-                best, least = factors, error
+                errors += [float(_errors(made - weight, blocks).sum(dtype=np.float64)) for blocks in grams]
+            if step == 0:
+                plain = np.maximum(errors, 1e-300)
+            if (worse := float((errors / plain).max())) < least:
+                best, least = factors, worse
         return best
 
     def emit(self, build: QdqBuilder, group: Group, found: Findings) -> dict[str, str]:
@@ -122,16 +134,20 @@ def _errors(difference: Array, blocks: Array) -> Array:
         return np.asarray(np.einsum("bni,bni->nb", cut @ blocks, cut))
 
 
-def _clipped(weight: Array, blocks: Array, dtype: ir.DataType, clips: Sequence[float]) -> Array:
-    """The scale of each block, float32 [N, K / block]: of the clipped ranges the one with the least output error."""
-    block = blocks.shape[-1]
+def _clipped(weight: Array, grams: Grams, dtype: ir.DataType, clips: Sequence[float]) -> Array:
+    """The scale of each block, float32 [N, K / block]: of the clipped ranges the one with which both errors are least, against no clipping."""
+    block = grams[0].shape[-1]
     amax = np.abs(weight.reshape(len(weight), -1, block)).max(axis=2)
     best, least = scale_of(amax, INT4, dtype).astype(np.float32), np.full(amax.shape, np.inf)
+    plain: list[Array] = []
     for clip in clips:
         scale = scale_of(amax * np.float32(clip), INT4, dtype).astype(np.float32)
-        error = _errors(rounded(weight, INT4, scale, block) - weight, blocks)
-        better = error < least
-        best, least = np.where(better, scale, best), np.where(better, error, least)
+        errors = [_errors(rounded(weight, INT4, scale, block) - weight, blocks) for blocks in grams]
+        plain = plain or [np.maximum(error, np.float32(1e-30)) for error in errors]
+        with np.errstate(over="ignore", invalid="ignore"):
+            worse = np.maximum(*(error / first for error, first in zip(errors, plain, strict=True)))
+        better = worse < least
+        best, least = np.where(better, scale, best), np.where(better, worse, least)
     return np.asarray(best)
 
 

@@ -39,6 +39,10 @@ class LinearScheme(Scheme):
     per_channel: bool
     method: Method
 
+    @property
+    def rows_have_scales(self) -> bool:
+        return self.per_channel
+
     def watch(self, groups: Sequence[Group]) -> dict[ir.Value, tuple[Observer, ...]]:
         wanted: list[type[Histogram] | type[Gram]] = [*([Histogram] if self.method != "max" else []), *([Gram] if self.keep is not None else [])]
         return {group.activation: (ChannelRange(), TokenSample(ROWS, self.tokens), *(kind() for kind in wanted)) for group in groups}
@@ -48,12 +52,14 @@ class LinearScheme(Scheme):
         found: Findings = {}
         for group in groups:
             ranges, _, *others = seen[group.activation]
-            factors = self._factors(group, ranges.amax)
+            factors = self._factors(group, ranges.amax) if self.may_fold(group, groups) else None
             histogram = next((other for other in others if isinstance(other, Histogram)), None)
             amax = largest(histogram, self.method, self.form) if histogram else (ranges.amax / (1 if factors is None else factors)).max()
             found[f"{group.index}.amax"] = np.asarray(amax, np.float64)
             if factors is not None:
                 found[f"{group.index}.factors"] = factors
+                if self.is_late(group, groups):
+                    found[f"{group.index}.late"] = np.array(1)
         for group in groups:
             _, sample, *others = seen[group.activation]
             gram = next((other for other in others if isinstance(other, Gram)), None)

@@ -31,6 +31,20 @@ _SCALE_OPS = {"Abs", "ReduceMax", "ReduceMin", "Max", "Min", "Div", "Mul", "Reci
 """What computes a current-scaling factor: no operator here depends on how the tensor is laid out."""
 
 
+_ROW_OPS = {
+    "IsNaN", "IsInf", "Not", "And", "Or", "Xor", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Where", "Sub", "ReduceSum", "ReduceMean",
+    "ReduceProd", "Sign",
+}  # fmt: skip
+"""What tells rows of which no key is visible (torch's safe softmax): pointwise, or over the last axis."""
+
+
+def _reduces_all_or_last(node: ir.Node, facts: Facts) -> bool:
+    """Whether the reduction means the same whatever axes lie before the last one."""
+    given = facts[node.inputs[1]].value if len(node.inputs) > 1 else node.attributes.get("axes")
+    axes = [int(a) for a in (given.value if isinstance(given, ir.Attr) else given)] if given is not None else []
+    return axes in ([], [-1])
+
+
 @dataclass(frozen=True)
 class AddKvCache(Pass):
     """Past keys and values become inputs, present ones outputs; the graph then takes any number of new tokens.
@@ -242,6 +256,9 @@ class _Concat:
         assert self.mask is not None
         scores = self.mask.replay(scores, block, f"{prefix}/scores")
         probabilities = build.op("Softmax", [scores], f"{prefix}/Softmax", axis=-1)
+        for old, new in ((block.softmax.inputs[0], scores), (block.softmax.outputs[0], probabilities)):
+            assert old is not None
+            self._renewed[old] = new
         for node, data in block.probabilities:
             probabilities = self._replay_node(probabilities, node, data, f"{prefix}/probabilities")
         context = build.op("MatMul", [probabilities, values], f"{prefix}/pv/MatMul")
@@ -252,7 +269,7 @@ class _Concat:
         old = node.inputs[data]
         assert old is not None
         self._renewed[old] = value
-        if node.op_type in ("Reshape", "Transpose", "Identity", "Dropout", "Squeeze", "Unsqueeze") or node.op_type == "Where":
+        if node.op_type in ("Reshape", "Transpose", "Identity", "Dropout", "Squeeze", "Unsqueeze"):
             new = value
         else:
             inputs = [value if i == data else self._renew(v, prefix) for i, v in enumerate(node.inputs)]
@@ -261,18 +278,23 @@ class _Concat:
         return new
 
     def _renew(self, value: ir.Value | None, prefix: str) -> ir.Value | None:
-        """`value` computed from the rebuilt attention where it was computed from the old one (dynamic quantization scales)."""
+        """`value` computed from the rebuilt attention where it was computed from the old one: quantization scales, rows without a key."""
         if value is None or value in self._renewed:
             return None if value is None else self._renewed[value]
-        node = value.producer()
-        if node is None or self.facts[value].value is not None:
-            return value
+        node, fact = value.producer(), self.facts[value]
+        if node is None or fact.value is not None:
+            square = fact.shape is not None and len(fact.shape) > 1 and fact.shape[-1] == self.size
+            assert self.mask is not None
+            return self.mask.extend(value) if square else value
         inputs = [self._renew(v, prefix) for v in node.inputs]
         if inputs == list(node.inputs):
             self._renewed[value] = value
             return value
-        if node.op_type not in _SCALE_OPS:
-            raise JobError(f"node {node.name!r} ({node.op_type}) reads the inside of attention; only quantization scales may")
+        rank = len(self.facts[node.inputs[0]].shape or ())
+        if node.op_type not in _SCALE_OPS | _ROW_OPS or (
+            node.op_type.startswith("Reduce") and rank not in (2, 4) and not _reduces_all_or_last(node, self.facts)
+        ):
+            raise JobError(f"node {node.name!r} ({node.op_type}) reads the inside of attention; only quantization scales and tests of its rows may")
         self._renewed[value] = self.builder.op(node.op_type, inputs, f"{prefix}/{node.op_type}", **_attributes(node))
         return self._renewed[value]
 

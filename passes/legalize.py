@@ -61,8 +61,11 @@ def _identity(node: ir.Node, facts: Facts, builder: Builder) -> str:
 
 
 def _dropout(node: ir.Node, facts: Facts, builder: Builder) -> str:
-    training = facts[node.inputs[2]].value if len(node.inputs) > 2 else None
-    return _identity(node, facts, builder) if training is None or not training.any() else ""
+    if len(node.inputs) > 2 and node.inputs[2] is not None:
+        training = facts[node.inputs[2]].value
+        if training is None or training.any():
+            return ""  # it drops elements, or may at run time
+    return _identity(node, facts, builder)
 
 
 def _cast(node: ir.Node, facts: Facts, builder: Builder) -> str:

@@ -13,6 +13,7 @@ from onnxtools.graph import Builder, attribute, constant_tensor, is_op, remove_u
 from onnxtools.model import Model
 from onnxtools.passbase import Pass, PassResult, option
 from onnxtools.products import Product, weight_products
+from onnxtools.quantization.qdq import times
 from onnxtools.tensors import RowTensor, Scratch, StreamedTensor, elements, raw_bytes, read_rows
 from onnxtools.weights import shape_of
 
@@ -64,7 +65,7 @@ class LowerOrt(Pass):
 
 def _blocks(product: Product) -> ir.Node | None:
     """The DequantizeLinear, where the product is one of ours."""
-    if len(product.path) != 1 or product.tensor.dtype != ir.DataType.INT4 or len(product.tensor.shape) != 2 or product.index != 1:
+    if len(product.path) != 1 or product.tensor.dtype != ir.DataType.INT4 or len(product.tensor.shape) != 2 or product.index != 1 or product.obstacle:
         return None
     node = product.path[0]
     fits = is_op(node, "DequantizeLinear") and attribute(node, "block_size", 0) in _BLOCKS and attribute(node, "axis", 1) % 2 == product.axis
@@ -83,7 +84,7 @@ def _rewrite(build: Builder, product: Product, dequantize: ir.Node) -> None:
     factor = build.initializer(ir.Tensor(wide, dtype=scales.dtype), f"{name}_nbits_scale")
     build.before = node
     made = build.op(
-        "MatMulNBits", [product.activation, stored, factor], f"{node.name}/MatMulNBits", domain="com.microsoft", dtype=node.outputs[0].dtype,
+        "MatMulNBits", [product.activation, stored, factor], f"{node.name}/MatMulNBits", domain="com.microsoft", dtype=scales.dtype,
         K=size, N=outputs, bits=4, block_size=block,
     )  # fmt: skip
     _replace(build, node, made)
@@ -124,7 +125,9 @@ def _replace(build: Builder, node: ir.Node, made: ir.Value) -> None:
     """`made` and the bias of a Gemm in the place of what `node` makes."""
     bias = node.inputs[2] if is_op(node, "Gemm") and len(node.inputs) > 2 else None
     old = node.outputs[0]
+    made = times(build, made, float(attribute(node, "alpha", 1.0)), f"{node.name}/alpha")
     if bias is not None:
+        bias = times(build, bias, float(attribute(node, "beta", 1.0)), f"{node.name}/beta")
         made = build.op("Add", [made, bias], f"{node.name}/bias", dtype=old.dtype)
     made.shape = old.shape
     ir.convenience.replace_all_uses_with(old, made, replace_graph_outputs=True)

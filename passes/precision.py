@@ -6,6 +6,7 @@ import functools
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -13,15 +14,16 @@ import onnx_ir as ir
 from onnxtools.calibration.options import Calibrated
 from onnxtools.calibration.run import Calibration, Findings, Layer
 from onnxtools.calibration.statistics import Largest
-from onnxtools.errors import JobError
+from onnxtools.errors import JobError, ModelError
 from onnxtools.export.graph import DTYPES
-from onnxtools.graph import Builder, attribute, constant_tensor, is_op, remove_unused
+from onnxtools.graph import Builder, attribute, constant_tensor, graphs_inside, is_op, remove_unused
 from onnxtools.infer import Facts, analyse
 from onnxtools.kvcache import record_dtypes
 from onnxtools.model import Model
 from onnxtools.passbase import PassResult, option
 from onnxtools.products import weight_products
-from onnxtools.tensors import elements
+from onnxtools.readers import readers
+from onnxtools.tensors import StreamedTensor, elements
 from onnxtools.weights import cast
 
 FLOAT = ir.DataType.FLOAT
@@ -35,6 +37,10 @@ _WIDE = {
 _SPREADING = _WIDE - {"Softmax", "LogSoftmax", "RotaryEmbedding"}
 _ELEMENTWISE = {"Add", "Sub", "Mul", "Div", "Neg"}
 _SMALL = 64
+_BF16_OPSET = 13
+"""The first operator set whose MatMul, Add and the like take bfloat16."""
+_HIDES = {"Add", "Mul", "Where", "Max", "Min", "Sub", "Clip", "Expand", "Concat"}
+"""Operators in which a number below the type's lowest hides masked tokens, so that it may be cut."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,10 @@ class Precision(Calibrated):
         (stash_type, softmax_precision); so does an operator whose schema does not know the type;
       - logits stay fp32; caches and other inputs and outputs change their type, unless --keep-io;
       - a value is cast once for all that read it, never forth and back;
-      - constants that hide masked tokens are cut to half the lowest fp16 number; a weight beyond fp16 is an error;
+      - so do the angles of sines and cosines, back to where they are counted: in fp16 position 4001 is 4000;
+      - constants that hide masked tokens are cut to half the lowest number of the type; other constants beyond it keep their operator
+        in fp32, and a weight beyond fp16 is an error;
+      - what an operator takes in fp32 alone (the scales of Resize) stays, and so does all inside If, Loop and Scan;
       - with --calib the model is run in fp32, and the values that fp16 could not hold are named.
     """
 
@@ -66,6 +75,8 @@ class Precision(Calibrated):
     def requires(self, model: Model) -> None:
         if any(node.domain == "trt" for node in model.graph):
             raise JobError(f"{model.path}: has TransformerEngine's operators; run `onnxtools convert` first")
+        if self.to == "bf16" and model.opset < _BF16_OPSET:
+            raise JobError(f"{model.path}: bf16 needs opset {_BF16_OPSET} and the model is at {model.opset}; run `onnxtools set-opset` first")
 
     def apply(self, model: Model) -> PassResult:
         if not any(product.tensor.dtype == FLOAT for product in weight_products(model)):
@@ -112,6 +123,7 @@ class _Narrowing:
         self._casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
         self._weights: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
         self._cut: list[str] = []
+        self._limit = float(ml_dtypes.finfo(dtype.numpy()).max)  # type: ignore[no-untyped-call]
         self._wide_count: dict[str, int] = {}
 
     def run(self) -> int:
@@ -141,16 +153,44 @@ class _Narrowing:
     def _wide(self, nodes: list[ir.Node]) -> set[ir.Node]:
         """Nodes that stay in fp32: by operator, by schema, and elementwise ones that work on what those made."""
         wide: set[ir.Node] = set()
+        angles = self._angles(nodes)
         for node in nodes:
             if not self._is_float(node):
                 continue
             makers = [value.producer() for value in node.inputs if value is not None]
             behind = node.op_type in _ELEMENTWISE and any(m is not None and m in wide and m.op_type in _SPREADING | _ELEMENTWISE for m in makers)
             explicit = is_op(node, "Cast") and attribute(node, "to") == FLOAT.value and self._float_value(node.inputs[0])
-            if node.op_type in _WIDE or explicit or behind or not _takes(node, self.dtype, self.model.opset):
+            kept = node in angles or self._scales_beyond(node)
+            if node.op_type in _WIDE or explicit or behind or kept or not _takes(node, self.dtype, self.model.opset):
                 wide.add(node)
                 self._wide_count[node.op_type] = self._wide_count.get(node.op_type, 0) + 1
         return wide
+
+    def _angles(self, nodes: list[ir.Node]) -> set[ir.Node]:
+        """What makes the angles of sines and cosines, up to products with stored weights, norms and softmax."""
+        ends = {product.node for product in weight_products(self.model) if min(product.tensor.shape.numpy(), default=1) > 1}
+        found: set[ir.Node] = set()
+        waiting = [value for node in nodes if is_op(node, "Sin", "Cos") for value in node.inputs]
+        while waiting:
+            value = waiting.pop()
+            node = value.producer() if value is not None else None
+            if node is None or node in found or node in ends or not self._is_float(node) or "Norm" in node.op_type or is_op(node, "Softmax", "Attention"):
+                continue
+            found.add(node)
+            waiting += node.inputs
+        return found
+
+    def _scales_beyond(self, node: ir.Node) -> bool:
+        """Whether a constant of the node is beyond the type and hides nothing: it would be another number."""
+        for value in node.inputs:
+            tensor = constant_tensor(value)
+            if tensor is None or tensor.dtype != FLOAT or tensor.size > _SMALL:
+                continue
+            array = elements(tensor)
+            beyond = np.isfinite(array) & (np.abs(array) > self._limit)
+            if beyond.any() and (node.op_type not in _HIDES or (array[beyond] > 0).any()):
+                return True
+        return False
 
     def _is_float(self, node: ir.Node) -> bool:
         return any(self.facts[value].dtype == FLOAT for value in (*node.inputs, *node.outputs) if value is not None)
@@ -158,14 +198,27 @@ class _Narrowing:
     def _float_value(self, value: ir.Value | None) -> bool:
         return value is not None and (dtype := self.facts[value].dtype) is not None and dtype.is_floating_point()
 
+    def _widen_captured(self, node: ir.Node) -> None:
+        """Graphs inside the node stay in fp32: what they read from outside comes to them so."""
+        self.build.before = node
+        for graph in graphs_inside(node):
+            for user in graph.all_nodes():
+                for index, value in enumerate(user.inputs):
+                    if value is not None and self._types.get(value, FLOAT) != FLOAT:
+                        user.replace_input_with(index, self._as(value, FLOAT))
+            for index, value in enumerate(list(graph.outputs)):
+                if self._types.get(value, FLOAT) != FLOAT:
+                    graph.outputs[index] = self._as(value, FLOAT)
+
     def _rewrite(self, node: ir.Node, wide: bool) -> bool:
+        self._widen_captured(node)
         if not self._is_float(node) or is_op(node, "Constant", "Shape", "Size"):
             return False
         self.build.before = node
         wanted = FLOAT if wide else self.dtype
         for index, value in enumerate(node.inputs):
             if value is not None and self.facts[value].dtype == FLOAT and not is_op(node, "Cast"):
-                node.replace_input_with(index, self._as(value, wanted))
+                node.replace_input_with(index, self._as(value, wanted if _is_free(node, index, self.dtype, self.model.opset) else FLOAT))
         for index, value in enumerate(node.outputs):
             if self.facts[value].dtype == FLOAT:
                 statistic = node.op_type.endswith("LayerNormalization") and index in (1, 2)  # mean and deviation are fp32
@@ -208,18 +261,38 @@ class _Narrowing:
             if tensor.size <= _SMALL:
                 self._weights[key] = self.build.constant(self._narrow(elements(tensor), name), f"{name}_{self.dtype.name.lower()}", self.dtype)
             else:
-                made = self.build.initializer(cast(tensor, self.dtype), f"{name}_{self.dtype.name.lower()}")
+                narrow = self._narrowed_mask(tensor, name) if self._hides(value) else cast(tensor, self.dtype)
+                made = self.build.initializer(narrow, f"{name}_{self.dtype.name.lower()}")
                 made.metadata_props.update(value.metadata_props)
                 self._weights[key] = made
         return self._weights[key]
 
+    def _hides(self, value: ir.Value) -> bool:
+        """Whether a table is added to scores, or chosen instead of them, and is no weight."""
+        return all(is_op(reader.node, *_HIDES) for reader in readers(value))
+
+    def _narrowed_mask(self, tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
+        """A large table: what is below the type's lowest hides masked tokens; what is above its largest is an error when it is written."""
+
+        def rows(block: np.ndarray, _: int) -> np.ndarray:
+            with np.errstate(invalid="ignore"):
+                if (np.isfinite(block) & (block > self._limit)).any():
+                    raise ModelError(f"constant {name!r} has values beyond {self.dtype.name}; use bf16, or keep it in fp32")
+                return self._lowered(block).astype(self.dtype.numpy())
+
+        return StreamedTensor(tensor, rows, dtype=self.dtype, name=name)
+
+    def _lowered(self, array: np.ndarray) -> np.ndarray:
+        """Half the type's lowest number where a finite one is below it: the sum of two masks is still a number."""
+        return np.where(np.isfinite(array) & (array < -self._limit), np.float32(-self._limit / 2), array)
+
     def _narrow(self, array: np.ndarray, name: str) -> np.ndarray:
-        """A small constant; one beyond the type is what hides masked tokens."""
-        kind = self.dtype.numpy()
-        if self.dtype == ir.DataType.FLOAT16 and np.isfinite(array).all() and (np.abs(array) > _FP16_MAX).any():
+        """A small constant; one below the type's lowest is what hides masked tokens."""
+        lowered = self._lowered(array)
+        if not np.array_equal(lowered, array, equal_nan=True):
             self._cut.append(name)
-            array = np.where(np.abs(array) > _FP16_MAX, np.sign(array) * np.float32(_FP16_MAX / 2), array)
-        return array.astype(kind)
+        with np.errstate(over="ignore"):
+            return lowered.astype(self.dtype.numpy())
 
     def _output(self, index: int, value: ir.Value) -> None:
         """Logits, and with `keep_io` all outputs, in fp32."""
@@ -239,6 +312,16 @@ def _schema(op_type: str, domain: str, opset: int) -> Any:
         return onnx.defs.get_schema(op_type, opset, domain)
     except onnx.defs.SchemaError:
         return None
+
+
+def _is_free(node: ir.Node, index: int, dtype: ir.DataType, opset: int) -> bool:
+    """Whether the operator's schema lets this input have `dtype`: the scales of Resize are always fp32."""
+    schema = _schema(node.op_type, "", opset) if node.domain in ("", "ai.onnx") else None
+    if schema is None or not schema.inputs:
+        return True
+    formal = schema.inputs[min(index, len(schema.inputs) - 1)].type_str
+    allowed = next((c.allowed_type_strs for c in schema.type_constraints if c.type_param_str == formal), [formal])
+    return f"tensor({dtype.name.lower()})" in allowed
 
 
 def _takes(node: ir.Node, dtype: ir.DataType, opset: int) -> bool:

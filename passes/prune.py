@@ -16,7 +16,8 @@ from onnxtools.model import Model
 from onnxtools.passbase import PassResult, option
 from onnxtools.passes._prune_calibrated import CalibratedPruner
 from onnxtools.products import Product, weight_products
-from onnxtools.selection import Selected, head_product, is_embedding
+from onnxtools.readers import is_embedding, own_weights, readers
+from onnxtools.selection import Selected, head_product
 from onnxtools.sparsity import prune_2_4
 from onnxtools.tensors import StreamedTensor
 
@@ -60,31 +61,42 @@ class Prune(Selected, Calibrated):
         return self.method != "magnitude"
 
     def apply(self, model: Model) -> PassResult:
-        head = head_product(model)
-        axes: dict[ir.Value, set[int]] = {}
-        for product in weight_products(model):
-            axes.setdefault(product.weight, set()).add(product.axis)
-        seen: set[ir.Value] = set()
+        head, products = head_product(model), list(weight_products(model))
+        wanted = {product.node for product in products if not self.left(product, head)}
         chosen: list[Product] = []
         table: list[dict[str, Any]] = []
-        for product in weight_products(model):
-            if product.weight in seen:
-                continue
-            seen.add(product.weight)
-            reason = "summed along two different axes" if len(axes[product.weight]) > 1 else self._reason(product, head)
+        sharing: dict[ir.Value, list[Product]] = {}
+        for product in products:
+            sharing.setdefault(product.weight, []).append(product)
+        for weight, those in sharing.items():
+            product = next((p for p in those if p.node in wanted), those[0])
+            several = len({p.axis for p in those}) > 1
+            reason = "summed along two different axes" if several else self._reason(product, head) or self._shared(weight, wanted)
             if not reason:
-                chosen.append(product)
+                chosen += those[:1] if self.method == "magnitude" else those
             shape = "x".join(str(d) for d in product.tensor.shape.numpy())
-            table.append({"weight": product.weight.name, "node": product.node.name, "dtype": product.tensor.dtype.name, "shape": shape, "left": reason})
+            table.append({"weight": weight.name, "node": product.node.name, "dtype": product.tensor.dtype.name, "shape": shape, "left": reason})
         self._prune(model, chosen)
         pruned = [row for row in table if not row["left"]]
         return PassResult(bool(pruned), len(pruned), self._notes(table, pruned), table)
+
+    def _shared(self, weight: ir.Value, wanted: set[ir.Node]) -> str:
+        """Which other reader needs the weight as it is; empty where there is none."""
+        for reader in readers(weight):
+            if reader.node is None:
+                return "also an output of the graph"
+            if reader.node not in wanted and not (self.embeddings and is_embedding(weight)):
+                return (
+                    "also an embedding table (--embeddings prunes it)" if is_embedding(weight) else f"also read by {reader.node.op_type} {reader.node.name!r}"
+                )
+        return ""
 
     def _prune(self, model: Model, chosen: list[Product]) -> None:
         if self.method == "magnitude" or not chosen:
             for product in chosen:
                 _prune(product)
             return
+        chosen = own_weights(model, chosen)
         with Calibration(model, self, key=repr(self)) as calibration:
             CalibratedPruner(self.method, chosen).run(calibration)
 
@@ -112,11 +124,11 @@ class Prune(Selected, Calibrated):
             return f"type {tensor.dtype.name} cannot be pruned"
         if self.method != "magnitude" and (product.node.op_type == "Conv" or len(tensor.shape) != 2 or tensor.dtype.itemsize < 2 or product.path):
             return f"{self.method} takes matrices in fp32, fp16 or bf16 that a MatMul or Gemm reads directly"
+        if self.method != "magnitude" and product.obstacle:
+            return product.obstacle
         size = int(tensor.shape.numpy()[product.axis])
         if size % 4:
             return f"K = {size} is no multiple of 4"
-        if not self.embeddings and is_embedding(product.weight):
-            return "also an embedding table (--embeddings prunes it)"
         return ""
 
 

@@ -16,7 +16,7 @@ from onnxtools.calibration.options import Calibrated
 from onnxtools.calibration.run import Calibration, Findings, Layer
 from onnxtools.calibration.statistics import Observer
 from onnxtools.errors import JobError, UsageError
-from onnxtools.graph import is_op, remove_unused
+from onnxtools.graph import remove_unused
 from onnxtools.infer import Facts, analyse
 from onnxtools.kvcache import record_dtypes
 from onnxtools.model import Model
@@ -32,6 +32,7 @@ from onnxtools.quantization.formats import FP8, INT4, INT8, Format
 from onnxtools.quantization.groups import Group, group
 from onnxtools.quantization.qdq import COMPUTED, QdqBuilder, is_quantized
 from onnxtools.quantization.scheme import Scheme
+from onnxtools.readers import own_weights
 from onnxtools.selection import Selected, head_product
 
 _TOO_SMALL = 16
@@ -193,7 +194,7 @@ class Quantize(Selected, Calibrated):
             )
             if not reason:
                 chosen.append(product)
-        return chosen, table
+        return own_weights(model, chosen), table
 
     def _reason(self, product: Product, head: ir.Node | None) -> str:
         left = self.left(product, head)
@@ -206,8 +207,8 @@ class Quantize(Selected, Calibrated):
             return f"weight of rank {len(tensor.shape)}"
         if tensor.dtype not in COMPUTED:
             return f"type {tensor.dtype.name}"
-        if is_op(product.node, "Gemm") and product.index == 0:
-            return "the weight is the first operand of a Gemm"
+        if product.obstacle:
+            return product.obstacle
         if min(tensor.shape.numpy()) < _TOO_SMALL:
             return "K or N below 16"
         if self.form is INT4:
@@ -237,12 +238,13 @@ class Quantize(Selected, Calibrated):
 
     def _calibrated(self, model: Model, facts: Facts, groups: list[Group], inner: Sequence[KvScheme | AttentionScheme]) -> tuple[Scheme, Findings]:
         blocks = {p.node.name or "": block_size(g.channels, self.block_size) for g in groups for p in g.products} if self.form is INT4 else {}
+        weights = frozenset(product.weight for g in groups for product in g.products)
         if self.kind == "int4-rtn" and not inner:
-            return Int4Scheme(INT4, 0, None, blocks), {}
+            return Int4Scheme(INT4, 0, None, weights, blocks), {}
         found: Findings = {}
         with Calibration(model, self, key=repr(dataclasses.replace(self, exclude_worst=0))) as calibration:
             keep = calibration if self.gptq else None
-            scheme = self._scheme(blocks, calibration.tokens, keep, model, facts)
+            scheme = self._scheme(blocks, calibration.tokens, keep, weights, model, facts)
             by_node = {product.node: g for g in groups for product in g.products} if self.kind != "int4-rtn" else {}
 
             def look(layer: Layer) -> Findings:
@@ -260,10 +262,12 @@ class Quantize(Selected, Calibrated):
                 found.update(part)
         return scheme, found
 
-    def _scheme(self, blocks: dict[str, int], tokens: int, keep: Calibration | None, model: Model, facts: Facts) -> Scheme:
+    def _scheme(
+        self, blocks: dict[str, int], tokens: int, keep: Calibration | None, weights: frozenset[ir.Value], model: Model, facts: Facts
+    ) -> Scheme:  # fmt: skip
         if self.form is INT4:
-            return Int4Scheme(INT4, tokens, keep, blocks, unclipped=() if self.gptq else score_products(model, facts))
-        return LinearScheme(self.form, tokens, keep, self.alpha, self.per_token, self.per_channel, self.calib_method)
+            return Int4Scheme(INT4, tokens, keep, weights, blocks, unclipped=() if self.gptq else score_products(model, facts))
+        return LinearScheme(self.form, tokens, keep, weights, self.alpha, self.per_token, self.per_channel, self.calib_method)
 
     def _drop_worst(self, groups: list[Group], found: Findings, table: list[dict[str, Any]]) -> None:
         """Put the errors into the table, and leave the products that lose most."""
@@ -281,8 +285,7 @@ class Quantize(Selected, Calibrated):
 
     def _write(self, groups: list[Group], found: Findings, scheme: Scheme, table: list[dict[str, Any]], build: QdqBuilder) -> None:
         rows = {row["layer"]: row for row in table}
-        for g in groups:
-            scheme.fold(g, found)
+        scheme.fold(groups, found)
         for g in groups:
             products = tuple(p for p in g.products if not rows[p.node.name or ""]["left"])
             if not products:

@@ -12,12 +12,12 @@ import onnx_ir as ir
 
 from onnxtools.calibration.options import Calibrated
 from onnxtools.errors import JobError, UsageError
+from onnxtools.feeds import Feeds, random_feeds, read_feeds, vocabulary
 from onnxtools.generation.text import Tokenizer
 from onnxtools.infer import is_ids_like, token_input
 from onnxtools.jsonl import read_jsonl
 from onnxtools.kvcache import positions
 from onnxtools.model import Model
-from onnxtools.ort import Feeds, random_feeds, read_feeds, vocabulary
 
 
 class Samples(Sequence[Feeds]):
@@ -65,7 +65,11 @@ def read_samples(model: Model, options: Calibrated) -> Samples:
     texts = [text[:length] for text in texts if len(text) > 1]
     if not texts:
         raise UsageError(f"{path}: holds no text of two tokens or more; name another file or another --calib-field")
-    _check_range(path, texts, vocabulary(tokens.value))
+    size = vocabulary(tokens.value)
+    if size is None:
+        model.notes.append(f"warning: no table that {tokens.value.name!r} looks up was found, so the vocabulary is unknown and token ids are not checked")
+    else:
+        _check_range(path, texts, size)
     return Samples(model, texts)
 
 

@@ -6,6 +6,7 @@ handed on lie in files, one for each text; those of finished segments are remove
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -29,10 +30,15 @@ from onnxtools.infer import analyse
 from onnxtools.model import Model
 from onnxtools.progress import counted
 from onnxtools.storage import file_stamps
-from onnxtools.tensors import RowTensor, Scratch
+from onnxtools.tensors import RowTensor, Scratch, raw_bytes, read_rows
 
 Array = np.ndarray[Any, Any]
 Findings = dict[str, Array]
+
+
+def file_name(name: str) -> str:
+    """A file's name for the value called `name`: names may hold slashes, differ in little and be long."""
+    return hashlib.sha256(name.encode()).hexdigest()[:32]
 
 
 class _Spool:
@@ -42,7 +48,7 @@ class _Spool:
         self._folder = folder
 
     def _path(self, value: ir.Value, text: int) -> Path:
-        return self._folder / (value.name or "").replace("/", "_") / f"{text}.npy"
+        return self._folder / file_name(value.name or "") / f"{text}.npy"
 
     def put(self, value: ir.Value, text: int, array: Array) -> None:
         path = self._path(value, text)
@@ -53,7 +59,7 @@ class _Spool:
         return np.load(self._path(value, text))  # type: ignore[no-any-return]
 
     def keep_only(self, values: Sequence[ir.Value]) -> None:
-        names = {(value.name or "").replace("/", "_") for value in values}
+        names = {file_name(value.name or "") for value in values}
         for folder in self._folder.iterdir() if self._folder.exists() else ():
             if folder.name not in names:
                 shutil.rmtree(folder)
@@ -72,6 +78,25 @@ class StoredWeight(RowTensor):
     def rows(self, start: int, stop: int, scratch: Scratch | None = None) -> Array:
         kind, rows = self.dtype.numpy(), np.array(self._array[start:stop])
         return rows.astype(kind) if self.dtype == ir.DataType.INT4 else rows.view(kind)
+
+
+_SAMPLED_ROWS = 8
+
+
+def fingerprint(model: Model) -> str:
+    """Of the model as it is in memory: its nodes, and the first and middle rows of each weight that is not in a file: a pass may have changed it."""
+    digest = hashlib.sha256()
+    for node in model.graph:
+        digest.update(repr((node.name, node.op_type, [v.name if v is not None else "" for v in node.inputs])).encode())
+    for value, tensor in model.weights():
+        digest.update(repr((value.name, tensor.dtype, tuple(tensor.shape.numpy()))).encode())
+        if not isinstance(tensor, ir.ExternalTensor) and tensor.size and tensor.dtype.bitwidth >= 8 and tensor.dtype != ir.DataType.STRING:
+            rows = int(tensor.shape.numpy()[0]) if len(tensor.shape) else 1
+            step = tensor.row_multiple if isinstance(tensor, RowTensor) else 1
+            for start in sorted({0, rows // 2 // step * step}):
+                sample = read_rows(tensor, start, min(start + -(-_SAMPLED_ROWS // step) * step, rows))
+                digest.update(raw_bytes(np.asarray(sample)))
+    return digest.hexdigest()
 
 
 class Layer:
@@ -119,6 +144,7 @@ class Calibration:
             "graph": model.sha256,
             "data": self.samples.digest,
             "key": key,
+            "model": fingerprint(model),
             "weights": file_stamps(model.path) if model.path else None,
             "version": __version__,
         }
@@ -194,16 +220,16 @@ class Calibration:
         except (OSError, ValueError, zipfile.BadZipFile, EOFError, KeyError) as error:
             raise JobError(f"{path}: this part of the calibration cache is damaged ({error}); remove the folder {str(self._folder)!r}") from None
 
-    def store(self, name: str, array: Array) -> None:
-        """Keep a weight that was computed on the disk."""
-        path = self._folder / "weights" / f"{name}.npy"
+    def store(self, weight: str, array: Array) -> None:
+        """Keep the computed elements of the weight of that name on the disk."""
+        path = self._folder / "weights" / f"{file_name(weight)}.npy"
         path.parent.mkdir(exist_ok=True)
         with replacing(path) as tmp, open(tmp, "wb") as file:
             np.save(file, _plain(array))
 
-    def stored(self, name: str, dtype: ir.DataType, weight: str) -> StoredWeight:
-        """The weight that `store` was given, which need not be in memory; its file lives as long as it."""
-        path = self._folder / "weights" / f"{name}.npy"
+    def stored(self, weight: str, dtype: ir.DataType) -> StoredWeight:
+        """What `store` was given, which need not be in memory; its file lives as long as it."""
+        path = self._folder / "weights" / f"{file_name(weight)}.npy"
         if not path.is_file():
             raise JobError(f"{path}: is missing from the calibration cache; remove the folder {str(self._folder)!r}")
         return StoredWeight(path, dtype, weight, self._temporary)

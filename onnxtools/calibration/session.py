@@ -16,9 +16,10 @@ import onnx_ir as ir
 
 from onnxtools.calibration.segments import Segment, outer_inputs
 from onnxtools.errors import JobError
+from onnxtools.feeds import Array, Feeds
 from onnxtools.graph import constant_tensor, is_op
 from onnxtools.model import Model
-from onnxtools.ort import Array, Feeds, one_line, ort_value, to_numpy, widen_node
+from onnxtools.ort import one_line, ort_value, to_numpy, widen_node
 from onnxtools.tensors import elements, external_path
 
 _NARROW = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}

@@ -128,29 +128,29 @@ class Gram:
         assert self._sum is not None, "no text was seen"
         return self._sum / np.float32(self.count)
 
-    def blocks(self, size: int) -> Array:
-        """The squares of `size` channels on the diagonal, [channels / size, size, size]."""
-        whole = self.value
-        return np.stack([whole[start : start + size, start : start + size] for start in range(0, len(whole), size)])
-
 
 class BlockGram:
-    """What `Gram.blocks` gives, without the rest of the matrix: memory grows with the channels, not with their square."""
+    """X^T X / tokens of each block of channels alone: memory grows with the channels, not with their square.
 
-    def __init__(self, size: int) -> None:
-        self._size = size
+    Args:
+        size: of a block.
+        equal: of tokens of length 1 (`equal_tokens`), as `Gram` has them.
+    """
+
+    def __init__(self, size: int, equal: bool = False) -> None:
+        self._size, self._equal = size, equal
         self._sum: Array = np.zeros(())
         self._count = 0
 
     def add(self, x: Array) -> None:
-        cut = equal_tokens(x).reshape(len(x), -1, self._size).transpose(1, 2, 0)
-        self._sum = self._sum + cut @ cut.transpose(0, 2, 1)
+        cut = (equal_tokens(x) if self._equal else x).reshape(len(x), -1, self._size).transpose(1, 2, 0)
+        self._sum = self._sum + (cut @ cut.transpose(0, 2, 1)).astype(np.float64)
         self._count += len(x)
 
     @property
     def value(self) -> Array:
-        """float32 [channels / size, size, size]."""
-        return np.asarray(self._sum / np.float32(self._count), np.float32)
+        """float64 [channels / size, size, size]: a square may exceed float32."""
+        return np.asarray(self._sum / max(self._count, 1))
 
 
 class RotationRange:

@@ -95,13 +95,11 @@ def instruments(
         chosen.append(Dump(dump))
     if check is False and inputs is not None:
         raise UsageError("--inputs are for the check that --no-check leaves out; leave one of them out")
-    numeric = check or (check is None and (inputs is not None or model.weight_bytes() < CHECK_LIMIT))
-    if numeric:
-        from onnxtools.ort import read_feeds
-
-        chosen.append(NumericCheck(read_feeds(inputs) if inputs else None, tolerance))
     if check is not False:
-        chosen.append(Checker(each=bool(numeric)))
+        from onnxtools.feeds import read_feeds
+
+        each = bool(check) or model.weight_bytes() < CHECK_LIMIT  # a check of the form takes seconds on a large graph
+        chosen += [NumericCheck(read_feeds(inputs) if inputs else None, tolerance, full=bool(check)), Checker(each=each)]
     return [*chosen, PeakMemory(), NodeCount(), Timing()]
 
 

@@ -83,6 +83,9 @@ def report_table(report: Report, title: str) -> None:
         for note in step.result.notes:
             style = "yellow" if note.startswith("warning") else "dim" if not step.result.changed else None
             out.print(f"  {step.name}: {note}", style=style, markup=False)
+    sampled = [s.measures["sampled"] for s in report.steps if s.measures.get("sampled")]
+    if sampled:
+        out.print(f"  checked: {sampled[-1]}; --check compares the whole model", style="dim", markup=False)
     skipped = next((s.measures["numeric_skipped"] for s in report.steps if s.measures.get("numeric_skipped")), "")
     if skipped:
         out.print(f"  numeric check not done: {skipped}", style="yellow", markup=False)

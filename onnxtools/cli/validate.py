@@ -48,14 +48,14 @@ def command(
         _engine(engines[0], others[0] if others else None, as_json)
         return
     assert model is not None
+    from onnxtools.feeds import random_feeds, read_feeds
     from onnxtools.model import Model
-    from onnxtools.ort import random_feeds, read_feeds
     from onnxtools.validate import first_divergence, validate
 
     a, b = Model.load(reference), Model.load(model)
-    feeds = read_feeds(inputs) if inputs else random_feeds(a, batch, sequence, seed)
-    verdict = validate(a, b, feeds, tolerance)
-    found = first_divergence(a, b, feeds, verdict.tolerance) if per_layer else None
+    feeds = read_feeds(inputs) if inputs else None
+    verdict = validate(a, b, feeds, tolerance, batch, sequence, seed)
+    found = first_divergence(a, b, feeds or random_feeds(a, batch, sequence, seed), verdict.tolerance) if per_layer else None
     result = verdict.as_json()
     if per_layer:
         result["first_divergence"] = None if found is None else vars(found) | {"difference": vars(found.difference)}

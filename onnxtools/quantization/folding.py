@@ -18,6 +18,7 @@ from onnxtools.graph import attribute, constant_tensor, is_op
 from onnxtools.infer import Facts
 from onnxtools.products import Product
 from onnxtools.quantization.formats import scaled
+from onnxtools.readers import is_read_by_alone
 
 Array = np.ndarray[Any, Any]
 
@@ -35,11 +36,13 @@ class Fold:
         channels: of each channel of the activation, which of the producer's it is; None where they are the same. Several
             channels of one producer's channel (grouped-query attention) must have one factor.
         kind: `norm` or `product`.
+        weight: of the product.
     """
 
     places: tuple[tuple[ir.Value, int], ...]
     kind: str
     channels: tuple[int, ...] | None = None
+    weight: ir.Value | None = None
 
     def tied(self, factors: Array) -> Array:
         """`factors` [channels] with the geometric mean where several must be one."""
@@ -49,16 +52,26 @@ class Fold:
         logs = np.bincount(index, np.log(factors)) / np.bincount(index)
         return np.asarray(np.exp(logs)[index])
 
+    def producers(self, factors: Array) -> Array:
+        """`factors` [channels of the activation] by channel of the producer."""
+        if self.channels is None:
+            return factors
+        own = np.ones(max(self.channels) + 1)
+        own[np.array(self.channels)] = factors
+        return own
+
     def apply(self, factors: Array) -> None:
         """Divide by `factors` [channels of the activation]."""
-        own = factors
-        if self.channels is not None:
-            own = np.ones(max(self.channels) + 1)
-            own[np.array(self.channels)] = factors
+        own = self.producers(factors)
         for value, axis in self.places:
             tensor = constant_tensor(value)
             assert tensor is not None
             value.const_value = scaled(tensor, 1 / own, axis)
+
+
+def _has_one_use(value: ir.Value) -> bool:
+    """Whether a constant can be changed for its one reader."""
+    return value.is_initializer() and len(value.uses()) == 1 and not value.is_graph_output() and not value.is_graph_input()
 
 
 class Folder:
@@ -75,7 +88,7 @@ class Folder:
 
     def _walk(self, value: ir.Value | None, users: set[ir.Node], size: int) -> Fold | None:
         node = value.producer() if value is not None else None
-        if value is None or node is None or value.is_graph_output() or any(user not in users for user, _ in value.uses()):
+        if value is None or node is None or value.is_graph_output() or any(user not in users and not is_op(user, "Shape", "Size") for user, _ in value.uses()):
             return None
         if node in self._products:
             return self._of_product(self._products[node])
@@ -100,23 +113,23 @@ class Folder:
         places = []
         for value in values:
             tensor = constant_tensor(value)
-            if value is None or tensor is None or not value.is_initializer() or len(value.uses()) != 1 or tuple(tensor.shape.numpy()) != (size,):
+            if value is None or tensor is None or not _has_one_use(value) or tuple(tensor.shape.numpy()) != (size,):
                 return None
             places.append((value, 0))
         return Fold(tuple(places), "norm") if places else None
 
     def _of_product(self, product: Product) -> Fold | None:
         """Rows of the weight, and the bias of a Gemm."""
-        if len(product.weight.uses()) != 1 or len(product.tensor.shape) != 2 or product.quantized or not product.weight.is_initializer():
+        if not is_read_by_alone(product.weight, [product.node]) or len(product.tensor.shape) != 2 or product.quantized or product.obstacle:
             return None
         bias = product.node.inputs[2] if is_op(product.node, "Gemm") and len(product.node.inputs) > 2 else None
         places = [(product.weight, 1 - product.axis)]
         if bias is not None:
             tensor = constant_tensor(bias)
-            if tensor is None or len(bias.uses()) != 1 or not bias.is_initializer() or tensor.size != product.tensor.shape.numpy()[1 - product.axis]:
+            if tensor is None or not _has_one_use(bias) or tensor.size != product.tensor.shape.numpy()[1 - product.axis]:
                 return None
             places.append((bias, len(tensor.shape) - 1))
-        return Fold(tuple(places), "product")
+        return Fold(tuple(places), "product", weight=product.weight)
 
     def _of_sum(self, node: ir.Node, size: int) -> Fold | None:
         """A bias behind a norm or a product: both take it."""
@@ -124,7 +137,7 @@ class Folder:
             bias = self._of_constants([node.inputs[one]], size)
             rest = self._walk(node.inputs[other], {node}, size) if bias is not None else None
             if bias is not None and rest is not None:
-                return Fold((*bias.places, *rest.places), rest.kind, rest.channels)
+                return Fold((*bias.places, *rest.places), rest.kind, rest.channels, rest.weight)
         return None
 
     def _of_elementwise_product(self, node: ir.Node, size: int) -> Fold | None:
@@ -178,7 +191,7 @@ class Folder:
         """Value heads that several query heads read."""
         if found is None:
             return None
-        value, axis = found.places[0]
+        value, axis = next(place for place in found.places if place[0] is found.weight)
         tensor = constant_tensor(value)
         assert tensor is not None
         own = int(tensor.shape.numpy()[axis])
@@ -187,11 +200,11 @@ class Folder:
             return None
         repeat = size // own
         channels = tuple((channel // head // repeat) * head + channel % head for channel in range(size))
-        return Fold(found.places, found.kind, channels if repeat > 1 else None)
+        return Fold(found.places, found.kind, channels if repeat > 1 else None, found.weight)
 
     def _head_dim(self, found: Fold, size: int, own: int) -> int | None:
         """Channels of one head, off the reshapes behind the product."""
-        product = next(p for p in self._products.values() if p.weight is found.places[0][0])
+        product = next(p for p in self._products.values() if p.weight is found.weight)
         if size == own:
             return own
         value: ir.Value | None = product.node.outputs[0]

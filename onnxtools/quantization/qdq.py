@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxtools.graph import Builder, constant_tensor, is_op
+from onnxtools.graph import Builder, attribute, constant_tensor, is_op, stored_dtype
 from onnxtools.model import Model
 from onnxtools.products import Product
 from onnxtools.quantization.formats import Format, magnitudes, quantized, scale_of
@@ -92,9 +92,10 @@ class QdqBuilder:
     def _multiply_behind(self, node: ir.Node, scale: ir.Value) -> None:
         """The result of a product times `scale`, before its bias is added."""
         bias = node.inputs[2] if is_op(node, "Gemm") and len(node.inputs) > 2 else None
-        if bias is not None:
-            node.resize_inputs(2)
         self.build.before = None  # the graph is sorted when all is done
+        if bias is not None:
+            bias = times(self.build, bias, float(attribute(node, "beta", 1.0)), f"{node.name}/beta")
+            node.resize_inputs(2)
         old = node.outputs[0]
         users = list(old.uses())
         result = self.build.op("Mul", [old, scale], f"{node.name}/rescaled", dtype=old.dtype)
@@ -107,6 +108,16 @@ class QdqBuilder:
             old.name, result.name = self.build.names(f"{old.name}/unscaled"), old.name
             outputs = self.build.graph.outputs
             outputs[list(outputs).index(old)] = result
+
+
+def times(build: Builder, value: ir.Value, factor: float, name: str) -> ir.Value:
+    """`value` times a number, such as the alpha or beta of a Gemm; no node for 1."""
+    dtype = stored_dtype(value)
+    if factor == 1 or dtype is None:
+        return value
+    made = build.op("Mul", [value, build.constant(np.array(factor, dtype.numpy()), name, dtype)], f"{name}/Mul", dtype=dtype)
+    made.shape = value.shape
+    return made
 
 
 def _first(products: Sequence[Product]) -> ir.Node:

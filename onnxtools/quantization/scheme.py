@@ -27,11 +27,13 @@ class Scheme:
         form: of the weights.
         tokens: how many tokens calibration has.
         keep: where GPTQ's weights are stored; None rounds to the nearest.
+        weights: all that are quantized.
     """
 
     form: Format
     tokens: int
     keep: Calibration | None
+    weights: frozenset[ir.Value]
 
     def watch(self, groups: Sequence[Group]) -> dict[ir.Value, tuple[Observer, ...]]:
         """Observers of each group's activation; with GPTQ the last is the Gram matrix."""
@@ -45,25 +47,51 @@ class Scheme:
         """The nodes; returns the range of weight scales by product."""
         raise NotImplementedError
 
-    def fold(self, group: Group, found: Findings) -> None:
-        """Divide the activation by its factors, and multiply the weights."""
-        factors = found.get(f"{group.index}.factors")
-        if factors is None or group.fold is None:
-            return
-        group.fold.apply(factors)
-        for product in group.products:
-            product.weight.const_value = scaled(product.tensor, factors, product.axis)
+    def may_fold(self, group: Group, groups: Sequence[Group]) -> bool:
+        """Whether the factors of `group` can be folded, while the layer of `groups` is looked at.
+
+        The weight that would take them may have been rounded with a layer before. Then its codes stay, and the scales of its rows are
+        divided, which comes to the same; one scale for the whole weight cannot.
+        """
+        if group.fold is None:
+            return False
+        return not self.is_late(group, groups) or self.rows_have_scales or self.keep is None
+
+    def is_late(self, group: Group, groups: Sequence[Group]) -> bool:
+        """Whether the factors go into a weight that is quantized, and was looked at before the layer of `groups`."""
+        target = group.fold.weight if group.fold is not None else None
+        return target in self.weights and not any(product.weight is target for other in groups for product in other.products)
+
+    @property
+    def rows_have_scales(self) -> bool:
+        """Whether each output channel has a scale of its own."""
+        raise NotImplementedError
+
+    def fold(self, groups: Sequence[Group], found: Findings) -> None:
+        """Divide each activation by its factors, and multiply the weights behind it."""
+        keys = {product.weight: f"{group.index}.{product.node.name}.scale" for group in groups for product in group.products}
+        for group in groups:
+            factors = found.get(f"{group.index}.factors")
+            if factors is None or group.fold is None:
+                continue
+            group.fold.apply(factors)
+            for product in group.products:
+                product.weight.const_value = scaled(product.tensor, factors, product.axis)
+            target = group.fold.weight
+            if f"{group.index}.late" in found and target is not None and (scale := found.get(keys[target])) is not None:
+                rows = group.fold.producers(factors).astype(np.float32)
+                found[keys[target]] = scale / (rows[:, None] if scale.ndim == 2 else rows)
 
     def folded(self, product: Product, group: Group, groups: Sequence[Group], found: Findings) -> Array:
-        """The weight as it will be, float32 [N, K]: with its group's factors, and its rows divided by those that a later group folds into it."""
+        """The weight as it will be, float32 [N, K]: with its group's factors, and its rows divided by those that a group of `groups` folds into it."""
         weight, factors = matrix(product), found.get(f"{group.index}.factors")
         if factors is not None:
             weight = (weight * factors).astype(np.float32)
         divisors = np.ones(len(weight), np.float32)
         for other in groups:
             given = found.get(f"{other.index}.factors")
-            if given is not None and other.fold is not None and other.fold.places[0][0] is product.weight:
-                divisors[np.array(other.fold.channels) if other.fold.channels is not None else slice(None)] = given
+            if given is not None and other.fold is not None and other.fold.weight is product.weight:
+                divisors = divisors * other.fold.producers(given).astype(np.float32)
         return weight / divisors[:, None]
 
     def rounded(self, weight: Array, scale: Array, block: int, product: Product, gram: Gram | None, factors: Array | None) -> Array:
@@ -72,18 +100,14 @@ class Scheme:
             return rounded(weight, self.form, scale, block)
         inputs = gram.value if factors is None else gram.value / np.outer(factors, factors)
         codes = gptq(weight, inputs, self.form, scale, block)
-        self.keep.store(_place(product), codes if product.axis == 1 else np.ascontiguousarray(codes.T))
+        self.keep.store(product.weight.name or "", codes if product.axis == 1 else np.ascontiguousarray(codes.T))
         return decoded(codes, scale, block)
 
     def codes(self, product: Product) -> ir.TensorProtocol | None:
         """GPTQ's weight, already in the stored type."""
-        return self.keep.stored(_place(product), self.form.dtype, product.weight.name or "") if self.keep is not None else None
+        return self.keep.stored(product.weight.name or "", self.form.dtype) if self.keep is not None else None
 
 
 def shown(scale: Array) -> str:
     """The range of scales, for people."""
     return f"{float(scale.min()):.3g} to {float(scale.max()):.3g}" if scale.size > 1 else f"{float(scale):.3g}"
-
-
-def _place(product: Product) -> str:
-    return (product.weight.name or "").replace("/", "_")

@@ -1,0 +1,122 @@
+"""Part of a graph: what some of its values need, and nothing else. Weights that it does not need are not looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import onnx
+import onnx_ir as ir
+
+from onnxtools.errors import OnnxtoolsError
+from onnxtools.graph import graphs_inside, is_op
+from onnxtools.model import Model
+from onnxtools.tensors import RowTensor
+from onnxtools.weights import row_range, shape_of
+
+TABLE_ROWS = 1024
+"""Rows of an embedding table that a part keeps: token ids in it must be below."""
+
+
+def needed(model: Model, values: Iterable[ir.Value]) -> tuple[set[ir.Node], set[ir.Value]]:
+    """The nodes of the main graph that `values` are computed from, and the inputs and initializers that these read."""
+    nodes: set[ir.Node] = set()
+    leaves: set[ir.Value] = set()
+    main, waiting = set(model.graph), list(values)
+    while waiting:
+        value = waiting.pop()
+        node = value.producer()
+        if node is None:
+            leaves.add(value)
+        elif node in main and node not in nodes:
+            nodes.add(node)
+            waiting += _read_by(node)
+    return nodes, {value for value in leaves if value.is_graph_input() or value.is_initializer()}
+
+
+def _read_by(node: ir.Node) -> Iterator[ir.Value]:
+    """Inputs of a node, and what the graphs inside it read from outside (and, harmlessly, their own values)."""
+    yield from (value for value in node.inputs if value is not None)
+    for graph in graphs_inside(node):
+        for inner in graph.all_nodes():
+            yield from (value for value in inner.inputs if value is not None)
+        yield from graph.outputs
+
+
+def part(model: Model, names: Sequence[str], *, rows: int | None = None) -> onnx.ModelProto:
+    """A model whose outputs are the values called `names`.
+
+    Args:
+        rows: keep so many rows of tables that tokens or positions look up.
+    Raises:
+        OnnxtoolsError: a weight cannot be computed.
+    """
+    by_name = {value.name: value for node in model.graph for value in node.outputs} | {value.name: value for value in model.graph.inputs}
+    nodes, leaves = needed(model, [by_name[name] for name in names])
+    graph = onnx.GraphProto(name="part")
+    graph.node.extend(ir.serde.serialize_node(node) for node in model.graph if node in nodes)
+    main = set(model.graph.inputs)
+    for value in model.graph.inputs:
+        if value in leaves:
+            graph.input.append(ir.serde.serialize_value(value))
+    for value in sorted((v for v in leaves if v not in main), key=lambda v: v.name or ""):
+        tensor = value.const_value
+        if tensor is not None:
+            kept = _some_rows(value, tensor, rows) if rows is not None else tensor
+            proto = _serialized(kept)
+            proto.name = value.name or ""
+            graph.initializer.append(proto)
+    graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in model.ir.opset_imports.items()]
+    made = onnx.ModelProto(ir_version=model.ir.ir_version, graph=graph, opset_import=opsets)
+    made.functions.extend(ir.serde.serialize_function(function) for function in model.ir.functions.values())
+    return made
+
+
+def _serialized(tensor: ir.TensorProtocol) -> onnx.TensorProto:
+    try:
+        return ir.serde.serialize_tensor(tensor)
+    except Exception as error:  # onnx_ir wraps what a weight raises while it is computed
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OnnxtoolsError):
+            cause = cause.__cause__ or cause.__context__
+        raise cause or error from None
+
+
+def is_table(value: ir.Value) -> bool:
+    """Whether nothing but lookups along the first axis reads the weight."""
+    return bool(value.uses()) and all(is_op(node, "Gather") and index == 0 and node.attributes.get_int("axis", 0) == 0 for node, index in value.uses())
+
+
+def _some_rows(value: ir.Value, tensor: ir.TensorProtocol, rows: int) -> ir.TensorProtocol:
+    shape = shape_of(tensor)
+    whole = len(shape) != 2 or shape[0] <= rows or tensor.dtype.bitwidth < 8 or not is_table(value)
+    multiple = tensor.row_multiple if isinstance(tensor, RowTensor) else 1
+    return tensor if whole else row_range(tensor, 0, min(-(-rows // multiple) * multiple, shape[0]))
+
+
+def beginning(model: Model, limit: int, count: int = 24) -> tuple[list[str], int, int]:
+    """Values of the first nodes whose weights come to `limit` bytes at most, tables counted with `TABLE_ROWS` rows.
+
+    Returns:
+        Up to `count` names, spread over these nodes and in their order; how many nodes; the bytes of their weights.
+    """
+    used: set[ir.Value] = set()
+    nbytes = nodes = 0
+    names: list[str] = []
+    for node in model.graph:
+        new = [v for v in _read_by(node) if v.is_initializer() and v not in used and v.const_value is not None]
+        size = nbytes + sum(_part_bytes(v) for v in new)
+        if size > limit:
+            break
+        used.update(new)
+        nbytes, nodes = size, nodes + 1
+        names += [v.name for v in node.outputs if v.name and v.uses()]
+    step = max(1, -(-len(names) // count))
+    return names[::-1][::step][::-1], nodes, nbytes
+
+
+def _part_bytes(value: ir.Value) -> int:
+    tensor = value.const_value
+    assert tensor is not None
+    shape = shape_of(tensor)
+    return tensor.nbytes * TABLE_ROWS // shape[0] if len(shape) == 2 and shape[0] > TABLE_ROWS and is_table(value) else tensor.nbytes

@@ -1,0 +1,116 @@
+"""Who reads a stored weight, and through what: a weight is not a product.
+
+A pass may change a stored weight in place only where all that reads it wants the change. `own_weights` gives a product
+that shares its weight an initializer of its own, with what lies between; the bytes are shared until somebody changes them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import onnx_ir as ir
+
+from onnxtools.graph import Builder, constant_tensor, is_op
+from onnxtools.model import Model
+from onnxtools.products import Product
+
+_PASSED_ON = {
+    "Cast", "CastLike", "Identity", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "QuantizeLinear", "DequantizeLinear",
+    "TRT_FP8QuantizeLinear", "TRT_FP8DequantizeLinear",
+}  # fmt: skip
+"""Operators whose first input is still the weight when it comes out."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A use of a weight.
+
+    Attributes:
+        node: None where the weight, or what is made of it, is an output of the graph.
+        index: of the node's input.
+        value: the weight as the node sees it.
+    """
+
+    node: ir.Node | None
+    index: int
+    value: ir.Value
+
+
+def readers(weight: ir.Value) -> list[Reader]:
+    """All that reads `weight`, through casts, transpositions, reshapes and Q/DQ, in subgraphs too."""
+    found: list[Reader] = []
+    waiting, seen = [weight], {weight}
+    while waiting:
+        value = waiting.pop()
+        if value.is_graph_output():
+            found.append(Reader(None, 0, value))
+        for node, index in value.uses():
+            if index == 0 and node.op_type in _PASSED_ON and node.outputs[0] not in seen:
+                seen.add(node.outputs[0])
+                waiting.append(node.outputs[0])
+            elif not (index == 0 and node.op_type in _PASSED_ON):
+                found.append(Reader(node, index, value))
+    return found
+
+
+def stored_weight(value: ir.Value | None) -> ir.TensorProtocol | None:
+    """The stored tensor that `value` is, through casts, transpositions, reshapes and Q/DQ; None where it is computed."""
+    while value is not None:
+        if (tensor := constant_tensor(value)) is not None:
+            return tensor
+        node = value.producer()
+        value = node.inputs[0] if node is not None and node.op_type in _PASSED_ON and node.inputs else None
+    return None
+
+
+_LOOKS_UP = ("Gather", "GatherElements", "GatherND")
+
+
+def is_embedding(weight: ir.Value) -> bool:
+    """Whether the weight is also a table that tokens look up, through whatever."""
+    return any(reader.index == 0 and is_op(reader.node, *_LOOKS_UP) for reader in readers(weight))
+
+
+def is_read_by_alone(weight: ir.Value, nodes: Iterable[ir.Node]) -> bool:
+    """Whether each of `nodes` reads `weight`, once, and nothing else does."""
+    expected = list(nodes)
+    reading = [reader.node for reader in readers(weight)]
+    return len(reading) == len(expected) and set(reading) == set(expected)
+
+
+def own_weights(model: Model, products: Sequence[Product]) -> list[Product]:
+    """The products, each the only reader of its weight: one that shares it gets an initializer, and a path, of its own.
+
+    Where nothing but `products` reads a weight, the first of them keeps it.
+    """
+    sharing: dict[ir.Value, list[Product]] = {}
+    for product in products:
+        sharing.setdefault(product.weight, []).append(product)
+    build = Builder(model)
+    owned: dict[ir.Node, Product] = {}
+    for weight, those in sharing.items():
+        alone = is_read_by_alone(weight, [product.node for product in those])
+        for index, product in enumerate(those):
+            owned[product.node] = product if alone and index == 0 else _with_own_weight(build, product)
+    return [owned[product.node] for product in products]
+
+
+def _with_own_weight(build: Builder, product: Product) -> Product:
+    """The product on a copy of its weight and of the nodes between."""
+    old, tensor = product.weight, product.tensor
+    value = build.initializer(copy.copy(tensor), f"{old.name}_of_{product.node.name}")
+    value.metadata_props.update(old.metadata_props)
+    weight, path = value, list[ir.Node]()
+    build.before = product.node
+    for node in reversed(product.path):  # from the weight to the product
+        attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+        made = build.op(node.op_type, [value, *node.inputs[1:]], f"{node.name}_of_{product.node.name}", domain=node.domain, **attributes)
+        made.type, made.shape = node.outputs[0].type, node.outputs[0].shape
+        producer = made.producer()
+        assert producer is not None
+        path.insert(0, producer)
+        value = made
+    product.node.replace_input_with(product.index, value)
+    return replace(product, weight=weight, path=tuple(path))
