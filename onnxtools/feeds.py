@@ -104,9 +104,10 @@ def _named(model: Model, part: str, feeds: Feeds) -> str | None:
 def _padded(model: Model, plain: Feeds) -> Probe | None:
     """The last row begins with padding: its mask is 0 there, and its positions are counted from the first real token, as transformers does."""
     mask, place = _named(model, "mask", plain), _named(model, "position", plain)
+    tokens = token_input(model)
     rows, length = plain[mask].shape if mask is not None else (0, 0)
-    if mask is None or rows < 2 or length < 3:
-        return None
+    if mask is None or tokens is None or plain[mask].shape != plain[tokens.value.name or ""].shape or rows < 2 or length < 3:
+        return None  # a mask over the slots of a static cache says where, not whether, a token is
     real = np.ones((rows, length), bool)
     real[-1, : length // 3] = False
     feeds = {**plain, mask: real.astype(plain[mask].dtype)}

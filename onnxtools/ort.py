@@ -126,7 +126,7 @@ def ort_value(array: Array, type_name: str) -> Any:
         return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(np.ascontiguousarray(array).view(np.uint8), onnx.TensorProto.FLOAT8E4M3FN)
     if "bfloat16" in type_name:
         return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(np.ascontiguousarray(array).view(np.uint16), onnx.TensorProto.BFLOAT16)
-    return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+    return ort.OrtValue.ortvalue_from_numpy(np.asarray(array, order="C"))  # ascontiguousarray makes [1] of a scalar
 
 
 def to_numpy(value: Any) -> Array:

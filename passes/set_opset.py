@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
 from onnxtools.errors import JobError, UsageError
 from onnxtools.graph import Builder, attribute
+from onnxtools.infer import Facts, analyse
 from onnxtools.model import MAX_IR_VERSION, Model
 from onnxtools.passbase import Pass, PassResult, option
 
@@ -25,6 +28,7 @@ class SetOpset(Pass):
     Rules:
       - opset 13: Squeeze, Unsqueeze, Split and ReduceSum take axes and sizes as inputs;
       - opset 18: Split without sizes names `num_outputs`; Reduce* take axes as an input;
+      - inference keeps its meaning: BatchNormalization with one output, Softmax over the last axis, Resize, GridSample and Dropout;
       - every other operator must mean the same at both versions by its schema (inputs and attributes only grew),
         else the node is named in an error;
       - never downwards: an operator such as Gelu (20) would lose its meaning;
@@ -56,12 +60,12 @@ class SetOpset(Pass):
             return PassResult(changed, 0, [f"opset {old} kept (already at or above {self.version}; nothing is lowered)"])
         if old < 11:
             raise JobError(f"opset {old} is older than any exporter of these models; export the model again with opset 17 or later")
-        builder = Builder(model)
+        builder, facts = Builder(model), analyse(model)
         rewritten = 0
         for node in list(model.graph.all_nodes()):
             if node.domain in ("", "ai.onnx"):
                 builder.before = node
-                rewritten += _upgrade(node, old, self.version, builder)
+                rewritten += _upgrade(node, old, self.version, builder, facts)
         model.ir.opset_imports[""] = self.version
         return PassResult(True, rewritten, [f"opset {old} -> {self.version}, {rewritten} nodes rewritten"])
 
@@ -87,10 +91,13 @@ def _ir_version(opset: int) -> int:
     return onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])
 
 
-def _upgrade(node: ir.Node, old: int, new: int, builder: Builder) -> int:
+def _upgrade(node: ir.Node, old: int, new: int, builder: Builder, facts: Facts) -> int:
     op = node.op_type
     if op == "Split" and old < 18 <= new:
         return _split(node, builder)
+    rule = _RULES.get(op)
+    if rule is not None and old < _SEMANTICS_CHANGED[op] <= new and (done := rule(node, builder, facts)) is not None:
+        return done
     axes_became_input = (old < 18 <= new and op in _REDUCE) or (old < 13 and op in ("ReduceSum", "Squeeze", "Unsqueeze"))
     if axes_became_input:
         return _attribute_to_input(node, "axes", builder)
@@ -119,9 +126,54 @@ def _split(node: ir.Node, builder: Builder) -> int:
 
 
 _SEMANTICS_CHANGED = {
-    "Softmax": 13, "LogSoftmax": 13, "Hardmax": 13, "BatchNormalization": 15, "GroupNormalization": 21, "Resize": 13, "Upsample": 10,
-    "GridSample": 20, "DFT": 20, "Dropout": 13, "Clip": 11, "Pad": 11,
+    "Softmax": 13, "LogSoftmax": 13, "Hardmax": 13, "BatchNormalization": 14, "GroupNormalization": 21, "Resize": 13, "Upsample": 10,
+    "GridSample": 20, "Dropout": 12, "DFT": 20, "Clip": 11, "Pad": 11,
 }  # fmt: skip
+"""Operators whose new version does something else, and from which opset on."""
+
+
+def _batch_normalization(node: ir.Node, builder: Builder, facts: Facts) -> int | None:
+    """With one output it normalizes by the stored statistics in every version; further outputs are those of training."""
+    return 0 if not any(output.uses() or output.is_graph_output() for output in node.outputs[1:]) and len(node.outputs) == 1 else None
+
+
+def _softmax(node: ir.Node, builder: Builder, facts: Facts) -> int | None:
+    """Before opset 13 all axes from `axis` (1 by default) on were one; over the last axis that is the same."""
+    shape = facts[node.inputs[0]].shape
+    axis = attribute(node, "axis", 1)
+    if axis != -1 and (shape is None or axis != len(shape) - 1):
+        return None
+    node.attributes["axis"] = ir.AttrInt64("axis", -1)
+    return 1
+
+
+def _resize(node: ir.Node, builder: Builder, facts: Facts) -> int | None:
+    """Opset 13 dropped one way to map coordinates; the others mean the same."""
+    return 0 if attribute(node, "coordinate_transformation_mode", "half_pixel") != "tf_half_pixel_for_nn" else None
+
+
+def _grid_sample(node: ir.Node, builder: Builder, facts: Facts) -> int | None:
+    """Opset 20 calls the modes of 2-D grids linear and cubic."""
+    mode = attribute(node, "mode", "bilinear")
+    node.attributes["mode"] = ir.AttrString("mode", {"bilinear": "linear", "bicubic": "cubic"}.get(mode, mode))
+    return 1
+
+
+def _dropout(node: ir.Node, builder: Builder, facts: Facts) -> int | None:
+    """The ratio became an input in opset 12; it matters in training alone."""
+    if "ratio" in node.attributes:
+        ratio = np.array(node.attributes.pop("ratio").value, np.float32)
+        node.resize_inputs(2)
+        node.replace_input_with(1, builder.constant(ratio, f"{node.name}/ratio"))
+        return 1
+    return 0
+
+
+_RULES: dict[str, Callable[[ir.Node, Builder, Facts], int | None]] = {
+    "BatchNormalization": _batch_normalization, "Softmax": _softmax, "LogSoftmax": _softmax, "Hardmax": _softmax, "Resize": _resize,
+    "GridSample": _grid_sample, "Dropout": _dropout,
+}  # fmt: skip
+"""What makes a node mean the same in the new version: how many nodes were changed; None where nothing does."""
 
 
 def _check_same_meaning(node: ir.Node, old: int, new: int) -> None:

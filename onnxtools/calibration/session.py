@@ -67,7 +67,7 @@ class SegmentSession:
         kept = []  # ONNX Runtime reads the arrays in place
         for name, array in {**feeds, **received}.items():
             if name in self._types and name not in values:
-                array = array.astype(np.float32) if self._types[name] == "tensor(float)" else np.ascontiguousarray(array)
+                array = array.astype(np.float32) if self._types[name] == "tensor(float)" else np.asarray(array, order="C")
                 kept.append(array)
                 values[name] = ort_value(array, self._types[name])
         try:

@@ -30,16 +30,26 @@ class QdqBuilder:
         return self.dequantized(self.quantized(value, form, scale, name), form, scale, name)
 
     def quantized(self, value: ir.Value, form: Format, scale: Array, name: str) -> ir.Value:
-        zero = self.build.constant(np.zeros(scale.shape, form.dtype.numpy()), f"{name}_zero_point", form.dtype)
-        made = self.build.op("QuantizeLinear", [value, self._scale(scale, name), zero], f"{name}/QuantizeLinear", dtype=form.dtype)
+        zero = self._zero_point(form, scale, name)
+        attributes: dict[str, Any] = {"output_dtype": form.dtype.value} if not zero else {}
+        made = self.build.op("QuantizeLinear", [value, self._scale(scale, name), *zero], f"{name}/QuantizeLinear", dtype=form.dtype, **attributes)
         made.shape = value.shape
         return made
 
     def dequantized(self, stored: ir.Value, form: Format, scale: Array, name: str) -> ir.Value:
-        zero = self.build.constant(np.zeros(scale.shape, form.dtype.numpy()), f"{name}_zero_point", form.dtype)
-        made = self.build.op("DequantizeLinear", [stored, self._scale(scale, name), zero], f"{name}/DequantizeLinear")
+        inputs = [stored, self._scale(scale, name), *self._zero_point(form, scale, name)]
+        made = self.build.op("DequantizeLinear", inputs, f"{name}/DequantizeLinear")
         made.dtype, made.shape = ir.DataType.from_numpy(scale.dtype), stored.shape
         return made
+
+    def _zero_point(self, form: Format, scale: Array, name: str) -> list[ir.Value]:
+        """Zero, which says the type too; of INT8 from opset 21 on none, and the type is an attribute.
+
+        ONNX Runtime 1.32 moves a QuantizeLinear over a Reshape and loses its zero point, and with it the type: it then refuses the graph.
+        """
+        if form.dtype == ir.DataType.INT8 and self.build.model.opset >= 21:
+            return []
+        return [self.build.constant(np.zeros(scale.shape, form.dtype.numpy()), f"{name}_zero_point", form.dtype)]
 
     def _scale(self, scale: Array, name: str) -> ir.Value:
         return self.build.constant(scale, f"{name}_scale", ir.DataType.from_numpy(scale.dtype))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -87,9 +88,10 @@ def test_external_weights_are_hashed_and_a_model_in_memory_builds(tmp_path: Path
 
 def test_provenance_comes_from_the_model(tmp_path: Path, make: Build) -> None:
     model = onnx.load(linear(tmp_path / "m.onnx"))
-    helper.set_model_props(model, {"onnxtools.provenance": '[{"input": "te.onnx"}]'})
+    entry = {"input": "te.onnx", "passes": [{"pass": "convert"}]}
+    helper.set_model_props(model, {"onnxtools.provenance": json.dumps([entry, {"input": "of another shape"}])})
     onnx.save(model, tmp_path / "m.onnx")
-    assert manifest(make(tmp_path / "m.onnx"))["provenance"] == [{"input": "te.onnx"}]
+    assert manifest(make(tmp_path / "m.onnx"))["provenance"] == [entry]
 
 
 # Refusals: each message names the object and the next step, and leaves no file.

@@ -21,11 +21,11 @@ from onnxtools.engines.next_token import AHEAD, NEXT, PAST_TOKENS, add_next_toke
 from onnxtools.errors import JobError
 from onnxtools.export.export import export
 from onnxtools.export.options import ExportOptions
+from onnxtools.feeds import random_feeds
 from onnxtools.generation.generate import generate
 from onnxtools.generation.options import GenerationOptions
 from onnxtools.generation.runtime import RuntimeOptions, open_runtime
 from onnxtools.model import Model
-from onnxtools.ort import random_feeds
 
 GPT2 = {
     "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_layer": 2, "n_embd": 64, "n_head": 2, "vocab_size": 96, "n_positions": 64,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -93,18 +94,32 @@ def test_the_old_names_of_the_default_domain(tmp_path: Path) -> None:
     assert np.array_equal(Session(upgrade(path))({"x": X})["y"], X.max(1, keepdims=True))
 
 
-@pytest.mark.parametrize(("op", "attributes", "old"), [("Softmax", {"axis": 1}, 12), ("BatchNormalization", {}, 13), ("Hardmax", {"axis": 1}, 12)])
-def test_an_operator_that_changed_its_meaning_is_named(op: str, attributes: dict[str, int], old: int, tmp_path: Path) -> None:
-    extra = ["scale", "bias", "mean", "var"] if op == "BatchNormalization" else []
-    path = write(
-        tmp_path / "in.onnx",
-        [helper.make_node(op, ["x", *extra], ["y"], "the_node", **attributes)],
-        [info("x", [4, 6])],
-        [info("y", [4, 6])],
-        stored(**{name: np.ones(6, np.float32) for name in extra}),
-        opset=old,
-        ir_version=7,
-    )
+def one_node(path: Path, op: str, old: int, attributes: dict[str, Any], outputs: int = 1) -> Path:
+    """`op` on a [2, 4, 6] input, with the statistics that a BatchNormalization takes."""
+    extra = {name: np.linspace(0.5, 1.5, 4, dtype=np.float32) for name in ("scale", "bias", "mean", "var")} if op == "BatchNormalization" else {}
+    made = ["y", "running_mean", "running_var"][:outputs]
+    shapes = [[2, 4, 6], [4], [4]][:outputs]
+    node = helper.make_node(op, ["x", *extra], made, "the_node", **attributes)
+    return write(path, [node], [info("x", [2, 4, 6])], [info(n, s) for n, s in zip(made, shapes, strict=True)], stored(**extra), opset=old, ir_version=7)
+
+
+@pytest.mark.parametrize(
+    ("op", "attributes", "old"),
+    [("Softmax", {"axis": 2}, 11), ("LogSoftmax", {"axis": -1}, 12), ("Hardmax", {"axis": 2}, 12), ("BatchNormalization", {"epsilon": 0.25}, 11),
+     ("BatchNormalization", {}, 13), ("Dropout", {"ratio": 0.25}, 11)],
+)  # fmt: skip
+def test_operators_whose_inference_kept_its_meaning(op: str, attributes: dict[str, Any], old: int, tmp_path: Path) -> None:
+    path = one_node(tmp_path / "in.onnx", op, old, attributes)
+    x = normal(2, 4, 6, seed=3)
+    out = upgrade(path)
+    np.testing.assert_allclose(Session(out)({"x": x})["y"], Session(path)({"x": x})["y"], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("op", "attributes", "old", "outputs"), [("Softmax", {"axis": 1}, 12, 1), ("Softmax", {}, 12, 1), ("Hardmax", {"axis": 0}, 12, 1), ("BatchNormalization", {}, 13, 3)]
+)  # fmt: skip
+def test_an_operator_that_changed_its_meaning_is_named(op: str, attributes: dict[str, Any], old: int, outputs: int, tmp_path: Path) -> None:
+    path = one_node(tmp_path / "in.onnx", op, old, attributes, outputs)
     assert "the_node" in refuse("set-opset", path, tmp_path / "out.onnx")
     assert not (tmp_path / "out.onnx").exists()
 
