@@ -15,6 +15,7 @@ from typing import Any
 from onnxtools import __version__
 from onnxtools.engines.audit import holds, summary
 from onnxtools.engines.builder import Builder, Engine, get_builder
+from onnxtools.engines.gpus import with_capability
 from onnxtools.engines.manifest import FORMAT, hash_file, hash_weights, make_manifest, manifest_path, read_manifest
 from onnxtools.engines.preflight import preflight
 from onnxtools.engines.profiles import profiles_for
@@ -44,7 +45,8 @@ def build(source: Path | Model, engine_path: Path, spec: EngineSpec, *, force: b
     builder = get_builder(spec.backend)
     version = release(builder.version())
     check_options(spec, builder.name, version)
-    job = _Build(engine_path, with_cache_file(spec, builder.name, version), builder, force)
+    spec, last = with_capability(with_cache_file(spec, builder.name, version), builder.limits())
+    job = _Build(engine_path, spec, builder, force, last)
     prunes = spec.sparsity == "force" and builder.name != "trtexec"
     if isinstance(source, Model):
         return job.copied(source, None, prunes)
@@ -56,18 +58,19 @@ def build(source: Path | Model, engine_path: Path, spec: EngineSpec, *, force: b
 
 @dataclass(frozen=True)
 class _Build:
-    """One build, of whatever model."""
+    """One build, of whatever model; `last` is a line for people that is shown last."""
 
     engine_path: Path
     spec: EngineSpec
     builder: Builder
     force: bool
+    last: str = ""
 
     def known(self, model: Model) -> Engine | None:
         """The engine that lies there, where it is what building this model would give."""
         _refuse_overwriting(model, self.engine_path, self.spec)
         found = None if self.force else _known(model, self.engine_path, self.spec, self.builder)
-        return Engine(self.engine_path, found, reused=True) if found else None
+        return Engine(self.engine_path, found, reused=True, last=self.last) if found else None
 
     def copied(self, model: Model, origin: Model | None, prune: bool) -> Engine:
         """Build a model that is not on the disk as it is built."""
@@ -110,7 +113,7 @@ class _Build:
                 engine=self.engine_path.name, path=path, weights=weights.result(), audit=audit, notes=notes, seconds=seconds,
             )  # fmt: skip
             manifest_tmp.write_text(json.dumps(manifest, indent=2) + "\n")
-        return Engine(self.engine_path, manifest)
+        return Engine(self.engine_path, manifest, last=self.last)
 
 
 def _timing_cache_notes(spec: EngineSpec, builder: Builder) -> list[str]:

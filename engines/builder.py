@@ -77,11 +77,13 @@ class Engine:
 
     Attributes:
         reused: it lay there already, and building it again would have given the same.
+        last: what people must know of whom the plan is for; "" where they said it.
     """
 
     path: Path
     manifest: dict[str, Any]
     reused: bool = False
+    last: str = ""
 
 
 class Reader(Protocol):

@@ -63,6 +63,7 @@ def make_manifest(
         "engine": {"file": engine, "bytes": built.size, "sha256": built.sha256},
         "graph": {**graph, "opset": model.opset, "ir_version": model.ir.ir_version},
         "weights": weights,
+        "weight_bytes": origin.weight_bytes(),
         "provenance": provenance(model),
         "spec": spec.as_json(),
         "compute_capabilities": list(spec.compute_capability),

@@ -18,9 +18,13 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from onnxtools.engines import last_words
 from onnxtools.engines.build import build
+from onnxtools.engines.builder import get_builder
+from onnxtools.engines.manifest import manifest_path
 from onnxtools.engines.spec import EngineSpec
 from onnxtools.errors import JobError, OnnxtoolsError, UsageError
+from onnxtools.files import sweep
 from onnxtools.memory import available_bytes
 from onnxtools.model import Model
 
@@ -48,6 +52,7 @@ class Outcome:
         manifest: of the engine; None where it failed.
         error: one line; empty where it did not.
         reused: the engine lay there already.
+        last: as of `Engine`.
     """
 
     job: Job
@@ -55,6 +60,7 @@ class Outcome:
     manifest: dict[str, Any] | None
     error: str
     reused: bool = False
+    last: str = ""
 
 
 def build_many(jobs: Sequence[Job], spec: EngineSpec, *, workers: int, force: bool, done: Callable[[Outcome], None]) -> list[Outcome]:
@@ -70,7 +76,7 @@ def build_many(jobs: Sequence[Job], spec: EngineSpec, *, workers: int, force: bo
     """
     context = multiprocessing.get_context("spawn")  # a forked TensorRT does not work
     devices, waiting, room = visible_devices(), list(enumerate(jobs)), available_bytes()
-    running: dict[Connection, tuple[int, Any, float, int, str | None]] = {}
+    running: dict[Connection, tuple[int, Any, float, int, str | None, Any]] = {}
     outcomes: dict[int, Outcome] = {}
     main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, _cancel) if main else None
@@ -85,14 +91,15 @@ def build_many(jobs: Sequence[Job], spec: EngineSpec, *, workers: int, force: bo
                 free = [d for d in devices if d not in [entry[4] for entry in running.values()]]
                 device = free[0] if free else devices[number % len(devices)] if devices else None
                 receiver, sender = context.Pipe(duplex=False)
-                process = context.Process(target=_work, args=(job, spec, force, device, sender))
+                words = context.Array("c", last_words.SIZE, lock=False)
+                process = context.Process(target=_work, args=(job, spec, force, device, sender, words))
                 _start(process)
                 sender.close()
-                running[receiver] = (number, process, time.monotonic(), need, device)
+                running[receiver] = (number, process, time.monotonic(), need, device, words)
             ready = set(wait(list(running)))
             for receiver in [one for one in running if one in ready]:
-                number, process, started, *_ = running.pop(receiver)
-                outcomes[number] = _outcome(jobs[number], receiver, process, time.monotonic() - started)
+                number, process, started, *_, words = running.pop(receiver)
+                outcomes[number] = _outcome(jobs[number], spec, receiver, process, time.monotonic() - started, words)
                 done(outcomes[number])
     except BaseException:
         for _, process, *_ in running.values():
@@ -106,9 +113,10 @@ def build_many(jobs: Sequence[Job], spec: EngineSpec, *, workers: int, force: bo
     return [outcomes[number] for number in range(len(jobs))]
 
 
-def _work(job: Job, spec: EngineSpec, force: bool, device: str | None, sender: Connection) -> None:
+def _work(job: Job, spec: EngineSpec, force: bool, device: str | None, sender: Connection, words: Any) -> None:
     """In the process of one job."""
     signal.signal(signal.SIGTERM, _cancel)
+    last_words.keep_in(words)
     if sys.platform == "linux":  # a parent that is killed takes its processes along
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if device is not None:
@@ -118,9 +126,9 @@ def _work(job: Job, spec: EngineSpec, force: bool, device: str | None, sender: C
     with contextlib.suppress(BrokenPipeError, KeyboardInterrupt):
         try:
             engine = build(job.model, job.engine, spec, force=force)
-            sender.send((engine.manifest, "", engine.reused))
+            sender.send((engine.manifest, "", engine.reused, engine.last))
         except OnnxtoolsError as error:
-            sender.send((None, str(error), False))
+            sender.send((None, str(error), False, ""))
 
 
 def _start(process: Any) -> None:
@@ -138,14 +146,17 @@ def _cancel(signum: int, frame: Any) -> None:
     raise KeyboardInterrupt
 
 
-def _outcome(job: Job, receiver: Connection, process: Any, seconds: float) -> Outcome:
+def _outcome(job: Job, spec: EngineSpec, receiver: Connection, process: Any, seconds: float, words: Any) -> Outcome:
     try:
-        manifest, error, reused = receiver.recv()
+        manifest, error, reused, last = receiver.recv()
     except EOFError:
         process.join()
-        manifest, error, reused = None, f"{job.model}: its process ended with {process.exitcode}; build it alone with --debug", False
+        title = get_builder(spec.backend).name
+        error = last_words.epitaph(Model.load(job.model), title, process.exitcode, words.value.decode(errors="replace"))
+        manifest, reused, last = None, False, ""
+        sweep(job.engine.parent, {job.engine.name, manifest_path(job.engine).name})
     process.join()
-    return Outcome(job, seconds, manifest, error, reused)
+    return Outcome(job, seconds, manifest, error, reused, last)
 
 
 def _needed(path: Path) -> int:

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxtools.engines.builder import Reader
+from onnxtools.engines.gpus import named, ways_on
 from onnxtools.engines.sparse_weights import Sparsity, check_sparsity
 from onnxtools.engines.spec import EngineSpec, capability
 from onnxtools.engines.traps import Graph, check_traps, refuse
@@ -45,6 +46,7 @@ def preflight(model: Model, spec: EngineSpec, builder: Reader, *, strong: bool =
     _check_supported(graph, builder)
     check_traps(graph)
     _check_scales(graph)
+    _check_zero_points(graph)
     _check_caches(graph)
     if spec.sparsity != "disable":
         result.sparsity = _check_sparsity(model, forced=spec.sparsity == "force" and builder.name == "trtexec")
@@ -56,7 +58,7 @@ def _check_limits(model: Model, spec: EngineSpec, builder: Reader) -> None:
     limits = builder.limits()
     unknown = [text for text in spec.compute_capability if text not in limits.capabilities]
     if unknown and limits.capabilities:
-        raise UsageError(f"--compute-capability {unknown[0]}: {builder.name} builds for {', '.join(limits.capabilities)} only")
+        raise UsageError(f"--compute-capability {named(unknown[0])}: {builder.name} does not build for it; {ways_on(limits.capabilities)}")
     if model.opset > limits.opset:
         raise JobError(f"{model.path}: opset {model.opset}, but {builder.name} reads up to {limits.opset}; export an older one")
     if model.ir.ir_version > limits.ir_version:
@@ -132,6 +134,26 @@ def _check_scales(graph: Graph) -> None:
             reason = f"its scale is {bad.flat[0]:g}, but TensorRT takes finite scales above 0 only; calibrate and export again"
             found.append((node, reason))
     refuse(found)
+
+
+def _check_zero_points(graph: Graph) -> None:
+    """TensorRT quantizes symmetrically: zero points are zero, and unsigned types are none of its."""
+    found: list[tuple[ir.Node, str]] = []
+    for node in graph.nodes():
+        if not is_op(node, "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"):
+            continue
+        zero = node.inputs[2] if len(node.inputs) > 2 else None
+        elements = _elements(graph, zero)
+        kind = stored_dtype(zero) or stored_dtype(node.inputs[0] if node.op_type == "DequantizeLinear" else node.outputs[0])
+        advice = "quantize the fp32 model symmetrically: `onnxtools quantize --int8`, or ONNX Runtime's quantize_static with QInt8 and ActivationSymmetric"
+        if elements is not None and elements.any():
+            found.append((node, f"its zero point is {elements.reshape(-1)[elements.reshape(-1) != 0][0]:g}, and TensorRT takes zero alone; {advice}"))
+        elif kind in _UNSIGNED or node.op_type == "DynamicQuantizeLinear":
+            found.append((node, f"it quantizes to {kind.name if kind else 'UINT8'}, and TensorRT has signed integers alone; {advice}"))
+    refuse(found)
+
+
+_UNSIGNED = {ir.DataType.UINT8, ir.DataType.UINT16, ir.DataType.UINT4}
 
 
 def _check_caches(graph: Graph) -> None:

@@ -41,7 +41,9 @@ class EngineSpec:
         None, "Timing cache: a file, read and merged into, or a folder with one for each GPU and version (TensorRT-RTX has none)."
     )  # fmt: skip
     error_on_cache_miss: bool = option(False, "Fail where a timing is not in the timing cache.")
-    compute_capability: tuple[str, ...] = option(("8.9",), "Compute capability to build for, such as 8.9 or 12.0 (TensorRT builds for its own GPU).")
+    compute_capability: tuple[str, ...] = option(
+        (), "Compute capability to build for, such as 8.9 or 12.0 (TensorRT builds for its own GPU). [default: of this machine's GPU, else 8.9]"
+    )  # fmt: skip
     min_shapes: tuple[str, ...] = option((), "Smallest input shapes of a profile, in trtexec's syntax.")
     opt_shapes: tuple[str, ...] = option((), "Input shapes that a profile is tuned for.")
     max_shapes: tuple[str, ...] = option((), "Largest input shapes of a profile.")
@@ -70,8 +72,8 @@ class EngineSpec:
         for text in self.compute_capability:
             if not re.fullmatch(r"\d{1,2}\.\d", text):
                 raise UsageError(f"--compute-capability {text!r} is not a capability; write it as 8.9 or 12.0")
-        if not self.compute_capability or len(set(self.compute_capability)) < len(self.compute_capability):
-            raise UsageError(f"--compute-capability {', '.join(self.compute_capability)}: name at least one, each once")
+        if len(set(self.compute_capability)) < len(self.compute_capability):
+            raise UsageError(f"--compute-capability {', '.join(self.compute_capability)}: name each once")
         counts = (len(self.min_shapes), len(self.opt_shapes), len(self.max_shapes))
         if len(set(counts)) > 1:
             raise UsageError(

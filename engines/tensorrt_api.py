@@ -19,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from onnxtools.engines import last_words
 from onnxtools.engines import network as net
 from onnxtools.engines.audit import audit_engine
 from onnxtools.engines.builder import Built
@@ -73,6 +74,10 @@ class ApiBuilder:
         return True
 
     def build(self, model: Model, source: Path, plan: Path, profiles: Sequence[Profile], spec: EngineSpec) -> Built:
+        with _monitor(self._tools) as monitor:
+            return self._build(model, source, plan, profiles, spec, monitor)
+
+    def _build(self, model: Model, source: Path, plan: Path, profiles: Sequence[Profile], spec: EngineSpec, monitor: Any) -> Built:
         logger, strong = self._tools.logger, self.strong(model, spec)
         logger.clear()
         builder = self.trt.Builder(logger)
@@ -80,6 +85,7 @@ class ApiBuilder:
         parser = self.trt.OnnxParser(network, logger)  # owns the weights: it must outlive the build
         other = lowered(model)
         parsed = parser.parse(other[0], str(source)) if other else parser.parse_from_file(str(source))
+        monitor.check()
         if not parsed:
             raise JobError(self._parser_error(model, parser))
         net.refuse_shape_inputs(model, network)
@@ -93,7 +99,7 @@ class ApiBuilder:
         cache = TimingCache.open(self.name, config, spec)
         weights = {external_path(tensor) for tensor in model.external_tensors()}
         with PlanFile(plan) as written, releasing_pages(weights):
-            self._serialize(model, builder, network, config, written, spec)
+            self._serialize(model, builder, network, config, written, spec, monitor)
         notes = cache.save() if cache is not None else []
         return Built(
             inputs, outputs, io_source=IO_SOURCE, layers=layers, precisions=precisions, mends=mends, notes=notes,
@@ -134,18 +140,16 @@ class ApiBuilder:
                 raise JobError(f"profile {profile.name!r} is refused: {self._tools.logger.reason()}; change the shapes")
         return config
 
-    def _serialize(self, model: Model, builder: Any, network: Any, config: Any, plan: PlanFile, spec: EngineSpec) -> None:
-        with _monitor(self._tools) as monitor:
-            if hasattr(config, "progress_monitor"):
-                config.progress_monitor = monitor
-            if hasattr(builder, "build_serialized_network_to_stream"):
-                done = builder.build_serialized_network_to_stream(network, config, self._tools.Writer(plan))
-            else:  # before TensorRT 10
-                done = builder.build_serialized_network(network, config)
-                if done is not None:
-                    plan.take(memoryview(done))
-        if monitor.cancelled:
-            raise KeyboardInterrupt
+    def _serialize(self, model: Model, builder: Any, network: Any, config: Any, plan: PlanFile, spec: EngineSpec, monitor: Any) -> None:
+        if hasattr(config, "progress_monitor"):
+            config.progress_monitor = monitor
+        if hasattr(builder, "build_serialized_network_to_stream"):
+            done = builder.build_serialized_network_to_stream(network, config, self._tools.Writer(plan))
+        else:  # before TensorRT 10
+            done = builder.build_serialized_network(network, config)
+            if done is not None:
+                plan.take(memoryview(done))
+        monitor.check()
         plan.finish()
         logger = self._tools.logger
         unfit = [line for _, text in logger.messages if re.search(_UNFIT, line := _plain(text))]
@@ -187,6 +191,7 @@ def _tools(trt: Any) -> SimpleNamespace:
             self.messages: list[tuple[Any, str]] = []
 
         def log(self, severity: Any, message: str) -> None:
+            last_words.say(message)
             if severity <= trt.ILogger.WARNING and not re.search(_NOISE, message):
                 self.messages.append((severity, message))
 
@@ -237,6 +242,10 @@ def _tools(trt: Any) -> SimpleNamespace:
                 self.bars.update(self.tasks[phase_name], completed=step + 1)
             return not self.cancelled
 
+        def check(self) -> None:
+            if self.cancelled:
+                raise KeyboardInterrupt
+
         def close(self) -> None:
             if self.bars is not None and self.visible:
                 self.bars.stop()
@@ -275,7 +284,7 @@ def _parser_line(model: Model, error: Any) -> str:
 
 @contextlib.contextmanager
 def _monitor(tools: SimpleNamespace) -> Iterator[Any]:
-    """A monitor whose build Ctrl-C or SIGTERM cancels at its next step: an exception must not fly through TensorRT's frames."""
+    """A monitor that Ctrl-C or SIGTERM cancels, for parser and builder: an exception must not fly through TensorRT's frames, which lose it."""
     monitor = tools.Monitor(_bars())
 
     def cancel(signum: int, frame: Any) -> None:

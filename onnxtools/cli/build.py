@@ -30,14 +30,14 @@ Examples:
 
 
 def _callback(
-    paths: tuple[Path, ...], workers: int, output_folder: Path | None, force: bool, print_trtexec: bool, as_json: bool, debug: bool, **values: Any
+    paths: tuple[Path, ...], output: Path | None, workers: int, output_folder: Path | None, force: bool, print_trtexec: bool, as_json: bool, debug: bool, **values: Any
 ) -> None:  # fmt: skip
     spec = from_parameters(EngineSpec, values)
     if spec.tensorrt_version is not None and not print_trtexec:
         raise UsageError("--tensorrt-version is for --print-trtexec; a build uses the version that is installed")
     if print_trtexec and spec.backend not in ("auto", "trtexec"):
         raise UsageError(f"--print-trtexec prints a line for trtexec, not for --backend {spec.backend}; leave one out")
-    jobs = _jobs(paths, output_folder)
+    jobs = _jobs((*paths, output) if output is not None else paths, output_folder)
     if print_trtexec:
         _lines(jobs, spec, as_json)
         return
@@ -99,12 +99,28 @@ def _line(job: Job, spec: EngineSpec) -> str:
 def _one(job: Job, spec: EngineSpec, force: bool, as_json: bool) -> None:
     from onnxtools.cli.render import print_json
     from onnxtools.engines.build import build
+    from onnxtools.engines.last_words import unusual_node
+    from onnxtools.model import Model
 
-    engine = build(job.model, job.engine, spec, force=force)
+    model = Model.load(job.model)
+    engine = _apart(job, spec, force) if unusual_node(model) else build(job.model, job.engine, spec, force=force)
     if as_json:
         print_json({**engine.manifest, "reused": engine.reused})
+        if engine.last:
+            click.echo(f"note: {engine.last}", err=True)
     else:
         show_manifest(engine)
+
+
+def _apart(job: Job, spec: EngineSpec, force: bool) -> Engine:
+    """In a process of its own, which a builder can take down."""
+    from onnxtools.engines.builder import Engine
+    from onnxtools.engines.many import build_many
+
+    (outcome,) = build_many([job], spec, workers=1, force=force, done=lambda _: None)
+    if outcome.manifest is None:
+        raise JobError(outcome.error)
+    return Engine(job.engine, outcome.manifest, outcome.reused, outcome.last)
 
 
 def _several(jobs: list[Job], spec: EngineSpec, workers: int, force: bool, as_json: bool) -> None:
@@ -122,6 +138,8 @@ def _several(jobs: list[Job], spec: EngineSpec, workers: int, force: bool, as_js
             for r in map(_row, outcomes)
         ]
         table(f"{sum(not o.error for o in outcomes)} of {len(outcomes)} engines", ("model", "engine", "size", "s", ""), rows, right=("size", "s"))
+    for line in {o.last for o in outcomes if o.last}:
+        click.echo(line, err=True)
     failed = [o for o in outcomes if o.error]
     if failed:
         more = f" (and {len(failed) - 1} more failed)" if len(failed) > 1 else ""
@@ -141,6 +159,7 @@ command = click.Command(
     callback=_callback,
     params=[
         click.Argument(["paths"], metavar="MODEL ENGINE | MODEL...", type=PATH, nargs=-1, required=True),
+        click.Option(["-o", "--output"], type=PATH, metavar="ENGINE", help="Where the engine goes, instead of the second argument."),
         *dataclass_options(EngineSpec),
         click.Option(["--workers"], type=click.IntRange(1), default=1, show_default=True, help="Processes that build several models, a device each."),
         click.Option(["--output-folder"], type=PATH, help="Where the engines of several models go. [default: beside each model]"),
@@ -176,6 +195,8 @@ def show_manifest(engine: Engine) -> None:
         out.print("  was there already: same graph, weights, options and builder (--force builds it again)", style="yellow", markup=False)
     when = "it was built in" if engine.reused else "built in"
     out.print(f"  {when} {m['build_seconds']:.1f} s, peak {m['peak_rss_mib']:.0f} MiB; manifest in {engine.path}.json", markup=False)
+    if engine.last:
+        out.print(f"  {engine.last}", style="yellow", markup=False, soft_wrap=True)
 
 
 def _show_sparsity(sparsity: dict[str, Any] | None, source: str) -> None:
@@ -202,7 +223,7 @@ def show_layers(engine: Engine) -> None:
     from onnxtools.cli.render import size, table
 
     m = engine.manifest
-    weights = sum(entry["bytes"] for entry in m["weights"])
+    weights = m["weight_bytes"] if "weight_bytes" in m else sum(entry["bytes"] for entry in m["weights"])
     if m["audit"]["layers"] is None:
         table("layers of the parsed network", ("type", "count"), m["layers"]["types"].items(), right=("count",))
     else:

@@ -159,7 +159,7 @@ def test_every_dynamic_input_is_covered_and_close_names_are_listed(tmp_path: Pat
     ("options", "message"),
     [
         ({"compute_capability": ("89",)}, "'89' is not a capability; write it as 8.9"),
-        ({"compute_capability": ("8.9", "8.9")}, "each once"),
+        ({"compute_capability": ("8.9", "8.9")}, "name each once"),
         ({"min_shapes": ("a:1",)}, "given 1, 0 and 0 times"),
         ({"max_seq_len": 0}, "--max-seq-len is 0"),
         ({"max_batch_size": 0}, "--max-batch-size is 0"),

@@ -1,0 +1,115 @@
+"""What a builder said last, kept where it outlives a process that the builder takes down, and which graphs are built in such a process.
+
+TensorRT-RTX 1.7.1 ends with SIGSEGV on graphs with an If (silero-vad 6.2.3), without a word. What language models are made of never did.
+"""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+from onnxtools.engines.traps import label
+from onnxtools.graph import graphs_inside
+from onnxtools.model import Model
+
+SIZE = 512
+_ORDINARY = frozenset(
+    [
+        "Abs",
+        "Add",
+        "And",
+        "Attention",
+        "Cast",
+        "Clip",
+        "Concat",
+        "Constant",
+        "ConstantOfShape",
+        "Conv",
+        "Cos",
+        "CumSum",
+        "DequantizeLinear",
+        "Div",
+        "Equal",
+        "Erf",
+        "Exp",
+        "Expand",
+        "Gather",
+        "Gelu",
+        "Gemm",
+        "Greater",
+        "GreaterOrEqual",
+        "Identity",
+        "IsNaN",
+        "LayerNormalization",
+        "Less",
+        "LessOrEqual",
+        "Log",
+        "MatMul",
+        "Max",
+        "Min",
+        "Mul",
+        "Neg",
+        "Not",
+        "Or",
+        "Pow",
+        "QuantizeLinear",
+        "RMSNormalization",
+        "Range",
+        "Reciprocal",
+        "ReduceMax",
+        "ReduceMean",
+        "ReduceSum",
+        "Relu",
+        "Reshape",
+        "RotaryEmbedding",
+        "ScatterND",
+        "Shape",
+        "Sigmoid",
+        "Sin",
+        "Slice",
+        "Softmax",
+        "Split",
+        "Sqrt",
+        "Squeeze",
+        "Sub",
+        "Swish",
+        "Tanh",
+        "TensorScatter",
+        "Transpose",
+        "Trilu",
+        "Unsqueeze",
+        "Where",
+    ]
+)
+_room: Any = None
+
+
+def keep_in(room: Any) -> None:
+    """Keep them in `room`, a `multiprocessing` array of `SIZE` bytes that this process shares with its parent."""
+    global _room
+    _room = room
+
+
+def say(text: str) -> None:
+    """Something that the builder said."""
+    if _room is not None:
+        _room.value = text.encode(errors="replace")[: SIZE - 1]
+
+
+def unusual_node(model: Model) -> str:
+    """The first node with a graph of its own, else the first of a type that language models do not have; "" where there is none."""
+    nodes = [node for node in model.nodes_everywhere() if node.op_identifier() not in model.ir.functions]
+    inner = (node for node in nodes if any(True for _ in graphs_inside(node)))
+    other = (node for node in nodes if node.op_type not in _ORDINARY and node.domain in ("", "ai.onnx"))
+    found = next(inner, None) or next(other, None)
+    return label(found) if found is not None else ""
+
+
+def epitaph(model: Model, title: str, code: int, words: str) -> str:
+    """One line for a process that ended with `code` (negative: a signal) while it built `model`."""
+    name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    parsing, _, node = words.partition("Parsing node: ")
+    where = f"at node {node}" if node and not parsing else f"after it said {words!r}" if words else "before it said anything"
+    unusual = unusual_node(model)
+    suspect = f"; the likely cause is {unusual}: `onnxtools fold-constants` may remove it, or run the graph in ONNX Runtime" if unusual else ""
+    return f"{model.path}: {title} crashed ({name}) {where}{suspect}"
