@@ -30,7 +30,8 @@ Examples:
 
 
 def _callback(
-    paths: tuple[Path, ...], output: Path | None, workers: int, output_folder: Path | None, force: bool, print_trtexec: bool, as_json: bool, debug: bool, **values: Any
+    paths: tuple[Path, ...], output: Path | None, workers: int, output_folder: Path | None, force: bool, print_trtexec: bool, as_json: bool, debug: bool,
+    **values: Any,
 ) -> None:  # fmt: skip
     spec = from_parameters(EngineSpec, values)
     if spec.tensorrt_version is not None and not print_trtexec:
