@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import pytest
 from tests.support import SHARED, TE, Case, fixture_path, present, succeed
 
 pytest_plugins = ("tests.signals",)
+
+# Workers share the cores. PyTorch's threads would spin while they wait for each other, 10 times as long as they work.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 Make = Callable[..., Path]
 
