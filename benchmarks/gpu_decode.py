@@ -178,7 +178,7 @@ def report(found: dict[str, Any]) -> None:
     limit = blocks["onnxrt"].get("limits")
     if limit:
         print(
-            f"\nlimit: copy {limit['copy_bytes_per_s'] / 1e12:.2f} TB/s, matrix product {limit['matmul_flops_per_s'] / 1e12:.0f} TFLOP/s; floor"
+            f"\nlimit: {limit['bytes_per_s'] / 1e12:.2f} TB/s, {limit['flops_per_s'] / 1e12:.0f} TFLOP/s; floor"
             f" {1e3 * (limit['prefill_floor_s'] + 19 * limit['step_floor_s']):.1f} ms; onnxrt reaches {limit['prefill_share']:.0%} of it in the prefill,"
             f" {limit['step_share']:.0%} in a step, {limit['share']:.0%} in all"
         )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from onnxtools.checkpoints.huggingface import BESIDE
-from onnxtools.errors import JobError, UsageError
+from onnxtools.errors import JobError
 from onnxtools.model import Model
 from onnxtools.storage import Beside, files_of, recorded, sha256
 
@@ -48,7 +48,7 @@ def check_folder(path: Path, files: Beside) -> None:
     """Refuse to write `files` beside `path` where files of the same names belong to something else.
 
     Raises:
-        UsageError: names the file and whose it is.
+        JobError: names the file and whose it is.
     """
     own = files_of(path)["beside"]
     for name, content in files.items():
@@ -61,7 +61,7 @@ def check_folder(path: Path, files: Beside) -> None:
         owner = next((graph.name for graph in sorted(path.parent.glob("*.onnx")) if graph != path and files_of(graph)["beside"].get(name) == found), "")
         if owner or own.get(name) != found:
             whose = f"belongs to {owner}" if owner else f"was not written with {path.name}"
-            raise UsageError(f"{target}: {whose} and differs from this model's; write into a folder of its own, or move that file away")
+            raise JobError(f"{target}: {whose} and differs from this model's; write into a folder of its own, or move that file away")
 
 
 def _digest(content: bytes) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from onnxtools.errors import JobError, OnnxtoolsError, UsageError
+from onnxtools.errors import JobError, OnnxtoolsError
 from onnxtools.feeds import Array, Feeds, Probe, long_probe, probes, too_costly
 from onnxtools.infer import token_input
 from onnxtools.manager import Instrument, Step
@@ -68,7 +68,7 @@ class Dump(Instrument):
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UsageError(f"--dump {folder}: cannot be made a folder ({error.strerror}); name another") from None
+            raise JobError(f"--dump {folder}: cannot be made a folder ({error.strerror}); name another") from None
 
     def after(self, pass_: Pass, model: Model, step: Step) -> None:
         self._index += 1

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from onnxtools import __version__
+from onnxtools.errors import ModelError, OnnxtoolsError
 from onnxtools.model import Model
 from onnxtools.passbase import Pass, PassResult
+from onnxtools.wellformed import fault
 
+_LOG = logging.getLogger("onnxtools")
 PROVENANCE_KEY = "onnxtools.provenance"
 
 
@@ -74,13 +78,16 @@ class PassManager:
             for instrument in self.instruments:
                 instrument.before(pass_, model)
             try:
+                _LOG.info("%s: %s", pass_.name, model.path or "a model in memory")
                 pass_.requires(model)
                 result = pass_.apply(model)
                 pass_.ensures(model)
+                _LOG.debug("%s: %d matches; %s", pass_.name, result.matches, "; ".join(result.notes))
                 step = Step(pass_.name, pass_.options(), result)
                 for instrument in reversed(self.instruments):
                     instrument.after(pass_, model, step)
             except Exception as error:
+                _blame_the_file(model, error)
                 for instrument in self.instruments:
                     instrument.failed(pass_, model, error)
                 raise
@@ -89,6 +96,17 @@ class PassManager:
             instrument.finished(model)
         record_provenance(model, self.requested)
         return report
+
+
+def _blame_the_file(model: Model, error: Exception) -> None:
+    """Say so where an unexpected exception comes of a file that is no valid model.
+
+    Raises:
+        ModelError: it is none.
+    """
+    why = fault(model.path) if model.path is not None and model.path.is_file() and not isinstance(error, (OnnxtoolsError, OSError, MemoryError)) else ""
+    if why:
+        raise ModelError(f"{model.path}: is no valid ONNX model ({why}); export it again") from error
 
 
 def provenance(model: Model) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import stat
 from collections.abc import Iterator, MutableMapping
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 MAX_IR_VERSION = 13
 """ONNX Runtime 1.31 loads IR <= 13; onnx 1.23 would write 14."""
+_LOG = logging.getLogger("onnxtools")
 _MAX_PROTO_BYTES = 1 << 31
 """No protobuf is larger."""
 
@@ -52,6 +54,7 @@ class Model:
             ModelError: not ONNX, truncated, ill-formed, or a data file is missing, short or outside the folder.
         """
         path = Path(path)
+        _LOG.info("reading %s", path)
         proto, digest = _read_proto(path)
         notes = check(proto, path)
         try:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from onnxtools.errors import UsageError
+from onnxtools.errors import JobError, UsageError
 from onnxtools.files import replacing
 from onnxtools.inputs import MAX_YAML_BYTES, check_regular, parse_yaml, shown
 from onnxtools.passbase import Pass, convert_fields
@@ -82,7 +82,7 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
         with open(path, "rb") as file:
             data = parse_yaml(file.read(MAX_YAML_BYTES + 1))
     except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+        raise JobError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     except ValueError as error:
         raise UsageError(f"{path}: not YAML that is read ({error}); correct the file") from None
     if not isinstance(data, dict):

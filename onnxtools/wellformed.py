@@ -53,6 +53,18 @@ def check(proto: onnx.ModelProto, path: Path) -> list[str]:
     return [*notes, *([f"{unknown} negative sizes of values are taken as unknown"] if unknown else [])]
 
 
+def fault(path: Path) -> str:
+    """What onnx.checker, or onnx's strict shape inference, says against the file, on one line; "" where it says nothing.
+
+    For when something went wrong with it: it reads the whole file, and takes seconds on a large one.
+    """
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except Exception as error:  # of several libraries
+        return " ".join(str(error).split())[:200] or type(error).__name__
+    return ""
+
+
 def _graphs(graph: onnx.GraphProto, path: Path) -> Iterator[onnx.GraphProto]:
     """The graph and those inside its nodes."""
     yield graph

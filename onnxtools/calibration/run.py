@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import shutil
 import zipfile
@@ -32,6 +33,7 @@ from onnxtools.progress import counted
 from onnxtools.storage import file_stamps
 from onnxtools.tensors import RowTensor, Scratch, raw_bytes, read_rows
 
+_LOG = logging.getLogger("onnxtools")
 Array = np.ndarray[Any, Any]
 Findings = dict[str, Array]
 
@@ -201,6 +203,7 @@ class Calibration:
         with counted(f"{self._label}: calibration", count * len(self.samples)) as self._tick:
             for number, segment in enumerate(self.segments[:count]):
                 path = self._folder / f"{number:04}.npz"
+                _LOG.info("%s: calibration, segment %d of %d", self._label, number + 1, count)
                 if path.is_file():
                     found = self._cached(path)
                     self._tick(len(self.samples))

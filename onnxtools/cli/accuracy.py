@@ -42,7 +42,7 @@ def _callback(
 
     kind, file = _dataset(dataset, path)
     if compare is not None and not compare.exists():
-        raise UsageError(f"--compare {compare}: no such file or folder; check the path")
+        raise JobError(f"--compare {compare}: no such file or folder; check the path")
     options = runtime_options(given)
     if kind == "wikitext":
         if resume is not None:
@@ -174,7 +174,7 @@ def _wikitext(
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file}: cannot be read ({error}); give a text file") from None
+        raise JobError(f"{file}: cannot be read ({error}); give a text file") from None
     found: dict[str, WindowScores] = {}
     for path, names in _models(model, compare, runtimes):
         with opened(path, names, options) as made:

@@ -99,18 +99,21 @@ def _peak_memory(device: str) -> int | None:
 
 def _add_limits(result: dict[str, Any], model: Path, runtimes: Sequence[Runtime], found: Sequence[Timing], options: BenchmarkOptions, threads: int) -> None:
     """The floor of an ONNX model on each device, and what share of it was reached."""
-    from onnxtools.evaluate.limits import measure_rates, work
+    from onnxtools.evaluate.limits import measure_rates, raised, work
 
     if model.suffix != ".onnx":
         return
     needed = work(model, options)
     rates = {device: measure_rates(device, needed.dtype, threads) for device in {"cuda" if r.device.startswith("cuda") else "cpu" for r in runtimes}}
+    for device, rate in rates.items():
+        those = [timing for runtime, timing in zip(runtimes, found, strict=True) if runtime.device.startswith(device)]
+        rates[device] = raised(rate, needed, those, options.output_seq_len - 1)
     for runtime in runtimes:
         block = result["runtimes"][runtime.name]
         rate = rates["cuda" if runtime.device.startswith("cuda") else "cpu"]
         step, prefill = needed.step_bytes / rate.bytes_per_s, needed.prefill_flops / rate.flops_per_s
         block["limits"] = {
-            "copy_bytes_per_s": rate.bytes_per_s, "matmul_flops_per_s": rate.flops_per_s, "step_bytes": needed.step_bytes,
+            "bytes_per_s": rate.bytes_per_s, "flops_per_s": rate.flops_per_s, "measured_by": rate.by, "step_bytes": needed.step_bytes,
             "prefill_flops": needed.prefill_flops, "step_floor_s": step, "prefill_floor_s": prefill, "prefill_share": prefill / block["time_to_first_token_s"],
             "step_share": step / block["time_per_output_token_s"] if block["time_per_output_token_s"] else None,
             "share": (prefill + step * (options.output_seq_len - 1)) / block["without_tokenizer"]["median_s"],
@@ -136,7 +139,7 @@ def _lines(name: str, block: Mapping[str, Any], options: BenchmarkOptions) -> li
     limit = block.get("limits")
     if limit:
         lines.append(
-            f"limit of the machine: copy {limit['copy_bytes_per_s'] / 1e9:.1f} GB/s, matrix product {limit['matmul_flops_per_s'] / 1e12:.2f} TFLOP/s;"
+            f"limit of the machine: {limit['bytes_per_s'] / 1e9:.1f} GB/s, {limit['flops_per_s'] / 1e12:.2f} TFLOP/s (best of {limit['measured_by']});"
             f" prefill at {limit['prefill_share']:.0%} of it"
             + (f", step at {limit['step_share']:.0%} ({limit['step_bytes'] / 1e9:.2f} GB)" if step else "") + f", all at {limit['share']:.0%}"
         )  # fmt: skip
@@ -144,15 +147,16 @@ def _lines(name: str, block: Mapping[str, Any], options: BenchmarkOptions) -> li
 
 
 def _ratios(blocks: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """How much faster the first runtime is than each other, by median, prefill and step."""
+    """How much faster the first runtime is than each other, by the total times that stand above, then by medians: one may contradict the other."""
     first, *others = blocks.items()
     lines = []
     for name, block in others:
-        whole = block["without_tokenizer"]["median_s"] / first[1]["without_tokenizer"]["median_s"]
+        total, median = (block["without_tokenizer"][key] / first[1]["without_tokenizer"][key] for key in ("average_s", "median_s"))
         prefill = block["time_to_first_token_s"] / first[1]["time_to_first_token_s"]
         steps = (block["time_per_output_token_s"], first[1]["time_per_output_token_s"])
         lines.append(
-            f"{first[0]} is {whole:.2f} x as fast as {name} (prefill {prefill:.2f} x" + (f", step {steps[0] / steps[1]:.2f} x)" if all(steps) else ")")
+            f"{first[0]} is {total:.2f} x as fast as {name} by average time (by medians: all {median:.2f} x, prefill {prefill:.2f} x"
+            + (f", step {steps[0] / steps[1]:.2f} x)" if all(steps) else ")")
         )
     return lines
 

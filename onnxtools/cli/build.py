@@ -61,7 +61,7 @@ def _jobs(paths: tuple[Path, ...], folder: Path | None) -> list[Job]:
         what = f"{others[0]} is no .onnx file" if others else "no model"
         raise UsageError(f"{what}; write `build MODEL.onnx ENGINE`, or several models and, where they go, --output-folder")
     if folder is not None and folder.exists() and not folder.is_dir():
-        raise UsageError(f"--output-folder {folder} is a file; name a folder")
+        raise JobError(f"--output-folder {folder} is a file; name a folder")
     return engine_paths(models, folder)
 
 

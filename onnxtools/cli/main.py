@@ -1,20 +1,31 @@
-"""Entry point: finds commands lazily, so that `--help` imports neither onnx nor onnx_ir."""
+"""Entry point: finds commands lazily, so that `--help` imports neither onnx nor onnx_ir.
+
+Exit codes, of every command (docs/reliability.md):
+    0: done, also where whoever read our output stopped reading.
+    1: it cannot be done with these files, or on this machine; the same for any file that is missing or wrong.
+    2: the command line or the recipe is written wrongly.
+    128 + N: ended by signal N: 130 for Ctrl-C, 143 for SIGTERM.
+"""
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import errno
 import importlib
 import importlib.util
+import os
 import signal
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 from onnxtools import __version__, registry
+from onnxtools.cli.logs import LOG, add_options, quiet, said
+from onnxtools.progress import Heartbeat
 
 COMMANDS = ("pipeline", "validate", "build", "run", "benchmark", "accuracy", "summarize", "inspect", "diff")
 FIRST = "export"
@@ -29,12 +40,11 @@ class LazyGroup(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name in (FIRST, *COMMANDS):
-            module = importlib.import_module(f"onnxtools.cli.{cmd_name}")
-            return module.command  # type: ignore[no-any-return]
+            return add_options(importlib.import_module(f"onnxtools.cli.{cmd_name}").command)
         if cmd_name in registry.names():
             from onnxtools.cli.passes import pass_command
 
-            return pass_command(cmd_name)
+            return add_options(pass_command(cmd_name))
         return None
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
@@ -65,9 +75,10 @@ def short_help(name: str) -> str:
     return text.split("\n", 1)[0]
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.group(cls=LazyGroup, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(__version__, prog_name="onnxtools")
-def cli() -> None:
+@click.pass_context
+def cli(ctx: click.Context) -> None:
     """From a checkpoint, or a TransformerEngine or torch ONNX export, to a TensorRT engine, one inspectable pass at a time.
 
     \b
@@ -76,35 +87,66 @@ def cli() -> None:
     onnxtools add-kv-cache qdq.onnx kv.onnx
     onnxtools build        kv.onnx  gpt.engine --fp8
     """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
 
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line; every deliberate error is one line on stderr."""
-    debug = "--debug" in (args if args is not None else sys.argv)
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, _terminate)
+    given = args if args is not None else sys.argv[1:]
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, _terminate)
+    quiet()
+    heart = Heartbeat()
+    LOG.addHandler(heart)
     try:
-        result: Any = cli.main(args=args, standalone_mode=False)
-        sys.exit(result if isinstance(result, int) else 0)
-    except click.ClickException as error:
-        _fail(error.format_message(), error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        _fail("interrupted; no file was left half written", 130)
-    except BrokenPipeError:
-        sys.exit(1)
-    except Exception as error:
-        from onnxtools.errors import OnnxtoolsError
+        with heart.beating() if not sys.stderr.isatty() else contextlib.nullcontext():
+            result: Any = cli.main(args=args, standalone_mode=False)
+            sys.stdout.flush()
+    except BaseException as error:
+        _end(error, given)
+    finally:
+        LOG.removeHandler(heart)
+    sys.exit(result if isinstance(result, int) else 0)
 
-        if debug:
-            raise
-        if isinstance(error, OnnxtoolsError):
-            _fail(str(error), error.exit_code)
-        if isinstance(error, OSError) and error.filename:
-            _fail(f"{error.filename}: {error.strerror or error}; check the path, its permissions and the free space", 1)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EIO, errno.EDQUOT):
-            _fail(f"the output cannot be written ({error.strerror}); free space, or send it elsewhere", 1)
-        notes = "; ".join(getattr(error, "__notes__", []))
-        _fail(f"internal error, {type(error).__name__}: {' '.join(str(error).split())[:300]}; {notes or 'run again with --debug and report it'}", 1)
+
+def _end(error: BaseException, given: list[str]) -> NoReturn:
+    """One line on stderr and the exit code of a run that `error` ended."""
+    if isinstance(error, click.ClickException):
+        _fail(error.format_message(), error.exit_code)
+    if isinstance(error, (click.Abort, KeyboardInterrupt)):
+        _fail("interrupted; no file was left half written", 130)
+    if isinstance(error, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to flush has no reader
+        sys.exit(0)
+    if "--debug" in given or not isinstance(error, Exception):
+        raise error
+    from onnxtools.errors import OnnxtoolsError
+
+    said(error)
+    if isinstance(error, OnnxtoolsError):
+        _fail(str(error), error.exit_code)
+    if isinstance(error, OSError) and error.filename:
+        _fail(f"{error.filename}: {error.strerror or error}; check the path, its permissions and the free space", 1)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EIO, errno.EDQUOT):
+        _fail(f"the output cannot be written ({error.strerror}); free space, or send it elsewhere", 1)
+    if isinstance(error, MemoryError):
+        _fail("there is not enough memory for this; free some, or use a machine with more", 1)
+    _unexpected(error, given)
+
+
+def _unexpected(error: Exception, given: list[str]) -> NoReturn:
+    """An exception that nobody raised on purpose: of a damaged file, or a fault of ours."""
+    from onnxtools.wellformed import fault
+
+    for path in (Path(word) for word in given if word.endswith(".onnx")):
+        why = fault(path) if path.is_file() else ""
+        if why:
+            _fail(f"{path}: is no valid ONNX model ({why}); export it again", 1)
+    notes = "; ".join(getattr(error, "__notes__", []))
+    _fail(f"internal error, {type(error).__name__}: {' '.join(str(error).split())[:300]}; {notes or 'run again with --debug and report it'}", 1)
 
 
 def _terminate(signum: int, frame: Any) -> None:
@@ -112,6 +154,7 @@ def _terminate(signum: int, frame: Any) -> None:
     raise SystemExit(128 + signum)
 
 
-def _fail(message: str, code: int) -> None:
-    click.echo(f"error: {' '.join(message.split())}", err=True)
+def _fail(message: str, code: int) -> NoReturn:
+    with contextlib.suppress(BrokenPipeError):
+        click.echo(f"error: {' '.join(message.split())}", err=True)
     sys.exit(code)

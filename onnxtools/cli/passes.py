@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from onnxtools.beside import check_folder, files_beside
+from onnxtools.cli.logs import LOG
 from onnxtools.cli.options import OUTPUT_OPTION, PATH, TOLERANCE, dataclass_options, from_parameters, one_output
 from onnxtools.errors import JobError, UsageError
 from onnxtools.files import refuse_special
@@ -123,6 +124,7 @@ def write_model(model: Model, output: Path, passes: Sequence[Pass], copy_weights
     """Save with what lies beside the input; weights are copied where it is said, or where most of them are new."""
     files = files_beside(model)
     check_folder(output, files)
+    LOG.info("writing %s", output)
     copy = copy_weights if copy_weights is not None else any(pass_.rewrites_weights for pass_ in passes)
     return model.save(output, copy_weights=copy, beside=files)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ import click
 
 from onnxtools.cli.options import PATH, from_parameters
 from onnxtools.cli.runtimes import open_tokenizer, opened, runtime_command, runtime_options, say_notes
-from onnxtools.errors import UsageError
+from onnxtools.errors import JobError, UsageError
 from onnxtools.generation.options import GenerationOptions
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ _HELP = """Continue prompts with MODEL: an ONNX file, a TensorRT engine, or a ch
     \b
     Examples:
       onnxtools run model.onnx --prompt "The capital of France is"
+      echo "The capital of France is" | onnxtools run model.onnx
       onnxtools run model.onnx --prompt "Once upon a time" --temperature 0.8 --top-p 0.9 --max-new-tokens 100
       onnxtools run model.onnx --prompt "2 + 2 =" --num-beams 4 --runtime onnxrt --runtime frameworks --checkpoint ./SmolLM2
     """
@@ -50,13 +52,16 @@ def _callback(
 
 def _prompts(prompts: tuple[str, ...], file: Path | None) -> list[str]:
     found = list(prompts)
+    if file is None and not found and not sys.stdin.isatty():
+        file = Path("-")
     if file is not None:
         try:
-            found += [line for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+            text = sys.stdin.buffer.read().decode("utf-8-sig") if str(file) == "-" else file.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"{file}: cannot be read ({error}); give a text file with a prompt a line") from None
+            raise JobError(f"{file}: cannot be read ({error}); give a text file with a prompt a line") from None
+        found += [line for line in text.split("\n") if line.strip()]
     if not found:
-        raise UsageError("there is no prompt; give --prompt or --prompts-file")
+        raise UsageError("there is no prompt; give --prompt, --prompts-file, or a prompt a line on stdin")
     empty = next((i for i, text in enumerate(found) if not text), None)
     if empty is not None:
         raise UsageError(f"prompt {empty} is empty; give some text")
@@ -97,7 +102,7 @@ command = runtime_command(
     "run", _HELP, _callback, options=GenerationOptions,
     extra=[
         click.Option(["--prompt", "prompts"], multiple=True, help="A text to continue. May be given several times."),
-        click.Option(["--prompts-file"], type=PATH, help="A text file with a prompt a line."),
+        click.Option(["--prompts-file"], type=PATH, help="A text file with a prompt a line; - is stdin, as is no prompt at all."),
         click.Option(["--batch-size"], type=click.IntRange(0), default=0, help="Prompts run together. [default: all]"),
     ],
 )  # fmt: skip

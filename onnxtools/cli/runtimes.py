@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from onnxtools.cli.options import PATH, dataclass_options, from_parameters
-from onnxtools.errors import UsageError
+from onnxtools.errors import JobError, UsageError
 
 if TYPE_CHECKING:
     from onnxtools.generation.runtime import Runtime, RuntimeOptions
@@ -64,7 +64,7 @@ def opened(model: Path, runtimes: Sequence[str], options: RuntimeOptions) -> Ite
     from onnxtools.generation.runtime import open_runtime
 
     if not model.exists():
-        raise UsageError(f"{model}: no such file or folder; check the path")
+        raise JobError(f"{model}: no such file or folder; check the path")
     names = list(runtimes) or [default_runtime(model)]
     if len(set(names)) != len(names):
         raise UsageError(f"--runtime names {max(names, key=names.count)!r} twice; name each once")
@@ -89,11 +89,13 @@ def open_tokenizer(path: Path | None, runtime: Runtime, model: Path) -> Tokenize
     from onnxtools.generation.text import Tokenizer
 
     own = runtime.info.folder
-    if path is None and model.suffix == ".onnx":
+    if path is None and model.is_file():
         from onnxtools.beside import check_beside
         from onnxtools.storage import files_of
 
-        check_beside(model, files_of(model)["beside"])
+        manifest = getattr(runtime, "manifest", None)
+        beside = manifest["graph"].get("beside") if manifest else files_of(model)["beside"]
+        check_beside(model, {name: text for name, text in beside.items() if isinstance(text, str)} if isinstance(beside, dict) else {})
     return Tokenizer.open(path or (own if (own / "tokenizer.json").is_file() else model if model.is_dir() else model.parent))
 
 

@@ -13,6 +13,7 @@ from onnxtools.engines.audit import EngineLayer
 from onnxtools.engines.profiles import Profile
 from onnxtools.engines.spec import EngineSpec
 from onnxtools.errors import JobError
+from onnxtools.extras import install_line
 from onnxtools.model import Model
 
 
@@ -128,6 +129,6 @@ def get_builder(name: str) -> Builder:
         for candidate in ("tensorrt", "tensorrt-rtx", "trtexec"):
             with contextlib.suppress(JobError):
                 return get_builder(candidate)
-        raise JobError("no builder is installed; install tensorrt or tensorrt-rtx-cu13, or put trtexec on PATH")
+        raise JobError(f"no builder is installed; {install_line('rtx')} (builds without a GPU), or {install_line('tensorrt')}, or put trtexec on PATH")
     builder: Builder = registry.load(name, registry.BUILDERS)()
     return builder

@@ -10,6 +10,7 @@ import numpy as np
 
 from onnxtools.engines.ort_session import device_name
 from onnxtools.errors import JobError
+from onnxtools.extras import install_line
 from onnxtools.generation.runtime import Floats, HostLogits, Ids, Logits, ModelInfo, Prompts, RuntimeOptions, check_length, padded, positions_of
 
 
@@ -41,7 +42,7 @@ class FrameworksRuntime:
             import torch
             import transformers
         except ImportError as error:
-            raise JobError(f"the runtime frameworks needs PyTorch and transformers ({error}); install onnxtools[torch]") from None
+            raise JobError(f"the runtime frameworks needs PyTorch and transformers ({error}); {install_line('torch')}") from None
         self._torch = torch
         self.name, self.pads, self.has_cache = "frameworks", True, options.cache
         self.notes: list[str] = []

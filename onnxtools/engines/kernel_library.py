@@ -7,6 +7,7 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 from pathlib import Path
 
@@ -56,12 +57,25 @@ def kernel_library(nvcc: str, capability: int) -> Path:
     digest = hashlib.sha256(b"\0".join(made_of)).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onnxtools"
     path = folder / f"kernels-sm{capability}-{digest}.so"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _check_own(folder)
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(f"{path}.lock"):
             if not path.exists():
                 _compile(nvcc, capability, [str(source) for source in sources if source.suffix in (".cc", ".cu")], path)
+    _check_own(path)
     return path
+
+
+def _check_own(path: Path) -> None:
+    """What lies here runs with our rights, so nobody else may have written it.
+
+    Raises:
+        JobError: it is another user's, or others may write to it.
+    """
+    status = path.lstat()
+    if status.st_uid != os.geteuid() or status.st_mode & 0o022 or stat.S_ISLNK(status.st_mode):
+        raise JobError(f"{path}: our compiled kernels may lie only where you alone can write; `chown` it to you and `chmod go-w` it, or set XDG_CACHE_HOME")
 
 
 def _compile(nvcc: str, capability: int, sources: list[str], path: Path) -> None:
@@ -74,3 +88,4 @@ def _compile(nvcc: str, capability: int, sources: list[str], path: Path) -> None
                 f"exit code {done.returncode}",
             )
             raise JobError(f"{nvcc} cannot compile our kernels: {said[:200]}")
+        tmp.chmod(0o600)

@@ -14,9 +14,11 @@ from onnxtools.engines.preflight import Preflight
 from onnxtools.engines.profiles import Profile
 from onnxtools.engines.spec import EngineSpec
 from onnxtools.errors import JobError
+from onnxtools.kvcache import MODEL_KEY
 from onnxtools.manager import provenance
 from onnxtools.memory import peak_mib
 from onnxtools.model import Model
+from onnxtools.storage import recorded
 from onnxtools.tensors import external_path
 
 FORMAT = "onnxtools.engine/1"
@@ -55,7 +57,10 @@ def make_manifest(
         weights: `hash_weights(origin)`; audit: `audit.summary` of the engine.
         seconds: wall time of parsing, building and writing.
     """
-    graph = {"file": origin.path.name if origin.path else None, "sha256": origin.sha256, "path": path}
+    props = origin.ir.metadata_props
+    graph = {
+        "file": origin.path.name if origin.path else None, "sha256": origin.sha256, "path": path, "info": props.get(MODEL_KEY), "beside": recorded(props)["beside"],
+    }  # fmt: skip
     return {
         "format": FORMAT,
         "onnxtools": __version__,

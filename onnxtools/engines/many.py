@@ -72,7 +72,7 @@ def build_many(jobs: Sequence[Job], spec: EngineSpec, *, workers: int, force: bo
     Returns:
         Outcomes in the order of `jobs`.
     Raises:
-        KeyboardInterrupt: Ctrl-C; the processes have been told and have ended, and finished engines stay.
+        KeyboardInterrupt, SystemExit: Ctrl-C, SIGTERM; the processes have been told and have ended, and finished engines stay.
     """
     context = multiprocessing.get_context("spawn")  # a forked TensorRT does not work
     devices, waiting, room = visible_devices(), list(enumerate(jobs)), available_bytes()
@@ -123,7 +123,7 @@ def _work(job: Job, spec: EngineSpec, force: bool, device: str | None, sender: C
         os.environ["CUDA_VISIBLE_DEVICES"] = device
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)  # TensorRT's own words too: the parent reports
-    with contextlib.suppress(BrokenPipeError, KeyboardInterrupt):
+    with contextlib.suppress(BrokenPipeError, KeyboardInterrupt, SystemExit):
         try:
             engine = build(job.model, job.engine, spec, force=force)
             sender.send((engine.manifest, "", engine.reused, engine.last))
@@ -143,7 +143,7 @@ def _start(process: Any) -> None:
 
 
 def _cancel(signum: int, frame: Any) -> None:
-    raise KeyboardInterrupt
+    raise SystemExit(128 + signum)
 
 
 def _outcome(job: Job, spec: EngineSpec, receiver: Connection, process: Any, seconds: float, words: Any) -> Outcome:

@@ -18,6 +18,7 @@ from onnxtools.engines.kernel_library import MIN_CAPABILITY, device_capability, 
 from onnxtools.engines.kernels import use_kernels
 from onnxtools.engines.next_token import add_next_token
 from onnxtools.errors import JobError
+from onnxtools.extras import install_line
 from onnxtools.generation.runtime import RuntimeOptions
 from onnxtools.graph import attribute, is_fp8_qdq
 from onnxtools.kvcache import settle_sizes
@@ -37,7 +38,7 @@ def choose_device(wanted: str, notes: list[str]) -> str:
     if has:
         _preload(ort)
     elif wanted == "cuda":
-        raise JobError("this ONNX Runtime has no CUDA provider; install onnxtools[gpu], or run on the CPU with --device cpu")
+        raise JobError(f"this ONNX Runtime has no CUDA provider; {install_line('gpu')}, or run on the CPU with --device cpu")
     if wanted == "auto" and not (has and _cuda_devices()):
         if has:
             notes.append("ONNX Runtime has a CUDA provider and finds no device: runs on the CPU")

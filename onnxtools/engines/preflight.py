@@ -60,7 +60,8 @@ def _check_limits(model: Model, spec: EngineSpec, builder: Reader) -> None:
     if unknown and limits.capabilities:
         raise UsageError(f"--compute-capability {named(unknown[0])}: {builder.name} does not build for it; {ways_on(limits.capabilities)}")
     if model.opset > limits.opset:
-        raise JobError(f"{model.path}: opset {model.opset}, but {builder.name} reads up to {limits.opset}; export an older one")
+        remedy = f"export it at opset {limits.opset} or older (no pass lowers an opset)"
+        raise JobError(f"{model.path}: opset {model.opset}, but {builder.name} reads up to {limits.opset}; {remedy}")
     if model.ir.ir_version > limits.ir_version:
         remedy = f"`onnxtools set-opset IN OUT --ir-version {limits.ir_version}`"
         raise JobError(f"{model.path}: IR version {model.ir.ir_version}, but {builder.name} reads up to {limits.ir_version}; run {remedy}")
@@ -115,9 +116,23 @@ def _check_supported(graph: Graph, builder: Reader) -> None:
         if node.op_type not in known:
             known[node.op_type] = builder.supports(node.op_type)
         if not known[node.op_type]:
-            reason = f"{builder.name}'s parser has no such operator; `onnxtools convert` replaces those that exporters leave"
-            found.append((node, reason))
+            found.append((node, f"{builder.name}'s parser has no such operator; {_way_on(node)}"))
     refuse(found)
+
+
+_REPLACED = ("SplitToSequence", "SequenceAt", "CastLike", "Dropout")
+"""By the pass legalize."""
+
+
+def _way_on(node: ir.Node) -> str:
+    """What to do about an operator that the parser does not know."""
+    if node.domain == "trt" or node.op_type in _REPLACED:
+        return "`onnxtools convert` replaces it"
+    if node.domain == "com.microsoft" and node.op_type in ("MatMulNBits", "GemmFloat8"):
+        return "it is ONNX Runtime's own, as --lower ort and GenAI's builder make it; build the graph from before, or quantize that one"
+    if node.domain == "com.microsoft":
+        return "it is ONNX Runtime's own, as its optimizer and GenAI's builder make it; export the model without them, or run this one in ONNX Runtime"
+    return "write the model without it, give --plugins a library that has it, or run the graph in ONNX Runtime"
 
 
 def _check_scales(graph: Graph) -> None:

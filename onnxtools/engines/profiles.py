@@ -115,7 +115,7 @@ def _read_profiles(model: Model, path: Path) -> list[Profile]:
     try:
         found = yaml.safe_load(path.read_text())
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UsageError(f"--profiles {path}: cannot be read ({' '.join(str(error).split())})") from None
+        raise JobError(f"--profiles {path}: cannot be read ({' '.join(str(error).split())})") from None
     if not isinstance(found, list) or not found:
         raise UsageError(f"--profiles {path}: is no list of profiles; write it as the manifest of an engine has them")
     inputs, profiles = _inputs(model), []

@@ -60,7 +60,7 @@ def _choose_device(device: int) -> None:
     try:
         from cuda.bindings import runtime
     except ImportError as error:
-        raise JobError(f"--device {device} needs cuda-python ({error}); install it, or set CUDA_VISIBLE_DEVICES={device}") from None
+        raise JobError(f"--device {device} needs cuda-python ({error}); pip install cuda-python, or set CUDA_VISIBLE_DEVICES={device}") from None
     (status,) = runtime.cudaSetDevice(device)
     if int(status):
         raise JobError(f"--device {device}: {runtime.cudaGetErrorString(status)[1].decode()}; see nvidia-smi")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import re
 import signal
 import sys
@@ -28,12 +29,13 @@ from onnxtools.engines.plan_file import PlanFile
 from onnxtools.engines.profiles import Profile
 from onnxtools.engines.spec import EngineSpec, pool_size, pool_type
 from onnxtools.engines.timing_cache import TimingCache
-from onnxtools.errors import JobError, UsageError
+from onnxtools.errors import JobError
 from onnxtools.memory import releasing_pages
 from onnxtools.model import Model
 from onnxtools.progress import DELAY_SECONDS
 from onnxtools.tensors import external_path
 
+_LOG = logging.getLogger("onnxtools")
 IO_SOURCE = "parsed network (a plan is read back on a GPU only)"
 
 
@@ -130,7 +132,7 @@ class ApiBuilder:
             config.set_memory_pool_limit(getattr(trt.MemoryPoolType, pool_type(pool)), size)
         for path in spec.plugins:
             if not Path(path).is_file():
-                raise UsageError(f"--plugins {path}: no such file")
+                raise JobError(f"--plugins {path}: no such file")
             trt.get_plugin_registry().load_library(path)
         for profile in profiles:
             made = builder.create_optimization_profile()
@@ -164,7 +166,7 @@ class ApiBuilder:
     def _parser_error(self, model: Model, parser: Any) -> str:
         """One line for a single error, else a heading and one line for each."""
         lines = [_parser_line(model, parser.get_error(i)) for i in range(parser.num_errors)]
-        advice = "`onnxtools convert` rewrites what exporters leave"
+        advice = "see it with `onnxtools inspect`; `onnxtools fold-constants` and `onnxtools convert` remove much of what parsers refuse"
         if not lines:
             return f"{model.path}: {self.title} cannot parse it: {self._tools.logger.reason()}; {advice}"
         if len(lines) == 1:
@@ -192,6 +194,7 @@ def _tools(trt: Any) -> SimpleNamespace:
 
         def log(self, severity: Any, message: str) -> None:
             last_words.say(message)
+            _LOG.debug("%s: %s", severity.name, message)
             if severity <= trt.ILogger.WARNING and not re.search(_NOISE, message):
                 self.messages.append((severity, message))
 
@@ -223,13 +226,14 @@ def _tools(trt: Any) -> SimpleNamespace:
 
         def __init__(self, bars: Any | None) -> None:
             super().__init__()
-            self.cancelled = False
+            self.cancelled = 0  # else the signal
             self.bars = bars
             self.tasks: dict[str, Any] = {}
             self.started = time.monotonic()
             self.visible = False
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            _LOG.info("building: %s, %d steps", phase_name, num_steps)
             if self.bars is not None:
                 self.tasks[phase_name] = self.bars.add_task(phase_name, total=num_steps)
 
@@ -244,7 +248,7 @@ def _tools(trt: Any) -> SimpleNamespace:
 
         def check(self) -> None:
             if self.cancelled:
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt if self.cancelled == signal.SIGINT else SystemExit(128 + self.cancelled)
 
         def close(self) -> None:
             if self.bars is not None and self.visible:
@@ -288,7 +292,7 @@ def _monitor(tools: SimpleNamespace) -> Iterator[Any]:
     monitor = tools.Monitor(_bars())
 
     def cancel(signum: int, frame: Any) -> None:
-        monitor.cancelled = True
+        monitor.cancelled = signum
 
     main = threading.current_thread() is threading.main_thread()
     previous = {number: signal.signal(number, cancel) for number in (signal.SIGINT, signal.SIGTERM)} if main else {}

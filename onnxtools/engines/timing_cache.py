@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from onnxtools.engines.spec import EngineSpec
 from onnxtools.engines.versions import Version
-from onnxtools.errors import JobError, UsageError
+from onnxtools.errors import JobError
 from onnxtools.files import replacing
 
 
@@ -25,9 +25,9 @@ def check_timing_cache(path: Path) -> None:
         UsageError: it cannot be read, or its folder is missing.
     """
     if not path.parent.is_dir():
-        raise UsageError(f"--timing-cache {path}: the folder {str(path.parent)!r} does not exist; create it first")
+        raise JobError(f"--timing-cache {path}: the folder {str(path.parent)!r} does not exist; create it first")
     if path.exists() and not os.access(path, os.R_OK):
-        raise UsageError(f"--timing-cache {path} cannot be read; check its permissions")
+        raise JobError(f"--timing-cache {path} cannot be read; check its permissions")
 
 
 def with_cache_file(spec: EngineSpec, backend: str, version: Version) -> EngineSpec:

@@ -19,9 +19,11 @@ from onnxtools.engines.decoder_io import DecoderIO, Port, decoder_io
 from onnxtools.engines.manifest import check_plan, read_manifest
 from onnxtools.engines.ort_session import device_name
 from onnxtools.errors import JobError
-from onnxtools.generation.runtime import Floats, HostLogits, Ids, Logits, ModelInfo, Prompts, RuntimeOptions, check_length, padded, positions_of
+from onnxtools.extras import install_line
+from onnxtools.generation.runtime import INFO_KEY, Floats, HostLogits, Ids, Logits, ModelInfo, Prompts, RuntimeOptions, check_length, padded, positions_of
 
 Shapes = Mapping[str, Sequence[int]]
+_EXTRAS = {"tensorrt-rtx": "rtx", "tensorrt": "tensorrt"}
 _MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 
 
@@ -65,7 +67,8 @@ class TrtRuntime:
         self.notes: list[str] = ["the runtime trt has not been run on hardware by this project; check its texts against onnxrt"]
         self.manifest = read_manifest(path)
         self.io = engine_io(path, self.manifest)
-        self.info = ModelInfo.read(path, {})
+        info = self.manifest["graph"].get("info")
+        self.info = ModelInfo.read(path, {INFO_KEY: info} if isinstance(info, str) else {})
         self.vocab_size, self.has_cache, self.pads = self.io.vocab_size, bool(self.io.caches), self.io.mask is not None
         self.weight_bytes = int(self.manifest["engine"]["bytes"])
         if not self.has_cache:
@@ -77,7 +80,8 @@ class TrtRuntime:
             self._trt: Any = importlib.import_module(_MODULES[backend])
             self._cuda: Any = importlib.import_module("cuda.bindings.runtime")
         except (KeyError, ImportError) as error:
-            raise JobError(f"{path}: an engine of {backend} needs its runtime and cuda-python ({error}); install both where the GPU is") from None
+            needs = f"{install_line(_EXTRAS.get(backend, 'tensorrt'))} cuda-python"
+            raise JobError(f"{path}: an engine of {backend} needs its runtime and cuda-python ({error}); {needs}") from None
         if not self._cuda_ok():
             raise JobError(f"{path}: there is no CUDA device; run the engine where its GPU is, or the ONNX model with --runtime onnxrt")
         self.device = device_name("cuda")

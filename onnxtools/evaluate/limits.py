@@ -7,7 +7,9 @@ every weight with every token: 2 x weights x tokens operations over the matrix r
 from __future__ import annotations
 
 import math
+import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from onnxtools.evaluate.timing import BenchmarkOptions
+from onnxtools.evaluate.timing import BenchmarkOptions, Timing
 from onnxtools.kvcache import described
 from onnxtools.model import Model
 
@@ -42,10 +44,11 @@ class Work:
 
 @dataclass(frozen=True)
 class Rates:
-    """Measured: bytes a second of a copy (read and written), floating-point operations a second of a matrix product."""
+    """Measured: bytes and floating-point operations a second, and by what: a copy (read and written), a matrix product, or the model itself."""
 
     bytes_per_s: float
     flops_per_s: float
+    by: str = "a copy and a matrix product"
 
 
 def work(path: Path, options: BenchmarkOptions) -> Work:
@@ -96,6 +99,19 @@ def measure_rates(device: str, dtype: str, threads: int = 0) -> Rates:
     copied = _best(_session(device, dtype, "Neg", 1, threads), [[elements]], device, dtype)
     multiplied = _best(_session(device, dtype, "MatMul", 2, threads), [[size, size]] * 2, device, dtype)
     return Rates(2 * elements * _BYTES[dtype] / copied, 2 * size**3 / multiplied)
+
+
+def raised(rates: Rates, needed: Work, timings: Sequence[Timing], steps: int) -> Rates:
+    """`rates`, or what a model reached where that was more: reading alone is faster than copying, so no share of the limit is above 1.
+
+    Args:
+        timings: of the runtimes on the device; steps: that each iteration has after its first token.
+    """
+    firsts = [min(timing.first) for timing in timings]
+    means = [min(min(np.reshape(timing.steps, (-1, steps)).mean(1)), statistics.median(timing.steps)) for timing in timings if timing.steps]
+    reached = max((needed.step_bytes / seconds for seconds in means), default=0.0), max((needed.prefill_flops / seconds for seconds in firsts), default=0.0)
+    by = ["the model's steps" if reached[0] > rates.bytes_per_s else "a copy", "its prefill" if reached[1] > rates.flops_per_s else "a matrix product"]
+    return Rates(float(max(rates.bytes_per_s, reached[0])), float(max(rates.flops_per_s, reached[1])), " and ".join(by))
 
 
 def _session(device: str, dtype: str, op: str, inputs: int, threads: int) -> Any:

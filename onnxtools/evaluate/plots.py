@@ -10,6 +10,7 @@ import numpy as np
 
 from onnxtools.errors import JobError, UsageError
 from onnxtools.evaluate.timing import Timing
+from onnxtools.extras import install_line
 
 _FORMATS = (".png", ".svg", ".pdf")
 
@@ -19,7 +20,7 @@ def check_plot(path: Path) -> None:
     if path.suffix.lower() not in _FORMATS:
         raise UsageError(f"--plot {path}: it writes {', '.join(_FORMATS)}; name such a file")
     if not path.parent.is_dir():
-        raise UsageError(f"--plot {path}: the folder {str(path.parent)!r} does not exist; create it first")
+        raise JobError(f"--plot {path}: the folder {str(path.parent)!r} does not exist; create it first")
 
 
 def benchmark_plot(path: Path, suffix: str, result: Mapping[str, Any], timings: Sequence[Timing]) -> None:
@@ -34,7 +35,7 @@ def benchmark_plot(path: Path, suffix: str, result: Mapping[str, Any], timings: 
         matplotlib.use("agg")
         import matplotlib.pyplot as plt
     except ImportError:
-        raise JobError("--plot needs matplotlib; install onnxtools[scores]") from None
+        raise JobError(f"--plot needs matplotlib; {install_line('scores')}") from None
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
     for name, timing in zip(result["runtimes"], timings, strict=True):
         ordered = np.sort(np.array(timing.total)) * 1e3
@@ -55,7 +56,7 @@ def _roofline(axes: Any, result: Mapping[str, Any]) -> None:
         limit = block.get("limits")
         if not limit:
             continue
-        roof, slope = limit["matmul_flops_per_s"], limit["copy_bytes_per_s"]
+        roof, slope = limit["flops_per_s"], limit["bytes_per_s"]
         if not drawn:
             x = np.logspace(-1, 4, 200)
             axes.loglog(x, np.minimum(roof, slope * x), color="black", label="measured roof")

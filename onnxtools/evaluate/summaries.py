@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from onnxtools.errors import JobError, UsageError
+from onnxtools.extras import install_line
 from onnxtools.generation.generate import generate
 from onnxtools.generation.options import GenerationOptions
 from onnxtools.generation.runtime import Runtime
@@ -76,7 +77,7 @@ def _scorer() -> Any:
     try:
         from rouge_score import rouge_scorer
     except ImportError:
-        raise JobError("summarize needs the package rouge-score; install onnxtools[scores]") from None
+        raise JobError(f"summarize needs the package rouge-score; {install_line('scores')}") from None
     return rouge_scorer.RougeScorer(list(SCORES), use_stemmer=True)
 
 

@@ -169,6 +169,7 @@ class Runtime(Protocol):
     has_cache: bool
     pads: bool
     notes: list[str]
+    weight_bytes: int
 
     def start(self, rows: int, length: int) -> None:
         """Forget everything; make room for `rows` sequences of at most `length` tokens.
@@ -232,9 +233,25 @@ def open_runtime(spec: str, model: Path, options: RuntimeOptions) -> Runtime:
         if word not in VARIANTS:
             raise UsageError(f"runtime {spec!r}: no variant is called {word!r}; known: {', '.join(VARIANTS)}")
         options = dataclasses.replace(options, **VARIANTS[word])
+    if name == "trt" and model.suffix == ".onnx":
+        raise UsageError(f"{model}: is a graph, and --runtime trt runs engines; `onnxtools build {model} ENGINE`, then name ENGINE")
+    if name == "onnxrt" and model.suffix != ".onnx":
+        raise UsageError(f"{model}: is no .onnx file, which --runtime onnxrt runs; `onnxtools export` makes one of a checkpoint")
     made: Runtime = registry.load(name, registry.RUNTIMES)(model, options)
+    _check_whole(made, spec)
     made.name = spec
     return made
+
+
+def _check_whole(made: Any, spec: str) -> None:
+    """A runtime of another package has all that a runtime has.
+
+    Raises:
+        JobError: names what is missing.
+    """
+    missing = sorted(name for name in (*Runtime.__annotations__, *vars(Runtime)) if not name.startswith("_") and not hasattr(made, name))
+    if missing:
+        raise JobError(f"runtime {spec!r} ({type(made).__module__}.{type(made).__name__}) has no {', '.join(missing)}; its package is for another onnxtools")
 
 
 def greedy_steps(runtime: Runtime, ids: Ids, count: int) -> tuple[Ids, Floats]:

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from onnxtools.calibration.options import Calibrated
 from onnxtools.calibration.run import Calibration
-from onnxtools.errors import UsageError
+from onnxtools.errors import NoMatchError, UsageError
 from onnxtools.infer import Array
 from onnxtools.model import Model
 from onnxtools.passbase import PassResult, option
@@ -62,6 +62,8 @@ class Prune(Selected, Calibrated):
 
     def apply(self, model: Model) -> PassResult:
         head, products = head_product(model), list(weight_products(model))
+        if not products:
+            raise NoMatchError(f"{model.path}: has no MatMul, Gemm or Conv with a stored weight, so there is nothing to prune; see it with `onnxtools inspect`")
         wanted = {product.node for product in products if not self.left(product, head)}
         chosen: list[Product] = []
         table: list[dict[str, Any]] = []
@@ -101,8 +103,6 @@ class Prune(Selected, Calibrated):
             CalibratedPruner(self.method, chosen).run(calibration)
 
     def _notes(self, table: list[dict[str, Any]], pruned: list[dict[str, Any]]) -> list[str]:
-        if not table:
-            return ["no MatMul, Gemm or Conv with a stored weight found"]
         notes = [f"{len(pruned)} of {len(table)} weights pruned to 2:4 along K by {self.method}"]
         notes += [f"{count} left: {reason}" for reason, count in Counter(row["left"] for row in table if row["left"]).items()]
         notes = [*self.unmatched(table), *notes]

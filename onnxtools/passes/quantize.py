@@ -15,7 +15,7 @@ import onnx_ir as ir
 from onnxtools.calibration.options import Calibrated
 from onnxtools.calibration.run import Calibration, Findings, Layer
 from onnxtools.calibration.statistics import Observer
-from onnxtools.errors import JobError, UsageError
+from onnxtools.errors import JobError, NoMatchError, UsageError
 from onnxtools.graph import remove_unused
 from onnxtools.infer import Facts, analyse
 from onnxtools.kvcache import record_dtypes
@@ -151,6 +151,8 @@ class Quantize(Selected, Calibrated):
         facts = analyse(model)
         kv = KvScheme(FP8 if self.kv_kind == "fp8" else INT8, caches(model, facts)) if self.kv_kind != "none" else None
         attention = AttentionScheme(FP8, operands(model, facts)) if self.attention else None
+        if self.kind != "none" and not table:
+            raise NoMatchError(f"{model.path}: has no MatMul or Gemm with a stored weight, so there is nothing to quantize; see it with `onnxtools inspect`")
         if not chosen and kv is None and attention is None:
             return PassResult(False, 0, self._notes(table), table)
         groups, extra = group(model, chosen, facts), list[str]()
@@ -301,8 +303,6 @@ class Quantize(Selected, Calibrated):
         return ", ".join(part for part in parts if part)
 
     def _notes(self, table: list[dict[str, Any]]) -> list[str]:
-        if not table:
-            return ["no MatMul or Gemm with a stored weight found"]
         done = [row for row in table if not row["left"]]
         notes = [*self.unmatched(table), f"{len(done)} of {len(table)} places quantized"]
         schemes = Counter(row["scheme"] for row in done)

@@ -44,7 +44,8 @@ class TeFp8ToQdq(Pass):
 
     def requires(self, model: Model) -> None:
         if model.opset < 19 and any(is_op(node, Q, DQ, domain="trt") for node in model.graph.all_nodes()):
-            raise JobError(f"FP8 Q/DQ needs opset 19 and the model is at {model.opset}; run set-opset first (`onnxtools convert` does)")
+            remedy = "raise it with `onnxtools set-opset IN OUT --version 19`, or in `onnxtools convert` with --opset 19"
+            raise JobError(f"FP8 Q/DQ needs opset 19 and the model is at {model.opset}; {remedy}")
 
     def apply(self, model: Model) -> PassResult:
         if not any(is_op(node, Q, DQ, domain="trt") or is_op(node, "QuantizeLinear") for node in model.graph):
