@@ -192,16 +192,11 @@ class _Unpickler(pickle._Unpickler):
         items = self.pop_mark()
         self.stack.append({_plain_key(key, self._label): value for key, value in zip(items[::2], items[1::2], strict=True)})
 
-    def _reduce(self) -> None:
-        """REDUCE calls what `find_class` gave out, nothing else."""
-        arguments = self.stack.pop()
-        if not isinstance(arguments, tuple) or not any(self.stack[-1] is allowed for allowed in _CALLABLE):
-            raise ModelError(f"{self._label}: its pickle calls a {type(self.stack[-1]).__name__}; it is damaged or hostile, do not trust this file")
-        self.stack[-1] = self.stack[-1](*arguments)
-
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
         **pickle._Unpickler.dispatch, pickle.BUILD[0]: _build, pickle.SETITEM[0]: _set_item, pickle.SETITEMS[0]: _set_items,
-        pickle.DICT[0]: _dictionary, pickle.REDUCE[0]: _reduce, pickle.NEWOBJ[0]: _reduce,
+        pickle.DICT[0]: _dictionary,
+        # What `find_class` gives out are functions, and a new object of one of them is what it returns.
+        pickle.NEWOBJ[0]: pickle._Unpickler.dispatch[pickle.REDUCE[0]],
     }  # fmt: skip
 
     def persistent_load(self, pid: Any) -> _Storage:
@@ -301,7 +296,6 @@ _GLOBALS: dict[tuple[str, str], Any] = {
     ("_io", "BytesIO"): _bytes_io,
     ("_codecs", "encode"): _latin1,
 }
-_CALLABLE = (*_GLOBALS.values(), _Opaque)
 
 
 def loads(data: bytes, label: str) -> Any:

@@ -104,7 +104,6 @@ CALLS = {
     "code": the("builtins", "eval") + text("1") + b"\x85R.",
     "a method of a module": the("os", "getcwd") + b")R.",
     "an extension": b"\x82\x01.",
-    "arguments that are no tuple": the("torch", "Size") + b"]R.",
 }
 
 
@@ -124,7 +123,7 @@ BOMBS: dict[str, Callable[[], bytes]] = {
     "nested keys, many at once": lambda: b"}(" + b")" + b"\x85" * 300_000 + b"K\x01u.",
     "nested keys of a built dictionary": lambda: b"(" + b")" + b"\x85" * 300_000 + b"K\x01d.",
     "doubled keys": lambda: b"}" + doubled(60) + b"K\x01s.",
-    "doubled keys of an ordered dictionary": lambda: the("collections", "OrderedDict") + b"(((" + doubled(60) + b"K\x01ttt\x85R.",
+    "doubled keys of an ordered dictionary": lambda: the("collections", "OrderedDict") + b"(((" + doubled(60) + b"K\x01tttR.",
     "a set of doubled tuples": lambda: b"\x80\x04\x8f(" + doubled(60) + b"\x90.",
     "a frozen set of doubled tuples": lambda: b"\x80\x04(" + doubled(60) + b"\x91.",
     "claimed bytes": lambda: b"\x80\x05\x96" + (1 << 34).to_bytes(8, "little") + b".",
@@ -158,11 +157,9 @@ def test_deep_lists_do_no_harm() -> None:
 
 def test_tensors_inside_tensors_are_not_followed() -> None:
     """Each level of a pickle in a pickle would copy all that is inside it."""
-    inner = pickle.dumps(torch.zeros(2))
-    for _ in range(3):
-        inner = START + the("torch.storage", "_load_from_bytes") + b"B" + len(inner).to_bytes(4, "little") + inner + b"\x85R."
-    with pytest.raises(ModelError):
-        loads(inner, "x")
+    stored = pickle.dumps(1) * 3 + pickle.dumps(torch.zeros(2))
+    with pytest.raises(ModelError, match=r"wants torch\.storage\._load_from_bytes"):
+        loads(START + the("torch.storage", "_load_from_bytes") + b"B" + len(stored).to_bytes(4, "little") + stored + b"\x85R.", "x")
 
 
 def test_an_archive_is_read_once_however_often_it_is_named() -> None:

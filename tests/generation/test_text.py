@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,16 @@ def test_a_panic_is_one_error_and_silent(name: str, tmp_path: Path) -> None:
     found = subprocess.run([sys.executable, "-c", _TRY, tmp_path], capture_output=True, text=True, timeout=60, check=False)
     assert found.returncode == 0, found.stderr
     assert found.stderr == "" and found.stdout.count("\n") <= 1
+
+
+def test_a_pattern_of_cubic_time_is_refused_at_once(tmp_path: Path) -> None:
+    """A text of 1600 letters takes seconds and one of 6400 minutes; nothing can interrupt the library."""
+    content = json.loads(v.byte_level().to_str()) | {"pre_tokenizer": {**_SPLIT, "pattern": {"Regex": r"[a-z]*[a-z]*\d"}}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    start = time.monotonic()
+    with pytest.raises(JobError, match="its patterns take too long for"):
+        Tokenizer.open(tmp_path)
+    assert time.monotonic() - start < 10
 
 
 def test_what_others_write_to_stderr_meanwhile_is_kept(capfd: pytest.CaptureFixture[str]) -> None:

@@ -45,7 +45,7 @@ def byte_level() -> Tokenizer:
 
 
 def byte_level_parts(*special: str) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    merges = [*prefixes("Ġ"), ("i", "n"), ("o", "l"), ("ol", "d")]
+    merges = [*prefixes("Ġ"), ("i", "n"), ("o", "l"), ("ol", "d"), ("1", "2"), ("3", "4"), ("\u010a", "\u010a"), ("l", "l"), ("'", "s")]
     names = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in merges), *special]
     return {name: i for i, name in enumerate(dict.fromkeys(names))}, merges
 
