@@ -59,7 +59,8 @@ def make_manifest(
     """
     props = origin.ir.metadata_props
     graph = {
-        "file": origin.path.name if origin.path else None, "sha256": origin.sha256, "path": path, "info": props.get(MODEL_KEY), "beside": recorded(props)["beside"],
+        "file": origin.path.name if origin.path else None, "sha256": origin.sha256, "path": path,
+        "info": props.get(MODEL_KEY), "beside": recorded(props)["beside"],
     }  # fmt: skip
     return {
         "format": FORMAT,
