@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from onnxtools.errors import JobError, UsageError
+from onnxtools.errors import JobError
 from onnxtools.evaluate.scores import Scored, mean_interval, perplexity, score_texts, share_interval
 from onnxtools.files import _lock
 from onnxtools.generation.runtime import Runtime
 from onnxtools.generation.text import Tokenizer
-from onnxtools.inputs import check_regular
+from onnxtools.inputs import check_regular, shown
 from onnxtools.jsonl import read_jsonl
 
 
@@ -58,7 +58,7 @@ def read_lambada(path: Path, limit: int | None = None) -> list[tuple[str, str]]:
     """(context, last word) of a JSONL file: fields `context` and `continuation`, or `text`, whose last word is split off.
 
     Raises:
-        UsageError: no such file, not JSONL, or other fields.
+        JobError: no such file, not JSONL, or other fields.
     """
     found = []
     for number, row in read_jsonl(path, limit):
@@ -68,11 +68,11 @@ def read_lambada(path: Path, limit: int | None = None) -> list[tuple[str, str]]:
         elif "text" in row:
             context, word = split_text(row["text"]) if isinstance(row["text"], str) else (None, None)
         else:
-            raise UsageError(f"{path}:{number}: has the fields {', '.join(map(repr, row)) or 'none'}; LAMBADA's are context and continuation, or text")
+            raise JobError(f"{path}:{number}: has the fields {shown(list(row)) if row else 'none'}; LAMBADA's are context and continuation, or text")
         if not isinstance(context, str) or not isinstance(word, str):
-            raise UsageError(f"{path}:{number}: context and continuation, or text, must be text; mend the line")
+            raise JobError(f"{path}:{number}: context and continuation, or text, must be text; mend the line")
         if not context.strip() or not word.strip():
-            raise UsageError(f"{path}:{number}: the {'context' if not context.strip() else 'last word'} is empty; remove the line")
+            raise JobError(f"{path}:{number}: the {'context' if not context.strip() else 'last word'} is empty; remove the line")
         found.append((context, word))
     return found
 

@@ -14,6 +14,7 @@ from onnxtools.generation.generate import generate
 from onnxtools.generation.options import GenerationOptions
 from onnxtools.generation.runtime import Runtime
 from onnxtools.generation.text import Streams, Tokenizer, cut_at
+from onnxtools.inputs import shown
 from onnxtools.jsonl import read_jsonl
 
 TEMPLATE = "{article}\n\nTL;DR:\n"
@@ -33,12 +34,12 @@ def read_articles(path: Path, limit: int | None = None) -> list[Article]:
     """Of a JSONL file.
 
     Raises:
-        UsageError: no such file, not JSONL, or other fields.
+        JobError: no such file, not JSONL, or other fields.
     """
     found = []
     for number, row in read_jsonl(path, limit):
         if not all(isinstance(row.get(name), str) and row[name].strip() for name in ("article", "highlights")):
-            raise UsageError(f"{path}:{number}: has the fields {', '.join(map(repr, row)) or 'none'}; article and highlights are wanted, with text in them")
+            raise JobError(f"{path}:{number}: has the fields {shown(list(row)) if row else 'none'}; article and highlights are wanted, with text in them")
         found.append(Article(row["article"], row["highlights"]))
     return found
 

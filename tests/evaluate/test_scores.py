@@ -15,7 +15,7 @@ pytest.importorskip("transformers", reason="the models are written by transforme
 import torch
 
 from onnxtools.engines.onnxrt import OrtRuntime
-from onnxtools.errors import JobError, UsageError
+from onnxtools.errors import JobError
 from onnxtools.evaluate import lambada
 from onnxtools.evaluate.lambada import Journal, Passage, PassageResult, compare_lambada, read_lambada, score_lambada, summarize_lambada
 from onnxtools.evaluate.scores import mean_interval, score_texts, share_interval
@@ -159,7 +159,7 @@ def test_an_interrupted_journal_goes_on(tmp_path: Path) -> None:
 ])  # fmt: skip
 def test_unknown_fields_and_damaged_rows_are_errors(text: str, names: str, tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_text(text)
-    with pytest.raises(UsageError, match=names):
+    with pytest.raises(JobError, match=names):
         read_lambada(tmp_path / "d.jsonl")
 
 

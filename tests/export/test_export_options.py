@@ -215,9 +215,8 @@ def test_options_from_yaml_and_set(llama: tuple[Path, Any], tmp_path: Path) -> N
     ("arguments", "code", "words"),
     [
         (["-o", "m.onnx"], 2, "name a checkpoint, or say --random"),
-        (["--random"], 2, "no output; say -o"),
+        (["--random"], 2, "no output; write"),
         (["--random", "-o", "m.bin"], 2, "does not end in .onnx"),
-        (["--random", "-o", "absent/m.onnx"], 1, "the folder 'absent' does not exist"),
         (["--random", "--opset", "18", "-o", "m.onnx"], 2, "it takes 19 to 24"),
         (["--random", "--kv-cache", "scatter", "--opset", "23", "-o", "m.onnx"], 2, "scatter needs opset 24"),
         (["--random", "--kv-cache", "gqa", "--use-one-input", "-o", "m.onnx"], 2, "how full the cache is"),

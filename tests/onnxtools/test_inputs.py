@@ -72,7 +72,7 @@ def test_what_is_no_file_is_refused_by_what_it_is(tmp_path: Path) -> None:
     for name, what in (("p", "a pipe"), ("l", "a device"), (".", "a folder")):
         with pytest.raises(JobError, match=f"is {what}, not a file"):
             check_regular(tmp_path / name, JobError)
-        with pytest.raises(UsageError, match=f"is {what}"):
+        with pytest.raises(JobError, match=f"is {what}"):
             read_jsonl(tmp_path / name)
         with pytest.raises(UsageError, match=f"is {what}"):
             read_recipe(tmp_path / name)
@@ -83,12 +83,12 @@ def test_lines_of_json_are_read_as_far_as_they_are_wanted(tmp_path: Path) -> Non
     """Line separators inside JSON strings are text; lines after the last that is wanted are not looked at."""
     (tmp_path / "d.jsonl").write_text('\ufeff{"a": "x\u2028y\x85z"}\r\n\n{"a": 2}\nno JSON\n', encoding="utf-8", newline="")
     assert read_jsonl(tmp_path / "d.jsonl", 2) == [(1, {"a": "x\u2028y\x85z"}), (3, {"a": 2})]
-    with pytest.raises(UsageError, match=r"d\.jsonl:4: is not JSON"):
+    with pytest.raises(JobError, match=r"d\.jsonl:4: is not JSON"):
         read_jsonl(tmp_path / "d.jsonl")
 
 
 def test_an_endless_line_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("onnxtools.jsonl.MAX_LINE", 1000)
     (tmp_path / "d.jsonl").write_text('{"a": "' + "x" * 5000 + '"}\n')
-    with pytest.raises(UsageError, match=r"d\.jsonl:1: has more than 1000 characters"):
+    with pytest.raises(JobError, match=r"d\.jsonl:1: has more than 1000 characters"):
         read_jsonl(tmp_path / "d.jsonl")
