@@ -31,7 +31,7 @@ from onnxtools.infer import analyse
 from onnxtools.model import Model
 from onnxtools.progress import counted
 from onnxtools.storage import file_stamps
-from onnxtools.tensors import RowTensor, Scratch, raw_bytes, read_rows
+from onnxtools.tensors import RowTensor, Scratch, read_rows
 
 _LOG = logging.getLogger("onnxtools")
 Array = np.ndarray[Any, Any]
@@ -83,21 +83,30 @@ class StoredWeight(RowTensor):
 
 
 _SAMPLED_ROWS = 8
+_GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
 
 def fingerprint(model: Model) -> str:
-    """Of the model as it is in memory: its nodes, and the first and middle rows of each weight that is not in a file: a pass may have changed it."""
+    """Of the model as it is in memory, which a pass may have changed: nodes with their attributes, and each weight that is not in a file.
+
+    Of a weight that is computed while it is read, the first and middle rows: its recipe is the pass's, whatever the row.
+    """
     digest = hashlib.sha256()
-    for node in model.graph:
-        digest.update(repr((node.name, node.op_type, [v.name if v is not None else "" for v in node.inputs])).encode())
+    for node in (*model.graph.all_nodes(), *(node for function in model.ir.functions.values() for node in function.all_nodes())):
+        plain = [a.ref_attr_name or ir.serde.serialize_attribute(a).SerializeToString() for a in node.attributes.values() if a.type not in _GRAPHS]
+        digest.update(repr((node.name, node.domain, node.op_type, [v.name if v is not None else "" for v in node.inputs], plain)).encode())
     for value, tensor in model.weights():
         digest.update(repr((value.name, tensor.dtype, tuple(tensor.shape.numpy()))).encode())
-        if not isinstance(tensor, ir.ExternalTensor) and tensor.size and tensor.dtype.bitwidth >= 8 and tensor.dtype != ir.DataType.STRING:
-            rows = int(tensor.shape.numpy()[0]) if len(tensor.shape) else 1
-            step = tensor.row_multiple if isinstance(tensor, RowTensor) else 1
-            for start in sorted({0, rows // 2 // step * step}):
-                sample = read_rows(tensor, start, min(start + -(-_SAMPLED_ROWS // step) * step, rows))
-                digest.update(raw_bytes(np.asarray(sample)))
+        if isinstance(tensor, ir.ExternalTensor) or not tensor.size or tensor.dtype == ir.DataType.STRING:
+            continue
+        if not isinstance(tensor, RowTensor):
+            digest.update(tensor.tobytes())
+            continue
+        rows = int(tensor.shape.numpy()[0]) if len(tensor.shape) else 1
+        step = tensor.row_multiple
+        for start in sorted({0, rows // 2 // step * step}):
+            sample = read_rows(tensor, start, min(start + -(-_SAMPLED_ROWS // step) * step, rows))
+            digest.update(np.ascontiguousarray(sample).view(np.uint8).tobytes())
     return digest.hexdigest()
 
 

@@ -91,7 +91,9 @@ class Folder:
         if value is None or node is None or value.is_graph_output() or any(user not in users and not is_op(user, "Shape", "Size") for user, _ in value.uses()):
             return None
         if node in self._products:
-            return self._of_product(self._products[node])
+            product = self._products[node]
+            found = self._of_product(product)  # one channel may be broadcast to `size` behind it
+            return found if found is not None and int(product.tensor.shape.numpy()[1 - product.axis]) == size else None
         if node.op_type in _NORMS and value is node.outputs[0]:
             return self._of_constants([node.inputs[i] for i in _NORMS[node.op_type] if i < len(node.inputs) and node.inputs[i] is not None], size)
         if is_op(node, "Cast", "Identity", "Relu"):
