@@ -74,7 +74,7 @@ def create(path: Path, like: Path | None = None) -> int:
         OSError: the folder is missing or not writable.
     """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0), 0o666)
-    _lock(fd)
+    try_lock(fd)
     if like is not None:
         _take_after(fd, real_target(like))
     return fd
@@ -118,7 +118,7 @@ class NewFile:
             self._fd = -1
 
 
-def _lock(fd: int) -> bool:
+def try_lock(fd: int) -> bool:
     """Try to lock; False where another process has it. File systems without locks count as free."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -255,7 +255,7 @@ def _locked_folder(prefix: str, parent: Path) -> tuple[Path, int]:
         path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
         with contextlib.suppress(FileNotFoundError):
             fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-            if _lock(fd) and path.is_dir():
+            if try_lock(fd) and path.is_dir():
                 return path, fd
             os.close(fd)
 
@@ -272,7 +272,7 @@ def naming(folder: Path) -> Iterator[None]:
     fd = os.open(folder, os.O_RDONLY)
     try:
         until = time.monotonic() + _LOCK_SECONDS
-        while not _lock(fd) and time.monotonic() < until:
+        while not try_lock(fd) and time.monotonic() < until:
             time.sleep(0.02)
         yield
     finally:

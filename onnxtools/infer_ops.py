@@ -298,13 +298,21 @@ SHAPE_RULES: dict[str, Callable[[ir.Node, list[Fact]], Shapes]] = {
 _BOOLEAN = {"Not", "And", "Or", "Xor", "Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "IsNaN"}
 
 
+def _dtype(number: Any) -> ir.DataType | None:
+    """Of a type as attributes give it; None where it is none."""
+    try:
+        return ir.DataType(number)
+    except ValueError:
+        return None
+
+
 def output_dtypes(node: ir.Node, inputs: list[Fact]) -> list[ir.DataType | None]:
     """Element type of each output (the same for all outputs of the operators with a rule here)."""
     op = node.op_type
     if op in _BOOLEAN:
         dtype: ir.DataType | None = ir.DataType.BOOL
     elif op == "Cast":
-        dtype = ir.DataType(attribute(node, "to"))
+        dtype = _dtype(attribute(node, "to"))
     elif op in ("CastLike", "Where"):
         dtype = inputs[1].dtype
     elif op in ("Shape", "Size"):
@@ -313,10 +321,10 @@ def output_dtypes(node: ir.Node, inputs: list[Fact]) -> list[ir.DataType | None]
         fill = attribute(node, "value")
         dtype = fill.dtype if fill is not None else ir.DataType.FLOAT
     elif op == "DequantizeLinear":
-        dtype = ir.DataType(attribute(node, "output_dtype", 0)) if attribute(node, "output_dtype", 0) else inputs[1].dtype
+        dtype = _dtype(attribute(node, "output_dtype", 0)) if attribute(node, "output_dtype", 0) else inputs[1].dtype
     elif op == "QuantizeLinear":
         given = attribute(node, "output_dtype", 0)
-        dtype = inputs[2].dtype if len(inputs) > 2 else (ir.DataType(given) if given else ir.DataType.UINT8)
+        dtype = inputs[2].dtype if len(inputs) > 2 else (_dtype(given) if given else ir.DataType.UINT8)
     else:
         dtype = inputs[0].dtype if inputs else None
     return [dtype] * len(node.outputs)

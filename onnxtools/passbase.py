@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin
 
 from onnxtools.errors import UsageError
+from onnxtools.inputs import shown
 from onnxtools.model import Model
 
 Numerics = Literal["exact", "rounding", "lossy"]
@@ -157,7 +158,7 @@ def convert_option(owner: str, name: str, annotation: Any, value: Any) -> Any:
     if wanted:
         if value not in wanted:
             quoted = "; YAML reads on, off, yes and no as booleans, so quote words" if isinstance(value, bool) else ""
-            raise UsageError(f"{owner}: {name} is {value!r}; choose one of {', '.join(map(str, wanted))}{quoted}")
+            raise UsageError(f"{owner}: {name} is {shown(value)}; choose one of {', '.join(map(str, wanted))}{quoted}")
         return value
     if get_origin(annotation) is tuple:
         items = value if isinstance(value, (list, tuple)) else [value]
@@ -166,6 +167,6 @@ def convert_option(owner: str, name: str, annotation: Any, value: Any) -> Any:
     if base is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, base) or (base is int and isinstance(value, bool)):
-        quoted = f": quote it, as '{value}'" if base is str and isinstance(value, (int, float)) and not isinstance(value, bool) else ""
-        raise UsageError(f"{owner}: {name} is {value!r}; it takes {base.__name__}{quoted}")
+        quoted = f": quote it, as '{shown(value)}'" if base is str and isinstance(value, (int, float)) and not isinstance(value, bool) else ""
+        raise UsageError(f"{owner}: {name} is {shown(value)}; it takes {base.__name__}{quoted}")
     return value

@@ -87,9 +87,13 @@ def read_torch(region: Region) -> Any:
         prefix, info = name.removesuffix("data.pkl"), entries[name]
         if info.file_size > MAX_PICKLE_BYTES or info.compress_type != zipfile.ZIP_STORED:
             raise ModelError(f"{region.label}: its data.pkl claims {info.file_size} bytes, which no state dict has; do not trust this file")
-        if f"{prefix}byteorder" in entries and _stored(region, entries[f"{prefix}byteorder"]).size < 16 and archive.read(f"{prefix}byteorder") == b"big":
-            raise ModelError(f"{region.label}: holds big-endian tensors; save it on a little-endian machine")
-        payload = archive.read(name)
+        try:
+            order = entries.get(f"{prefix}byteorder")
+            if order is not None and _stored(region, order).size < 16 and archive.read(order) == b"big":
+                raise ModelError(f"{region.label}: holds big-endian tensors; save it on a little-endian machine")
+            payload = archive.read(name)
+        except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:  # another header, a wrong sum, encrypted
+            raise ModelError(f"{region.label}: its data.pkl is damaged ({error}); fetch it again") from None
 
     def storage(persistent: Any) -> _Storage:
         kind, key = _storage_id(persistent, region.label)

@@ -39,10 +39,11 @@ def _callback(
     stride: int | None, runtimes: tuple[str, ...], tokenizer_path: Path | None, as_json: bool, debug: bool, **given: Any,
 ) -> None:  # fmt: skip
     from onnxtools.cli.render import print_json
+    from onnxtools.inputs import absent
 
     kind, file = _dataset(dataset, path)
     if compare is not None and not compare.exists():
-        raise JobError(f"--compare {compare}: no such file or folder; check the path")
+        raise JobError(f"--compare {absent(compare)}: no such file or folder; check the path")
     options = runtime_options(given)
     if kind == "wikitext":
         if resume is not None:
@@ -70,6 +71,8 @@ def _dataset(name: str, path: Path | None) -> tuple[str, Path | None]:
 
 
 def _hub_rows(limit: int | None) -> list[tuple[str, str]]:
+    from onnxtools.evaluate.lambada import split_text
+
     name, configuration = _HUB["lambada"]
     try:
         import datasets
@@ -77,8 +80,7 @@ def _hub_rows(limit: int | None) -> list[tuple[str, str]]:
         rows = datasets.load_dataset(name, configuration, split="test")
     except Exception as error:  # not installed, offline, or whatever the hub answers
         raise JobError(f"{name} cannot be fetched ({type(error).__name__}: {' '.join(str(error).split())[:100]}); give the data with --path") from None
-    texts = [str(row["text"]).rpartition(" ") for row in rows]
-    return [(context, word) for context, _, word in texts][:limit]
+    return [split_text(str(row["text"])) for row in rows][:limit]
 
 
 # --- LAMBADA ------------------------------------------------------------------------------------------------------------

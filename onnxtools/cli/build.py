@@ -120,7 +120,7 @@ def _apart(job: Job, spec: EngineSpec, force: bool) -> Engine:
 
     (outcome,) = build_many([job], spec, workers=1, force=force, done=lambda _: None)
     if outcome.manifest is None:
-        raise JobError(outcome.error)
+        raise UsageError(outcome.error) if outcome.exit_code == UsageError.exit_code else JobError(outcome.error)
     return Engine(job.engine, outcome.manifest, outcome.reused, outcome.last)
 
 

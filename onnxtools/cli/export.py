@@ -53,6 +53,7 @@ def _callback(
 
 def _settings(config_path: Path | None, settings: tuple[str, ...]) -> dict[str, Any]:
     """Option values of a YAML file, then of `key=value` settings."""
+    from onnxtools.inputs import parse_yaml
     from onnxtools.recipe import read_yaml
 
     found = read_yaml(config_path, "a configuration") if config_path is not None else {}
@@ -60,11 +61,9 @@ def _settings(config_path: Path | None, settings: tuple[str, ...]) -> dict[str, 
         key, equals, value = setting.partition("=")
         if not equals:
             raise UsageError(f"export: --set takes key=value, not {setting!r}")
-        import yaml
-
         try:
-            found[key.strip()] = yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError, RecursionError):
+            found[key.strip()] = parse_yaml(value)
+        except ValueError:
             raise UsageError(f"export: --set {setting!r} is not YAML; quote the value") from None
     return {str(key).replace("-", "_"): value for key, value in found.items()}
 

@@ -29,6 +29,8 @@ from onnxtools.progress import Heartbeat
 
 COMMANDS = ("pipeline", "validate", "build", "run", "benchmark", "accuracy", "summarize", "inspect", "diff")
 FIRST = "export"
+MAX_LINE = 2000
+"""Characters of an error: names in a damaged file may be very long."""
 MAIN_PASSES = ("convert", "add-kv-cache", "precision", "quantize", "prune")
 
 
@@ -118,6 +120,8 @@ def _end(error: BaseException, given: list[str]) -> NoReturn:
         _fail(error.format_message(), error.exit_code)
     if isinstance(error, (click.Abort, KeyboardInterrupt)):
         _fail("interrupted; no file was left half written", 130)
+    if isinstance(error, SystemExit) and error.code in (128 + signal.SIGTERM, 128 + signal.SIGHUP):
+        _fail("ended by a signal; no file was left half written", int(error.code))
     if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to flush has no reader
         sys.exit(0)
@@ -156,5 +160,6 @@ def _terminate(signum: int, frame: Any) -> None:
 
 def _fail(message: str, code: int) -> NoReturn:
     with contextlib.suppress(BrokenPipeError):
-        click.echo(f"error: {' '.join(message.split())}", err=True)
+        line = " ".join(message.split())
+        click.echo(f"error: {line if len(line) <= MAX_LINE else f'{line[:MAX_LINE]}...'}", err=True)
     sys.exit(code)

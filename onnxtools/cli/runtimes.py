@@ -62,9 +62,10 @@ def opened(model: Path, runtimes: Sequence[str], options: RuntimeOptions) -> Ite
         UsageError: no such file, one runtime named twice, or a checkpoint that none of them reads.
     """
     from onnxtools.generation.runtime import open_runtime
+    from onnxtools.inputs import absent
 
     if not model.exists():
-        raise JobError(f"{model}: no such file or folder; check the path")
+        raise JobError(f"{absent(model)}: no such file or folder; check the path")
     names = list(runtimes) or [default_runtime(model)]
     if len(set(names)) != len(names):
         raise UsageError(f"--runtime names {max(names, key=names.count)!r} twice; name each once")

@@ -14,10 +14,12 @@ from onnxtools.model import Model
 
 SIZE = 512
 _ORDINARY = {
-    "Abs", "Add", "And", "Attention", "Cast", "Clip", "Concat", "Constant", "ConstantOfShape", "Conv", "Cos", "CumSum", "DequantizeLinear", "Div", "Equal",
+    "Abs", "Add", "And", "Attention", "Cast", "CastLike", "Clip", "Concat", "Constant", "ConstantOfShape", "Conv", "Cos", "CumSum", "DequantizeLinear",
+    "Div", "Dropout", "Equal",
     "Erf", "Exp", "Expand", "Gather", "Gelu", "Gemm", "Greater", "GreaterOrEqual", "Identity", "IsNaN", "LayerNormalization", "Less", "LessOrEqual", "Log",
     "MatMul", "Max", "Min", "Mul", "Neg", "Not", "Or", "Pow", "QuantizeLinear", "RMSNormalization", "Range", "Reciprocal", "ReduceMax", "ReduceMean",
-    "ReduceSum", "Relu", "Reshape", "RotaryEmbedding", "ScatterND", "Shape", "Sigmoid", "Sin", "Slice", "Softmax", "Split", "Sqrt", "Squeeze", "Sub",
+    "ReduceSum", "ReduceSumSquare", "Relu", "Reshape", "RotaryEmbedding", "ScatterND", "Shape", "Sigmoid", "Sin", "Slice", "Softmax", "Split",
+    "SplitToSequence", "SequenceAt", "Sqrt", "Squeeze", "Sub",
     "Swish", "Tanh", "TensorScatter", "Transpose", "Trilu", "Unsqueeze", "Where",
 }  # fmt: skip
 _room: Any = None

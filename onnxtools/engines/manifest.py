@@ -14,6 +14,7 @@ from onnxtools.engines.preflight import Preflight
 from onnxtools.engines.profiles import Profile
 from onnxtools.engines.spec import EngineSpec
 from onnxtools.errors import JobError
+from onnxtools.inputs import check_regular, shown
 from onnxtools.kvcache import MODEL_KEY
 from onnxtools.manager import provenance
 from onnxtools.memory import peak_mib
@@ -96,12 +97,13 @@ def read_manifest(engine: Path) -> dict[str, Any]:
     """
     path = manifest_path(engine)
     try:
-        found = json.loads(path.read_text())
+        check_regular(path, JobError)
+        found = json.loads(path.read_bytes())
         _check_shape(found)
     except OSError:
         where = f"{path}: there is no such manifest, so {engine.name} is no engine of onnxtools" if engine.is_file() else f"{engine}: no such file"
         raise JobError(f"{where}; build one with onnxtools build") from None
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise JobError(f"{path}: is no manifest of this onnxtools build ({error}); build the engine again") from None
     return found  # type: ignore[no-any-return]
 
@@ -109,8 +111,9 @@ def read_manifest(engine: Path) -> dict[str, Any]:
 _SHAPE: dict[str, Any] = {
     "format": str, "onnxtools": str, "backend": {"name": str, "version": str}, "engine": {"file": str, "bytes": int, "sha256": str},
     "graph": {"sha256": str}, "weights": [{"file": str, "bytes": int, "sha256": str}], "provenance": list, "spec": dict, "compute_capabilities": [str],
-    "profiles": [{"name": str, "inputs": dict}], "io_source": str, "inputs": [{"name": str, "dtype": str, "shape": list}],
-    "outputs": [{"name": str, "dtype": str, "shape": list}], "layers": {"types": dict, "output_dtypes": dict}, "audit": {"source": str, "outputs": dict},
+    "profiles": [{"name": str, "inputs": {"*": {"min": [int], "opt": [int], "max": [int]}}}], "io_source": str,
+    "inputs": [{"name": str, "dtype": str, "shape": [int]}],
+    "outputs": [{"name": str, "dtype": str, "shape": [int]}], "layers": {"types": dict, "output_dtypes": dict}, "audit": {"source": str, "outputs": dict},
     "mends": [str], "notes": [str], "warnings": [str], "build_seconds": (int, float), "peak_rss_mib": (int, float),
 }  # fmt: skip
 """Keys of a manifest and what they hold."""
@@ -123,12 +126,13 @@ def _check_shape(found: Any, shape: Any = _SHAPE, where: str = "it") -> None:
         raise ValueError(f"{where} is {type(found).__name__}")
     value: Any = found
     if isinstance(shape, dict):
-        for key, inner in shape.items():
+        named = dict.fromkeys(value, shape["*"]) if "*" in shape else shape
+        for key, inner in named.items():
             if key not in value:
                 raise ValueError(f"it has no {key!r}")
-            _check_shape(value[key], inner, repr(key))
+            _check_shape(value[key], inner, shown(key))
         if shape is _SHAPE and value["format"] != FORMAT:
-            raise ValueError(f"its format is {value['format']!r}, not {FORMAT}")
+            raise ValueError(f"its format is {shown(value['format'])}, not {FORMAT}")
     elif isinstance(shape, list):
         for entry in value:
             _check_shape(entry, shape[0], where)

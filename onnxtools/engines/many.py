@@ -53,6 +53,7 @@ class Outcome:
         error: one line; empty where it did not.
         reused: the engine lay there already.
         last: as of `Engine`.
+        exit_code: of the error.
     """
 
     job: Job
@@ -61,6 +62,7 @@ class Outcome:
     error: str
     reused: bool = False
     last: str = ""
+    exit_code: int = 0
 
 
 def build_many(jobs: Sequence[Job], spec: EngineSpec, *, workers: int, force: bool, done: Callable[[Outcome], None]) -> list[Outcome]:
@@ -126,9 +128,9 @@ def _work(job: Job, spec: EngineSpec, force: bool, device: str | None, sender: C
     with contextlib.suppress(BrokenPipeError, KeyboardInterrupt, SystemExit):
         try:
             engine = build(job.model, job.engine, spec, force=force)
-            sender.send((engine.manifest, "", engine.reused, engine.last))
+            sender.send((engine.manifest, "", engine.reused, engine.last, 0))
         except OnnxtoolsError as error:
-            sender.send((None, str(error), False, ""))
+            sender.send((None, str(error), False, "", error.exit_code))
 
 
 def _start(process: Any) -> None:
@@ -148,15 +150,15 @@ def _cancel(signum: int, frame: Any) -> None:
 
 def _outcome(job: Job, spec: EngineSpec, receiver: Connection, process: Any, seconds: float, words: Any) -> Outcome:
     try:
-        manifest, error, reused, last = receiver.recv()
+        manifest, error, reused, last, code = receiver.recv()
     except EOFError:
         process.join()
         title = get_builder(spec.backend).name
         error = last_words.epitaph(Model.load(job.model), title, process.exitcode, words.value.decode(errors="replace"))
-        manifest, reused, last = None, False, ""
+        manifest, reused, last, code = None, False, "", 1
         sweep(job.engine.parent, {job.engine.name, manifest_path(job.engine).name})
     process.join()
-    return Outcome(job, seconds, manifest, error, reused, last)
+    return Outcome(job, seconds, manifest, error, reused, last, code)
 
 
 def _needed(path: Path) -> int:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-import yaml
 
 from onnxtools.engines.spec import EngineSpec
 from onnxtools.errors import JobError, UsageError
+from onnxtools.inputs import check_regular, parse_yaml, shown
 from onnxtools.kvcache import positions, settle_sizes
 from onnxtools.model import Model
 
@@ -79,15 +79,15 @@ def parse_shapes(text: str, option: str) -> dict[str, Shape]:
         if len(name) > 2 and name[0] == name[-1] == "'":  # as trtexec's help has names that hold ':'
             name = name[1:-1]
         if name in shapes:
-            raise _syntax_error(option, text, start, f"{name!r} only once")
+            raise _syntax_error(option, text, start, f"{shown(name)} only once")
         shapes[name] = tuple(dims)
         start += len(entry) + 1
     return shapes
 
 
 def _syntax_error(option: str, text: str, index: int, expected: str) -> UsageError:
-    rest = f"before {text[index:]!r}" if index < len(text) else "at the end"
-    return UsageError(f"{option}: {text!r}: expected {expected} at character {index + 1}, {rest}")
+    rest = f"before {shown(text[index:])}" if index < len(text) else "at the end"
+    return UsageError(f"{option}: {shown(text)}: expected {expected} at character {index + 1}, {rest}")
 
 
 def _inputs(model: Model) -> dict[str, ir.Value]:
@@ -113,9 +113,12 @@ def _written_profiles(model: Model, spec: EngineSpec) -> list[Profile]:
 def _read_profiles(model: Model, path: Path) -> list[Profile]:
     """`[{name: context, inputs: {input_ids: {min: [1, 1], opt: [8, 64], max: [8, 128]}, ...}}, ...]`; names of inputs may hold `*`."""
     try:
-        found = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise JobError(f"--profiles {path}: cannot be read ({' '.join(str(error).split())})") from None
+        check_regular(path, JobError)
+        found = parse_yaml(path.read_bytes())
+    except OSError as error:
+        raise JobError(f"--profiles {path}: cannot be read ({error.strerror}); check the path") from None
+    except ValueError as error:
+        raise UsageError(f"--profiles {path}: not YAML that is read ({error}); correct the file") from None
     if not isinstance(found, list) or not found:
         raise UsageError(f"--profiles {path}: is no list of profiles; write it as the manifest of an engine has them")
     inputs, profiles = _inputs(model), []
@@ -131,7 +134,7 @@ def _read_profiles(model: Model, path: Path) -> list[Profile]:
 
 def _dims(where: str, name: Any, dims: Any) -> Shape:
     if not isinstance(dims, list) or not all(isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in dims):
-        raise UsageError(f"{where}: a shape of {name!r} is {dims!r}; write a list of numbers, as [8, 64]")
+        raise UsageError(f"{where}: a shape of {shown(name)} is {shown(dims)}; write a list of numbers, as [8, 64]")
     return tuple(dims)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from onnxtools.errors import JobError
 from onnxtools.evaluate.scores import Scored, mean_interval, perplexity, score_texts, share_interval
-from onnxtools.files import _lock
+from onnxtools.files import try_lock
 from onnxtools.generation.runtime import Runtime
 from onnxtools.generation.text import Tokenizer
 from onnxtools.inputs import check_regular, shown
@@ -172,7 +172,7 @@ class Journal:
             check_regular(path, JobError)
         self._file = path.open("a", encoding="utf-8")
         try:
-            if not _lock(self._file.fileno()):
+            if not try_lock(self._file.fileno()):
                 raise JobError(f"{path}: another run of `accuracy` writes it now; wait for it, or name another file with --resume")
             if path.stat().st_size:
                 self._read(path, of)

@@ -36,6 +36,8 @@ _WIDE = {
 """Operators that lose too much in 16 bits: softmax, the parts of norms, angles."""
 _SPREADING = _WIDE - {"Softmax", "LogSoftmax", "RotaryEmbedding"}
 _ELEMENTWISE = {"Add", "Sub", "Mul", "Div", "Neg"}
+_BOUNDING = {"Max", "Clip", "Expand", "Abs"}
+"""Operators that keep a length away from zero before something is divided by it."""
 _SMALL = 64
 _BF16_OPSET = 13
 """The first operator set whose MatMul, Add and the like take bfloat16."""
@@ -129,9 +131,10 @@ class _Narrowing:
     def run(self) -> int:
         """Returns how many nodes were narrowed."""
         nodes = list(self.model.graph)
+        self._angles = self._find_angles(nodes)
         for value in self.model.graph.inputs:
             if value.dtype == FLOAT:
-                self._types[value] = FLOAT if self.keep_io else self.dtype
+                self._types[value] = FLOAT if self.keep_io or value in self._angles else self.dtype
                 value.dtype = self._types[value]
         wide = self._wide(nodes)
         narrowed = 0
@@ -153,41 +156,46 @@ class _Narrowing:
     def _wide(self, nodes: list[ir.Node]) -> set[ir.Node]:
         """Nodes that stay in fp32: by operator, by schema, and elementwise ones that work on what those made."""
         wide: set[ir.Node] = set()
-        angles = self._angles(nodes)
         for node in nodes:
             if not self._is_float(node):
                 continue
             makers = [value.producer() for value in node.inputs if value is not None]
-            behind = node.op_type in _ELEMENTWISE and any(m is not None and m in wide and m.op_type in _SPREADING | _ELEMENTWISE for m in makers)
+            spreading = _SPREADING | _ELEMENTWISE | _BOUNDING
+            behind = node.op_type in _ELEMENTWISE | _BOUNDING and any(m is not None and m in wide and m.op_type in spreading for m in makers)
             explicit = is_op(node, "Cast") and attribute(node, "to") == FLOAT.value and self._float_value(node.inputs[0])
-            kept = node in angles or self._scales_beyond(node)
+            kept = any(value in self._angles for value in node.outputs) or self._scales_beyond(node)
             if node.op_type in _WIDE or explicit or behind or kept or not _takes(node, self.dtype, self.model.opset):
                 wide.add(node)
                 self._wide_count[node.op_type] = self._wide_count.get(node.op_type, 0) + 1
         return wide
 
-    def _angles(self, nodes: list[ir.Node]) -> set[ir.Node]:
-        """What makes the angles of sines and cosines, up to products with stored weights, norms and softmax."""
+    def _find_angles(self, nodes: list[ir.Node]) -> set[ir.Value]:
+        """What the angles of sines and cosines are made of, up to products with stored weights, norms and softmax; in graphs inside nodes too."""
         ends = {product.node for product in weight_products(self.model) if min(product.tensor.shape.numpy(), default=1) > 1}
-        found: set[ir.Node] = set()
-        waiting = [value for node in nodes if is_op(node, "Sin", "Cos") for value in node.inputs]
+        found: set[ir.Value] = set()
+        waiting = [value for node in self.model.graph.all_nodes() if is_op(node, "Sin", "Cos") for value in node.inputs]
         while waiting:
             value = waiting.pop()
             node = value.producer() if value is not None else None
-            if node is None or node in found or node in ends or not self._is_float(node) or "Norm" in node.op_type or is_op(node, "Softmax", "Attention"):
+            if value is None or value in found or node in ends:
                 continue
-            found.add(node)
-            waiting += node.inputs
+            if node is None:
+                found.add(value)
+            elif self._is_float(node) and "Norm" not in node.op_type and not is_op(node, "Softmax", "Attention"):
+                found.add(value)
+                waiting += [*node.inputs, *(inner for graph in graphs_inside(node) for n in graph.all_nodes() for inner in n.inputs)]
         return found
 
     def _scales_beyond(self, node: ir.Node) -> bool:
-        """Whether a constant of the node is beyond the type and hides nothing: it would be another number."""
+        """Whether a constant of the node is beyond the type and hides nothing, or would be zero: it would be another number."""
         for value in node.inputs:
             tensor = constant_tensor(value)
             if tensor is None or tensor.dtype != FLOAT or tensor.size > _SMALL:
                 continue
             array = elements(tensor)
             beyond = np.isfinite(array) & (np.abs(array) > self._limit)
+            if ((array != 0) & (np.where(beyond, 1, array).astype(self.dtype.numpy()) == 0)).any():
+                return True
             if beyond.any() and (node.op_type not in _HIDES or (array[beyond] > 0).any()):
                 return True
         return False
@@ -268,8 +276,14 @@ class _Narrowing:
         return self._weights[key]
 
     def _hides(self, value: ir.Value) -> bool:
-        """Whether a table is added to scores, or chosen instead of them, and is no weight."""
-        return all(is_op(reader.node, *_HIDES) for reader in readers(value))
+        """Whether a table, or a piece of it, is added to scores, or chosen instead of them, and is no weight."""
+        found = readers(value)
+        for reader in found:
+            if is_op(reader.node, "Slice", "Gather") and reader.index == 0 and reader.node is not None:
+                found += readers(reader.node.outputs[0])
+        looked_up = any(is_op(reader.node, "Gather") for reader in found)
+        ends = [reader.node for reader in found if not is_op(reader.node, "Slice", "Gather")]
+        return all(is_op(node, *_HIDES) and (not looked_up or _meets_softmax(node)) for node in ends)
 
     def _narrowed_mask(self, tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
         """A large table: what is below the type's lowest hides masked tokens; what is above its largest is an error when it is written."""
@@ -304,6 +318,12 @@ class _Narrowing:
         made = self.build.op("Cast", [value], f"{name}/Cast", dtype=FLOAT, to=FLOAT.value)
         made.name, made.shape = name, value.shape
         self.model.graph.outputs[index] = made
+
+
+def _meets_softmax(node: ir.Node | None) -> bool:
+    """Whether nothing but further masks lies between the node and a softmax: an embedding is looked up and added, too."""
+    users = [user for value in (node.outputs if node is not None else ()) for user, _ in value.uses()]
+    return bool(users) and all(is_op(user, "Softmax", "Attention") or (user.op_type in _HIDES | {"Cast"} and _meets_softmax(user)) for user in users)
 
 
 @functools.cache

@@ -172,7 +172,7 @@ def test_every_parser_error_names_node_operator_and_output(tmp_path: Path, make:
     """GroupQueryAttention counts as supported until it is parsed."""
     nodes = [helper.make_node("Attention", ["q", "q", x], [y], name=f"/{y}/Attention", softcap=2.0) for x, y in (("q", "x"), ("x", "y"))]
     lines = refused(make, tmp_path, write(tmp_path / "m.onnx", nodes, [tensor("q", [1, 4, 8, 32])], [tensor("y", None)])).splitlines()
-    assert "TensorRT-RTX's parser refuses 2 nodes; `onnxtools convert`" in lines[0]
+    assert "TensorRT-RTX's parser refuses 2 nodes; see it with `onnxtools inspect`" in lines[0]
     reason = "Setting softcap is not supported in TensorRT Attention"
     assert lines[1:] == [f"  node '/{y}/Attention' (Attention) -> '{y}': {reason}" for y in "xy"]
     mean = [helper.make_node("ReduceMean", ["x", "axes"], ["y"], name="/norm/ReduceMean")]
@@ -229,7 +229,7 @@ def test_timing_cache_is_left_alone(tmp_path: Path, make: Build) -> None:
     cache.write_bytes(b"kept")
     assert manifest(make(source, timing_cache=str(cache)))["notes"] == [f"timing cache: TensorRT-RTX has none; {cache} left as it is"]
     assert cache.read_bytes() == b"kept"
-    with pytest.raises(UsageError, match="does not exist"):
+    with pytest.raises(JobError, match="does not exist"):
         make(source, timing_cache=str(tmp_path / "no" / "t.cache"))
     (note,) = manifest(make(source, timing_cache=str(tmp_path)))["notes"]
     assert f"{tmp_path}/no-gpu-tensorrt-rtx-1.7.1.cache not written" in note or "-tensorrt-rtx-" in note, "a file for each GPU and version"

@@ -116,7 +116,8 @@ def test_operators_whose_inference_kept_its_meaning(op: str, attributes: dict[st
 
 
 @pytest.mark.parametrize(
-    ("op", "attributes", "old", "outputs"), [("Softmax", {"axis": 1}, 12, 1), ("Softmax", {}, 12, 1), ("Hardmax", {"axis": 0}, 12, 1), ("BatchNormalization", {}, 13, 3)]
+    ("op", "attributes", "old", "outputs"), [("Softmax", {"axis": 1}, 12, 1), ("Softmax", {}, 12, 1), ("Hardmax", {"axis": 0}, 12, 1),
+    ("BatchNormalization", {}, 13, 3)]
 )  # fmt: skip
 def test_an_operator_that_changed_its_meaning_is_named(op: str, attributes: dict[str, Any], old: int, outputs: int, tmp_path: Path) -> None:
     path = one_node(tmp_path / "in.onnx", op, old, attributes, outputs)

@@ -25,7 +25,7 @@ def nearest(weight: Array, shrink: Array | float = 1.0) -> Array:
 
 
 def papers(weight: Array, x: Array) -> Array:
-    """The search for the exponent, then for the clipping of each block, by the error of the outputs on all tokens (grids of the authors' code: 20, down to 0.5)."""
+    """The search for the exponent, then for the clipping of each block, by the outputs of all tokens (grids of the authors' code)."""
     exact, size = x @ weight.T, np.abs(x).mean(0)
     best, least = weight, np.inf
     for ratio in np.arange(20) / 20:
