@@ -322,8 +322,15 @@ class _Narrowing:
 
 def _meets_softmax(node: ir.Node | None) -> bool:
     """Whether nothing but further masks lies between the node and a softmax: an embedding is looked up and added, too."""
-    users = [user for value in (node.outputs if node is not None else ()) for user, _ in value.uses()]
-    return bool(users) and all(is_op(user, "Softmax", "Attention") or (user.op_type in _HIDES | {"Cast"} and _meets_softmax(user)) for user in users)
+    waiting, seen = [node] if node is not None else [], {node}
+    while waiting:
+        users = {user for value in waiting.pop().outputs for user, _ in value.uses()}
+        if not all(is_op(user, "Softmax", "Attention", "Cast", *_HIDES) for user in users) or not users:
+            return False
+        further = {user for user in users - seen if not is_op(user, "Softmax", "Attention")}
+        waiting += further
+        seen |= further
+    return True
 
 
 @functools.cache
