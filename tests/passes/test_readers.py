@@ -250,6 +250,19 @@ def test_folds_into_a_product_before_are_no_worse_with_gptq(chain: str, scheme: 
     assert errors[1] < 1.5 * errors[0] + 0.02, errors
 
 
+@pytest.mark.parametrize("scheme", ["--smoothquant 0.5 --all-layers", "--int4-awq"])
+def test_a_fold_leaves_a_weight_that_is_tied(scheme: str, tmp_path: Path) -> None:
+    """The product before is left out, and its weight is a table too."""
+    nodes = [norm(), FIRST, N("Relu", ["a"], ["r"], name="relu"), last("r"), *looked_up("W")]
+    arrays = {"W": W * np.geomspace(0.1, 10, 64, dtype=np.float32), "V": normal(64, 64, seed=2) / np.float32(8), **NORM}
+    feeds = graph(tmp_path / "m.onnx", nodes, arrays, ("y", "t"), {"x": X, "ids": IDS})
+    flags = [*scheme.split(), "--lm-head", "--exclude", "m1", "--calib", tmp_path / "m.npz", "--no-check"]
+    succeed("quantize", tmp_path / "m.onnx", tmp_path / "o.onnx", *flags)
+    before, after = literal(tmp_path / "m.onnx", feeds), literal(tmp_path / "o.onnx", feeds)
+    np.testing.assert_array_equal(after["t"], before["t"])
+    assert rel_l2(after["y"], before["y"]) < 0.25
+
+
 # --- the calibration cache --------------------------------------------------------------------------------------------
 
 
