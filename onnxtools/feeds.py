@@ -148,6 +148,8 @@ def random_feeds(model: Model, batch: int = BATCH, sequence: int = SEQUENCE, see
 def _feed(value: ir.Value, batch: int, sequence: int, generator: np.random.Generator, rows: int | None) -> Array:
     if value.shape is None or value.dtype is None:
         raise JobError(f"input {value.name!r} has no recorded type or shape; give data with --inputs")
+    if value.dtype == ir.DataType.STRING:
+        raise JobError(f"input {value.name!r} takes texts, which are not made up; give data with --inputs")
     shape = [_dim(dim, axis, value, batch, sequence) for axis, dim in enumerate(value.shape)]
     if math.prod(shape) * value.dtype.bitwidth > 8 * MAX_BYTES or min(shape, default=0) < 0:
         raise JobError(f"input {value.name!r} of shape {shape} has more than {MAX_BYTES >> 30} GiB; give data with --inputs, or say --no-check")

@@ -232,7 +232,7 @@ def infer_node(node: ir.Node, facts: Facts, model: Model) -> None:
             for output in node.outputs:
                 facts[output] = Fact(inputs[0].dtype)
             return
-        except (ValueError, TypeError, IndexError, KeyError):
+        except (ValueError, TypeError, IndexError, KeyError, RuntimeError):  # numpy broadcasts 32 dimensions at most
             shapes = None
         if shapes is not None:
             dtypes = output_dtypes(node, inputs)

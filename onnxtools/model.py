@@ -170,10 +170,12 @@ class Model:
         try:
             return ir.to_proto(self.ir)
         except Exception as error:  # onnx_ir wraps what a weight raises while it is computed
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, OnnxtoolsError):
-                cause = cause.__cause__ or cause.__context__
-            raise cause or error from None
+            cause: BaseException = error
+            while not isinstance(cause, OnnxtoolsError) and (deeper := cause.__cause__ or cause.__context__) is not None:
+                cause = deeper
+            if isinstance(cause, OnnxtoolsError):
+                raise cause from None
+            raise ModelError(f"{self.path}: cannot be written as ONNX ({_one_line(cause)}); export the model again") from error
 
     def save(self, path: str | os.PathLike[str], *, copy_weights: bool = False, weights: bool = True, beside: Beside | None = None) -> SaveReport:
         """Write the graph to `path` atomically; see `onnxtools.storage.save`."""

@@ -5,6 +5,7 @@ onnx_ir and ONNX Runtime take much for granted. Here every message of the file i
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -40,10 +41,11 @@ def check(proto: onnx.ModelProto, path: Path) -> list[str]:
     try:
         _check_opsets(proto, path)
         notes = _check_names(proto, path)
+        opset = _default_opset(proto.opset_import)
         for graph in _graphs(proto.graph, path):
-            _check_graph(graph, path)
+            _check_graph(graph, path, opset)
         for function in proto.functions:
-            _check_nodes(function.node, path, inside_function=True)
+            _check_nodes(function.node, path, _default_opset(function.opset_import) or opset, inside_function=True)
         for entry in (*proto.metadata_props, *proto.graph.metadata_props):
             _ = entry.key, entry.value
         _check_expansion(proto, path)
@@ -82,8 +84,12 @@ def _check_opsets(proto: onnx.ModelProto, path: Path) -> None:
             raise ModelError(f"{path}: imports version {entry.version} of operator set {entry.domain or 'ai.onnx'!r}; 1 to {newest} are known, export it again")
 
 
-def _check_graph(graph: onnx.GraphProto, path: Path) -> None:
-    _check_nodes(graph.node, path, inside_function=False)
+def _default_opset(imports: Iterable[onnx.OperatorSetIdProto]) -> int:
+    return next((int(entry.version) for entry in imports if entry.domain in ("", "ai.onnx")), 0)
+
+
+def _check_graph(graph: onnx.GraphProto, path: Path, opset: int) -> None:
+    _check_nodes(graph.node, path, opset, inside_function=False)
     for tensor in graph.initializer:
         check_tensor(tensor, path)
     for sparse in graph.sparse_initializer:
@@ -104,7 +110,7 @@ def _is_known(kind: onnx.TypeProto) -> bool:
     return which != "map_type" or kind.map_type.key_type in _TENSOR_TYPES
 
 
-def _check_nodes(nodes: Iterable[onnx.NodeProto], path: Path, *, inside_function: bool) -> None:
+def _check_nodes(nodes: Iterable[onnx.NodeProto], path: Path, opset: int, *, inside_function: bool) -> None:
     for node in nodes:
         _ = (*node.input, *node.output, node.op_type, node.domain, node.overload)
         if not node.op_type:
@@ -121,6 +127,36 @@ def _check_nodes(nodes: Iterable[onnx.NodeProto], path: Path, *, inside_function
                 raise ModelError(f"{where} has no value of its type; the file is damaged, export the model again")
             for tensor in (*([attribute.t] if attribute.HasField("t") else []), *attribute.tensors):
                 check_tensor(tensor, path)
+        if opset and node.domain in ("", "ai.onnx"):
+            _check_signature(node, opset, path)
+
+
+@functools.cache
+def _schema(op_type: str, opset: int) -> onnx.defs.OpSchema | None:
+    """ONNX's definition; None where the operator is none of ONNX's (exporters put plugins there)."""
+    try:
+        return onnx.defs.get_schema(op_type, opset, "")
+    except onnx.defs.SchemaError:
+        return None
+
+
+def _check_signature(node: onnx.NodeProto, opset: int, path: Path) -> None:
+    """The attributes have the types of ONNX's definition, none that must be there is missing, and there are as many inputs and outputs as it takes."""
+    schema = _schema(node.op_type, opset)
+    if schema is None:
+        return
+    where = f"{path}: node {node.name!r} ({node.op_type}, opset {opset})"
+    given = {attribute.name: int(attribute.type) for attribute in node.attribute}
+    for name, kind in given.items():
+        if name in schema.attributes and kind != schema.attributes[name].type.value:  # type: ignore[attr-defined]
+            wanted = schema.attributes[name].type.name  # type: ignore[attr-defined]
+            raise ModelError(f"{where}: attribute {name!r} is no {wanted}, as the operator takes it; export the model again")
+    missing = next((name for name, attribute in schema.attributes.items() if attribute.required and name not in given), None)
+    if missing is not None:
+        raise ModelError(f"{where}: has no attribute {missing!r}, which the operator needs; export the model again")
+    if not schema.min_input <= len(node.input) <= schema.max_input or not schema.min_output <= len(node.output) <= schema.max_output:
+        counts = f"{len(node.input)} inputs and {len(node.output)} outputs"
+        raise ModelError(f"{where}: has {counts}, and the operator takes {schema.min_input} and {schema.min_output} or more; export the model again")
 
 
 _HELD = {

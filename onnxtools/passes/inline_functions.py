@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from onnxtools.errors import JobError
 from onnxtools.model import Model
 from onnxtools.passbase import Pass, PassResult
 
@@ -21,5 +22,8 @@ class InlineFunctions(Pass):
             return PassResult(False, 0, ["no model-local function"])
         from onnx_ir.passes.common import InlinePass
 
-        InlinePass()(model.ir)
+        try:
+            InlinePass()(model.ir)
+        except ValueError as error:  # functions of another opset, or that call themselves
+            raise JobError(f"{model.path}: its functions cannot be inlined ({' '.join(str(error).split())[:200]}); export the model at one opset") from None
         return PassResult(True, count, [f"{count} functions inlined"])

