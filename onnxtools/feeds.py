@@ -11,11 +11,10 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxtools.errors import JobError
-from onnxtools.graph import constant_tensor, is_op
+from onnxtools.graph import attribute, constant_tensor, is_op
 from onnxtools.infer import analyse, dim_name, dim_terms, is_ids_like, stand_ins, token_input
 from onnxtools.kvcache import positions, settle_sizes
 from onnxtools.model import Model
-from onnxtools.readers import stored_weight
 
 Array = np.ndarray[Any, Any]
 Feeds = dict[str, Array]
@@ -96,14 +95,15 @@ def too_costly(model: Model, feeds: Feeds) -> str:
     return f"it would take {operations:.1e} operations" if operations > _OPERATIONS else ""
 
 
-def _named(model: Model, part: str, feeds: Feeds) -> str | None:
-    """The input of tokens that is called so."""
-    return next((v.name for v in model.graph.inputs if is_ids_like(v) and v.name in feeds and part in (v.name or "").lower()), None)
+def _named(model: Model, part: str, feeds: Feeds, also: ir.DataType | None = None) -> str | None:
+    """The input [batch, sequence] of integers, or of the type `also`, that is called so."""
+    values = (v for v in model.graph.inputs if is_ids_like(v) or (v.dtype == also and v.shape is not None and len(v.shape) == 2))
+    return next((v.name for v in values if v.name in feeds and part in (v.name or "").lower()), None)
 
 
 def _padded(model: Model, plain: Feeds) -> Probe | None:
     """The last row begins with padding: its mask is 0 there, and its positions are counted from the first real token, as transformers does."""
-    mask, place = _named(model, "mask", plain), _named(model, "position", plain)
+    mask, place = _named(model, "mask", plain, ir.DataType.BOOL), _named(model, "position", plain)
     tokens = token_input(model)
     rows, length = plain[mask].shape if mask is not None else (0, 0)
     if mask is None or tokens is None or plain[mask].shape != plain[tokens.value.name or ""].shape or rows < 2 or length < 3:
@@ -224,19 +224,28 @@ def vocabulary(ids: ir.Value) -> int | None:
     while waiting:
         for node, index in waiting.pop().uses():
             if is_op(node, "Gather") and index == 1:
-                rows.append(_rows(node.inputs[0]))
+                rows.append(_rows(node.inputs[0], node.attributes.get_int("axis", 0)))
             elif index == 0 and node.op_type in _ON_THE_WAY and node.outputs[0] not in seen:
                 seen.add(node.outputs[0])
                 waiting.append(node.outputs[0])
     return min((size for size in rows if size is not None), default=None)
 
 
-def _rows(table: ir.Value | None) -> int | None:
-    """Of a table, as its own shape or the stored weight behind it says."""
-    if table is not None and table.shape and isinstance(table.shape[0], int):
-        return table.shape[0]
-    tensor = stored_weight(table)
-    return int(tensor.shape.numpy()[0]) if tensor is not None and len(tensor.shape) else None
+def _rows(table: ir.Value | None, axis: int) -> int | None:
+    """Of a table along `axis`, as its own shape or the stored weight behind it says."""
+    while table is not None:
+        tensor = constant_tensor(table)
+        shape = tensor.shape.numpy() if tensor is not None else table.shape
+        if shape is not None and -len(shape) <= axis < len(shape) and isinstance(size := shape[axis], int):
+            return size
+        node = table.producer()
+        if tensor is not None or not is_op(node, "Cast", "Identity", "DequantizeLinear", "Transpose") or node is None:
+            return None
+        if node.op_type == "Transpose":
+            order = attribute(node, "perm", None)
+            axis = -1 - axis if order is None else order[axis]
+        table = node.inputs[0]
+    return None
 
 
 def read_feeds(path: Path) -> Feeds:

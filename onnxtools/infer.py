@@ -140,9 +140,13 @@ class Tokens:
         return 1 - self.axis
 
 
+_BESIDE_TOKENS = ("mask", "position", "type", "segment")
+"""In the names of inputs that have a number for each token and are none; some exporters sort inputs by name."""
+
+
 def token_input(model: Model) -> Tokens | None:
-    """The first integer input of rank 2: [batch, sequence], or [sequence, batch] where its dimensions are named so."""
-    for value in model.graph.inputs:
+    """The first integer input of rank 2: [batch, sequence], or [sequence, batch] where its dimensions are named so; masks and the like come last."""
+    for value in sorted(model.graph.inputs, key=lambda v: any(part in (v.name or "").lower() for part in _BESIDE_TOKENS)):
         if is_ids_like(value):
             names = [dim.value or "" if isinstance(dim, ir.SymbolicDim) else "" for dim in value.shape or ()]
             return Tokens(value, 0 if "seq" in names[0].lower() and "seq" not in names[1].lower() else 1)

@@ -174,6 +174,7 @@ class NumericCheck(Instrument):
         self._before: _Compared | None = None
         self._skip = ""
         self._sampled = ""
+        self._notes: list[str] = []
 
     def before(self, pass_: Pass, model: Model) -> None:
         if self._before is not None or self._skip:
@@ -189,7 +190,7 @@ class NumericCheck(Instrument):
         if self.feeds is not None:
             return self._full(model, [Probe("", self.feeds)])
         if self.full or model.weight_bytes() < CHECK_LIMIT:
-            found, _ = probes(model)
+            found, self._notes = probes(model)
             if not self.full and (why := too_costly(model, found[0].feeds)):
                 raise JobError(f"a run of the graph would cost too much: {why}; --check runs it nevertheless")
             far = long_probe(model)
@@ -214,7 +215,7 @@ class NumericCheck(Instrument):
         """Inner values of the first layers."""
         started = time.perf_counter()
         names, nodes, nbytes = beginning(model, PART_LIMIT)
-        found, _ = probes(model, rows=TABLE_ROWS)
+        found, self._notes = probes(model, rows=TABLE_ROWS)
         plain = found[:1]
         if not names:
             raise JobError(f"its first weights alone have more than {PART_LIMIT >> 20} MiB; --check compares it in full")
@@ -254,6 +255,8 @@ class NumericCheck(Instrument):
             self._skip = f"after {pass_.name}: {error}"
             step.measures["numeric_skipped"] = self._skip
             return
+        step.result.notes += [f"warning: the check sees little: {note}" for note in self._notes]
+        self._notes = []
         worst, where = self._worst(actual, lossy=pass_.numerics == "lossy")
         step.measures["rel_l2"] = worst
         if self._before.names is not None:

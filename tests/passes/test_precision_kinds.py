@@ -76,8 +76,6 @@ ANGLES: dict[str, list[onnx.NodeProto]] = {
     "expanded": [*COLUMN, N("Shape", ["inv_freq"], ["n"]), N("Concat", ["len", "n"], ["size"], axis=0), N("Expand", ["column", "size"], ["e"]),
          N("Mul", ["e", "inv_freq"], ["angle"])],
     "modulo": [*COLUMN, N("Mul", ["column", "inv_freq"], ["u"]), N("Mod", ["u", "pi2"], ["angle"], fmod=1)],
-    "inside a branch": [*COLUMN, N("Mul", ["column", "inv_freq"], ["u"]), N("If", ["yes"], ["s"], then_branch=SINE, else_branch=SINE),
-         N("Asin", ["s"], ["angle"])],
     "a branch": [*COLUMN, N("If", ["yes"], ["angle"], then_branch=BRANCH, else_branch=BRANCH)],
 }  # fmt: skip
 
@@ -100,6 +98,12 @@ def test_positions_may_be_floats_or_be_counted(kind: str, tmp_path: Path) -> Non
     feeds = {"x": x, **({"floats": PLACES.astype(np.float32)} if kind == "float input" else {"ones": np.ones(length, np.int64)} if kind == "CumSum" else {})}
     nodes = [*counted, N("Unsqueeze", ["p", "axes"], ["column"]), N("Mul", ["column", "inv_freq"], ["angle"]), *LAST]
     assert difference(tmp_path, nodes, feeds) < 3e-3
+
+
+def test_sines_inside_a_branch_are_those_of_fp32(tmp_path: Path) -> None:
+    nodes = [*COLUMN, N("Mul", ["column", "inv_freq"], ["u"]), N("If", ["yes"], ["s"], then_branch=SINE, else_branch=SINE),
+             N("Concat", ["s", "s"], ["wide"], axis=-1), N("MatMul", ["x", "W"], ["q"], name="mm"), N("Mul", ["q", "wide"], ["y"])]  # fmt: skip
+    assert difference(tmp_path, nodes, {"x": X, "places": PLACES}) < 3e-3
 
 
 def test_sizes_that_are_computed_in_floats_stay_right(tmp_path: Path) -> None:
@@ -150,6 +154,11 @@ def test_masked_tokens_stay_masked(how: str, lowest: float, tmp_path: Path) -> N
     assert difference(tmp_path, attention(mask, join), {"x": X, "places": np.arange(20)}, arrays) < 5e-3
 
 
+def test_a_row_that_two_masks_hide_is_still_a_row_of_numbers(tmp_path: Path) -> None:
+    table = np.where(np.arange(20)[:, None] == 3, -1e9, np.zeros((20, 20))).astype(np.float32)
+    assert difference(tmp_path, attention(*MASKS["twice"]), {"x": X}, {"table": table, "table2": table}) < 1
+
+
 def test_a_table_of_embeddings_is_no_mask(tmp_path: Path) -> None:
     """Both are looked up and added; a number beyond fp16 in an embedding must not be cut without a word."""
     table = normal(64, 64)
@@ -172,6 +181,7 @@ CONSTANTS: dict[str, list[onnx.NodeProto]] = {
         HIDDEN, N("ReduceL2", ["h", "axes"], ["n"]), N("Clip", ["n", "tiny"], ["c"]), N("Shape", ["h"], ["s"]), N("Expand", ["c", "s"], ["e"]),
              N("Div", ["h", "e"], ["y"])
     ],
+    "signs": [HIDDEN, N("Abs", ["h"], ["a"]), N("Max", ["a", "tiny"], ["c"]), N("Div", ["h", "c"], ["y"])],
     "a mean of nothing": [HIDDEN, N("ReduceSum", ["h", "axes"], ["n"]), N("Abs", ["n"], ["a"]), N("Add", ["a", "tiny"], ["c"]), N("Div", ["h", "c"], ["y"])],
     "sum of squares": [HIDDEN, N("Mul", ["h", "h"], ["q"]), N("ReduceMean", ["q", "axes"], ["v"]), N("Add", ["v", "tiny"], ["e"]),
          N("Sqrt", ["e"], ["r"]), N("Div", ["h", "r"], ["y"])],
