@@ -146,7 +146,7 @@ def random_feeds(model: Model, batch: int = BATCH, sequence: int = SEQUENCE, see
 
 
 def _feed(value: ir.Value, batch: int, sequence: int, generator: np.random.Generator, rows: int | None) -> Array:
-    if value.shape is None or value.dtype is None:
+    if value.shape is None or value.dtype in (None, ir.DataType.UNDEFINED):
         raise JobError(f"input {value.name!r} has no recorded type or shape; give data with --inputs")
     if value.dtype == ir.DataType.STRING:
         raise JobError(f"input {value.name!r} takes texts, which are not made up; give data with --inputs")

@@ -9,11 +9,16 @@ import functools
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import onnx
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
 
 from onnxtools.errors import ModelError
 
+_LONGEST_NAME = 255
+"""Bytes of a file's name (POSIX file systems)."""
 _MAX_ELEMENTS = 1 << 62
 _MAX_EXPANDED = 5_000_000
 """Nodes that a model may have once its functions are inlined: far above any model, and a few seconds' work."""
@@ -39,6 +44,7 @@ def check(proto: onnx.ModelProto, path: Path) -> list[str]:
         ModelError: names the object.
     """
     try:
+        _check_texts(proto)
         _check_opsets(proto, path)
         notes = _check_names(proto, path)
         opset = _default_opset(proto.opset_import)
@@ -46,13 +52,32 @@ def check(proto: onnx.ModelProto, path: Path) -> list[str]:
             _check_graph(graph, path, opset)
         for function in proto.functions:
             _check_nodes(function.node, path, _default_opset(function.opset_import) or opset, inside_function=True)
-        for entry in (*proto.metadata_props, *proto.graph.metadata_props):
-            _ = entry.key, entry.value
         _check_expansion(proto, path)
     except UnicodeDecodeError as error:
         raise ModelError(f"{path}: holds a text that is not UTF-8 ({error.reason}); the file is damaged, export or copy it again") from None
     unknown = sum(_forget_negative_sizes(value) for graph in _graphs(proto.graph, path) for value in (*graph.input, *graph.output, *graph.value_info))
     return [*notes, *([f"{unknown} negative sizes of values are taken as unknown"] if unknown else [])]
+
+
+def _check_texts(message: Message) -> None:
+    """protobuf gives a text that is not UTF-8 as bytes, or raises when it is read.
+
+    Raises:
+        UnicodeDecodeError: for the first of any field.
+    """
+    if isinstance(message, onnx.TensorProto):  # its other fields may be gigabytes, and reading them copies them
+        texts: list[Any] = [message.name, message.doc_string, *(text for entry in message.external_data for text in (entry.key, entry.value))]
+    else:
+        texts = []
+        for field, value in message.ListFields():
+            if field.type == FieldDescriptor.TYPE_MESSAGE:
+                for inner in value if field.is_repeated else (value,):
+                    _check_texts(inner)
+            elif field.type == FieldDescriptor.TYPE_STRING:
+                texts += value if field.is_repeated else [value]
+    for text in texts:
+        if isinstance(text, bytes):
+            text.decode()
 
 
 def fault(path: Path) -> str:
@@ -78,7 +103,7 @@ def _graphs(graph: onnx.GraphProto, path: Path) -> Iterator[onnx.GraphProto]:
 
 def _check_opsets(proto: onnx.ModelProto, path: Path) -> None:
     newest = onnx.defs.onnx_opset_version()
-    for entry in proto.opset_import:
+    for entry in (*proto.opset_import, *(entry for function in proto.functions for entry in function.opset_import)):
         default = entry.domain in ("", "ai.onnx")
         if entry.version < 1 or (default and entry.version > newest):
             raise ModelError(f"{path}: imports version {entry.version} of operator set {entry.domain or 'ai.onnx'!r}; 1 to {newest} are known, export it again")
@@ -112,7 +137,6 @@ def _is_known(kind: onnx.TypeProto) -> bool:
 
 def _check_nodes(nodes: Iterable[onnx.NodeProto], path: Path, opset: int, *, inside_function: bool) -> None:
     for node in nodes:
-        _ = (*node.input, *node.output, node.op_type, node.domain, node.overload)
         if not node.op_type:
             raise ModelError(f"{path}: node {node.name!r} names no operator; export the model again")
         seen: set[str] = set()
@@ -204,7 +228,8 @@ def _check_place(tensor: onnx.TensorProto, where: str, kind: str) -> None:
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")
     numbers = (entries.get("offset", "0"), entries.get("length", "0"))
-    if not location or "\0" in location or kind == "STRING" or not all(text.isascii() and text.isdigit() and len(text) < 19 for text in numbers):
+    too_long = max(len(part.encode(errors="replace")) for part in location.split("/")) > _LONGEST_NAME
+    if not location or too_long or "\0" in location or kind == "STRING" or not all(text.isascii() and text.isdigit() and len(text) < 19 for text in numbers):
         place = f"{location[:60]!r}, offset and length {', '.join(numbers)[:40]}"
         raise ModelError(f"{where} has an ill-formed place in a data file ({place}); export the model again")
 

@@ -92,7 +92,7 @@ def read_torch(region: Region) -> Any:
             if order is not None and _stored(region, order).size < 16 and archive.read(order) == b"big":
                 raise ModelError(f"{region.label}: holds big-endian tensors; save it on a little-endian machine")
             payload = archive.read(name)
-        except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:  # another header, a wrong sum, encrypted
+        except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, UnicodeDecodeError) as error:  # another header, a wrong sum, encrypted
             raise ModelError(f"{region.label}: its data.pkl is damaged ({error}); fetch it again") from None
 
     def storage(persistent: Any) -> _Storage:

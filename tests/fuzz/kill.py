@@ -139,7 +139,9 @@ class Trial:
         assert call(self.job.run, clean, count=count) == 0, self.job.run
         self.changes, self.seconds = int(count.value), time.monotonic() - began
         self.old, self.new, self.names = state(self.start / self.job.output), state(clean / self.job.output), names(clean)
-        self.kept = {path.name: path.read_bytes() for path in self.start.iterdir() if path.is_file() and not path.name.startswith(("o.", "onnxtools.json"))} | OTHERS
+        self.kept = {
+            path.name: path.read_bytes() for path in self.start.iterdir() if path.is_file() and not path.name.startswith(("o.", "onnxtools.json"))
+        } | OTHERS
 
     def kill(self, folder: Path, random: Random, before: int, number: int) -> str:
         """What went wrong; "" where nothing did."""
@@ -169,11 +171,9 @@ class Trial:
 
 
 def _hidden(folder: Path) -> list[str]:
-    return [
-        path.name
-        for path in (*folder.iterdir(), *(folder / "tmp").iterdir())
-        if path.name not in (*OTHERS, ".ses") and (path.name.startswith(".") or path.parent.name == "tmp")
-    ]
+    """What a run may have left: names that begin with a dot, and anything in the folder for temporary files."""
+    hidden = [path.name for path in folder.iterdir() if path.name.startswith(".") and path.name not in OTHERS]
+    return hidden + [path.name for path in (folder / "tmp").iterdir() if path.name != ".ses"]
 
 
 def run(chosen: list[str], kills: int, seed: int = 0) -> tuple[Counter[tuple[str, str]], list[str]]:
