@@ -102,6 +102,7 @@ def settle_sizes(model: Model) -> None:
     if not named:
         return
     facts = analyse(model)
+    known: dict[str, int] = {}
     for past in named:
         for node, index in past.uses():
             size = _head_size(node, index, facts)
@@ -109,7 +110,14 @@ def settle_sizes(model: Model) -> None:
                 presents = [o for o in node.outputs if o.is_graph_output() and o.shape is not None and len(o.shape) == 4]
                 for value in (past, *presents):
                     assert value.shape is not None
+                    dim = value.shape[3]
+                    if isinstance(dim, ir.SymbolicDim) and dim.value:
+                        known[dim.value] = size
                     value.shape = ir.Shape([*list(value.shape)[:3], size])
+    for value in (*model.graph.inputs, *model.graph.outputs):  # one name is one size; behind a layer that is not known nothing else is
+        last = value.shape[3] if value.shape is not None and len(value.shape) == 4 else None
+        if value.shape is not None and isinstance(last, ir.SymbolicDim) and last.value in known:
+            value.shape = ir.Shape([*list(value.shape)[:3], known[last.value]])
 
 
 def _head_size(node: ir.Node, index: int, facts: Facts) -> int | None:

@@ -282,8 +282,8 @@ class _Concat:
         if value is None or value in self._renewed:
             return None if value is None else self._renewed[value]
         node, fact = value.producer(), self.facts[value]
-        if node is None or fact.value is not None:
-            square = fact.shape is not None and len(fact.shape) > 1 and fact.shape[-1] == self.size
+        square = fact.shape is not None and len(fact.shape) > 1 and fact.shape[-1] == self.size
+        if node is None or fact.value is not None or (square and not self._is_of_attention(value)):
             assert self.mask is not None
             return self.mask.extend(value) if square else value
         inputs = [self._renew(v, prefix) for v in node.inputs]
@@ -297,6 +297,19 @@ class _Concat:
             raise JobError(f"node {node.name!r} ({node.op_type}) reads the inside of attention; only quantization scales and tests of its rows may")
         self._renewed[value] = self.builder.op(node.op_type, inputs, f"{prefix}/{node.op_type}", **_attributes(node))
         return self._renewed[value]
+
+    def _is_of_attention(self, value: ir.Value) -> bool:
+        """Whether `value` is computed from what was rebuilt, and no mask."""
+        waiting, seen = [value], {value}
+        while waiting:
+            current = waiting.pop()
+            if self._renewed.get(current, current) is not current:
+                return True
+            node = current.producer()
+            new = {v for v in (node.inputs if node is not None else ()) if v is not None} - seen
+            seen |= new
+            waiting += new
+        return False
 
     def _replay(self, value: ir.Value, operand: Operand, prefix: str) -> ir.Value:
         for node, data in operand.replay:
