@@ -34,11 +34,15 @@ class Fact:
 
 
 UNKNOWN = Fact()
+_MOST_DIMENSIONS = 64
+"""Of numpy's arrays."""
 
 
 def _axes(node: ir.Node, arrays: Sequence[Array | None]) -> tuple[int, ...] | None:
     """`axes` of Squeeze, Unsqueeze and Reduce*: an input since opset 13/18, an attribute before."""
     given = arrays[1] if len(arrays) > 1 and arrays[1] is not None else attribute(node, "axes")
+    if given is not None and np.size(given) > _MOST_DIMENSIONS:
+        raise ValueError(f"{np.size(given)} axes")
     return None if given is None else tuple(int(a) for a in np.atleast_1d(given))
 
 

@@ -82,7 +82,7 @@ def _texts(path: Path, options: Calibrated, model: Model) -> list[list[int]]:
     try:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read as UTF-8 text ({error}); name a .jsonl, .txt or .npz file") from None
+        raise JobError(f"{path}: cannot be read as UTF-8 text ({error}); name a .jsonl, .txt or .npz file") from None
     wanted = options.calib_size * options.calib_length
     ids = _tokenizer(options, model).encode(content[: 16 * wanted])[:wanted]  # a token is hardly ever longer than 16 characters on average
     return [ids[start : start + options.calib_length] for start in range(0, len(ids), options.calib_length)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from onnxtools.errors import UsageError
+from onnxtools.errors import JobError, UsageError
 from onnxtools.passbase import Pass, option
 
 
@@ -25,4 +25,4 @@ class Calibrated(Pass):
             if getattr(self, name) < 1:
                 raise UsageError(f"{self.name}: {name} is {getattr(self, name)}; it takes 1 or more")
         if self.calib is not None and not Path(self.calib).is_file():
-            raise UsageError(f"{self.name}: --calib {self.calib}: no such file; name a .jsonl, .txt or .npz file")
+            raise JobError(f"{self.name}: --calib {self.calib}: no such file; name a .jsonl, .txt or .npz file")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +28,23 @@ def add_options(command: click.Command) -> click.Command:
     return command
 
 
-def quiet() -> None:
-    """Other libraries' words go nowhere but into our log."""
-    import warnings
-
-    warnings.simplefilter("ignore")
-    logging.captureWarnings(True)
-    logging.getLogger().addHandler(logging.NullHandler())
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Other libraries' words go nowhere but into our log; afterwards all is as it was."""
+    root, level = logging.getLogger(), LOG.level
+    before = {logger: list(logger.handlers) for logger in (root, LOG)}
+    root.addHandler(logging.NullHandler())
     LOG.setLevel(logging.DEBUG)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            LOG.setLevel(level)
+            for logger, handlers in before.items():
+                for handler in [one for one in logger.handlers if one not in handlers]:
+                    logger.removeHandler(handler)
+                    handler.close()
 
 
 def _verbose(context: click.Context, parameter: click.Parameter, value: int) -> None:

@@ -95,22 +95,27 @@ def cli(ctx: click.Context) -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line; every deliberate error is one line on stderr."""
-    given = args if args is not None else sys.argv[1:]
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is signal.SIG_DFL:
-                signal.signal(number, _terminate)
-    quiet()
-    heart = Heartbeat()
-    LOG.addHandler(heart)
+    ours = threading.current_thread() is threading.main_thread()
+    handled = [number for number in (signal.SIGTERM, signal.SIGHUP) if ours and signal.getsignal(number) is signal.SIG_DFL]
+    for number in handled:
+        signal.signal(number, _terminate)
     try:
-        with heart.beating() if not sys.stderr.isatty() else contextlib.nullcontext():
-            result: Any = cli.main(args=args, standalone_mode=False)
-            sys.stdout.flush()
-    except BaseException as error:
-        _end(error, given)
-    finally:
-        LOG.removeHandler(heart)
+        _main(args)
+    finally:  # nothing is left to clean up: from here on a signal ends the process as it would any other
+        for number in handled:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _main(args: list[str] | None) -> NoReturn:
+    heart = Heartbeat()
+    with quiet():
+        LOG.addHandler(heart)
+        try:
+            with heart.beating() if not sys.stderr.isatty() else contextlib.nullcontext():
+                result: Any = cli.main(args=args, standalone_mode=False)
+                sys.stdout.flush()
+        except BaseException as error:
+            _end(error, args if args is not None else sys.argv[1:])
     sys.exit(result if isinstance(result, int) else 0)
 
 

@@ -18,8 +18,14 @@ from onnxtools.validate import Verdict
 
 def console() -> Console:
     """A console on stdout; wide enough for a table where there is no terminal."""
-    made = Console(highlight=False)
-    return made if made.is_terminal else Console(highlight=False, width=120)
+    made = _Console(highlight=False)
+    return made if made.is_terminal else _Console(highlight=False, width=120)
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """rich would end the process with exit code 1; the command line ends it with 0."""
+        raise BrokenPipeError
 
 
 def print_json(data: Any) -> None:

@@ -89,6 +89,8 @@ def decoder_io(path: Path, inputs: Sequence[Port], outputs: Sequence[Port], *, g
         JobError: an input that cannot be fed, or no logits.
     """
     named = {port.name: port for port in inputs}
+    if len(named) < len(inputs):
+        raise JobError(f"{path}: two of its inputs have one name; export or build the model again")
     pasts = [port for port in inputs if port.name.startswith("past_key_values.")]
     tokens = {name: named.pop(name, None) for name in ("input_ids", "attention_mask", "position_ids", "write_indices")}
     for past in pasts:
