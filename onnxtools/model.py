@@ -140,11 +140,16 @@ class Model:
             yield from function.all_nodes()
 
     def external_attributes(self) -> Iterator[tuple[MutableMapping[str, Any], str, onnx_ir.ExternalTensor]]:
-        """(attributes, name, tensor) of every attribute whose tensor lies in a data file, in functions and subgraphs too."""
-        for node in self.nodes_everywhere():
-            for name, attribute in list(node.attributes.items()):
+        """(attributes, name, tensor) of every attribute whose tensor lies in a data file: in subgraphs, functions and their defaults too."""
+        for attributes in self._attributes_everywhere():
+            for name, attribute in list(attributes.items()):
                 if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
-                    yield node.attributes, name, attribute.value
+                    yield attributes, name, attribute.value
+
+    def _attributes_everywhere(self) -> Iterator[MutableMapping[str, Any]]:
+        """Of every node, and what attributes of functions are by default."""
+        yield from (node.attributes for node in self.nodes_everywhere())
+        yield from (function.attributes for function in self.ir.functions.values())
 
     def external_tensors(self) -> Iterator[onnx_ir.ExternalTensor]:
         """Whatever lies in data files: initializers, and attributes of nodes."""
@@ -153,8 +158,8 @@ class Model:
                 yield tensor
         for _, _, tensor in self.external_attributes():
             yield tensor
-        for node in self.nodes_everywhere():
-            for attribute in node.attributes.values():
+        for attributes in self._attributes_everywhere():
+            for attribute in attributes.values():
                 if attribute.type == ir.AttributeType.TENSORS:
                     yield from (tensor for tensor in attribute.value if isinstance(tensor, ir.ExternalTensor))
 
