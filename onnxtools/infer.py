@@ -59,6 +59,8 @@ def _constant_fact(tensor: ir.TensorProtocol) -> Fact:
     shape = tuple(int(d) for d in tensor.shape.numpy())
     fact = Fact(tensor.dtype, shape)
     whole = tensor.dtype in _WHOLE_TYPES
+    if tensor.dtype == ir.DataType.STRING:
+        return Fact(tensor.dtype, tuple(int(d) for d in tensor.shape.numpy()))
     small = tensor.dtype.is_floating_point() or (tensor.dtype.itemsize == 1 and tensor.dtype != ir.DataType.BOOL)
     if whole and tensor.size <= (FLOAT_LIMIT if small else CONSTANT_LIMIT):
         fact.value = elements(tensor)
@@ -246,8 +248,9 @@ def infer_node(node: ir.Node, facts: Facts, model: Model) -> None:
     _infer_by_schema(node, inputs, facts, model)
 
 
-_OPAQUE = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial", "If", "Loop", "Scan",
+_OPAQUE = {"MaxPool", "RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial", "If", "Loop", "Scan",
            "SplitToSequence", "SequenceAt", "SequenceConstruct", "ConcatFromSequence", "QuantizeLinear", "DequantizeLinear"}  # fmt: skip
+"""Random, or better left: onnx's reference counts MaxPool's indices wrongly."""
 
 
 def _infer_te(node: ir.Node, inputs: list[Fact], facts: Facts) -> None:

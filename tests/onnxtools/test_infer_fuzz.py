@@ -163,6 +163,7 @@ FUZZED: dict[str, Make] = {
     "MatMul": lambda r: ([(x := some(r, np.float32, rank=2)), x.T.copy()], {}, 1), 
     "CastLike": like(lambda r, x: np.array(1, np.float16)),
     "MatMulInteger": lambda r: ([r.integers(0, 9, (2, 3)).astype(np.uint8), r.integers(-9, 9, (3, 2)).astype(np.int8)], {}, 1),
+    "MaxPool": lambda r: ([r.normal(size=(1, 1, 4, 4)).astype(np.float32)], {"kernel_shape": [2, 2]}, 2),
     "DynamicQuantizeLinear": lambda r: ([some(r, np.float32)], {}, 3), "Det": lambda r: ([r.normal(size=(2, 3, 3)).astype(np.float32)], {}, 1),
 }  # fmt: skip
 
@@ -193,7 +194,7 @@ def small(op: str, case: Case, *, dynamic: bool) -> onnx.ModelProto:
 @pytest.mark.parametrize("op", FUZZED)
 def test_facts_are_what_onnxruntime_computes(op: str) -> None:
     compared = 0
-    for seed in range(25):
+    for seed in range(20):
         case = FUZZED[op](np.random.default_rng(seed))
         for dynamic in (False, True):
             proto = small(op, case, dynamic=dynamic)
@@ -212,7 +213,7 @@ def test_facts_are_what_onnxruntime_computes(op: str) -> None:
                     if found is not None:
                         assert np.asarray(found).dtype == array.dtype, where
                         np.testing.assert_allclose(np.asarray(found, np.float64), array.astype(np.float64), rtol=1e-3, atol=1e-5, err_msg=str(where))
-    assert compared >= 10, "ONNX Runtime takes hardly any of the cases"
+    assert compared >= 8, "ONNX Runtime takes hardly any of the cases"
 
 
 NARROW = [TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT8E4M3FNUZ, TensorProto.FLOAT8E5M2, TensorProto.FLOAT8E5M2FNUZ, TensorProto.BFLOAT16, TensorProto.FLOAT16]
@@ -262,3 +263,33 @@ def test_a_folded_file_computes_the_same(op: str, tmp_path: Path) -> None:
         found = runtime(folded, feeds)
         assert found is not None
         np.testing.assert_allclose(found[0], expected[0], rtol=1e-6, err_msg=f"{op} {seed} {case}")
+
+
+TEXTS = np.array(["b", "a", "b"], object)
+TEXT_GRAPHS: dict[str, list[onnx.NodeProto]] = {
+    "a table": [helper.make_node("Gather", ["s", "i"], ["y"])],
+    "joined": [helper.make_node("Concat", ["s", "s"], ["t"], axis=0), helper.make_node("Gather", ["t", "i"], ["y"])],
+    "in a Constant node": [helper.make_node("Constant", [], ["c"], value_strings=[b"b", b"a"]), helper.make_node("Gather", ["c", "i"], ["y"])],
+    "computed": [helper.make_node("Unique", ["s"], ["t"]), helper.make_node("Gather", ["t", "i"], ["y"])],
+    "a label": [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("ArgMax", ["h"], ["a"], axis=1, keepdims=0),
+        helper.make_node("Gather", ["s", "a"], ["y"])],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TEXT_GRAPHS)
+def test_graphs_that_hold_texts_are_taken(kind: str, tmp_path: Path) -> None:
+    nodes, feeds = TEXT_GRAPHS[kind], {"i": np.array([1, 0, 1])}
+    inputs = [info("i", ["n"], TensorProto.INT64)] if kind != "a label" else [info("x", [3, 16])]
+    tensors = [numpy_helper.from_array(TEXTS, "s"), numpy_helper.from_array(np.eye(16, 3, dtype=np.float32), "w")]
+    used = [tensor for tensor in tensors if any(tensor.name in node.input for node in nodes)]
+    feeds = feeds if kind != "a label" else {"x": np.eye(3, 16, dtype=np.float32)}
+    graph = helper.make_graph(nodes, "g", inputs, [info("y", ["n" if kind != "a label" else 3], TensorProto.STRING)], used)
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    onnx.save(proto, tmp_path / "m.onnx")
+    expected = runtime(proto, feeds)
+    assert expected is not None
+    for command in ("fold-constants", "cleanup", "legalize"):
+        succeed(command, tmp_path / "m.onnx", tmp_path / "o.onnx")
+        found = runtime(onnx.load(tmp_path / "o.onnx"), feeds)
+        assert found is not None and found[0].tolist() == expected[0].tolist()
+    succeed("validate", tmp_path / "m.onnx", tmp_path / "o.onnx")
