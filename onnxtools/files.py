@@ -166,6 +166,18 @@ def replacing(path: Path) -> Iterator[Path]:
         new.close()
 
 
+def make_parent(path: Path) -> None:
+    """Create the folder of an output.
+
+    Raises:
+        JobError: it cannot be created; names the reason.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise JobError(f"{path}: its folder cannot be created ({error.strerror}); name another place") from None
+
+
 def probe(path: Path) -> None:
     """Refuse, before any work, a place where no file can be made.
 

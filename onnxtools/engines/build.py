@@ -23,7 +23,7 @@ from onnxtools.engines.spec import EngineSpec
 from onnxtools.engines.timing_cache import check_timing_cache, rtx_note, with_cache_file
 from onnxtools.engines.versions import check_options, is_mixed, is_strongly_typed, release
 from onnxtools.errors import JobError, UsageError
-from onnxtools.files import OwnFolder, probe, replacing
+from onnxtools.files import OwnFolder, make_parent, probe, replacing
 from onnxtools.manager import PassManager
 from onnxtools.model import Model
 from onnxtools.tensors import external_path
@@ -148,15 +148,14 @@ def _check_audit(model: Model, spec: EngineSpec, audit: dict[str, Any]) -> None:
 
 
 def check_target(engine_path: Path) -> None:
-    """Refuse, before hours of building, a place that cannot be written.
+    """Create the folder, and refuse, before hours of building, a place that cannot be written.
 
     Raises:
-        JobError: the folder is missing or not writable, or the name is taken by a folder.
+        JobError: the folder cannot be made or written, or the name is taken by a folder.
     """
     if engine_path.is_dir():
         raise JobError(f"{engine_path}: is a folder; name a file")
-    if not engine_path.parent.is_dir():
-        raise JobError(f"{engine_path}: the folder {str(engine_path.parent)!r} does not exist; create it first")
+    make_parent(engine_path)
     for path in (engine_path, manifest_path(engine_path)):
         if path.is_dir():
             raise JobError(f"{path}: is a folder; name another file for the engine")

@@ -15,17 +15,16 @@ from filelock import FileLock
 from onnxtools.engines.spec import EngineSpec
 from onnxtools.engines.versions import Version
 from onnxtools.errors import JobError
-from onnxtools.files import replacing
+from onnxtools.files import make_parent, replacing
 
 
 def check_timing_cache(path: Path) -> None:
-    """Refuse a cache path that no builder could read or write.
+    """Create the folder of a cache, and refuse one that no builder could read or write.
 
     Raises:
-        UsageError: it cannot be read, or its folder is missing.
+        JobError: it cannot be read, or its folder cannot be made.
     """
-    if not path.parent.is_dir():
-        raise JobError(f"--timing-cache {path}: the folder {str(path.parent)!r} does not exist; create it first")
+    make_parent(path)
     if path.exists() and not os.access(path, os.R_OK):
         raise JobError(f"--timing-cache {path} cannot be read; check its permissions")
 

@@ -11,6 +11,7 @@ import numpy as np
 from onnxtools.errors import JobError, UsageError
 from onnxtools.evaluate.timing import Timing
 from onnxtools.extras import install_line
+from onnxtools.files import make_parent
 
 _FORMATS = (".png", ".svg", ".pdf")
 
@@ -19,8 +20,7 @@ def check_plot(path: Path) -> None:
     """Raises: UsageError where a picture cannot be written to `path`, before any work."""
     if path.suffix.lower() not in _FORMATS:
         raise UsageError(f"--plot {path}: it writes {', '.join(_FORMATS)}; name such a file")
-    if not path.parent.is_dir():
-        raise JobError(f"--plot {path}: the folder {str(path.parent)!r} does not exist; create it first")
+    make_parent(path)
 
 
 def benchmark_plot(path: Path, suffix: str, result: Mapping[str, Any], timings: Sequence[Timing]) -> None:
