@@ -13,7 +13,7 @@ from onnx import helper, numpy_helper
 
 from onnxtools.model import Model
 from onnxtools.ort import Runner
-from onnxtools.validate import Difference, split_points
+from onnxtools.validate import Difference, split_points, validate
 from tests.conftest import Make
 from tests.support import E4M3, FP8, HALF_PRECISION, MX, STYLE, TE, Array, Case, Session, info, linear, normal, refuse, rel_l2, run, stored, succeed, write
 
@@ -229,3 +229,21 @@ def test_infinities_that_both_have_are_no_damage(tmp_path: Path) -> None:
     nodes = [helper.make_node("Add", ["x", "b"], ["y"])]
     path = write(tmp_path / "m.onnx", nodes, [info("x", [2, 8])], [info("y", [2, 8])], stored(b=bias))
     assert judged(path, path)["passed"]
+
+
+def test_a_model_whose_steps_are_not_its_full_run_is_still_itself(tmp_path: Path) -> None:
+    """Without a causal mask a step sees less than the full run does: a copy passes, a changed one fails, and it is said."""
+    nodes = [
+        helper.make_node("Gather", ["table", "input_ids"], ["x"]), helper.make_node("Concat", ["past_key_values.0.key", "x"], ["present.0.key"], axis=1),
+        helper.make_node("Transpose", ["present.0.key"], ["t"], perm=[0, 2, 1]), helper.make_node("MatMul", ["x", "t"], ["s"]),
+        helper.make_node("Softmax", ["s"], ["p"]), helper.make_node("MatMul", ["p", "present.0.key"], ["logits"]),
+    ]  # fmt: skip
+    inputs = [info("input_ids", ["batch", "sequence"], onnx.TensorProto.INT64), info("past_key_values.0.key", ["batch", "past_sequence", 8])]
+    outputs = [info("logits", ["batch", "sequence", 8]), info("present.0.key", ["batch", "total_sequence", 8])]
+    paths = []
+    for name, scale in (("a", 1.0), ("b", 1.0), ("c", 1.01)):
+        table = stored(table=np.float32(scale) * normal(16, 8).astype(np.float32))
+        paths.append(write(tmp_path / f"{name}.onnx", nodes, inputs, outputs, table, opset=21))
+    same, other = (validate(Model.load(paths[0]), Model.load(path)) for path in paths[1:])
+    assert same.passed and any("its attention is not causal?" in note for note in same.notes)
+    assert not other.passed
