@@ -1,4 +1,4 @@
-# Every target works as the first command on a machine that has Python (>= 3.10) and make.
+# Every target works as the first command on a machine that has Python (>= 3.11) and make.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

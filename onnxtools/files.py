@@ -73,8 +73,13 @@ def create(path: Path, like: Path | None = None) -> int:
         FileExistsError: something is there, be it a link.
         OSError: the folder is missing or not writable.
     """
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0), 0o666)
-    try_lock(fd)
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0), 0o666)
+        if try_lock(fd) and os.fstat(fd).st_nlink:
+            break
+        os.close(fd)  # another run took it for a dead one before it was locked, and removes it
+        while path.exists():
+            time.sleep(0.001)
     if like is not None:
         _take_after(fd, real_target(like))
     return fd
@@ -207,31 +212,43 @@ def sweep(folder: Path, names: set[str]) -> None:
             runs.setdefault(match["token"], []).append((entry, folder / match["name"], match["kind"]))
     for left in runs.values():
         waiting = [tmp for tmp, _, kind in left if kind == "tmp"]
-        if not all(map(is_dead, waiting)):
-            continue
-        for entry, path, kind in left:
-            with contextlib.suppress(OSError):
-                if kind == "old" and waiting:
-                    entry.replace(path)
-                else:
-                    entry.unlink()
+        with contextlib.ExitStack() as stack:
+            if not all(stack.enter_context(taken(tmp)) for tmp in waiting):
+                continue
+            for entry, path, kind in left:
+                with contextlib.suppress(OSError):
+                    if kind == "old" and waiting:
+                        entry.replace(path)
+                    else:
+                        entry.unlink()
 
 
-def is_dead(path: Path) -> bool:
-    """Whether a file or folder of this user is locked by nobody."""
+@contextlib.contextmanager
+def taken(path: Path) -> Iterator[bool]:
+    """Whether a file or folder of this user was locked by nobody; then nobody else has it as long as the context lasts.
+
+    Whoever removes it must hold it: between a look and a removal another run may have made a file of this name its own.
+    """
     try:
         fd = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | os.O_NONBLOCK)
     except OSError:
-        return False
+        yield False
+        return
     try:
-        status = os.fstat(fd)
-        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)) or status.st_uid != os.geteuid():
-            return False
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # locked, or a file system without locks
-        return False
+        yield _lock_own(fd)
     finally:
         os.close(fd)
+
+
+def _lock_own(fd: int) -> bool:
+    """Lock a regular file or folder of this user; False where it is none, is locked, or its file system has no locks."""
+    status = os.fstat(fd)
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)) or status.st_uid != os.geteuid():
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
     return True
 
 
@@ -246,8 +263,10 @@ class OwnFolder:
         """Raises: OSError where `parent` (by default TMPDIR) is missing or not writable."""
         where = parent or Path(tempfile.gettempdir())
         for entry in where.glob(f"{prefix}*"):
-            if entry.is_dir() and not entry.is_symlink() and is_dead(entry):
-                shutil.rmtree(entry, ignore_errors=True)
+            if entry.is_dir() and not entry.is_symlink():
+                with taken(entry) as is_dead:
+                    if is_dead:
+                        shutil.rmtree(entry, ignore_errors=True)
         self.path, fd = _locked_folder(prefix, where)
         self._finalizer = weakref.finalize(self, _remove_folder, self.path, fd)
 

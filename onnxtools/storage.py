@@ -31,7 +31,7 @@ import onnx
 import onnx_ir as ir
 
 from onnxtools.errors import JobError, ModelError
-from onnxtools.files import NewFile, create, flush, is_dead, naming, new_token, real_target, refuse_special, sweep, temporary, write_error
+from onnxtools.files import NewFile, create, flush, naming, new_token, real_target, refuse_special, sweep, taken, temporary, write_error
 from onnxtools.model import Model, check_external
 from onnxtools.progress import progress
 from onnxtools.tensors import WORKERS, RowTensor, external_path, raw_bytes, read_rows, slabs, thread_scratch, write_bytes
@@ -307,12 +307,16 @@ def _mentions(file: Path, name: bytes) -> bool:
 def _remove_leftovers(path: Path, beside: Beside) -> None:
     """What runs that were killed left of this output: temporary files, data files whose graph has no name yet, reserved names."""
     path = real_target(path)
-    dead = [tmp for tmp in path.parent.glob(f".{glob.escape(path.name)}.*.tmp") if not tmp.is_symlink() and is_dead(tmp)]
-    data = [path.parent / name for tmp in dead if (name := str(files_of(tmp)["data"])) and (path.parent / name).is_file()]
+    data: list[Path] = []
+    for tmp in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with taken(tmp) as is_dead:
+            if is_dead and (name := str(files_of(tmp)["data"])) and (path.parent / name).is_file():
+                data.append(path.parent / name)
     sweep(path.parent, {path.name, f"{path.name}.data", *beside})
-    empty = [file for file in path.parent.glob(f"{glob.escape(path.name)}.*data") if file.is_file() and not file.stat().st_size and is_dead(file)]
-    for file in (*data, *empty):
-        _remove_unmentioned(file)
+    for file in {*data, *path.parent.glob(f"{glob.escape(path.name)}.*data")}:
+        with taken(file) as is_dead:
+            if is_dead and file.is_file() and (file in data or not file.stat().st_size):
+                _remove_unmentioned(file)
 
 
 def _embed_attributes(model: Model, folder: Path, copy_weights: bool, report: SaveReport) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -15,6 +16,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from onnxtools.errors import JobError
+from onnxtools.files import OwnFolder, replacing
 from onnxtools.model import Model
 from tests.support import FLOAT, Array, external, info, initializers, linear, normal, refuse, rel_l2, run, stored, succeed, write
 
@@ -326,3 +329,29 @@ def test_a_weight_survives_every_way_of_saving(tmp_path: Path) -> None:
     succeed("legalize", path, tmp_path / "a" / "m.onnx", "--no-check")
     succeed("legalize", tmp_path / "a" / "m.onnx", tmp_path / "a" / "n.onnx", "--no-check")
     assert rel_l2(initializers(tmp_path / "a" / "n.onnx")["w"], W) == 0
+
+
+def _make_and_remove(arguments: tuple[Path, int]) -> int:
+    """How often what this process had made was gone while it used it."""
+    folder, rounds = arguments
+    lost = 0
+    for _ in range(rounds):
+        with OwnFolder("x-", folder) as own:
+            try:
+                (own / "f").write_text("mine")
+                lost += (own / "f").read_text() != "mine"
+            except OSError:
+                lost += 1
+        try:
+            with replacing(folder / "same.txt") as tmp:
+                tmp.write_text("whole")
+        except (OSError, JobError):
+            lost += 1
+    return lost
+
+
+def test_no_run_takes_what_another_has_just_made_for_a_leftover(tmp_path: Path) -> None:
+    """Each removes leftovers first, in the moment between another's making and locking too."""
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        assert pool.map(_make_and_remove, [(tmp_path, 150)] * 4) == [0] * 4
+    assert [path.name for path in tmp_path.iterdir()] == ["same.txt"]

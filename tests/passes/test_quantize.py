@@ -196,7 +196,7 @@ def test_pruned_zeros_stay_zero(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("flags", "names", "code"), [
-    ([], "nothing to do", 2), (["--fp8"], "--calib", 2), (["--fp8", "--calib", "absent.jsonl"], "absent.jsonl", 2), (["--smoothquant", "1.5"], "0 to 1", 2),
+    ([], "nothing to do", 2), (["--fp8"], "--calib", 2), (["--fp8", "--calib", "absent.jsonl"], "absent.jsonl", 1), (["--smoothquant", "1.5"], "0 to 1", 2),
     (["--smoothquant", "-0.1"], "0 to 1", 2), (["--int4-rtn", "--block-size", "48"], "power of two", 2),
     (["--int4-rtn", "--block-size", "128"], "does not divide K = 64", 2), (["--fp8", "--smoothquant", "0.5"], "leave one out", 2),
     (["--int4-rtn", "--per-token"], "--per-token", 2), (["--int4-rtn", "--calib-size", "0"], "calib_size", 2),
