@@ -219,8 +219,7 @@ def sweep(folder: Path, names: set[str]) -> None:
                 with contextlib.suppress(OSError):
                     if kind == "old" and waiting:
                         entry.replace(path)
-                    else:
-                        entry.unlink()
+                    entry.unlink(missing_ok=True)  # renaming one link of a file to another does nothing (rename(2))
 
 
 @contextlib.contextmanager
@@ -252,6 +251,10 @@ def _lock_own(fd: int) -> bool:
     return True
 
 
+_own: set[Path] = set()
+"""The folders that this process has locked."""
+
+
 class OwnFolder:
     """A temporary folder that goes with the object, or, after a kill, with the next run that makes one of the same prefix.
 
@@ -268,6 +271,7 @@ class OwnFolder:
                     if is_dead:
                         shutil.rmtree(entry, ignore_errors=True)
         self.path, fd = _locked_folder(prefix, where)
+        _own.add(self.path.resolve())
         self._finalizer = weakref.finalize(self, _remove_folder, self.path, fd)
 
     def close(self) -> None:
@@ -292,6 +296,7 @@ def _locked_folder(prefix: str, parent: Path) -> tuple[Path, int]:
 
 
 def _remove_folder(path: Path, fd: int) -> None:
+    _own.discard(path.resolve())
     shutil.rmtree(path, ignore_errors=True)
     with contextlib.suppress(OSError):
         os.close(fd)
@@ -299,7 +304,13 @@ def _remove_folder(path: Path, fd: int) -> None:
 
 @contextlib.contextmanager
 def naming(folder: Path) -> Iterator[None]:
-    """One process at a time gives files of `folder` their names; where one has stopped for good, others go on after a while."""
+    """One process at a time gives files of `folder` their names; where one has stopped for good, others go on after a while.
+
+    A folder of our own is locked for as long as it lives, and nobody else names files in it.
+    """
+    if folder.resolve() in _own:
+        yield
+        return
     fd = os.open(folder, os.O_RDONLY)
     try:
         until = time.monotonic() + _LOCK_SECONDS

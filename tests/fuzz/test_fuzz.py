@@ -16,7 +16,8 @@ from tests.fuzz import kill, mutate, targets
 from tests.fuzz.__main__ import execute, run
 
 REFUSED_WHOLE = {
-    "profiles": "is not batch, sequence|reads up to 22", "add-kv-cache": "KV cache needs token|no causal mask|already has", "prune": "nothing to prune",
+    "profiles": "is not batch, sequence|reads up to 22|has 16 positions",
+    "add-kv-cache": "KV cache needs token|no causal mask|already has", "prune": "nothing to prune",
     "quantize": "nothing|already|opset 21", "pickle": "buffer is smaller",
 }  # fmt: skip
 """What some whole seeds are refused for: not each is a decoder."""

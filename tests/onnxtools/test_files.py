@@ -355,3 +355,11 @@ def test_no_run_takes_what_another_has_just_made_for_a_leftover(tmp_path: Path) 
     with multiprocessing.get_context("fork").Pool(4) as pool:
         assert pool.map(_make_and_remove, [(tmp_path, 150)] * 4) == [0] * 4
     assert [path.name for path in tmp_path.iterdir()] == ["same.txt"]
+
+
+def test_saving_into_a_folder_of_our_own_waits_for_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder is locked by this very process: to wait for that lock was to wait until the patience for others ended."""
+    monkeypatch.setattr("onnxtools.files._LOCK_SECONDS", 1e9)
+    with OwnFolder("x-", tmp_path) as own:
+        Model.load(linear(tmp_path / "m.onnx")).save(own / "copy.onnx", copy_weights=True)
+        assert (own / "copy.onnx").is_file()
