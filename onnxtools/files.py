@@ -265,11 +265,7 @@ class OwnFolder:
     def __init__(self, prefix: str, parent: Path | None = None) -> None:
         """Raises: OSError where `parent` (by default TMPDIR) is missing or not writable."""
         where = parent or Path(tempfile.gettempdir())
-        for entry in where.glob(f"{prefix}*"):
-            if entry.is_dir() and not entry.is_symlink():
-                with taken(entry) as is_dead:
-                    if is_dead:
-                        shutil.rmtree(entry, ignore_errors=True)
+        remove_dead(prefix, where)
         self.path, fd = _locked_folder(prefix, where)
         _own.add(self.path.resolve())
         self._finalizer = weakref.finalize(self, _remove_folder, self.path, fd)
@@ -282,6 +278,15 @@ class OwnFolder:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def remove_dead(prefix: str, where: Path) -> None:
+    """Remove folders of `OwnFolder` whose process is gone."""
+    for entry in where.glob(f"{prefix}*"):
+        if entry.is_dir() and not entry.is_symlink():
+            with taken(entry) as is_dead:
+                if is_dead:
+                    shutil.rmtree(entry, ignore_errors=True)
 
 
 def _locked_folder(prefix: str, parent: Path) -> tuple[Path, int]:

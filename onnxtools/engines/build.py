@@ -23,7 +23,7 @@ from onnxtools.engines.spec import EngineSpec
 from onnxtools.engines.timing_cache import check_timing_cache, rtx_note, with_cache_file
 from onnxtools.engines.versions import check_options, is_mixed, is_strongly_typed, release
 from onnxtools.errors import JobError, UsageError
-from onnxtools.files import OwnFolder, make_parent, probe, replacing
+from onnxtools.files import OwnFolder, make_parent, probe, remove_dead, replacing
 from onnxtools.manager import PassManager
 from onnxtools.model import Model
 from onnxtools.tensors import external_path
@@ -56,6 +56,10 @@ def build(source: Path | Model, engine_path: Path, spec: EngineSpec, *, force: b
     return job.copied(Model.load(source), origin, prunes) if prunes else job.run(origin, source, origin)
 
 
+_FOLDER = ".onnxtools-build-"
+"""How folders for a changed copy of the model begin, beside the engine."""
+
+
 @dataclass(frozen=True)
 class _Build:
     """One build, of whatever model; `last` is a line for people that is shown last."""
@@ -80,7 +84,7 @@ class _Build:
 
             PassManager([Prune()]).run(model)
             notes.append("pruned to 2:4 by magnitude (--sparsity force): without fine-tuning accuracy is lost")
-        with OwnFolder(".onnxtools-build-", self.engine_path.parent) as folder:
+        with OwnFolder(_FOLDER, self.engine_path.parent) as folder:
             copy = folder / (model.path.name if model.path else "model.onnx")
             model.save(copy)
             made = Model.load(copy)
@@ -156,6 +160,7 @@ def check_target(engine_path: Path) -> None:
     if engine_path.is_dir():
         raise JobError(f"{engine_path}: is a folder; name a file")
     make_parent(engine_path)
+    remove_dead(_FOLDER, engine_path.parent)  # also where the engine turns out to be there already
     for path in (engine_path, manifest_path(engine_path)):
         if path.is_dir():
             raise JobError(f"{path}: is a folder; name another file for the engine")
