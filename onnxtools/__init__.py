@@ -1,6 +1,6 @@
 """onnxtools: ONNX graph surgery and engine building for language models."""
 
-from onnxtools.deferred import defer
+from onnxtools.base.deferred import defer
 
 __version__ = "0.1.0"
 

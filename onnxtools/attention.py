@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from onnxtools.axes import LAYOUT_OPS, Atom, Layout, LayoutError, follow, leaves, regroup, start
-from onnxtools.errors import JobError
+from onnxtools.base.errors import JobError
 from onnxtools.graph import attribute, is_op
 from onnxtools.infer import Facts
 from onnxtools.model import Model

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from onnxtools.base.errors import JobError
 from onnxtools.checkpoints.huggingface import BESIDE
-from onnxtools.errors import JobError
 from onnxtools.model import Model
 from onnxtools.storage import Beside, files_of, recorded, sha256
 

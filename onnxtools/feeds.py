@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxtools.errors import JobError
+from onnxtools.base.errors import JobError
 from onnxtools.graph import attribute, constant_tensor, is_op
 from onnxtools.infer import analyse, dim_name, dim_terms, is_ids_like, stand_ins, token_input
 from onnxtools.kvcache import positions, settle_sizes

@@ -20,7 +20,7 @@ import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
-from onnxtools.errors import JobError
+from onnxtools.base.errors import JobError
 
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<token>[0-9a-f]{8})\.(?P<kind>tmp|old)")
 _LOCK_SECONDS = 10.0

@@ -11,11 +11,11 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from onnxtools.errors import JobError, OnnxtoolsError
+from onnxtools.base.errors import JobError, OnnxtoolsError
+from onnxtools.base.memory import peak_mib
 from onnxtools.feeds import Array, Feeds, Probe, long_probe, probes, too_costly
 from onnxtools.infer import token_input
 from onnxtools.manager import Instrument, Step
-from onnxtools.memory import peak_mib
 from onnxtools.model import Model
 from onnxtools.ort import Runner
 from onnxtools.part import TABLE_ROWS, beginning

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from onnxtools import __version__
-from onnxtools.errors import ModelError, OnnxtoolsError
+from onnxtools.base.errors import ModelError, OnnxtoolsError
 from onnxtools.model import Model
 from onnxtools.passbase import Pass, PassResult
 from onnxtools.wellformed import fault

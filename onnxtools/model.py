@@ -15,8 +15,8 @@ import onnx
 import onnx_ir
 import onnx_ir as ir
 
-from onnxtools.errors import ModelError, OnnxtoolsError
-from onnxtools.inputs import absent, check_regular
+from onnxtools.base.errors import ModelError, OnnxtoolsError
+from onnxtools.base.inputs import absent, check_regular
 from onnxtools.tensors import external_path
 from onnxtools.wellformed import check
 

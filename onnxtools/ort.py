@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from onnxtools.errors import JobError
+from onnxtools.base.errors import JobError
 from onnxtools.feeds import Array, Feeds
 from onnxtools.model import Model
 from onnxtools.part import part

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import onnx
 import onnx_ir as ir
 
-from onnxtools.errors import OnnxtoolsError
+from onnxtools.base.errors import OnnxtoolsError
 from onnxtools.graph import graphs_inside, is_op
 from onnxtools.model import Model
 from onnxtools.tensors import RowTensor

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from onnxtools.errors import JobError, UsageError
+from onnxtools.base.errors import JobError, UsageError
+from onnxtools.base.inputs import MAX_YAML_BYTES, check_regular, parse_yaml, shown
+from onnxtools.base.options import convert_fields
 from onnxtools.files import replacing
-from onnxtools.inputs import MAX_YAML_BYTES, check_regular, parse_yaml, shown
-from onnxtools.passbase import Pass, convert_fields
-from onnxtools.registry import load_pass
+from onnxtools.passbase import Pass, load_pass
 
 if TYPE_CHECKING:
     from onnxtools.engines.spec import EngineSpec

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from onnxtools.base.options import option
 from onnxtools.graph import is_op
 from onnxtools.model import Model
-from onnxtools.passbase import Pass, option
+from onnxtools.passbase import Pass
 from onnxtools.products import Product, weight_products
 from onnxtools.readers import stored_weight
 

@@ -30,10 +30,10 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from onnxtools.errors import JobError, ModelError
+from onnxtools.base.errors import JobError, ModelError
+from onnxtools.base.progress import progress
 from onnxtools.files import NewFile, create, flush, naming, new_token, real_target, refuse_special, sweep, taken, temporary, write_error
 from onnxtools.model import Model, check_external
-from onnxtools.progress import progress
 from onnxtools.tensors import WORKERS, RowTensor, external_path, raw_bytes, read_rows, slabs, thread_scratch, write_bytes
 
 ALIGNMENT = 4096

@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from onnxtools.errors import ModelError
+from onnxtools.base.errors import ModelError
 
 SLAB_BYTES = 8 << 20
 """Bytes of source weight that are in memory at once for each worker."""

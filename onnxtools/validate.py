@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxtools.errors import JobError
+from onnxtools.base.errors import JobError
 from onnxtools.feeds import Array, Feeds, Probe, long_probe, probes, sizes_of, too_costly
 from onnxtools.graph import has_dynamic_scales
 from onnxtools.infer import dim_terms, token_input

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from onnxtools.errors import ModelError
+from onnxtools.base.errors import ModelError
 from onnxtools.tensors import RowTensor, Scratch, StreamedTensor, external_path, read_rows, row_bytes
 
 Tensor = ir.TensorProtocol

@@ -16,7 +16,7 @@ import onnx
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
-from onnxtools.errors import ModelError
+from onnxtools.base.errors import ModelError
 
 _LONGEST_NAME = 255
 """Bytes of a file's name (POSIX file systems)."""

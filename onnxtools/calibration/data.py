@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from onnxtools.base.errors import JobError, UsageError
+from onnxtools.base.jsonl import read_jsonl
 from onnxtools.calibration.options import Calibrated
-from onnxtools.errors import JobError, UsageError
 from onnxtools.feeds import Feeds, random_feeds, read_feeds, vocabulary
 from onnxtools.generation.text import Tokenizer
 from onnxtools.infer import is_ids_like, token_input
-from onnxtools.jsonl import read_jsonl
 from onnxtools.kvcache import positions
 from onnxtools.model import Model
 

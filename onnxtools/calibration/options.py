@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from onnxtools.errors import JobError, UsageError
-from onnxtools.passbase import Pass, option
+from onnxtools.base.errors import JobError, UsageError
+from onnxtools.base.options import option
+from onnxtools.passbase import Pass
 
 
 @dataclass(frozen=True)

@@ -20,16 +20,16 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxtools import __version__
+from onnxtools.base.errors import JobError
+from onnxtools.base.progress import counted
 from onnxtools.calibration.data import read_samples
 from onnxtools.calibration.options import Calibrated
 from onnxtools.calibration.segments import Segment, segments
 from onnxtools.calibration.session import SegmentSession
 from onnxtools.calibration.statistics import Observer
-from onnxtools.errors import JobError
 from onnxtools.files import OwnFolder, replacing
 from onnxtools.infer import analyse
 from onnxtools.model import Model
-from onnxtools.progress import counted
 from onnxtools.storage import file_stamps
 from onnxtools.tensors import RowTensor, Scratch, read_rows
 

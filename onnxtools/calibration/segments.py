@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from onnxtools.errors import JobError
+from onnxtools.base.errors import JobError
 from onnxtools.graph import constant_tensor, is_op
 from onnxtools.infer import token_input
 from onnxtools.model import Model

@@ -14,8 +14,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from onnxtools.base.errors import JobError
 from onnxtools.calibration.segments import Segment, outer_inputs
-from onnxtools.errors import JobError
 from onnxtools.feeds import Array, Feeds
 from onnxtools.graph import constant_tensor, is_op
 from onnxtools.model import Model

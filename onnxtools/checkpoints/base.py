@@ -11,8 +11,8 @@ from typing import Any
 
 import onnx_ir as ir
 
-from onnxtools.errors import ModelError
-from onnxtools.inputs import check_regular, shown
+from onnxtools.base.errors import ModelError
+from onnxtools.base.inputs import check_regular, shown
 
 MAX_JSON_BYTES = 100 << 20
 """Configurations and headers beyond this size are refused unread (the limit of the safetensors library)."""

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from onnxtools.base.errors import JobError, ModelError
+from onnxtools.base.inputs import shown
 from onnxtools.checkpoints.base import Checkpoint, Region, reading
 from onnxtools.checkpoints.gguf_header import TensorEntry, read_header
 from onnxtools.checkpoints.gguf_tokenizer import tokenizer_files
-from onnxtools.errors import JobError, ModelError
-from onnxtools.inputs import shown
 from onnxtools.tensors import RowTensor, Scratch, elements
 
 _RAW = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}

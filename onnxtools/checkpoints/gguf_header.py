@@ -11,9 +11,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from onnxtools.base.errors import ModelError
+from onnxtools.base.inputs import shown
 from onnxtools.checkpoints.base import Region
-from onnxtools.errors import ModelError
-from onnxtools.inputs import shown
 
 MAX_KEYS, MAX_TENSORS, MAX_RANK = 1 << 16, 1 << 17, 8
 MAX_ELEMENTS = 1 << 22

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from onnxtools.errors import JobError
+from onnxtools.base.errors import JobError
 
 # tokenizer.ggml.token_type; 1 is a normal token, 5 an unused one, which no merge reaches.
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from onnxtools.base.errors import ModelError
 from onnxtools.checkpoints.base import Checkpoint, Region, member, read_json, reading
 from onnxtools.checkpoints.safetensors import read_safetensors, read_sharded
 from onnxtools.checkpoints.torch_file import read_torch
-from onnxtools.errors import ModelError
 
 BESIDE = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt",

@@ -14,13 +14,13 @@ from typing import Any, BinaryIO
 
 import onnx_ir as ir
 
+from onnxtools.base.errors import ModelError
+from onnxtools.base.inputs import MAX_YAML_BYTES, parse_yaml, shown
 from onnxtools.checkpoints.base import Checkpoint, Region, member, nested, reading
 from onnxtools.checkpoints.huggingface import BESIDE, state_dict
 from onnxtools.checkpoints.megatron_shards import merge
 from onnxtools.checkpoints.torch_file import read_torch
-from onnxtools.errors import ModelError
 from onnxtools.files import OwnFolder
-from onnxtools.inputs import MAX_YAML_BYTES, parse_yaml, shown
 
 _SHARD = re.compile(r"(?:tp_rank_(\d+)_pp_rank_(\d+)|mp_rank_(\d+))/[^/]+\.ckpt$")
 _MAX_MEMBERS = 200_000

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from onnxtools.base.errors import ModelError, OnnxtoolsError
+from onnxtools.base.inputs import absent
 from onnxtools.checkpoints.base import Checkpoint
-from onnxtools.errors import ModelError, OnnxtoolsError
-from onnxtools.inputs import absent
 
 
 def open_checkpoint(path: Path, *, weights: bool = True) -> Checkpoint:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from onnxtools.base.errors import ModelError
+from onnxtools.base.inputs import shown
 from onnxtools.checkpoints.base import MAX_JSON_BYTES, Region, json_object, member, read_json, reading
-from onnxtools.errors import ModelError
-from onnxtools.inputs import shown
 
 _DTYPES = {
     "F64": ir.DataType.DOUBLE, "F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16,

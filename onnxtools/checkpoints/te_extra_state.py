@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from onnxtools.base.errors import ModelError
+from onnxtools.base.inputs import shown
 from onnxtools.checkpoints.torch_file import loads
-from onnxtools.errors import ModelError
-from onnxtools.inputs import shown
 
 _MOST = 4096
 Array = np.ndarray[Any, Any]

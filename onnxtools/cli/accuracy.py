@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from onnxtools.base.errors import JobError, UsageError
+from onnxtools.base.progress import counted
 from onnxtools.cli.options import PATH
 from onnxtools.cli.runtimes import default_runtime, open_tokenizer, opened, runtime_command, runtime_options, say_notes
-from onnxtools.errors import JobError, UsageError
-from onnxtools.progress import counted
 
 if TYPE_CHECKING:
     from onnxtools.evaluate.lambada import Passage, PassageResult
@@ -38,8 +38,8 @@ def _callback(
     model: Path, dataset: str, path: Path | None, limit: int | None, batch_size: int, compare: Path | None, resume: Path | None, max_length: int,
     stride: int | None, runtimes: tuple[str, ...], tokenizer_path: Path | None, as_json: bool, debug: bool, **given: Any,
 ) -> None:  # fmt: skip
+    from onnxtools.base.inputs import absent
     from onnxtools.cli.render import print_json
-    from onnxtools.inputs import absent
 
     kind, file = _dataset(dataset, path)
     if compare is not None and not compare.exists():

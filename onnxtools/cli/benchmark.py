@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from onnxtools.base.progress import counted
 from onnxtools.cli.options import PATH, from_parameters
 from onnxtools.cli.runtimes import open_tokenizer, opened, runtime_command, runtime_options, say_notes
 from onnxtools.evaluate.timing import BenchmarkOptions
 from onnxtools.files import replacing
-from onnxtools.progress import counted
 
 if TYPE_CHECKING:
     from onnxtools.evaluate.timing import Timing
@@ -66,7 +66,7 @@ def _callback(
 
 
 def _tokenizer(path: Path | None, runtime: Runtime, model: Path) -> Tokenizer | None:
-    from onnxtools.errors import JobError
+    from onnxtools.base.errors import JobError
 
     try:
         return open_tokenizer(path, runtime, model)
@@ -90,8 +90,8 @@ def _result(model: Path, runtimes: Sequence[Runtime], found: Sequence[Timing], o
 
 def _peak_memory(device: str) -> int | None:
     """Used bytes of the card now (allocators do not give back); on the CPU the peak of the process. Of all runtimes together."""
+    from onnxtools.base.memory import peak_mib
     from onnxtools.engines.ort_session import device_memory
-    from onnxtools.memory import peak_mib
 
     memory = device_memory() if device.startswith("cuda") else None
     return memory[0] if memory else int(peak_mib() * (1 << 20))

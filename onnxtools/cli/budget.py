@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from onnxtools.errors import UsageError
+from onnxtools.base.errors import UsageError
 from onnxtools.passbase import Pass
 
 

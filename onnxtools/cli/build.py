@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from onnxtools.base.errors import JobError, UsageError
 from onnxtools.cli.options import PATH, dataclass_options, from_parameters
 from onnxtools.engines.spec import EngineSpec
-from onnxtools.errors import JobError, UsageError
 
 if TYPE_CHECKING:
     from onnxtools.engines.builder import Engine
@@ -125,9 +125,9 @@ def _apart(job: Job, spec: EngineSpec, force: bool) -> Engine:
 
 
 def _several(jobs: list[Job], spec: EngineSpec, workers: int, force: bool, as_json: bool) -> None:
+    from onnxtools.base.progress import counted
     from onnxtools.cli.render import print_json, size, table
     from onnxtools.engines.many import build_many
-    from onnxtools.progress import counted
 
     with counted(f"build, {workers} at a time", len(jobs)) as tick:
         outcomes = build_many(jobs, spec, workers=workers, force=force, done=lambda _: tick())

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
+from onnxtools.base.errors import UsageError
 from onnxtools.cli.options import PATH, common_options
-from onnxtools.errors import UsageError
 
 
 @click.command(

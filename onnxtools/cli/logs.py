@@ -59,7 +59,7 @@ def _log_file(context: click.Context, parameter: click.Parameter, value: Path | 
     if value is None:
         return
     from onnxtools import __version__
-    from onnxtools.errors import JobError
+    from onnxtools.base.errors import JobError
     from onnxtools.files import refuse_special
 
     refuse_special(value)

@@ -23,9 +23,10 @@ from typing import Any, NoReturn
 
 import click
 
-from onnxtools import __version__, registry
+from onnxtools import __version__
+from onnxtools.base import registry
+from onnxtools.base.progress import Heartbeat
 from onnxtools.cli.logs import LOG, add_options, quiet, said
-from onnxtools.progress import Heartbeat
 
 COMMANDS = ("pipeline", "validate", "build", "run", "benchmark", "accuracy", "summarize", "inspect", "diff")
 FIRST = "export"
@@ -132,7 +133,7 @@ def _end(error: BaseException, given: list[str]) -> NoReturn:
         sys.exit(0)
     if "--debug" in given or not isinstance(error, Exception):
         raise error
-    from onnxtools.errors import OnnxtoolsError
+    from onnxtools.base.errors import OnnxtoolsError
 
     said(error)
     if isinstance(error, OnnxtoolsError):

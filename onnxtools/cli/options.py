@@ -10,8 +10,8 @@ from typing import Any, get_args, get_origin
 
 import click
 
-from onnxtools.errors import UsageError
-from onnxtools.passbase import base_type, choices, convert_fields
+from onnxtools.base.errors import UsageError
+from onnxtools.base.options import base_type, choices, convert_fields
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from onnxtools.base.errors import JobError, UsageError
 from onnxtools.cli.options import PATH, dataclass_options, from_parameters
-from onnxtools.errors import JobError, UsageError
 
 if TYPE_CHECKING:
     from onnxtools.generation.runtime import Runtime, RuntimeOptions
@@ -61,8 +61,8 @@ def opened(model: Path, runtimes: Sequence[str], options: RuntimeOptions) -> Ite
     Raises:
         UsageError: no such file, one runtime named twice, or a checkpoint that none of them reads.
     """
+    from onnxtools.base.inputs import absent
     from onnxtools.generation.runtime import open_runtime
-    from onnxtools.inputs import absent
 
     if not model.exists():
         raise JobError(f"{absent(model)}: no such file or folder; check the path")

@@ -8,11 +8,11 @@ from typing import Any
 
 import click
 
+from onnxtools.base.errors import UsageError
+from onnxtools.base.progress import counted
 from onnxtools.cli.options import PATH, from_parameters
 from onnxtools.cli.runtimes import open_tokenizer, opened, runtime_command, runtime_options, say_notes
-from onnxtools.errors import UsageError
 from onnxtools.generation.options import GenerationOptions
-from onnxtools.progress import counted
 
 _HELP = """Summarize the articles of a JSONL file (fields article and highlights) with MODEL.
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
+from onnxtools.base.errors import JobError, UsageError
 from onnxtools.cli.options import PATH, TOLERANCE, common_options
-from onnxtools.errors import JobError, UsageError
 
 
 @click.command(

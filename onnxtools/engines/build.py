@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from onnxtools import __version__
+from onnxtools.base.errors import JobError, UsageError
 from onnxtools.engines.audit import holds, summary
 from onnxtools.engines.builder import Builder, Engine, get_builder
 from onnxtools.engines.gpus import with_capability
@@ -22,7 +23,6 @@ from onnxtools.engines.profiles import profiles_for
 from onnxtools.engines.spec import EngineSpec
 from onnxtools.engines.timing_cache import check_timing_cache, rtx_note, with_cache_file
 from onnxtools.engines.versions import check_options, is_mixed, is_strongly_typed, release
-from onnxtools.errors import JobError, UsageError
 from onnxtools.files import OwnFolder, make_parent, probe, remove_dead, replacing
 from onnxtools.manager import PassManager
 from onnxtools.model import Model

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from onnxtools import registry
+from onnxtools.base import registry
+from onnxtools.base.errors import JobError
+from onnxtools.base.extras import install_line
 from onnxtools.engines.audit import EngineLayer
 from onnxtools.engines.profiles import Profile
 from onnxtools.engines.spec import EngineSpec
-from onnxtools.errors import JobError
-from onnxtools.extras import install_line
 from onnxtools.model import Model
 
 

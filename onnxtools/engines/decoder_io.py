@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from onnxtools.errors import JobError
+from onnxtools.base.errors import JobError
 
 CacheKind = Literal["none", "concat", "scatter", "gqa"]
 Dim = int | str | None

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from onnxtools.base.errors import JobError
+from onnxtools.base.extras import install_line
 from onnxtools.engines.ort_session import device_name
-from onnxtools.errors import JobError
-from onnxtools.extras import install_line
 from onnxtools.generation.runtime import Floats, HostLogits, Ids, Logits, ModelInfo, Prompts, RuntimeOptions, check_length, padded, positions_of
 
 

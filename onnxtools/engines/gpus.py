@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from onnxtools.base.errors import JobError
 from onnxtools.engines.builder import Limits
 from onnxtools.engines.kernel_library import device_capability
 from onnxtools.engines.spec import EngineSpec
-from onnxtools.errors import JobError
 
 GPUS = {
     "7.5": "T4, RTX 20 series", "8.0": "A100, A30", "8.6": "A10, A40, RTX 30 series", "8.7": "Jetson Orin", "8.9": "L4, L40S, RTX 40 series",

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import filelock
 
-from onnxtools.errors import JobError
+from onnxtools.base.errors import JobError
 from onnxtools.files import replacing
 
 SOURCES = Path(__file__).parent / "cuda"

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from onnxtools import __version__
+from onnxtools.base.errors import JobError
+from onnxtools.base.inputs import check_regular, shown
+from onnxtools.base.memory import peak_mib
 from onnxtools.engines.builder import Builder, Built
 from onnxtools.engines.preflight import Preflight
 from onnxtools.engines.profiles import Profile
 from onnxtools.engines.spec import EngineSpec
-from onnxtools.errors import JobError
-from onnxtools.inputs import check_regular, shown
 from onnxtools.kvcache import MODEL_KEY
 from onnxtools.manager import provenance
-from onnxtools.memory import peak_mib
 from onnxtools.model import Model
 from onnxtools.storage import recorded
 from onnxtools.tensors import external_path

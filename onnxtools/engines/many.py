@@ -18,14 +18,14 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from onnxtools.base.errors import JobError, OnnxtoolsError, UsageError
+from onnxtools.base.memory import available_bytes
 from onnxtools.engines import last_words
 from onnxtools.engines.build import build
 from onnxtools.engines.builder import get_builder
 from onnxtools.engines.manifest import manifest_path
 from onnxtools.engines.spec import EngineSpec
-from onnxtools.errors import JobError, OnnxtoolsError, UsageError
 from onnxtools.files import sweep
-from onnxtools.memory import available_bytes
 from onnxtools.model import Model
 
 _OVERHEAD = 1 << 30

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from onnxtools.base.errors import JobError
 from onnxtools.engines.builder import TensorInfo
-from onnxtools.errors import JobError
 from onnxtools.model import Model
 
 _NAMES = {

@@ -13,12 +13,12 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from onnxtools.base.errors import JobError
+from onnxtools.base.extras import install_line
 from onnxtools.engines.decoder_io import Port
 from onnxtools.engines.kernel_library import MIN_CAPABILITY, device_capability, find_nvcc, kernel_library
 from onnxtools.engines.kernels import use_kernels
 from onnxtools.engines.next_token import add_next_token
-from onnxtools.errors import JobError
-from onnxtools.extras import install_line
 from onnxtools.generation.runtime import RuntimeOptions
 from onnxtools.graph import attribute, is_fp8_qdq
 from onnxtools.kvcache import settle_sizes

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from onnxtools.base.errors import JobError
 from onnxtools.engines.next_token import AHEAD, NEXT, PAST_TOKENS
 from onnxtools.engines.ort_session import DeviceOps
-from onnxtools.errors import JobError
 from onnxtools.generation.runtime import Floats, HostLogits, Ids, Logits, Prompts, padded, positions_of
 
 if TYPE_CHECKING:

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from onnxtools.base.errors import JobError, UsageError
 from onnxtools.engines.builder import Reader
 from onnxtools.engines.gpus import named, ways_on
 from onnxtools.engines.sparse_weights import Sparsity, check_sparsity
 from onnxtools.engines.spec import EngineSpec, capability
 from onnxtools.engines.traps import Graph, check_traps, refuse
-from onnxtools.errors import JobError, UsageError
 from onnxtools.graph import FP8_DTYPES, TE_QDQ, attribute, constant_tensor, is_fp8_qdq, is_op, stored_dtype
 from onnxtools.model import Model
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import onnx_ir as ir
 
+from onnxtools.base.errors import JobError, UsageError
+from onnxtools.base.inputs import check_regular, parse_yaml, shown
 from onnxtools.engines.spec import EngineSpec
-from onnxtools.errors import JobError, UsageError
-from onnxtools.inputs import check_regular, parse_yaml, shown
 from onnxtools.kvcache import positions, settle_sizes
 from onnxtools.model import Model
 

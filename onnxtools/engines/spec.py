@@ -7,8 +7,8 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from onnxtools.errors import UsageError
-from onnxtools.passbase import option
+from onnxtools.base.errors import UsageError
+from onnxtools.base.options import option
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from typing import Any
 
 import tensorrt as trt
 
+from onnxtools.base.errors import JobError
 from onnxtools.engines.builder import Limits
 from onnxtools.engines.spec import EngineSpec
 from onnxtools.engines.tensorrt_api import ApiBuilder
 from onnxtools.engines.versions import Version, ceilings, is_mixed, is_strongly_typed, release
-from onnxtools.errors import JobError
 from onnxtools.model import Model
 
 

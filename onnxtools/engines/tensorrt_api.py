@@ -20,6 +20,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from onnxtools.base.errors import JobError
+from onnxtools.base.memory import releasing_pages
+from onnxtools.base.progress import DELAY_SECONDS
 from onnxtools.engines import last_words
 from onnxtools.engines import network as net
 from onnxtools.engines.audit import audit_engine
@@ -29,10 +32,7 @@ from onnxtools.engines.plan_file import PlanFile
 from onnxtools.engines.profiles import Profile
 from onnxtools.engines.spec import EngineSpec, pool_size, pool_type
 from onnxtools.engines.timing_cache import TimingCache
-from onnxtools.errors import JobError
-from onnxtools.memory import releasing_pages
 from onnxtools.model import Model
-from onnxtools.progress import DELAY_SECONDS
 from onnxtools.tensors import external_path
 
 _LOG = logging.getLogger("onnxtools")

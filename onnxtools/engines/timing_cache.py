@@ -12,9 +12,9 @@ from typing import Any
 
 from filelock import FileLock
 
+from onnxtools.base.errors import JobError
 from onnxtools.engines.spec import EngineSpec
 from onnxtools.engines.versions import Version
-from onnxtools.errors import JobError
 from onnxtools.files import make_parent, replacing
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from onnxtools.errors import JobError
+from onnxtools.base.errors import JobError
 from onnxtools.graph import attribute, constant_tensor, is_op
 from onnxtools.infer import Facts, constants
 from onnxtools.model import Model

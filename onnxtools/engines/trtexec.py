@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from onnxtools.base.errors import UsageError
 from onnxtools.engines.profiles import Profile, Range
 from onnxtools.engines.spec import PRECISIONS, EngineSpec, pool_size
 from onnxtools.engines.versions import Version, check_options, is_strongly_typed
-from onnxtools.errors import UsageError
 
 NEWEST: Version = (11, 4)
 

@@ -9,13 +9,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from onnxtools.base.errors import JobError
 from onnxtools.engines.builder import Built, Limits, TensorInfo
 from onnxtools.engines.manifest import hash_file
 from onnxtools.engines.profiles import Profile
 from onnxtools.engines.spec import EngineSpec, version_of
 from onnxtools.engines.trtexec import NEWEST, trtexec_words
 from onnxtools.engines.versions import Version, ceilings, is_mixed
-from onnxtools.errors import JobError
 from onnxtools.model import Model
 
 IO_SOURCE = "graph (trtexec tells nothing of the network)"

@@ -10,8 +10,8 @@ import dataclasses
 import re
 from dataclasses import dataclass
 
+from onnxtools.base.errors import UsageError
 from onnxtools.engines.spec import EngineSpec, version_of
-from onnxtools.errors import UsageError
 from onnxtools.graph import is_op
 from onnxtools.model import Model
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from onnxtools.base.errors import JobError, UsageError
 from onnxtools.engines.onnxrt import OrtRuntime
-from onnxtools.errors import JobError, UsageError
 from onnxtools.evaluate.lambada import Passage, PassageResult, compare_lambada, score_lambada, summarize_lambada, tokenized
 from onnxtools.files import OwnFolder
 from onnxtools.generation.runtime import RuntimeOptions

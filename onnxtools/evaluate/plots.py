@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from onnxtools.errors import JobError, UsageError
+from onnxtools.base.errors import JobError, UsageError
+from onnxtools.base.extras import install_line
 from onnxtools.evaluate.timing import Timing
-from onnxtools.extras import install_line
 from onnxtools.files import make_parent
 
 _FORMATS = (".png", ".svg", ".pdf")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnxtools.errors import JobError
+from onnxtools.base.errors import JobError
 from onnxtools.generation.generate import check_prompts
 from onnxtools.generation.runtime import Floats, Ids, Runtime
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from onnxtools.errors import UsageError
+from onnxtools.base.errors import UsageError
+from onnxtools.base.options import option
 from onnxtools.generation.generate import check_numbers
 from onnxtools.generation.runtime import Ids, Runtime, greedy_steps
 from onnxtools.generation.text import Tokenizer
-from onnxtools.passbase import option
 
 
 @dataclass(frozen=True)

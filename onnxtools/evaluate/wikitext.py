@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from onnxtools.errors import UsageError
+from onnxtools.base.errors import UsageError
 from onnxtools.evaluate.scores import mean_interval, perplexity, score_texts
 from onnxtools.generation.runtime import Runtime
 

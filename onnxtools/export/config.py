@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from onnxtools.errors import ModelError
+from onnxtools.base.errors import ModelError
+from onnxtools.base.inputs import shown
 from onnxtools.export.rope import MAX_HEAD_DIM, Rope, is_positive
-from onnxtools.inputs import shown
 
 Activation = Literal["gelu", "gelu_tanh", "silu", "relu", "relu2"]
 """`gelu` is the exact (erf) form, `relu2` is the square of ReLU."""

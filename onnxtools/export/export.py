@@ -11,11 +11,12 @@ from typing import Any
 
 import onnx_ir as ir
 
-from onnxtools import __version__, registry
+from onnxtools import __version__
+from onnxtools.base import registry
+from onnxtools.base.errors import ModelError, UsageError
 from onnxtools.beside import INFO, check_folder
 from onnxtools.checkpoints.base import Checkpoint
 from onnxtools.checkpoints.open import open_checkpoint
-from onnxtools.errors import ModelError, UsageError
 from onnxtools.export.config import DecoderConfig, weight_shapes
 from onnxtools.export.family import Family, Source, Weights, family_for
 from onnxtools.export.graph import DTYPES, build_decoder

@@ -12,8 +12,8 @@ from typing import Any
 
 import onnx_ir as ir
 
-from onnxtools import registry
-from onnxtools.errors import ModelError
+from onnxtools.base import registry
+from onnxtools.base.errors import ModelError
 from onnxtools.export.config import DecoderConfig
 from onnxtools.weights import Tensor, equal, shape_of
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from onnxtools.errors import JobError
+from onnxtools.base.errors import JobError
 from onnxtools.export.attention import Attention
 from onnxtools.export.config import DecoderConfig
 from onnxtools.export.family import Weights

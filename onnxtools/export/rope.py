@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from onnxtools.errors import ModelError
-from onnxtools.inputs import shown
+from onnxtools.base.errors import ModelError
+from onnxtools.base.inputs import shown
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnxtools.errors import UsageError
+from onnxtools.base.errors import UsageError
 from onnxtools.generation.generate import Generated, check_numbers, first_logits
 from onnxtools.generation.options import GenerationOptions
 from onnxtools.generation.runtime import Floats, Ids, Prompts, Runtime

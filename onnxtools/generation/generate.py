@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from onnxtools.errors import JobError, UsageError
+from onnxtools.base.errors import JobError, UsageError
 from onnxtools.generation.options import GenerationOptions
 from onnxtools.generation.runtime import Ids, Logits, Prompts, Runtime, greedy_steps
 from onnxtools.generation.sampling import draw, filtered, forbidden, log_softmax, penalized

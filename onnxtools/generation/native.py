@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from onnxtools.errors import JobError, OnnxtoolsError
+from onnxtools.base.errors import JobError, OnnxtoolsError
 
 _STDERR = 2
 _lock = threading.RLock()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from onnxtools.errors import UsageError
-from onnxtools.passbase import option
+from onnxtools.base.errors import UsageError
+from onnxtools.base.options import option
 
 
 @dataclass(frozen=True)

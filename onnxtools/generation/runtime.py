@@ -10,13 +10,13 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from onnxtools import registry
+from onnxtools.base import registry
+from onnxtools.base.errors import JobError, ModelError, UsageError
+from onnxtools.base.inputs import shown
+from onnxtools.base.options import option
 from onnxtools.checkpoints.base import json_object, nested, read_json
-from onnxtools.errors import JobError, ModelError, UsageError
 from onnxtools.export.config import token_ids
 from onnxtools.generation.special_tokens import ids_by_name
-from onnxtools.inputs import shown
-from onnxtools.passbase import option
 
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from onnxtools.base.errors import JobError
+from onnxtools.base.inputs import check_regular, shown
 from onnxtools.checkpoints.base import nested, read_json
 from onnxtools.checkpoints.gguf_tokenizer import ONE_DIGIT, bpe, byte_level, template, words
-from onnxtools.errors import JobError
-from onnxtools.inputs import check_regular, shown
 
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _GPT2 = (None, "GPT2Tokenizer", "GPT2BPETokenizer", "CodeGenTokenizer", "GPTNeoXTokenizer", "PreTrainedTokenizer", "TokenizersBackend")

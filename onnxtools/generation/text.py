@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from onnxtools.errors import JobError, UsageError
+from onnxtools.base.errors import JobError, UsageError
+from onnxtools.base.inputs import absent, check_regular
 from onnxtools.generation.native import native_call
-from onnxtools.inputs import absent, check_regular
 
 
 class Tokenizer:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from onnxtools.errors import UsageError
+from onnxtools.base.errors import UsageError
 from onnxtools.generation.generate import Generated, generate
 from onnxtools.generation.options import GenerationOptions
 from onnxtools.generation.runtime import Runtime

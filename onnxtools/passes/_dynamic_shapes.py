@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxtools.axes import Atom, Layout, LayoutError, follow, leaves
-from onnxtools.errors import JobError
+from onnxtools.base.errors import JobError
 from onnxtools.graph import Builder, attribute, constant_tensor, is_constant_expression
 from onnxtools.infer import Facts, Tokens, analyse, is_ids_like, stand_ins
 from onnxtools.model import Model

@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from onnxtools.attention import Attention, Operand
 from onnxtools.axes import Atom, leaves
-from onnxtools.errors import JobError
+from onnxtools.base.errors import JobError
 from onnxtools.graph import Builder
 from onnxtools.infer import Tokens
 

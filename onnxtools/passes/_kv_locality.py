@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from onnxtools.errors import JobError
+from onnxtools.base.errors import JobError
 from onnxtools.graph import Builder, attribute, is_op
 from onnxtools.infer import Facts, analyse, token_input
 from onnxtools.model import Model

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxtools.attention import Attention
-from onnxtools.errors import JobError
+from onnxtools.base.errors import JobError
 from onnxtools.graph import Builder
 from onnxtools.infer import Facts, analyse, stand_ins, token_input
 from onnxtools.masks import MaskError, Pattern, hidden_by_addition, pattern_of, square

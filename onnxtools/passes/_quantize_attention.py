@@ -11,9 +11,9 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxtools.attention import find_attention
+from onnxtools.base.errors import JobError
 from onnxtools.calibration.run import Findings
 from onnxtools.calibration.statistics import Largest, Observer, RotationRange
-from onnxtools.errors import JobError
 from onnxtools.graph import is_op
 from onnxtools.infer import Facts
 from onnxtools.kvcache import rotation

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from onnxtools.base.errors import JobError
 from onnxtools.calibration.run import Findings
 from onnxtools.calibration.statistics import Observer, RotationRange
-from onnxtools.errors import JobError
 from onnxtools.graph import attribute, is_op
 from onnxtools.infer import Facts
 from onnxtools.kvcache import rotation

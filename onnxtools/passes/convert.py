@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from onnxtools.passbase import Pass, option
+from onnxtools.base.options import option
+from onnxtools.passbase import Pass
 from onnxtools.passes.cleanup import Cleanup
 from onnxtools.passes.drop_stale_types import DropStaleTypes
 from onnxtools.passes.fold_constants import FoldConstants

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from onnxtools.errors import JobError
+from onnxtools.base.errors import JobError
 from onnxtools.graph import Builder, attribute, is_op, remove_unused, replace_keeping_name
 from onnxtools.infer import Facts, analyse
 from onnxtools.infer_ops import Fact

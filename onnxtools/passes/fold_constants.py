@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from onnxtools.base.options import option
 from onnxtools.graph import Builder, constant_tensor, remove_unused, rename_or_bypass
 from onnxtools.infer import Facts, constants
 from onnxtools.model import Model
-from onnxtools.passbase import Pass, PassResult, option
+from onnxtools.passbase import Pass, PassResult
 
 SHARED_ELEMENTS = 1024
 """Constants up to this many elements are compared, so that equal ones are stored once."""

@@ -13,10 +13,11 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from onnxtools.errors import UsageError
+from onnxtools.base.errors import UsageError
+from onnxtools.base.options import option
 from onnxtools.graph import remove_unused
 from onnxtools.model import Model
-from onnxtools.passbase import Pass, PassResult, option
+from onnxtools.passbase import Pass, PassResult
 
 GraphFunction = Callable[[Any], Any]
 

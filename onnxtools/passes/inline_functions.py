@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from onnxtools.errors import JobError
+from onnxtools.base.errors import JobError
 from onnxtools.model import Model
 from onnxtools.passbase import Pass, PassResult
 

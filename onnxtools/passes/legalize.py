@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from onnxtools.errors import JobError
+from onnxtools.base.errors import JobError
 from onnxtools.graph import Builder, attribute, is_constant_expression, is_op, remove_unused, rename_or_bypass
 from onnxtools.infer import Facts, analyse, sequence_sizes
 from onnxtools.model import Model

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from onnxtools.base.options import option
 from onnxtools.graph import Builder, attribute, constant_tensor, is_op, remove_unused
 from onnxtools.model import Model
-from onnxtools.passbase import Pass, PassResult, option
+from onnxtools.passbase import Pass, PassResult
 from onnxtools.products import Product, weight_products
 from onnxtools.quantization.qdq import times
 from onnxtools.tensors import RowTensor, Scratch, StreamedTensor, elements, raw_bytes, read_rows

@@ -11,16 +11,17 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from onnxtools.base.errors import JobError, ModelError
+from onnxtools.base.options import option
 from onnxtools.calibration.options import Calibrated
 from onnxtools.calibration.run import Calibration, Findings, Layer
 from onnxtools.calibration.statistics import Largest
-from onnxtools.errors import JobError, ModelError
 from onnxtools.export.graph import DTYPES
 from onnxtools.graph import Builder, attribute, constant_tensor, graphs_inside, is_op, remove_unused
 from onnxtools.infer import Facts, analyse
 from onnxtools.kvcache import record_dtypes
 from onnxtools.model import Model
-from onnxtools.passbase import PassResult, option
+from onnxtools.passbase import PassResult
 from onnxtools.products import weight_products
 from onnxtools.readers import readers
 from onnxtools.tensors import StreamedTensor, elements

@@ -8,12 +8,13 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
+from onnxtools.base.errors import NoMatchError, UsageError
+from onnxtools.base.options import option
 from onnxtools.calibration.options import Calibrated
 from onnxtools.calibration.run import Calibration
-from onnxtools.errors import NoMatchError, UsageError
 from onnxtools.infer import Array
 from onnxtools.model import Model
-from onnxtools.passbase import PassResult, option
+from onnxtools.passbase import PassResult
 from onnxtools.passes._prune_calibrated import CalibratedPruner
 from onnxtools.products import Product, weight_products
 from onnxtools.readers import is_embedding, own_weights, readers

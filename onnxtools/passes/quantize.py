@@ -12,15 +12,16 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
+from onnxtools.base.errors import JobError, NoMatchError, UsageError
+from onnxtools.base.options import option
 from onnxtools.calibration.options import Calibrated
 from onnxtools.calibration.run import Calibration, Findings, Layer
 from onnxtools.calibration.statistics import Observer
-from onnxtools.errors import JobError, NoMatchError, UsageError
 from onnxtools.graph import remove_unused
 from onnxtools.infer import Facts, analyse
 from onnxtools.kvcache import record_dtypes
 from onnxtools.model import Model
-from onnxtools.passbase import Pass, PassResult, option
+from onnxtools.passbase import Pass, PassResult
 from onnxtools.passes._quantize_attention import AttentionScheme, operands, score_products
 from onnxtools.passes._quantize_int4 import Int4Scheme, block_size
 from onnxtools.passes._quantize_kv import KvScheme, caches

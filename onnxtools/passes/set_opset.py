@@ -9,11 +9,12 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from onnxtools.errors import JobError, UsageError
+from onnxtools.base.errors import JobError, UsageError
+from onnxtools.base.options import option
 from onnxtools.graph import Builder, attribute
 from onnxtools.infer import Facts, analyse
 from onnxtools.model import MAX_IR_VERSION, Model
-from onnxtools.passbase import Pass, PassResult, option
+from onnxtools.passbase import Pass, PassResult
 
 MAX_OPSET = 25
 """TensorRT 11's parser takes opset <= 25, ONNX Runtime 1.31 <= 26."""

@@ -9,12 +9,13 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from onnxtools.errors import JobError
+from onnxtools.base.errors import JobError
+from onnxtools.base.options import option
 from onnxtools.fp8 import quantize_rows
 from onnxtools.graph import Builder, attribute, constant_tensor, is_op, remove_unused, rename_or_bypass, replace_keeping_name
 from onnxtools.infer import Facts, constants
 from onnxtools.model import Model
-from onnxtools.passbase import Pass, PassResult, option
+from onnxtools.passbase import Pass, PassResult
 from onnxtools.tensors import StreamedTensor
 
 Q, DQ = "TRT_FP8QuantizeLinear", "TRT_FP8DequantizeLinear"

@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from onnxtools.errors import ModelError
+from onnxtools.base.errors import ModelError
 from onnxtools.fp8 import E4M3_MAX, to_e4m3
 from onnxtools.tensors import WORKERS, StreamedTensor, read_rows, slabs, thread_scratch
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxtools.errors import ModelError
+from onnxtools.base.errors import ModelError
 from onnxtools.infer import Facts
 from onnxtools.model import Model
 from onnxtools.products import Product, weight_products

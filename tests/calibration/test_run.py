@@ -12,11 +12,11 @@ import pytest
 pytest.importorskip("transformers")
 import torch
 
+from onnxtools.base.errors import JobError
 from onnxtools.calibration.options import Calibrated
 from onnxtools.calibration.run import Calibration, Findings, Layer
 from onnxtools.calibration.segments import segments
 from onnxtools.calibration.statistics import ChannelRange, Gram
-from onnxtools.errors import JobError
 from onnxtools.model import Model
 from onnxtools.passes.precision import Precision
 from tests.calibration.texts import calibration_file, tokens

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from gguf.quants import dequantize, quantize
 
+from onnxtools.base.errors import JobError, ModelError
 from onnxtools.checkpoints.base import Region
 from onnxtools.checkpoints.gguf import read_gguf
 from onnxtools.checkpoints.gguf_header import read_header
 from onnxtools.checkpoints.gguf_tokenizer import tokenizer_files
-from onnxtools.errors import JobError, ModelError
 from onnxtools.tensors import read_rows
 from tests.support import refuse
 

@@ -15,8 +15,8 @@ import safetensors.torch
 import torch
 import transformers
 
+from onnxtools.base.errors import ModelError
 from onnxtools.checkpoints.huggingface import read_folder
-from onnxtools.errors import ModelError
 from onnxtools.tensors import read_rows
 from tests.export import hf
 

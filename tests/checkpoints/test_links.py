@@ -10,8 +10,8 @@ import pytest
 pytest.importorskip("transformers", reason="the checkpoints are written by transformers (make setup installs it)")
 import torch
 
+from onnxtools.base.errors import ModelError
 from onnxtools.checkpoints.open import open_checkpoint
-from onnxtools.errors import ModelError
 from tests.export import hf
 
 NAMES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json")

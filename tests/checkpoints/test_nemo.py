@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from onnxtools.base.errors import ModelError
 from onnxtools.checkpoints import nemo
 from onnxtools.checkpoints.base import Region
 from onnxtools.checkpoints.nemo import read_nemo
-from onnxtools.errors import ModelError
 
 CONFIG = b"num_layers: 1\n"
 

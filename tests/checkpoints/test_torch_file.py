@@ -18,9 +18,9 @@ import pytest
 pytest.importorskip("torch", reason="the files are written by torch (make setup installs it)")
 import torch
 
+from onnxtools.base.errors import ModelError
 from onnxtools.checkpoints.base import Region
 from onnxtools.checkpoints.torch_file import loads, read_torch
-from onnxtools.errors import ModelError
 
 
 def saved(value: Any, **options: Any) -> bytes:

@@ -16,13 +16,13 @@ import numpy as np
 import onnx
 import pytest
 
+from onnxtools.base.errors import JobError, UsageError
 from onnxtools.engines.build import build
 from onnxtools.engines.builder import get_builder
 from onnxtools.engines.manifest import hash_file
 from onnxtools.engines.profiles import profiles_for
 from onnxtools.engines.spec import EngineSpec
 from onnxtools.engines.trtexec import trtexec_line
-from onnxtools.errors import JobError, UsageError
 from onnxtools.model import Model
 from tests.engines.conftest import Build
 from tests.engines.graphs import BF16, FIXTURES, FLOAT, HALF, INT64, files, fp8_linear, helper, linear, manifest, random, tensor, weights, write
@@ -242,7 +242,7 @@ import resource, sys
 from pathlib import Path
 from onnxtools.engines.build import build
 from onnxtools.engines.spec import EngineSpec
-from onnxtools.errors import JobError
+from onnxtools.base.errors import JobError
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 try:
     build(Path(sys.argv[1]), Path(sys.argv[2]), EngineSpec(max_seq_len=16))

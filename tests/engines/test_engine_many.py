@@ -15,11 +15,11 @@ import numpy as np
 import onnx
 import pytest
 
+from onnxtools.base.errors import JobError
 from onnxtools.engines.build import build
 from onnxtools.engines.manifest import check_plan, read_manifest
 from onnxtools.engines.many import visible_devices
 from onnxtools.engines.spec import EngineSpec
-from onnxtools.errors import JobError
 from tests.engines.graphs import helper, linear, tensor, write
 from tests.support import refuse, run, succeed
 

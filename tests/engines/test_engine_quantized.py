@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from onnxtools.errors import JobError
+from onnxtools.base.errors import JobError
 from tests.engines.conftest import Build
 from tests.support import succeed
 

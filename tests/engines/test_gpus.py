@@ -13,11 +13,11 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper, parser
 
+from onnxtools.base.errors import JobError
 from onnxtools.engines import gpus, kernel_library, last_words
 from onnxtools.engines.builder import Limits
 from onnxtools.engines.many import Job, build_many
 from onnxtools.engines.spec import EngineSpec
-from onnxtools.errors import JobError
 from onnxtools.evaluate.limits import Rates, Work, raised
 from onnxtools.evaluate.timing import Timing
 from onnxtools.model import Model

@@ -11,10 +11,10 @@ import pytest
 
 pytest.importorskip("transformers", reason="it makes the tiny checkpoint (make setup installs it)")
 
+from onnxtools.base.errors import JobError
 from onnxtools.engines.next_token import NEXT, add_next_token
 from onnxtools.engines.onnxrt import OrtRuntime
 from onnxtools.engines.ort_session import register_kernels
-from onnxtools.errors import JobError
 from onnxtools.evaluate.timing import generate_timed
 from onnxtools.generation.generate import generate
 from onnxtools.generation.options import GenerationOptions

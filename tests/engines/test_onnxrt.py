@@ -11,8 +11,8 @@ import pytest
 
 pytest.importorskip("transformers", reason="the models are written by transformers (make setup installs it)")
 
+from onnxtools.base.errors import JobError
 from onnxtools.engines.onnxrt import OrtRuntime
-from onnxtools.errors import JobError
 from onnxtools.generation.generate import generate
 from onnxtools.generation.options import GenerationOptions
 from onnxtools.generation.runtime import RuntimeOptions

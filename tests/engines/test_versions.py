@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from onnx import helper
 
+from onnxtools.base.errors import JobError, UsageError
 from onnxtools.engines.audit import holds, read_layers, summary
 from onnxtools.engines.many import engine_paths
 from onnxtools.engines.profiles import Profile, profiles_for
@@ -26,7 +27,6 @@ from onnxtools.engines.timing_cache import TimingCache
 from onnxtools.engines.trtexec import trtexec_line
 from onnxtools.engines.trtexec_builder import read_log, read_version
 from onnxtools.engines.versions import ceilings, check_options, is_mixed, is_strongly_typed
-from onnxtools.errors import JobError, UsageError
 from onnxtools.model import Model
 from tests.engines.graphs import FLOAT, random, tensor, two_of_four, weights, write
 from tests.support import run, succeed

@@ -55,7 +55,7 @@ def test_generation(both: tuple[Any, Any]) -> None:
 
 
 def test_its_path(tmp_path: Path) -> None:
-    from onnxtools.errors import OnnxtoolsError
+    from onnxtools.base.errors import OnnxtoolsError
 
     with pytest.raises(OnnxtoolsError):
         get_model("onnxtools")(model=str(tmp_path / "absent.onnx"))

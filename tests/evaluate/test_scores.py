@@ -14,8 +14,8 @@ import pytest
 pytest.importorskip("transformers", reason="the models are written by transformers (make setup installs it)")
 import torch
 
+from onnxtools.base.errors import JobError
 from onnxtools.engines.onnxrt import OrtRuntime
-from onnxtools.errors import JobError
 from onnxtools.evaluate import lambada
 from onnxtools.evaluate.lambada import Journal, Passage, PassageResult, compare_lambada, read_lambada, score_lambada, summarize_lambada
 from onnxtools.evaluate.scores import mean_interval, score_texts, share_interval

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from onnxtools.errors import ModelError
+from onnxtools.base.errors import ModelError
 from onnxtools.export.families import llama_gguf
 from onnxtools.export.rope import Rope, rope_of
 

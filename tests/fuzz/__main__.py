@@ -34,7 +34,7 @@ class TookTooLong(BaseException):
 
 def execute(name: str, number: int, where: Path) -> str:
     """One execution: `answered`, `refused`, or what went wrong."""
-    from onnxtools.errors import OnnxtoolsError
+    from onnxtools.base.errors import OnnxtoolsError
 
     from tests.fuzz.targets import TARGETS  # isort: skip
 

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from onnxtools.errors import OnnxtoolsError
+from onnxtools.base.errors import OnnxtoolsError
 from tests.fuzz import kill, mutate, targets
 from tests.fuzz.__main__ import execute, run
 

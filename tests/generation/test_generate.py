@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("transformers", reason="its generate is the reference (make setup installs it)")
 import torch
 
-from onnxtools.errors import JobError, UsageError
+from onnxtools.base.errors import JobError, UsageError
 from onnxtools.generation.generate import generate
 from onnxtools.generation.options import GenerationOptions
 from onnxtools.generation.runtime import Runtime, RuntimeOptions, open_runtime

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from onnxtools.errors import JobError
+from onnxtools.base.errors import JobError
 from onnxtools.generation.runtime import INFO_KEY, ModelInfo
 from tests.generation import vocabularies as v
 

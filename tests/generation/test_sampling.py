@@ -9,7 +9,7 @@ pytest.importorskip("transformers", reason="its logits processors are the refere
 import torch
 from transformers.generation import logits_process as theirs
 
-from onnxtools.errors import UsageError
+from onnxtools.base.errors import UsageError
 from onnxtools.generation.options import GenerationOptions
 from onnxtools.generation.sampling import draw, filtered, log_softmax, penalized
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer as Native
 
-from onnxtools.errors import JobError, OnnxtoolsError
+from onnxtools.base.errors import JobError, OnnxtoolsError
 from onnxtools.generation.text import Tokenizer
 from tests.generation import vocabularies as v
 
@@ -177,7 +177,7 @@ BROKEN: dict[str, dict[str, Any]] = {
 _TRY = """
 import sys
 from pathlib import Path
-from onnxtools.errors import OnnxtoolsError
+from onnxtools.base.errors import OnnxtoolsError
 from onnxtools.generation.text import Tokenizer
 try:
     tokenizer = Tokenizer.open(Path(sys.argv[1]))

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from onnxtools import __version__, registry
+from onnxtools import __version__
+from onnxtools.base import registry
 from onnxtools.cli.main import COMMANDS
 from tests.conftest import Make
 from tests.support import ROOT, Case, external, initializers, linear, normal, ops, refuse, succeed

@@ -20,5 +20,5 @@ def test_sympy_is_itself_for_others() -> None:
 
 
 def test_a_module_that_is_not_there_is_still_missed() -> None:
-    code = "from onnxtools.deferred import defer; defer('no_such_module'); import no_such_module"
+    code = "from onnxtools.base.deferred import defer; defer('no_such_module'); import no_such_module"
     assert "ModuleNotFoundError" in subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr

@@ -16,7 +16,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxtools.errors import JobError
+from onnxtools.base.errors import JobError
 from onnxtools.files import OwnFolder, replacing
 from onnxtools.model import Model
 from tests.support import FLOAT, Array, external, info, initializers, linear, normal, refuse, rel_l2, run, stored, succeed, write

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from onnxtools.base.errors import JobError
 from onnxtools.checkpoints.gguf_tokenizer import tokenizer_files
-from onnxtools.errors import JobError
 
 G = "tokenizer.ggml."
 TINY = {f"{G}model": "gpt2", f"{G}pre": "gpt-2", f"{G}tokens": ["a", "b", "ab", "<end>", "<tool>"], f"{G}token_type": [1, 1, 1, 3, 4], f"{G}merges": ["a b"]}

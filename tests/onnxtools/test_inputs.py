@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from onnxtools.errors import JobError, UsageError
-from onnxtools.inputs import check_regular, parse_yaml, shown
-from onnxtools.jsonl import read_jsonl
+from onnxtools.base.errors import JobError, UsageError
+from onnxtools.base.inputs import check_regular, parse_yaml, shown
+from onnxtools.base.jsonl import read_jsonl
 from onnxtools.recipe import read_recipe, read_yaml
 
 
@@ -88,7 +88,7 @@ def test_lines_of_json_are_read_as_far_as_they_are_wanted(tmp_path: Path) -> Non
 
 
 def test_an_endless_line_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onnxtools.jsonl.MAX_LINE", 1000)
+    monkeypatch.setattr("onnxtools.base.jsonl.MAX_LINE", 1000)
     (tmp_path / "d.jsonl").write_text('{"a": "' + "x" * 5000 + '"}\n')
     with pytest.raises(JobError, match=r"d\.jsonl:1: has more than 1000 characters"):
         read_jsonl(tmp_path / "d.jsonl")

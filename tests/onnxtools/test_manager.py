@@ -15,11 +15,12 @@ import pytest
 import yaml
 
 from onnxtools import __version__
-from onnxtools.errors import JobError
+from onnxtools.base.errors import JobError
+from onnxtools.base.options import option
 from onnxtools.instruments import Checker, Dump, NodeCount, NumericCheck, PeakMemory, Reproducer, Timing
 from onnxtools.manager import PROVENANCE_KEY, Instrument, PassManager, Step
 from onnxtools.model import Model
-from onnxtools.passbase import Numerics, Pass, PassResult, option
+from onnxtools.passbase import Numerics, Pass, PassResult
 from onnxtools.passes.cleanup import Cleanup
 from onnxtools.passes.convert import Convert
 from tests.support import Case, linear, normal, run, succeed

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from onnxtools.memory import releasing_pages
+from onnxtools.base.memory import releasing_pages
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 

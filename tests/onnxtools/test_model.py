@@ -14,7 +14,7 @@ import pytest
 from onnx import TensorProto, helper
 from onnx.external_data_helper import set_external_data
 
-from onnxtools.errors import ModelError
+from onnxtools.base.errors import ModelError
 from onnxtools.model import Model
 from tests.support import Session, external, info, linear, normal, refuse, stored, succeed, write
 

@@ -8,10 +8,11 @@ from typing import Any, Literal
 import click
 import pytest
 
-from onnxtools import registry
+from onnxtools.base import registry
+from onnxtools.base.errors import UsageError
+from onnxtools.base.options import option
 from onnxtools.cli.passes import pass_command
-from onnxtools.errors import UsageError
-from onnxtools.passbase import Pass, PassResult, option
+from onnxtools.passbase import Pass, PassResult
 
 
 @dataclass(frozen=True)

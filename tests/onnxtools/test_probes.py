@@ -13,7 +13,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from onnxtools import instruments
-from onnxtools.errors import JobError
+from onnxtools.base.errors import JobError
 from onnxtools.feeds import random_feeds, vocabulary
 from onnxtools.instruments import NumericCheck
 from onnxtools.manager import PassManager, Report

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from onnxtools.errors import UsageError
+from onnxtools.base.errors import UsageError
 from onnxtools.passes.add_kv_cache import AddKvCache
 from onnxtools.passes.convert import Convert
 from onnxtools.recipe import read_recipe

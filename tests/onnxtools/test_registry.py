@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from onnxtools import registry
-from onnxtools.errors import UsageError
+from onnxtools.base import registry
+from onnxtools.base.errors import UsageError
 from tests.support import ROOT, Session, linear, normal, ops, refuse
 
 MODULE = '''
@@ -18,7 +18,8 @@ MODULE = '''
 
 from dataclasses import dataclass
 import onnx_ir as ir
-from onnxtools.passbase import Pass, PassResult, option
+from onnxtools.passbase import Pass, PassResult
+from onnxtools.base.options import option
 
 @dataclass(frozen=True)
 class Negate(Pass):

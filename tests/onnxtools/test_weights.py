@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 
 from onnxtools import weights as w
-from onnxtools.errors import ModelError
+from onnxtools.base.errors import ModelError
 from onnxtools.tensors import RowTensor, elements, read_rows
 from onnxtools.weights import cast
 

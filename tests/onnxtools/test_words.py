@@ -19,13 +19,13 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, parser
 
+from onnxtools.base.errors import ModelError
+from onnxtools.base.extras import install_line
+from onnxtools.base.progress import Heartbeat, counted, progress
 from onnxtools.cli import main as entry
-from onnxtools.errors import ModelError
-from onnxtools.extras import install_line
 from onnxtools.manager import PassManager
 from onnxtools.model import Model
 from onnxtools.passbase import Pass, PassResult
-from onnxtools.progress import Heartbeat, counted, progress
 from tests.support import ROOT, linear, refuse, run, succeed
 
 ABSENT = {

@@ -12,7 +12,7 @@ import pytest
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
-from onnxtools.errors import ModelError
+from onnxtools.base.errors import ModelError
 from onnxtools.quantization.formats import FP8, INT4, INT8, Format, magnitudes, quantized, scale_of
 from onnxtools.tensors import raw_bytes
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from onnxtools.errors import ModelError
+from onnxtools.base.errors import ModelError
 from onnxtools.export.config import DecoderConfig, activation_of, check_plain, flag, head_dim_of, integer, number, token_ids
 from onnxtools.export.family import Family, Source
 from onnxtools.weights import Tensor, columns

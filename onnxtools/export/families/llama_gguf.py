@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from onnxtools.base.errors import ModelError
+from onnxtools.base.inputs import shown
 from onnxtools.checkpoints.gguf import ROPE_FACTORS
-from onnxtools.errors import ModelError
 from onnxtools.export.config import DecoderConfig, head_dim_of, integer, number, weight_shapes
 from onnxtools.export.family import Family, Source
 from onnxtools.export.rope import Rope, yarn_magnitude
-from onnxtools.inputs import shown
 from onnxtools.weights import Tensor, half_rotation
 
 _LAYER = {

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from onnxtools.base.errors import ModelError
+from onnxtools.base.inputs import shown
 from onnxtools.checkpoints.base import nested
 from onnxtools.checkpoints.te_extra_state import forward_scales
-from onnxtools.errors import ModelError
 from onnxtools.export.config import Activation, DecoderConfig, head_dim_of, integer, number
 from onnxtools.export.family import Family, FP8Scales, Source
 from onnxtools.export.rope import Rope
-from onnxtools.inputs import shown
 from onnxtools.weights import Tensor, flatten, pick_rows, plus_one, row_range
 
 _LAYER_NAMES: dict[str, dict[str, tuple[str, ...]]] = {

@@ -9,12 +9,9 @@ from __future__ import annotations
 import difflib
 import functools
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from onnxtools.errors import JobError, UsageError
-
-if TYPE_CHECKING:
-    from onnxtools.passbase import Pass
+from onnxtools.base.errors import JobError, UsageError
 
 PASSES = "onnxtools.passes"
 BUILDERS = "onnxtools.builders"
@@ -50,12 +47,3 @@ def load(name: str, group: str = PASSES) -> Any:
         distribution = known[name].dist
         package = distribution.name if distribution is not None else known[name].value
         raise UsageError(f"{_KIND[group]} {name!r} of package {package!r} cannot be imported ({error}); repair or uninstall the package") from error
-
-
-def load_pass(name: str) -> type[Pass]:
-    from onnxtools.passbase import Pass
-
-    found = load(name)
-    if not (isinstance(found, type) and issubclass(found, Pass)):
-        raise UsageError(f"entry point {name!r} is not a Pass; fix the package that registers it")
-    return found

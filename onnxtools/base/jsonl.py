@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from onnxtools.errors import JobError
-from onnxtools.inputs import check_regular
+from onnxtools.base.errors import JobError
+from onnxtools.base.inputs import check_regular
 
 MAX_LINE = 64 << 20
 """Characters of a line; a document of a million words has 6 million."""

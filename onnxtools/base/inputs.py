@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from onnxtools.errors import OnnxtoolsError
+from onnxtools.base.errors import OnnxtoolsError
 
 MAX_YAML_BYTES = 256 << 10
 """A recipe or a NeMo configuration has some 10 KB; PyYAML reads about 100 KB a second."""
