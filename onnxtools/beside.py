@@ -8,7 +8,7 @@ from pathlib import Path
 from onnxtools.base.errors import JobError
 from onnxtools.checkpoints.huggingface import BESIDE
 from onnxtools.model import Model
-from onnxtools.storage import Beside, files_of, recorded, sha256
+from onnxtools.storage.records import Beside, files_of, recorded, sha256
 
 INFO = "onnxtools.json"
 """What the model is, for people and for engines; the graph's own metadata says the same."""

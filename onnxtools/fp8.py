@@ -8,7 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from onnxtools.tensors import RowFunction
+from onnxtools.storage.rows import RowFunction
 
 Array = np.ndarray[Any, Any]
 

@@ -24,7 +24,7 @@ import onnx_ir as ir
 from onnxtools.graph import attribute, constant_tensor
 from onnxtools.infer_ops import SHAPE_RULES, UNKNOWN, VALUE_RULES, Disputed, Fact, output_dtypes
 from onnxtools.model import Model
-from onnxtools.tensors import elements
+from onnxtools.storage.rows import elements
 
 FLOAT_LIMIT = 1 << 16
 VALUE_LIMIT = 1 << 25

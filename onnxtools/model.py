@@ -5,23 +5,22 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import stat
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import onnx
 import onnx_ir
 import onnx_ir as ir
 
-from onnxtools.base.errors import ModelError, OnnxtoolsError
+from onnxtools.base.errors import ModelError, one_line
 from onnxtools.base.inputs import absent, check_regular
-from onnxtools.tensors import external_path
+from onnxtools.storage import external
+from onnxtools.storage.external import ExternalAttribute
+from onnxtools.storage.records import Beside
+from onnxtools.storage.rows import external_path
+from onnxtools.storage.save import SaveReport, save, to_proto
 from onnxtools.wellformed import check
-
-if TYPE_CHECKING:
-    from onnxtools.storage import Beside, SaveReport
 
 MAX_IR_VERSION = 13
 """ONNX Runtime 1.31 loads IR <= 13; onnx 1.23 would write 14."""
@@ -60,11 +59,11 @@ class Model:
         try:
             model = ir.from_proto(proto)
         except Exception as error:  # onnx_ir raises many types for ill-formed protos
-            raise ModelError(f"{path}: ill-formed ONNX graph ({_one_line(error)}); re-export the model") from error
+            raise ModelError(f"{path}: ill-formed ONNX graph ({one_line(error)}); re-export the model") from error
         loaded = cls(model, path, digest, notes)
         for tensor in loaded.external_tensors():
             tensor.base_dir = path.parent
-            check_external(tensor, path)
+            external.check_external(tensor, path)
         loaded._follow_hub_links()
         loaded.lift_constants()
         loaded._drop_initializer_inputs()
@@ -128,40 +127,19 @@ class Model:
 
     def weights(self) -> Iterator[tuple[onnx_ir.Value, onnx_ir.TensorProtocol]]:
         """(value, tensor) of every initializer, subgraphs included."""
-        for graph in self.ir.graphs():
-            for value in graph.initializers.values():
-                if value.const_value is not None:
-                    yield value, value.const_value
+        return external.weights(self.ir)
 
     def nodes_everywhere(self) -> Iterator[onnx_ir.Node]:
         """Every node, those of subgraphs and functions included."""
-        yield from self.ir.graph.all_nodes()
-        for function in self.ir.functions.values():
-            yield from function.all_nodes()
+        return external.nodes(self.ir)
 
-    def external_attributes(self) -> Iterator[tuple[MutableMapping[str, Any], str, onnx_ir.ExternalTensor]]:
-        """(attributes, name, tensor) of every attribute whose tensor lies in a data file: in subgraphs, functions and their defaults too."""
-        for attributes in self._attributes_everywhere():
-            for name, attribute in list(attributes.items()):
-                if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
-                    yield attributes, name, attribute.value
-
-    def _attributes_everywhere(self) -> Iterator[MutableMapping[str, Any]]:
-        """Of every node, and what attributes of functions are by default."""
-        yield from (node.attributes for node in self.nodes_everywhere())
-        yield from (function.attributes for function in self.ir.functions.values())
+    def external_attributes(self) -> Iterator[ExternalAttribute]:
+        """See `storage.external.external_attributes`."""
+        return external.external_attributes(self.ir)
 
     def external_tensors(self) -> Iterator[onnx_ir.ExternalTensor]:
         """Whatever lies in data files: initializers, and attributes of nodes."""
-        for _, tensor in self.weights():
-            if isinstance(tensor, ir.ExternalTensor):
-                yield tensor
-        for _, _, tensor in self.external_attributes():
-            yield tensor
-        for attributes in self._attributes_everywhere():
-            for attribute in attributes.values():
-                if attribute.type == ir.AttributeType.TENSORS:
-                    yield from (tensor for tensor in attribute.value if isinstance(tensor, ir.ExternalTensor))
+        return external.external_tensors(self.ir)
 
     def weight_bytes(self) -> int:
         return sum(tensor.nbytes for _, tensor in self.weights())
@@ -172,21 +150,11 @@ class Model:
         Raises:
             OnnxtoolsError: a weight cannot be computed.
         """
-        try:
-            return ir.to_proto(self.ir)
-        except Exception as error:  # onnx_ir wraps what a weight raises while it is computed
-            cause: BaseException = error
-            while not isinstance(cause, OnnxtoolsError) and (deeper := cause.__cause__ or cause.__context__) is not None:
-                cause = deeper
-            if isinstance(cause, OnnxtoolsError):
-                raise cause from None
-            raise ModelError(f"{self.path}: cannot be written as ONNX ({_one_line(cause)}); export the model again") from error
+        return to_proto(self.ir, self.path)
 
     def save(self, path: str | os.PathLike[str], *, copy_weights: bool = False, weights: bool = True, beside: Beside | None = None) -> SaveReport:
-        """Write the graph to `path` atomically; see `onnxtools.storage.save`."""
-        from onnxtools import storage
-
-        return storage.save(self, Path(path), copy_weights=copy_weights, weights=weights, beside=beside)
+        """Write the graph to `path` atomically; see `onnxtools.storage.save.save`."""
+        return save(self.ir, Path(path), origin=self.path, copy_weights=copy_weights, weights=weights, beside=beside)
 
 
 def _is_weight(tensor: ir.TensorProtocol) -> bool:
@@ -233,47 +201,6 @@ def _cycle_node(graph: ir.Graph) -> str:
     return f"node {first.name!r} ({first.op_type})" if first is not None else "a node"
 
 
-def check_external(tensor: ir.ExternalTensor, model_path: Path) -> None:
-    """Refuse a data file that is missing, too short, no file, outside the model's folder, or a link that leads out of it.
-
-    The rules are onnx's own (a data file behind a link, or outside the folder, is refused by onnx and onnx_ir); the links of a
-    Hugging Face cache lead from `snapshots/REVISION/` into the `blobs/` of the same repository and are followed.
-    """
-    location = str(tensor.location)
-    where = f"{model_path}: weight {tensor.name!r} lies in external data {location!r}"
-    if Path(location).is_absolute() or ".." in Path(location).parts:
-        raise ModelError(f"{where}, which leaves the model's folder; move the file beside the model and re-save")
-    file = external_path(tensor)
-    probe = Path(tensor.base_dir)
-    for part in Path(location).parts:
-        probe = probe / part
-        if probe.is_symlink() and hub_blob(probe) is None:
-            raise ModelError(f"{where}, which is a symbolic link; replace it by the file itself")
-    try:
-        status = file.stat()
-    except OSError:
-        raise ModelError(f"{where}, which is missing; put the file beside the model") from None
-    if not stat.S_ISREG(status.st_mode):
-        raise ModelError(f"{where}, which is no file; put the data file beside the model")
-    offset = tensor.offset or 0
-    length = tensor.length if tensor.length is not None else tensor.nbytes
-    if offset < 0 or length != tensor.nbytes:
-        raise ModelError(f"{where} at offset {offset} with length {length}, but its shape needs {tensor.nbytes} bytes; re-export the model")
-    if status.st_size < offset + length:
-        raise ModelError(f"{where}, which ends at byte {status.st_size} but should reach {offset + length}; the file is truncated, copy it again")
-
-
-def hub_blob(link: Path) -> Path | None:
-    """The file that a link of a Hugging Face cache leads to; None where it is another link.
-
-    huggingface_hub's layout: `REPOSITORY/snapshots/REVISION/NAME` is a link to `REPOSITORY/blobs/HASH`.
-    """
-    real = link.resolve()
-    folder = link.parent.resolve()
-    snapshots = next((parent for parent in (folder, *folder.parents) if parent.parent.name == "snapshots"), None)
-    return real if snapshots is not None and real.parent == snapshots.parent.parent / "blobs" else None
-
-
 def _real(tensor: ir.ExternalTensor) -> ir.ExternalTensor:
     """The tensor itself, or one that refers to the file behind a link that `check_external` let pass."""
     file = external_path(tensor)
@@ -283,5 +210,11 @@ def _real(tensor: ir.ExternalTensor) -> ir.ExternalTensor:
     return ir.ExternalTensor(real.name, tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=tensor.name, base_dir=real.parent)
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
+def file_stamps(path: Path) -> list[list[str | int]]:
+    """Name, size and time of change of a model's files (hashing them would read them): of a graph and its data, or of all in a folder."""
+    files = [path]
+    if path.suffix == ".onnx":
+        files += sorted({external_path(tensor) for tensor in Model.load(path).external_tensors()})
+    elif path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.is_file())
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]

@@ -11,11 +11,11 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from onnxtools.base.errors import JobError
+from onnxtools.base.errors import JobError, one_line
 from onnxtools.feeds import Array, Feeds
 from onnxtools.model import Model
 from onnxtools.part import part
-from onnxtools.tensors import RowTensor, elements
+from onnxtools.storage.rows import RowTensor, elements
 
 IN_MEMORY_LIMIT = 1_500_000_000
 REFERENCE_LIMIT = 64 << 20
@@ -112,10 +112,6 @@ class Runner:
         if missing:
             raise JobError(f"no data for the graph's input {missing[0]!r}; add it to the inputs file")
         return dict(zip(self.outputs, self._run(dict(feeds)), strict=True))
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 def ort_value(array: Array, type_name: str) -> Any:

@@ -10,8 +10,8 @@ import onnx_ir as ir
 from onnxtools.base.errors import OnnxtoolsError
 from onnxtools.graph import graphs_inside, is_op
 from onnxtools.model import Model
-from onnxtools.tensors import RowTensor
-from onnxtools.weights import row_range, shape_of
+from onnxtools.storage.lazy import row_range, shape_of
+from onnxtools.storage.rows import RowTensor
 
 TABLE_ROWS = 1024
 """Rows of an embedding table that a part keeps: token ids in it must be below."""

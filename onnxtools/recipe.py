@@ -12,8 +12,8 @@ import yaml
 from onnxtools.base.errors import JobError, UsageError
 from onnxtools.base.inputs import MAX_YAML_BYTES, check_regular, parse_yaml, shown
 from onnxtools.base.options import convert_fields
-from onnxtools.files import replacing
 from onnxtools.passbase import Pass, load_pass
+from onnxtools.storage.files import replacing
 
 if TYPE_CHECKING:
     from onnxtools.engines.spec import EngineSpec

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxtools.tensors import read_rows, slabs
+from onnxtools.storage.rows import read_rows, slabs
 
 Array = np.ndarray[Any, Any]
 

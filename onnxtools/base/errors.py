@@ -25,3 +25,8 @@ class ModelError(JobError):
 
 class NoMatchError(JobError):
     """A pass found nothing to work on, and doing nothing would mislead."""
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """What `error` says, on one line of at most `limit` characters."""
+    return " ".join(str(error).split())[:limit]

@@ -27,11 +27,10 @@ from onnxtools.calibration.options import Calibrated
 from onnxtools.calibration.segments import Segment, segments
 from onnxtools.calibration.session import SegmentSession
 from onnxtools.calibration.statistics import Observer
-from onnxtools.files import OwnFolder, replacing
 from onnxtools.infer import analyse
-from onnxtools.model import Model
-from onnxtools.storage import file_stamps
-from onnxtools.tensors import RowTensor, Scratch, read_rows
+from onnxtools.model import Model, file_stamps
+from onnxtools.storage.files import OwnFolder, replacing
+from onnxtools.storage.rows import RowTensor, Scratch, read_rows
 
 _LOG = logging.getLogger("onnxtools")
 Array = np.ndarray[Any, Any]

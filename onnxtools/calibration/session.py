@@ -14,13 +14,13 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from onnxtools.base.errors import JobError
+from onnxtools.base.errors import JobError, one_line
 from onnxtools.calibration.segments import Segment, outer_inputs
 from onnxtools.feeds import Array, Feeds
 from onnxtools.graph import constant_tensor, is_op
 from onnxtools.model import Model
-from onnxtools.ort import one_line, ort_value, to_numpy, widen_node
-from onnxtools.tensors import elements, external_path
+from onnxtools.ort import ort_value, to_numpy, widen_node
+from onnxtools.storage.rows import elements, external_path
 
 _NARROW = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 _NARROW_TYPES = {dtype.value for dtype in _NARROW}

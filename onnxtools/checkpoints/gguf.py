@@ -15,7 +15,7 @@ from onnxtools.base.inputs import shown
 from onnxtools.checkpoints.base import Checkpoint, Region, reading
 from onnxtools.checkpoints.gguf_header import TensorEntry, read_header
 from onnxtools.checkpoints.gguf_tokenizer import tokenizer_files
-from onnxtools.tensors import RowTensor, Scratch, elements
+from onnxtools.storage.rows import RowTensor, Scratch, elements
 
 _RAW = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
 ROPE_FACTORS = "rope_freqs.weight"
@@ -45,7 +45,7 @@ class QuantizedRows(RowTensor):
     def rows(self, start: int, stop: int, scratch: Scratch | None = None) -> np.ndarray:
         from gguf.quants import dequantize
 
-        from onnxtools.tensors import read_rows
+        from onnxtools.storage.rows import read_rows
 
         shape = list(self.shape.numpy())
         inner = int(np.prod(shape[1:-1], dtype=np.int64))

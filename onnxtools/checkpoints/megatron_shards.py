@@ -9,7 +9,7 @@ from typing import Any
 import onnx_ir as ir
 
 from onnxtools.base.errors import ModelError
-from onnxtools.weights import hstack, row_range, vstack
+from onnxtools.storage.lazy import hstack, row_range, vstack
 
 _COLUMN = ("word_embeddings.weight", "output_layer.weight", "query_key_value", "linear_qkv", "layernorm_qkv", "dense_h_to_4h", "linear_fc1", "fc1_")
 """Split over ranks along the outputs (rows of [out, in]), biases too."""

@@ -20,7 +20,7 @@ from onnxtools.checkpoints.base import Checkpoint, Region, member, nested, readi
 from onnxtools.checkpoints.huggingface import BESIDE, state_dict
 from onnxtools.checkpoints.megatron_shards import merge
 from onnxtools.checkpoints.torch_file import read_torch
-from onnxtools.files import OwnFolder
+from onnxtools.storage.files import OwnFolder
 
 _SHARD = re.compile(r"(?:tp_rank_(\d+)_pp_rank_(\d+)|mp_rank_(\d+))/[^/]+\.ckpt$")
 _MAX_MEMBERS = 200_000

@@ -12,7 +12,7 @@ from onnxtools.base.progress import counted
 from onnxtools.cli.options import PATH, from_parameters
 from onnxtools.cli.runtimes import open_tokenizer, opened, runtime_command, runtime_options, say_notes
 from onnxtools.evaluate.timing import BenchmarkOptions
-from onnxtools.files import replacing
+from onnxtools.storage.files import replacing
 
 if TYPE_CHECKING:
     from onnxtools.evaluate.timing import Timing

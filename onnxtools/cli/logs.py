@@ -60,7 +60,7 @@ def _log_file(context: click.Context, parameter: click.Parameter, value: Path | 
         return
     from onnxtools import __version__
     from onnxtools.base.errors import JobError
-    from onnxtools.files import refuse_special
+    from onnxtools.storage.files import refuse_special
 
     refuse_special(value)
     if value.is_dir():

@@ -92,7 +92,7 @@ def open_tokenizer(path: Path | None, runtime: Runtime, model: Path) -> Tokenize
     own = runtime.info.folder
     if path is None and model.is_file():
         from onnxtools.beside import check_beside
-        from onnxtools.storage import files_of
+        from onnxtools.storage.records import files_of
 
         manifest = getattr(runtime, "manifest", None)
         beside = manifest["graph"].get("beside") if manifest else files_of(model)["beside"]

@@ -14,7 +14,7 @@ from pathlib import Path
 import filelock
 
 from onnxtools.base.errors import JobError
-from onnxtools.files import replacing
+from onnxtools.storage.files import replacing
 
 SOURCES = Path(__file__).parent / "cuda"
 MIN_CAPABILITY = 90

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from onnxtools.graph import Builder, attribute, constant_tensor, is_op, remove_unused, rename_or_bypass, small_constant
 from onnxtools.model import Model
 from onnxtools.products import Product, weight_products
-from onnxtools.weights import shape_of
+from onnxtools.storage.lazy import shape_of
 
 DOMAIN = "onnxtools"
 _TYPES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)

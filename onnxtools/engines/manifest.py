@@ -19,8 +19,8 @@ from onnxtools.engines.spec import EngineSpec
 from onnxtools.kvcache import MODEL_KEY
 from onnxtools.manager import provenance
 from onnxtools.model import Model
-from onnxtools.storage import recorded
-from onnxtools.tensors import external_path
+from onnxtools.storage.records import recorded
+from onnxtools.storage.rows import external_path
 
 FORMAT = "onnxtools.engine/1"
 _PIECE = 8 << 20

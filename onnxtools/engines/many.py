@@ -25,8 +25,8 @@ from onnxtools.engines.build import build
 from onnxtools.engines.builder import get_builder
 from onnxtools.engines.manifest import manifest_path
 from onnxtools.engines.spec import EngineSpec
-from onnxtools.files import sweep
 from onnxtools.model import Model
+from onnxtools.storage.files import sweep
 
 _OVERHEAD = 1 << 30
 """Of a process with TensorRT in it; its weights are counted twice, as it holds them and the plan."""

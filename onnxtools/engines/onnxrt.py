@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxtools.base.errors import JobError
+from onnxtools.base.errors import JobError, one_line
 from onnxtools.base.memory import available_bytes
 from onnxtools.engines.decoder_io import decoder_io
 from onnxtools.engines.next_token import NEXT, PAST_TOKENS
@@ -20,7 +20,6 @@ from onnxtools.engines.ort_session import DeviceOps, choose_device, device_memor
 from onnxtools.engines.ort_states import DeviceLogits, Growing, Static, Whole
 from onnxtools.generation.runtime import Floats, HostLogits, Ids, Logits, ModelInfo, Prompts, RuntimeOptions, check_length, padded
 from onnxtools.model import Model
-from onnxtools.ort import one_line
 
 
 class OrtRuntime:

@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from onnxtools.base.errors import JobError
+from onnxtools.base.errors import JobError, one_line
 from onnxtools.base.extras import install_line
 from onnxtools.engines.decoder_io import Port
 from onnxtools.engines.kernel_library import MIN_CAPABILITY, device_capability, find_nvcc, kernel_library
@@ -23,7 +23,7 @@ from onnxtools.generation.runtime import RuntimeOptions
 from onnxtools.graph import attribute, is_fp8_qdq
 from onnxtools.kvcache import settle_sizes
 from onnxtools.model import Model
-from onnxtools.ort import BROKEN_OPTIMIZERS, one_line
+from onnxtools.ort import BROKEN_OPTIMIZERS
 
 
 def choose_device(wanted: str, notes: list[str]) -> str:

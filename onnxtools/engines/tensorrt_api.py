@@ -33,7 +33,7 @@ from onnxtools.engines.profiles import Profile
 from onnxtools.engines.spec import EngineSpec, pool_size, pool_type
 from onnxtools.engines.timing_cache import TimingCache
 from onnxtools.model import Model
-from onnxtools.tensors import external_path
+from onnxtools.storage.rows import external_path
 
 _LOG = logging.getLogger("onnxtools")
 IO_SOURCE = "parsed network (a plan is read back on a GPU only)"

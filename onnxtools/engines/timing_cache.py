@@ -15,7 +15,7 @@ from filelock import FileLock
 from onnxtools.base.errors import JobError
 from onnxtools.engines.spec import EngineSpec
 from onnxtools.engines.versions import Version
-from onnxtools.files import make_parent, replacing
+from onnxtools.storage.files import make_parent, replacing
 
 
 def check_timing_cache(path: Path) -> None:

@@ -11,12 +11,12 @@ from pathlib import Path
 from onnxtools.base.errors import JobError, UsageError
 from onnxtools.engines.onnxrt import OrtRuntime
 from onnxtools.evaluate.lambada import Passage, PassageResult, compare_lambada, score_lambada, summarize_lambada, tokenized
-from onnxtools.files import OwnFolder
 from onnxtools.generation.runtime import RuntimeOptions
 from onnxtools.generation.text import Tokenizer
 from onnxtools.manager import PassManager
 from onnxtools.model import Model
 from onnxtools.passes.quantize import Quantize
+from onnxtools.storage.files import OwnFolder
 
 
 @dataclass(frozen=True)

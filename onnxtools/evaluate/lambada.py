@@ -20,9 +20,9 @@ from onnxtools.base.errors import JobError
 from onnxtools.base.inputs import check_regular, shown
 from onnxtools.base.jsonl import read_jsonl
 from onnxtools.evaluate.scores import Scored, mean_interval, perplexity, score_texts, share_interval
-from onnxtools.files import try_lock
 from onnxtools.generation.runtime import Runtime
 from onnxtools.generation.text import Tokenizer
+from onnxtools.storage.files import try_lock
 
 
 @dataclass(frozen=True)

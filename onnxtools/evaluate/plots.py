@@ -11,7 +11,7 @@ import numpy as np
 from onnxtools.base.errors import JobError, UsageError
 from onnxtools.base.extras import install_line
 from onnxtools.evaluate.timing import Timing
-from onnxtools.files import make_parent
+from onnxtools.storage.files import make_parent
 
 _FORMATS = (".png", ".svg", ".pdf")
 

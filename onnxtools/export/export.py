@@ -23,8 +23,8 @@ from onnxtools.export.graph import DTYPES, build_decoder
 from onnxtools.export.options import ExportOptions
 from onnxtools.kvcache import MODEL_KEY
 from onnxtools.model import Model
-from onnxtools.storage import SaveReport
-from onnxtools.weights import RandomRows, Tensor
+from onnxtools.storage.lazy import RandomRows, Tensor
+from onnxtools.storage.save import SaveReport
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _SIZES = {

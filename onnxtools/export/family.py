@@ -15,7 +15,7 @@ import onnx_ir as ir
 from onnxtools.base import registry
 from onnxtools.base.errors import ModelError
 from onnxtools.export.config import DecoderConfig
-from onnxtools.weights import Tensor, equal, shape_of
+from onnxtools.storage.lazy import Tensor, equal, shape_of
 
 _SHOWN = 8
 

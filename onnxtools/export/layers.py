@@ -18,8 +18,8 @@ from onnxtools.export.family import Weights
 from onnxtools.export.options import ExportOptions
 from onnxtools.fp8 import quantize_rows
 from onnxtools.graph import Builder
-from onnxtools.tensors import StreamedTensor
-from onnxtools.weights import Tensor, cast
+from onnxtools.storage.lazy import Tensor, cast
+from onnxtools.storage.rows import StreamedTensor
 
 FLOAT, INT64, FP8 = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.FLOAT8E4M3FN
 

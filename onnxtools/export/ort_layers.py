@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from onnxtools.export.config import Activation
 from onnxtools.export.layers import Layers
-from onnxtools.weights import hstack, vstack
+from onnxtools.storage.lazy import hstack, vstack
 
 MICROSOFT = "com.microsoft"
 

@@ -13,7 +13,7 @@ from onnxtools.products import Product
 from onnxtools.quantization.compensation import compensated
 from onnxtools.quantization.groups import matrix
 from onnxtools.sparsity import prune_2_4
-from onnxtools.tensors import StreamedTensor
+from onnxtools.storage.rows import StreamedTensor
 
 Array = np.ndarray[Any, Any]
 

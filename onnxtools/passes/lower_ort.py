@@ -15,8 +15,8 @@ from onnxtools.model import Model
 from onnxtools.passbase import Pass, PassResult
 from onnxtools.products import Product, weight_products
 from onnxtools.quantization.qdq import times
-from onnxtools.tensors import RowTensor, Scratch, StreamedTensor, elements, raw_bytes, read_rows
-from onnxtools.weights import shape_of
+from onnxtools.storage.lazy import shape_of
+from onnxtools.storage.rows import RowTensor, Scratch, StreamedTensor, elements, raw_bytes, read_rows
 
 Array = np.ndarray[Any, Any]
 

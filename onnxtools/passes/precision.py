@@ -24,8 +24,8 @@ from onnxtools.model import Model
 from onnxtools.passbase import PassResult
 from onnxtools.products import weight_products
 from onnxtools.readers import readers
-from onnxtools.tensors import StreamedTensor, elements
-from onnxtools.weights import cast
+from onnxtools.storage.lazy import cast
+from onnxtools.storage.rows import StreamedTensor, elements
 
 FLOAT = ir.DataType.FLOAT
 _FP16_MAX = 65504.0

@@ -20,7 +20,7 @@ from onnxtools.products import Product, weight_products
 from onnxtools.readers import is_embedding, own_weights, readers
 from onnxtools.selection import Selected, head_product
 from onnxtools.sparsity import prune_2_4
-from onnxtools.tensors import StreamedTensor
+from onnxtools.storage.rows import StreamedTensor
 
 _DTYPES = {
     ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E5M2,

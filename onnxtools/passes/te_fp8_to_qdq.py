@@ -16,7 +16,7 @@ from onnxtools.graph import Builder, attribute, constant_tensor, is_op, remove_u
 from onnxtools.infer import Facts, constants
 from onnxtools.model import Model
 from onnxtools.passbase import Pass, PassResult
-from onnxtools.tensors import StreamedTensor
+from onnxtools.storage.rows import StreamedTensor
 
 Q, DQ = "TRT_FP8QuantizeLinear", "TRT_FP8DequantizeLinear"
 _FP8 = ir.DataType.FLOAT8E4M3FN

@@ -15,7 +15,7 @@ from onnxtools.model import Model
 from onnxtools.passbase import Pass, PassResult
 from onnxtools.passes.set_opset import SetOpset
 from onnxtools.passes.te_fp8_to_qdq import _weight
-from onnxtools.tensors import StreamedTensor
+from onnxtools.storage.rows import StreamedTensor
 
 # TransformerEngine 2.6 emitted the dynamic operator under the name of the static one, with a single input.
 QUANTIZE = ("TRT_MXFP8DynamicQuantize", "TRT_MXFP8QuantizeLinear")

@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from onnxtools.base.errors import ModelError
 from onnxtools.fp8 import E4M3_MAX, to_e4m3
-from onnxtools.tensors import WORKERS, StreamedTensor, read_rows, slabs, thread_scratch
+from onnxtools.storage.rows import WORKERS, StreamedTensor, read_rows, slabs, thread_scratch
 
 Array = np.ndarray[Any, Any]
 

@@ -16,7 +16,7 @@ from onnxtools.products import Product, weight_products
 from onnxtools.quantization.compensation import compensated
 from onnxtools.quantization.folding import Fold, Folder
 from onnxtools.quantization.formats import Format, magnitudes, scale_of
-from onnxtools.tensors import elements
+from onnxtools.storage.rows import elements
 
 Array = np.ndarray[Any, Any]
 

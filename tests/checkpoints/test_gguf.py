@@ -16,7 +16,7 @@ from onnxtools.checkpoints.base import Region
 from onnxtools.checkpoints.gguf import read_gguf
 from onnxtools.checkpoints.gguf_header import read_header
 from onnxtools.checkpoints.gguf_tokenizer import tokenizer_files
-from onnxtools.tensors import read_rows
+from onnxtools.storage.rows import read_rows
 from tests.support import refuse
 
 WHOLE = np.random.default_rng(1).standard_normal((40, 64)).astype(np.float32)

@@ -17,7 +17,7 @@ import transformers
 
 from onnxtools.base.errors import ModelError
 from onnxtools.checkpoints.huggingface import read_folder
-from onnxtools.tensors import read_rows
+from onnxtools.storage.rows import read_rows
 from tests.export import hf
 
 

@@ -181,8 +181,8 @@ def test_random_weights_of_every_family_run(family: str, tmp_path: Path) -> None
 def test_random_weights_do_not_depend_on_slabs() -> None:
     import onnx_ir as ir
 
-    from onnxtools.tensors import read_rows
-    from onnxtools.weights import RandomRows
+    from onnxtools.storage.lazy import RandomRows
+    from onnxtools.storage.rows import read_rows
 
     tensor = RandomRows((5000, 48), ir.DataType.FLOAT, "w", 0.0, 0.02)
     whole = read_rows(tensor, 0, 5000)

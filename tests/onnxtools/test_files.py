@@ -17,8 +17,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxtools.base.errors import JobError
-from onnxtools.files import OwnFolder, replacing
 from onnxtools.model import Model
+from onnxtools.storage.files import OwnFolder, replacing
 from tests.support import FLOAT, Array, external, info, initializers, linear, normal, refuse, rel_l2, run, stored, succeed, write
 
 UINT8 = TensorProto.UINT8
@@ -359,7 +359,7 @@ def test_no_run_takes_what_another_has_just_made_for_a_leftover(tmp_path: Path) 
 
 def test_saving_into_a_folder_of_our_own_waits_for_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The folder is locked by this very process: to wait for that lock was to wait until the patience for others ended."""
-    monkeypatch.setattr("onnxtools.files._LOCK_SECONDS", 1e9)
+    monkeypatch.setattr("onnxtools.storage.files._LOCK_SECONDS", 1e9)
     with OwnFolder("x-", tmp_path) as own:
         Model.load(linear(tmp_path / "m.onnx")).save(own / "copy.onnx", copy_weights=True)
         assert (own / "copy.onnx").is_file()

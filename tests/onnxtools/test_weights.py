@@ -9,10 +9,10 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from onnxtools import weights as w
 from onnxtools.base.errors import ModelError
-from onnxtools.tensors import RowTensor, elements, read_rows
-from onnxtools.weights import cast
+from onnxtools.storage import lazy as w
+from onnxtools.storage.lazy import cast
+from onnxtools.storage.rows import RowTensor, elements, read_rows
 
 WHOLE = np.random.default_rng(1).standard_normal((24, 6)).astype(np.float32)
 

@@ -14,7 +14,7 @@ from onnx.reference import ReferenceEvaluator
 
 from onnxtools.base.errors import ModelError
 from onnxtools.quantization.formats import FP8, INT4, INT8, Format, magnitudes, quantized, scale_of
-from onnxtools.tensors import raw_bytes
+from onnxtools.storage.rows import raw_bytes
 
 Array = np.ndarray[Any, Any]
 WEIGHT = (np.random.default_rng(1).standard_normal((48, 64)) * np.geomspace(0.01, 30, 48)[:, None]).astype(np.float32)

@@ -8,7 +8,7 @@ from typing import Any
 from onnxtools.base.errors import ModelError
 from onnxtools.export.config import DecoderConfig, activation_of, check_plain, flag, head_dim_of, integer, number, token_ids
 from onnxtools.export.family import Family, Source
-from onnxtools.weights import Tensor, columns
+from onnxtools.storage.lazy import Tensor, columns
 
 
 def config(raw: Mapping[str, Any], family: str = "gpt2") -> DecoderConfig:

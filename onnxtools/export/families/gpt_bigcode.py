@@ -10,7 +10,7 @@ from typing import Any
 from onnxtools.export.config import DecoderConfig, flag
 from onnxtools.export.families import gpt2
 from onnxtools.export.family import Family, Source
-from onnxtools.weights import Tensor, pick_rows, row_range
+from onnxtools.storage.lazy import Tensor, pick_rows, row_range
 
 
 def config(raw: Mapping[str, Any]) -> DecoderConfig:

@@ -8,7 +8,7 @@ from typing import Any
 from onnxtools.export.config import DecoderConfig, activation_of, check_plain, flag, head_dim_of, integer, number, token_ids, weight_shapes
 from onnxtools.export.family import Family, Source
 from onnxtools.export.rope import rope_of
-from onnxtools.weights import Tensor
+from onnxtools.storage.lazy import Tensor
 
 
 def config(raw: Mapping[str, Any], family: str = "llama", partial: float | None = None) -> DecoderConfig:

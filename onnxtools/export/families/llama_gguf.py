@@ -13,7 +13,7 @@ from onnxtools.checkpoints.gguf import ROPE_FACTORS
 from onnxtools.export.config import DecoderConfig, head_dim_of, integer, number, weight_shapes
 from onnxtools.export.family import Family, Source
 from onnxtools.export.rope import Rope, yarn_magnitude
-from onnxtools.weights import Tensor, half_rotation
+from onnxtools.storage.lazy import Tensor, half_rotation
 
 _LAYER = {
     "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",

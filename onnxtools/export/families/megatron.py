@@ -12,7 +12,7 @@ from onnxtools.checkpoints.te_extra_state import forward_scales
 from onnxtools.export.config import Activation, DecoderConfig, head_dim_of, integer, number
 from onnxtools.export.family import Family, FP8Scales, Source
 from onnxtools.export.rope import Rope
-from onnxtools.weights import Tensor, flatten, pick_rows, plus_one, row_range
+from onnxtools.storage.lazy import Tensor, flatten, pick_rows, plus_one, row_range
 
 _LAYER_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     # {part: (spellings of its module or of its weight and bias)}, tried in order; `{}` stands for weight or bias.

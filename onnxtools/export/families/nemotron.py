@@ -9,7 +9,7 @@ from typing import Any
 from onnxtools.export.config import DecoderConfig, activation_of, number
 from onnxtools.export.families import llama
 from onnxtools.export.family import Family, Source
-from onnxtools.weights import Tensor, plus_one
+from onnxtools.storage.lazy import Tensor, plus_one
 
 
 def config(raw: Mapping[str, Any]) -> DecoderConfig:

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxtools.base.errors import ModelError
-from onnxtools.tensors import RowTensor, Scratch, StreamedTensor, external_path, read_rows, row_bytes
+from onnxtools.storage.rows import RowTensor, Scratch, StreamedTensor, external_path, read_rows, row_bytes
 
 Tensor = ir.TensorProtocol
 
