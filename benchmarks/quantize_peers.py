@@ -23,7 +23,7 @@ from onnxruntime.quantization.matmul_nbits_quantizer import HQQWeightOnlyQuantCo
 
 from onnxtools.calibration.data import read_samples
 from onnxtools.evaluate.lambada import read_lambada
-from onnxtools.model import Model
+from onnxtools.ir.model import Model
 from onnxtools.passes.quantize import Quantize
 from onnxtools.selection import head_product
 

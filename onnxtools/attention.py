@@ -14,9 +14,9 @@ import onnx_ir as ir
 
 from onnxtools.axes import LAYOUT_OPS, Atom, Layout, LayoutError, follow, leaves, regroup, start
 from onnxtools.base.errors import JobError
-from onnxtools.graph import attribute, is_op
 from onnxtools.infer import Facts
-from onnxtools.model import Model
+from onnxtools.ir.model import Model
+from onnxtools.ir.query import attribute, is_op
 
 _UNARY = {"Cast", "Identity", "QuantizeLinear", "DequantizeLinear", "Tanh", "Clip", "Dropout", "Relu", "Sigmoid"}
 _BINARY = {"Mul", "Div", "Add", "Sub", "Where", "Max", "Min"}

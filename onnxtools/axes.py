@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from onnxtools.graph import attribute
 from onnxtools.infer import Facts
+from onnxtools.ir.query import attribute
 
 
 @dataclass(eq=False)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from onnxtools.base.errors import JobError
 from onnxtools.checkpoints.huggingface import BESIDE
-from onnxtools.model import Model
+from onnxtools.ir.model import Model
 from onnxtools.storage.records import Beside, files_of, recorded, sha256
 
 INFO = "onnxtools.json"

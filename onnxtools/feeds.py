@@ -11,10 +11,10 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxtools.base.errors import JobError
-from onnxtools.graph import attribute, constant_tensor, is_op
 from onnxtools.infer import analyse, dim_name, dim_terms, is_ids_like, stand_ins, token_input
+from onnxtools.ir.model import Model
+from onnxtools.ir.query import attribute, constant_tensor, is_op
 from onnxtools.kvcache import positions, settle_sizes
-from onnxtools.model import Model
 
 Array = np.ndarray[Any, Any]
 Feeds = dict[str, Array]

@@ -21,9 +21,9 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from onnxtools.graph import attribute, constant_tensor
 from onnxtools.infer_ops import SHAPE_RULES, UNKNOWN, VALUE_RULES, Disputed, Fact, output_dtypes
-from onnxtools.model import Model
+from onnxtools.ir.model import Model
+from onnxtools.ir.query import attribute, constant_tensor
 from onnxtools.storage.rows import elements
 
 FLOAT_LIMIT = 1 << 16

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from onnxtools.graph import attribute
+from onnxtools.ir.query import attribute
 
 Array = np.ndarray[Any, Any]
 

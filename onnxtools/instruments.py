@@ -15,10 +15,10 @@ from onnxtools.base.errors import JobError, OnnxtoolsError
 from onnxtools.base.memory import peak_mib
 from onnxtools.feeds import Array, Feeds, Probe, long_probe, probes, too_costly
 from onnxtools.infer import token_input
+from onnxtools.ir.model import Model
+from onnxtools.ir.part import TABLE_ROWS, beginning
 from onnxtools.manager import Instrument, Step
-from onnxtools.model import Model
 from onnxtools.ort import Runner
-from onnxtools.part import TABLE_ROWS, beginning
 from onnxtools.passbase import Pass
 from onnxtools.validate import Difference, default_tolerance, empty_cache, is_cached
 

@@ -9,9 +9,10 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
-from onnxtools.graph import Builder, attribute, is_op
 from onnxtools.infer import Facts, analyse
-from onnxtools.model import Model
+from onnxtools.ir.edit import Builder
+from onnxtools.ir.model import Model
+from onnxtools.ir.query import attribute, is_op
 from onnxtools.positions import table_rows
 
 Dim = int | str | ir.SymbolicDim | None

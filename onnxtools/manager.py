@@ -10,9 +10,9 @@ from typing import Any
 
 from onnxtools import __version__
 from onnxtools.base.errors import ModelError, OnnxtoolsError
-from onnxtools.model import Model
+from onnxtools.ir.model import Model
+from onnxtools.ir.wellformed import fault
 from onnxtools.passbase import Pass, PassResult
-from onnxtools.wellformed import fault
 
 _LOG = logging.getLogger("onnxtools")
 PROVENANCE_KEY = "onnxtools.provenance"

@@ -13,8 +13,8 @@ import onnx_ir as ir
 
 from onnxtools.base.errors import JobError, one_line
 from onnxtools.feeds import Array, Feeds
-from onnxtools.model import Model
-from onnxtools.part import part
+from onnxtools.ir.model import Model
+from onnxtools.ir.part import part
 from onnxtools.storage.rows import RowTensor, elements
 
 IN_MEMORY_LIMIT = 1_500_000_000

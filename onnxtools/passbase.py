@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 from onnxtools.base import registry
 from onnxtools.base.errors import UsageError
 from onnxtools.base.options import convert_fields
-from onnxtools.model import Model
+from onnxtools.ir.model import Model
 
 Numerics = Literal["exact", "rounding", "lossy"]
 """What a pass may do to the outputs: nothing but reordering, rounding of stored values, or real change."""

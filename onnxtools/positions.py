@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from onnxtools.graph import Builder, attribute, constant_tensor, is_constant_expression, is_op
 from onnxtools.infer import Facts, analyse, token_input
-from onnxtools.model import Model
+from onnxtools.ir.edit import Builder
+from onnxtools.ir.model import Model
+from onnxtools.ir.query import attribute, constant_tensor, is_constant_expression, is_op
 
 
 def table_rows(model: Model) -> int | None:

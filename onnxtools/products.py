@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from onnxtools.graph import attribute, constant_tensor
-from onnxtools.model import Model
+from onnxtools.ir.model import Model
+from onnxtools.ir.query import attribute, constant_tensor
 
 _THROUGH = {"QuantizeLinear", "DequantizeLinear", "Cast", "Identity", "TRT_FP8QuantizeLinear", "TRT_FP8DequantizeLinear"}
 

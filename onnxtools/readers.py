@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
-from onnxtools.graph import Builder, constant_tensor, is_op
-from onnxtools.model import Model
+from onnxtools.ir.edit import Builder
+from onnxtools.ir.model import Model
+from onnxtools.ir.query import constant_tensor, is_op
 from onnxtools.products import Product
 
 _PASSED_ON = {

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from onnxtools.base.options import option
-from onnxtools.graph import is_op
-from onnxtools.model import Model
+from onnxtools.ir.model import Model
+from onnxtools.ir.query import is_op
 from onnxtools.passbase import Pass
 from onnxtools.products import Product, weight_products
 from onnxtools.readers import stored_weight

@@ -11,10 +11,10 @@ import onnx_ir as ir
 
 from onnxtools.base.errors import JobError
 from onnxtools.feeds import Array, Feeds, Probe, long_probe, probes, sizes_of, too_costly
-from onnxtools.graph import has_dynamic_scales
 from onnxtools.infer import dim_terms, token_input
+from onnxtools.ir.model import Model
+from onnxtools.ir.query import has_dynamic_scales
 from onnxtools.kvcache import settle_sizes
-from onnxtools.model import Model
 from onnxtools.ort import Runner
 
 FP8_TOLERANCE = 0.1

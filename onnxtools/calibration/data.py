@@ -16,8 +16,8 @@ from onnxtools.calibration.options import Calibrated
 from onnxtools.feeds import Feeds, random_feeds, read_feeds, vocabulary
 from onnxtools.generation.text import Tokenizer
 from onnxtools.infer import is_ids_like, token_input
+from onnxtools.ir.model import Model
 from onnxtools.kvcache import positions
-from onnxtools.model import Model
 
 
 class Samples(Sequence[Feeds]):

@@ -28,7 +28,7 @@ from onnxtools.calibration.segments import Segment, segments
 from onnxtools.calibration.session import SegmentSession
 from onnxtools.calibration.statistics import Observer
 from onnxtools.infer import analyse
-from onnxtools.model import Model, file_stamps
+from onnxtools.ir.model import Model, file_stamps
 from onnxtools.storage.files import OwnFolder, replacing
 from onnxtools.storage.rows import RowTensor, Scratch, read_rows
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from onnxtools.base.errors import JobError
-from onnxtools.graph import constant_tensor, is_op
 from onnxtools.infer import token_input
-from onnxtools.model import Model
+from onnxtools.ir.model import Model
+from onnxtools.ir.query import constant_tensor, is_op
 from onnxtools.products import Product, weight_products
 
 

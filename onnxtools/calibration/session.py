@@ -17,8 +17,8 @@ import onnx_ir as ir
 from onnxtools.base.errors import JobError, one_line
 from onnxtools.calibration.segments import Segment, outer_inputs
 from onnxtools.feeds import Array, Feeds
-from onnxtools.graph import constant_tensor, is_op
-from onnxtools.model import Model
+from onnxtools.ir.model import Model
+from onnxtools.ir.query import constant_tensor, is_op
 from onnxtools.ort import ort_value, to_numpy, widen_node
 from onnxtools.storage.rows import elements, external_path
 

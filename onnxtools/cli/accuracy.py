@@ -157,7 +157,7 @@ def _of(runtime: Runtime, path: Path, options: RuntimeOptions, passages: Sequenc
     """What a journal's results are of; a changed model, dataset, tokenizer or way of running is another one."""
     import dataclasses
 
-    from onnxtools.model import file_stamps
+    from onnxtools.ir.model import file_stamps
 
     digest = hashlib.sha256(repr([(p.context, p.word) for p in passages]).encode()).hexdigest()
     return {"model": str(path.resolve()), "files": file_stamps(path), "runtime": runtime.name, "options": dataclasses.asdict(options), "passages": digest}

@@ -85,7 +85,7 @@ def _line(job: Job, spec: EngineSpec) -> str:
     from onnxtools.engines.trtexec import NEWEST, trtexec_line
     from onnxtools.engines.trtexec_builder import OnPaper
     from onnxtools.engines.versions import is_mixed, is_strongly_typed
-    from onnxtools.model import Model
+    from onnxtools.ir.model import Model
 
     model = Model.load(job.model)
     version = NEWEST if spec.tensorrt_version is None else version_of(spec.tensorrt_version)
@@ -101,7 +101,7 @@ def _one(job: Job, spec: EngineSpec, force: bool, as_json: bool) -> None:
     from onnxtools.cli.render import print_json
     from onnxtools.engines.build import build
     from onnxtools.engines.last_words import unusual_node
-    from onnxtools.model import Model
+    from onnxtools.ir.model import Model
 
     model = Model.load(job.model)
     engine = _apart(job, spec, force) if unusual_node(model) else build(job.model, job.engine, spec, force=force)

@@ -28,7 +28,7 @@ def command(before: Path, after: Path, as_json: bool, debug: bool) -> None:
     from onnxtools.cli.render import console, print_json, table
     from onnxtools.describe import differences, engine_differences
     from onnxtools.engines.manifest import check_unchanged, read_manifest
-    from onnxtools.model import Model
+    from onnxtools.ir.model import Model
 
     engines = [path for path in (before, after) if path.suffix != ".onnx"]
     if len(engines) == 1:

@@ -32,7 +32,7 @@ def command(model: Path, sparsity: bool, as_json: bool, debug: bool) -> None:
         _engine(model, as_json)
         return
     from onnxtools.describe import describe
-    from onnxtools.model import Model
+    from onnxtools.ir.model import Model
 
     found = describe(Model.load(model), sparsity=sparsity)
     if as_json:

@@ -149,7 +149,7 @@ def _end(error: BaseException, given: list[str]) -> NoReturn:
 
 def _unexpected(error: Exception, given: list[str]) -> NoReturn:
     """An exception that nobody raised on purpose: of a damaged file, or a fault of ours."""
-    from onnxtools.wellformed import fault
+    from onnxtools.ir.wellformed import fault
 
     for path in (Path(word) for word in given if word.endswith(".onnx")):
         why = fault(path) if path.is_file() else ""

@@ -14,8 +14,8 @@ from onnxtools.base.errors import JobError, UsageError
 from onnxtools.beside import check_folder, files_beside
 from onnxtools.cli.logs import LOG
 from onnxtools.cli.options import OUTPUT_OPTION, PATH, TOLERANCE, dataclass_options, from_parameters, one_output
+from onnxtools.ir.model import Model
 from onnxtools.manager import Instrument, PassManager, Report
-from onnxtools.model import Model
 from onnxtools.passbase import Pass, load_pass
 from onnxtools.storage.files import refuse_special
 from onnxtools.storage.save import SaveReport

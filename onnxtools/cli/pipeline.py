@@ -48,8 +48,8 @@ def command(
     from onnxtools.beside import check_folder, files_beside
     from onnxtools.cli.passes import check_output, instruments, show, write_model
     from onnxtools.cli.render import console, print_json, verdict_table
+    from onnxtools.ir.model import Model
     from onnxtools.manager import PassManager
-    from onnxtools.model import Model
     from onnxtools.recipe import read_recipe
 
     plan = read_recipe(recipe, input_path, output_path)

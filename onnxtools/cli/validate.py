@@ -49,7 +49,7 @@ def command(
         return
     assert model is not None
     from onnxtools.feeds import random_feeds, read_feeds
-    from onnxtools.model import Model
+    from onnxtools.ir.model import Model
     from onnxtools.validate import first_divergence, validate
 
     a, b = Model.load(reference), Model.load(model)

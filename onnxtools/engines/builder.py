@@ -14,7 +14,7 @@ from onnxtools.base.extras import install_line
 from onnxtools.engines.audit import EngineLayer
 from onnxtools.engines.profiles import Profile
 from onnxtools.engines.spec import EngineSpec
-from onnxtools.model import Model
+from onnxtools.ir.model import Model
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from onnxtools.graph import Builder, attribute, constant_tensor, is_op, remove_unused, rename_or_bypass, small_constant
-from onnxtools.model import Model
+from onnxtools.ir.edit import Builder, remove_unused, rename_or_bypass
+from onnxtools.ir.model import Model
+from onnxtools.ir.query import attribute, constant_tensor, is_op, small_constant
 from onnxtools.products import Product, weight_products
 from onnxtools.storage.lazy import shape_of
 

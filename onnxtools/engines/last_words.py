@@ -9,8 +9,8 @@ import signal
 from typing import Any
 
 from onnxtools.engines.traps import label
-from onnxtools.graph import graphs_inside
-from onnxtools.model import Model
+from onnxtools.ir.model import Model
+from onnxtools.ir.query import graphs_inside
 
 SIZE = 512
 _ORDINARY = {

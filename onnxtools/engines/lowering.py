@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import onnx
 import onnx_ir as ir
 
-from onnxtools.graph import attribute
-from onnxtools.model import Model
+from onnxtools.ir.model import Model
+from onnxtools.ir.query import attribute
 
 MX_DEQUANTIZE = "TRT_MXFP8DequantizeLinear"
 

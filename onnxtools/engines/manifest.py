@@ -16,9 +16,9 @@ from onnxtools.engines.builder import Builder, Built
 from onnxtools.engines.preflight import Preflight
 from onnxtools.engines.profiles import Profile
 from onnxtools.engines.spec import EngineSpec
+from onnxtools.ir.model import Model
 from onnxtools.kvcache import MODEL_KEY
 from onnxtools.manager import provenance
-from onnxtools.model import Model
 from onnxtools.storage.records import recorded
 from onnxtools.storage.rows import external_path
 

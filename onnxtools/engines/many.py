@@ -25,7 +25,7 @@ from onnxtools.engines.build import build
 from onnxtools.engines.builder import get_builder
 from onnxtools.engines.manifest import manifest_path
 from onnxtools.engines.spec import EngineSpec
-from onnxtools.model import Model
+from onnxtools.ir.model import Model
 from onnxtools.storage.files import sweep
 
 _OVERHEAD = 1 << 30

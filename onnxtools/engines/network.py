@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from onnxtools.base.errors import JobError
 from onnxtools.engines.builder import TensorInfo
-from onnxtools.model import Model
+from onnxtools.ir.model import Model
 
 _NAMES = {
     "FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "FP8": "float8_e4m3fn", "INT64": "int64", "INT32": "int32",

@@ -8,8 +8,8 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxtools.engines.kernels import DOMAIN
-from onnxtools.graph import Builder
-from onnxtools.model import Model
+from onnxtools.ir.edit import Builder
+from onnxtools.ir.model import Model
 
 NEXT = "onnxtools.next"
 """An output, [rows, tokens]: the best token, -1 where the logits are NaN, so that a step moves 8 bytes a row to the host and not the logits.

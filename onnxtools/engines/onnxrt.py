@@ -19,7 +19,7 @@ from onnxtools.engines.next_token import NEXT, PAST_TOKENS
 from onnxtools.engines.ort_session import DeviceOps, choose_device, device_memory, device_name, is_out_of_memory, open_session, ports
 from onnxtools.engines.ort_states import DeviceLogits, Growing, Static, Whole
 from onnxtools.generation.runtime import Floats, HostLogits, Ids, Logits, ModelInfo, Prompts, RuntimeOptions, check_length, padded
-from onnxtools.model import Model
+from onnxtools.ir.model import Model
 
 
 class OrtRuntime:

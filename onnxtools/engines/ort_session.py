@@ -20,9 +20,9 @@ from onnxtools.engines.kernel_library import MIN_CAPABILITY, device_capability, 
 from onnxtools.engines.kernels import use_kernels
 from onnxtools.engines.next_token import add_next_token
 from onnxtools.generation.runtime import RuntimeOptions
-from onnxtools.graph import attribute, is_fp8_qdq
+from onnxtools.ir.model import Model
+from onnxtools.ir.query import attribute, is_fp8_qdq
 from onnxtools.kvcache import settle_sizes
-from onnxtools.model import Model
 from onnxtools.ort import BROKEN_OPTIMIZERS
 
 

@@ -14,8 +14,8 @@ from onnxtools.engines.gpus import named, ways_on
 from onnxtools.engines.sparse_weights import Sparsity, check_sparsity
 from onnxtools.engines.spec import EngineSpec, capability
 from onnxtools.engines.traps import Graph, check_traps, refuse
-from onnxtools.graph import FP8_DTYPES, TE_QDQ, attribute, constant_tensor, is_fp8_qdq, is_op, stored_dtype
-from onnxtools.model import Model
+from onnxtools.ir.model import Model
+from onnxtools.ir.query import FP8_DTYPES, TE_QDQ, attribute, constant_tensor, is_fp8_qdq, is_op, stored_dtype
 
 FP8_CAPABILITY = "8.9"
 """The first compute capability with FP8 tensor cores (Ada)."""

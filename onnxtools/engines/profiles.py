@@ -14,8 +14,8 @@ import onnx_ir as ir
 from onnxtools.base.errors import JobError, UsageError
 from onnxtools.base.inputs import check_regular, parse_yaml, shown
 from onnxtools.engines.spec import EngineSpec
+from onnxtools.ir.model import Model
 from onnxtools.kvcache import positions, settle_sizes
-from onnxtools.model import Model
 
 Shape = tuple[int, ...]
 

@@ -9,7 +9,7 @@ from typing import Any
 import onnx_ir as ir
 
 from onnxtools.engines.audit import EngineLayer
-from onnxtools.model import Model
+from onnxtools.ir.model import Model
 from onnxtools.products import Product, weight_products
 from onnxtools.sparsity import count_2_4
 

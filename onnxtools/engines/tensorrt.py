@@ -15,7 +15,7 @@ from onnxtools.engines.builder import Limits
 from onnxtools.engines.spec import EngineSpec
 from onnxtools.engines.tensorrt_api import ApiBuilder
 from onnxtools.engines.versions import Version, ceilings, is_mixed, is_strongly_typed, release
-from onnxtools.model import Model
+from onnxtools.ir.model import Model
 
 
 class TensorRTBuilder(ApiBuilder):

@@ -32,7 +32,7 @@ from onnxtools.engines.plan_file import PlanFile
 from onnxtools.engines.profiles import Profile
 from onnxtools.engines.spec import EngineSpec, pool_size, pool_type
 from onnxtools.engines.timing_cache import TimingCache
-from onnxtools.model import Model
+from onnxtools.ir.model import Model
 from onnxtools.storage.rows import external_path
 
 _LOG = logging.getLogger("onnxtools")

@@ -20,9 +20,9 @@ import onnx
 import onnx_ir as ir
 
 from onnxtools.base.errors import JobError
-from onnxtools.graph import attribute, constant_tensor, is_op
 from onnxtools.infer import Facts, constants
-from onnxtools.model import Model
+from onnxtools.ir.model import Model
+from onnxtools.ir.query import attribute, constant_tensor, is_op
 
 _KNOWN_DOMAINS = ("", "ai.onnx", "trt", "trt.plugins")
 

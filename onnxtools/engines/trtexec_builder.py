@@ -16,7 +16,7 @@ from onnxtools.engines.profiles import Profile
 from onnxtools.engines.spec import EngineSpec, version_of
 from onnxtools.engines.trtexec import NEWEST, trtexec_words
 from onnxtools.engines.versions import Version, ceilings, is_mixed
-from onnxtools.model import Model
+from onnxtools.ir.model import Model
 
 IO_SOURCE = "graph (trtexec tells nothing of the network)"
 

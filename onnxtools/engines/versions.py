@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from onnxtools.base.errors import UsageError
 from onnxtools.engines.spec import EngineSpec, version_of
-from onnxtools.graph import is_op
-from onnxtools.model import Model
+from onnxtools.ir.model import Model
+from onnxtools.ir.query import is_op
 
 Version = tuple[int, ...]
 

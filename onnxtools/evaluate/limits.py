@@ -18,8 +18,8 @@ import numpy as np
 import onnx
 
 from onnxtools.evaluate.timing import BenchmarkOptions, Timing
+from onnxtools.ir.model import Model
 from onnxtools.kvcache import described
-from onnxtools.model import Model
 
 _ELEMS = {"float": onnx.TensorProto.FLOAT, "float16": onnx.TensorProto.FLOAT16, "bfloat16": onnx.TensorProto.BFLOAT16}
 _TABLES = {("Gather", 0), ("RotaryEmbedding", 1), ("RotaryEmbedding", 2), ("GroupQueryAttention", 7), ("GroupQueryAttention", 8)}

@@ -21,8 +21,8 @@ from onnxtools.export.config import DecoderConfig, weight_shapes
 from onnxtools.export.family import Family, Source, Weights, family_for
 from onnxtools.export.graph import DTYPES, build_decoder
 from onnxtools.export.options import ExportOptions
+from onnxtools.ir.model import Model
 from onnxtools.kvcache import MODEL_KEY
-from onnxtools.model import Model
 from onnxtools.storage.lazy import RandomRows, Tensor
 from onnxtools.storage.save import SaveReport
 

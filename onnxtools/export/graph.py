@@ -11,8 +11,8 @@ from onnxtools.export.family import Weights
 from onnxtools.export.layers import FLOAT, Layers
 from onnxtools.export.options import ExportOptions
 from onnxtools.export.ort_layers import OrtLayers
-from onnxtools.graph import Builder, remove_unused
-from onnxtools.model import MAX_IR_VERSION, Model
+from onnxtools.ir.edit import Builder, remove_unused
+from onnxtools.ir.model import MAX_IR_VERSION, Model
 
 DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 

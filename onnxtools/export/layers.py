@@ -17,7 +17,7 @@ from onnxtools.export.config import Activation, DecoderConfig
 from onnxtools.export.family import Weights
 from onnxtools.export.options import ExportOptions
 from onnxtools.fp8 import quantize_rows
-from onnxtools.graph import Builder
+from onnxtools.ir.edit import Builder
 from onnxtools.storage.lazy import Tensor, cast
 from onnxtools.storage.rows import StreamedTensor
 

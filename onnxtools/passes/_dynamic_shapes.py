@@ -7,9 +7,10 @@ import onnx_ir as ir
 
 from onnxtools.axes import Atom, Layout, LayoutError, follow, leaves
 from onnxtools.base.errors import JobError
-from onnxtools.graph import Builder, attribute, constant_tensor, is_constant_expression
 from onnxtools.infer import Facts, Tokens, analyse, is_ids_like, stand_ins
-from onnxtools.model import Model
+from onnxtools.ir.edit import Builder
+from onnxtools.ir.model import Model
+from onnxtools.ir.query import attribute, constant_tensor, is_constant_expression
 
 _MOVES = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Expand"}
 

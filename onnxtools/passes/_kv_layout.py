@@ -9,8 +9,8 @@ import onnx_ir as ir
 from onnxtools.attention import Attention, Operand
 from onnxtools.axes import Atom, leaves
 from onnxtools.base.errors import JobError
-from onnxtools.graph import Builder
 from onnxtools.infer import Tokens
+from onnxtools.ir.edit import Builder
 
 _ORDER = ("batch", "heads", "sequence", "channels")
 

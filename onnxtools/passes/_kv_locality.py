@@ -5,9 +5,10 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from onnxtools.base.errors import JobError
-from onnxtools.graph import Builder, attribute, is_op
 from onnxtools.infer import Facts, analyse, token_input
-from onnxtools.model import Model
+from onnxtools.ir.edit import Builder
+from onnxtools.ir.model import Model
+from onnxtools.ir.query import attribute, is_op
 
 
 def check_locality(model: Model, originals: set[ir.Node]) -> None:

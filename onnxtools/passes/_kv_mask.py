@@ -9,10 +9,10 @@ import onnx_ir as ir
 
 from onnxtools.attention import Attention
 from onnxtools.base.errors import JobError
-from onnxtools.graph import Builder
 from onnxtools.infer import Facts, analyse, stand_ins, token_input
+from onnxtools.ir.edit import Builder
+from onnxtools.ir.model import Model
 from onnxtools.masks import MaskError, Pattern, hidden_by_addition, pattern_of, square
-from onnxtools.model import Model
 
 _LAYOUT = {"Reshape", "Unsqueeze", "Squeeze", "Expand", "Identity", "Dropout"}
 _POINTWISE = {

@@ -14,10 +14,10 @@ from onnxtools.attention import find_attention
 from onnxtools.base.errors import JobError
 from onnxtools.calibration.run import Findings
 from onnxtools.calibration.statistics import Largest, Observer, RotationRange
-from onnxtools.graph import is_op
 from onnxtools.infer import Facts
+from onnxtools.ir.model import Model
+from onnxtools.ir.query import is_op
 from onnxtools.kvcache import rotation
-from onnxtools.model import Model
 from onnxtools.products import products_behind, weight_products
 from onnxtools.quantization.formats import Format, scale_of
 from onnxtools.quantization.qdq import COMPUTED, QdqBuilder

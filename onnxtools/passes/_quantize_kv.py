@@ -12,10 +12,10 @@ import onnx_ir as ir
 from onnxtools.base.errors import JobError
 from onnxtools.calibration.run import Findings
 from onnxtools.calibration.statistics import Observer, RotationRange
-from onnxtools.graph import attribute, is_op
 from onnxtools.infer import Facts
+from onnxtools.ir.model import Model
+from onnxtools.ir.query import attribute, is_op
 from onnxtools.kvcache import rotation
-from onnxtools.model import Model
 from onnxtools.quantization.formats import FP8, INT8, Format, scale_of
 from onnxtools.quantization.qdq import COMPUTED, QdqBuilder
 from onnxtools.validate import cache_inputs

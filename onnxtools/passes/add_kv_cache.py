@@ -12,11 +12,12 @@ import onnx_ir as ir
 from onnxtools.attention import Attention, Operand, find_attention
 from onnxtools.base.errors import JobError, NoMatchError, UsageError
 from onnxtools.base.options import option
-from onnxtools.graph import Builder, forget_types, has_dynamic_scales, remove_unused, rename_or_bypass
 from onnxtools.infer import Facts, Tokens, analyse, token_input
+from onnxtools.ir.edit import Builder, forget_types, remove_unused, rename_or_bypass
+from onnxtools.ir.model import Model
+from onnxtools.ir.query import has_dynamic_scales
 from onnxtools.kvcache import Dim, KvCache
 from onnxtools.masks import mask_constants, prime_above
-from onnxtools.model import Model
 from onnxtools.passbase import Pass, PassResult
 from onnxtools.passes._dynamic_shapes import make_dynamic
 from onnxtools.passes._kv_layout import from_bnsh, to_bnsh

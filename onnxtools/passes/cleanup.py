@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from onnxtools.graph import remove_unused
-from onnxtools.model import Model
+from onnxtools.ir.edit import remove_unused
+from onnxtools.ir.model import Model
 from onnxtools.passbase import Pass, PassResult
 
 

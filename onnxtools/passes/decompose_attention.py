@@ -9,10 +9,11 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxtools.base.errors import JobError
-from onnxtools.graph import Builder, attribute, is_op, remove_unused, replace_keeping_name
 from onnxtools.infer import Facts, analyse
 from onnxtools.infer_ops import Fact
-from onnxtools.model import Model
+from onnxtools.ir.edit import Builder, remove_unused, replace_keeping_name
+from onnxtools.ir.model import Model
+from onnxtools.ir.query import attribute, is_op
 from onnxtools.passbase import Pass, PassResult
 
 LOWEST = -10000.0

@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from onnxtools.infer import analyse
 from onnxtools.infer_ops import Fact
-from onnxtools.model import Model
+from onnxtools.ir.model import Model
 from onnxtools.passbase import Pass, PassResult
 
 

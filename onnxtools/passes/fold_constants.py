@@ -9,9 +9,10 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxtools.base.options import option
-from onnxtools.graph import Builder, constant_tensor, remove_unused, rename_or_bypass
 from onnxtools.infer import Facts, constants
-from onnxtools.model import Model
+from onnxtools.ir.edit import Builder, remove_unused, rename_or_bypass
+from onnxtools.ir.model import Model
+from onnxtools.ir.query import constant_tensor
 from onnxtools.passbase import Pass, PassResult
 
 SHARED_ELEMENTS = 1024

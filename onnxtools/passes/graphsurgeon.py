@@ -15,8 +15,8 @@ import onnx_ir as ir
 
 from onnxtools.base.errors import UsageError
 from onnxtools.base.options import option
-from onnxtools.graph import remove_unused
-from onnxtools.model import Model
+from onnxtools.ir.edit import remove_unused
+from onnxtools.ir.model import Model
 from onnxtools.passbase import Pass, PassResult
 
 GraphFunction = Callable[[Any], Any]

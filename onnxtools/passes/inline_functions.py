@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from onnxtools.base.errors import JobError
-from onnxtools.model import Model
+from onnxtools.ir.model import Model
 from onnxtools.passbase import Pass, PassResult
 
 

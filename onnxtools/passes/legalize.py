@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from onnxtools.base.errors import JobError
-from onnxtools.graph import Builder, attribute, is_constant_expression, is_op, remove_unused, rename_or_bypass
 from onnxtools.infer import Facts, analyse, sequence_sizes
-from onnxtools.model import Model
+from onnxtools.ir.edit import Builder, remove_unused, rename_or_bypass
+from onnxtools.ir.model import Model
+from onnxtools.ir.query import attribute, is_constant_expression, is_op
 from onnxtools.passbase import Pass, PassResult
 
 

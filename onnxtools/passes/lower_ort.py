@@ -10,8 +10,9 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxtools.base.options import option
-from onnxtools.graph import Builder, attribute, constant_tensor, is_op, remove_unused
-from onnxtools.model import Model
+from onnxtools.ir.edit import Builder, remove_unused
+from onnxtools.ir.model import Model
+from onnxtools.ir.query import attribute, constant_tensor, is_op
 from onnxtools.passbase import Pass, PassResult
 from onnxtools.products import Product, weight_products
 from onnxtools.quantization.qdq import times

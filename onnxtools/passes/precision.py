@@ -17,10 +17,11 @@ from onnxtools.calibration.options import Calibrated
 from onnxtools.calibration.run import Calibration, Findings, Layer
 from onnxtools.calibration.statistics import Largest
 from onnxtools.export.graph import DTYPES
-from onnxtools.graph import Builder, attribute, constant_tensor, graphs_inside, is_op, remove_unused
 from onnxtools.infer import Facts, analyse
+from onnxtools.ir.edit import Builder, remove_unused
+from onnxtools.ir.model import Model
+from onnxtools.ir.query import attribute, constant_tensor, graphs_inside, is_op
 from onnxtools.kvcache import record_dtypes
-from onnxtools.model import Model
 from onnxtools.passbase import PassResult
 from onnxtools.products import weight_products
 from onnxtools.readers import readers

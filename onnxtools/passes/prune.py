@@ -13,7 +13,7 @@ from onnxtools.base.options import option
 from onnxtools.calibration.options import Calibrated
 from onnxtools.calibration.run import Calibration
 from onnxtools.infer import Array
-from onnxtools.model import Model
+from onnxtools.ir.model import Model
 from onnxtools.passbase import PassResult
 from onnxtools.passes._prune_calibrated import CalibratedPruner
 from onnxtools.products import Product, weight_products

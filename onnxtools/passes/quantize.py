@@ -17,10 +17,10 @@ from onnxtools.base.options import option
 from onnxtools.calibration.options import Calibrated
 from onnxtools.calibration.run import Calibration, Findings, Layer
 from onnxtools.calibration.statistics import Observer
-from onnxtools.graph import remove_unused
 from onnxtools.infer import Facts, analyse
+from onnxtools.ir.edit import remove_unused
+from onnxtools.ir.model import Model
 from onnxtools.kvcache import record_dtypes
-from onnxtools.model import Model
 from onnxtools.passbase import Pass, PassResult
 from onnxtools.passes._quantize_attention import AttentionScheme, operands, score_products
 from onnxtools.passes._quantize_int4 import Int4Scheme, block_size

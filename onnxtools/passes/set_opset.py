@@ -11,9 +11,10 @@ import onnx_ir as ir
 
 from onnxtools.base.errors import JobError, UsageError
 from onnxtools.base.options import option
-from onnxtools.graph import Builder, attribute
 from onnxtools.infer import Facts, analyse
-from onnxtools.model import MAX_IR_VERSION, Model
+from onnxtools.ir.edit import Builder
+from onnxtools.ir.model import MAX_IR_VERSION, Model
+from onnxtools.ir.query import attribute
 from onnxtools.passbase import Pass, PassResult
 
 MAX_OPSET = 25

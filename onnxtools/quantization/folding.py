@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxtools.graph import attribute, constant_tensor, is_op
 from onnxtools.infer import Facts
+from onnxtools.ir.query import attribute, constant_tensor, is_op
 from onnxtools.products import Product
 from onnxtools.quantization.formats import scaled
 from onnxtools.readers import is_read_by_alone

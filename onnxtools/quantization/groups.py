@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from onnxtools.base.errors import ModelError
 from onnxtools.infer import Facts
-from onnxtools.model import Model
+from onnxtools.ir.model import Model
 from onnxtools.products import Product, weight_products
 from onnxtools.quantization.compensation import compensated
 from onnxtools.quantization.folding import Fold, Folder

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxtools.graph import Builder, attribute, constant_tensor, is_op, stored_dtype
-from onnxtools.model import Model
+from onnxtools.ir.edit import Builder
+from onnxtools.ir.model import Model
+from onnxtools.ir.query import attribute, constant_tensor, is_op, stored_dtype
 from onnxtools.products import Product
 from onnxtools.quantization.formats import Format, magnitudes, quantized, scale_of
 

@@ -17,7 +17,7 @@ from onnxtools.calibration.options import Calibrated
 from onnxtools.calibration.run import Calibration, Findings, Layer
 from onnxtools.calibration.segments import segments
 from onnxtools.calibration.statistics import ChannelRange, Gram
-from onnxtools.model import Model
+from onnxtools.ir.model import Model
 from onnxtools.passes.precision import Precision
 from tests.calibration.texts import calibration_file, tokens
 from tests.generation.models import FORMS, exported, reference

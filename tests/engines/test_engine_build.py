@@ -23,7 +23,7 @@ from onnxtools.engines.manifest import hash_file
 from onnxtools.engines.profiles import profiles_for
 from onnxtools.engines.spec import EngineSpec
 from onnxtools.engines.trtexec import trtexec_line
-from onnxtools.model import Model
+from onnxtools.ir.model import Model
 from tests.engines.conftest import Build
 from tests.engines.graphs import BF16, FIXTURES, FLOAT, HALF, INT64, files, fp8_linear, helper, linear, manifest, random, tensor, weights, write
 

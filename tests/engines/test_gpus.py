@@ -20,7 +20,7 @@ from onnxtools.engines.many import Job, build_many
 from onnxtools.engines.spec import EngineSpec
 from onnxtools.evaluate.limits import Rates, Work, raised
 from onnxtools.evaluate.timing import Timing
-from onnxtools.model import Model
+from onnxtools.ir.model import Model
 from tests.engines.graphs import linear, tensor
 from tests.support import refuse, succeed
 

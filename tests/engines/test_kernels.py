@@ -25,7 +25,7 @@ from onnxtools.feeds import random_feeds
 from onnxtools.generation.generate import generate
 from onnxtools.generation.options import GenerationOptions
 from onnxtools.generation.runtime import RuntimeOptions, open_runtime
-from onnxtools.model import Model
+from onnxtools.ir.model import Model
 
 GPT2 = {
     "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_layer": 2, "n_embd": 64, "n_head": 2, "vocab_size": 96, "n_positions": 64,

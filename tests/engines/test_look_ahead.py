@@ -19,7 +19,7 @@ from onnxtools.evaluate.timing import generate_timed
 from onnxtools.generation.generate import generate
 from onnxtools.generation.options import GenerationOptions
 from onnxtools.generation.runtime import Ids, RuntimeOptions, open_runtime
-from onnxtools.model import Model
+from onnxtools.ir.model import Model
 from tests.generation.models import exported
 
 PROMPTS = [[5, 9, 30, 31, 77], [3, 8], [60, 61, 62, 63, 64, 65, 66, 67, 1]]

@@ -27,7 +27,7 @@ from onnxtools.engines.timing_cache import TimingCache
 from onnxtools.engines.trtexec import trtexec_line
 from onnxtools.engines.trtexec_builder import read_log, read_version
 from onnxtools.engines.versions import ceilings, check_options, is_mixed, is_strongly_typed
-from onnxtools.model import Model
+from onnxtools.ir.model import Model
 from tests.engines.graphs import FLOAT, random, tensor, two_of_four, weights, write
 from tests.support import run, succeed
 

@@ -112,7 +112,7 @@ def state(path: Path) -> str:
     if path.suffix != ".onnx":
         manifest = json.loads(path.with_name(f"{path.name}.json").read_text()) if path.exists() else {"engine": {"sha256": ""}}
         return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else str(manifest["engine"]["sha256"])
-    from onnxtools.model import Model
+    from onnxtools.ir.model import Model
 
     model, digest = Model.load(path), hashlib.sha256()
     for value, tensor in sorted(model.weights(), key=lambda entry: entry[0].name or ""):

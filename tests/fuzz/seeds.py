@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper, parser
 
 from onnxtools.export.export import export
 from onnxtools.export.options import ExportOptions
-from onnxtools.model import Model
+from onnxtools.ir.model import Model
 
 FLOAT = TensorProto.FLOAT
 

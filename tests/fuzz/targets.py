@@ -30,8 +30,8 @@ from onnxtools.feeds import random_feeds, read_feeds
 from onnxtools.generation.runtime import ModelInfo
 from onnxtools.generation.text import Tokenizer
 from onnxtools.infer import analyse, constants
+from onnxtools.ir.model import Model
 from onnxtools.manager import PassManager, provenance
-from onnxtools.model import Model
 from onnxtools.passbase import Pass
 from onnxtools.passes.add_kv_cache import AddKvCache
 from onnxtools.passes.convert import Convert

@@ -11,7 +11,7 @@ from onnx import helper
 
 from onnxtools.axes import Atom, Layout, LayoutError, follow, leaves, regroup, start
 from onnxtools.infer import analyse
-from onnxtools.model import Model
+from onnxtools.ir.model import Model
 from tests.support import FLOAT, Array, info, stored, write
 
 SHAPE = (2, 3, 8)

@@ -17,7 +17,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxtools.base.errors import JobError
-from onnxtools.model import Model
+from onnxtools.ir.model import Model
 from onnxtools.storage.files import OwnFolder, replacing
 from tests.support import FLOAT, Array, external, info, initializers, linear, normal, refuse, rel_l2, run, stored, succeed, write
 
@@ -38,7 +38,7 @@ def pruned(path: Path) -> bool:
 
 RACE = """
 import sys, time
-from onnxtools.model import Model
+from onnxtools.ir.model import Model
 model = Model.load(sys.argv[1])
 while time.time() < float(sys.argv[3]): pass
 for _ in range(25): Model.load(sys.argv[1]).save(sys.argv[2])

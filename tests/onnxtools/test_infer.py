@@ -11,7 +11,7 @@ from onnx import helper
 
 from onnxtools.infer import analyse, constants, stand_ins
 from onnxtools.infer_ops import reshape_target
-from onnxtools.model import Model
+from onnxtools.ir.model import Model
 from tests.support import FLOAT, INT64, STATIC, STYLE, TE, Array, Case, Feeds, Session, dims, info, normal, stored, write
 
 PLAIN = ["sdpa_gqa", "rope_no_fp8", "padding_mask", "te_gpt_none_dyn"]

@@ -14,7 +14,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxtools.infer import analyse, constants
-from onnxtools.model import Model
+from onnxtools.ir.model import Model
 from tests.support import FLOAT, Array, info, succeed
 
 Case = tuple[list[Any], dict[str, Any], int]

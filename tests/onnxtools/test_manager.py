@@ -18,8 +18,8 @@ from onnxtools import __version__
 from onnxtools.base.errors import JobError
 from onnxtools.base.options import option
 from onnxtools.instruments import Checker, Dump, NodeCount, NumericCheck, PeakMemory, Reproducer, Timing
+from onnxtools.ir.model import Model
 from onnxtools.manager import PROVENANCE_KEY, Instrument, PassManager, Step
-from onnxtools.model import Model
 from onnxtools.passbase import Numerics, Pass, PassResult
 from onnxtools.passes.cleanup import Cleanup
 from onnxtools.passes.convert import Convert

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 from onnx.external_data_helper import set_external_data
 
 from onnxtools.base.errors import ModelError
-from onnxtools.model import Model
+from onnxtools.ir.model import Model
 from tests.support import Session, external, info, linear, normal, refuse, stored, succeed, write
 
 

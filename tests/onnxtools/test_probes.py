@@ -16,8 +16,8 @@ from onnxtools import instruments
 from onnxtools.base.errors import JobError
 from onnxtools.feeds import random_feeds, vocabulary
 from onnxtools.instruments import NumericCheck
+from onnxtools.ir.model import Model
 from onnxtools.manager import PassManager, Report
-from onnxtools.model import Model
 from onnxtools.passbase import Pass, PassResult
 from tests.support import FLOAT, HALF, INT64, Array, Feeds, info, normal, run, stored, succeed, write
 

@@ -16,7 +16,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.external_data_helper import set_external_data
 
-from onnxtools.model import Model
+from onnxtools.ir.model import Model
 from tests.support import ROOT, Array, Session, external, info, initializers, linear, normal, refuse, run, stored, succeed, write
 
 W = normal(64, 128)

@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from onnxtools.model import Model
+from onnxtools.ir.model import Model
 from onnxtools.ort import Runner
 from onnxtools.validate import Difference, split_points, validate
 from tests.conftest import Make

@@ -23,8 +23,8 @@ from onnxtools.base.errors import ModelError
 from onnxtools.base.extras import install_line
 from onnxtools.base.progress import Heartbeat, counted, progress
 from onnxtools.cli import main as entry
+from onnxtools.ir.model import Model
 from onnxtools.manager import PassManager
-from onnxtools.model import Model
 from onnxtools.passbase import Pass, PassResult
 from tests.support import ROOT, linear, refuse, run, succeed
 

@@ -11,8 +11,8 @@ import onnx
 import pytest
 from onnx import helper
 
+from onnxtools.ir.model import Model
 from onnxtools.manager import PassManager
-from onnxtools.model import Model
 from onnxtools.passes.graphsurgeon import GraphSurgeonPass
 from tests.conftest import Make
 from tests.support import Case, Session, e4m3, external, info, initializers, linear, normal, ops, refuse, rel_l2, stored, succeed, write

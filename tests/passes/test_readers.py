@@ -13,8 +13,8 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from onnxtools.ir.model import Model
 from onnxtools.manager import PassManager
-from onnxtools.model import Model
 from onnxtools.passbase import Pass, PassResult
 from onnxtools.passes.quantize import Quantize
 from tests.support import Array, Feeds, info, initializers, normal, rel_l2, stored, succeed, write

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("transformers")
 
 from onnxtools.infer import analyse
-from onnxtools.model import Model
+from onnxtools.ir.model import Model
 from onnxtools.products import weight_products
 from onnxtools.quantization.formats import scaled
 from onnxtools.quantization.groups import group

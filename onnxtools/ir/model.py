@@ -15,12 +15,12 @@ import onnx_ir as ir
 
 from onnxtools.base.errors import ModelError, one_line
 from onnxtools.base.inputs import absent, check_regular
+from onnxtools.ir.wellformed import check
 from onnxtools.storage import external
 from onnxtools.storage.external import ExternalAttribute
 from onnxtools.storage.records import Beside
 from onnxtools.storage.rows import external_path
 from onnxtools.storage.save import SaveReport, save, to_proto
-from onnxtools.wellformed import check
 
 MAX_IR_VERSION = 13
 """ONNX Runtime 1.31 loads IR <= 13; onnx 1.23 would write 14."""

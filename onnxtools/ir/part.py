@@ -8,8 +8,8 @@ import onnx
 import onnx_ir as ir
 
 from onnxtools.base.errors import OnnxtoolsError
-from onnxtools.graph import graphs_inside, is_op
-from onnxtools.model import Model
+from onnxtools.ir.model import Model
+from onnxtools.ir.query import graphs_inside, is_op
 from onnxtools.storage.lazy import row_range, shape_of
 from onnxtools.storage.rows import RowTensor
 

@@ -1,103 +1,15 @@
-"""Small helpers over onnx_ir graphs that several passes share."""
+"""`Builder`: inserts nodes and initializers under free names; and how values take each other's place."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from onnxtools.model import Model
-
-FP8_DTYPES = (ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E4M3FNUZ, ir.DataType.FLOAT8E5M2, ir.DataType.FLOAT8E5M2FNUZ)
-TE_QDQ = ("TRT_FP8QuantizeLinear", "TRT_FP8DequantizeLinear", "TRT_MXFP8DynamicQuantize", "TRT_MXFP8DequantizeLinear")
-"""TransformerEngine's operators, of the domain `trt`."""
-
-
-def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
-    """The tensor behind an initializer or a Constant node, without reading it; None for anything else.
-
-    A graph input that also has an initializer may be overridden by the caller, so it is no constant.
-    """
-    if value is None or value.is_graph_input():
-        return None
-    if value.const_value is not None and value.is_initializer():
-        return value.const_value
-    node = value.producer()
-    if node is None or node.op_type != "Constant" or node.domain not in ("", "ai.onnx"):
-        return None
-    for name, attribute in node.attributes.items():
-        if name == "value":
-            return attribute.as_tensor()
-        if name in ("value_float", "value_floats"):
-            return ir.Tensor(np.array(attribute.value, dtype=np.float32))
-        if name in ("value_int", "value_ints"):
-            return ir.Tensor(np.array(attribute.value, dtype=np.int64))
-    return None
-
-
-def small_constant(value: ir.Value | None, limit: int = 4096) -> np.ndarray | None:
-    """The elements of a constant of at most `limit` elements, else None."""
-    tensor = constant_tensor(value)
-    return tensor.numpy() if tensor is not None and tensor.size <= limit else None
-
-
-def is_constant_expression(value: ir.Value | None) -> bool:
-    """Whether `value` is computed from constants alone."""
-    waiting, seen = [value], {value}
-    while waiting:
-        current = waiting.pop()
-        if current is None or constant_tensor(current) is not None:
-            continue
-        node = current.producer()
-        if node is None:
-            return False
-        new = [v for v in node.inputs if v not in seen]
-        seen.update(new)
-        waiting += new
-    return True
-
-
-def is_op(node: ir.Node | None, *op_types: str, domain: str = "") -> bool:
-    return node is not None and node.op_type in op_types and (node.domain or "").replace("ai.onnx", "") == domain
-
-
-def stored_dtype(value: ir.Value | None) -> ir.DataType | None:
-    """The type of a value, of its tensor where it has one."""
-    if value is None:
-        return None
-    return value.const_value.dtype if value.const_value is not None else value.dtype
-
-
-def is_fp8_qdq(node: ir.Node) -> bool:
-    """Whether `node` quantizes to FP8 or back, in ONNX's way or in TransformerEngine's."""
-    if is_op(node, *TE_QDQ, domain="trt"):
-        return True
-    if not is_op(node, "QuantizeLinear", "DequantizeLinear"):
-        return False
-    values = [*node.inputs[2:3], node.inputs[0] if node.op_type == "DequantizeLinear" else node.outputs[0]]
-    return any(stored_dtype(value) in FP8_DTYPES for value in values) or attribute(node, "output_dtype", 0) in FP8_DTYPES
-
-
-def has_dynamic_scales(model: Model) -> bool:
-    """Whether a QuantizeLinear takes its scale from the data (TransformerEngine's current scaling)."""
-    return any(is_op(node, "QuantizeLinear") and not is_constant_expression(node.inputs[1]) for node in model.graph)
-
-
-def attribute(node: ir.Node, name: str, default: Any = None) -> Any:
-    found = node.attributes.get(name)
-    return default if found is None else found.value
-
-
-def graphs_inside(node: ir.Node) -> Iterator[ir.Graph]:
-    """The graphs that are attributes of an If, Loop or Scan."""
-    for held in node.attributes.values():
-        if held.type == ir.AttributeType.GRAPH:
-            yield held.as_graph()
-        elif held.type == ir.AttributeType.GRAPHS:
-            yield from held.as_graphs()
+from onnxtools.ir.model import Model
 
 
 def rename_or_bypass(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:

@@ -1,0 +1,1 @@
+"""`Model`, and what reads and edits its graph."""
