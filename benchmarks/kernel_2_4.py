@@ -15,7 +15,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from onnxtools.sparsity import is_2_4, prune_2_4
+from onnxtools.numerics.sparsity import is_2_4, prune_2_4
 
 Array = np.ndarray[Any, Any]
 TYPES = (np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)

@@ -79,7 +79,7 @@ def _cache(model: Model) -> dict[str, Any] | None:
 
 
 def _sparsity(model: Model) -> list[dict[str, Any]]:
-    from onnxtools.sparsity import count_2_4
+    from onnxtools.numerics.sparsity import count_2_4
 
     rows = []
     for product in {p.weight: p for p in weight_products(model)}.values():

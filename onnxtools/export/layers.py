@@ -16,8 +16,8 @@ import onnx_ir as ir
 from onnxtools.export.config import Activation, DecoderConfig
 from onnxtools.export.family import Weights
 from onnxtools.export.options import ExportOptions
-from onnxtools.fp8 import quantize_rows
 from onnxtools.ir.edit import Builder
+from onnxtools.numerics.fp8 import quantize_rows
 from onnxtools.storage.lazy import Tensor, cast
 from onnxtools.storage.rows import StreamedTensor
 

@@ -9,10 +9,10 @@ import onnx_ir as ir
 
 from onnxtools.calibration.run import Calibration, Findings, Layer
 from onnxtools.calibration.statistics import ChannelRange, Gram
+from onnxtools.numerics.compensation import compensated
+from onnxtools.numerics.sparsity import prune_2_4
 from onnxtools.products import Product
-from onnxtools.quantization.compensation import compensated
 from onnxtools.quantization.groups import matrix
-from onnxtools.sparsity import prune_2_4
 from onnxtools.storage.rows import StreamedTensor
 
 Array = np.ndarray[Any, Any]

@@ -18,8 +18,8 @@ from onnxtools.infer import Facts
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import is_op
 from onnxtools.kvcache import rotation
+from onnxtools.numerics.formats import Format, scale_of
 from onnxtools.products import products_behind, weight_products
-from onnxtools.quantization.formats import Format, scale_of
 from onnxtools.quantization.qdq import COMPUTED, QdqBuilder
 
 

@@ -16,7 +16,7 @@ from onnxtools.infer import Facts
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import attribute, is_op
 from onnxtools.kvcache import rotation
-from onnxtools.quantization.formats import FP8, INT8, Format, scale_of
+from onnxtools.numerics.formats import FP8, INT8, Format, scale_of
 from onnxtools.quantization.qdq import COMPUTED, QdqBuilder
 from onnxtools.validate import cache_inputs
 

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from onnxtools.calibration.run import Findings
 from onnxtools.calibration.statistics import ChannelRange, Gram, Histogram, Observer, TokenSample
-from onnxtools.quantization.formats import scale_of
+from onnxtools.numerics.formats import scale_of
 from onnxtools.quantization.groups import Group, column_amax, relative_error, signal_to_noise, stored_scale
 from onnxtools.quantization.qdq import QdqBuilder, weight_scale
 from onnxtools.quantization.ranges import Method, largest

@@ -14,12 +14,12 @@ from onnxtools.calibration.options import Calibrated
 from onnxtools.calibration.run import Calibration
 from onnxtools.infer import Array
 from onnxtools.ir.model import Model
+from onnxtools.numerics.sparsity import prune_2_4
 from onnxtools.passbase import PassResult
 from onnxtools.passes._prune_calibrated import CalibratedPruner
 from onnxtools.products import Product, weight_products
 from onnxtools.readers import is_embedding, own_weights, readers
 from onnxtools.selection import Selected, head_product
-from onnxtools.sparsity import prune_2_4
 from onnxtools.storage.rows import StreamedTensor
 
 _DTYPES = {

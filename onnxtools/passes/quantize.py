@@ -21,6 +21,7 @@ from onnxtools.infer import Facts, analyse
 from onnxtools.ir.edit import remove_unused
 from onnxtools.ir.model import Model
 from onnxtools.kvcache import record_dtypes
+from onnxtools.numerics.formats import FP8, INT4, INT8, Format
 from onnxtools.passbase import Pass, PassResult
 from onnxtools.passes._quantize_attention import AttentionScheme, operands, score_products
 from onnxtools.passes._quantize_int4 import Int4Scheme, block_size
@@ -29,7 +30,6 @@ from onnxtools.passes._quantize_linear import LinearScheme
 from onnxtools.passes.lower_ort import LowerOrt
 from onnxtools.passes.precision import Precision
 from onnxtools.products import Product, weight_products
-from onnxtools.quantization.formats import FP8, INT4, INT8, Format
 from onnxtools.quantization.groups import Group, group
 from onnxtools.quantization.qdq import COMPUTED, QdqBuilder, is_quantized
 from onnxtools.quantization.scheme import Scheme

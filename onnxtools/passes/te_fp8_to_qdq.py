@@ -11,11 +11,11 @@ import onnx_ir as ir
 
 from onnxtools.base.errors import JobError
 from onnxtools.base.options import option
-from onnxtools.fp8 import quantize_rows
 from onnxtools.infer import Facts, constants
 from onnxtools.ir.edit import Builder, remove_unused, rename_or_bypass, replace_keeping_name
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import attribute, constant_tensor, is_op
+from onnxtools.numerics.fp8 import quantize_rows
 from onnxtools.passbase import Pass, PassResult
 from onnxtools.storage.rows import StreamedTensor
 

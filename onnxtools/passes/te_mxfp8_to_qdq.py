@@ -8,11 +8,11 @@ import onnx_ir as ir
 
 from onnxtools.base.errors import JobError
 from onnxtools.base.options import option
-from onnxtools.fp8 import MX_BLOCK, mx_data_rows, mx_scale_rows
 from onnxtools.infer import analyse
 from onnxtools.ir.edit import Builder, remove_unused, rename_or_bypass
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import attribute, constant_tensor, is_op
+from onnxtools.numerics.fp8 import MX_BLOCK, mx_data_rows, mx_scale_rows
 from onnxtools.passbase import Pass, PassResult
 from onnxtools.passes.set_opset import SetOpset
 from onnxtools.passes.te_fp8_to_qdq import _weight

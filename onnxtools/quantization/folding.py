@@ -16,8 +16,8 @@ import onnx_ir as ir
 
 from onnxtools.infer import Facts
 from onnxtools.ir.query import attribute, constant_tensor, is_op
+from onnxtools.numerics.formats import scaled
 from onnxtools.products import Product
-from onnxtools.quantization.formats import scaled
 from onnxtools.readers import is_read_by_alone
 
 Array = np.ndarray[Any, Any]

@@ -12,10 +12,10 @@ import onnx_ir as ir
 from onnxtools.base.errors import ModelError
 from onnxtools.infer import Facts
 from onnxtools.ir.model import Model
+from onnxtools.numerics.compensation import compensated
+from onnxtools.numerics.formats import Format, magnitudes, scale_of
 from onnxtools.products import Product, weight_products
-from onnxtools.quantization.compensation import compensated
 from onnxtools.quantization.folding import Fold, Folder
-from onnxtools.quantization.formats import Format, magnitudes, scale_of
 from onnxtools.storage.rows import elements
 
 Array = np.ndarray[Any, Any]

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 
 from onnxtools.calibration.statistics import Histogram
-from onnxtools.quantization.formats import Format
+from onnxtools.numerics.formats import Format
 
 Method = Literal["max", "percentile", "mse"]
 PERCENTILE = 99.99

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from onnxtools.calibration.statistics import Histogram, RotationRange, TokenSample
-from onnxtools.quantization.formats import FP8, INT8
+from onnxtools.numerics.formats import FP8, INT8
 from onnxtools.quantization.ranges import largest
 
 PARTS = [np.random.default_rng(seed).standard_normal((n, 8)).astype(np.float32) * 3 for seed, n in enumerate((5, 100, 1, 44))]

@@ -10,8 +10,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from onnxtools import sparsity
-from onnxtools.sparsity import is_2_4, prune_2_4
+from onnxtools.numerics import sparsity
+from onnxtools.numerics.sparsity import is_2_4, prune_2_4
 
 TYPES = (np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)
 DTYPES = [np.dtype(t) for t in TYPES]

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
 from onnxtools.base.errors import ModelError
-from onnxtools.quantization.formats import FP8, INT4, INT8, Format, magnitudes, quantized, scale_of
+from onnxtools.numerics.formats import FP8, INT4, INT8, Format, magnitudes, quantized, scale_of
 from onnxtools.storage.rows import raw_bytes
 
 Array = np.ndarray[Any, Any]

@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxtools.base.errors import ModelError
-from onnxtools.fp8 import E4M3_MAX, to_e4m3
+from onnxtools.numerics.fp8 import E4M3_MAX, to_e4m3
 from onnxtools.storage.rows import WORKERS, StreamedTensor, read_rows, slabs, thread_scratch
 
 Array = np.ndarray[Any, Any]

@@ -1,0 +1,1 @@
+"""Number formats, sparsity and error compensation: numpy in, numpy out."""
