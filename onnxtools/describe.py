@@ -8,10 +8,10 @@ from typing import Any
 
 import onnx_ir as ir
 
+from onnxtools.analysis.products import weight_products
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import attribute, is_op
 from onnxtools.manager import provenance
-from onnxtools.products import weight_products
 from onnxtools.validate import cache_inputs
 
 

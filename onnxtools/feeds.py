@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from onnxtools.analysis.cache import positions, settle_sizes
+from onnxtools.analysis.facts import analyse, dim_name, dim_terms, is_ids_like, stand_ins, token_input
 from onnxtools.base.errors import JobError
-from onnxtools.infer import analyse, dim_name, dim_terms, is_ids_like, stand_ins, token_input
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import attribute, constant_tensor, is_op
-from onnxtools.kvcache import positions, settle_sizes
 
 Array = np.ndarray[Any, Any]
 Feeds = dict[str, Array]

@@ -11,10 +11,10 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from onnxtools.analysis.facts import token_input
 from onnxtools.base.errors import JobError, OnnxtoolsError
 from onnxtools.base.memory import peak_mib
 from onnxtools.feeds import Array, Feeds, Probe, long_probe, probes, too_costly
-from onnxtools.infer import token_input
 from onnxtools.ir.model import Model
 from onnxtools.ir.part import TABLE_ROWS, beginning
 from onnxtools.manager import Instrument, Step

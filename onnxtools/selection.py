@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from onnxtools.analysis.products import Product, weight_products
+from onnxtools.analysis.readers import stored_weight
 from onnxtools.base.options import option
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import is_op
 from onnxtools.passbase import Pass
-from onnxtools.products import Product, weight_products
-from onnxtools.readers import stored_weight
 
 LM_HEAD = "language-model head (--lm-head takes it)"
 

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from onnxtools.analysis.cache import settle_sizes
+from onnxtools.analysis.facts import dim_terms, token_input
 from onnxtools.base.errors import JobError
 from onnxtools.feeds import Array, Feeds, Probe, long_probe, probes, sizes_of, too_costly
-from onnxtools.infer import dim_terms, token_input
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import has_dynamic_scales
-from onnxtools.kvcache import settle_sizes
 from onnxtools.ort import Runner
 
 FP8_TOLERANCE = 0.1
@@ -363,7 +363,7 @@ def first_divergence(reference: Model, model: Model, feeds: Feeds, tolerance: fl
     Only the values of one group are outputs at once, and ONNX Runtime drops what they do not need, so memory stays
     within `LAYER_BUDGET` and the graph stays as fused as it can be.
     """
-    from onnxtools.infer import analyse
+    from onnxtools.analysis.facts import analyse
 
     facts = analyse(reference, sizes_of(reference, feeds))
     known = {v.name for node in reference.graph for v in node.outputs if v.name}

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from onnxtools.analysis.cache import positions
+from onnxtools.analysis.facts import is_ids_like, token_input
 from onnxtools.base.errors import JobError, UsageError
 from onnxtools.base.jsonl import read_jsonl
 from onnxtools.calibration.options import Calibrated
 from onnxtools.feeds import Feeds, random_feeds, read_feeds, vocabulary
 from onnxtools.generation.text import Tokenizer
-from onnxtools.infer import is_ids_like, token_input
 from onnxtools.ir.model import Model
-from onnxtools.kvcache import positions
 
 
 class Samples(Sequence[Feeds]):

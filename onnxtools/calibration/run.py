@@ -20,6 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxtools import __version__
+from onnxtools.analysis.facts import analyse
 from onnxtools.base.errors import JobError
 from onnxtools.base.progress import counted
 from onnxtools.calibration.data import read_samples
@@ -27,7 +28,6 @@ from onnxtools.calibration.options import Calibrated
 from onnxtools.calibration.segments import Segment, segments
 from onnxtools.calibration.session import SegmentSession
 from onnxtools.calibration.statistics import Observer
-from onnxtools.infer import analyse
 from onnxtools.ir.model import Model, file_stamps
 from onnxtools.storage.files import OwnFolder, replacing
 from onnxtools.storage.rows import RowTensor, Scratch, read_rows

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from onnxtools.analysis.facts import token_input
+from onnxtools.analysis.products import Product, weight_products
 from onnxtools.base.errors import JobError
-from onnxtools.infer import token_input
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import constant_tensor, is_op
-from onnxtools.products import Product, weight_products
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
+from onnxtools.analysis.products import Product, weight_products
 from onnxtools.ir.edit import Builder, remove_unused, rename_or_bypass
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import attribute, constant_tensor, is_op, small_constant
-from onnxtools.products import Product, weight_products
 from onnxtools.storage.lazy import shape_of
 
 DOMAIN = "onnxtools"

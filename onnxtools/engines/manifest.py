@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from onnxtools import __version__
+from onnxtools.analysis.cache import MODEL_KEY
 from onnxtools.base.errors import JobError
 from onnxtools.base.inputs import check_regular, shown
 from onnxtools.base.memory import peak_mib
@@ -17,7 +18,6 @@ from onnxtools.engines.preflight import Preflight
 from onnxtools.engines.profiles import Profile
 from onnxtools.engines.spec import EngineSpec
 from onnxtools.ir.model import Model
-from onnxtools.kvcache import MODEL_KEY
 from onnxtools.manager import provenance
 from onnxtools.storage.records import recorded
 from onnxtools.storage.rows import external_path

@@ -13,16 +13,16 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from onnxtools.analysis.cache import settle_sizes
+from onnxtools.analysis.decoder_io import Port
 from onnxtools.base.errors import JobError, one_line
 from onnxtools.base.extras import install_line
-from onnxtools.engines.decoder_io import Port
 from onnxtools.engines.kernel_library import MIN_CAPABILITY, device_capability, find_nvcc, kernel_library
 from onnxtools.engines.kernels import use_kernels
 from onnxtools.engines.next_token import add_next_token
 from onnxtools.generation.runtime import RuntimeOptions
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import attribute, is_fp8_qdq
-from onnxtools.kvcache import settle_sizes
 from onnxtools.ort import BROKEN_OPTIMIZERS
 
 

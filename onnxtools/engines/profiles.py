@@ -11,11 +11,11 @@ from typing import Any
 
 import onnx_ir as ir
 
+from onnxtools.analysis.cache import positions, settle_sizes
 from onnxtools.base.errors import JobError, UsageError
 from onnxtools.base.inputs import check_regular, parse_yaml, shown
 from onnxtools.engines.spec import EngineSpec
 from onnxtools.ir.model import Model
-from onnxtools.kvcache import positions, settle_sizes
 
 Shape = tuple[int, ...]
 

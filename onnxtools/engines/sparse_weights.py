@@ -8,10 +8,10 @@ from typing import Any
 
 import onnx_ir as ir
 
+from onnxtools.analysis.products import Product, weight_products
 from onnxtools.engines.audit import EngineLayer
 from onnxtools.ir.model import Model
 from onnxtools.numerics.sparsity import count_2_4
-from onnxtools.products import Product, weight_products
 
 _LARGE = 256
 """NVIDIA's developers: sparse kernels are faster where both K and N are larger than this (NVIDIA/TensorRT issue 3849)."""

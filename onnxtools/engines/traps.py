@@ -19,8 +19,8 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
+from onnxtools.analysis.facts import Facts, constants
 from onnxtools.base.errors import JobError
-from onnxtools.infer import Facts, constants
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import attribute, constant_tensor, is_op
 

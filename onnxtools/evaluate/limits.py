@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import onnx
 
+from onnxtools.analysis.cache import described
 from onnxtools.evaluate.timing import BenchmarkOptions, Timing
 from onnxtools.ir.model import Model
-from onnxtools.kvcache import described
 
 _ELEMS = {"float": onnx.TensorProto.FLOAT, "float16": onnx.TensorProto.FLOAT16, "bfloat16": onnx.TensorProto.BFLOAT16}
 _TABLES = {("Gather", 0), ("RotaryEmbedding", 1), ("RotaryEmbedding", 2), ("GroupQueryAttention", 7), ("GroupQueryAttention", 8)}
@@ -53,7 +53,7 @@ class Rates:
 
 def work(path: Path, options: BenchmarkOptions) -> Work:
     """Of an ONNX decoder: bytes and operations by its graph."""
-    from onnxtools.engines.decoder_io import decoder_io
+    from onnxtools.analysis.decoder_io import decoder_io
     from onnxtools.engines.ort_session import ports
 
     model = Model.load(path)

@@ -12,6 +12,7 @@ from typing import Any
 import onnx_ir as ir
 
 from onnxtools import __version__
+from onnxtools.analysis.cache import MODEL_KEY
 from onnxtools.base import registry
 from onnxtools.base.errors import ModelError, UsageError
 from onnxtools.beside import INFO, check_folder
@@ -22,7 +23,6 @@ from onnxtools.export.family import Family, Source, Weights, family_for
 from onnxtools.export.graph import DTYPES, build_decoder
 from onnxtools.export.options import ExportOptions
 from onnxtools.ir.model import Model
-from onnxtools.kvcache import MODEL_KEY
 from onnxtools.storage.lazy import RandomRows, Tensor
 from onnxtools.storage.save import SaveReport
 

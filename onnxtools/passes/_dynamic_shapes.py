@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from onnxtools.axes import Atom, Layout, LayoutError, follow, leaves
+from onnxtools.analysis.axes import Atom, Layout, LayoutError, follow, leaves
+from onnxtools.analysis.facts import Facts, Tokens, analyse, is_ids_like, stand_ins
 from onnxtools.base.errors import JobError
-from onnxtools.infer import Facts, Tokens, analyse, is_ids_like, stand_ins
 from onnxtools.ir.edit import Builder
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import attribute, constant_tensor, is_constant_expression

@@ -6,10 +6,10 @@ import math
 
 import onnx_ir as ir
 
-from onnxtools.attention import Attention, Operand
-from onnxtools.axes import Atom, leaves
+from onnxtools.analysis.attention import Attention, Operand
+from onnxtools.analysis.axes import Atom, leaves
+from onnxtools.analysis.facts import Tokens
 from onnxtools.base.errors import JobError
-from onnxtools.infer import Tokens
 from onnxtools.ir.edit import Builder
 
 _ORDER = ("batch", "heads", "sequence", "channels")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from onnxtools.analysis.facts import Facts, analyse, token_input
 from onnxtools.base.errors import JobError
-from onnxtools.infer import Facts, analyse, token_input
 from onnxtools.ir.edit import Builder
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import attribute, is_op

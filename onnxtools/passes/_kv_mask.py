@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxtools.attention import Attention
+from onnxtools.analysis.attention import Attention
+from onnxtools.analysis.facts import Facts, analyse, stand_ins, token_input
+from onnxtools.analysis.masks import MaskError, Pattern, hidden_by_addition, pattern_of, square
 from onnxtools.base.errors import JobError
-from onnxtools.infer import Facts, analyse, stand_ins, token_input
 from onnxtools.ir.edit import Builder
 from onnxtools.ir.model import Model
-from onnxtools.masks import MaskError, Pattern, hidden_by_addition, pattern_of, square
 
 _LAYOUT = {"Reshape", "Unsqueeze", "Squeeze", "Expand", "Identity", "Dropout"}
 _POINTWISE = {

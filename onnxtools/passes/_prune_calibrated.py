@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from onnxtools.analysis.products import Product
 from onnxtools.calibration.run import Calibration, Findings, Layer
 from onnxtools.calibration.statistics import ChannelRange, Gram
 from onnxtools.numerics.compensation import compensated
 from onnxtools.numerics.sparsity import prune_2_4
-from onnxtools.products import Product
 from onnxtools.quantization.groups import matrix
 from onnxtools.storage.rows import StreamedTensor
 

@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxtools.attention import find_attention
+from onnxtools.analysis.attention import find_attention
+from onnxtools.analysis.cache import rotation
+from onnxtools.analysis.facts import Facts
+from onnxtools.analysis.products import products_behind, weight_products
 from onnxtools.base.errors import JobError
 from onnxtools.calibration.run import Findings
 from onnxtools.calibration.statistics import Largest, Observer, RotationRange
-from onnxtools.infer import Facts
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import is_op
-from onnxtools.kvcache import rotation
 from onnxtools.numerics.formats import Format, scale_of
-from onnxtools.products import products_behind, weight_products
 from onnxtools.quantization.qdq import COMPUTED, QdqBuilder
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from onnxtools.analysis.products import Product
 from onnxtools.calibration.run import Findings
 from onnxtools.calibration.statistics import BlockGram, ChannelRange, Gram, Observer, TokenSample
 from onnxtools.numerics.formats import INT4, scale_of
-from onnxtools.products import Product
 from onnxtools.quantization.groups import Group, matrix, relative_error, rounded, signal_to_noise
 from onnxtools.quantization.qdq import QdqBuilder, weight_scale
 from onnxtools.quantization.scheme import Scheme, shown

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from onnxtools.analysis.cache import rotation
+from onnxtools.analysis.facts import Facts
 from onnxtools.base.errors import JobError
 from onnxtools.calibration.run import Findings
 from onnxtools.calibration.statistics import Observer, RotationRange
-from onnxtools.infer import Facts
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import attribute, is_op
-from onnxtools.kvcache import rotation
 from onnxtools.numerics.formats import FP8, INT8, Format, scale_of
 from onnxtools.quantization.qdq import COMPUTED, QdqBuilder
 from onnxtools.validate import cache_inputs

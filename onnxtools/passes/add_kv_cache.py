@@ -9,22 +9,22 @@ from typing import Any, Literal
 import numpy as np
 import onnx_ir as ir
 
-from onnxtools.attention import Attention, Operand, find_attention
+from onnxtools.analysis.attention import Attention, Operand, find_attention
+from onnxtools.analysis.cache import Dim, KvCache
+from onnxtools.analysis.facts import Facts, Tokens, analyse, token_input
+from onnxtools.analysis.masks import mask_constants, prime_above
+from onnxtools.analysis.positions import shift_positions
 from onnxtools.base.errors import JobError, NoMatchError, UsageError
 from onnxtools.base.options import option
-from onnxtools.infer import Facts, Tokens, analyse, token_input
 from onnxtools.ir.edit import Builder, forget_types, remove_unused, rename_or_bypass
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import has_dynamic_scales
-from onnxtools.kvcache import Dim, KvCache
-from onnxtools.masks import mask_constants, prime_above
 from onnxtools.passbase import Pass, PassResult
 from onnxtools.passes._dynamic_shapes import make_dynamic
 from onnxtools.passes._kv_layout import from_bnsh, to_bnsh
 from onnxtools.passes._kv_locality import check_locality, restrict_to_new_tokens
 from onnxtools.passes._kv_mask import MaskRewriter, check_positions_follow_past
 from onnxtools.passes.decompose_attention import DecomposeAttention
-from onnxtools.positions import shift_positions
 
 _DTYPES = {"fp8": ir.DataType.FLOAT8E4M3FN, "fp16": ir.DataType.FLOAT16, "fp32": ir.DataType.FLOAT, "bf16": ir.DataType.BFLOAT16}
 _LARGEST_MASK = 4100

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from onnxtools.analysis.facts import Facts, analyse
+from onnxtools.analysis.operators import Fact
 from onnxtools.base.errors import JobError
-from onnxtools.infer import Facts, analyse
-from onnxtools.infer_ops import Fact
 from onnxtools.ir.edit import Builder, remove_unused, replace_keeping_name
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import attribute, is_op

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from onnxtools.infer import analyse
-from onnxtools.infer_ops import Fact
+from onnxtools.analysis.facts import analyse
+from onnxtools.analysis.operators import Fact
 from onnxtools.ir.model import Model
 from onnxtools.passbase import Pass, PassResult
 

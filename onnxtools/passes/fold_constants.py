@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from onnxtools.analysis.facts import Facts, constants
 from onnxtools.base.options import option
-from onnxtools.infer import Facts, constants
 from onnxtools.ir.edit import Builder, remove_unused, rename_or_bypass
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import constant_tensor

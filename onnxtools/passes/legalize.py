@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from onnxtools.analysis.facts import Facts, analyse, sequence_sizes
 from onnxtools.base.errors import JobError
-from onnxtools.infer import Facts, analyse, sequence_sizes
 from onnxtools.ir.edit import Builder, remove_unused, rename_or_bypass
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import attribute, is_constant_expression, is_op

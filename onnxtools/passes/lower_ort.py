@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from onnxtools.analysis.products import Product, weight_products
 from onnxtools.base.options import option
 from onnxtools.ir.edit import Builder, remove_unused
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import attribute, constant_tensor, is_op
 from onnxtools.passbase import Pass, PassResult
-from onnxtools.products import Product, weight_products
 from onnxtools.quantization.qdq import times
 from onnxtools.storage.lazy import shape_of
 from onnxtools.storage.rows import RowTensor, Scratch, StreamedTensor, elements, raw_bytes, read_rows

@@ -11,20 +11,20 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from onnxtools.analysis.cache import record_dtypes
+from onnxtools.analysis.facts import Facts, analyse
+from onnxtools.analysis.products import weight_products
+from onnxtools.analysis.readers import readers
 from onnxtools.base.errors import JobError, ModelError
 from onnxtools.base.options import option
 from onnxtools.calibration.options import Calibrated
 from onnxtools.calibration.run import Calibration, Findings, Layer
 from onnxtools.calibration.statistics import Largest
 from onnxtools.export.graph import DTYPES
-from onnxtools.infer import Facts, analyse
 from onnxtools.ir.edit import Builder, remove_unused
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import attribute, constant_tensor, graphs_inside, is_op
-from onnxtools.kvcache import record_dtypes
 from onnxtools.passbase import PassResult
-from onnxtools.products import weight_products
-from onnxtools.readers import readers
 from onnxtools.storage.lazy import cast
 from onnxtools.storage.rows import StreamedTensor, elements
 

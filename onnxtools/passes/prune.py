@@ -8,17 +8,17 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
+from onnxtools.analysis.facts import Array
+from onnxtools.analysis.products import Product, weight_products
+from onnxtools.analysis.readers import is_embedding, own_weights, readers
 from onnxtools.base.errors import NoMatchError, UsageError
 from onnxtools.base.options import option
 from onnxtools.calibration.options import Calibrated
 from onnxtools.calibration.run import Calibration
-from onnxtools.infer import Array
 from onnxtools.ir.model import Model
 from onnxtools.numerics.sparsity import prune_2_4
 from onnxtools.passbase import PassResult
 from onnxtools.passes._prune_calibrated import CalibratedPruner
-from onnxtools.products import Product, weight_products
-from onnxtools.readers import is_embedding, own_weights, readers
 from onnxtools.selection import Selected, head_product
 from onnxtools.storage.rows import StreamedTensor
 

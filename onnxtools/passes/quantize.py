@@ -12,15 +12,17 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
+from onnxtools.analysis.cache import record_dtypes
+from onnxtools.analysis.facts import Facts, analyse
+from onnxtools.analysis.products import Product, weight_products
+from onnxtools.analysis.readers import own_weights
 from onnxtools.base.errors import JobError, NoMatchError, UsageError
 from onnxtools.base.options import option
 from onnxtools.calibration.options import Calibrated
 from onnxtools.calibration.run import Calibration, Findings, Layer
 from onnxtools.calibration.statistics import Observer
-from onnxtools.infer import Facts, analyse
 from onnxtools.ir.edit import remove_unused
 from onnxtools.ir.model import Model
-from onnxtools.kvcache import record_dtypes
 from onnxtools.numerics.formats import FP8, INT4, INT8, Format
 from onnxtools.passbase import Pass, PassResult
 from onnxtools.passes._quantize_attention import AttentionScheme, operands, score_products
@@ -29,11 +31,9 @@ from onnxtools.passes._quantize_kv import KvScheme, caches
 from onnxtools.passes._quantize_linear import LinearScheme
 from onnxtools.passes.lower_ort import LowerOrt
 from onnxtools.passes.precision import Precision
-from onnxtools.products import Product, weight_products
 from onnxtools.quantization.groups import Group, group
 from onnxtools.quantization.qdq import COMPUTED, QdqBuilder, is_quantized
 from onnxtools.quantization.scheme import Scheme
-from onnxtools.readers import own_weights
 from onnxtools.selection import Selected, head_product
 
 _TOO_SMALL = 16

@@ -9,9 +9,9 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from onnxtools.analysis.facts import Facts, analyse
 from onnxtools.base.errors import JobError, UsageError
 from onnxtools.base.options import option
-from onnxtools.infer import Facts, analyse
 from onnxtools.ir.edit import Builder
 from onnxtools.ir.model import MAX_IR_VERSION, Model
 from onnxtools.ir.query import attribute

@@ -9,9 +9,9 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from onnxtools.analysis.facts import Facts, constants
 from onnxtools.base.errors import JobError
 from onnxtools.base.options import option
-from onnxtools.infer import Facts, constants
 from onnxtools.ir.edit import Builder, remove_unused, rename_or_bypass, replace_keeping_name
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import attribute, constant_tensor, is_op

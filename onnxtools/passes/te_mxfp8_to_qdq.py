@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from onnxtools.analysis.facts import analyse
 from onnxtools.base.errors import JobError
 from onnxtools.base.options import option
-from onnxtools.infer import analyse
 from onnxtools.ir.edit import Builder, remove_unused, rename_or_bypass
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import attribute, constant_tensor, is_op

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxtools.infer import Facts
+from onnxtools.analysis.facts import Facts
+from onnxtools.analysis.products import Product
+from onnxtools.analysis.readers import is_read_by_alone
 from onnxtools.ir.query import attribute, constant_tensor, is_op
 from onnxtools.numerics.formats import scaled
-from onnxtools.products import Product
-from onnxtools.readers import is_read_by_alone
 
 Array = np.ndarray[Any, Any]
 

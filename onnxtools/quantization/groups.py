@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from onnxtools.analysis.facts import Facts
+from onnxtools.analysis.products import Product, weight_products
 from onnxtools.base.errors import ModelError
-from onnxtools.infer import Facts
 from onnxtools.ir.model import Model
 from onnxtools.numerics.compensation import compensated
 from onnxtools.numerics.formats import Format, magnitudes, scale_of
-from onnxtools.products import Product, weight_products
 from onnxtools.quantization.folding import Fold, Folder
 from onnxtools.storage.rows import elements
 

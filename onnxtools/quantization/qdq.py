@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from onnxtools.analysis.products import Product
 from onnxtools.ir.edit import Builder
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import attribute, constant_tensor, is_op, stored_dtype
 from onnxtools.numerics.formats import Format, magnitudes, quantized, scale_of
-from onnxtools.products import Product
 
 Array = np.ndarray[Any, Any]
 

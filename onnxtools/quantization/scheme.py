@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from onnxtools.analysis.products import Product
 from onnxtools.calibration.run import Calibration, Findings
 from onnxtools.calibration.statistics import Gram, Observer
 from onnxtools.numerics.formats import Format, scaled
-from onnxtools.products import Product
 from onnxtools.quantization.groups import Group, decoded, gptq, matrix, rounded
 from onnxtools.quantization.qdq import QdqBuilder
 

@@ -10,6 +10,7 @@ from random import Random
 import onnx
 import yaml
 
+from onnxtools.analysis.facts import analyse, constants
 from onnxtools.calibration.data import read_samples
 from onnxtools.checkpoints.base import Region
 from onnxtools.checkpoints.base import reading as reading_file
@@ -29,7 +30,6 @@ from onnxtools.export.options import ExportOptions
 from onnxtools.feeds import random_feeds, read_feeds
 from onnxtools.generation.runtime import ModelInfo
 from onnxtools.generation.text import Tokenizer
-from onnxtools.infer import analyse, constants
 from onnxtools.ir.model import Model
 from onnxtools.manager import PassManager, provenance
 from onnxtools.passbase import Pass

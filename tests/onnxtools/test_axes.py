@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from onnx import helper
 
-from onnxtools.axes import Atom, Layout, LayoutError, follow, leaves, regroup, start
-from onnxtools.infer import analyse
+from onnxtools.analysis.axes import Atom, Layout, LayoutError, follow, leaves, regroup, start
+from onnxtools.analysis.facts import analyse
 from onnxtools.ir.model import Model
 from tests.support import FLOAT, Array, info, stored, write
 

@@ -9,8 +9,8 @@ import onnx
 import pytest
 from onnx import helper
 
-from onnxtools.infer import analyse, constants, stand_ins
-from onnxtools.infer_ops import reshape_target
+from onnxtools.analysis.facts import analyse, constants, stand_ins
+from onnxtools.analysis.operators import reshape_target
 from onnxtools.ir.model import Model
 from tests.support import FLOAT, INT64, STATIC, STYLE, TE, Array, Case, Feeds, Session, dims, info, normal, stored, write
 

@@ -13,7 +13,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxtools.infer import analyse, constants
+from onnxtools.analysis.facts import analyse, constants
 from onnxtools.ir.model import Model
 from tests.support import FLOAT, Array, info, succeed
 

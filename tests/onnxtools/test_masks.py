@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from onnxtools.masks import MaskError, Pattern, hidden_by_addition, pattern_of, prime_above, square
+from onnxtools.analysis.masks import MaskError, Pattern, hidden_by_addition, pattern_of, prime_above, square
 from tests.support import Array, normal
 
 

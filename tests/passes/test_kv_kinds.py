@@ -10,8 +10,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from onnxtools.analysis.cache import settle_sizes
 from onnxtools.ir.model import Model
-from onnxtools.kvcache import settle_sizes
 from tests.support import FLOAT, INT64, Array, Feeds, Session, decode, info, normal, refuse, rel_l2, run, stored, succeed, write
 
 N = helper.make_node

@@ -10,10 +10,10 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from onnxtools.infer import analyse
+from onnxtools.analysis.facts import analyse
+from onnxtools.analysis.products import weight_products
 from onnxtools.ir.model import Model
 from onnxtools.numerics.formats import scaled
-from onnxtools.products import weight_products
 from onnxtools.quantization.groups import group
 from onnxtools.selection import head_product
 from tests.export import hf

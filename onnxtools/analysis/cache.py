@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
-from onnxtools.infer import Facts, analyse
+from onnxtools.analysis.facts import Facts, analyse
+from onnxtools.analysis.positions import table_rows
 from onnxtools.ir.edit import Builder
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import attribute, is_op
-from onnxtools.positions import table_rows
 
 Dim = int | str | ir.SymbolicDim | None
 Kind = Literal["key", "value"]

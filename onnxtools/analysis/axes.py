@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from onnxtools.infer import Facts
+from onnxtools.analysis.facts import Facts
 from onnxtools.ir.query import attribute
 
 

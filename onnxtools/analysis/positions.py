@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from onnxtools.infer import Facts, analyse, token_input
+from onnxtools.analysis.facts import Facts, analyse, token_input
 from onnxtools.ir.edit import Builder
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import attribute, constant_tensor, is_constant_expression, is_op

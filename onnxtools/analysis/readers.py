@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
+from onnxtools.analysis.products import Product
 from onnxtools.ir.edit import Builder
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import constant_tensor, is_op
-from onnxtools.products import Product
 
 _PASSED_ON = {
     "Cast", "CastLike", "Identity", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "QuantizeLinear", "DequantizeLinear",

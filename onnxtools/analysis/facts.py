@@ -21,7 +21,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from onnxtools.infer_ops import SHAPE_RULES, UNKNOWN, VALUE_RULES, Disputed, Fact, output_dtypes
+from onnxtools.analysis.operators import SHAPE_RULES, UNKNOWN, VALUE_RULES, Disputed, Fact, output_dtypes
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import attribute, constant_tensor
 from onnxtools.storage.rows import elements

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxtools.infer import Facts
+from onnxtools.analysis.facts import Facts
 
 Array = np.ndarray[Any, Any]
 BLOCKING = -1e3

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from onnxtools.axes import LAYOUT_OPS, Atom, Layout, LayoutError, follow, leaves, regroup, start
+from onnxtools.analysis.axes import LAYOUT_OPS, Atom, Layout, LayoutError, follow, leaves, regroup, start
+from onnxtools.analysis.facts import Facts
 from onnxtools.base.errors import JobError
-from onnxtools.infer import Facts
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import attribute, is_op
 
