@@ -13,10 +13,10 @@ from pathlib import Path
 
 import onnxruntime
 
+from onnxtools.checkpoints.tokenizer import Tokenizer
 from onnxtools.engines.onnxrt import OrtRuntime
 from onnxtools.evaluate.wikitext import score_wikitext
 from onnxtools.generation.runtime import RuntimeOptions
-from onnxtools.generation.text import Tokenizer
 
 from benchmarks.decode import gguf  # isort: skip
 from benchmarks.quantize import SHARED, onnxtools  # isort: skip

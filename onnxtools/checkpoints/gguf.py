@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from onnxtools.base.errors import JobError, ModelError
 from onnxtools.base.inputs import shown
-from onnxtools.checkpoints.base import Checkpoint, Region, reading
+from onnxtools.checkpoints.checkpoint import Checkpoint, Region, reading
 from onnxtools.checkpoints.gguf_header import TensorEntry, read_header
 from onnxtools.checkpoints.gguf_tokenizer import tokenizer_files
 from onnxtools.storage.rows import RowTensor, Scratch, elements

@@ -13,7 +13,7 @@ import numpy as np
 
 from onnxtools.base.errors import ModelError
 from onnxtools.base.inputs import shown
-from onnxtools.checkpoints.base import Region
+from onnxtools.checkpoints.checkpoint import Region
 
 MAX_KEYS, MAX_TENSORS, MAX_RANK = 1 << 16, 1 << 17, 8
 MAX_ELEMENTS = 1 << 22

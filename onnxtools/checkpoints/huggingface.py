@@ -7,7 +7,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from onnxtools.base.errors import ModelError
-from onnxtools.checkpoints.base import Checkpoint, Region, member, read_json, reading
+from onnxtools.checkpoints.checkpoint import Checkpoint, Region, member, read_json, reading
 from onnxtools.checkpoints.safetensors import read_safetensors, read_sharded
 from onnxtools.checkpoints.torch_file import read_torch
 

@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from onnxtools.base.errors import ModelError
 from onnxtools.base.inputs import MAX_YAML_BYTES, parse_yaml, shown
-from onnxtools.checkpoints.base import Checkpoint, Region, member, nested, reading
+from onnxtools.checkpoints.checkpoint import Checkpoint, Region, member, nested, reading
 from onnxtools.checkpoints.huggingface import BESIDE, state_dict
 from onnxtools.checkpoints.megatron_shards import merge
 from onnxtools.checkpoints.torch_file import read_torch

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from onnxtools.base.errors import ModelError, OnnxtoolsError
 from onnxtools.base.inputs import absent
-from onnxtools.checkpoints.base import Checkpoint
+from onnxtools.checkpoints.checkpoint import Checkpoint
 
 
 def open_checkpoint(path: Path, *, weights: bool = True) -> Checkpoint:

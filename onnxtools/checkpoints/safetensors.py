@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from onnxtools.base.errors import ModelError
 from onnxtools.base.inputs import shown
-from onnxtools.checkpoints.base import MAX_JSON_BYTES, Region, json_object, member, read_json, reading
+from onnxtools.checkpoints.checkpoint import MAX_JSON_BYTES, Region, json_object, member, read_json, reading
 
 _DTYPES = {
     "F64": ir.DataType.DOUBLE, "F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16,

@@ -24,7 +24,7 @@ import onnx_ir as ir
 
 from onnxtools.base.errors import ModelError
 from onnxtools.base.inputs import shown
-from onnxtools.checkpoints.base import Region
+from onnxtools.checkpoints.checkpoint import Region
 
 MAX_PICKLE_BYTES = 256 << 20
 """The pickle holds names and shapes, no weights; the state dict of a 175B model has about 1 MB."""

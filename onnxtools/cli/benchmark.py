@@ -15,9 +15,9 @@ from onnxtools.evaluate.timing import BenchmarkOptions
 from onnxtools.storage.files import replacing
 
 if TYPE_CHECKING:
+    from onnxtools.checkpoints.tokenizer import Tokenizer
     from onnxtools.evaluate.timing import Timing
     from onnxtools.generation.runtime import Runtime
-    from onnxtools.generation.text import Tokenizer
 
 _HELP = """Time MODEL: greedy tokens after random prompts.
 

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from onnxtools.base.errors import JobError, UsageError
-from onnxtools.beside import check_folder, files_beside
+from onnxtools.checkpoints.beside import check_folder, files_beside
 from onnxtools.cli.logs import LOG
 from onnxtools.cli.options import OUTPUT_OPTION, PATH, TOLERANCE, dataclass_options, from_parameters, one_output
 from onnxtools.ir.model import Model

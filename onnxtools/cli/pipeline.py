@@ -45,7 +45,7 @@ def command(
     recipe: Path, input_path: Path | None, output_path: Path | None, copy_weights: bool | None, force: bool, allow_code: bool, check: bool | None,
     dump: Path | None, as_json: bool, debug: bool,
 ) -> None:  # fmt: skip
-    from onnxtools.beside import check_folder, files_beside
+    from onnxtools.checkpoints.beside import check_folder, files_beside
     from onnxtools.cli.passes import check_output, instruments, show, write_model
     from onnxtools.cli.render import console, print_json, verdict_table
     from onnxtools.ir.model import Model

@@ -14,8 +14,8 @@ from onnxtools.cli.runtimes import open_tokenizer, opened, runtime_command, runt
 from onnxtools.generation.options import GenerationOptions
 
 if TYPE_CHECKING:
+    from onnxtools.checkpoints.tokenizer import Tokenizer
     from onnxtools.generation.runtime import Runtime
-    from onnxtools.generation.text import Tokenizer
     from onnxtools.generation.texts import Text
 
 _HELP = """Continue prompts with MODEL: an ONNX file, a TensorRT engine, or a checkpoint.

@@ -13,8 +13,8 @@ from onnxtools.base.errors import JobError, UsageError
 from onnxtools.cli.options import PATH, dataclass_options, from_parameters
 
 if TYPE_CHECKING:
+    from onnxtools.checkpoints.tokenizer import Tokenizer
     from onnxtools.generation.runtime import Runtime, RuntimeOptions
-    from onnxtools.generation.text import Tokenizer
 
 
 def runtime_command(
@@ -87,11 +87,11 @@ def open_tokenizer(path: Path | None, runtime: Runtime, model: Path) -> Tokenize
     Raises:
         JobError: there is none, or it is another model's by now.
     """
-    from onnxtools.generation.text import Tokenizer
+    from onnxtools.checkpoints.tokenizer import Tokenizer
 
     own = runtime.info.folder
     if path is None and model.is_file():
-        from onnxtools.beside import check_beside
+        from onnxtools.checkpoints.beside import check_beside
         from onnxtools.storage.records import files_of
 
         manifest = getattr(runtime, "manifest", None)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from onnxtools.base.errors import JobError, UsageError
+from onnxtools.checkpoints.tokenizer import Tokenizer
 from onnxtools.engines.onnxrt import OrtRuntime
 from onnxtools.evaluate.lambada import Passage, PassageResult, compare_lambada, score_lambada, summarize_lambada, tokenized
 from onnxtools.generation.runtime import RuntimeOptions
-from onnxtools.generation.text import Tokenizer
 from onnxtools.ir.model import Model
 from onnxtools.manager import PassManager
 from onnxtools.passes.quantize import Quantize

@@ -19,9 +19,9 @@ import numpy as np
 from onnxtools.base.errors import JobError
 from onnxtools.base.inputs import check_regular, shown
 from onnxtools.base.jsonl import read_jsonl
+from onnxtools.checkpoints.tokenizer import Tokenizer
 from onnxtools.evaluate.scores import Scored, mean_interval, perplexity, score_texts, share_interval
 from onnxtools.generation.runtime import Runtime
-from onnxtools.generation.text import Tokenizer
 from onnxtools.storage.files import try_lock
 
 

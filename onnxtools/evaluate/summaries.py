@@ -12,10 +12,10 @@ from onnxtools.base.errors import JobError, UsageError
 from onnxtools.base.extras import install_line
 from onnxtools.base.inputs import shown
 from onnxtools.base.jsonl import read_jsonl
+from onnxtools.checkpoints.tokenizer import Streams, Tokenizer, cut_at
 from onnxtools.generation.generate import generate
 from onnxtools.generation.options import GenerationOptions
 from onnxtools.generation.runtime import Runtime
-from onnxtools.generation.text import Streams, Tokenizer, cut_at
 
 TEMPLATE = "{article}\n\nTL;DR:\n"
 """The prompt of TensorRT-LLM's GPT example (examples/summarize.py): the article, then TL;DR."""

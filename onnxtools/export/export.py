@@ -15,8 +15,8 @@ from onnxtools import __version__
 from onnxtools.analysis.cache import MODEL_KEY
 from onnxtools.base import registry
 from onnxtools.base.errors import ModelError, UsageError
-from onnxtools.beside import INFO, check_folder
-from onnxtools.checkpoints.base import Checkpoint
+from onnxtools.checkpoints.beside import INFO, check_folder
+from onnxtools.checkpoints.checkpoint import Checkpoint
 from onnxtools.checkpoints.open import open_checkpoint
 from onnxtools.export.config import DecoderConfig, weight_shapes
 from onnxtools.export.family import Family, Source, Weights, family_for

@@ -14,9 +14,9 @@ from onnxtools.base import registry
 from onnxtools.base.errors import JobError, ModelError, UsageError
 from onnxtools.base.inputs import shown
 from onnxtools.base.options import option
-from onnxtools.checkpoints.base import json_object, nested, read_json
+from onnxtools.checkpoints.checkpoint import json_object, nested, read_json
+from onnxtools.checkpoints.special_tokens import ids_by_name
 from onnxtools.export.config import token_ids
-from onnxtools.generation.special_tokens import ids_by_name
 
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from onnxtools.base.errors import UsageError
+from onnxtools.checkpoints.tokenizer import Streams, Tokenizer, cut_at
 from onnxtools.generation.generate import Generated, generate
 from onnxtools.generation.options import GenerationOptions
 from onnxtools.generation.runtime import Runtime
-from onnxtools.generation.text import Streams, Tokenizer, cut_at
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import pytest
 from gguf.quants import dequantize, quantize
 
 from onnxtools.base.errors import JobError, ModelError
-from onnxtools.checkpoints.base import Region
+from onnxtools.checkpoints.checkpoint import Region
 from onnxtools.checkpoints.gguf import read_gguf
 from onnxtools.checkpoints.gguf_header import read_header
 from onnxtools.checkpoints.gguf_tokenizer import tokenizer_files

@@ -17,7 +17,7 @@ import pytest
 
 from onnxtools.base.errors import ModelError
 from onnxtools.checkpoints import nemo
-from onnxtools.checkpoints.base import Region
+from onnxtools.checkpoints.checkpoint import Region
 from onnxtools.checkpoints.nemo import read_nemo
 
 CONFIG = b"num_layers: 1\n"

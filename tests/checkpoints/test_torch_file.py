@@ -19,7 +19,7 @@ pytest.importorskip("torch", reason="the files are written by torch (make setup 
 import torch
 
 from onnxtools.base.errors import ModelError
-from onnxtools.checkpoints.base import Region
+from onnxtools.checkpoints.checkpoint import Region
 from onnxtools.checkpoints.torch_file import loads, read_torch
 
 

@@ -16,7 +16,7 @@ pytest.importorskip("accelerate", reason="transformers' GGUF loader, the referen
 import torch
 import transformers
 
-from onnxtools.generation.text import Streams, Tokenizer
+from onnxtools.checkpoints.tokenizer import Streams, Tokenizer
 from tests.export.test_smollm2 import GGUF
 from tests.support import SHARED, present, refuse, run, succeed
 
@@ -272,8 +272,8 @@ def test_summaries_are_scored_with_rouge(model: Path) -> None:
 
 
 def test_the_prompt_is_the_article_and_tldr_and_fits_the_room() -> None:
+    from onnxtools.checkpoints.tokenizer import Tokenizer
     from onnxtools.evaluate.summaries import TEMPLATE, _prompt
-    from onnxtools.generation.text import Tokenizer
 
     class Words(Tokenizer):
         def encode(self, text: str) -> Any:

@@ -15,13 +15,13 @@ pytest.importorskip("transformers", reason="the models are written by transforme
 import torch
 
 from onnxtools.base.errors import JobError
+from onnxtools.checkpoints.tokenizer import Tokenizer
 from onnxtools.engines.onnxrt import OrtRuntime
 from onnxtools.evaluate import lambada
 from onnxtools.evaluate.lambada import Journal, Passage, PassageResult, compare_lambada, read_lambada, score_lambada, summarize_lambada
 from onnxtools.evaluate.scores import mean_interval, score_texts, share_interval
 from onnxtools.evaluate.wikitext import score_wikitext
 from onnxtools.generation.runtime import RuntimeOptions
-from onnxtools.generation.text import Tokenizer
 from tests.generation import vocabularies
 from tests.generation.models import exported, reference
 

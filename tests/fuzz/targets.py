@@ -12,10 +12,11 @@ import yaml
 
 from onnxtools.analysis.facts import analyse, constants
 from onnxtools.calibration.data import read_samples
-from onnxtools.checkpoints.base import Region
-from onnxtools.checkpoints.base import reading as reading_file
+from onnxtools.checkpoints.checkpoint import Region
+from onnxtools.checkpoints.checkpoint import reading as reading_file
 from onnxtools.checkpoints.open import open_checkpoint
 from onnxtools.checkpoints.safetensors import read_safetensors
+from onnxtools.checkpoints.tokenizer import Tokenizer
 from onnxtools.checkpoints.torch_file import loads, read_torch
 from onnxtools.describe import describe, differences
 from onnxtools.engines.manifest import read_manifest
@@ -29,7 +30,6 @@ from onnxtools.export.export import export
 from onnxtools.export.options import ExportOptions
 from onnxtools.feeds import random_feeds, read_feeds
 from onnxtools.generation.runtime import ModelInfo
-from onnxtools.generation.text import Tokenizer
 from onnxtools.ir.model import Model
 from onnxtools.manager import PassManager, provenance
 from onnxtools.passbase import Pass

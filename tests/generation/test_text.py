@@ -15,7 +15,7 @@ import pytest
 from tokenizers import Tokenizer as Native
 
 from onnxtools.base.errors import JobError, OnnxtoolsError
-from onnxtools.generation.text import Tokenizer
+from onnxtools.checkpoints.tokenizer import Tokenizer
 from tests.generation import vocabularies as v
 
 CONTEXTS = ("in which the old ship", "in which the old ship ", "in which the old ship  \n", "before night")
@@ -178,7 +178,7 @@ _TRY = """
 import sys
 from pathlib import Path
 from onnxtools.base.errors import OnnxtoolsError
-from onnxtools.generation.text import Tokenizer
+from onnxtools.checkpoints.tokenizer import Tokenizer
 try:
     tokenizer = Tokenizer.open(Path(sys.argv[1]))
     for text in ("1" * 40 + "!", "a" * 3000, "the old ship", ""):
@@ -209,7 +209,7 @@ def test_a_pattern_of_cubic_time_is_refused_at_once(tmp_path: Path) -> None:
 
 
 def test_what_others_write_to_stderr_meanwhile_is_kept(capfd: pytest.CaptureFixture[str]) -> None:
-    from onnxtools.generation.native import native_call
+    from onnxtools.checkpoints.native import native_call
 
     with native_call("x"):
         os.write(2, b"a line of another thread\n")

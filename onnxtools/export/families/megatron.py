@@ -7,7 +7,7 @@ from typing import Any
 
 from onnxtools.base.errors import ModelError
 from onnxtools.base.inputs import shown
-from onnxtools.checkpoints.base import nested
+from onnxtools.checkpoints.checkpoint import nested
 from onnxtools.checkpoints.te_extra_state import forward_scales
 from onnxtools.export.config import Activation, DecoderConfig, head_dim_of, integer, number
 from onnxtools.export.family import Family, FP8Scales, Source

@@ -9,7 +9,7 @@ from typing import Any
 
 from onnxtools.base.errors import JobError, UsageError
 from onnxtools.base.inputs import absent, check_regular
-from onnxtools.generation.native import native_call
+from onnxtools.checkpoints.native import native_call
 
 
 class Tokenizer:
@@ -29,7 +29,7 @@ class Tokenizer:
         """
         import tokenizers
 
-        from onnxtools.generation.special_tokens import add_named, from_merges
+        from onnxtools.checkpoints.special_tokens import add_named, from_merges
 
         path = place / "tokenizer.json" if place.is_dir() else place
         vocabulary, merges = (path.parent / name for name in ("vocab.json", "merges.txt"))

@@ -13,7 +13,7 @@ from typing import Any
 
 from onnxtools.base.errors import JobError
 from onnxtools.base.inputs import check_regular, shown
-from onnxtools.checkpoints.base import nested, read_json
+from onnxtools.checkpoints.checkpoint import nested, read_json
 from onnxtools.checkpoints.gguf_tokenizer import ONE_DIGIT, bpe, byte_level, template, words
 
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
