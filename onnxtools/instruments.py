@@ -14,13 +14,13 @@ import onnx_ir as ir
 from onnxtools.analysis.facts import token_input
 from onnxtools.base.errors import JobError, OnnxtoolsError
 from onnxtools.base.memory import peak_mib
-from onnxtools.feeds import Array, Feeds, Probe, long_probe, probes, too_costly
+from onnxtools.check.feeds import Array, Feeds, Probe, long_probe, probes, too_costly
+from onnxtools.check.runner import Runner
+from onnxtools.check.validate import Difference, default_tolerance, empty_cache, is_cached
 from onnxtools.ir.model import Model
 from onnxtools.ir.part import TABLE_ROWS, beginning
 from onnxtools.manager import Instrument, Step
-from onnxtools.ort import Runner
 from onnxtools.passbase import Pass
-from onnxtools.validate import Difference, default_tolerance, empty_cache, is_cached
 
 CHECK_LIMIT = 256 << 20
 """Models with fewer weight bytes than this are compared in full by default."""

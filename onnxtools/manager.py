@@ -11,11 +11,11 @@ from typing import Any
 from onnxtools import __version__
 from onnxtools.base.errors import ModelError, OnnxtoolsError
 from onnxtools.ir.model import Model
+from onnxtools.ir.provenance import PROVENANCE_KEY, provenance
 from onnxtools.ir.wellformed import fault
 from onnxtools.passbase import Pass, PassResult
 
 _LOG = logging.getLogger("onnxtools")
-PROVENANCE_KEY = "onnxtools.provenance"
 
 
 @dataclass
@@ -107,20 +107,6 @@ def _blame_the_file(model: Model, error: Exception) -> None:
     why = fault(model.path) if model.path is not None and model.path.is_file() and not isinstance(error, (OnnxtoolsError, OSError, MemoryError)) else ""
     if why:
         raise ModelError(f"{model.path}: is no valid ONNX model ({why}); export it again") from error
-
-
-def provenance(model: Model) -> list[dict[str, Any]]:
-    """What the model's metadata says of how it was made, oldest first; entries that are not ours are left out."""
-    try:
-        found = json.loads(model.ir.metadata_props.get(PROVENANCE_KEY, "[]"))
-    except (ValueError, RecursionError):
-        return []
-    return [entry for entry in found if _is_entry(entry)] if isinstance(found, list) else []
-
-
-def _is_entry(entry: Any) -> bool:
-    passes = entry.get("passes") if isinstance(entry, dict) else None
-    return isinstance(passes, list) and all(isinstance(p, dict) and isinstance(p.get("pass"), str) for p in passes)
 
 
 def record_provenance(model: Model, passes: Sequence[Pass]) -> None:

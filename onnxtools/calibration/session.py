@@ -16,10 +16,10 @@ import onnx_ir as ir
 
 from onnxtools.base.errors import JobError, one_line
 from onnxtools.calibration.segments import Segment, outer_inputs
-from onnxtools.feeds import Array, Feeds
+from onnxtools.check.feeds import Array, Feeds
+from onnxtools.check.runner import ort_value, to_numpy, widen_node
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import constant_tensor, is_op
-from onnxtools.ort import ort_value, to_numpy, widen_node
 from onnxtools.storage.rows import elements, external_path
 
 _NARROW = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}

@@ -25,8 +25,8 @@ from onnxtools.cli.options import PATH, common_options
 @click.argument("after", type=PATH)
 @common_options
 def command(before: Path, after: Path, as_json: bool, debug: bool) -> None:
+    from onnxtools.check.describe import differences, engine_differences
     from onnxtools.cli.render import console, print_json, table
-    from onnxtools.describe import differences, engine_differences
     from onnxtools.engines.manifest import check_unchanged, read_manifest
     from onnxtools.ir.model import Model
 

@@ -31,7 +31,7 @@ def command(model: Path, sparsity: bool, as_json: bool, debug: bool) -> None:
     if model.suffix != ".onnx" and (manifest_path(model).is_file() or model.suffix in (".engine", ".plan", ".trt")):
         _engine(model, as_json)
         return
-    from onnxtools.describe import describe
+    from onnxtools.check.describe import describe
     from onnxtools.ir.model import Model
 
     found = describe(Model.load(model), sparsity=sparsity)

@@ -96,7 +96,7 @@ def instruments(
     if check is False and inputs is not None:
         raise UsageError("--inputs are for the check that --no-check leaves out; leave one of them out")
     if check is not False:
-        from onnxtools.feeds import read_feeds
+        from onnxtools.check.feeds import read_feeds
 
         each = bool(check) or model.weight_bytes() < CHECK_LIMIT  # a check of the form takes seconds on a large graph
         chosen += [NumericCheck(read_feeds(inputs) if inputs else None, tolerance, full=bool(check)), Checker(each=each)]

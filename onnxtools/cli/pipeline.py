@@ -66,7 +66,7 @@ def command(
         show(report, saved, model, plan.input, recipe.name, False)
     passed = True
     if plan.against is not None:
-        from onnxtools.validate import validate
+        from onnxtools.check.validate import validate
 
         verdict = validate(Model.load(plan.against), Model.load(plan.output), tolerance=plan.tolerance)
         result["validate"], passed = verdict.as_json(), verdict.passed

@@ -12,8 +12,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from onnxtools.check.validate import Verdict
 from onnxtools.manager import Report
-from onnxtools.validate import Verdict
 
 
 def console() -> Console:

@@ -48,9 +48,9 @@ def command(
         _engine(engines[0], others[0] if others else None, as_json)
         return
     assert model is not None
-    from onnxtools.feeds import random_feeds, read_feeds
+    from onnxtools.check.feeds import random_feeds, read_feeds
+    from onnxtools.check.validate import first_divergence, validate
     from onnxtools.ir.model import Model
-    from onnxtools.validate import first_divergence, validate
 
     a, b = Model.load(reference), Model.load(model)
     feeds = read_feeds(inputs) if inputs else None

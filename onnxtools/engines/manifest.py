@@ -18,7 +18,7 @@ from onnxtools.engines.preflight import Preflight
 from onnxtools.engines.profiles import Profile
 from onnxtools.engines.spec import EngineSpec
 from onnxtools.ir.model import Model
-from onnxtools.manager import provenance
+from onnxtools.ir.provenance import provenance
 from onnxtools.storage.records import recorded
 from onnxtools.storage.rows import external_path
 

@@ -14,11 +14,11 @@ from onnxtools.analysis.facts import Facts
 from onnxtools.base.errors import JobError
 from onnxtools.calibration.run import Findings
 from onnxtools.calibration.statistics import Observer, RotationRange
+from onnxtools.check.validate import cache_inputs
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import attribute, is_op
 from onnxtools.numerics.formats import FP8, INT8, Format, scale_of
 from onnxtools.quantization.qdq import COMPUTED, QdqBuilder
-from onnxtools.validate import cache_inputs
 
 MICROSOFT = "com.microsoft"
 _SLOTS = {"key": (3, 1, 12), "value": (4, 2, 13)}

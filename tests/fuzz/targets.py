@@ -12,13 +12,15 @@ import yaml
 
 from onnxtools.analysis.facts import analyse, constants
 from onnxtools.calibration.data import read_samples
+from onnxtools.check.describe import describe, differences
+from onnxtools.check.feeds import random_feeds, read_feeds
+from onnxtools.check.validate import validate
 from onnxtools.checkpoints.checkpoint import Region
 from onnxtools.checkpoints.checkpoint import reading as reading_file
 from onnxtools.checkpoints.open import open_checkpoint
 from onnxtools.checkpoints.safetensors import read_safetensors
 from onnxtools.checkpoints.tokenizer import Tokenizer
 from onnxtools.checkpoints.torch_file import loads, read_torch
-from onnxtools.describe import describe, differences
 from onnxtools.engines.manifest import read_manifest
 from onnxtools.engines.preflight import preflight
 from onnxtools.engines.profiles import parse_shapes, profiles_for
@@ -28,10 +30,10 @@ from onnxtools.engines.trtexec_builder import OnPaper
 from onnxtools.evaluate.lambada import read_lambada
 from onnxtools.export.export import export
 from onnxtools.export.options import ExportOptions
-from onnxtools.feeds import random_feeds, read_feeds
 from onnxtools.generation.runtime import ModelInfo
 from onnxtools.ir.model import Model
-from onnxtools.manager import PassManager, provenance
+from onnxtools.ir.provenance import provenance
+from onnxtools.manager import PassManager
 from onnxtools.passbase import Pass
 from onnxtools.passes.add_kv_cache import AddKvCache
 from onnxtools.passes.convert import Convert
@@ -43,7 +45,6 @@ from onnxtools.passes.prune import Prune
 from onnxtools.passes.quantize import Quantize
 from onnxtools.passes.set_opset import SetOpset
 from onnxtools.recipe import read_recipe
-from onnxtools.validate import validate
 from tests.fuzz import seeds
 from tests.fuzz.mutate import mutate_message, mutated_bytes, mutated_json
 

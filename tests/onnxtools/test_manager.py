@@ -19,7 +19,8 @@ from onnxtools.base.errors import JobError
 from onnxtools.base.options import option
 from onnxtools.instruments import Checker, Dump, NodeCount, NumericCheck, PeakMemory, Reproducer, Timing
 from onnxtools.ir.model import Model
-from onnxtools.manager import PROVENANCE_KEY, Instrument, PassManager, Step
+from onnxtools.ir.provenance import PROVENANCE_KEY
+from onnxtools.manager import Instrument, PassManager, Step
 from onnxtools.passbase import Numerics, Pass, PassResult
 from onnxtools.passes.cleanup import Cleanup
 from onnxtools.passes.convert import Convert

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 
 from onnxtools import instruments
 from onnxtools.base.errors import JobError
-from onnxtools.feeds import random_feeds, vocabulary
+from onnxtools.check.feeds import random_feeds, vocabulary
 from onnxtools.instruments import NumericCheck
 from onnxtools.ir.model import Model
 from onnxtools.manager import PassManager, Report

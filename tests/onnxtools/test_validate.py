@@ -11,9 +11,9 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
+from onnxtools.check.runner import Runner
+from onnxtools.check.validate import Difference, split_points, validate
 from onnxtools.ir.model import Model
-from onnxtools.ort import Runner
-from onnxtools.validate import Difference, split_points, validate
 from tests.conftest import Make
 from tests.support import E4M3, FP8, HALF_PRECISION, MX, STYLE, TE, Array, Case, Session, info, linear, normal, refuse, rel_l2, run, stored, succeed, write
 

@@ -12,10 +12,10 @@ import onnx_ir as ir
 from onnxtools.analysis.cache import settle_sizes
 from onnxtools.analysis.facts import dim_terms, token_input
 from onnxtools.base.errors import JobError
-from onnxtools.feeds import Array, Feeds, Probe, long_probe, probes, sizes_of, too_costly
+from onnxtools.check.feeds import Array, Feeds, Probe, long_probe, probes, sizes_of, too_costly
+from onnxtools.check.runner import Runner
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import has_dynamic_scales
-from onnxtools.ort import Runner
 
 FP8_TOLERANCE = 0.1
 """FP8 rounds to 3 bits: one flipped rounding is 6% of a value."""

@@ -11,8 +11,9 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from onnxtools.analysis.opsets import lowest_ir_version, raise_opset
 from onnxtools.base.errors import JobError, one_line
-from onnxtools.feeds import Array, Feeds
+from onnxtools.check.feeds import Array, Feeds
 from onnxtools.ir.model import Model
 from onnxtools.ir.part import part
 from onnxtools.storage.rows import RowTensor, elements
@@ -173,16 +174,15 @@ def _as_it_runs(proto: onnx.ModelProto, model: Model, notes: list[str]) -> onnx.
 
 
 def _with_te_functions(proto: onnx.ModelProto, model: Model) -> onnx.ModelProto:
-    from onnxtools.te_functions import functions
+    from onnxtools.check.te_functions import functions
 
     version = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
     if version < 19:  # float8 begins at opset 19
-        from onnxtools.passes.set_opset import SetOpset
-
         copy = Model(ir.from_proto(proto), model.path)
         if model.path is not None:
             ir.external_data.set_base_dir(copy.graph, model.path.parent)
-        SetOpset(19).apply(copy)
+        raise_opset(copy, 19)
+        copy.ir.ir_version = max(copy.ir.ir_version or 0, lowest_ir_version(19))
         proto, version = copy.proto(), 19
     _retype_fp8_bytes(proto)
     proto.functions.extend(functions(version))

@@ -1,0 +1,144 @@
+"""What became another operator set in between: nodes are changed so that they mean the same in the newer one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from onnxtools.analysis.facts import Facts, analyse
+from onnxtools.base.errors import JobError
+from onnxtools.ir.edit import Builder
+from onnxtools.ir.model import Model
+from onnxtools.ir.query import attribute
+
+_REDUCE = {"ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceSumSquare", "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp"}
+
+
+def raise_opset(model: Model, version: int) -> int:
+    """Bring a model of an older opset to opset `version`; how many nodes were rewritten.
+
+    Raises:
+        JobError: an opset before 11, or a node that has no form of the same meaning; it names the node.
+    """
+    old = model.opset
+    if old < 11:
+        raise JobError(f"opset {old} is older than any exporter of these models; export the model again with opset 17 or later")
+    builder, facts, rewritten = Builder(model), analyse(model), 0
+    for node in list(model.graph.all_nodes()):
+        if node.domain in ("", "ai.onnx"):
+            builder.before = node
+            rewritten += _upgrade(node, old, version, builder, facts)
+    model.ir.opset_imports[""] = version
+    return rewritten
+
+
+def lowest_ir_version(opset: int) -> int:
+    """The lowest IR version that may carry `opset` (onnx.helper's table)."""
+    return onnx.helper.find_minlowest_ir_version_for([onnx.helper.make_opsetid("", opset)])
+
+
+def _upgrade(node: ir.Node, old: int, new: int, builder: Builder, facts: Facts) -> int:
+    op = node.op_type
+    if op == "Split" and old < 18 <= new:
+        return _split(node, builder)
+    rule = _RULES.get(op)
+    if rule is not None and old < _SEMANTICS_CHANGED[op] <= new and (done := rule(node, builder, facts)) is not None:
+        return done
+    axes_became_input = (old < 18 <= new and op in _REDUCE) or (old < 13 and op in ("ReduceSum", "Squeeze", "Unsqueeze"))
+    if axes_became_input:
+        return _attribute_to_input(node, "axes", builder)
+    _check_same_meaning(node, old, new)
+    return 0
+
+
+def _attribute_to_input(node: ir.Node, name: str, builder: Builder) -> int:
+    values = attribute(node, name)
+    if values is None:
+        return 0
+    del node.attributes[name]
+    node.resize_inputs(2)
+    node.replace_input_with(1, builder.constant(list(values), f"{node.name}/{name}"))
+    return 1
+
+
+def _split(node: ir.Node, builder: Builder) -> int:
+    if attribute(node, "split") is not None:
+        return _attribute_to_input(node, "split", builder)
+    if len(node.inputs) > 1 and node.inputs[1] is not None:
+        return 0
+    # At opset < 18 a Split without sizes cuts equal parts; since 18 the count must be written down.
+    node.attributes["num_outputs"] = ir.AttrInt64("num_outputs", len(node.outputs))
+    return 1
+
+
+_SEMANTICS_CHANGED = {
+    "Softmax": 13, "LogSoftmax": 13, "Hardmax": 13, "BatchNormalization": 14, "GroupNormalization": 21, "Resize": 13, "Upsample": 10,
+    "GridSample": 20, "Dropout": 12, "DFT": 20, "Clip": 11, "Pad": 11,
+}  # fmt: skip
+"""Operators whose new version does something else, and from which opset on."""
+
+
+def _batch_normalization(node: ir.Node, builder: Builder, facts: Facts) -> int | None:
+    """With one output it normalizes by the stored statistics in every version; further outputs are those of training."""
+    return 0 if not any(output.uses() or output.is_graph_output() for output in node.outputs[1:]) and len(node.outputs) == 1 else None
+
+
+def _softmax(node: ir.Node, builder: Builder, facts: Facts) -> int | None:
+    """Before opset 13 all axes from `axis` (1 by default) on were one; over the last axis that is the same."""
+    shape = facts[node.inputs[0]].shape
+    axis = attribute(node, "axis", 1)
+    if axis != -1 and (shape is None or axis != len(shape) - 1):
+        return None
+    node.attributes["axis"] = ir.AttrInt64("axis", -1)
+    return 1
+
+
+def _resize(node: ir.Node, builder: Builder, facts: Facts) -> int | None:
+    """Opset 13 dropped one way to map coordinates; the others mean the same."""
+    return 0 if attribute(node, "coordinate_transformation_mode", "half_pixel") != "tf_half_pixel_for_nn" else None
+
+
+def _grid_sample(node: ir.Node, builder: Builder, facts: Facts) -> int | None:
+    """Opset 20 calls the modes of 2-D grids linear and cubic."""
+    mode = attribute(node, "mode", "bilinear")
+    node.attributes["mode"] = ir.AttrString("mode", {"bilinear": "linear", "bicubic": "cubic"}.get(mode, mode))
+    return 1
+
+
+def _dropout(node: ir.Node, builder: Builder, facts: Facts) -> int | None:
+    """The ratio became an input in opset 12; it matters in training alone."""
+    if "ratio" in node.attributes:
+        ratio = np.array(node.attributes.pop("ratio").value, np.float32)
+        node.resize_inputs(2)
+        node.replace_input_with(1, builder.constant(ratio, f"{node.name}/ratio"))
+        return 1
+    return 0
+
+
+_RULES: dict[str, Callable[[ir.Node, Builder, Facts], int | None]] = {
+    "BatchNormalization": _batch_normalization, "Softmax": _softmax, "LogSoftmax": _softmax, "Hardmax": _softmax, "Resize": _resize,
+    "GridSample": _grid_sample, "Dropout": _dropout,
+}  # fmt: skip
+"""What makes a node mean the same in the new version: how many nodes were changed; None where nothing does."""
+
+
+def _check_same_meaning(node: ir.Node, old: int, new: int) -> None:
+    try:
+        before = onnx.defs.get_schema(node.op_type, old, "")
+        after = onnx.defs.get_schema(node.op_type, new, "")
+    except onnx.defs.SchemaError:
+        raise JobError(f"node {node.name!r} ({node.op_type}) is no operator of opset {old} or {new}; is its domain missing?") from None
+    if before.since_version == after.since_version:
+        return
+    changed = old < _SEMANTICS_CHANGED.get(node.op_type, 0) <= new
+    lost = [name for name in node.attributes if name not in after.attributes]
+    needed = [name for name, spec in after.attributes.items() if spec.required and name not in node.attributes]
+    if changed or lost or needed or after.deprecated:
+        what = f"attribute {(lost or needed)[0]!r}" if lost or needed else "meaning"
+        raise JobError(
+            f"node {node.name!r} ({node.op_type}): its {what} changed between opset {old} and {new} and there is no rule for it;"
+            f" export the model at opset {new}"
+        )
