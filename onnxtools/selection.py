@@ -13,7 +13,7 @@ from onnxtools.analysis.readers import stored_weight
 from onnxtools.base.options import option
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import is_op
-from onnxtools.passbase import Pass
+from onnxtools.pipeline.passbase import Pass
 
 LM_HEAD = "language-model head (--lm-head takes it)"
 

@@ -37,7 +37,7 @@ def raise_opset(model: Model, version: int) -> int:
 
 def lowest_ir_version(opset: int) -> int:
     """The lowest IR version that may carry `opset` (onnx.helper's table)."""
-    return onnx.helper.find_minlowest_ir_version_for([onnx.helper.make_opsetid("", opset)])
+    return onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])
 
 
 def _upgrade(node: ir.Node, old: int, new: int, builder: Builder, facts: Facts) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from onnxtools.base.errors import JobError, UsageError
 from onnxtools.base.options import option
-from onnxtools.passbase import Pass
+from onnxtools.pipeline.passbase import Pass
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import click
 
 from onnxtools.base.errors import JobError, UsageError
 from onnxtools.base.progress import counted
-from onnxtools.cli.options import PATH
+from onnxtools.cli.flags import PATH
 from onnxtools.cli.runtimes import default_runtime, open_tokenizer, opened, runtime_command, runtime_options, say_notes
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from onnxtools.base.progress import counted
-from onnxtools.cli.options import PATH, from_parameters
+from onnxtools.cli.flags import PATH, from_parameters
 from onnxtools.cli.runtimes import open_tokenizer, opened, runtime_command, runtime_options, say_notes
 from onnxtools.evaluate.timing import BenchmarkOptions
 from onnxtools.storage.files import replacing

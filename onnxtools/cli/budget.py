@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from onnxtools.base.errors import UsageError
-from onnxtools.passbase import Pass
+from onnxtools.pipeline.passbase import Pass
 
 
 def search(
@@ -27,7 +27,7 @@ def search(
     from onnxtools.evaluate.budget import Budget, Trial, within_budget
     from onnxtools.evaluate.lambada import read_lambada
     from onnxtools.passes.quantize import Quantize
-    from onnxtools.recipe import write_recipe
+    from onnxtools.pipeline.recipe_file import write_recipe
 
     limit = Budget.parse(budget)
     if budget_data is None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from onnxtools.base.errors import JobError, UsageError
-from onnxtools.cli.options import PATH, dataclass_options, from_parameters
+from onnxtools.cli.flags import PATH, dataclass_options, from_parameters
 from onnxtools.engines.spec import EngineSpec
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from onnxtools.base.errors import UsageError
-from onnxtools.cli.options import PATH, common_options
+from onnxtools.cli.flags import PATH, common_options
 
 
 @click.command(

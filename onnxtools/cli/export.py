@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from onnxtools.base.errors import UsageError
-from onnxtools.cli.options import OUTPUT_OPTION, PATH, dataclass_options, from_parameters, one_output
+from onnxtools.cli.flags import OUTPUT_OPTION, PATH, dataclass_options, from_parameters, one_output
 from onnxtools.export.options import ExportOptions
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def _callback(
 def _settings(config_path: Path | None, settings: tuple[str, ...]) -> dict[str, Any]:
     """Option values of a YAML file, then of `key=value` settings."""
     from onnxtools.base.inputs import parse_yaml
-    from onnxtools.recipe import read_yaml
+    from onnxtools.pipeline.recipe_file import read_yaml
 
     found = read_yaml(config_path, "a configuration") if config_path is not None else {}
     for setting in settings:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from onnxtools.cli.options import PATH, common_options
+from onnxtools.cli.flags import PATH, common_options
 
 
 @click.command(

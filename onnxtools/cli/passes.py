@@ -12,11 +12,11 @@ import click
 
 from onnxtools.base.errors import JobError, UsageError
 from onnxtools.checkpoints.beside import check_folder, files_beside
+from onnxtools.cli.flags import OUTPUT_OPTION, PATH, TOLERANCE, dataclass_options, from_parameters, one_output
 from onnxtools.cli.logs import LOG
-from onnxtools.cli.options import OUTPUT_OPTION, PATH, TOLERANCE, dataclass_options, from_parameters, one_output
 from onnxtools.ir.model import Model
-from onnxtools.manager import Instrument, PassManager, Report
-from onnxtools.passbase import Pass, load_pass
+from onnxtools.pipeline.manager import Instrument, PassManager, Report
+from onnxtools.pipeline.passbase import Pass, load_pass
 from onnxtools.storage.files import refuse_special
 from onnxtools.storage.save import SaveReport
 
@@ -88,7 +88,7 @@ def instruments(
     passes: list[Pass], model: Model, check: bool | None, inputs: Path | None, tolerance: float | None, dump: Path | None, output: Path
 ) -> list[Instrument]:
     """The usual set: reproducer, dumps, numeric check, checker, memory, node counts, and time innermost."""
-    from onnxtools.instruments import CHECK_LIMIT, Checker, Dump, NodeCount, NumericCheck, PeakMemory, Reproducer, Timing
+    from onnxtools.pipeline.instruments import CHECK_LIMIT, Checker, Dump, NodeCount, NumericCheck, PeakMemory, Reproducer, Timing
 
     chosen: list[Instrument] = [Reproducer(output.parent / f"{output.name}.crash", passes)]
     if dump is not None:

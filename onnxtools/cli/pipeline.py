@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from onnxtools.base.errors import UsageError
-from onnxtools.cli.options import PATH, common_options
+from onnxtools.cli.flags import PATH, common_options
 
 
 @click.command(
@@ -47,10 +47,10 @@ def command(
 ) -> None:  # fmt: skip
     from onnxtools.checkpoints.beside import check_folder, files_beside
     from onnxtools.cli.passes import check_output, instruments, show, write_model
+    from onnxtools.cli.recipe import read_recipe
     from onnxtools.cli.render import console, print_json, verdict_table
     from onnxtools.ir.model import Model
-    from onnxtools.manager import PassManager
-    from onnxtools.recipe import read_recipe
+    from onnxtools.pipeline.manager import PassManager
 
     plan = read_recipe(recipe, input_path, output_path)
     coding = next((pass_.name for pass_ in plan.passes if pass_.runs_code), None)

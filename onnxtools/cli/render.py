@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from onnxtools.check.validate import Verdict
-from onnxtools.manager import Report
+from onnxtools.pipeline.manager import Report
 
 
 def console() -> Console:

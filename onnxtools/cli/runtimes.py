@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from onnxtools.base.errors import JobError, UsageError
-from onnxtools.cli.options import PATH, dataclass_options, from_parameters
+from onnxtools.cli.flags import PATH, dataclass_options, from_parameters
 
 if TYPE_CHECKING:
     from onnxtools.checkpoints.tokenizer import Tokenizer

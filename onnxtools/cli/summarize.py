@@ -10,7 +10,7 @@ import click
 
 from onnxtools.base.errors import UsageError
 from onnxtools.base.progress import counted
-from onnxtools.cli.options import PATH, from_parameters
+from onnxtools.cli.flags import PATH, from_parameters
 from onnxtools.cli.runtimes import open_tokenizer, opened, runtime_command, runtime_options, say_notes
 from onnxtools.generation.options import GenerationOptions
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from onnxtools.base.errors import JobError, UsageError
-from onnxtools.cli.options import PATH, TOLERANCE, common_options
+from onnxtools.cli.flags import PATH, TOLERANCE, common_options
 
 
 @click.command(

@@ -24,7 +24,7 @@ from onnxtools.engines.spec import EngineSpec
 from onnxtools.engines.timing_cache import check_timing_cache, rtx_note, with_cache_file
 from onnxtools.engines.versions import check_options, is_mixed, is_strongly_typed, release
 from onnxtools.ir.model import Model
-from onnxtools.manager import PassManager
+from onnxtools.pipeline.manager import PassManager
 from onnxtools.storage.files import OwnFolder, make_parent, probe, remove_dead, replacing
 from onnxtools.storage.rows import external_path
 

@@ -19,12 +19,12 @@ from onnxtools.base.options import option
 from onnxtools.ir.edit import Builder, forget_types, remove_unused, rename_or_bypass
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import has_dynamic_scales
-from onnxtools.passbase import Pass, PassResult
 from onnxtools.passes._dynamic_shapes import make_dynamic
 from onnxtools.passes._kv_layout import from_bnsh, to_bnsh
 from onnxtools.passes._kv_locality import check_locality, restrict_to_new_tokens
 from onnxtools.passes._kv_mask import MaskRewriter, check_positions_follow_past
 from onnxtools.passes.decompose_attention import DecomposeAttention
+from onnxtools.pipeline.passbase import Pass, PassResult
 
 _DTYPES = {"fp8": ir.DataType.FLOAT8E4M3FN, "fp16": ir.DataType.FLOAT16, "fp32": ir.DataType.FLOAT, "bf16": ir.DataType.BFLOAT16}
 _LARGEST_MASK = 4100

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from onnxtools.ir.edit import remove_unused
 from onnxtools.ir.model import Model
-from onnxtools.passbase import Pass, PassResult
+from onnxtools.pipeline.passbase import Pass, PassResult
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from onnxtools.base.options import option
-from onnxtools.passbase import Pass
 from onnxtools.passes.cleanup import Cleanup
 from onnxtools.passes.drop_stale_types import DropStaleTypes
 from onnxtools.passes.fold_constants import FoldConstants
@@ -14,6 +13,7 @@ from onnxtools.passes.legalize import Legalize
 from onnxtools.passes.set_opset import SetOpset
 from onnxtools.passes.te_fp8_to_qdq import TeFp8ToQdq
 from onnxtools.passes.te_mxfp8_to_qdq import TeMxfp8ToQdq
+from onnxtools.pipeline.passbase import Pass
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from onnxtools.base.errors import JobError
 from onnxtools.ir.edit import Builder, remove_unused, replace_keeping_name
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import attribute, is_op
-from onnxtools.passbase import Pass, PassResult
+from onnxtools.pipeline.passbase import Pass, PassResult
 
 LOWEST = -10000.0
 """Added to hidden keys; exp(-1e4) is 0 in every floating type, and fp16 holds it."""

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from onnxtools.analysis.facts import analyse
 from onnxtools.analysis.operators import Fact
 from onnxtools.ir.model import Model
-from onnxtools.passbase import Pass, PassResult
+from onnxtools.pipeline.passbase import Pass, PassResult
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from onnxtools.base.options import option
 from onnxtools.ir.edit import Builder, remove_unused, rename_or_bypass
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import constant_tensor
-from onnxtools.passbase import Pass, PassResult
+from onnxtools.pipeline.passbase import Pass, PassResult
 
 SHARED_ELEMENTS = 1024
 """Constants up to this many elements are compared, so that equal ones are stored once."""

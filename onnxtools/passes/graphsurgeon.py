@@ -17,7 +17,7 @@ from onnxtools.base.errors import UsageError
 from onnxtools.base.options import option
 from onnxtools.ir.edit import remove_unused
 from onnxtools.ir.model import Model
-from onnxtools.passbase import Pass, PassResult
+from onnxtools.pipeline.passbase import Pass, PassResult
 
 GraphFunction = Callable[[Any], Any]
 

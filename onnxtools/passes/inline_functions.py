@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from onnxtools.base.errors import JobError
 from onnxtools.ir.model import Model
-from onnxtools.passbase import Pass, PassResult
+from onnxtools.pipeline.passbase import Pass, PassResult
 
 
 @dataclass(frozen=True)

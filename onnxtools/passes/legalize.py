@@ -12,7 +12,7 @@ from onnxtools.base.errors import JobError
 from onnxtools.ir.edit import Builder, remove_unused, rename_or_bypass
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import attribute, is_constant_expression, is_op
-from onnxtools.passbase import Pass, PassResult
+from onnxtools.pipeline.passbase import Pass, PassResult
 
 
 @dataclass(frozen=True)

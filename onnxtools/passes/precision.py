@@ -24,7 +24,7 @@ from onnxtools.export.graph import DTYPES
 from onnxtools.ir.edit import Builder, remove_unused
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import attribute, constant_tensor, graphs_inside, is_op
-from onnxtools.passbase import PassResult
+from onnxtools.pipeline.passbase import PassResult
 from onnxtools.storage.lazy import cast
 from onnxtools.storage.rows import StreamedTensor, elements
 

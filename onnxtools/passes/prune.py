@@ -17,8 +17,8 @@ from onnxtools.calibration.options import Calibrated
 from onnxtools.calibration.run import Calibration
 from onnxtools.ir.model import Model
 from onnxtools.numerics.sparsity import prune_2_4
-from onnxtools.passbase import PassResult
 from onnxtools.passes._prune_calibrated import CalibratedPruner
+from onnxtools.pipeline.passbase import PassResult
 from onnxtools.selection import Selected, head_product
 from onnxtools.storage.rows import StreamedTensor
 

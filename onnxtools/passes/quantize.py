@@ -24,13 +24,13 @@ from onnxtools.calibration.statistics import Observer
 from onnxtools.ir.edit import remove_unused
 from onnxtools.ir.model import Model
 from onnxtools.numerics.formats import FP8, INT4, INT8, Format
-from onnxtools.passbase import Pass, PassResult
 from onnxtools.passes._quantize_attention import AttentionScheme, operands, score_products
 from onnxtools.passes._quantize_int4 import Int4Scheme, block_size
 from onnxtools.passes._quantize_kv import KvScheme, caches
 from onnxtools.passes._quantize_linear import LinearScheme
 from onnxtools.passes.lower_ort import LowerOrt
 from onnxtools.passes.precision import Precision
+from onnxtools.pipeline.passbase import Pass, PassResult
 from onnxtools.quantization.groups import Group, group
 from onnxtools.quantization.qdq import COMPUTED, QdqBuilder, is_quantized
 from onnxtools.quantization.scheme import Scheme

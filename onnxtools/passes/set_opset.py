@@ -8,7 +8,7 @@ from onnxtools.analysis.opsets import lowest_ir_version, raise_opset
 from onnxtools.base.errors import JobError, UsageError
 from onnxtools.base.options import option
 from onnxtools.ir.model import MAX_IR_VERSION, Model
-from onnxtools.passbase import Pass, PassResult
+from onnxtools.pipeline.passbase import Pass, PassResult
 
 _IR_OF_4_BITS = 10
 MAX_OPSET = 25
@@ -67,8 +67,3 @@ def _checklowest_ir_version(wanted: int, opset: int, model: Model) -> None:
     small = next((value.name for value, tensor in model.weights() if tensor.dtype.bitwidth < 8), None)
     if small is not None and wanted < _IR_OF_4_BITS:
         raise JobError(f"--ir-version {wanted}: weight {small!r} has 4 bits, which IR {_IR_OF_4_BITS} brought; leave it out")
-
-
-def lowest_ir_version(opset: int) -> int:
-    """The lowest IR version that may carry `opset` (onnx.helper's table)."""
-    return onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])

@@ -16,7 +16,7 @@ from onnxtools.ir.edit import Builder, remove_unused, rename_or_bypass, replace_
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import attribute, constant_tensor, is_op
 from onnxtools.numerics.fp8 import quantize_rows
-from onnxtools.passbase import Pass, PassResult
+from onnxtools.pipeline.passbase import Pass, PassResult
 from onnxtools.storage.rows import StreamedTensor
 
 Q, DQ = "TRT_FP8QuantizeLinear", "TRT_FP8DequantizeLinear"

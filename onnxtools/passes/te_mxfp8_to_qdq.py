@@ -13,9 +13,9 @@ from onnxtools.ir.edit import Builder, remove_unused, rename_or_bypass
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import attribute, constant_tensor, is_op
 from onnxtools.numerics.fp8 import MX_BLOCK, mx_data_rows, mx_scale_rows
-from onnxtools.passbase import Pass, PassResult
 from onnxtools.passes.set_opset import SetOpset
 from onnxtools.passes.te_fp8_to_qdq import _weight
+from onnxtools.pipeline.passbase import Pass, PassResult
 from onnxtools.storage.rows import StreamedTensor
 
 # TransformerEngine 2.6 emitted the dynamic operator under the name of the static one, with a single input.

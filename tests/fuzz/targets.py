@@ -21,6 +21,7 @@ from onnxtools.checkpoints.open import open_checkpoint
 from onnxtools.checkpoints.safetensors import read_safetensors
 from onnxtools.checkpoints.tokenizer import Tokenizer
 from onnxtools.checkpoints.torch_file import loads, read_torch
+from onnxtools.cli.recipe import read_recipe
 from onnxtools.engines.manifest import read_manifest
 from onnxtools.engines.preflight import preflight
 from onnxtools.engines.profiles import parse_shapes, profiles_for
@@ -33,8 +34,6 @@ from onnxtools.export.options import ExportOptions
 from onnxtools.generation.runtime import ModelInfo
 from onnxtools.ir.model import Model
 from onnxtools.ir.provenance import provenance
-from onnxtools.manager import PassManager
-from onnxtools.passbase import Pass
 from onnxtools.passes.add_kv_cache import AddKvCache
 from onnxtools.passes.convert import Convert
 from onnxtools.passes.decompose_attention import DecomposeAttention
@@ -44,7 +43,8 @@ from onnxtools.passes.precision import Precision
 from onnxtools.passes.prune import Prune
 from onnxtools.passes.quantize import Quantize
 from onnxtools.passes.set_opset import SetOpset
-from onnxtools.recipe import read_recipe
+from onnxtools.pipeline.manager import PassManager
+from onnxtools.pipeline.passbase import Pass
 from tests.fuzz import seeds
 from tests.fuzz.mutate import mutate_message, mutated_bytes, mutated_json
 

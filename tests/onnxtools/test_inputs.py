@@ -13,7 +13,8 @@ import yaml
 from onnxtools.base.errors import JobError, UsageError
 from onnxtools.base.inputs import check_regular, parse_yaml, shown
 from onnxtools.base.jsonl import read_jsonl
-from onnxtools.recipe import read_recipe, read_yaml
+from onnxtools.cli.recipe import read_recipe
+from onnxtools.pipeline.recipe_file import read_yaml
 
 
 def tower(levels: int, width: int = 8, kind: str = "list") -> str:

@@ -17,13 +17,13 @@ import yaml
 from onnxtools import __version__
 from onnxtools.base.errors import JobError
 from onnxtools.base.options import option
-from onnxtools.instruments import Checker, Dump, NodeCount, NumericCheck, PeakMemory, Reproducer, Timing
 from onnxtools.ir.model import Model
 from onnxtools.ir.provenance import PROVENANCE_KEY
-from onnxtools.manager import Instrument, PassManager, Step
-from onnxtools.passbase import Numerics, Pass, PassResult
 from onnxtools.passes.cleanup import Cleanup
 from onnxtools.passes.convert import Convert
+from onnxtools.pipeline.instruments import Checker, Dump, NodeCount, NumericCheck, PeakMemory, Reproducer, Timing
+from onnxtools.pipeline.manager import Instrument, PassManager, Step
+from onnxtools.pipeline.passbase import Numerics, Pass, PassResult
 from tests.support import Case, linear, normal, run, succeed
 
 W = normal(64, 128)

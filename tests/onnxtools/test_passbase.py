@@ -12,7 +12,7 @@ from onnxtools.base import registry
 from onnxtools.base.errors import UsageError
 from onnxtools.base.options import option
 from onnxtools.cli.passes import pass_command
-from onnxtools.passbase import Pass, PassResult
+from onnxtools.pipeline.passbase import Pass, PassResult
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper
 
-from onnxtools import instruments
 from onnxtools.base.errors import JobError
 from onnxtools.check.feeds import random_feeds, vocabulary
-from onnxtools.instruments import NumericCheck
 from onnxtools.ir.model import Model
-from onnxtools.manager import PassManager, Report
-from onnxtools.passbase import Pass, PassResult
+from onnxtools.pipeline import instruments
+from onnxtools.pipeline.instruments import NumericCheck
+from onnxtools.pipeline.manager import PassManager, Report
+from onnxtools.pipeline.passbase import Pass, PassResult
 from tests.support import FLOAT, HALF, INT64, Array, Feeds, info, normal, run, stored, succeed, write
 
 N = helper.make_node

@@ -18,7 +18,7 @@ MODULE = '''
 
 from dataclasses import dataclass
 import onnx_ir as ir
-from onnxtools.passbase import Pass, PassResult
+from onnxtools.pipeline.passbase import Pass, PassResult
 from onnxtools.base.options import option
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from onnxtools.base.extras import install_line
 from onnxtools.base.progress import Heartbeat, counted, progress
 from onnxtools.cli import main as entry
 from onnxtools.ir.model import Model
-from onnxtools.manager import PassManager
-from onnxtools.passbase import Pass, PassResult
+from onnxtools.pipeline.manager import PassManager
+from onnxtools.pipeline.passbase import Pass, PassResult
 from tests.support import ROOT, linear, refuse, run, succeed
 
 ABSENT = {

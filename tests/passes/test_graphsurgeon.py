@@ -12,8 +12,8 @@ import pytest
 from onnx import helper
 
 from onnxtools.ir.model import Model
-from onnxtools.manager import PassManager
 from onnxtools.passes.graphsurgeon import GraphSurgeonPass
+from onnxtools.pipeline.manager import PassManager
 from tests.conftest import Make
 from tests.support import Case, Session, e4m3, external, info, initializers, linear, normal, ops, refuse, rel_l2, stored, succeed, write
 

@@ -13,7 +13,7 @@ from onnxtools.base.errors import ModelError, OnnxtoolsError
 from onnxtools.ir.model import Model
 from onnxtools.ir.provenance import PROVENANCE_KEY, provenance
 from onnxtools.ir.wellformed import fault
-from onnxtools.passbase import Pass, PassResult
+from onnxtools.pipeline.passbase import Pass, PassResult
 
 _LOG = logging.getLogger("onnxtools")
 

@@ -19,8 +19,8 @@ from onnxtools.check.runner import Runner
 from onnxtools.check.validate import Difference, default_tolerance, empty_cache, is_cached
 from onnxtools.ir.model import Model
 from onnxtools.ir.part import TABLE_ROWS, beginning
-from onnxtools.manager import Instrument, Step
-from onnxtools.passbase import Pass
+from onnxtools.pipeline.manager import Instrument, Step
+from onnxtools.pipeline.passbase import Pass
 
 CHECK_LIMIT = 256 << 20
 """Models with fewer weight bytes than this are compared in full by default."""
@@ -328,7 +328,7 @@ class Reproducer(Instrument):
     def failed(self, pass_: Pass, model: Model, error: BaseException) -> None:
         if isinstance(error, OnnxtoolsError) or model.path is None:
             return
-        from onnxtools.recipe import write_recipe
+        from onnxtools.pipeline.recipe_file import write_recipe
 
         self.folder.mkdir(parents=True, exist_ok=True)
         write_recipe(self.folder / "recipe.yaml", model.path, Path("after.onnx"), self.passes, f"{pass_.name} failed: {type(error).__name__}")

@@ -1,0 +1,1 @@
+"""`Pass`, `PassManager` and the instruments that watch it."""
