@@ -24,8 +24,8 @@ from onnxruntime.quantization.matmul_nbits_quantizer import HQQWeightOnlyQuantCo
 from onnxtools.calibration.data import read_samples
 from onnxtools.evaluate.lambada import read_lambada
 from onnxtools.ir.model import Model
-from onnxtools.passes.quantize import Quantize
-from onnxtools.selection import head_product
+from onnxtools.passes.quantize.quantize_pass import Quantize
+from onnxtools.passes.selection import head_product
 
 from benchmarks.decode import gguf  # isort: skip
 from benchmarks.quantize import CALIB, SHARED, line, onnxtools, score, written  # isort: skip

@@ -14,7 +14,7 @@ from onnxtools.analysis.cache import positions
 from onnxtools.analysis.facts import is_ids_like, token_input
 from onnxtools.base.errors import JobError, UsageError
 from onnxtools.base.jsonl import read_jsonl
-from onnxtools.calibration.options import Calibrated
+from onnxtools.calibration.calibration_options import Calibrated
 from onnxtools.check.feeds import Feeds, random_feeds, read_feeds, vocabulary
 from onnxtools.checkpoints.tokenizer import Tokenizer
 from onnxtools.ir.model import Model

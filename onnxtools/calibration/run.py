@@ -23,8 +23,8 @@ from onnxtools import __version__
 from onnxtools.analysis.facts import analyse
 from onnxtools.base.errors import JobError
 from onnxtools.base.progress import counted
+from onnxtools.calibration.calibration_options import Calibrated
 from onnxtools.calibration.data import read_samples
-from onnxtools.calibration.options import Calibrated
 from onnxtools.calibration.segments import Segment, segments
 from onnxtools.calibration.session import SegmentSession
 from onnxtools.calibration.statistics import Observer

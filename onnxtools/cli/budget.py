@@ -26,7 +26,7 @@ def search(
     from onnxtools.cli.render import console, table
     from onnxtools.evaluate.budget import Budget, Trial, within_budget
     from onnxtools.evaluate.lambada import read_lambada
-    from onnxtools.passes.quantize import Quantize
+    from onnxtools.passes.quantize.quantize_pass import Quantize
     from onnxtools.pipeline.recipe_file import write_recipe
 
     limit = Budget.parse(budget)

@@ -80,7 +80,7 @@ class _Build:
         """Build a model that is not on the disk as it is built."""
         notes = []
         if prune:
-            from onnxtools.passes.prune import Prune
+            from onnxtools.passes.prune.prune_pass import Prune
 
             PassManager([Prune()]).run(model)
             notes.append("pruned to 2:4 by magnitude (--sparsity force): without fine-tuning accuracy is lost")

@@ -14,7 +14,7 @@ from onnxtools.engines.onnxrt import OrtRuntime
 from onnxtools.evaluate.lambada import Passage, PassageResult, compare_lambada, score_lambada, summarize_lambada, tokenized
 from onnxtools.generation.runtime import RuntimeOptions
 from onnxtools.ir.model import Model
-from onnxtools.passes.quantize import Quantize
+from onnxtools.passes.quantize.quantize_pass import Quantize
 from onnxtools.pipeline.manager import PassManager
 from onnxtools.storage.files import OwnFolder
 

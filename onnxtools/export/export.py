@@ -14,13 +14,14 @@ import onnx_ir as ir
 from onnxtools import __version__
 from onnxtools.analysis.cache import MODEL_KEY
 from onnxtools.base import registry
+from onnxtools.base.dtypes import BY_NAME
 from onnxtools.base.errors import ModelError, UsageError
 from onnxtools.checkpoints.beside import INFO, check_folder
 from onnxtools.checkpoints.checkpoint import Checkpoint
 from onnxtools.checkpoints.open import open_checkpoint
 from onnxtools.export.config import DecoderConfig, weight_shapes
 from onnxtools.export.family import Family, Source, Weights, family_for
-from onnxtools.export.graph import DTYPES, build_decoder
+from onnxtools.export.graph import build_decoder
 from onnxtools.export.options import ExportOptions
 from onnxtools.ir.model import Model
 from onnxtools.storage.lazy import RandomRows, Tensor
@@ -109,7 +110,7 @@ def _configured(family: Family, raw: Mapping[str, Any], label: str) -> DecoderCo
 
 def _dtype(options: ExportOptions, weights: Mapping[str, Tensor]) -> ir.DataType:
     if options.dtype != "auto":
-        return DTYPES[options.dtype]
+        return BY_NAME[options.dtype]
     own = weights["model.layers.0.self_attn.q_proj.weight"].dtype
     return own if own in _FLOATS else ir.DataType.FLOAT
 
@@ -141,7 +142,7 @@ def _random(checkpoint: Checkpoint | None, options: ExportOptions) -> tuple[Deco
     if raw.get("_vocab_size", 0) is None:
         raise UsageError(f"export: {label} does not say how large the vocabulary is; add --vocab-size")
     config = _configured(family, raw, label)
-    dtype = DTYPES["fp16" if options.dtype == "auto" else options.dtype]
+    dtype = BY_NAME["fp16" if options.dtype == "auto" else options.dtype]
     made: dict[str, Tensor] = {}
     for name, shape in weight_shapes(config).items():
         is_gain = name.endswith("norm.weight")
@@ -151,7 +152,7 @@ def _random(checkpoint: Checkpoint | None, options: ExportOptions) -> tuple[Deco
 
 def describe(config: DecoderConfig, options: ExportOptions, dtype: ir.DataType) -> dict[str, Any]:
     """The content of onnxtools.json: what the model is, for runtimes and engine profiles."""
-    names = {value: key for key, value in DTYPES.items()}
+    names = {value: key for key, value in BY_NAME.items()}
     model = dataclasses.asdict(config)
     tokens = {key: model.pop(key) for key in ("bos_token_id", "eos_token_ids", "pad_token_id")}
     return {

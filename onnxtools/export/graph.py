@@ -14,8 +14,6 @@ from onnxtools.export.ort_layers import OrtLayers
 from onnxtools.ir.edit import Builder, remove_unused
 from onnxtools.ir.model import MAX_IR_VERSION, Model
 
-DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
-
 
 def build_decoder(config: DecoderConfig, options: ExportOptions, weights: Weights, dtype: ir.DataType) -> Model:
     """The graph; `weights` are cast to `dtype` while they are written.

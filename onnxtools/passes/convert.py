@@ -11,8 +11,8 @@ from onnxtools.passes.fold_constants import FoldConstants
 from onnxtools.passes.inline_functions import InlineFunctions
 from onnxtools.passes.legalize import Legalize
 from onnxtools.passes.set_opset import SetOpset
-from onnxtools.passes.te_fp8_to_qdq import TeFp8ToQdq
-from onnxtools.passes.te_mxfp8_to_qdq import TeMxfp8ToQdq
+from onnxtools.passes.te.te_fp8_to_qdq import TeFp8ToQdq
+from onnxtools.passes.te.te_mxfp8_to_qdq import TeMxfp8ToQdq
 from onnxtools.pipeline.passbase import Pass
 
 

@@ -15,12 +15,12 @@ from onnxtools.analysis.cache import record_dtypes
 from onnxtools.analysis.facts import Facts, analyse
 from onnxtools.analysis.products import weight_products
 from onnxtools.analysis.readers import readers
+from onnxtools.base.dtypes import BY_NAME
 from onnxtools.base.errors import JobError, ModelError
 from onnxtools.base.options import option
-from onnxtools.calibration.options import Calibrated
+from onnxtools.calibration.calibration_options import Calibrated
 from onnxtools.calibration.run import Calibration, Findings, Layer
 from onnxtools.calibration.statistics import Largest
-from onnxtools.export.graph import DTYPES
 from onnxtools.ir.edit import Builder, remove_unused
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import attribute, constant_tensor, graphs_inside, is_op
@@ -86,7 +86,7 @@ class Precision(Calibrated):
         if not any(product.tensor.dtype == FLOAT for product in weight_products(model)):
             return PassResult(False, 0, ["no product with an fp32 weight found: nothing to narrow"])
         table = self._overflows(model) if self.calib is not None and self.to == "fp16" else []
-        narrowing = _Narrowing(model, DTYPES[self.to], self.keep_io)
+        narrowing = _Narrowing(model, BY_NAME[self.to], self.keep_io)
         matches = narrowing.run()
         model.graph.sort()
         remove_unused(model)

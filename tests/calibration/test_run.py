@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 import torch
 
 from onnxtools.base.errors import JobError
-from onnxtools.calibration.options import Calibrated
+from onnxtools.calibration.calibration_options import Calibrated
 from onnxtools.calibration.run import Calibration, Findings, Layer
 from onnxtools.calibration.segments import segments
 from onnxtools.calibration.statistics import ChannelRange, Gram

@@ -7,7 +7,7 @@ import pytest
 
 from onnxtools.calibration.statistics import Histogram, RotationRange, TokenSample
 from onnxtools.numerics.formats import FP8, INT8
-from onnxtools.quantization.ranges import largest
+from onnxtools.passes.quantize.ranges import largest
 
 PARTS = [np.random.default_rng(seed).standard_normal((n, 8)).astype(np.float32) * 3 for seed, n in enumerate((5, 100, 1, 44))]
 WHOLE = np.concatenate(PARTS)
@@ -25,7 +25,7 @@ def test_percentiles_are_numpys_within_a_bin(quantile: float, monkeypatch: pytes
     histogram = Histogram()
     for part in PARTS:
         histogram.add(part)
-    monkeypatch.setattr("onnxtools.quantization.ranges.PERCENTILE", quantile)
+    monkeypatch.setattr("onnxtools.passes.quantize.ranges.PERCENTILE", quantile)
     expected = np.percentile(np.abs(WHOLE), quantile, method="inverted_cdf")
     assert largest(histogram, "percentile", FP8) == pytest.approx(expected, rel=2**-7)
 

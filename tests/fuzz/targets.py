@@ -34,14 +34,14 @@ from onnxtools.export.options import ExportOptions
 from onnxtools.generation.runtime import ModelInfo
 from onnxtools.ir.model import Model
 from onnxtools.ir.provenance import provenance
-from onnxtools.passes.add_kv_cache import AddKvCache
 from onnxtools.passes.convert import Convert
 from onnxtools.passes.decompose_attention import DecomposeAttention
 from onnxtools.passes.fold_constants import FoldConstants
+from onnxtools.passes.kv_cache.add_kv_cache import AddKvCache
 from onnxtools.passes.legalize import Legalize
 from onnxtools.passes.precision import Precision
-from onnxtools.passes.prune import Prune
-from onnxtools.passes.quantize import Quantize
+from onnxtools.passes.prune.prune_pass import Prune
+from onnxtools.passes.quantize.quantize_pass import Quantize
 from onnxtools.passes.set_opset import SetOpset
 from onnxtools.pipeline.manager import PassManager
 from onnxtools.pipeline.passbase import Pass

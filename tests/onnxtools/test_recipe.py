@@ -9,8 +9,8 @@ import pytest
 
 from onnxtools.base.errors import UsageError
 from onnxtools.cli.recipe import read_recipe
-from onnxtools.passes.add_kv_cache import AddKvCache
 from onnxtools.passes.convert import Convert
+from onnxtools.passes.kv_cache.add_kv_cache import AddKvCache
 from tests.support import Case, Session, decode, linear, max_abs, opsets, refuse, run, succeed
 
 HEAD = "input: in.onnx\noutput: out.onnx\n"

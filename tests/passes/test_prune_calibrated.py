@@ -13,7 +13,7 @@ from onnx import numpy_helper
 
 pytest.importorskip("transformers")
 
-from onnxtools.passes._prune_calibrated import sparsegpt
+from onnxtools.passes.prune.calibrated import sparsegpt
 from tests.calibration.test_run import by_hooks
 from tests.calibration.texts import calibration_file, tokens
 from tests.export.hf import make

@@ -14,7 +14,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxtools.ir.model import Model
-from onnxtools.passes.quantize import Quantize
+from onnxtools.passes.quantize.quantize_pass import Quantize
 from onnxtools.pipeline.manager import PassManager
 from onnxtools.pipeline.passbase import Pass, PassResult
 from tests.support import Array, Feeds, info, initializers, normal, rel_l2, stored, succeed, write

@@ -14,8 +14,8 @@ from onnxtools.analysis.facts import analyse
 from onnxtools.analysis.products import weight_products
 from onnxtools.ir.model import Model
 from onnxtools.numerics.formats import scaled
-from onnxtools.quantization.groups import group
-from onnxtools.selection import head_product
+from onnxtools.passes.quantize.groups import group
+from onnxtools.passes.selection import head_product
 from tests.export import hf
 from tests.generation.models import exported, reference
 from tests.support import Session, rel_l2

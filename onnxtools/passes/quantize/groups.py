@@ -15,7 +15,7 @@ from onnxtools.base.errors import ModelError
 from onnxtools.ir.model import Model
 from onnxtools.numerics.compensation import compensated
 from onnxtools.numerics.formats import Format, magnitudes, scale_of
-from onnxtools.quantization.folding import Fold, Folder
+from onnxtools.passes.quantize.folding import Fold, Folder
 from onnxtools.storage.rows import elements
 
 Array = np.ndarray[Any, Any]

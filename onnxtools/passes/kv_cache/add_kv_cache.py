@@ -14,19 +14,19 @@ from onnxtools.analysis.cache import Dim, KvCache
 from onnxtools.analysis.facts import Facts, Tokens, analyse, token_input
 from onnxtools.analysis.masks import mask_constants, prime_above
 from onnxtools.analysis.positions import shift_positions
+from onnxtools.base.dtypes import BY_NAME
 from onnxtools.base.errors import JobError, NoMatchError, UsageError
 from onnxtools.base.options import option
 from onnxtools.ir.edit import Builder, forget_types, remove_unused, rename_or_bypass
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import has_dynamic_scales
-from onnxtools.passes._dynamic_shapes import make_dynamic
-from onnxtools.passes._kv_layout import from_bnsh, to_bnsh
-from onnxtools.passes._kv_locality import check_locality, restrict_to_new_tokens
-from onnxtools.passes._kv_mask import MaskRewriter, check_positions_follow_past
 from onnxtools.passes.decompose_attention import DecomposeAttention
+from onnxtools.passes.kv_cache.dynamic_shapes import make_dynamic
+from onnxtools.passes.kv_cache.layout import from_bnsh, to_bnsh
+from onnxtools.passes.kv_cache.locality import check_locality, restrict_to_new_tokens
+from onnxtools.passes.kv_cache.mask import MaskRewriter, check_positions_follow_past
 from onnxtools.pipeline.passbase import Pass, PassResult
 
-_DTYPES = {"fp8": ir.DataType.FLOAT8E4M3FN, "fp16": ir.DataType.FLOAT16, "fp32": ir.DataType.FLOAT, "bf16": ir.DataType.BFLOAT16}
 _LARGEST_MASK = 4100
 
 _SCALE_OPS = {"Abs", "ReduceMax", "ReduceMin", "Max", "Min", "Div", "Mul", "Reciprocal", "Cast", "Identity", "Reshape", "Neg", "Add", "Clip"}
@@ -324,7 +324,7 @@ class _Concat:
         own = self.facts[operand.value].dtype
         if own is None:
             raise JobError(f"the type of {operand.value.name!r} is unknown; run onnx shape inference first")
-        return _DTYPES.get(self.options.dtype, own)
+        return BY_NAME.get(self.options.dtype, own)
 
     def _past_input(self, index: int, kind: str, operand: Operand) -> ir.Value:
         return self.cache.past(index, kind, operand.head_count, operand.head_size, self._stored_dtype(operand))

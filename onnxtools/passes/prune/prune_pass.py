@@ -13,13 +13,13 @@ from onnxtools.analysis.products import Product, weight_products
 from onnxtools.analysis.readers import is_embedding, own_weights, readers
 from onnxtools.base.errors import NoMatchError, UsageError
 from onnxtools.base.options import option
-from onnxtools.calibration.options import Calibrated
+from onnxtools.calibration.calibration_options import Calibrated
 from onnxtools.calibration.run import Calibration
 from onnxtools.ir.model import Model
 from onnxtools.numerics.sparsity import prune_2_4
-from onnxtools.passes._prune_calibrated import CalibratedPruner
+from onnxtools.passes.prune.calibrated import CalibratedPruner
+from onnxtools.passes.selection import Selected, head_product
 from onnxtools.pipeline.passbase import PassResult
-from onnxtools.selection import Selected, head_product
 from onnxtools.storage.rows import StreamedTensor
 
 _DTYPES = {

@@ -14,7 +14,7 @@ from onnxtools.ir.model import Model
 from onnxtools.ir.query import attribute, constant_tensor, is_op
 from onnxtools.numerics.fp8 import MX_BLOCK, mx_data_rows, mx_scale_rows
 from onnxtools.passes.set_opset import SetOpset
-from onnxtools.passes.te_fp8_to_qdq import _weight
+from onnxtools.passes.te.te_fp8_to_qdq import _weight
 from onnxtools.pipeline.passbase import Pass, PassResult
 from onnxtools.storage.rows import StreamedTensor
 

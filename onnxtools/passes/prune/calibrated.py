@@ -12,7 +12,7 @@ from onnxtools.calibration.run import Calibration, Findings, Layer
 from onnxtools.calibration.statistics import ChannelRange, Gram
 from onnxtools.numerics.compensation import compensated
 from onnxtools.numerics.sparsity import prune_2_4
-from onnxtools.quantization.groups import matrix
+from onnxtools.passes.quantize.groups import matrix
 from onnxtools.storage.rows import StreamedTensor
 
 Array = np.ndarray[Any, Any]

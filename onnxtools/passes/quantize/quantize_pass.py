@@ -18,23 +18,23 @@ from onnxtools.analysis.products import Product, weight_products
 from onnxtools.analysis.readers import own_weights
 from onnxtools.base.errors import JobError, NoMatchError, UsageError
 from onnxtools.base.options import option
-from onnxtools.calibration.options import Calibrated
+from onnxtools.calibration.calibration_options import Calibrated
 from onnxtools.calibration.run import Calibration, Findings, Layer
 from onnxtools.calibration.statistics import Observer
 from onnxtools.ir.edit import remove_unused
 from onnxtools.ir.model import Model
 from onnxtools.numerics.formats import FP8, INT4, INT8, Format
-from onnxtools.passes._quantize_attention import AttentionScheme, operands, score_products
-from onnxtools.passes._quantize_int4 import Int4Scheme, block_size
-from onnxtools.passes._quantize_kv import KvScheme, caches
-from onnxtools.passes._quantize_linear import LinearScheme
 from onnxtools.passes.lower_ort import LowerOrt
 from onnxtools.passes.precision import Precision
+from onnxtools.passes.quantize.attention_operands import AttentionScheme, operands, score_products
+from onnxtools.passes.quantize.cache_tensors import KvScheme, caches
+from onnxtools.passes.quantize.groups import Group, group
+from onnxtools.passes.quantize.int4 import Int4Scheme, block_size
+from onnxtools.passes.quantize.linear import LinearScheme
+from onnxtools.passes.quantize.qdq import COMPUTED, QdqBuilder, is_quantized
+from onnxtools.passes.quantize.scheme import Scheme
+from onnxtools.passes.selection import Selected, head_product
 from onnxtools.pipeline.passbase import Pass, PassResult
-from onnxtools.quantization.groups import Group, group
-from onnxtools.quantization.qdq import COMPUTED, QdqBuilder, is_quantized
-from onnxtools.quantization.scheme import Scheme
-from onnxtools.selection import Selected, head_product
 
 _TOO_SMALL = 16
 

@@ -1,0 +1,1 @@
+"""KV caches into and out of graphs."""

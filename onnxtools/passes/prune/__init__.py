@@ -1,0 +1,1 @@
+"""Weights in 2:4 blocks."""

@@ -1,0 +1,1 @@
+"""Quantization of weights, activations and caches."""

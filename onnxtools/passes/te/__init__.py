@@ -1,0 +1,1 @@
+"""TransformerEngine operators to standard ONNX."""

@@ -1,1 +1,0 @@
-"""Number formats, scales and the Q/DQ nodes around products."""
