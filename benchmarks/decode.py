@@ -23,7 +23,7 @@ import numpy as np
 from onnxtools.engines.onnxrt import OrtRuntime
 from onnxtools.evaluate.timing import generate_timed
 from onnxtools.export.export import export
-from onnxtools.export.options import ExportOptions
+from onnxtools.export.export_options import ExportOptions
 from onnxtools.generation.runtime import RuntimeOptions, open_runtime
 
 Run = Callable[[], tuple[list[int], float, list[float]]]

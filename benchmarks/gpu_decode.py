@@ -79,7 +79,7 @@ def check_tokens(folder: Path, device: str) -> list[str]:
     import transformers
 
     from onnxtools.generation.generate import generate
-    from onnxtools.generation.options import GenerationOptions
+    from onnxtools.generation.generation_options import GenerationOptions
     from onnxtools.generation.runtime import RuntimeOptions, open_runtime
 
     def greedy(runtime: Any, prompts: list[list[int]], expected: list[list[int]]) -> str:

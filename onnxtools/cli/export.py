@@ -10,7 +10,7 @@ import click
 
 from onnxtools.base.errors import UsageError
 from onnxtools.cli.flags import OUTPUT_OPTION, PATH, dataclass_options, from_parameters, one_output
-from onnxtools.export.options import ExportOptions
+from onnxtools.export.export_options import ExportOptions
 
 if TYPE_CHECKING:
     from onnxtools.export.export import Exported

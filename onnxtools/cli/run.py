@@ -11,12 +11,12 @@ import click
 from onnxtools.base.errors import JobError, UsageError
 from onnxtools.cli.flags import PATH, from_parameters
 from onnxtools.cli.runtimes import open_tokenizer, opened, runtime_command, runtime_options, say_notes
-from onnxtools.generation.options import GenerationOptions
+from onnxtools.generation.generation_options import GenerationOptions
 
 if TYPE_CHECKING:
     from onnxtools.checkpoints.tokenizer import Tokenizer
+    from onnxtools.generation.prompts import Text
     from onnxtools.generation.runtime import Runtime
-    from onnxtools.generation.texts import Text
 
 _HELP = """Continue prompts with MODEL: an ONNX file, a TensorRT engine, or a checkpoint.
 
@@ -70,7 +70,7 @@ def _prompts(prompts: tuple[str, ...], file: Path | None) -> list[str]:
 
 def _run(runtime: Runtime, tokenizer: Tokenizer, texts: list[str], options: GenerationOptions, batch: int, as_json: bool, titled: bool) -> list[dict[str, Any]]:
     """Run, print unless `as_json`, and return what `--json` says of this runtime, a mapping for each beam."""
-    from onnxtools.generation.texts import as_demo, continue_texts
+    from onnxtools.generation.prompts import as_demo, continue_texts
 
     if titled and not as_json:
         click.echo(f"[{runtime.name}]")

@@ -12,7 +12,7 @@ from onnxtools.base.errors import UsageError
 from onnxtools.base.progress import counted
 from onnxtools.cli.flags import PATH, from_parameters
 from onnxtools.cli.runtimes import open_tokenizer, opened, runtime_command, runtime_options, say_notes
-from onnxtools.generation.options import GenerationOptions
+from onnxtools.generation.generation_options import GenerationOptions
 
 _HELP = """Summarize the articles of a JSONL file (fields article and highlights) with MODEL.
 

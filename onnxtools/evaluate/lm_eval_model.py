@@ -20,7 +20,7 @@ from onnxtools.cli.runtimes import default_runtime
 from onnxtools.evaluate.scores import score_texts
 from onnxtools.evaluate.wikitext import windows
 from onnxtools.generation.generate import generate
-from onnxtools.generation.options import GenerationOptions
+from onnxtools.generation.generation_options import GenerationOptions
 from onnxtools.generation.runtime import RuntimeOptions, open_runtime
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from onnxtools.base.inputs import shown
 from onnxtools.base.jsonl import read_jsonl
 from onnxtools.checkpoints.tokenizer import Streams, Tokenizer, cut_at
 from onnxtools.generation.generate import generate
-from onnxtools.generation.options import GenerationOptions
+from onnxtools.generation.generation_options import GenerationOptions
 from onnxtools.generation.runtime import Runtime
 
 TEMPLATE = "{article}\n\nTL;DR:\n"

@@ -20,9 +20,9 @@ from onnxtools.checkpoints.beside import INFO, check_folder
 from onnxtools.checkpoints.checkpoint import Checkpoint
 from onnxtools.checkpoints.open import open_checkpoint
 from onnxtools.export.config import DecoderConfig, weight_shapes
+from onnxtools.export.decoder import build_decoder
+from onnxtools.export.export_options import ExportOptions
 from onnxtools.export.family import Family, Source, Weights, family_for
-from onnxtools.export.graph import build_decoder
-from onnxtools.export.options import ExportOptions
 from onnxtools.ir.model import Model
 from onnxtools.storage.lazy import RandomRows, Tensor
 from onnxtools.storage.save import SaveReport

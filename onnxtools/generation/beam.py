@@ -12,7 +12,7 @@ import numpy as np
 
 from onnxtools.base.errors import UsageError
 from onnxtools.generation.generate import Generated, check_numbers, first_logits
-from onnxtools.generation.options import GenerationOptions
+from onnxtools.generation.generation_options import GenerationOptions
 from onnxtools.generation.runtime import Floats, Ids, Prompts, Runtime
 from onnxtools.generation.sampling import forbidden, log_softmax, penalized
 

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from onnxtools.base.errors import JobError, UsageError
-from onnxtools.generation.options import GenerationOptions
+from onnxtools.generation.generation_options import GenerationOptions
 from onnxtools.generation.runtime import Ids, Logits, Prompts, Runtime, greedy_steps
 from onnxtools.generation.sampling import draw, filtered, forbidden, log_softmax, penalized
 

@@ -21,9 +21,9 @@ from onnxtools.engines.kernel_library import find_nvcc, kernel_library
 from onnxtools.engines.kernels import DOMAIN, use_kernels
 from onnxtools.engines.next_token import AHEAD, NEXT, PAST_TOKENS, add_next_token
 from onnxtools.export.export import export
-from onnxtools.export.options import ExportOptions
+from onnxtools.export.export_options import ExportOptions
 from onnxtools.generation.generate import generate
-from onnxtools.generation.options import GenerationOptions
+from onnxtools.generation.generation_options import GenerationOptions
 from onnxtools.generation.runtime import RuntimeOptions, open_runtime
 from onnxtools.ir.model import Model
 

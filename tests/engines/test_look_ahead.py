@@ -17,7 +17,7 @@ from onnxtools.engines.onnxrt import OrtRuntime
 from onnxtools.engines.ort_session import register_kernels
 from onnxtools.evaluate.timing import generate_timed
 from onnxtools.generation.generate import generate
-from onnxtools.generation.options import GenerationOptions
+from onnxtools.generation.generation_options import GenerationOptions
 from onnxtools.generation.runtime import Ids, RuntimeOptions, open_runtime
 from onnxtools.ir.model import Model
 from tests.generation.models import exported

@@ -14,7 +14,7 @@ pytest.importorskip("transformers", reason="the models are written by transforme
 from onnxtools.base.errors import JobError
 from onnxtools.engines.onnxrt import OrtRuntime
 from onnxtools.generation.generate import generate
-from onnxtools.generation.options import GenerationOptions
+from onnxtools.generation.generation_options import GenerationOptions
 from onnxtools.generation.runtime import RuntimeOptions
 from tests.export import hf
 from tests.generation.models import exported, reference

@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("transformers", reason="the references are transformers' own models (make setup installs it)")
 
 from onnxtools.export.export import export
-from onnxtools.export.options import ExportOptions
+from onnxtools.export.export_options import ExportOptions
 from tests.export import hf
 from tests.export.driver import Driver, decode
 from tests.support import ops, refuse, rel_l2, succeed

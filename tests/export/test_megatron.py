@@ -15,7 +15,7 @@ import torch
 
 from fixtures import megatron as m
 from onnxtools.export.export import export
-from onnxtools.export.options import ExportOptions
+from onnxtools.export.export_options import ExportOptions
 from tests.export.driver import decode
 from tests.support import Array, ops, rel_l2
 

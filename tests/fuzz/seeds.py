@@ -19,7 +19,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper, parser
 
 from onnxtools.export.export import export
-from onnxtools.export.options import ExportOptions
+from onnxtools.export.export_options import ExportOptions
 from onnxtools.ir.model import Model
 
 FLOAT = TensorProto.FLOAT

@@ -30,7 +30,7 @@ from onnxtools.engines.trt import engine_io
 from onnxtools.engines.trtexec_builder import OnPaper
 from onnxtools.evaluate.lambada import read_lambada
 from onnxtools.export.export import export
-from onnxtools.export.options import ExportOptions
+from onnxtools.export.export_options import ExportOptions
 from onnxtools.generation.runtime import ModelInfo
 from onnxtools.ir.model import Model
 from onnxtools.ir.provenance import provenance

@@ -12,7 +12,7 @@ import torch
 
 from onnxtools.base.errors import JobError, UsageError
 from onnxtools.generation.generate import generate
-from onnxtools.generation.options import GenerationOptions
+from onnxtools.generation.generation_options import GenerationOptions
 from onnxtools.generation.runtime import Runtime, RuntimeOptions, open_runtime
 from tests.generation.models import FORMS, checkpoint, exported, reference
 

@@ -10,7 +10,7 @@ import torch
 from transformers.generation import logits_process as theirs
 
 from onnxtools.base.errors import UsageError
-from onnxtools.generation.options import GenerationOptions
+from onnxtools.generation.generation_options import GenerationOptions
 from onnxtools.generation.sampling import draw, filtered, log_softmax, penalized
 
 LOGITS = np.random.default_rng(0).standard_normal((3, 50)).astype(np.float32) * 3
