@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from onnxtools.engines.onnxrt import OrtRuntime
+from onnxtools.engines.runtimes.onnxrt.ort_runtime import OrtRuntime
 from onnxtools.evaluate.timing import generate_timed
 from onnxtools.export.export import export
 from onnxtools.export.export_options import ExportOptions

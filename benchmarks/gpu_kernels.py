@@ -16,9 +16,9 @@ import onnx
 import onnxruntime as ort
 from onnx import helper
 
-from onnxtools.engines.kernel_library import device_capability, find_nvcc, kernel_library
-from onnxtools.engines.kernels import DOMAIN
-from onnxtools.engines.ort_session import choose_device
+from onnxtools.engines.kernels.library import device_capability, find_nvcc, kernel_library
+from onnxtools.engines.kernels.rewrite import DOMAIN
+from onnxtools.engines.runtimes.onnxrt.ort_session import choose_device
 
 Array = np.ndarray[Any, Any]
 DTYPES = {"fp16": (np.dtype(np.float16), onnx.TensorProto.FLOAT16, 1e-3), "bf16": (np.dtype(ml_dtypes.bfloat16), onnx.TensorProto.BFLOAT16, 8e-3)}

@@ -14,7 +14,7 @@ from pathlib import Path
 import onnxruntime
 
 from onnxtools.checkpoints.tokenizer import Tokenizer
-from onnxtools.engines.onnxrt import OrtRuntime
+from onnxtools.engines.runtimes.onnxrt.ort_runtime import OrtRuntime
 from onnxtools.evaluate.wikitext import score_wikitext
 from onnxtools.generation.runtime import RuntimeOptions
 

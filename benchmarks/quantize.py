@@ -20,7 +20,7 @@ from pathlib import Path
 import onnxruntime
 
 from onnxtools.checkpoints.tokenizer import Tokenizer
-from onnxtools.engines.onnxrt import OrtRuntime
+from onnxtools.engines.runtimes.onnxrt.ort_runtime import OrtRuntime
 from onnxtools.evaluate.lambada import PassageResult, compare_lambada, read_lambada, score_lambada, summarize_lambada, tokenized
 from onnxtools.generation.runtime import RuntimeOptions
 

@@ -91,7 +91,7 @@ def _result(model: Path, runtimes: Sequence[Runtime], found: Sequence[Timing], o
 def _peak_memory(device: str) -> int | None:
     """Used bytes of the card now (allocators do not give back); on the CPU the peak of the process. Of all runtimes together."""
     from onnxtools.base.memory import peak_mib
-    from onnxtools.engines.ort_session import device_memory
+    from onnxtools.engines.runtimes.onnxrt.ort_session import device_memory
 
     memory = device_memory() if device.startswith("cuda") else None
     return memory[0] if memory else int(peak_mib() * (1 << 20))

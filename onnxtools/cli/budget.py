@@ -24,7 +24,7 @@ def search(
         return pass_, {}
     from onnxtools.cli.passes import check_output
     from onnxtools.cli.render import console, table
-    from onnxtools.evaluate.budget import Budget, Trial, within_budget
+    from onnxtools.evaluate.exclusion_search import Budget, Trial, within_budget
     from onnxtools.evaluate.lambada import read_lambada
     from onnxtools.passes.quantize.quantize_pass import Quantize
     from onnxtools.pipeline.recipe_file import write_recipe

@@ -9,11 +9,11 @@ import click
 
 from onnxtools.base.errors import JobError, UsageError
 from onnxtools.cli.flags import PATH, dataclass_options, from_parameters
-from onnxtools.engines.spec import EngineSpec
+from onnxtools.engines.build.spec import EngineSpec
 
 if TYPE_CHECKING:
-    from onnxtools.engines.builder import Engine
-    from onnxtools.engines.many import Job, Outcome
+    from onnxtools.engines.build.builder import Engine
+    from onnxtools.engines.build.many import Job, Outcome
 
 _HELP = """Build ENGINE from MODEL and write ENGINE.json beside it; or build several models, each to MODEL's name with .engine.
 
@@ -51,7 +51,7 @@ def _callback(
 
 
 def _jobs(paths: tuple[Path, ...], folder: Path | None) -> list[Job]:
-    from onnxtools.engines.many import Job, engine_paths
+    from onnxtools.engines.build.many import Job, engine_paths
 
     models = [path for path in paths if path.suffix == ".onnx"]
     others = [path for path in paths if path.suffix != ".onnx"]
@@ -78,13 +78,13 @@ def _lines(jobs: list[Job], spec: EngineSpec, as_json: bool) -> None:
 
 def _line(job: Job, spec: EngineSpec) -> str:
     """Checked as a build would be, as far as that goes without the builder."""
-    from onnxtools.engines.preflight import preflight
-    from onnxtools.engines.profiles import profiles_for
-    from onnxtools.engines.spec import version_of
-    from onnxtools.engines.timing_cache import with_cache_file
-    from onnxtools.engines.trtexec import NEWEST, trtexec_line
-    from onnxtools.engines.trtexec_builder import OnPaper
-    from onnxtools.engines.versions import is_mixed, is_strongly_typed
+    from onnxtools.engines.build.preflight import preflight
+    from onnxtools.engines.build.profiles import profiles_for
+    from onnxtools.engines.build.spec import version_of
+    from onnxtools.engines.build.timing_cache import with_cache_file
+    from onnxtools.engines.build.versions import is_mixed, is_strongly_typed
+    from onnxtools.engines.trtexec.command_line import NEWEST, trtexec_line
+    from onnxtools.engines.trtexec.trtexec_builder import OnPaper
     from onnxtools.ir.model import Model
 
     model = Model.load(job.model)
@@ -99,8 +99,8 @@ def _line(job: Job, spec: EngineSpec) -> str:
 
 def _one(job: Job, spec: EngineSpec, force: bool, as_json: bool) -> None:
     from onnxtools.cli.render import print_json
-    from onnxtools.engines.build import build
-    from onnxtools.engines.last_words import unusual_node
+    from onnxtools.engines.build.engine import build
+    from onnxtools.engines.build.last_words import unusual_node
     from onnxtools.ir.model import Model
 
     model = Model.load(job.model)
@@ -115,8 +115,8 @@ def _one(job: Job, spec: EngineSpec, force: bool, as_json: bool) -> None:
 
 def _apart(job: Job, spec: EngineSpec, force: bool) -> Engine:
     """In a process of its own, which a builder can take down."""
-    from onnxtools.engines.builder import Engine
-    from onnxtools.engines.many import build_many
+    from onnxtools.engines.build.builder import Engine
+    from onnxtools.engines.build.many import build_many
 
     (outcome,) = build_many([job], spec, workers=1, force=force, done=lambda _: None)
     if outcome.manifest is None:
@@ -127,7 +127,7 @@ def _apart(job: Job, spec: EngineSpec, force: bool) -> Engine:
 def _several(jobs: list[Job], spec: EngineSpec, workers: int, force: bool, as_json: bool) -> None:
     from onnxtools.base.progress import counted
     from onnxtools.cli.render import print_json, size, table
-    from onnxtools.engines.many import build_many
+    from onnxtools.engines.build.many import build_many
 
     with counted(f"build, {workers} at a time", len(jobs)) as tick:
         outcomes = build_many(jobs, spec, workers=workers, force=force, done=lambda _: tick())

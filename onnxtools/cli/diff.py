@@ -27,7 +27,7 @@ from onnxtools.cli.flags import PATH, common_options
 def command(before: Path, after: Path, as_json: bool, debug: bool) -> None:
     from onnxtools.check.describe import differences, engine_differences
     from onnxtools.cli.render import console, print_json, table
-    from onnxtools.engines.manifest import check_unchanged, read_manifest
+    from onnxtools.engines.build.manifest import check_unchanged, read_manifest
     from onnxtools.ir.model import Model
 
     engines = [path for path in (before, after) if path.suffix != ".onnx"]

@@ -26,7 +26,7 @@ from onnxtools.cli.flags import PATH, common_options
 @common_options
 def command(model: Path, sparsity: bool, as_json: bool, debug: bool) -> None:
     from onnxtools.cli.render import print_json
-    from onnxtools.engines.manifest import manifest_path
+    from onnxtools.engines.build.manifest import manifest_path
 
     if model.suffix != ".onnx" and (manifest_path(model).is_file() or model.suffix in (".engine", ".plan", ".trt")):
         _engine(model, as_json)
@@ -44,8 +44,8 @@ def command(model: Path, sparsity: bool, as_json: bool, debug: bool) -> None:
 def _engine(path: Path, as_json: bool) -> None:
     from onnxtools.cli.build import show_layers, show_manifest
     from onnxtools.cli.render import print_json
-    from onnxtools.engines.builder import Engine
-    from onnxtools.engines.manifest import check_unchanged, read_manifest
+    from onnxtools.engines.build.builder import Engine
+    from onnxtools.engines.build.manifest import check_unchanged, read_manifest
 
     engine = Engine(path, read_manifest(path))
     check_unchanged(path, engine.manifest)

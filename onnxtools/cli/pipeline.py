@@ -73,7 +73,7 @@ def command(
         if not as_json:
             verdict_table(verdict, f"{plan.against} against {plan.output} (tolerance {verdict.tolerance:g}, relative L2)")
     if passed and plan.engine is not None and plan.spec is not None:
-        from onnxtools.engines.build import build
+        from onnxtools.engines.build.engine import build
 
         engine = build(plan.output, plan.engine, plan.spec)
         result["build"] = engine.manifest

@@ -13,7 +13,7 @@ from onnxtools.pipeline.passbase import Pass, load_pass
 from onnxtools.pipeline.recipe_file import read_yaml
 
 if TYPE_CHECKING:
-    from onnxtools.engines.spec import EngineSpec
+    from onnxtools.engines.build.spec import EngineSpec
 
 _KEYS = {"input", "output", "passes", "validate", "build"}
 
@@ -61,7 +61,7 @@ def read_recipe(path: Path, input_path: Path | None = None, output_path: Path | 
 
 
 def _spec(options: dict[str, Any]) -> EngineSpec:
-    from onnxtools.engines.spec import EngineSpec
+    from onnxtools.engines.build.spec import EngineSpec
 
     return EngineSpec(**convert_fields(EngineSpec, "build", options))
 

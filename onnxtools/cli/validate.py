@@ -75,7 +75,7 @@ def command(
 def _engine(engine: Path, graph: Path | None, as_json: bool) -> None:
     """Raises JobError where a file is not what the manifest says."""
     from onnxtools.cli.render import print_json, table
-    from onnxtools.engines.manifest import check_files, read_manifest
+    from onnxtools.engines.build.manifest import check_files, read_manifest
 
     found = check_files(engine, read_manifest(engine), graph)
     if as_json:

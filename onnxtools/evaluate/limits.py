@@ -54,7 +54,7 @@ class Rates:
 def work(path: Path, options: BenchmarkOptions) -> Work:
     """Of an ONNX decoder: bytes and operations by its graph."""
     from onnxtools.analysis.decoder_io import decoder_io
-    from onnxtools.engines.ort_session import ports
+    from onnxtools.engines.runtimes.onnxrt.ort_session import ports
 
     model = Model.load(path)
     io = decoder_io(path, *ports(model))

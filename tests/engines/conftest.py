@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from onnxtools.engines.build import build
-from onnxtools.engines.builder import Engine
-from onnxtools.engines.spec import EngineSpec
+from onnxtools.engines.build.builder import Engine
+from onnxtools.engines.build.engine import build
+from onnxtools.engines.build.spec import EngineSpec
 
 try:
     import tensorrt_rtx  # noqa: F401

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxtools.engines.builder import Engine
+from onnxtools.engines.build.builder import Engine
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 Dims = Sequence[int | str]

@@ -17,12 +17,12 @@ import onnx
 import pytest
 
 from onnxtools.base.errors import JobError, UsageError
-from onnxtools.engines.build import build
-from onnxtools.engines.builder import get_builder
-from onnxtools.engines.manifest import hash_file
-from onnxtools.engines.profiles import profiles_for
-from onnxtools.engines.spec import EngineSpec
-from onnxtools.engines.trtexec import trtexec_line
+from onnxtools.engines.build.builder import get_builder
+from onnxtools.engines.build.engine import build
+from onnxtools.engines.build.manifest import hash_file
+from onnxtools.engines.build.profiles import profiles_for
+from onnxtools.engines.build.spec import EngineSpec
+from onnxtools.engines.trtexec.command_line import trtexec_line
 from onnxtools.ir.model import Model
 from tests.engines.conftest import Build
 from tests.engines.graphs import BF16, FIXTURES, FLOAT, HALF, INT64, files, fp8_linear, helper, linear, manifest, random, tensor, weights, write
@@ -240,8 +240,8 @@ def test_timing_cache_is_left_alone(tmp_path: Path, make: Build) -> None:
 FULL_DISK = """
 import resource, sys
 from pathlib import Path
-from onnxtools.engines.build import build
-from onnxtools.engines.spec import EngineSpec
+from onnxtools.engines.build.engine import build
+from onnxtools.engines.build.spec import EngineSpec
 from onnxtools.base.errors import JobError
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 try:

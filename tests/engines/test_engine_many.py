@@ -16,10 +16,10 @@ import onnx
 import pytest
 
 from onnxtools.base.errors import JobError
-from onnxtools.engines.build import build
-from onnxtools.engines.manifest import check_plan, read_manifest
-from onnxtools.engines.many import visible_devices
-from onnxtools.engines.spec import EngineSpec
+from onnxtools.engines.build.engine import build
+from onnxtools.engines.build.manifest import check_plan, read_manifest
+from onnxtools.engines.build.many import visible_devices
+from onnxtools.engines.build.spec import EngineSpec
 from tests.engines.graphs import helper, linear, tensor, write
 from tests.support import refuse, run, succeed
 

@@ -11,8 +11,8 @@ import pytest
 
 from onnxtools.analysis.cache import positions
 from onnxtools.base.errors import JobError, UsageError
-from onnxtools.engines.profiles import Profile, derive_profiles, parse_shapes, profiles_for
-from onnxtools.engines.spec import EngineSpec
+from onnxtools.engines.build.profiles import Profile, derive_profiles, parse_shapes, profiles_for
+from onnxtools.engines.build.spec import EngineSpec
 from onnxtools.ir.model import Model
 from tests.engines.graphs import FIXTURES, HALF, INT64, helper, linear, random, tensor, weights, write
 from tests.support import refuse, succeed

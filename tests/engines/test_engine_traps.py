@@ -9,7 +9,7 @@ import pytest
 import tensorrt_rtx as trt
 
 from onnxtools.base.errors import JobError
-from onnxtools.engines.network import attentions, mend_attention
+from onnxtools.engines.tensorrt.network import attentions, mend_attention
 from tests.engines.conftest import Build
 from tests.engines.graphs import BOOL, FIXTURES, FLOAT, HALF, INT64, attention, helper, manifest, random, tensor, two_of_four, weights, write
 from tests.support import succeed

@@ -14,10 +14,11 @@ import pytest
 from onnx import helper, numpy_helper, parser
 
 from onnxtools.base.errors import JobError
-from onnxtools.engines import gpus, kernel_library, last_words
-from onnxtools.engines.builder import Limits
-from onnxtools.engines.many import Job, build_many
-from onnxtools.engines.spec import EngineSpec
+from onnxtools.engines.build.builder import Limits
+from onnxtools.engines.build.engine import gpus, last_words
+from onnxtools.engines.build.many import Job, build_many
+from onnxtools.engines.build.spec import EngineSpec
+from onnxtools.engines.kernels.rewrite import library as kernel_library
 from onnxtools.evaluate.limits import Rates, Work, raised
 from onnxtools.evaluate.timing import Timing
 from onnxtools.ir.model import Model
@@ -106,7 +107,7 @@ def test_a_builder_that_crashes_is_an_error_that_names_the_node(tmp_path: Path) 
 def test_a_process_that_dies_leaves_nothing_and_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that the system ends (here: no memory for its address space) is what a crash of the library looks like."""
     source = linear(tmp_path / "m.onnx")
-    monkeypatch.setattr("onnxtools.engines.many._work", _crash)
+    monkeypatch.setattr("onnxtools.engines.build.many._work", _crash)
     (outcome,) = build_many([Job(source, tmp_path / "e.engine")], EngineSpec(max_seq_len=16), workers=1, force=False, done=lambda _: None)
     assert "SIGSEGV" in outcome.error and sorted(path.name for path in tmp_path.iterdir() if path.name != "m.onnx.data") == ["m.onnx"]
 

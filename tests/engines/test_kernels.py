@@ -17,9 +17,9 @@ from onnx import helper
 
 from onnxtools.base.errors import JobError
 from onnxtools.check.feeds import random_feeds
-from onnxtools.engines.kernel_library import find_nvcc, kernel_library
-from onnxtools.engines.kernels import DOMAIN, use_kernels
-from onnxtools.engines.next_token import AHEAD, NEXT, PAST_TOKENS, add_next_token
+from onnxtools.engines.kernels.library import find_nvcc, kernel_library
+from onnxtools.engines.kernels.rewrite import DOMAIN, use_kernels
+from onnxtools.engines.runtimes.onnxrt.next_token import AHEAD, NEXT, PAST_TOKENS, add_next_token
 from onnxtools.export.export import export
 from onnxtools.export.export_options import ExportOptions
 from onnxtools.generation.generate import generate
@@ -50,7 +50,7 @@ def exported(folder: Path, config: dict[str, object], **options: object) -> Path
 
 
 def standard(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Each operator of ours in ONNX Runtime's own, as engines/cuda/library.cc says what it computes."""
+    """Each operator of ours in ONNX Runtime's own, as engines/kernels/cuda/library.cc says what it computes."""
     nodes = []
     for node in proto.graph.node:
         if node.domain != DOMAIN:

@@ -12,9 +12,9 @@ import pytest
 pytest.importorskip("transformers", reason="it makes the tiny checkpoint (make setup installs it)")
 
 from onnxtools.base.errors import JobError
-from onnxtools.engines.next_token import NEXT, add_next_token
-from onnxtools.engines.onnxrt import OrtRuntime
-from onnxtools.engines.ort_session import register_kernels
+from onnxtools.engines.runtimes.onnxrt.next_token import NEXT, add_next_token
+from onnxtools.engines.runtimes.onnxrt.ort_runtime import OrtRuntime
+from onnxtools.engines.runtimes.onnxrt.ort_session import register_kernels
 from onnxtools.evaluate.timing import generate_timed
 from onnxtools.generation.generate import generate
 from onnxtools.generation.generation_options import GenerationOptions
@@ -92,7 +92,7 @@ def test_prompts_are_captured_when_their_length_comes_twice_in_a_row(form: str, 
     captures.reorder(np.array([2, 0, 1]))  # as a beam search does for each step: not worth a graph
     captures.step(np.array([1, 2, 3]))
     assert captures.seen[-2:] == ["1", "none"]
-    monkeypatch.setattr("onnxtools.engines.ort_states.MAX_GRAPHS", 5)
+    monkeypatch.setattr("onnxtools.engines.runtimes.onnxrt.cache_states.MAX_GRAPHS", 5)
     captures.prefill(other)
     captures.step(np.array([1, 2, 3]))
     captures.prefill(other)
@@ -141,26 +141,26 @@ def test_a_token_that_is_none_is_an_error_of_its_step(path: Path) -> None:
 def test_our_kernels_want_a_card_and_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def at(capability: int, **options: bool) -> tuple[bool, str]:
         notes: list[str] = []
-        monkeypatch.setattr("onnxtools.engines.ort_session.device_capability", lambda: capability)
+        monkeypatch.setattr("onnxtools.engines.runtimes.onnxrt.ort_session.device_capability", lambda: capability)
         return register_kernels(ort.SessionOptions(), RuntimeOptions(**options), notes), "; ".join(notes)  # type: ignore[arg-type]
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    monkeypatch.setattr("onnxtools.engines.ort_session.find_nvcc", lambda: None)
+    monkeypatch.setattr("onnxtools.engines.runtimes.onnxrt.ort_session.find_nvcc", lambda: None)
     assert at(0) == at(89) == at(90, kernels=False) == (False, "")
     why = "our kernels are not used, which is slower: "
     assert at(90) == (False, f"{why}there is no nvcc to compile them; install the CUDA toolkit; or say --no-kernels")
-    monkeypatch.setattr("onnxtools.engines.ort_session.find_nvcc", lambda: "/bin/false")
+    monkeypatch.setattr("onnxtools.engines.runtimes.onnxrt.ort_session.find_nvcc", lambda: "/bin/false")
     assert at(90) == (False, f"{why}/bin/false --version fails; repair the CUDA toolkit; or say --no-kernels")
-    monkeypatch.setattr("onnxtools.engines.ort_session.find_nvcc", lambda: "/bin/echo")
+    monkeypatch.setattr("onnxtools.engines.runtimes.onnxrt.ort_session.find_nvcc", lambda: "/bin/echo")
     (tmp_path / "file").touch()
     assert at(90)[0] is False and str(tmp_path / "file") in at(90)[1]  # a cache folder that cannot be
 
 
 def test_a_library_that_does_not_load_is_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "broken.so").write_text("no library")
-    monkeypatch.setattr("onnxtools.engines.ort_session.device_capability", lambda: 90)
-    monkeypatch.setattr("onnxtools.engines.ort_session.kernel_library", lambda nvcc, capability: tmp_path / "broken.so")
-    monkeypatch.setattr("onnxtools.engines.ort_session.find_nvcc", lambda: "nvcc")
+    monkeypatch.setattr("onnxtools.engines.runtimes.onnxrt.ort_session.device_capability", lambda: 90)
+    monkeypatch.setattr("onnxtools.engines.runtimes.onnxrt.ort_session.kernel_library", lambda nvcc, capability: tmp_path / "broken.so")
+    monkeypatch.setattr("onnxtools.engines.runtimes.onnxrt.ort_session.find_nvcc", lambda: "nvcc")
     notes: list[str] = []
     assert register_kernels(ort.SessionOptions(), RuntimeOptions(), notes) is False and "broken.so" in notes[0]
 

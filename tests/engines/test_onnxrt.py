@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("transformers", reason="the models are written by transformers (make setup installs it)")
 
 from onnxtools.base.errors import JobError
-from onnxtools.engines.onnxrt import OrtRuntime
+from onnxtools.engines.runtimes.onnxrt.ort_runtime import OrtRuntime
 from onnxtools.generation.generate import generate
 from onnxtools.generation.generation_options import GenerationOptions
 from onnxtools.generation.runtime import RuntimeOptions

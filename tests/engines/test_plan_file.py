@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from onnxtools.engines.plan_file import PlanFile
+from onnxtools.engines.tensorrt.plan_file import PlanFile
 
 
 def test_pieces_are_written_and_hashed_in_order(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX builds the engine (make
 pytest.importorskip("transformers", reason="the model is written by transformers (make setup installs it)")
 
 from onnxtools.base.errors import JobError
-from onnxtools.engines.manifest import manifest_path
-from onnxtools.engines.trt import TrtRuntime, choose_profile, engine_io, read_manifest
+from onnxtools.engines.build.manifest import manifest_path
+from onnxtools.engines.runtimes.trt import TrtRuntime, choose_profile, engine_io, read_manifest
 from onnxtools.generation.runtime import RuntimeOptions
 from tests.generation.models import exported
 from tests.support import refuse, succeed

@@ -18,15 +18,15 @@ import pytest
 from onnx import helper
 
 from onnxtools.base.errors import JobError, UsageError
-from onnxtools.engines.audit import holds, read_layers, summary
-from onnxtools.engines.many import engine_paths
-from onnxtools.engines.profiles import Profile, profiles_for
-from onnxtools.engines.sparse_weights import check_sparsity
-from onnxtools.engines.spec import EngineSpec, pool_size, version_of
-from onnxtools.engines.timing_cache import TimingCache
-from onnxtools.engines.trtexec import trtexec_line
-from onnxtools.engines.trtexec_builder import read_log, read_version
-from onnxtools.engines.versions import ceilings, check_options, is_mixed, is_strongly_typed
+from onnxtools.engines.build.audit import holds, read_layers, summary
+from onnxtools.engines.build.many import engine_paths
+from onnxtools.engines.build.profiles import Profile, profiles_for
+from onnxtools.engines.build.sparse_weights import check_sparsity
+from onnxtools.engines.build.spec import EngineSpec, pool_size, version_of
+from onnxtools.engines.build.timing_cache import TimingCache
+from onnxtools.engines.build.versions import ceilings, check_options, is_mixed, is_strongly_typed
+from onnxtools.engines.trtexec.command_line import trtexec_line
+from onnxtools.engines.trtexec.trtexec_builder import read_log, read_version
 from onnxtools.ir.model import Model
 from tests.engines.graphs import FLOAT, random, tensor, two_of_four, weights, write
 from tests.support import run, succeed
@@ -202,7 +202,7 @@ def module(version: str) -> Any:
 @pytest.mark.parametrize("version", ["10.13", "11.4"])
 def test_builder_settings_exist_under_their_names(version: str) -> None:
     pytest.importorskip("polygraphy")
-    from onnxtools.engines.tensorrt_api import ApiBuilder
+    from onnxtools.engines.tensorrt.python_api import ApiBuilder
 
     trt = module(version)
     builder, config = ApiBuilder.__new__(ApiBuilder), Recorded("IBuilderConfig", version)

@@ -16,7 +16,7 @@ import torch
 
 from onnxtools.base.errors import JobError
 from onnxtools.checkpoints.tokenizer import Tokenizer
-from onnxtools.engines.onnxrt import OrtRuntime
+from onnxtools.engines.runtimes.onnxrt.ort_runtime import OrtRuntime
 from onnxtools.evaluate import lambada
 from onnxtools.evaluate.lambada import Journal, Passage, PassageResult, compare_lambada, read_lambada, score_lambada, summarize_lambada
 from onnxtools.evaluate.scores import mean_interval, score_texts, share_interval

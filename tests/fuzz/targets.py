@@ -22,12 +22,12 @@ from onnxtools.checkpoints.safetensors import read_safetensors
 from onnxtools.checkpoints.tokenizer import Tokenizer
 from onnxtools.checkpoints.torch_file import loads, read_torch
 from onnxtools.cli.recipe import read_recipe
-from onnxtools.engines.manifest import read_manifest
-from onnxtools.engines.preflight import preflight
-from onnxtools.engines.profiles import parse_shapes, profiles_for
-from onnxtools.engines.spec import EngineSpec
-from onnxtools.engines.trt import engine_io
-from onnxtools.engines.trtexec_builder import OnPaper
+from onnxtools.engines.build.manifest import read_manifest
+from onnxtools.engines.build.preflight import preflight
+from onnxtools.engines.build.profiles import parse_shapes, profiles_for
+from onnxtools.engines.build.spec import EngineSpec
+from onnxtools.engines.runtimes.trt import engine_io
+from onnxtools.engines.trtexec.trtexec_builder import OnPaper
 from onnxtools.evaluate.lambada import read_lambada
 from onnxtools.export.export import export
 from onnxtools.export.export_options import ExportOptions

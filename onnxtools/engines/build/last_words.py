@@ -8,7 +8,7 @@ from __future__ import annotations
 import signal
 from typing import Any
 
-from onnxtools.engines.traps import label
+from onnxtools.engines.build.traps import label
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import graphs_inside
 

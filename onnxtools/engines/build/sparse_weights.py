@@ -9,7 +9,7 @@ from typing import Any
 import onnx_ir as ir
 
 from onnxtools.analysis.products import Product, weight_products
-from onnxtools.engines.audit import EngineLayer
+from onnxtools.engines.build.audit import EngineLayer
 from onnxtools.ir.model import Model
 from onnxtools.numerics.sparsity import count_2_4
 

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxtools.base.errors import JobError
-from onnxtools.engines.builder import TensorInfo
+from onnxtools.engines.build.builder import TensorInfo
 from onnxtools.ir.model import Model
 
 _NAMES = {

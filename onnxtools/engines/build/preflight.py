@@ -9,11 +9,11 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxtools.base.errors import JobError, UsageError
-from onnxtools.engines.builder import Reader
-from onnxtools.engines.gpus import named, ways_on
-from onnxtools.engines.sparse_weights import Sparsity, check_sparsity
-from onnxtools.engines.spec import EngineSpec, capability
-from onnxtools.engines.traps import Graph, check_traps, refuse
+from onnxtools.engines.build.builder import Reader
+from onnxtools.engines.build.gpus import named, ways_on
+from onnxtools.engines.build.sparse_weights import Sparsity, check_sparsity
+from onnxtools.engines.build.spec import EngineSpec, capability
+from onnxtools.engines.build.traps import Graph, check_traps, refuse
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import FP8_DTYPES, TE_QDQ, attribute, constant_tensor, is_fp8_qdq, is_op, stored_dtype
 

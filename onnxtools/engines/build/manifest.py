@@ -13,10 +13,10 @@ from onnxtools.analysis.cache import MODEL_KEY
 from onnxtools.base.errors import JobError
 from onnxtools.base.inputs import check_regular, shown
 from onnxtools.base.memory import peak_mib
-from onnxtools.engines.builder import Builder, Built
-from onnxtools.engines.preflight import Preflight
-from onnxtools.engines.profiles import Profile
-from onnxtools.engines.spec import EngineSpec
+from onnxtools.engines.build.builder import Builder, Built
+from onnxtools.engines.build.preflight import Preflight
+from onnxtools.engines.build.profiles import Profile
+from onnxtools.engines.build.spec import EngineSpec
 from onnxtools.ir.model import Model
 from onnxtools.ir.provenance import provenance
 from onnxtools.storage.records import recorded

@@ -15,9 +15,9 @@ import numpy as np
 from onnxtools.analysis.decoder_io import decoder_io
 from onnxtools.base.errors import JobError, one_line
 from onnxtools.base.memory import available_bytes
-from onnxtools.engines.next_token import NEXT, PAST_TOKENS
-from onnxtools.engines.ort_session import DeviceOps, choose_device, device_memory, device_name, is_out_of_memory, open_session, ports
-from onnxtools.engines.ort_states import DeviceLogits, Growing, Static, Whole
+from onnxtools.engines.runtimes.onnxrt.cache_states import DeviceLogits, Growing, Static, Whole
+from onnxtools.engines.runtimes.onnxrt.next_token import NEXT, PAST_TOKENS
+from onnxtools.engines.runtimes.onnxrt.ort_session import DeviceOps, choose_device, device_memory, device_name, is_out_of_memory, open_session, ports
 from onnxtools.generation.runtime import Floats, HostLogits, Ids, Logits, ModelInfo, Prompts, RuntimeOptions, check_length, padded
 from onnxtools.ir.model import Model
 

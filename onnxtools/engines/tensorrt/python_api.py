@@ -23,15 +23,15 @@ from typing import Any
 from onnxtools.base.errors import JobError
 from onnxtools.base.memory import releasing_pages
 from onnxtools.base.progress import DELAY_SECONDS
-from onnxtools.engines import last_words
-from onnxtools.engines import network as net
-from onnxtools.engines.audit import audit_engine
-from onnxtools.engines.builder import Built
-from onnxtools.engines.lowering import lowered
-from onnxtools.engines.plan_file import PlanFile
-from onnxtools.engines.profiles import Profile
-from onnxtools.engines.spec import EngineSpec, pool_size, pool_type
-from onnxtools.engines.timing_cache import TimingCache
+from onnxtools.engines.build import last_words
+from onnxtools.engines.build.audit import audit_engine
+from onnxtools.engines.build.builder import Built
+from onnxtools.engines.build.profiles import Profile
+from onnxtools.engines.build.spec import EngineSpec, pool_size, pool_type
+from onnxtools.engines.build.timing_cache import TimingCache
+from onnxtools.engines.tensorrt import network as net
+from onnxtools.engines.tensorrt.lowering import lowered
+from onnxtools.engines.tensorrt.plan_file import PlanFile
 from onnxtools.ir.model import Model
 from onnxtools.storage.rows import external_path
 

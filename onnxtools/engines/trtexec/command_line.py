@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from onnxtools.base.errors import UsageError
-from onnxtools.engines.profiles import Profile, Range
-from onnxtools.engines.spec import PRECISIONS, EngineSpec, pool_size
-from onnxtools.engines.versions import Version, check_options, is_strongly_typed
+from onnxtools.engines.build.profiles import Profile, Range
+from onnxtools.engines.build.spec import PRECISIONS, EngineSpec, pool_size
+from onnxtools.engines.build.versions import Version, check_options, is_strongly_typed
 
 NEWEST: Version = (11, 4)
 

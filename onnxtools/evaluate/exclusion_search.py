@@ -10,7 +10,7 @@ from pathlib import Path
 
 from onnxtools.base.errors import JobError, UsageError
 from onnxtools.checkpoints.tokenizer import Tokenizer
-from onnxtools.engines.onnxrt import OrtRuntime
+from onnxtools.engines.runtimes.onnxrt.ort_runtime import OrtRuntime
 from onnxtools.evaluate.lambada import Passage, PassageResult, compare_lambada, score_lambada, summarize_lambada, tokenized
 from onnxtools.generation.runtime import RuntimeOptions
 from onnxtools.ir.model import Model

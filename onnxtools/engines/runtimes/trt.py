@@ -18,8 +18,8 @@ import numpy as np
 from onnxtools.analysis.decoder_io import DecoderIO, Port, decoder_io
 from onnxtools.base.errors import JobError
 from onnxtools.base.extras import install_line
-from onnxtools.engines.manifest import check_plan, read_manifest
-from onnxtools.engines.ort_session import device_name
+from onnxtools.engines.build.manifest import check_plan, read_manifest
+from onnxtools.engines.runtimes.onnxrt.ort_session import device_name
 from onnxtools.generation.runtime import INFO_KEY, Floats, HostLogits, Ids, Logits, ModelInfo, Prompts, RuntimeOptions, check_length, padded, positions_of
 
 Shapes = Mapping[str, Sequence[int]]

@@ -6,13 +6,13 @@ from typing import Any
 
 import tensorrt_rtx as trt
 
-from onnxtools.engines.builder import Limits
-from onnxtools.engines.spec import EngineSpec
-from onnxtools.engines.tensorrt_api import ApiBuilder
+from onnxtools.engines.build.builder import Limits
+from onnxtools.engines.build.spec import EngineSpec
+from onnxtools.engines.tensorrt.python_api import ApiBuilder
 
 
 class TensorRTRTXBuilder(ApiBuilder):
-    """See `onnxtools.engines.builder.Builder`."""
+    """See `onnxtools.engines.build.builder.Builder`."""
 
     name, title = "tensorrt-rtx", "TensorRT-RTX"
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxtools.engines.kernels import DOMAIN
+from onnxtools.engines.kernels.rewrite import DOMAIN
 from onnxtools.ir.edit import Builder
 from onnxtools.ir.model import Model
 

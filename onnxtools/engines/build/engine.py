@@ -14,15 +14,15 @@ from typing import Any
 
 from onnxtools import __version__
 from onnxtools.base.errors import JobError, UsageError
-from onnxtools.engines.audit import holds, summary
-from onnxtools.engines.builder import Builder, Engine, get_builder
-from onnxtools.engines.gpus import with_capability
-from onnxtools.engines.manifest import FORMAT, hash_file, hash_weights, make_manifest, manifest_path, read_manifest
-from onnxtools.engines.preflight import preflight
-from onnxtools.engines.profiles import profiles_for
-from onnxtools.engines.spec import EngineSpec
-from onnxtools.engines.timing_cache import check_timing_cache, rtx_note, with_cache_file
-from onnxtools.engines.versions import check_options, is_mixed, is_strongly_typed, release
+from onnxtools.engines.build.audit import holds, summary
+from onnxtools.engines.build.builder import Builder, Engine, get_builder
+from onnxtools.engines.build.gpus import with_capability
+from onnxtools.engines.build.manifest import FORMAT, hash_file, hash_weights, make_manifest, manifest_path, read_manifest
+from onnxtools.engines.build.preflight import preflight
+from onnxtools.engines.build.profiles import profiles_for
+from onnxtools.engines.build.spec import EngineSpec
+from onnxtools.engines.build.timing_cache import check_timing_cache, rtx_note, with_cache_file
+from onnxtools.engines.build.versions import check_options, is_mixed, is_strongly_typed, release
 from onnxtools.ir.model import Model
 from onnxtools.pipeline.manager import PassManager
 from onnxtools.storage.files import OwnFolder, make_parent, probe, remove_dead, replacing

@@ -13,8 +13,8 @@ from typing import Any
 from filelock import FileLock
 
 from onnxtools.base.errors import JobError
-from onnxtools.engines.spec import EngineSpec
-from onnxtools.engines.versions import Version
+from onnxtools.engines.build.spec import EngineSpec
+from onnxtools.engines.build.versions import Version
 from onnxtools.storage.files import make_parent, replacing
 
 

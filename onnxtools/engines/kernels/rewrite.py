@@ -1,7 +1,7 @@
 """Our CUDA kernels for a decode step in the place of ONNX Runtime's operators, in the graph that a session is made of; the file stays as it is.
 
 A decode step reads each weight once for a few rows, and ONNX Runtime takes a kernel each for product, bias, activation, unpacking of queries and
-normalization. The operators of the domain `onnxtools` (engines/cuda) take one each, which starts while the one before still runs.
+normalization. The operators of the domain `onnxtools` (engines/kernels/cuda) take one each, which starts while the one before still runs.
 """
 
 from __future__ import annotations

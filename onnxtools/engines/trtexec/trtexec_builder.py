@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from onnxtools.base.errors import JobError
-from onnxtools.engines.builder import Built, Limits, TensorInfo
-from onnxtools.engines.manifest import hash_file
-from onnxtools.engines.profiles import Profile
-from onnxtools.engines.spec import EngineSpec, version_of
-from onnxtools.engines.trtexec import NEWEST, trtexec_words
-from onnxtools.engines.versions import Version, ceilings, is_mixed
+from onnxtools.engines.build.builder import Built, Limits, TensorInfo
+from onnxtools.engines.build.manifest import hash_file
+from onnxtools.engines.build.profiles import Profile
+from onnxtools.engines.build.spec import EngineSpec, version_of
+from onnxtools.engines.build.versions import Version, ceilings, is_mixed
+from onnxtools.engines.trtexec.command_line import NEWEST, trtexec_words
 from onnxtools.ir.model import Model
 
 IO_SOURCE = "graph (trtexec tells nothing of the network)"
@@ -39,7 +39,7 @@ class OnPaper:
 
 
 class TrtexecBuilder(OnPaper):
-    """See `onnxtools.engines.builder.Builder`.
+    """See `onnxtools.engines.build.builder.Builder`.
 
     Raises:
         JobError: there is no trtexec on PATH.

@@ -11,15 +11,15 @@ from typing import Any
 import tensorrt as trt
 
 from onnxtools.base.errors import JobError
-from onnxtools.engines.builder import Limits
-from onnxtools.engines.spec import EngineSpec
-from onnxtools.engines.tensorrt_api import ApiBuilder
-from onnxtools.engines.versions import Version, ceilings, is_mixed, is_strongly_typed, release
+from onnxtools.engines.build.builder import Limits
+from onnxtools.engines.build.spec import EngineSpec
+from onnxtools.engines.build.versions import Version, ceilings, is_mixed, is_strongly_typed, release
+from onnxtools.engines.tensorrt.python_api import ApiBuilder
 from onnxtools.ir.model import Model
 
 
 class TensorRTBuilder(ApiBuilder):
-    """See `onnxtools.engines.builder.Builder`."""
+    """See `onnxtools.engines.build.builder.Builder`."""
 
     name, title = "tensorrt", "TensorRT"
 

@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 
 from onnxtools.base.errors import UsageError
-from onnxtools.engines.spec import EngineSpec, version_of
+from onnxtools.engines.build.spec import EngineSpec, version_of
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import is_op
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from onnxtools.base.errors import JobError
 from onnxtools.base.extras import install_line
-from onnxtools.engines.ort_session import device_name
+from onnxtools.engines.runtimes.onnxrt.ort_session import device_name
 from onnxtools.generation.runtime import Floats, HostLogits, Ids, Logits, ModelInfo, Prompts, RuntimeOptions, check_length, padded, positions_of
 
 

@@ -18,9 +18,9 @@ from onnxtools.analysis.decoder_io import Port
 from onnxtools.base.errors import JobError, one_line
 from onnxtools.base.extras import install_line
 from onnxtools.check.runner import BROKEN_OPTIMIZERS
-from onnxtools.engines.kernel_library import MIN_CAPABILITY, device_capability, find_nvcc, kernel_library
-from onnxtools.engines.kernels import use_kernels
-from onnxtools.engines.next_token import add_next_token
+from onnxtools.engines.kernels.library import MIN_CAPABILITY, device_capability, find_nvcc, kernel_library
+from onnxtools.engines.kernels.rewrite import use_kernels
+from onnxtools.engines.runtimes.onnxrt.next_token import add_next_token
 from onnxtools.generation.runtime import RuntimeOptions
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import attribute, is_fp8_qdq

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 from onnxtools.base import registry
 from onnxtools.base.errors import JobError
 from onnxtools.base.extras import install_line
-from onnxtools.engines.audit import EngineLayer
-from onnxtools.engines.profiles import Profile
-from onnxtools.engines.spec import EngineSpec
+from onnxtools.engines.build.audit import EngineLayer
+from onnxtools.engines.build.profiles import Profile
+from onnxtools.engines.build.spec import EngineSpec
 from onnxtools.ir.model import Model
 
 

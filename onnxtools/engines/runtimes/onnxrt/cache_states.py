@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onnxtools.base.errors import JobError
-from onnxtools.engines.next_token import AHEAD, NEXT, PAST_TOKENS
-from onnxtools.engines.ort_session import DeviceOps
+from onnxtools.engines.runtimes.onnxrt.next_token import AHEAD, NEXT, PAST_TOKENS
+from onnxtools.engines.runtimes.onnxrt.ort_session import DeviceOps
 from onnxtools.generation.runtime import Floats, HostLogits, Ids, Logits, Prompts, padded, positions_of
 
 if TYPE_CHECKING:
-    from onnxtools.engines.onnxrt import OrtRuntime
+    from onnxtools.engines.runtimes.onnxrt.ort_runtime import OrtRuntime
 
 
 MAX_GRAPHS = 256

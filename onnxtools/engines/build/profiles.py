@@ -14,7 +14,7 @@ import onnx_ir as ir
 from onnxtools.analysis.cache import positions, settle_sizes
 from onnxtools.base.errors import JobError, UsageError
 from onnxtools.base.inputs import check_regular, parse_yaml, shown
-from onnxtools.engines.spec import EngineSpec
+from onnxtools.engines.build.spec import EngineSpec
 from onnxtools.ir.model import Model
 
 Shape = tuple[int, ...]

@@ -1,0 +1,1 @@
+"""What runs models and engines: ONNX Runtime, TensorRT, PyTorch."""

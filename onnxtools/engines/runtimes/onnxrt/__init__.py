@@ -1,0 +1,1 @@
+"""The runtime `onnxrt`: ONNX Runtime on the CPU or CUDA, caches kept on the device."""

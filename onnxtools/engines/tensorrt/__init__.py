@@ -1,0 +1,1 @@
+"""The builders `tensorrt` and `tensorrt-rtx`, through TensorRT's Python interface."""

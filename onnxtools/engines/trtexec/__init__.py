@@ -1,0 +1,1 @@
+"""The builder `trtexec`: the command line of NVIDIA's tool."""
