@@ -11,10 +11,23 @@ import onnx_ir as ir
 from onnxtools.analysis.facts import Facts, analyse
 from onnxtools.base.errors import JobError
 from onnxtools.ir.edit import Builder
-from onnxtools.ir.model import Model
+from onnxtools.ir.model import MAX_IR_VERSION, Model
 from onnxtools.ir.query import attribute
 
 _REDUCE = {"ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceSumSquare", "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp"}
+
+
+def reach_opset(model: Model, version: int) -> str:
+    """Let `model` have opset `version` at least, and an IR version that may carry it; a line on what was done.
+
+    Raises:
+        JobError: as `raise_opset`.
+    """
+    old = model.opset
+    model.ir.ir_version = min(MAX_IR_VERSION, max(model.ir.ir_version or 0, lowest_ir_version(max(old, version))))
+    if old >= version:
+        return f"opset {old} kept (already at or above {version}; nothing is lowered)"
+    return f"opset {old} -> {version}, {raise_opset(model, version)} nodes rewritten"
 
 
 def raise_opset(model: Model, version: int) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from onnxtools.analysis.opsets import lowest_ir_version, raise_opset
+from onnxtools.analysis.opsets import reach_opset
 from onnxtools.base.errors import JobError, one_line
 from onnxtools.check.feeds import Array, Feeds
 from onnxtools.ir.model import Model
@@ -181,8 +181,7 @@ def _with_te_functions(proto: onnx.ModelProto, model: Model) -> onnx.ModelProto:
         copy = Model(ir.from_proto(proto), model.path)
         if model.path is not None:
             ir.external_data.set_base_dir(copy.graph, model.path.parent)
-        raise_opset(copy, 19)
-        copy.ir.ir_version = max(copy.ir.ir_version or 0, lowest_ir_version(19))
+        reach_opset(copy, 19)
         proto, version = copy.proto(), 19
     _retype_fp8_bytes(proto)
     proto.functions.extend(functions(version))

@@ -12,7 +12,8 @@ import click
 from onnxtools.base.errors import JobError, UsageError
 from onnxtools.base.progress import counted
 from onnxtools.cli.flags import PATH
-from onnxtools.cli.runtimes import default_runtime, open_tokenizer, opened, runtime_command, runtime_options, say_notes
+from onnxtools.cli.runtimes import open_tokenizer, opened, runtime_command, runtime_options, say_notes
+from onnxtools.generation.runtime import default_runtime
 
 if TYPE_CHECKING:
     from onnxtools.evaluate.lambada import Passage, PassageResult

@@ -22,7 +22,7 @@ def search(
         if budget_data is not None:
             raise UsageError("--budget-data is for --budget; say how much may be lost, or leave it out")
         return pass_, {}
-    from onnxtools.cli.passes import check_output
+    from onnxtools.cli.flags import check_output
     from onnxtools.cli.render import console, table
     from onnxtools.evaluate.exclusion_search import Budget, Trial, within_budget
     from onnxtools.evaluate.lambada import read_lambada

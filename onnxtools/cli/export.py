@@ -37,7 +37,7 @@ def _callback(
     source: Path | None, output: Path | None, output_option: Path | None, config_path: Path | None, settings: tuple[str, ...], as_json: bool, debug: bool,
     **values: Any,
 ) -> None:  # fmt: skip
-    from onnxtools.cli.passes import check_output
+    from onnxtools.cli.flags import check_output
     from onnxtools.export.export import export
 
     given = _settings(config_path, settings)

@@ -10,8 +10,9 @@ from typing import Any, get_args, get_origin
 
 import click
 
-from onnxtools.base.errors import UsageError
+from onnxtools.base.errors import JobError, UsageError
 from onnxtools.base.options import base_type, choices, convert_fields
+from onnxtools.storage.files import refuse_special
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -33,6 +34,22 @@ def one_output(positional: Path | None, option: Path | None, usage: str) -> Path
     if found is None:
         raise UsageError(f"no output; write `onnxtools {usage}`, or say -o")
     return found
+
+
+def check_output(path: Path, source: Path | None = None, *, force: bool = True) -> None:
+    """Refuse, before any work, a model output that is not called so, cannot be written, or is the input.
+
+    Raises:
+        UsageError: it does not end in .onnx, or it is `source`, and not `force`.
+        JobError: it is a device, a pipe or a folder.
+    """
+    if path.suffix != ".onnx":
+        raise UsageError(f"the output {str(path)!r} does not end in .onnx; name an ONNX file")
+    refuse_special(path)
+    if path.is_dir():
+        raise JobError(f"{path}: is a folder; name a file")
+    if source is not None and not force and path.exists() and source.exists() and path.samefile(source):
+        raise UsageError(f"the output {str(path)!r} is the input, which would be lost; name another file, or say --force")
 
 
 class _Tolerance(click.ParamType[float]):

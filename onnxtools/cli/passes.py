@@ -10,14 +10,13 @@ from typing import Any
 
 import click
 
-from onnxtools.base.errors import JobError, UsageError
+from onnxtools.base.errors import UsageError
 from onnxtools.checkpoints.beside import check_folder, files_beside
-from onnxtools.cli.flags import OUTPUT_OPTION, PATH, TOLERANCE, dataclass_options, from_parameters, one_output
+from onnxtools.cli.flags import OUTPUT_OPTION, PATH, TOLERANCE, check_output, dataclass_options, from_parameters, one_output
 from onnxtools.cli.logs import LOG
 from onnxtools.ir.model import Model
 from onnxtools.pipeline.manager import Instrument, PassManager, Report
 from onnxtools.pipeline.passbase import Pass, load_pass
-from onnxtools.storage.files import refuse_special
 from onnxtools.storage.save import SaveReport
 
 WRITE_OPTIONS: tuple[click.Parameter, ...] = (
@@ -101,22 +100,6 @@ def instruments(
         each = bool(check) or model.weight_bytes() < CHECK_LIMIT  # a check of the form takes seconds on a large graph
         chosen += [NumericCheck(read_feeds(inputs) if inputs else None, tolerance, full=bool(check)), Checker(each=each)]
     return [*chosen, PeakMemory(), NodeCount(), Timing()]
-
-
-def check_output(path: Path, source: Path | None = None, *, force: bool = True) -> None:
-    """Refuse, before any work, a model output that is not called so, cannot be written, or is the input.
-
-    Raises:
-        UsageError: it does not end in .onnx, or it is `source`, and not `force`.
-        JobError: it is a device, a pipe or a folder.
-    """
-    if path.suffix != ".onnx":
-        raise UsageError(f"the output {str(path)!r} does not end in .onnx; name an ONNX file")
-    refuse_special(path)
-    if path.is_dir():
-        raise JobError(f"{path}: is a folder; name a file")
-    if source is not None and not force and path.exists() and source.exists() and path.samefile(source):
-        raise UsageError(f"the output {str(path)!r} is the input, which would be lost; name another file, or say --force")
 
 
 def write_model(model: Model, output: Path, passes: Sequence[Pass], copy_weights: bool | None) -> SaveReport:

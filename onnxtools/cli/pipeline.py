@@ -46,7 +46,8 @@ def command(
     dump: Path | None, as_json: bool, debug: bool,
 ) -> None:  # fmt: skip
     from onnxtools.checkpoints.beside import check_folder, files_beside
-    from onnxtools.cli.passes import check_output, instruments, show, write_model
+    from onnxtools.cli.flags import check_output
+    from onnxtools.cli.passes import instruments, show, write_model
     from onnxtools.cli.recipe import read_recipe
     from onnxtools.cli.render import console, print_json, verdict_table
     from onnxtools.ir.model import Model

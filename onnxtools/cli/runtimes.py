@@ -49,11 +49,6 @@ def runtime_options(given: dict[str, Any]) -> RuntimeOptions:
     return from_parameters(RuntimeOptions, given)  # type: ignore[no-any-return]
 
 
-def default_runtime(model: Path) -> str:
-    """By the file: .onnx runs in ONNX Runtime, a folder or GGUF file in its framework, anything else is an engine."""
-    return "onnxrt" if model.suffix == ".onnx" else "frameworks" if model.is_dir() or model.suffix == ".gguf" else "trt"
-
-
 @contextmanager
 def opened(model: Path, runtimes: Sequence[str], options: RuntimeOptions) -> Iterator[list[Runtime]]:
     """The runtimes, open at once, closed at the end.
@@ -62,7 +57,7 @@ def opened(model: Path, runtimes: Sequence[str], options: RuntimeOptions) -> Ite
         UsageError: no such file, one runtime named twice, or a checkpoint that none of them reads.
     """
     from onnxtools.base.inputs import absent
-    from onnxtools.generation.runtime import open_runtime
+    from onnxtools.generation.runtime import default_runtime, open_runtime
 
     if not model.exists():
         raise JobError(f"{absent(model)}: no such file or folder; check the path")

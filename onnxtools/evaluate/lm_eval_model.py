@@ -16,12 +16,11 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
 from onnxtools.checkpoints.tokenizer import Streams, Tokenizer, cut_at
-from onnxtools.cli.runtimes import default_runtime
 from onnxtools.evaluate.scores import score_texts
 from onnxtools.evaluate.wikitext import windows
 from onnxtools.generation.generate import generate
 from onnxtools.generation.generation_options import GenerationOptions
-from onnxtools.generation.runtime import RuntimeOptions, open_runtime
+from onnxtools.generation.runtime import RuntimeOptions, default_runtime, open_runtime
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

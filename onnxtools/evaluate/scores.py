@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnxtools.base.errors import JobError
-from onnxtools.generation.generate import check_prompts
+from onnxtools.generation.loop import check_prompts
 from onnxtools.generation.runtime import Floats, Ids, Runtime
 
 

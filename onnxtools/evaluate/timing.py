@@ -13,7 +13,7 @@ import numpy as np
 from onnxtools.base.errors import UsageError
 from onnxtools.base.options import option
 from onnxtools.checkpoints.tokenizer import Tokenizer
-from onnxtools.generation.generate import check_numbers
+from onnxtools.generation.loop import check_numbers
 from onnxtools.generation.runtime import Ids, Runtime, greedy_steps
 
 

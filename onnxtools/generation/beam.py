@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnxtools.base.errors import UsageError
-from onnxtools.generation.generate import Generated, check_numbers, first_logits
 from onnxtools.generation.generation_options import GenerationOptions
+from onnxtools.generation.loop import Generated, check_numbers, first_logits
 from onnxtools.generation.runtime import Floats, Ids, Prompts, Runtime
 from onnxtools.generation.sampling import forbidden, log_softmax, penalized
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from onnxtools.base.errors import UsageError
 from onnxtools.checkpoints.tokenizer import Streams, Tokenizer, cut_at
-from onnxtools.generation.generate import Generated, generate
+from onnxtools.generation.generate import generate
 from onnxtools.generation.generation_options import GenerationOptions
+from onnxtools.generation.loop import Generated
 from onnxtools.generation.runtime import Runtime
 
 

@@ -219,6 +219,11 @@ class LooksAhead(Protocol):
         ...
 
 
+def default_runtime(model: Path) -> str:
+    """By the file: .onnx runs in ONNX Runtime, a folder or GGUF file in its framework, anything else is an engine."""
+    return "onnxrt" if model.suffix == ".onnx" else "frameworks" if model.is_dir() or model.suffix == ".gguf" else "trt"
+
+
 def open_runtime(spec: str, model: Path, options: RuntimeOptions) -> Runtime:
     """The runtime called `spec` (name[:variant...]) for `model`.
 

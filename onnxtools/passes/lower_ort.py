@@ -14,7 +14,7 @@ from onnxtools.base.options import option
 from onnxtools.ir.edit import Builder, remove_unused
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import attribute, constant_tensor, is_op
-from onnxtools.passes.quantize.qdq import times
+from onnxtools.passes.qdq import times
 from onnxtools.pipeline.passbase import Pass, PassResult
 from onnxtools.storage.lazy import shape_of
 from onnxtools.storage.rows import RowTensor, Scratch, StreamedTensor, elements, raw_bytes, read_rows

@@ -74,6 +74,10 @@ class AddKvCache(Pass):
         if not (self.kv_scale > 0 and math.isfinite(self.kv_scale)):
             raise UsageError(f"add-kv-cache: kv_scale is {self.kv_scale}; it must be a positive number")
 
+    def expand(self) -> list[Pass]:
+        """Attention operators are written as MatMul, Softmax, MatMul with an explicit mask first."""
+        return [DecomposeAttention(), self]
+
     def requires(self, model: Model) -> None:
         cached = [v.name or "" for v in model.graph.inputs if "past_key" in (v.name or "") or "past_key_values" in (v.name or "")]
         if cached:
@@ -85,8 +89,6 @@ class AddKvCache(Pass):
 
     def apply(self, model: Model) -> PassResult:
         notes: list[str] = []
-        if DecomposeAttention().apply(model).changed:
-            notes.append("Attention operators written as MatMul, Softmax, MatMul with an explicit mask")
         _read_lengths_from_ids(model)
         facts = _analyse_for_masks(model)
         blocks = find_attention(model, facts)

@@ -20,7 +20,7 @@ from onnxtools.calibration.statistics import Largest, Observer, RotationRange
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import is_op
 from onnxtools.numerics.formats import Format, scale_of
-from onnxtools.passes.quantize.qdq import COMPUTED, QdqBuilder
+from onnxtools.passes.qdq import COMPUTED, QdqBuilder
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from onnxtools.check.validate import cache_inputs
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import attribute, is_op
 from onnxtools.numerics.formats import FP8, INT8, Format, scale_of
-from onnxtools.passes.quantize.qdq import COMPUTED, QdqBuilder
+from onnxtools.passes.qdq import COMPUTED, QdqBuilder
 
 MICROSOFT = "com.microsoft"
 _SLOTS = {"key": (3, 1, 12), "value": (4, 2, 13)}

@@ -13,8 +13,8 @@ from onnxtools.analysis.products import Product
 from onnxtools.calibration.run import Findings
 from onnxtools.calibration.statistics import BlockGram, ChannelRange, Gram, Observer, TokenSample
 from onnxtools.numerics.formats import INT4, scale_of
+from onnxtools.passes.qdq import QdqBuilder, weight_scale
 from onnxtools.passes.quantize.groups import Group, matrix, relative_error, rounded, signal_to_noise
-from onnxtools.passes.quantize.qdq import QdqBuilder, weight_scale
 from onnxtools.passes.quantize.scheme import Scheme, shown
 
 Array = np.ndarray[Any, Any]

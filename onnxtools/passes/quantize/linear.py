@@ -12,8 +12,8 @@ import onnx_ir as ir
 from onnxtools.calibration.run import Findings
 from onnxtools.calibration.statistics import ChannelRange, Gram, Histogram, Observer, TokenSample
 from onnxtools.numerics.formats import scale_of
+from onnxtools.passes.qdq import QdqBuilder, weight_scale
 from onnxtools.passes.quantize.groups import Group, column_amax, relative_error, signal_to_noise, stored_scale
-from onnxtools.passes.quantize.qdq import QdqBuilder, weight_scale
 from onnxtools.passes.quantize.ranges import Method, largest
 from onnxtools.passes.quantize.scheme import Scheme, shown
 

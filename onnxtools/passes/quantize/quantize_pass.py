@@ -26,12 +26,12 @@ from onnxtools.ir.model import Model
 from onnxtools.numerics.formats import FP8, INT4, INT8, Format
 from onnxtools.passes.lower_ort import LowerOrt
 from onnxtools.passes.precision import Precision
+from onnxtools.passes.qdq import COMPUTED, QdqBuilder, is_quantized
 from onnxtools.passes.quantize.attention_operands import AttentionScheme, operands, score_products
 from onnxtools.passes.quantize.cache_tensors import KvScheme, caches
 from onnxtools.passes.quantize.groups import Group, group
 from onnxtools.passes.quantize.int4 import Int4Scheme, block_size
 from onnxtools.passes.quantize.linear import LinearScheme
-from onnxtools.passes.quantize.qdq import COMPUTED, QdqBuilder, is_quantized
 from onnxtools.passes.quantize.scheme import Scheme
 from onnxtools.passes.selection import Selected, head_product
 from onnxtools.pipeline.passbase import Pass, PassResult

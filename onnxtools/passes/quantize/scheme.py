@@ -13,8 +13,8 @@ from onnxtools.analysis.products import Product
 from onnxtools.calibration.run import Calibration, Findings
 from onnxtools.calibration.statistics import Gram, Observer
 from onnxtools.numerics.formats import Format, scaled
+from onnxtools.passes.qdq import QdqBuilder
 from onnxtools.passes.quantize.groups import Group, decoded, gptq, matrix, rounded
-from onnxtools.passes.quantize.qdq import QdqBuilder
 
 Array = np.ndarray[Any, Any]
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from onnxtools.analysis.facts import analyse
+from onnxtools.analysis.opsets import reach_opset
 from onnxtools.base.errors import JobError
 from onnxtools.base.options import option
 from onnxtools.ir.edit import Builder, remove_unused, rename_or_bypass
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import attribute, constant_tensor, is_op
 from onnxtools.numerics.fp8 import MX_BLOCK, mx_data_rows, mx_scale_rows
-from onnxtools.passes.set_opset import SetOpset
 from onnxtools.passes.te.te_fp8_to_qdq import _weight
 from onnxtools.pipeline.passbase import Pass, PassResult
 from onnxtools.storage.rows import StreamedTensor
@@ -49,7 +49,7 @@ class TeMxfp8ToQdq(Pass):
                 f"node {dynamic[0].name!r} ({dynamic[0].op_type}) quantizes an activation to MXFP8 at run time, which standard ONNX cannot express"
                 f" ({len(dynamic)} such nodes); use --keep-mx to keep them for TensorRT, or export with FP8 delayed scaling"
             )
-        notes = SetOpset(24).apply(model).notes if len(dynamic) < len(nodes) else []
+        notes = [reach_opset(model, 24)] if len(dynamic) < len(nodes) else []
         facts = analyse(model)
         builder = Builder(model)
         for node in nodes:
