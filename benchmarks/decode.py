@@ -55,12 +55,12 @@ def bare(path: Path, prompt: np.ndarray, new: int, threads: int) -> Run:
     opened = OrtRuntime(path, RuntimeOptions(device="cpu", threads=threads))
 
     def run() -> tuple[list[int], float, list[float]]:
-        opened.start(1, len(prompt) + new)
+        session = opened.open(1, len(prompt) + new)
         start = time.perf_counter()
-        opened.prefill([prompt.tolist()]).argmax()
+        session.admit([0], [prompt.tolist()]).argmax()
         first = time.perf_counter() - start
-        opened.step(np.array([1]))
-        state, steps = opened._state, []
+        session.step(np.array([1]))
+        state, steps = session.state, []
         for step in range(new - 1):
             state.mask.array[0, len(prompt) + step] = 1
             begin = time.perf_counter()

@@ -18,6 +18,7 @@ from onnxtools.base.errors import JobError, one_line
 from onnxtools.calibration.segments import Segment, outer_inputs
 from onnxtools.check.feeds import Array, Feeds
 from onnxtools.check.runner import ort_value, to_numpy, widen_node
+from onnxtools.check.sessions import open_session, session_options
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import constant_tensor, is_op
 from onnxtools.storage.rows import elements, external_path
@@ -136,14 +137,7 @@ def _embedded(tensor: ir.TensorProtocol, name: str) -> onnx.TensorProto:
 
 
 def _load(proto: onnx.ModelProto, first: str) -> Any:
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
-    # Between two runs numpy works; threads that wait for the next run by spinning would take its cores.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
-        return ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return open_session(proto.SerializeToString(), options=session_options(spinning=False), qdq_as_written=True)
     except Exception as error:
         raise JobError(f"ONNX Runtime cannot load the part of the graph that begins at node {first!r}: {one_line(error)}") from error

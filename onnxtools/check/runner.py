@@ -14,14 +14,13 @@ import onnx_ir as ir
 from onnxtools.analysis.opsets import reach_opset
 from onnxtools.base.errors import JobError, one_line
 from onnxtools.check.feeds import Array, Feeds
+from onnxtools.check.sessions import open_session, session_options
 from onnxtools.ir.model import Model
 from onnxtools.ir.part import part
 from onnxtools.storage.rows import RowTensor, elements
 
 IN_MEMORY_LIMIT = 1_500_000_000
 REFERENCE_LIMIT = 64 << 20
-BROKEN_OPTIMIZERS = ["ReluQuantRewrite", "ClipQuantRewrite"]
-"""ONNX Runtime's rewrites that drop a Relu or Clip before QuantizeLinear, taking every zero point of 0 for an unsigned type's least value: wrong in FP8."""
 _BF16 = onnx.TensorProto.BFLOAT16
 _F32 = onnx.TensorProto.FLOAT
 
@@ -50,16 +49,11 @@ class Runner:
     def _load(self, proto: onnx.ModelProto, model: Model) -> Any:
         import onnxruntime as ort
 
-        options = ort.SessionOptions()
-        options.log_severity_level = 4
-        # ONNX Runtime's own Q/DQ fusions break FP8 around float32 MatMul (FACTS-te-nemo, 1.7).
-        options.add_session_config_entry("session.disable_quant_qdq", "1")
-        if model.path is not None:
-            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model.path.parent.resolve()))
+        options = session_options(folder=model.path.parent if model.path is not None else None)
         self._mapped = _map_foreign(options, proto, model)  # ONNX Runtime reads them in place
         data = proto.SerializeToString()
         try:
-            session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"], disabled_optimizers=BROKEN_OPTIMIZERS)
+            session = open_session(data, options=options, qdq_as_written=True)
         except Exception as error:
             if "NOT_IMPLEMENTED" in str(error) and model.weight_bytes() <= REFERENCE_LIMIT:
                 self.notes.append("ONNX Runtime has no kernel for part of the graph; computed by onnx.reference")

@@ -18,6 +18,7 @@ import numpy as np
 import onnx
 
 from onnxtools.analysis.cache import described
+from onnxtools.check.sessions import CPU, CUDA, open_session, session_options
 from onnxtools.evaluate.timing import BenchmarkOptions, Timing
 from onnxtools.ir.model import Model
 
@@ -115,17 +116,12 @@ def raised(rates: Rates, needed: Work, timings: Sequence[Timing], steps: int) ->
 
 
 def _session(device: str, dtype: str, op: str, inputs: int, threads: int) -> Any:
-    import onnxruntime as ort
-
     rank = 1 if op == "Neg" else 2
     names = ["a", "b"][:inputs]
     info = [onnx.helper.make_tensor_value_info(name, _ELEMS[dtype], [None] * rank) for name in [*names, "y"]]
     graph = onnx.helper.make_graph([onnx.helper.make_node(op, names, ["y"])], op, info[:-1], info[-1:])
     made = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 19)], ir_version=9)
-    settings = ort.SessionOptions()
-    settings.intra_op_num_threads = threads
-    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"] if device == "cuda" else ["CPUExecutionProvider"]
-    return ort.InferenceSession(made.SerializeToString(), settings, providers=providers)
+    return open_session(made.SerializeToString(), CUDA if device == "cuda" else CPU, session_options(threads=threads))
 
 
 def _best(session: Any, shapes: list[list[int]], device: str, dtype: str, runs: int = 6) -> float:

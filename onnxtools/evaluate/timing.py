@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -118,16 +119,16 @@ def generate_timed(runtime: Runtime, prompts: Ids, new_tokens: int) -> tuple[Ids
     Raises:
         JobError: logits that are not numbers.
     """
-    runtime.start(len(prompts), prompts.shape[1] + new_tokens)
-    ids, best = runtime.prefill(prompts.tolist()).argmax()
-    check_numbers(best, 0)
-    found, marks = [ids[:, None]], [time.perf_counter()]
-    while len(marks) < new_tokens:
-        tokens, bests = greedy_steps(runtime, found[-1][:, -1], new_tokens - len(marks))
-        count, last = tokens.shape[1], marks[-1]
-        each = (time.perf_counter() - last) / count
-        for column in range(count):
-            check_numbers(bests[:, column], len(marks))
-            marks.append(last + each * (column + 1))
-        found.append(tokens)
+    with closing(runtime.open(len(prompts), prompts.shape[1] + new_tokens)) as session:
+        ids, best = session.admit(range(len(prompts)), prompts.tolist()).argmax()
+        check_numbers(best, 0)
+        found, marks = [ids[:, None]], [time.perf_counter()]
+        while len(marks) < new_tokens:
+            tokens, bests = greedy_steps(session, found[-1][:, -1], new_tokens - len(marks))
+            count, last = tokens.shape[1], marks[-1]
+            each = (time.perf_counter() - last) / count
+            for column in range(count):
+                check_numbers(bests[:, column], len(marks))
+                marks.append(last + each * (column + 1))
+            found.append(tokens)
     return np.concatenate(found, axis=1), marks

@@ -6,6 +6,7 @@ of log-probabilities over (new tokens to the power of `length_penalty`).
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy as np
 from onnxtools.base.errors import UsageError
 from onnxtools.generation.generation_options import GenerationOptions
 from onnxtools.generation.loop import Generated, check_numbers, first_logits
-from onnxtools.generation.runtime import Floats, Ids, Prompts, Runtime
+from onnxtools.generation.runtime import Floats, Ids, Prompts, Runtime, Session
 from onnxtools.generation.sampling import forbidden, log_softmax, penalized
 
 _NEVER = np.float32(-1e9)
@@ -95,25 +96,30 @@ def beam_search(runtime: Runtime, prompts: Prompts, options: GenerationOptions) 
     count = options.num_beams
     ends = () if options.ignore_eos else runtime.info.eos_token_ids
     rows = [prompt for prompt in prompts for _ in range(count)]
-    runtime.start(len(rows), max(map(len, rows)) + options.max_new_tokens)
-    logits, waiting = first_logits(runtime, rows)
+    with closing(runtime.open(len(rows), max(map(len, rows)) + options.max_new_tokens)) as session:
+        searches = [_Beams(options, ends) for _ in prompts]
+        _search(session, runtime.pads, rows, searches, options, ends)
+    return [search.results() for search in searches]
+
+
+def _search(session: Session, pads: bool, rows: Prompts, searches: list[_Beams], options: GenerationOptions, ends: tuple[int, ...]) -> None:
+    """Run the beams, `rows` of them, until none can improve."""
+    logits, waiting = first_logits(session, rows, pads=pads)
     while any(waiting):
         if not all(waiting):
             raise UsageError("beam search over prompts of different lengths needs a model with an attention_mask input; run them one by one")
-        logits = runtime.step(np.array([rest.pop(0) for rest in waiting]))
-    searches = [_Beams(options, ends) for _ in prompts]
+        logits = session.step(np.array([rest.pop(0) for rest in waiting]))
     for step in range(options.max_new_tokens):
         scores = logits.numpy()
         check_numbers(scores.max(axis=-1), step)
         logprobs = _processed(log_softmax(scores), rows, searches, options, ends, step)
-        ids, order = _advanced(searches, logprobs, count)
+        ids, order = _advanced(searches, logprobs, options.num_beams)
         if step + 1 == options.max_new_tokens or not any(s.improvable for s in searches) or all(s.all_stop for s in searches):
             break
         if options.early_stopping == "yes" and all(f.real for s in searches for f in s.finished):
             break
-        runtime.reorder(order)
-        logits = runtime.step(ids)
-    return [search.results() for search in searches]
+        session.reorder(order)
+        logits = session.step(ids)
 
 
 def _processed(logprobs: Floats, rows: Prompts, searches: list[_Beams], options: GenerationOptions, ends: tuple[int, ...], step: int) -> Floats:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 from onnxtools.generation.beam import beam_search
 from onnxtools.generation.generation_options import GenerationOptions
 from onnxtools.generation.loop import Generated, Loop, OnToken, check_prompts
@@ -22,5 +24,5 @@ def generate(
     check_prompts(prompts, runtime.vocab_size)
     if options.num_beams > 1:
         return beam_search(runtime, prompts, options)
-    runtime.start(len(prompts), max(map(len, prompts)) + options.max_new_tokens)
-    return [[found] for found in Loop(runtime, prompts, options, on_token, logprobs).run()]
+    with closing(runtime.open(len(prompts), max(map(len, prompts)) + options.max_new_tokens)) as session:
+        return [[found] for found in Loop(session, runtime, prompts, options, on_token, logprobs).run()]

@@ -10,7 +10,7 @@ import numpy as np
 
 from onnxtools.base.errors import JobError, UsageError
 from onnxtools.generation.generation_options import GenerationOptions
-from onnxtools.generation.runtime import Ids, Logits, Prompts, Runtime, greedy_steps
+from onnxtools.generation.runtime import Ids, Logits, Prompts, Runtime, Session, greedy_steps
 from onnxtools.generation.sampling import draw, filtered, forbidden, log_softmax, penalized
 
 Finish = Literal["length", "eos", "stop"]
@@ -50,16 +50,16 @@ def check_prompts(prompts: Prompts, vocab_size: int) -> None:
             raise JobError(f"prompt {row} has token {max(prompt)} and the model's vocabulary ends at {vocab_size - 1}; use the tokenizer of this model")
 
 
-def first_logits(runtime: Runtime, prompts: Prompts) -> tuple[Logits, list[list[int]]]:
+def first_logits(session: Session, prompts: Prompts, *, pads: bool) -> tuple[Logits, list[list[int]]]:
     """Logits after the part of the prompts that can be run at once, and what of each prompt is still to be fed.
 
-    A model without an attention mask cannot tell padding from text, so rows of different lengths start with their common
-    length and the rest of the longer ones is fed a token a step.
+    A model without an attention mask (not `pads`) cannot tell padding from text, so rows of different lengths start with
+    their common length and the rest of the longer ones is fed a token a step.
     """
-    shortest = min(map(len, prompts))
-    if runtime.pads or shortest == max(map(len, prompts)):
-        return runtime.prefill(prompts), [[] for _ in prompts]
-    return runtime.prefill([prompt[:shortest] for prompt in prompts]), [list(prompt[shortest:]) for prompt in prompts]
+    every, shortest = range(len(prompts)), min(map(len, prompts))
+    if pads or shortest == max(map(len, prompts)):
+        return session.admit(every, prompts), [[] for _ in prompts]
+    return session.admit(every, [prompt[:shortest] for prompt in prompts]), [list(prompt[shortest:]) for prompt in prompts]
 
 
 def check_numbers(best: np.ndarray, step: int) -> None:
@@ -72,8 +72,9 @@ def check_numbers(best: np.ndarray, step: int) -> None:
 class Loop:
     """Greedy search or sampling of one batch."""
 
-    def __init__(self, runtime: Runtime, prompts: Prompts, options: GenerationOptions, on_token: OnToken | None, logprobs: bool) -> None:
-        self.runtime, self.options, self.on_token = runtime, options, on_token
+    def __init__(self, session: Session, runtime: Runtime, prompts: Prompts, options: GenerationOptions, on_token: OnToken | None, logprobs: bool) -> None:
+        self.session, self.options, self.on_token = session, options, on_token
+        self.pads = runtime.pads
         self.prompts = prompts
         self.ends = () if options.ignore_eos else runtime.info.eos_token_ids
         self.generator = np.random.default_rng(options.seed)
@@ -84,7 +85,7 @@ class Loop:
         self.open = np.ones(len(prompts), bool)
 
     def run(self) -> list[Generated]:
-        logits, waiting = first_logits(self.runtime, self.prompts)
+        logits, waiting = first_logits(self.session, self.prompts, pads=self.pads)
         longest = max(map(len, waiting))
         for step in range(self.options.max_new_tokens + longest):
             ids, logprobs = self._choose(logits, step)
@@ -97,7 +98,7 @@ class Loop:
                 break
             if self.plain and self.on_token is None and not longest:
                 return self._greedy(ids)
-            logits = self.runtime.step(ids)
+            logits = self.session.step(ids)
         return self.found
 
     def _greedy(self, ids: Ids) -> list[Generated]:
@@ -105,7 +106,7 @@ class Loop:
         done = 1
         most = _AHEAD if self.ends else self.options.max_new_tokens
         while self.open.any():
-            tokens, best = greedy_steps(self.runtime, ids, min(most, self.options.max_new_tokens - done))
+            tokens, best = greedy_steps(self.session, ids, min(most, self.options.max_new_tokens - done))
             for column in range(tokens.shape[1]):
                 check_numbers(np.where(self.open, best[:, column], 0), done)
                 for row in np.flatnonzero(self.open):

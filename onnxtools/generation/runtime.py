@@ -56,6 +56,21 @@ class HostLogits:
         return best, self.array[np.arange(len(best)), best]
 
 
+@dataclass
+class PickedLogits:
+    """Those of some slots, out of logits of all."""
+
+    logits: Logits
+    slots: Sequence[int]
+
+    def numpy(self) -> Floats:
+        return self.logits.numpy()[list(self.slots)]
+
+    def argmax(self) -> tuple[Ids, Floats]:
+        ids, best = self.logits.argmax()
+        return ids[list(self.slots)], best[list(self.slots)]
+
+
 @dataclass(frozen=True)
 class ModelInfo:
     """What is known of a model beyond its inputs and outputs.
@@ -150,8 +165,46 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
 """Words after a runtime's name, as in `frameworks:eager:nocache`, and the options they stand for."""
 
 
+class Session(Protocol):
+    """Sequences that run together; each has a slot, into which it is admitted and which it leaves by itself.
+
+    Attributes:
+        slots: how many there are.
+        joins: whether a sequence can be admitted, or stepped, while the others stay where they are.
+    """
+
+    slots: int
+    joins: bool
+
+    def admit(self, slots: Sequence[int], prompts: Prompts) -> Logits:
+        """Run `prompts`, each in the slot of the same place; what was there is forgotten.
+
+        Returns:
+            Logits that follow the last token of each prompt, [len(slots), vocabulary].
+        Raises:
+            JobError: too long, or only some of the slots and the session does not join.
+        """
+        ...
+
+    def step(self, ids: Ids, slots: Sequence[int] | None = None) -> Logits:
+        """Append one token to the sequence in each of `slots`, all by default; their next logits, in that order."""
+        ...
+
+    def release(self, slot: int) -> None:
+        """Forget the sequence in `slot`."""
+        ...
+
+    def reorder(self, rows: Ids) -> None:
+        """Slot i becomes what slot `rows[i]` was (beam search)."""
+        ...
+
+    def close(self) -> None:
+        """The runtime may use the memory again; nothing may be called after this."""
+        ...
+
+
 class Runtime(Protocol):
-    """A causal language model that keeps its own cache.
+    """A causal language model, wherever it runs.
 
     Attributes:
         name: what the user calls it, with its variant.
@@ -171,24 +224,12 @@ class Runtime(Protocol):
     notes: list[str]
     weight_bytes: int
 
-    def start(self, rows: int, length: int) -> None:
-        """Forget everything; make room for `rows` sequences of at most `length` tokens.
+    def open(self, slots: int, length: int) -> Session:
+        """Room for `slots` sequences of at most `length` tokens, empty. One session is open at a time.
 
         Raises:
-            JobError: longer than the model's positions, or more rows than it takes.
+            JobError: longer than the model's positions or cache, or more rows than it takes.
         """
-        ...
-
-    def prefill(self, prompts: Prompts) -> Logits:
-        """Run the prompts; the logits that follow the last token of each."""
-        ...
-
-    def step(self, ids: Ids) -> Logits:
-        """Append one token to each row, [rows]."""
-        ...
-
-    def reorder(self, rows: Ids) -> None:
-        """Row i becomes what row `rows[i]` was (beam search)."""
         ...
 
     def score(self, prompts: Prompts) -> list[Floats]:
@@ -206,7 +247,7 @@ class Runtime(Protocol):
 
 @runtime_checkable
 class LooksAhead(Protocol):
-    """A runtime that can feed its own greedy tokens back, so that the device does not wait for the host.
+    """A session that can feed its own greedy tokens back, so that the device does not wait for the host.
 
     Attributes:
         looks_ahead: whether it can with this model.
@@ -215,7 +256,7 @@ class LooksAhead(Protocol):
     looks_ahead: bool
 
     def ahead(self, ids: Ids, count: int) -> Ids:
-        """`count` greedy steps, the first of `ids`; the tokens they find, [rows, count], -1 where the logits are NaN."""
+        """`count` greedy steps of all slots, the first of `ids`; the tokens they find, [slots, count], -1 where the logits are NaN."""
         ...
 
 
@@ -259,17 +300,25 @@ def _check_whole(made: Any, spec: str) -> None:
         raise JobError(f"runtime {spec!r} ({type(made).__module__}.{type(made).__name__}) has no {', '.join(missing)}; its package is for another onnxtools")
 
 
-def greedy_steps(runtime: Runtime, ids: Ids, count: int) -> tuple[Ids, Floats]:
-    """Greedy tokens after `ids`: `count`, or one where the runtime cannot look ahead.
+def greedy_steps(session: Session, ids: Ids, count: int) -> tuple[Ids, Floats]:
+    """Greedy tokens after `ids`: `count`, or one where the session cannot look ahead.
 
     Returns:
         The tokens, and the best logit of each, NaN or infinite where logits are; both [rows, tokens].
     """
-    if count > 1 and isinstance(runtime, LooksAhead) and runtime.looks_ahead:
-        tokens = runtime.ahead(ids, count)
+    if count > 1 and isinstance(session, LooksAhead) and session.looks_ahead:
+        tokens = session.ahead(ids, count)
         return tokens, np.where(tokens < 0, np.float32(np.nan), np.float32(0))
-    found, best = runtime.step(ids).argmax()
+    found, best = session.step(ids).argmax()
     return found[:, None], best[:, None]
+
+
+def check_slots(session: Session, slots: Sequence[int]) -> None:
+    """Raises: JobError for some slots alone where the session does not join; ValueError for a slot that is not there, or twice."""
+    if len(set(slots)) != len(slots) or not all(0 <= slot < session.slots for slot in slots):
+        raise ValueError(f"slots {list(slots)} are not different ones of 0 to {session.slots - 1}")
+    if len(slots) < session.slots and not session.joins:
+        raise JobError("this model runs all rows of a batch in step: it has no attention_mask input, or a fixed batch; run them together or one by one")
 
 
 def check_length(info: ModelInfo, length: int, longest_prompt: int, what: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ pytest.importorskip("transformers", reason="it makes the tiny checkpoint (make s
 
 from onnxtools.base.errors import JobError
 from onnxtools.engines.runtimes.onnxrt.next_token import NEXT, add_next_token
-from onnxtools.engines.runtimes.onnxrt.ort_runtime import OrtRuntime
+from onnxtools.engines.runtimes.onnxrt.ort_runtime import OrtRuntime, OrtSession
 from onnxtools.engines.runtimes.onnxrt.ort_session import register_kernels
 from onnxtools.evaluate.timing import generate_timed
 from onnxtools.generation.generate import generate
@@ -40,9 +41,19 @@ class Ahead(OrtRuntime):
         self.results = [self.io.logits.name, NEXT]
         self.chunks: list[int] = []
 
-    def ahead(self, ids: Ids, count: int) -> Ids:
-        self.chunks.append(count)
-        return super().ahead(ids, count)
+    def open(self, slots: int, length: int) -> OrtSession:
+        session = super().open(slots, length)
+        ahead = session.ahead
+
+        def counted(ids: Ids, count: int) -> Ids:
+            self.chunks.append(count)
+            return self.changed(ahead(ids, count))
+
+        session.ahead = counted  # type: ignore[method-assign]
+        return session
+
+    def changed(self, tokens: Ids) -> Ids:
+        return tokens
 
 
 def tokens(runtime: object, prompts: list[list[int]], **options: object) -> list[list[int]]:
@@ -81,22 +92,24 @@ def test_prompts_are_captured_when_their_length_comes_twice_in_a_row(form: str, 
     path = exported("llama", form, "--logits", "last")
     captures, plain = Captures(path), open_runtime("onnxrt", path, CPU)
     other = [[*row, 7] for row in PROMPTS]
+    every = range(3)
     for prompts in (PROMPTS, PROMPTS[::-1], PROMPTS, other, PROMPTS, other, other):
         found = []
         for runtime in (captures, plain):
-            runtime.start(3, 24)
-            found.append(runtime.prefill(prompts).argmax()[0].tolist())
+            with closing(runtime.open(3, 24)) as session:
+                found.append(session.admit(every, prompts).argmax()[0].tolist())
         assert found[0] == found[1]
     assert captures.seen == ["none", "3", "3", "none", "none", "none", "4"]  # 1 and 2 are those of the steps
-    captures.step(np.array([1, 2, 3]))
-    captures.reorder(np.array([2, 0, 1]))  # as a beam search does for each step: not worth a graph
-    captures.step(np.array([1, 2, 3]))
-    assert captures.seen[-2:] == ["1", "none"]
+    session = captures.open(3, 24)
+    session.admit(every, other)
+    session.step(np.array([1, 2, 3]))
+    session.reorder(np.array([2, 0, 1]))  # as a beam search does for each step: not worth a graph
+    session.step(np.array([1, 2, 3]))
+    assert captures.seen[-3:] == ["4", "1", "none"]
     monkeypatch.setattr("onnxtools.engines.runtimes.onnxrt.cache_states.MAX_GRAPHS", 5)
-    captures.prefill(other)
-    captures.step(np.array([1, 2, 3]))
-    captures.prefill(other)
-    captures.step(np.array([1, 2, 3]))
+    for _ in range(2):
+        session.admit(every, other)
+        session.step(np.array([1, 2, 3]))
     assert captures.seen[-4:] == ["none", "5", "none", "5"]
 
 
@@ -127,10 +140,9 @@ def test_a_benchmark_takes_all_steps_at_once(path: Path) -> None:
 
 def test_a_token_that_is_none_is_an_error_of_its_step(path: Path) -> None:
     class Spoilt(Ahead):
-        def ahead(self, ids: Ids, count: int) -> Ids:
-            found = super().ahead(ids, count)
-            found[1, 3:] = -1
-            return found
+        def changed(self, tokens: Ids) -> Ids:
+            tokens[1, 3:] = -1
+            return tokens
 
     with pytest.raises(JobError, match="row 1 are NaN or infinite at step 4"):
         tokens(Spoilt(path), PROMPTS, max_new_tokens=9, ignore_eos=True)

@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("transformers", reason="the models are written by transformers (make setup installs it)")
 
 from onnxtools.base.errors import JobError
+from onnxtools.engines.runtimes.onnxrt.cache_states import Static
 from onnxtools.engines.runtimes.onnxrt.ort_runtime import OrtRuntime
 from onnxtools.generation.generate import generate
 from onnxtools.generation.generation_options import GenerationOptions
@@ -40,13 +41,15 @@ def test_scoring_a_model_that_returns_the_last_logits_alone_is_an_error() -> Non
 def test_the_cache_is_not_copied_through_the_host() -> None:
     """A static cache is one buffer, input and output at once, the same from step to step."""
     runtime = OrtRuntime(exported("llama", "gqa"), CPU)
-    runtime.start(2, 20)
-    runtime.prefill(TEXTS[:2])
-    before = [buffer.data_ptr() for buffer in runtime._state.buffers]  # type: ignore[union-attr]
-    runtime.step(np.array([4, 4]))
-    runtime.step(np.array([5, 5]))
-    assert [buffer.data_ptr() for buffer in runtime._state.buffers] == before  # type: ignore[union-attr]
-    written = runtime._state.buffers[0].numpy()  # type: ignore[union-attr]
+    session = runtime.open(2, 20)
+    state = session.state
+    assert isinstance(state, Static)
+    session.admit([0, 1], TEXTS[:2])
+    before = [buffer.data_ptr() for buffer in state.buffers]
+    session.step(np.array([4, 4]))
+    session.step(np.array([5, 5]))
+    assert [buffer.data_ptr() for buffer in state.buffers] == before
+    written = state.buffers[0].numpy()
     assert (written[0, :, :7] != 0).any(axis=(0, 2)).all() and not written[0, :, 8:].any()
 
 
@@ -178,7 +181,8 @@ def test_a_transformer_engine_model_with_an_fp8_cache_decodes(tmp_path: Path) ->
     known = np.load(source.with_suffix(".npz"))
     runtime = OrtRuntime(tmp_path / "kv.onnx", CPU)
     ids, expected = known["input_ids"], known["te_export_mode"]
-    runtime.start(len(ids), 8)
-    found = [runtime.prefill([list(map(int, row[:4])) for row in ids]).numpy()] + [runtime.step(ids[:, position]).numpy() for position in range(4, 8)]
+    session = runtime.open(len(ids), 8)
+    found = [session.admit(range(len(ids)), [list(map(int, row[:4])) for row in ids]).numpy()]
+    found += [session.step(ids[:, position]).numpy() for position in range(4, 8)]
     for position, logits in enumerate(found, start=3):
         np.testing.assert_allclose(logits, expected[:, position], atol=2e-2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,20 @@ import numpy as np
 from onnxtools.base.errors import JobError
 from onnxtools.base.extras import install_line
 from onnxtools.engines.runtimes.onnxrt.ort_session import device_name
-from onnxtools.generation.runtime import Floats, HostLogits, Ids, Logits, ModelInfo, Prompts, RuntimeOptions, check_length, padded, positions_of
+from onnxtools.generation.runtime import (
+    Floats,
+    HostLogits,
+    Ids,
+    Logits,
+    ModelInfo,
+    PickedLogits,
+    Prompts,
+    RuntimeOptions,
+    check_length,
+    check_slots,
+    padded,
+    positions_of,
+)
 
 
 class TorchLogits:
@@ -43,7 +57,7 @@ class FrameworksRuntime:
             import transformers
         except ImportError as error:
             raise JobError(f"the runtime frameworks needs PyTorch and transformers ({error}); {install_line('torch')}") from None
-        self._torch = torch
+        self.torch = torch
         self.name, self.pads, self.has_cache = "frameworks", True, options.cache
         self.notes: list[str] = []
         self.path = _checkpoint(path, options)
@@ -73,48 +87,18 @@ class FrameworksRuntime:
             if random:
                 config = transformers.AutoConfig.from_pretrained(self.path)
                 self.notes.append(f"{self.path} has no weights: the weights of frameworks are random")
-                with self._torch.device("cuda" if self._torch.cuda.is_available() else "cpu"):
-                    return transformers.AutoModelForCausalLM.from_config(config, dtype=config.dtype or self._torch.float32, attn_implementation=attention)
-            dtype = "auto" if self.path.is_dir() else self._torch.float32
+                with self.torch.device("cuda" if self.torch.cuda.is_available() else "cpu"):
+                    return transformers.AutoModelForCausalLM.from_config(config, dtype=config.dtype or self.torch.float32, attn_implementation=attention)
+            dtype = "auto" if self.path.is_dir() else self.torch.float32
             return transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=dtype, attn_implementation=attention)
         except Exception as error:  # transformers raises whatever its dependencies raise
             raise JobError(f"{self.path}: transformers cannot load it ({' '.join(str(error).split())[:160]}); name another with --checkpoint") from None
 
-    def start(self, rows: int, length: int) -> None:
-        self._length = length
-
-    def prefill(self, prompts: Prompts) -> Logits:
-        longest = max(map(len, prompts))
-        check_length(self.info, self._length, longest, str(self.path))
-        ids, self._mask = padded(prompts, self.info.pad_token_id, "left")
-        self._ids, self._past = ids, None
-        return self._forward(ids)
-
-    def step(self, ids: Ids) -> Logits:
-        self._mask = np.concatenate([self._mask, np.ones((len(ids), 1), np.int64)], axis=1)
-        self._ids = np.concatenate([self._ids, ids[:, None]], axis=1)
-        return self._forward(ids[:, None] if self.has_cache else self._ids)
-
-    def _forward(self, ids: Ids) -> Logits:
-        torch, device = self._torch, self.model.device
-        positions = positions_of(self._mask)[:, -ids.shape[1] :]
-        tensors = {"input_ids": ids, "attention_mask": self._mask, "position_ids": positions}
-        with torch.inference_mode():
-            given = {name: torch.from_numpy(np.ascontiguousarray(array)).to(device) for name, array in tensors.items()}
-            try:
-                found = self.model(**given, past_key_values=self._past, use_cache=self.has_cache, logits_to_keep=1)
-            except torch.OutOfMemoryError:
-                raise JobError(f"{self.path}: out of memory with {len(ids)} rows of {self._length} tokens; use a smaller batch") from None
-        self._past = found.past_key_values if self.has_cache else None
-        return TorchLogits(found.logits[:, -1])
-
-    def reorder(self, rows: Ids) -> None:
-        self._mask, self._ids = self._mask[rows], self._ids[rows]
-        if self._past is not None:
-            self._past.reorder_cache(self._torch.from_numpy(rows).to(self.model.device))
+    def open(self, slots: int, length: int) -> TorchSession:
+        return TorchSession(self, slots, length)
 
     def score(self, prompts: Prompts) -> list[Floats]:
-        torch, (ids, mask) = self._torch, padded(prompts, self.info.pad_token_id, "right")
+        torch, (ids, mask) = self.torch, padded(prompts, self.info.pad_token_id, "right")
         check_length(self.info, ids.shape[1], ids.shape[1], str(self.path))
         given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions_of(mask)}
         with torch.inference_mode():
@@ -122,9 +106,70 @@ class FrameworksRuntime:
         return [HostLogits(logits[row, : len(prompt)].float().cpu().numpy()).array for row, prompt in enumerate(prompts)]
 
     def close(self) -> None:
-        self.model = self._past = None
-        if self._torch.cuda.is_available():
-            self._torch.cuda.empty_cache()
+        self.model = None
+        if self.torch.cuda.is_available():
+            self.torch.cuda.empty_cache()
+
+
+class TorchSession:
+    """See `Session`. Where rows join, all texts are run again together: this is the baseline, not a server."""
+
+    joins = True
+
+    def __init__(self, runtime: FrameworksRuntime, slots: int, length: int) -> None:
+        self._runtime, self.slots, self._length = runtime, slots, length
+        self._ids: Ids = np.zeros((slots, 0), np.int64)
+        self._mask: Ids = self._ids
+        self._past: Any = None
+
+    def admit(self, slots: Sequence[int], prompts: Prompts) -> Logits:
+        check_slots(self, slots)
+        check_length(self._runtime.info, self._length, max(map(len, prompts)), str(self._runtime.path))
+        texts = [row[mask == 1].tolist() for row, mask in zip(self._ids, self._mask, strict=True)]
+        for slot, prompt in zip(slots, prompts, strict=True):
+            texts[slot] = list(prompt)
+        pad = self._runtime.info.pad_token_id
+        self._ids, self._mask = padded([text or [pad] for text in texts], pad, "left")
+        self._mask[[not text for text in texts]] = 0
+        self._past = None
+        return self._picked(self._forward(self._ids), slots)
+
+    def step(self, ids: Ids, slots: Sequence[int] | None = None) -> Logits:
+        """Slots that take no step get a token that stays hidden."""
+        rows = list(range(self.slots) if slots is None else slots)
+        if slots is not None:
+            check_slots(self, slots)
+        given, new = np.full((self.slots, 1), self._runtime.info.pad_token_id, np.int64), np.zeros((self.slots, 1), np.int64)
+        given[rows, 0], new[rows] = ids, 1
+        self._ids, self._mask = np.concatenate([self._ids, given], axis=1), np.concatenate([self._mask, new], axis=1)
+        return self._picked(self._forward(given if self._runtime.has_cache else self._ids), rows)
+
+    def _picked(self, logits: Logits, slots: Sequence[int]) -> Logits:
+        return logits if list(slots) == list(range(self.slots)) else PickedLogits(logits, slots)
+
+    def _forward(self, ids: Ids) -> Logits:
+        runtime, torch = self._runtime, self._runtime.torch
+        positions = positions_of(self._mask)[:, -ids.shape[1] :]
+        tensors = {"input_ids": ids, "attention_mask": self._mask, "position_ids": positions}
+        with torch.inference_mode():
+            given = {name: torch.from_numpy(np.ascontiguousarray(array)).to(runtime.model.device) for name, array in tensors.items()}
+            try:
+                found = runtime.model(**given, past_key_values=self._past, use_cache=runtime.has_cache, logits_to_keep=1)
+            except torch.OutOfMemoryError:
+                raise JobError(f"{runtime.path}: out of memory with {len(ids)} rows of {self._length} tokens; use a smaller batch") from None
+        self._past = found.past_key_values if runtime.has_cache else None
+        return TorchLogits(found.logits[:, -1])
+
+    def release(self, slot: int) -> None:
+        self._mask[slot] = 0
+
+    def reorder(self, rows: Ids) -> None:
+        self._mask, self._ids = self._mask[rows], self._ids[rows]
+        if self._past is not None:
+            self._past.reorder_cache(self._runtime.torch.from_numpy(rows).to(self._runtime.model.device))
+
+    def close(self) -> None:
+        self._past = None
 
 
 def _checkpoint(path: Path, options: RuntimeOptions) -> Path:

@@ -20,7 +20,20 @@ from onnxtools.base.errors import JobError
 from onnxtools.base.extras import install_line
 from onnxtools.engines.build.manifest import check_plan, read_manifest
 from onnxtools.engines.runtimes.onnxrt.ort_session import device_name
-from onnxtools.generation.runtime import INFO_KEY, Floats, HostLogits, Ids, Logits, ModelInfo, Prompts, RuntimeOptions, check_length, padded, positions_of
+from onnxtools.generation.runtime import (
+    INFO_KEY,
+    Floats,
+    HostLogits,
+    Ids,
+    Logits,
+    ModelInfo,
+    Prompts,
+    RuntimeOptions,
+    check_length,
+    check_slots,
+    padded,
+    positions_of,
+)
 
 Shapes = Mapping[str, Sequence[int]]
 _EXTRAS = {"tensorrt-rtx": "rtx", "tensorrt": "tensorrt"}
@@ -86,7 +99,7 @@ class TrtRuntime:
             raise JobError(f"{path}: there is no CUDA device; run the engine where its GPU is, or the ONNX model with --runtime onnxrt")
         self.device = device_name("cuda")
         self._open(options)
-        self._buffers: dict[str, tuple[int, int]] = {}
+        self.buffers: dict[str, tuple[int, int]] = {}
 
     # --- opening -----------------------------------------------------------------------------------------------------
 
@@ -138,109 +151,68 @@ class TrtRuntime:
 
     # --- the protocol ------------------------------------------------------------------------------------------------
 
-    def start(self, rows: int, length: int) -> None:
-        slots = self.io.cache_length
-        if slots is not None and length > slots:
-            raise JobError(f"{self.path}: its cache has {slots} slots and {length} tokens are wanted; build with a longer cache")
-        self._rows, self._length = rows, length
-        for cache in self.io.caches:
-            size = int(np.prod(cache.shape(rows, length))) * _dtype(cache.past.dtype).itemsize
-            self._buffer(cache.past.name, size)
-            if self.io.kind == "concat":
-                self._buffer(cache.present.name, size)
-        self._swapped = False
-
-    def prefill(self, prompts: Prompts) -> Logits:
-        longest = max(map(len, prompts))
-        check_length(self.info, self._length, longest, str(self.path))
-        ids, mask = padded(prompts, self.info.pad_token_id, self._side)
-        self._mask, self._lengths = mask, mask.sum(axis=1)
-        if self.io.kind == "scatter":
-            self._mask = np.pad(mask, ((0, 0), (0, (self.io.cache_length or 0) - longest)))
-        found = self._run(ids, positions_of(mask), np.zeros(self._rows, np.int64), past=0)
-        ends = self._lengths - 1 if self._side == "right" else np.full(self._rows, -1)
-        return HostLogits(found[np.arange(self._rows), ends if found.shape[1] > 1 else 0])
-
-    def step(self, ids: Ids) -> Logits:
-        past = self._mask.shape[1]
-        positions = self._lengths.copy()
-        if self.io.kind == "scatter":
-            self._mask[np.arange(self._rows), positions] = 1
-        else:
-            self._mask = np.concatenate([self._mask, np.ones((self._rows, 1), np.int64)], axis=1)
-        self._lengths = self._lengths + 1
-        return HostLogits(self._run(ids[:, None], positions[:, None], positions, past=past)[:, -1])
-
-    def reorder(self, rows: Ids) -> None:
-        """Through the host: beam search on engines is not made to be fast yet."""
-        for cache in self.io.caches:
-            name = cache.present.name if self._swapped else cache.past.name
-            shape = cache.shape(self._rows, self._mask.shape[1])
-            array = np.empty(shape, _dtype(cache.past.dtype))
-            self._copy(array.ctypes.data, self._buffers[name][0], array.nbytes, "cudaMemcpyDeviceToHost")
-            self._sync()
-            picked = np.ascontiguousarray(np.take(array, rows, axis=1 if cache.axis == 0 else 0))
-            self._copy(self._buffers[name][0], picked.ctypes.data, picked.nbytes, "cudaMemcpyHostToDevice")
-            self._sync()
-        self._mask, self._lengths = self._mask[rows], self._lengths[rows]
+    def open(self, slots: int, length: int) -> TrtSession:
+        return TrtSession(self, slots, length)
 
     def score(self, prompts: Prompts) -> list[Floats]:
         if not self.io.logits_all:
             raise JobError(f"{self.path}: returns the logits of the last token alone; export with --logits all to score texts")
-        self.start(len(prompts), max(map(len, prompts)))
-        ids, mask = padded(prompts, self.info.pad_token_id, self._side)
-        self._mask = mask if self.io.kind == "concat" else np.pad(mask, ((0, 0), (0, (self.io.cache_length or 0) - mask.shape[1])))
-        logits = self._run(ids, positions_of(mask), np.zeros(self._rows, np.int64), past=0)
-        right = self._side == "right"
+        session = self.open(len(prompts), max(map(len, prompts)))
+        ids, logits = session.prompts(prompts)
+        right = self.side == "right"
         return [logits[row, : len(p)] if right else logits[row, ids.shape[1] - len(p) :] for row, p in enumerate(prompts)]
 
     def close(self) -> None:
         if self._cache_file is not None:
             self._cache_file.write_bytes(bytes(self._runtime_cache.serialize()))
-        for pointer, _ in self._buffers.values():
+        for pointer, _ in self.buffers.values():
             self._call("cudaFree", pointer)
-        self._buffers.clear()
+        self.buffers.clear()
 
     # --- the device --------------------------------------------------------------------------------------------------
 
     @property
-    def _side(self) -> Literal["left", "right"]:
+    def side(self) -> Literal["left", "right"]:
         return "right" if self.io.kind == "scatter" else "left"
 
-    def _buffer(self, name: str, size: int) -> int:
+    def buffer(self, name: str, size: int) -> int:
         """Device memory called `name` of at least `size` bytes, zeroed when it is new."""
-        pointer, room = self._buffers.get(name, (0, 0))
+        pointer, room = self.buffers.get(name, (0, 0))
         if size > room:
             if pointer:
                 self._call("cudaFree", pointer)
             pointer = int(self._call("cudaMalloc", max(size, 1)))
             self._call("cudaMemset", pointer, 0, max(size, 1))
-            self._buffers[name] = (pointer, size)
+            self.buffers[name] = (pointer, size)
         return pointer
 
-    def _copy(self, to: int, of: int, size: int, kind: str) -> None:
+    def copy(self, to: int, of: int, size: int, kind: str) -> None:
         self._call("cudaMemcpyAsync", to, of, size, getattr(self._cuda.cudaMemcpyKind, kind), self._stream)
 
-    def _sync(self) -> None:
+    def sync(self) -> None:
         self._call("cudaStreamSynchronize", self._stream)
 
-    def _run(self, ids: Ids, positions: Ids, write: Ids, past: int) -> Floats:
-        """One execution; all logits, [rows, tokens or 1, vocabulary]."""
+    def run(self, ids: Ids, mask: Ids, positions: Ids, write: Ids, *, past: int, swapped: bool) -> Floats:
+        """One execution; all logits, [rows, tokens or 1, vocabulary].
+
+        Args:
+            past: tokens in the cache; `swapped`: whether a concat cache lies in the buffers called present.
+        """
         io = self.io
-        pairs = ((io.ids, ids), (io.mask, self._mask), (io.positions, positions), (io.write_indices, write))
+        pairs = ((io.ids, ids), (io.mask, mask), (io.positions, positions), (io.write_indices, write))
         given = {port.name: np.ascontiguousarray(array, port.dtype) for port, array in pairs if port is not None}
         shapes: dict[str, list[int]] = {name: list(array.shape) for name, array in given.items()}
         shapes |= {cache.past.name: cache.shape(len(ids), past) for cache in io.caches}
         context = self._contexts[choose_profile(self.manifest["profiles"], shapes, self.path) if self.manifest["profiles"] else 0]
         for name, array in given.items():
-            self._copy(self._buffer(name, array.nbytes), array.ctypes.data, array.nbytes, "cudaMemcpyHostToDevice")
-        addresses = {name: self._buffers[name][0] for name in given}
+            self.copy(self.buffer(name, array.nbytes), array.ctypes.data, array.nbytes, "cudaMemcpyHostToDevice")
+        addresses = {name: self.buffers[name][0] for name in given}
         for cache in io.caches:
-            one, other = self._buffers[cache.past.name][0], self._buffers[cache.present.name if io.kind == "concat" else cache.past.name][0]
-            addresses[cache.past.name], addresses[cache.present.name] = (other, one) if self._swapped else (one, other)
+            one, other = self.buffers[cache.past.name][0], self.buffers[cache.present.name if io.kind == "concat" else cache.past.name][0]
+            addresses[cache.past.name], addresses[cache.present.name] = (other, one) if swapped else (one, other)
         tokens = ids.shape[1] if io.logits_all else 1
         logits = np.empty((len(ids), tokens, self.vocab_size), _dtype(io.logits.dtype))
-        addresses[io.logits.name] = self._buffer(io.logits.name, logits.nbytes)
+        addresses[io.logits.name] = self.buffer(io.logits.name, logits.nbytes)
         for name, shape in shapes.items():
             if not context.set_input_shape(name, shape):
                 raise JobError(f"{self.path}: the engine refuses {name} of {shape}; build with wider shapes")
@@ -248,10 +220,77 @@ class TrtRuntime:
             context.set_tensor_address(name, address)
         if not context.execute_async_v3(int(self._stream)):
             raise JobError(f"{self.path}: the engine failed on {len(ids)} rows of {ids.shape[1]} tokens after {past}; see TensorRT's log")
-        self._copy(logits.ctypes.data, addresses[io.logits.name], logits.nbytes, "cudaMemcpyDeviceToHost")
-        self._sync()
-        self._swapped = io.kind == "concat" and not self._swapped
+        self.copy(logits.ctypes.data, addresses[io.logits.name], logits.nbytes, "cudaMemcpyDeviceToHost")
+        self.sync()
         return logits.astype(np.float32, copy=False)
+
+
+class TrtSession:
+    """See `Session`; rows run in step, for a cache on the device is not yet joined with another."""
+
+    joins = False
+
+    def __init__(self, runtime: TrtRuntime, slots: int, length: int) -> None:
+        self._runtime, self.slots, self.length, self._swapped = runtime, slots, length, False
+        io = runtime.io
+        if io.cache_length is not None and length > io.cache_length:
+            raise JobError(f"{runtime.path}: its cache has {io.cache_length} slots and {length} tokens are wanted; build with a longer cache")
+        for cache in io.caches:
+            size = int(np.prod(cache.shape(slots, length))) * _dtype(cache.past.dtype).itemsize
+            runtime.buffer(cache.past.name, size)
+            if io.kind == "concat":
+                runtime.buffer(cache.present.name, size)
+
+    def prompts(self, prompts: Prompts) -> tuple[Ids, Floats]:
+        """The padded prompts, and all logits."""
+        runtime = self._runtime
+        ids, mask = padded(prompts, runtime.info.pad_token_id, runtime.side)
+        self._mask, self._lengths = mask, mask.sum(axis=1)
+        if runtime.io.kind == "scatter":
+            self._mask = np.pad(mask, ((0, 0), (0, (runtime.io.cache_length or 0) - mask.shape[1])))
+        return ids, self._run(ids, positions_of(mask), np.zeros(self.slots, np.int64), past=0)
+
+    def _run(self, ids: Ids, positions: Ids, write: Ids, *, past: int) -> Floats:
+        logits = self._runtime.run(ids, self._mask, positions, write, past=past, swapped=self._swapped)
+        self._swapped = self._runtime.io.kind == "concat" and not self._swapped
+        return logits
+
+    def admit(self, slots: Sequence[int], prompts: Prompts) -> Logits:
+        check_slots(self, slots)
+        check_length(self._runtime.info, self.length, max(map(len, prompts)), str(self._runtime.path))
+        _, found = self.prompts(prompts)
+        ends = self._lengths - 1 if self._runtime.side == "right" else np.full(self.slots, -1)
+        return HostLogits(found[np.arange(self.slots), ends if found.shape[1] > 1 else 0])
+
+    def step(self, ids: Ids, slots: Sequence[int] | None = None) -> Logits:
+        if slots is not None:
+            check_slots(self, slots)
+        past, positions = self._mask.shape[1], self._lengths.copy()
+        if self._runtime.io.kind == "scatter":
+            self._mask[np.arange(self.slots), positions] = 1
+        else:
+            self._mask = np.concatenate([self._mask, np.ones((self.slots, 1), np.int64)], axis=1)
+        self._lengths = self._lengths + 1
+        return HostLogits(self._run(ids[:, None], positions[:, None], positions, past=past)[:, -1])
+
+    def release(self, slot: int) -> None:
+        """Its row runs on, unread."""
+
+    def reorder(self, rows: Ids) -> None:
+        """Through the host: beam search on engines is not made to be fast yet."""
+        runtime = self._runtime
+        for cache in runtime.io.caches:
+            place = runtime.buffers[cache.present.name if self._swapped else cache.past.name][0]
+            array = np.empty(cache.shape(self.slots, self._mask.shape[1]), _dtype(cache.past.dtype))
+            runtime.copy(array.ctypes.data, place, array.nbytes, "cudaMemcpyDeviceToHost")
+            runtime.sync()
+            picked = np.ascontiguousarray(np.take(array, rows, axis=1 if cache.axis == 0 else 0))
+            runtime.copy(place, picked.ctypes.data, picked.nbytes, "cudaMemcpyHostToDevice")
+            runtime.sync()
+        self._mask, self._lengths = self._mask[rows], self._lengths[rows]
+
+    def close(self) -> None:
+        """The buffers stay with the runtime."""
 
 
 def _dtype(name: str) -> np.dtype[Any]:

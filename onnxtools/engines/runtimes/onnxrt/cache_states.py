@@ -8,35 +8,20 @@ none: the whole text is run again for each token.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from onnxtools.analysis.decoder_io import CachePort
 from onnxtools.base.errors import JobError
+from onnxtools.engines.runtimes.onnxrt.device_ops import DeviceOps
 from onnxtools.engines.runtimes.onnxrt.next_token import AHEAD, NEXT, PAST_TOKENS
-from onnxtools.engines.runtimes.onnxrt.ort_session import DeviceOps
-from onnxtools.generation.runtime import Floats, HostLogits, Ids, Logits, Prompts, padded, positions_of
-
-if TYPE_CHECKING:
-    from onnxtools.engines.runtimes.onnxrt.ort_runtime import OrtRuntime
-
+from onnxtools.engines.runtimes.onnxrt.ort_model import DeviceLogits, OrtModel
+from onnxtools.generation.runtime import HostLogits, Ids, Logits, PickedLogits, Prompts, padded, positions_of
 
 MAX_GRAPHS = 256
 """Of a session, which on CUDA keeps each as long as it lives (1 MB of the host's memory for 24 layers); what comes later runs without."""
-
-
-class DeviceLogits:
-    """Logits [rows, 1, vocabulary] on a device, with each row's best token."""
-
-    def __init__(self, logits: Any, best: Any) -> None:
-        self._logits, self._best = logits, best
-
-    def numpy(self) -> Floats:
-        return self._logits.numpy()[:, -1].astype(np.float32)  # type: ignore[no-any-return]
-
-    def argmax(self) -> tuple[Ids, Floats]:
-        best = self._best.numpy()[:, -1]
-        return best, np.where(best < 0, np.float32(np.nan), np.float32(0))
 
 
 class _Input:
@@ -53,47 +38,75 @@ class _Input:
 
 
 class Growing:
-    """concat: present becomes past."""
+    """concat: present becomes past; prompts are padded on the left."""
 
-    def __init__(self, runtime: OrtRuntime, rows: int, length: int) -> None:
-        self.r, self.rows = runtime, rows
+    def __init__(self, model: OrtModel, slots: int, length: int) -> None:
+        self.r, self.slots = model, slots
+        self.mask: Ids = np.zeros((slots, 0), np.int64)
+        self.next: Ids = np.zeros((slots, 1), np.int64)
+        self.caches = self._empty(slots, 0)
 
-    def prefill(self, prompts: Prompts) -> Logits:
+    def _empty(self, rows: int, length: int) -> list[Any]:
+        return [self.r.ops.zeros(c.shape(rows, length), c.past.dtype) for c in self.r.io.caches]
+
+    def admit(self, slots: Sequence[int], prompts: Prompts) -> Logits:
+        ids, mask = padded(prompts, self.r.info.pad_token_id, "left")
+        positions = positions_of(mask)
+        logits, caches = self._run(ids, mask, positions, self._empty(len(slots), 0))
+        if is_all(slots, self.slots):
+            self.mask, self.next, self.caches = mask, positions[:, -1:] + 1, caches
+        else:
+            self._join(slots, mask, caches)
+            self.next[list(slots)] = positions[:, -1:] + 1
+        return logits
+
+    def _join(self, slots: Sequence[int], mask: Ids, caches: list[Any]) -> None:
+        """Rows that have run alone take their slots; the shorter side gets hidden tokens on the left."""
+        ops, total = self.r.ops, max(self.mask.shape[1], mask.shape[1])
+        order = np.arange(self.slots)
+        order[list(slots)] = self.slots + np.arange(len(slots))
+        missing = [total - self.mask.shape[1], total - mask.shape[1]]
+        pads = [self._empty(rows, count) if count else None for rows, count in zip((self.slots, len(slots)), missing, strict=True)]
+        for index, c in enumerate(self.r.io.caches):
+            sides = [(pad[index], part) if pad else (part,) for pad, part in zip(pads, (self.caches[index], caches[index]), strict=True)]
+            wide = [ops.joined(side, c.axis) if len(side) > 1 else side[0] for side in sides]
+            self.caches[index] = ops.picked(ops.joined(wide, batch_axis(c)), order, batch_axis(c))
+        wider = [np.pad(rows, ((0, 0), (count, 0))) for rows, count in zip((self.mask, mask), missing, strict=True)]
+        self.mask = np.concatenate(wider)[order]
+
+    def step(self, ids: Ids, slots: Sequence[int] | None) -> Logits:
+        """Slots that take no step get a token that stays hidden."""
+        rows = list(range(self.slots) if slots is None else slots)
+        given, new = np.full(self.slots, self.r.info.pad_token_id, np.int64), np.zeros((self.slots, 1), np.int64)
+        given[rows], new[rows] = ids, 1
+        self.mask = np.concatenate([self.mask, new], axis=1)
+        logits, self.caches = self._run(given[:, None], self.mask, self.next, self.caches)
+        self.next = self.next + new
+        return logits if slots is None else PickedLogits(logits, rows)
+
+    def _run(self, ids: Ids, mask: Ids, positions: Ids, caches: list[Any]) -> tuple[Logits, list[Any]]:
         r = self.r
-        ids, self.mask = padded(prompts, r.info.pad_token_id, "left")
-        positions = positions_of(self.mask)
-        self.next = positions[:, -1:] + 1
-        self.caches = [r.ops.zeros(c.shape(self.rows, 0), c.past.dtype) for c in r.io.caches]
-        return self._run(ids, positions)
-
-    def step(self, ids: Ids) -> Logits:
-        self.mask = np.concatenate([self.mask, np.ones((self.rows, 1), np.int64)], axis=1)
-        found = self._run(ids[:, None], self.next)
-        self.next = self.next + 1
-        return found
-
-    def _run(self, ids: Ids, positions: Ids) -> Logits:
-        r = self.r
-        binding = r.bound(r.ops.values(r.feeds(ids, self.mask, positions)))
-        for cache, value in zip(r.io.caches, self.caches, strict=True):
+        binding = r.bound(r.ops.values(r.feeds(ids, mask, positions)))
+        for cache, value in zip(r.io.caches, caches, strict=True):
             binding.bind_ortvalue_input(cache.past.name, value)
             binding.bind_output(cache.present.name, r.ops.device, 0)
         r.run(binding)
         outputs = binding.get_outputs()
-        self.caches = outputs[-len(self.caches) :]
-        return r.last(outputs, np.full(self.rows, -1))
+        return r.last(outputs, np.full(len(ids), -1)), outputs[-len(caches) :]
+
+    def release(self, slot: int) -> None:
+        self.mask[slot] = 0
 
     def reorder(self, rows: Ids) -> None:
-        value = self.r.ops.value(rows)
         self.mask, self.next = self.mask[rows], self.next[rows]
-        self.caches = [self.r.ops.picked(cache, value, _batch_axis(c)) for c, cache in zip(self.r.io.caches, self.caches, strict=True)]
+        self.caches = [self.r.ops.picked(cache, rows, batch_axis(c)) for c, cache in zip(self.r.io.caches, self.caches, strict=True)]
 
 
 class Static:
     """scatter, gqa: buffers that are input and output at once; everything of a step is bound once."""
 
-    def __init__(self, runtime: OrtRuntime, rows: int, length: int) -> None:
-        r = self.r = runtime
+    def __init__(self, model: OrtModel, rows: int, length: int) -> None:
+        r = self.r = model
         self.rows = rows
         self.slots = r.io.cache_length or length
         if length > self.slots:
@@ -101,7 +114,13 @@ class Static:
         self.buffers = [r.ops.zeros(c.shape(rows, self.slots), c.past.dtype) for c in r.io.caches]
         self.ids, self.positions = _Input(r.ops, np.zeros((rows, 1), np.int64)), _Input(r.ops, np.zeros((rows, 1), np.int64))
         self.mask, self.write = _Input(r.ops, np.zeros((rows, self.slots), np.int64)), _Input(r.ops, np.zeros(rows, np.int64))
+        self.reset()
         self._bind()
+
+    def reset(self) -> None:
+        """Forget every sequence; the buffers, and the graphs captured with them, stay."""
+        self.lengths = np.zeros(self.rows, np.int64)
+        self.mask.array[:] = 0
 
     def fits(self, rows: int, length: int) -> bool:
         return rows == self.rows and (length == self.slots or (self.r.io.cache_length is not None and length <= self.slots))
@@ -123,23 +142,31 @@ class Static:
             outputs = {f"{AHEAD}.{name}": value for name, value in other.items() if name != io.ids.name} | {NEXT: other[io.ids.name], f"{AHEAD}.tokens": tokens}
             self.sides.append(_Side(self, place | ({PAST_TOKENS: past} if r.takes_tokens else {}), outputs if count > 1 else {}))
 
-    def bind_buffers(self, binding: Any) -> None:
-        for cache, buffer in zip(self.r.io.caches, self.buffers, strict=True):
-            binding.bind_ortvalue_input(cache.past.name, buffer)
-            binding.bind_ortvalue_output(cache.present.name, buffer)
-
-    def prefill(self, prompts: Prompts) -> Logits:
+    def admit(self, slots: Sequence[int], prompts: Prompts) -> Logits:
         r = self.r
-        for side in self.sides:  # what comes is a sequence of steps, until the rows are reordered
-            side.capture()
         ids, mask = padded(prompts, r.info.pad_token_id, "right")
-        self.lengths = mask.sum(axis=1)
-        self.mask.array[:] = 0
-        self.mask.array[:, : mask.shape[1]] = mask
+        wide = np.zeros((len(slots), self.slots), np.int64)
+        wide[:, : mask.shape[1]] = mask
         # gqa takes a mask as long as the text, scatter one as long as the buffer.
-        given = self.mask.array if r.io.kind == "scatter" else mask
-        feeds = r.feeds(ids, given, positions_of(mask), np.zeros(self.rows, np.int64))
-        return r.last(self._prompt_side(feeds, ids.shape[1]).run(), self.lengths - 1)
+        feeds = r.feeds(ids, wide if r.io.kind == "scatter" else mask, positions_of(mask), np.zeros(len(slots), np.int64))
+        if is_all(slots, self.rows):
+            self.lengths, self.mask.array[:] = mask.sum(axis=1), wide
+            for side in self.sides:  # what comes is a sequence of steps, until the rows are reordered
+                side.capture()
+            return r.last(self._prompt_side(feeds, ids.shape[1]).run(), self.lengths - 1)
+        buffers = [r.ops.zeros(c.shape(len(slots), self.slots), c.past.dtype) for c in r.io.caches]
+        binding = r.bound(r.ops.values(feeds))
+        bind_buffers(r, binding, buffers)
+        r.run(binding)
+        order = np.arange(self.rows)
+        order[list(slots)] = self.rows + np.arange(len(slots))
+        for index, c in enumerate(r.io.caches):
+            both = r.ops.joined([self.buffers[index], buffers[index]], batch_axis(c))
+            self.buffers[index] = r.ops.picked(both, order, batch_axis(c))
+        lengths = mask.sum(axis=1)
+        self.lengths[list(slots)], self.mask.array[list(slots)] = lengths, wide
+        self._bind()
+        return r.last(binding.get_outputs(), lengths - 1)
 
     def _prompt_side(self, feeds: dict[str, Ids], length: int) -> _Side:
         """With `feeds` as its inputs. Where its logits are small it is kept, and captured if the next prompts are of that length too."""
@@ -154,13 +181,34 @@ class Static:
         self._prompt = None if self.r.io.logits_all else (length, values, side)
         return side
 
-    def step(self, ids: Ids) -> Logits:
+    def step(self, ids: Ids, slots: Sequence[int] | None) -> Logits:
+        if slots is not None:
+            return self._step_some(ids, slots)
         self._push(ids)
         outputs = self.sides[0].run()
         self.lengths = self.lengths + 1
+        return self._logits(outputs)
+
+    def _logits(self, outputs: list[Any]) -> Logits:
         if self.r.ops.device == "cuda":
             return DeviceLogits(*outputs[:2])
         return HostLogits(outputs[0].numpy()[:, -1].astype(np.float32, copy=False))
+
+    def _step_some(self, ids: Ids, slots: Sequence[int]) -> Logits:
+        """The others write a token behind their text, where their next step overwrites it, and stay as long as they were."""
+        rows, lengths = list(slots), self.lengths
+        others = np.setdiff1d(np.arange(self.rows), rows)
+        places = np.minimum(lengths, self.slots - 1)
+        hidden = self.mask.array[others, places[others]].copy()
+        given = np.full(self.rows, self.r.info.pad_token_id, np.int64)
+        given[rows] = ids
+        self.lengths = places
+        self._push(given)
+        outputs = self.sides[0].run()
+        self.mask.array[others, places[others]] = hidden
+        self.lengths = lengths.copy()
+        self.lengths[rows] += 1
+        return PickedLogits(self._logits(outputs), rows)
 
     def ahead(self, ids: Ids, count: int) -> Ids:
         self._push(ids)
@@ -180,9 +228,11 @@ class Static:
         for _, given in self.inputs:
             given.push()
 
+    def release(self, slot: int) -> None:
+        self.lengths[slot], self.mask.array[slot] = 0, 0
+
     def reorder(self, rows: Ids) -> None:
-        r, value = self.r, self.r.ops.value(rows)
-        self.buffers = [r.ops.picked(buffer, value, _batch_axis(c)) for c, buffer in zip(r.io.caches, self.buffers, strict=True)]
+        self.buffers = [self.r.ops.picked(buffer, rows, batch_axis(c)) for c, buffer in zip(self.r.io.caches, self.buffers, strict=True)]
         self.lengths, self.mask.array[:] = self.lengths[rows], self.mask.array[rows]
         self._bind()  # without a graph: a beam search binds anew for each step, and to capture takes two
 
@@ -193,7 +243,7 @@ class _Side:
     def __init__(self, state: Static, inputs: dict[str, Any], outputs: dict[str, Any]) -> None:
         r = self._runtime = state.r
         self._binding = r.bound(inputs)
-        state.bind_buffers(self._binding)
+        bind_buffers(r, self._binding, state.buffers)
         for name, value in outputs.items():
             self._binding.bind_ortvalue_output(name, value)
         self._options: list[Any] = [None, None]
@@ -220,17 +270,23 @@ class _Side:
 class Whole:
     """none: no cache; also how texts are scored, with empty caches."""
 
-    def __init__(self, runtime: OrtRuntime, rows: int, length: int) -> None:
-        self.r, self.rows = runtime, rows
+    def __init__(self, model: OrtModel, rows: int, length: int) -> None:
+        self.r, self.rows = model, rows
+        self.texts: list[list[int]] = [[] for _ in range(rows)]
 
-    def prefill(self, prompts: Prompts) -> Logits:
-        self.texts = [list(prompt) for prompt in prompts]
-        ids, mask = padded(self.texts, self.r.info.pad_token_id, "left")
+    def admit(self, slots: Sequence[int], prompts: Prompts) -> Logits:
+        for slot, prompt in zip(slots, prompts, strict=True):
+            self.texts[slot] = list(prompt)
+        ids, mask = padded([self.texts[slot] for slot in slots], self.r.info.pad_token_id, "left")
         logits = self.run(ids, mask)
         return HostLogits(logits[:, -1].astype(np.float32, copy=False))
 
-    def step(self, ids: Ids) -> Logits:
-        return self.prefill([[*text, int(token)] for text, token in zip(self.texts, ids, strict=True)])
+    def step(self, ids: Ids, slots: Sequence[int] | None) -> Logits:
+        rows = range(self.rows) if slots is None else slots
+        return self.admit(rows, [[*self.texts[row], int(token)] for row, token in zip(rows, ids, strict=True)])
+
+    def release(self, slot: int) -> None:
+        self.texts[slot] = []
 
     def reorder(self, rows: Ids) -> None:
         self.texts = [self.texts[row] for row in rows]
@@ -264,5 +320,19 @@ def _graph_options(graph: int, wait: bool) -> Any:
     return made
 
 
-def _batch_axis(cache: Any) -> int:
+def batch_axis(cache: CachePort) -> int:
     return 0 if cache.axis != 0 else 1
+
+
+def bind_buffers(model: OrtModel, binding: Any, buffers: list[Any]) -> None:
+    """Each buffer is a cache's input and output at once."""
+    for cache, buffer in zip(model.io.caches, buffers, strict=True):
+        binding.bind_ortvalue_input(cache.past.name, buffer)
+        binding.bind_ortvalue_output(cache.present.name, buffer)
+
+
+def is_all(slots: Sequence[int], count: int) -> bool:
+    return list(slots) == list(range(count))
+
+
+CacheState = Growing | Static | Whole

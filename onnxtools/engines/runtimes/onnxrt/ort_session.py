@@ -6,18 +6,16 @@ import contextlib
 import functools
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
-import onnx
 import onnx_ir as ir
 
 from onnxtools.analysis.cache import settle_sizes
 from onnxtools.analysis.decoder_io import Port
 from onnxtools.base.errors import JobError, one_line
 from onnxtools.base.extras import install_line
-from onnxtools.check.runner import BROKEN_OPTIMIZERS
+from onnxtools.check.sessions import CPU, open_session, session_options
 from onnxtools.engines.kernels.library import MIN_CAPABILITY, device_capability, find_nvcc, kernel_library
 from onnxtools.engines.kernels.rewrite import use_kernels
 from onnxtools.engines.runtimes.onnxrt.next_token import add_next_token
@@ -77,29 +75,21 @@ def device_memory() -> tuple[int, int] | None:
     return int(used) << 20, int(total) << 20
 
 
-def open_session(model: Model, options: RuntimeOptions, device: str, notes: list[str], *, graph: bool) -> tuple[Any, bool]:
+def open_decoder(model: Model, options: RuntimeOptions, device: str, notes: list[str], *, graph: bool) -> tuple[Any, bool]:
     """A session of `model`, and whether its runs can be captured as CUDA graphs.
 
     Raises:
         JobError: ONNX Runtime does not take the graph, or has no working CUDA.
     """
-    import onnxruntime as ort
-
-    settings = ort.SessionOptions()
-    settings.log_severity_level = 4  # errors come back as exceptions
-    settings.intra_op_num_threads = options.threads
     assert model.path is not None
     if device == "cpu":
-        return _session(ort, str(model.path), settings, ["CPUExecutionProvider"], model), False
-    settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model.path.parent.resolve()))
+        return _session(str(model.path), session_options(threads=options.threads), CPU, model), False
+    settings = session_options(threads=options.threads, folder=model.path.parent)
     ours = register_kernels(settings, options, notes)
     if ours:
         made = use_kernels(model)
         notes.append("our kernels: " + (", ".join(f"{count} {name}" for name, count in made.items()) or "none of the model's operators"))
     add_next_token(model, ahead=graph, kernel=ours)
-    if _heads_alone(model):
-        # XQA shares a KV head among its queries; with one query a head it took 29 us where cuDNN took 19 (H200, 16 x 32 heads, 148 tokens).
-        os.environ.setdefault("ORT_ENABLE_XQA", "0")
     data = model.proto().SerializeToString()
     for captured in (True, False) if graph else (False,):
         # What the graph says is what is computed: norms accumulate in fp32 (strict mode), and fp32 is not TF32.
@@ -108,7 +98,8 @@ def open_session(model: Model, options: RuntimeOptions, device: str, notes: list
             "arena_extend_strategy": "kSameAsRequested",
         }  # fmt: skip
         try:
-            session = _session(ort, data, settings, [("CUDAExecutionProvider", cuda), "CPUExecutionProvider"], model)
+            with _without_xqa() if _heads_alone(model) else contextlib.nullcontext():
+                session = _session(data, settings, [("CUDAExecutionProvider", cuda), "CPUExecutionProvider"], model)
         except JobError as error:
             if captured and "graph capture" in str(error):
                 notes.append("no CUDA graph: part of the model runs on the CPU")
@@ -122,17 +113,31 @@ def open_session(model: Model, options: RuntimeOptions, device: str, notes: list
     raise AssertionError
 
 
-def _session(ort: Any, source: str | bytes, settings: Any, providers: list[Any], model: Model) -> Any:
+@contextlib.contextmanager
+def _without_xqa() -> Iterator[None]:
+    """Kernels read the variable while a session is made.
+
+    XQA shares a KV head among its queries; with one query a head it took 29 us where cuDNN took 19 (H200, 16 x 32 heads, 148 tokens).
+    """
+    name = "ORT_ENABLE_XQA"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = "0"
     try:
-        if any(map(is_fp8_qdq, model.graph)):
-            settings.add_session_config_entry("session.disable_quant_qdq", "1")  # its fusions take FP8 for INT8
-            return ort.InferenceSession(source, settings, providers=providers, disabled_optimizers=BROKEN_OPTIMIZERS)
-        return ort.InferenceSession(source, settings, providers=providers)
+        yield
+    finally:
+        del os.environ[name]
+
+
+def _session(source: str | bytes, settings: Any, providers: Sequence[Any], model: Model) -> Any:
+    try:
+        return open_session(source, providers, settings, qdq_as_written=any(map(is_fp8_qdq, model.graph)))
     except Exception as error:
         if is_out_of_memory(error):
             raise JobError(f"{model.path}: out of memory while loading {model.weight_bytes() / 1e9:.1f} GB of weights; use a larger device") from None
         bf16 = any(value.dtype == ir.DataType.BFLOAT16 for node in model.graph for value in node.outputs)
-        if "NOT_IMPLEMENTED" in str(error) and bf16 and providers == ["CPUExecutionProvider"]:
+        if "NOT_IMPLEMENTED" in str(error) and bf16 and providers is CPU:
             advice = "use --device cuda, or `onnxtools precision --to fp16` of the fp32 model"
             raise JobError(f"{model.path}: is bf16, for which ONNX Runtime has no kernels on the CPU; {advice}") from None
         raise JobError(f"{model.path}: ONNX Runtime cannot load the graph: {one_line(error)}") from None
@@ -180,66 +185,3 @@ def ports(model: Model) -> tuple[list[Port], list[Port]]:
 def _port(value: ir.Value) -> Port:
     dims = tuple(dim if isinstance(dim, int) else dim.value for dim in value.shape) if value.shape is not None else ()
     return Port(value.name or "", value.dtype.name.lower() if value.dtype is not None else "?", dims)
-
-
-_NUMPY = {"float": np.float32, "float16": np.float16, "double": np.float64}
-
-
-class DeviceOps:
-    """Values of one device, and rows picked from them by a tiny graph.
-
-    That graph is made when it is needed and not before: a second CUDA session in the process, once it has run, makes each replay of the
-    first one's captured step slower (3.56 to 3.71 ms for GPT-5B on an H200).
-    """
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self._sessions: dict[tuple[int, int], Any] = {}
-
-    def value(self, array: np.ndarray) -> Any:
-        """`array` on the device; on the CPU the value shares its memory."""
-        import onnxruntime as ort
-
-        return ort.OrtValue.ortvalue_from_numpy(array, self.device, 0)
-
-    def values(self, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        return {name: self.value(array) for name, array in arrays.items()}
-
-    def zeros(self, shape: list[int], dtype: str) -> Any:
-        """A value of zeros; `dtype` is ONNX's name in lower case."""
-        import onnxruntime as ort
-
-        if dtype in _NUMPY:
-            return self.value(np.zeros(shape, _NUMPY[dtype]))
-        elem = int(ir.DataType[dtype.upper()].value)  # the others have no numpy type; their zero is all bits zero
-        bits = np.zeros(shape, np.uint8 if "8" in dtype else np.uint16)
-        if self.device == "cpu":
-            return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, elem)
-        made = ort.OrtValue.ortvalue_from_shape_and_type(shape, elem, self.device, 0)
-        made.update_inplace(bits)
-        return made
-
-    def picked(self, value: Any, rows: Any, axis: int) -> Any:
-        """`value` with its entries along `axis` replaced by those at `rows` (a device value, int64)."""
-        session = self._session(axis, value.element_type())
-        binding = session.io_binding()
-        binding.bind_ortvalue_input("x", value)
-        binding.bind_ortvalue_input("rows", rows)
-        binding.bind_output("y", self.device, 0)
-        session.run_with_iobinding(binding)
-        return binding.get_outputs()[0]
-
-    def _session(self, axis: int, elem: int) -> Any:
-        import onnxruntime as ort
-
-        if (axis, elem) not in self._sessions:
-            info = onnx.helper.make_tensor_value_info
-            inputs = [info("x", elem, [None] * 4), info("rows", onnx.TensorProto.INT64, [None])]
-            gather = onnx.helper.make_node("Gather", ["x", "rows"], ["y"], axis=axis)
-            graph = onnx.helper.make_graph([gather], "pick", inputs, [info("y", elem, [None] * 4)])
-            made = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 19)], ir_version=9)
-            providers = ["CUDAExecutionProvider", "CPUExecutionProvider"] if self.device == "cuda" else ["CPUExecutionProvider"]
-            settings = ort.SessionOptions()
-            settings.log_severity_level = 4
-            self._sessions[axis, elem] = ort.InferenceSession(made.SerializeToString(), settings, providers=providers)
-        return self._sessions[axis, elem]

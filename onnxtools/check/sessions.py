@@ -1,0 +1,48 @@
+"""The one place that opens an ONNX Runtime session."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+CPU = ("CPUExecutionProvider",)
+CUDA = ("CUDAExecutionProvider", "CPUExecutionProvider")
+_BROKEN_OPTIMIZERS = ["ReluQuantRewrite", "ClipQuantRewrite"]
+"""These remove a Relu or Clip before QuantizeLinear when the zero point is 0. That is right for uint8 only; with FP8 it changes the result."""
+
+
+def session_options(*, threads: int = 0, folder: Path | None = None, spinning: bool = True) -> Any:
+    """onnxruntime.SessionOptions that print nothing: errors come back as exceptions.
+
+    Args:
+        threads: of one operator on the CPU; 0 for all cores.
+        folder: where the data files of a graph in memory lie.
+        spinning: whether threads wait for work by spinning, which is faster and takes the cores from numpy between runs.
+    """
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = threads
+    if folder is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
+    if not spinning:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
+
+
+def open_session(source: str | bytes, providers: Sequence[Any] = CPU, options: Any = None, *, qdq_as_written: bool = False) -> Any:
+    """An onnxruntime.InferenceSession of a file's path or of a serialized graph; raises what ONNX Runtime raises.
+
+    Args:
+        qdq_as_written: compute QuantizeLinear and DequantizeLinear as nodes of their own. ONNX Runtime's fusions take FP8 for INT8
+            (FACTS-te-nemo, 1.7).
+    """
+    import onnxruntime as ort
+
+    options = options or session_options()
+    if qdq_as_written:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    disabled = {"disabled_optimizers": _BROKEN_OPTIMIZERS} if qdq_as_written else {}
+    return ort.InferenceSession(source, options, providers=list(providers), **disabled)

@@ -1,0 +1,101 @@
+"""A decoder in an ONNX Runtime session: its ports, and runs of bound values. What sessions of sequences stand on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onnxtools.analysis.decoder_io import decoder_io
+from onnxtools.base.errors import JobError
+from onnxtools.engines.runtimes.onnxrt.device_ops import DeviceOps
+from onnxtools.engines.runtimes.onnxrt.next_token import NEXT, PAST_TOKENS
+from onnxtools.engines.runtimes.onnxrt.ort_session import choose_device, device_name, open_decoder, ports
+from onnxtools.generation.runtime import Floats, HostLogits, Ids, Logits, ModelInfo, RuntimeOptions
+from onnxtools.ir.model import Model
+
+
+class DeviceLogits:
+    """Logits [rows, 1, vocabulary] on a device, with each row's best token."""
+
+    def __init__(self, logits: Any, best: Any) -> None:
+        self._logits, self._best = logits, best
+
+    def numpy(self) -> Floats:
+        return self._logits.numpy()[:, -1].astype(np.float32)  # type: ignore[no-any-return]
+
+    def argmax(self) -> tuple[Ids, Floats]:
+        best = self._best.numpy()[:, -1]
+        return best, np.where(best < 0, np.float32(np.nan), np.float32(0))
+
+
+class OrtModel:
+    """See the module.
+
+    Attributes:
+        captures: whether runs can be captured as CUDA graphs; `graphs`: how many have been.
+        takes_tokens: whether the graph appends the token that it finds to those before.
+        looks_ahead: whether steps can feed each other on the device.
+        results: the outputs asked of every run, the logits first.
+
+    Raises:
+        JobError: a graph that cannot be run as a decoder, or that ONNX Runtime does not take.
+    """
+
+    def __init__(self, path: Path, options: RuntimeOptions) -> None:
+        import onnxruntime as ort
+
+        self.name = "onnxrt"
+        self.notes: list[str] = []
+        model = Model.load(path)
+        self.io = decoder_io(path, *ports(model), gqa=any(n.op_type == "GroupQueryAttention" for n in model.graph))
+        self.info = ModelInfo.read(path, {**model.ir.metadata_props, **model.graph.metadata_props})
+        self.vocab_size = self.io.vocab_size
+        self.has_cache, self.pads = bool(self.io.caches), self.io.mask is not None
+        self.weight_bytes = model.weight_bytes()
+        self.path, self._device = path, choose_device(options.device, self.notes)
+        self.device = device_name(self._device)
+        if self.io.kind == "gqa" and self._device == "cuda" and self.io.caches[0].past.dtype == "float":
+            raise JobError(f"{path}: ONNX Runtime has no CUDA kernel for fp32 GroupQueryAttention; export with --dtype fp16 or bf16, or --kv-cache concat")
+        static = self.io.kind in ("scatter", "gqa")
+        self.session, self.captures = open_decoder(model, options, self._device, self.notes, graph=options.cuda_graph and static)
+        if not self.has_cache:
+            self.notes.append("the model has no KV cache: every token runs the whole text again; use add-kv-cache, or export --kv-cache concat")
+        self.graphs = 0  # captured so far
+        self.takes_tokens = any(value.name == PAST_TOKENS for value in self.session.get_inputs())
+        self.looks_ahead = self.captures and self.takes_tokens
+        self.results = [self.io.logits.name, *([NEXT] if self._device == "cuda" else [])]
+        self.ops = DeviceOps(self._device)
+        self._plain = ort.RunOptions()
+        if self.captures:
+            self._plain.add_run_config_entry("gpu_graph_id", "-1")
+
+    def bound(self, values: dict[str, Any]) -> Any:
+        """A binding of small inputs (device values), and of the logits, for which ONNX Runtime makes room."""
+        binding = self.session.io_binding()
+        for name, value in values.items():
+            binding.bind_ortvalue_input(name, value)
+        for name in self.results:
+            binding.bind_output(name, self._device, 0)
+        return binding
+
+    def run(self, binding: Any, options: Any = None) -> None:
+        self.session.run_with_iobinding(binding, options or self._plain)
+
+    def feeds(self, ids: Ids, mask: Ids | None, positions: Ids, write: Ids | None = None) -> dict[str, Ids]:
+        """Of those inputs that the graph has, beside the caches."""
+        io = self.io
+        pairs = ((io.ids, ids), (io.mask, mask), (io.positions, positions), (io.write_indices, write))
+        found = {port.name: np.ascontiguousarray(array, port.dtype) for port, array in pairs if port is not None and array is not None}
+        if self.takes_tokens:
+            found[PAST_TOKENS] = np.zeros((len(ids), 1), np.int64)  # nobody reads what is made of it
+        return found
+
+    def last(self, outputs: list[Any], ends: Ids) -> Logits:
+        """The logits at `ends` of a prefill's outputs; the same as the last ones where the graph returns those alone."""
+        if self._device == "cuda" and (not self.io.logits_all or outputs[0].shape()[1] == 1):
+            return DeviceLogits(*outputs[:2])
+        logits = outputs[0].numpy()
+        rows = np.arange(len(logits))
+        return HostLogits(logits[rows, ends if logits.shape[1] > 1 else 0].astype(np.float32, copy=False))
