@@ -17,8 +17,8 @@ from pathlib import Path
 
 from decode import gguf
 
-from onnxtools.export.export import export
-from onnxtools.export.export_options import ExportOptions
+from onnxtools.exporter.export import export
+from onnxtools.exporter.export_options import ExportOptions
 
 FIGURES = ("acc", "acc_top1", "acc_top3", "acc_top5", "ppl_last_token", "ppl_sequence", "ppl_token")
 

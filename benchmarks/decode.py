@@ -22,8 +22,8 @@ import numpy as np
 
 from onnxtools.engines.runtimes.onnxrt.ort_runtime import OrtRuntime
 from onnxtools.evaluate.timing import generate_timed
-from onnxtools.export.export import export
-from onnxtools.export.export_options import ExportOptions
+from onnxtools.exporter.export import export
+from onnxtools.exporter.export_options import ExportOptions
 from onnxtools.generation.runtime import RuntimeOptions, open_runtime
 
 Run = Callable[[], tuple[list[int], float, list[float]]]

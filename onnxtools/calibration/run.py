@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxtools import __version__
 from onnxtools.analysis.facts import analyse
 from onnxtools.base.errors import JobError
 from onnxtools.base.progress import counted
+from onnxtools.base.version import __version__
 from onnxtools.calibration.calibration_options import Calibrated
 from onnxtools.calibration.data import read_samples
 from onnxtools.calibration.segments import Segment, segments

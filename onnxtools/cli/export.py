@@ -10,10 +10,10 @@ import click
 
 from onnxtools.base.errors import UsageError
 from onnxtools.cli.flags import OUTPUT_OPTION, PATH, dataclass_options, from_parameters, one_output
-from onnxtools.export.export_options import ExportOptions
+from onnxtools.exporter.export_options import ExportOptions
 
 if TYPE_CHECKING:
-    from onnxtools.export.export import Exported
+    from onnxtools.exporter.export import Exported
 
 _HELP = """Write SOURCE as an ONNX model with a KV cache; no tracing, no GPU, no framework of the checkpoint's author.
 
@@ -38,7 +38,7 @@ def _callback(
     **values: Any,
 ) -> None:  # fmt: skip
     from onnxtools.cli.flags import check_output
-    from onnxtools.export.export import export
+    from onnxtools.exporter.export import export
 
     given = _settings(config_path, settings)
     if source is not None and output is None and output_option is None and source.suffix == ".onnx":

@@ -58,8 +58,8 @@ def _verbose(context: click.Context, parameter: click.Parameter, value: int) -> 
 def _log_file(context: click.Context, parameter: click.Parameter, value: Path | None) -> None:
     if value is None:
         return
-    from onnxtools import __version__
     from onnxtools.base.errors import JobError
+    from onnxtools.base.version import __version__
     from onnxtools.storage.files import refuse_special
 
     refuse_special(value)

@@ -23,9 +23,9 @@ from typing import Any, NoReturn
 
 import click
 
-from onnxtools import __version__
 from onnxtools.base import registry
 from onnxtools.base.progress import Heartbeat
+from onnxtools.base.version import __version__
 from onnxtools.cli.logs import LOG, add_options, quiet, said
 
 COMMANDS = ("pipeline", "validate", "build", "run", "benchmark", "accuracy", "summarize", "inspect", "diff")

@@ -16,7 +16,7 @@ from onnxtools.base.inputs import shown
 from onnxtools.base.options import option
 from onnxtools.checkpoints.checkpoint import json_object, nested, read_json
 from onnxtools.checkpoints.special_tokens import ids_by_name
-from onnxtools.export.config import token_ids
+from onnxtools.exporter.config import token_ids
 
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]

@@ -210,6 +210,15 @@ def _real(tensor: ir.ExternalTensor) -> ir.ExternalTensor:
     return ir.ExternalTensor(real.name, tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=tensor.name, base_dir=real.parent)
 
 
+def load(path: str | os.PathLike[str]) -> Model:
+    """`Model.load`: read the graph of `path`; no weight is read.
+
+    Raises:
+        ModelError: not ONNX, truncated, ill-formed, or a data file is missing, short or outside the folder.
+    """
+    return Model.load(path)
+
+
 def file_stamps(path: Path) -> list[list[str | int]]:
     """Name, size and time of change of a model's files (hashing them would read them): of a graph and its data, or of all in a folder."""
     files = [path]

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from onnxtools import __version__
 from onnxtools.base.errors import ModelError, OnnxtoolsError
+from onnxtools.base.version import __version__
 from onnxtools.ir.model import Model
 from onnxtools.ir.provenance import PROVENANCE_KEY, provenance
 from onnxtools.ir.wellformed import fault

@@ -18,7 +18,7 @@ import pytest
 pytest.importorskip("transformers", reason="the checkpoints are written by transformers (make setup installs it)")
 import torch
 
-from tests.export import hf
+from tests.exporter import hf
 from tests.support import refuse
 
 

@@ -18,7 +18,7 @@ import transformers
 from onnxtools.base.errors import ModelError
 from onnxtools.checkpoints.huggingface import read_folder
 from onnxtools.storage.rows import read_rows
-from tests.export import hf
+from tests.exporter import hf
 
 
 def values(tensors: dict[str, Any]) -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ import torch
 
 from onnxtools.base.errors import ModelError
 from onnxtools.checkpoints.open import open_checkpoint
-from tests.export import hf
+from tests.exporter import hf
 
 NAMES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json")
 

@@ -14,8 +14,8 @@ import pytest
 from onnx import helper, numpy_helper, parser
 
 from onnxtools.base.errors import JobError
+from onnxtools.engines.build import gpus, last_words
 from onnxtools.engines.build.builder import Limits
-from onnxtools.engines.build.engine import gpus, last_words
 from onnxtools.engines.build.many import Job, build_many
 from onnxtools.engines.build.spec import EngineSpec
 from onnxtools.engines.kernels.rewrite import library as kernel_library

@@ -20,8 +20,8 @@ from onnxtools.check.feeds import random_feeds
 from onnxtools.engines.kernels.library import find_nvcc, kernel_library
 from onnxtools.engines.kernels.rewrite import DOMAIN, use_kernels
 from onnxtools.engines.runtimes.onnxrt.next_token import AHEAD, NEXT, PAST_TOKENS, add_next_token
-from onnxtools.export.export import export
-from onnxtools.export.export_options import ExportOptions
+from onnxtools.exporter.export import export
+from onnxtools.exporter.export_options import ExportOptions
 from onnxtools.generation.generate import generate
 from onnxtools.generation.generation_options import GenerationOptions
 from onnxtools.generation.runtime import RuntimeOptions, open_runtime

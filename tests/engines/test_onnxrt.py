@@ -17,7 +17,7 @@ from onnxtools.engines.runtimes.onnxrt.ort_runtime import OrtRuntime
 from onnxtools.generation.generate import generate
 from onnxtools.generation.generation_options import GenerationOptions
 from onnxtools.generation.runtime import RuntimeOptions
-from tests.export import hf
+from tests.exporter import hf
 from tests.generation.models import exported, reference
 from tests.support import fixture_path, present, succeed
 

@@ -11,7 +11,7 @@ pytest.importorskip("transformers", reason="it makes the tiny checkpoint (make s
 
 from onnxtools.base.errors import JobError
 from onnxtools.generation.runtime import Logits, RuntimeOptions, Session, open_runtime
-from tests.export import hf
+from tests.exporter import hf
 from tests.generation.models import checkpoint, exported, reference
 
 CPU = RuntimeOptions(device="cpu", threads=2)

@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from onnxtools.checkpoints.tokenizer import Streams, Tokenizer
-from tests.export.test_smollm2 import GGUF
+from tests.exporter.test_smollm2 import GGUF
 from tests.support import SHARED, present, refuse, run, succeed
 
 ARTICLES = Path(__file__).parents[2] / "fixtures/articles.jsonl"

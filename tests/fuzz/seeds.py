@@ -18,8 +18,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper, parser
 
-from onnxtools.export.export import export
-from onnxtools.export.export_options import ExportOptions
+from onnxtools.exporter.export import export
+from onnxtools.exporter.export_options import ExportOptions
 from onnxtools.ir.model import Model
 
 FLOAT = TensorProto.FLOAT

@@ -29,8 +29,8 @@ from onnxtools.engines.build.spec import EngineSpec
 from onnxtools.engines.runtimes.trt import engine_io
 from onnxtools.engines.trtexec.trtexec_builder import OnPaper
 from onnxtools.evaluate.lambada import read_lambada
-from onnxtools.export.export import export
-from onnxtools.export.export_options import ExportOptions
+from onnxtools.exporter.export import export
+from onnxtools.exporter.export_options import ExportOptions
 from onnxtools.generation.runtime import ModelInfo
 from onnxtools.ir.model import Model
 from onnxtools.ir.provenance import provenance

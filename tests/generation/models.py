@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.export import hf
+from tests.exporter import hf
 from tests.support import succeed
 
 FORMS = ("concat", "scatter", "gqa", "none")

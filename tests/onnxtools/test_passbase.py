@@ -12,7 +12,7 @@ from onnxtools.base import registry
 from onnxtools.base.errors import UsageError
 from onnxtools.base.options import option
 from onnxtools.cli.passes import pass_command
-from onnxtools.pipeline.passbase import Pass, PassResult
+from onnxtools.pipeline.passbase import Pass, PassResult, load_pass
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def test_options_print_and_parse_back() -> None:
 
 
 def test_dashes_and_underscores_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    convert = registry.load_pass("convert")
+    convert = load_pass("convert")
     assert convert.from_options({"fold-weights": False}) == convert.from_options({"fold_weights": False})
 
 
@@ -99,12 +99,12 @@ def test_a_pass_without_apply_says_so() -> None:
 def test_every_field_is_a_command_line_option_with_help(name: str) -> None:
     command = pass_command(name)
     switches = {switch for parameter in command.params if isinstance(parameter, click.Option) for switch in parameter.opts}
-    for field in fields(registry.load_pass(name)):
+    for field in fields(load_pass(name)):
         assert f"--{field.name.replace('_', '-')}" in switches
         assert field.metadata["help"].endswith(".")
 
 
 @pytest.mark.parametrize("name", sorted(registry.names()))
 def test_every_pass_has_rules_an_example_and_its_own_name(name: str) -> None:
-    found = registry.load_pass(name)
+    found = load_pass(name)
     assert found.name == name and f"onnxtools {name} " in found.example and found.__doc__

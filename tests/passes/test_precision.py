@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 pytest.importorskip("transformers")
 
 from tests.calibration.texts import calibration_file
-from tests.export import hf
+from tests.exporter import hf
 from tests.generation.models import exported, reference
 from tests.quantization.test_folding import run
 from tests.support import Session, info, refuse, rel_l2, stored, succeed, write

@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 from onnxtools.passes.prune.calibrated import sparsegpt
 from tests.calibration.test_run import by_hooks
 from tests.calibration.texts import calibration_file, tokens
-from tests.export.hf import make
+from tests.exporter.hf import make
 from tests.generation.models import exported, reference
 from tests.support import refuse, run, succeed
 

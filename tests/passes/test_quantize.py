@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 
 from tests.calibration.test_run import by_hooks
 from tests.calibration.texts import calibration_file, tokens
-from tests.export import hf
+from tests.exporter import hf
 from tests.generation.models import exported, reference
 from tests.quantization.test_folding import run
 from tests.support import refuse, rel_l2, succeed
@@ -118,7 +118,7 @@ def test_smoothing_adds_no_node_and_helps_where_channels_differ(tmp_path: Path) 
     """A model whose norms have a gain of 40 in two channels, as large models have."""
     import torch
 
-    from tests.export.hf import make
+    from tests.exporter.hf import make
 
     folder = tmp_path / "outliers"
     model = make("llama", folder)

@@ -16,7 +16,7 @@ from onnxtools.ir.model import Model
 from onnxtools.numerics.formats import scaled
 from onnxtools.passes.quantize.groups import group
 from onnxtools.passes.selection import head_product
-from tests.export import hf
+from tests.exporter import hf
 from tests.generation.models import exported, reference
 from tests.support import Session, rel_l2
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onnxtools import __version__
+from onnxtools.base.version import __version__
 from onnxtools.base.errors import JobError, UsageError
 from onnxtools.engines.build.audit import holds, summary
 from onnxtools.engines.build.builder import Builder, Engine, get_builder

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from onnxtools import __version__
+from onnxtools.base.version import __version__
 from onnxtools.analysis.cache import MODEL_KEY
 from onnxtools.base.errors import JobError
 from onnxtools.base.inputs import check_regular, shown

@@ -195,17 +195,13 @@ class Static:
         return HostLogits(outputs[0].numpy()[:, -1].astype(np.float32, copy=False))
 
     def _step_some(self, ids: Ids, slots: Sequence[int]) -> Logits:
-        """The others write a token behind their text, where their next step overwrites it, and stay as long as they were."""
+        """The others write a token behind their text, which their next step overwrites, and stay as long as they were."""
         rows, lengths = list(slots), self.lengths
-        others = np.setdiff1d(np.arange(self.rows), rows)
-        places = np.minimum(lengths, self.slots - 1)
-        hidden = self.mask.array[others, places[others]].copy()
         given = np.full(self.rows, self.r.info.pad_token_id, np.int64)
         given[rows] = ids
-        self.lengths = places
+        self.lengths = np.minimum(lengths, self.slots - 1)  # a row may be full
         self._push(given)
         outputs = self.sides[0].run()
-        self.mask.array[others, places[others]] = hidden
         self.lengths = lengths.copy()
         self.lengths[rows] += 1
         return PickedLogits(self._logits(outputs), rows)

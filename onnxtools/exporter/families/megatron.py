@@ -9,9 +9,9 @@ from onnxtools.base.errors import ModelError
 from onnxtools.base.inputs import shown
 from onnxtools.checkpoints.checkpoint import nested
 from onnxtools.checkpoints.te_extra_state import forward_scales
-from onnxtools.export.config import Activation, DecoderConfig, head_dim_of, integer, number
-from onnxtools.export.family import Family, FP8Scales, Source
-from onnxtools.export.rope import Rope
+from onnxtools.exporter.config import Activation, DecoderConfig, head_dim_of, integer, number
+from onnxtools.exporter.family import Family, FP8Scales, Source
+from onnxtools.exporter.rope import Rope
 from onnxtools.storage.lazy import Tensor, flatten, pick_rows, plus_one, row_range
 
 _LAYER_NAMES: dict[str, dict[str, tuple[str, ...]]] = {

@@ -11,18 +11,18 @@ from typing import Any
 
 import onnx_ir as ir
 
-from onnxtools import __version__
 from onnxtools.analysis.cache import MODEL_KEY
 from onnxtools.base import registry
 from onnxtools.base.dtypes import BY_NAME
 from onnxtools.base.errors import ModelError, UsageError
+from onnxtools.base.version import __version__
 from onnxtools.checkpoints.beside import INFO, check_folder
 from onnxtools.checkpoints.checkpoint import Checkpoint
 from onnxtools.checkpoints.open import open_checkpoint
-from onnxtools.export.config import DecoderConfig, weight_shapes
-from onnxtools.export.decoder import build_decoder
-from onnxtools.export.export_options import ExportOptions
-from onnxtools.export.family import Family, Source, Weights, family_for
+from onnxtools.exporter.config import DecoderConfig, weight_shapes
+from onnxtools.exporter.decoder import build_decoder
+from onnxtools.exporter.export_options import ExportOptions
+from onnxtools.exporter.family import Family, Source, Weights, family_for
 from onnxtools.ir.model import Model
 from onnxtools.storage.lazy import RandomRows, Tensor
 from onnxtools.storage.save import SaveReport

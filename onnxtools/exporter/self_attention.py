@@ -13,8 +13,8 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxtools.analysis.cache import KvCache
-from onnxtools.export.layers import FLOAT, INT64, Layers
-from onnxtools.export.ort_layers import MICROSOFT, OrtLayers
+from onnxtools.exporter.layers import FLOAT, INT64, Layers
+from onnxtools.exporter.ort_layers import MICROSOFT, OrtLayers
 
 _Q, _K, _V = "q", "k", "v"
 _LOWEST = {ir.DataType.FLOAT: -3.4e38, ir.DataType.FLOAT16: -65504.0, ir.DataType.BFLOAT16: -3.38e38}

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from onnxtools.export.config import DecoderConfig, activation_of, number
-from onnxtools.export.families import llama
-from onnxtools.export.family import Family, Source
+from onnxtools.exporter.config import DecoderConfig, activation_of, number
+from onnxtools.exporter.families import llama
+from onnxtools.exporter.family import Family, Source
 from onnxtools.storage.lazy import Tensor, plus_one
 
 

@@ -1,4 +1,4 @@
-"""`Family`: what one kind of checkpoint means. Each is a small file in `onnxtools.export.families`.
+"""`Family`: what one kind of checkpoint means. Each is a small file in `onnxtools.exporter.families`.
 
 Other packages add theirs through the entry-point group `onnxtools.families`.
 """
@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from onnxtools.base import registry
 from onnxtools.base.errors import ModelError
-from onnxtools.export.config import DecoderConfig
+from onnxtools.exporter.config import DecoderConfig
 from onnxtools.storage.lazy import Tensor, equal, shape_of
 
 _SHOWN = 8

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from onnxtools.export.config import DecoderConfig, activation_of, check_plain, flag, head_dim_of, integer, number, token_ids, weight_shapes
-from onnxtools.export.family import Family, Source
-from onnxtools.export.rope import rope_of
+from onnxtools.exporter.config import DecoderConfig, activation_of, check_plain, flag, head_dim_of, integer, number, token_ids, weight_shapes
+from onnxtools.exporter.family import Family, Source
+from onnxtools.exporter.rope import rope_of
 from onnxtools.storage.lazy import Tensor
 
 

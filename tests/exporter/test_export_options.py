@@ -12,10 +12,10 @@ import pytest
 
 pytest.importorskip("transformers", reason="the references are transformers' own models (make setup installs it)")
 
-from onnxtools.export.export import export
-from onnxtools.export.export_options import ExportOptions
-from tests.export import hf
-from tests.export.driver import Driver, decode
+from onnxtools.exporter.export import export
+from onnxtools.exporter.export_options import ExportOptions
+from tests.exporter import hf
+from tests.exporter.driver import Driver, decode
 from tests.support import ops, refuse, rel_l2, succeed
 
 IDS = np.random.default_rng(3).integers(3, 97, (2, 12))

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from onnxtools.export.config import Activation
-from onnxtools.export.layers import Layers
+from onnxtools.exporter.config import Activation
+from onnxtools.exporter.layers import Layers
 from onnxtools.storage.lazy import hstack, vstack
 
 MICROSOFT = "com.microsoft"

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxtools.export.config import Activation, DecoderConfig
-from onnxtools.export.export_options import ExportOptions
-from onnxtools.export.family import Weights
+from onnxtools.exporter.config import Activation, DecoderConfig
+from onnxtools.exporter.export_options import ExportOptions
+from onnxtools.exporter.family import Weights
 from onnxtools.ir.edit import Builder
 from onnxtools.numerics.fp8 import quantize_rows
 from onnxtools.storage.lazy import Tensor, cast

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from onnxtools.base.errors import ModelError
-from onnxtools.export.families import llama_gguf
-from onnxtools.export.rope import Rope, rope_of
+from onnxtools.exporter.families import llama_gguf
+from onnxtools.exporter.rope import Rope, rope_of
 
 BASE = {
     "llama.embedding_length": 64, "llama.attention.head_count": 4, "llama.block_count": 1, "llama.feed_forward_length": 96, "llama.context_length": 256,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from onnxtools.base.errors import JobError
-from onnxtools.export.config import DecoderConfig
-from onnxtools.export.export_options import ExportOptions
-from onnxtools.export.family import Weights
-from onnxtools.export.layers import FLOAT, Layers
-from onnxtools.export.ort_layers import OrtLayers
-from onnxtools.export.self_attention import Attention
+from onnxtools.exporter.config import DecoderConfig
+from onnxtools.exporter.export_options import ExportOptions
+from onnxtools.exporter.family import Weights
+from onnxtools.exporter.layers import FLOAT, Layers
+from onnxtools.exporter.ort_layers import OrtLayers
+from onnxtools.exporter.self_attention import Attention
 from onnxtools.ir.edit import Builder, remove_unused
 from onnxtools.ir.model import MAX_IR_VERSION, Model
 

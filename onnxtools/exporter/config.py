@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from onnxtools.base.errors import ModelError
 from onnxtools.base.inputs import shown
-from onnxtools.export.rope import MAX_HEAD_DIM, Rope, is_positive
+from onnxtools.exporter.rope import MAX_HEAD_DIM, Rope, is_positive
 
 Activation = Literal["gelu", "gelu_tanh", "silu", "relu", "relu2"]
 """`gelu` is the exact (erf) form, `relu2` is the square of ReLU."""

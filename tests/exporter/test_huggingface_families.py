@@ -10,10 +10,10 @@ import pytest
 
 pytest.importorskip("transformers", reason="the references are transformers' own models (make setup installs it)")
 
-from onnxtools.export.export import export
-from onnxtools.export.export_options import ExportOptions
-from tests.export import hf
-from tests.export.driver import decode
+from onnxtools.exporter.export import export
+from onnxtools.exporter.export_options import ExportOptions
+from tests.exporter import hf
+from tests.exporter.driver import decode
 
 BATCH, LENGTH = 2, 18
 SPLITS = (10, 1, 1, 1, 1, 1, 1, 1, 1)

@@ -14,9 +14,9 @@ pytest.importorskip("megatron.core", reason="the references are megatron-core's 
 import torch
 
 from fixtures import megatron as m
-from onnxtools.export.export import export
-from onnxtools.export.export_options import ExportOptions
-from tests.export.driver import decode
+from onnxtools.exporter.export import export
+from onnxtools.exporter.export_options import ExportOptions
+from tests.exporter.driver import decode
 from tests.support import Array, ops, rel_l2
 
 IDS = np.random.default_rng(5).integers(0, 256, (2, 18))

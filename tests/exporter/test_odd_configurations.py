@@ -13,8 +13,8 @@ pytest.importorskip("transformers", reason="the checkpoints are written by trans
 import torch
 import transformers
 
-from tests.export import hf
-from tests.export.driver import decode
+from tests.exporter import hf
+from tests.exporter.driver import decode
 from tests.support import max_abs, refuse, succeed
 
 IDS = np.random.default_rng(3).integers(1, 90, (2, 20))

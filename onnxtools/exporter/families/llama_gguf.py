@@ -10,9 +10,9 @@ import numpy as np
 from onnxtools.base.errors import ModelError
 from onnxtools.base.inputs import shown
 from onnxtools.checkpoints.gguf import ROPE_FACTORS
-from onnxtools.export.config import DecoderConfig, head_dim_of, integer, number, weight_shapes
-from onnxtools.export.family import Family, Source
-from onnxtools.export.rope import Rope, yarn_magnitude
+from onnxtools.exporter.config import DecoderConfig, head_dim_of, integer, number, weight_shapes
+from onnxtools.exporter.family import Family, Source
+from onnxtools.exporter.rope import Rope, yarn_magnitude
 from onnxtools.storage.lazy import Tensor, half_rotation
 
 _LAYER = {

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from onnxtools.export.config import DecoderConfig, flag
-from onnxtools.export.families import gpt2
-from onnxtools.export.family import Family, Source
+from onnxtools.exporter.config import DecoderConfig, flag
+from onnxtools.exporter.families import gpt2
+from onnxtools.exporter.family import Family, Source
 from onnxtools.storage.lazy import Tensor, pick_rows, row_range
 
 

