@@ -2,45 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import onnx_ir as ir
 
 from onnxtools.analysis.facts import Facts, analyse
 from onnxtools.analysis.positions import table_rows
+from onnxtools.ir.description import described
 from onnxtools.ir.edit import Builder
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import attribute, is_op
 
 Dim = int | str | ir.SymbolicDim | None
 Kind = Literal["key", "value"]
-
-
-MODEL_KEY = "onnxtools.model"
-
-
-def described(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What a model says of itself (`onnxtools.model`); empty where that is missing, or is not of our making."""
-    try:
-        found = json.loads(metadata.get(MODEL_KEY, "{}"))
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) and isinstance(found.get("model"), dict) else {}
-
-
-def record_dtypes(model: Model, *, cache: str | None = None, compute: str | None = None) -> None:
-    """Let the model's own description (`onnxtools.model`) follow where the type of its cache or its computation has changed."""
-    for props in (model.graph.metadata_props, model.ir.metadata_props):
-        info = described(props)
-        if info:
-            if compute is not None:
-                info["dtype"] = compute
-            if cache is not None and isinstance(info.get("kv_cache"), dict):
-                info["kv_cache"]["dtype"] = cache
-            props[MODEL_KEY] = json.dumps(info)
 
 
 @dataclass(frozen=True)
@@ -138,7 +113,7 @@ def _head_size(node: ir.Node, index: int, facts: Facts) -> int | None:
 
 def positions(model: Model) -> int | None:
     """Tokens that a sequence may have, as far as the model says: its exporter, else its tables of positions."""
-    info = described(model.graph.metadata_props)
+    info = described(model)
     found = info["model"].get("max_position_embeddings") if info else table_rows(model)
     return found if isinstance(found, int) and found > 0 else None
 
@@ -155,7 +130,7 @@ def rotation(keys: ir.Value | None, facts: Facts, model: Model) -> tuple[int, bo
     if node is not None and is_op(node, "RotaryEmbedding"):
         shape = facts[node.inputs[0]].shape
         return int(attribute(node, "rotary_embedding_dim", 0) or (shape[-1] if shape else 0)), bool(attribute(node, "interleaved", 0))
-    info = described(model.graph.metadata_props)
+    info = described(model)
     rope = info["model"].get("rope") if info else None
     dim = rope.get("dim") if isinstance(rope, dict) else None
     return (dim, False) if isinstance(dim, int) and dim > 0 else (0, False)

@@ -7,11 +7,10 @@ from pathlib import Path
 
 from onnxtools.base.errors import JobError
 from onnxtools.checkpoints.huggingface import BESIDE
+from onnxtools.ir.description import INFO_FILE
 from onnxtools.ir.model import Model
 from onnxtools.storage.records import Beside, files_of, recorded, sha256
 
-INFO = "onnxtools.json"
-"""What the model is, for people and for engines; the graph's own metadata says the same."""
 _FOREIGN = ("config.json", "genai_config.json")
 """Configurations that other tools' ONNX folders have: where a text ends is said there."""
 
@@ -26,7 +25,7 @@ def files_beside(model: Model) -> dict[str, Path | bytes]:
         return {}
     folder, known = model.path.parent, recorded(model.ir.metadata_props)["beside"]
     check_beside(model.path, known)
-    names = known or (*BESIDE, INFO, *_FOREIGN)
+    names = known or (*BESIDE, INFO_FILE, *_FOREIGN)
     return {name: folder / name for name in names if (folder / name).is_file()}
 
 
@@ -40,7 +39,7 @@ def check_beside(path: Path, known: Mapping[str, str]) -> None:
     """
     for name, digest in known.items():
         file = path.parent / name
-        if name != INFO and file.is_file() and sha256(file) != digest:
+        if name != INFO_FILE and file.is_file() and sha256(file) != digest:
             raise JobError(f"{file}: is not the file that {path.name} was written with (another model's?); bring it back, or keep each model in its own folder")
 
 
@@ -53,7 +52,7 @@ def check_folder(path: Path, files: Beside) -> None:
     own = files_of(path)["beside"]
     for name, content in files.items():
         target = path.parent / name
-        if name == INFO or not target.is_file():
+        if name == INFO_FILE or not target.is_file():
             continue
         found = sha256(target)
         if found == (sha256(content) if isinstance(content, Path) else _digest(content)):

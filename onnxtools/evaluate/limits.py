@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import onnx
 
-from onnxtools.analysis.cache import described
 from onnxtools.check.sessions import CPU, CUDA, open_session, session_options
 from onnxtools.evaluate.timing import BenchmarkOptions, Timing
+from onnxtools.ir.description import described
 from onnxtools.ir.model import Model
 
 _ELEMS = {"float": onnx.TensorProto.FLOAT, "float16": onnx.TensorProto.FLOAT16, "bfloat16": onnx.TensorProto.BFLOAT16}
@@ -88,7 +88,7 @@ def _itemsize(dtype: str) -> int:
 
 def _query_channels(model: Model) -> int:
     """Heads x channels summed over layers, of onnxtools.json; 0 where it is not known (attention is a small part)."""
-    c = described(model.ir.metadata_props).get("model") or described(model.graph.metadata_props).get("model") or {}
+    c = described(model).get("model", {})
     sizes = [size for name in ("num_hidden_layers", "num_attention_heads", "head_dim") if isinstance(size := c.get(name), int)]
     return math.prod(sizes) if len(sizes) == 3 else 0
 

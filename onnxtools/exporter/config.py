@@ -174,31 +174,6 @@ def activation_of(config: Mapping[str, Any], family: str, name: str, default: st
     return ACTIVATIONS[wanted]
 
 
-def token_ids(config: Mapping[str, Any]) -> dict[str, Any]:
-    """bos, eos and pad ids of a Hugging Face configuration; generation_config.json decides where it speaks.
-
-    Raises:
-        ModelError: an id that is none.
-    """
-    both = {**config, **{key: value for key, value in config.get("_generation", {}).items() if value is not None}}
-    eos = both.get("eos_token_id")
-    ends = [_token_id(token, "eos_token_id") for token in (eos if isinstance(eos, list) else [eos])]
-    return {
-        "bos_token_id": _token_id(both.get("bos_token_id"), "bos_token_id"),
-        "eos_token_ids": tuple(token for token in ends if token is not None),
-        "pad_token_id": _token_id(both.get("pad_token_id"), "pad_token_id"),
-    }
-
-
-def _token_id(value: Any, name: str) -> int | None:
-    """A token; None where there is none, which older configurations spell -1."""
-    if value is None or (value == -1 and isinstance(value, int)):
-        return None
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 31:
-        raise ModelError(f"{name} is {shown(value)}; it must be a token's number, or null")
-    return value
-
-
 def weight_shapes(c: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Every weight of the model by its canonical name (Hugging Face's names of Llama) and shape."""
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (c.vocab_size, c.hidden_size)}

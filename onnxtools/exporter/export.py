@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,18 +10,19 @@ from typing import Any
 
 import onnx_ir as ir
 
-from onnxtools.analysis.cache import MODEL_KEY
 from onnxtools.base import registry
 from onnxtools.base.dtypes import BY_NAME
 from onnxtools.base.errors import ModelError, UsageError
 from onnxtools.base.version import __version__
-from onnxtools.checkpoints.beside import INFO, check_folder
+from onnxtools.checkpoints.beside import check_folder
 from onnxtools.checkpoints.checkpoint import Checkpoint
 from onnxtools.checkpoints.open import open_checkpoint
 from onnxtools.exporter.config import DecoderConfig, weight_shapes
 from onnxtools.exporter.decoder import build_decoder
 from onnxtools.exporter.export_options import ExportOptions
 from onnxtools.exporter.family import Family, Source, Weights, family_for
+from onnxtools.ir import description
+from onnxtools.ir.description import INFO_FILE
 from onnxtools.ir.model import Model
 from onnxtools.storage.lazy import RandomRows, Tensor
 from onnxtools.storage.save import SaveReport
@@ -61,9 +61,7 @@ def export(source: Path | None, output: Path, options: ExportOptions) -> Exporte
     config, weights, dtype = _random(checkpoint, options) if options.random else _bound(_opened(checkpoint), options)
     model = build_decoder(config, options, weights, dtype)
     info = describe(config, options, dtype)
-    model.graph.metadata_props[MODEL_KEY] = json.dumps(info)
-    model.ir.metadata_props[MODEL_KEY] = json.dumps(info)
-    files: dict[str, Path | bytes] = {**(checkpoint.files if checkpoint is not None else {}), INFO: (json.dumps(info, indent=2) + "\n").encode()}
+    files: dict[str, Path | bytes] = {**(checkpoint.files if checkpoint is not None else {}), INFO_FILE: description.write(model, info)}
     check_folder(output, files)
     saved = model.save(output, copy_weights=options.copy_weights, weights=options.weights, beside=files)
     return Exported(model, config, saved, list(checkpoint.notes) if checkpoint is not None else [])

@@ -11,7 +11,6 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from onnxtools.analysis.cache import record_dtypes
 from onnxtools.analysis.facts import Facts, analyse
 from onnxtools.analysis.products import weight_products
 from onnxtools.analysis.readers import readers
@@ -21,6 +20,7 @@ from onnxtools.base.options import option
 from onnxtools.calibration.calibration_options import Calibrated
 from onnxtools.calibration.run import Calibration, Findings, Layer
 from onnxtools.calibration.statistics import Largest
+from onnxtools.ir.description import record_dtypes
 from onnxtools.ir.edit import Builder, remove_unused
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import attribute, constant_tensor, graphs_inside, is_op

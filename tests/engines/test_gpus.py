@@ -18,7 +18,7 @@ from onnxtools.engines.build import gpus, last_words
 from onnxtools.engines.build.builder import Limits
 from onnxtools.engines.build.many import Job, build_many
 from onnxtools.engines.build.spec import EngineSpec
-from onnxtools.engines.kernels.rewrite import library as kernel_library
+from onnxtools.engines.kernels import library as kernel_library
 from onnxtools.evaluate.limits import Rates, Work, raised
 from onnxtools.evaluate.timing import Timing
 from onnxtools.ir.model import Model
@@ -117,7 +117,8 @@ def test_a_process_that_dies_leaves_nothing_and_is_reported(tmp_path: Path, monk
 
 def test_an_engine_knows_its_own_model(tmp_path: Path) -> None:
     """Another model's onnxtools.json in the folder is not taken for its own."""
-    from onnxtools.generation.runtime import INFO_KEY, ModelInfo
+    from onnxtools.checkpoints.model_info import ModelInfo
+    from onnxtools.ir.description import MODEL_KEY
 
     for name, length in (("a", 32), ("b", 64)):
         (tmp_path / name).mkdir()
@@ -126,7 +127,7 @@ def test_an_engine_knows_its_own_model(tmp_path: Path) -> None:
         )
     succeed("build", tmp_path / "a" / "m.onnx", tmp_path / "b" / "a.engine", *SMALL)
     manifest = json.loads((tmp_path / "b" / "a.engine.json").read_text())
-    assert ModelInfo.read(tmp_path / "b" / "a.engine", {INFO_KEY: manifest["graph"]["info"]}).max_positions == 32
+    assert ModelInfo.read(tmp_path / "b" / "a.engine", {MODEL_KEY: manifest["graph"]["info"]}).max_positions == 32
     assert "onnxtools.json" in manifest["graph"]["beside"]
 
 

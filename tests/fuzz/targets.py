@@ -17,6 +17,7 @@ from onnxtools.check.feeds import random_feeds, read_feeds
 from onnxtools.check.validate import validate
 from onnxtools.checkpoints.checkpoint import Region
 from onnxtools.checkpoints.checkpoint import reading as reading_file
+from onnxtools.checkpoints.model_info import ModelInfo
 from onnxtools.checkpoints.open import open_checkpoint
 from onnxtools.checkpoints.safetensors import read_safetensors
 from onnxtools.checkpoints.tokenizer import Tokenizer
@@ -31,7 +32,6 @@ from onnxtools.engines.trtexec.trtexec_builder import OnPaper
 from onnxtools.evaluate.lambada import read_lambada
 from onnxtools.exporter.export import export
 from onnxtools.exporter.export_options import ExportOptions
-from onnxtools.generation.runtime import ModelInfo
 from onnxtools.ir.model import Model
 from onnxtools.ir.provenance import provenance
 from onnxtools.passes.convert import Convert

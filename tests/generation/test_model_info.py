@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from onnxtools.base.errors import JobError
-from onnxtools.generation.runtime import INFO_KEY, ModelInfo
+from onnxtools.checkpoints.model_info import ModelInfo
+from onnxtools.ir.description import MODEL_KEY
 from tests.generation import vocabularies as v
 
 CONFIG = {"model_type": "llama", "vocab_size": 99, "bos_token_id": 11, "eos_token_id": 12, "pad_token_id": 13, "max_position_embeddings": 321}
@@ -76,12 +77,12 @@ ODD = (
 
 
 @pytest.mark.parametrize("text", ODD)
-@pytest.mark.parametrize("place", [INFO_KEY, "onnxtools.json", "config.json", "generation_config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("place", [MODEL_KEY, "onnxtools.json", "config.json", "generation_config.json", "tokenizer_config.json"])
 def test_metadata_of_any_shape_is_one_error_or_none(text: str, place: str, tmp_path: Path) -> None:
-    if place != INFO_KEY:
+    if place != MODEL_KEY:
         (tmp_path / place).write_bytes(text.encode(errors="surrogatepass"))
     try:
-        ModelInfo.read(tmp_path / "model.onnx", {INFO_KEY: text} if place == INFO_KEY else {})
+        ModelInfo.read(tmp_path / "model.onnx", {MODEL_KEY: text} if place == MODEL_KEY else {})
     except JobError as error:
         assert len(str(error)) < 600 and "\n" not in str(error)
     else:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from onnxtools.base.version import __version__
-from onnxtools.analysis.cache import MODEL_KEY
+from onnxtools.ir import description
 from onnxtools.base.errors import JobError
 from onnxtools.base.inputs import check_regular, shown
 from onnxtools.base.memory import peak_mib
@@ -61,7 +61,7 @@ def make_manifest(
     props = origin.ir.metadata_props
     graph = {
         "file": origin.path.name if origin.path else None, "sha256": origin.sha256, "path": path,
-        "info": props.get(MODEL_KEY), "beside": recorded(props)["beside"],
+        "info": description.text(origin), "beside": recorded(props)["beside"],
     }  # fmt: skip
     return {
         "format": FORMAT,

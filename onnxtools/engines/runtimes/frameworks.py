@@ -11,21 +11,9 @@ import numpy as np
 
 from onnxtools.base.errors import JobError
 from onnxtools.base.extras import install_line
+from onnxtools.checkpoints.model_info import ModelInfo
 from onnxtools.engines.runtimes.onnxrt.ort_session import device_name
-from onnxtools.generation.runtime import (
-    Floats,
-    HostLogits,
-    Ids,
-    Logits,
-    ModelInfo,
-    PickedLogits,
-    Prompts,
-    RuntimeOptions,
-    check_length,
-    check_slots,
-    padded,
-    positions_of,
-)
+from onnxtools.generation.runtime import Floats, HostLogits, Ids, Logits, PickedLogits, Prompts, RuntimeOptions, check_length, check_slots, padded, positions_of
 
 
 class TorchLogits:

@@ -18,22 +18,11 @@ import numpy as np
 from onnxtools.analysis.decoder_io import DecoderIO, Port, decoder_io
 from onnxtools.base.errors import JobError
 from onnxtools.base.extras import install_line
+from onnxtools.checkpoints.model_info import ModelInfo
 from onnxtools.engines.build.manifest import check_plan, read_manifest
 from onnxtools.engines.runtimes.onnxrt.ort_session import device_name
-from onnxtools.generation.runtime import (
-    INFO_KEY,
-    Floats,
-    HostLogits,
-    Ids,
-    Logits,
-    ModelInfo,
-    Prompts,
-    RuntimeOptions,
-    check_length,
-    check_slots,
-    padded,
-    positions_of,
-)
+from onnxtools.generation.runtime import Floats, HostLogits, Ids, Logits, Prompts, RuntimeOptions, check_length, check_slots, padded, positions_of
+from onnxtools.ir.description import MODEL_KEY
 
 Shapes = Mapping[str, Sequence[int]]
 _EXTRAS = {"tensorrt-rtx": "rtx", "tensorrt": "tensorrt"}
@@ -81,7 +70,7 @@ class TrtRuntime:
         self.manifest = read_manifest(path)
         self.io = engine_io(path, self.manifest)
         info = self.manifest["graph"].get("info")
-        self.info = ModelInfo.read(path, {INFO_KEY: info} if isinstance(info, str) else {})
+        self.info = ModelInfo.read(path, {MODEL_KEY: info} if isinstance(info, str) else {})
         self.vocab_size, self.has_cache, self.pads = self.io.vocab_size, bool(self.io.caches), self.io.mask is not None
         self.weight_bytes = int(self.manifest["engine"]["bytes"])
         if not self.has_cache:

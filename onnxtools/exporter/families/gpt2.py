@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from onnxtools.base.errors import ModelError
-from onnxtools.exporter.config import DecoderConfig, activation_of, check_plain, flag, head_dim_of, integer, number, token_ids
+from onnxtools.checkpoints.model_info import token_ids
+from onnxtools.exporter.config import DecoderConfig, activation_of, check_plain, flag, head_dim_of, integer, number
 from onnxtools.exporter.family import Family, Source
 from onnxtools.storage.lazy import Tensor, columns
 

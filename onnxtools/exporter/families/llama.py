@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from onnxtools.exporter.config import DecoderConfig, activation_of, check_plain, flag, head_dim_of, integer, number, token_ids, weight_shapes
+from onnxtools.checkpoints.model_info import token_ids
+from onnxtools.exporter.config import DecoderConfig, activation_of, check_plain, flag, head_dim_of, integer, number, weight_shapes
 from onnxtools.exporter.family import Family, Source
 from onnxtools.exporter.rope import rope_of
 from onnxtools.storage.lazy import Tensor

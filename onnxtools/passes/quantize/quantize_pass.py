@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
-from onnxtools.analysis.cache import record_dtypes
 from onnxtools.analysis.facts import Facts, analyse
 from onnxtools.analysis.products import Product, weight_products
 from onnxtools.analysis.readers import own_weights
@@ -21,6 +20,7 @@ from onnxtools.base.options import option
 from onnxtools.calibration.calibration_options import Calibrated
 from onnxtools.calibration.run import Calibration, Findings, Layer
 from onnxtools.calibration.statistics import Observer
+from onnxtools.ir.description import record_dtypes
 from onnxtools.ir.edit import remove_unused
 from onnxtools.ir.model import Model
 from onnxtools.numerics.formats import FP8, INT4, INT8, Format

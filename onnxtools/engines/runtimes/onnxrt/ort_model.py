@@ -9,10 +9,11 @@ import numpy as np
 
 from onnxtools.analysis.decoder_io import decoder_io
 from onnxtools.base.errors import JobError
+from onnxtools.checkpoints.model_info import ModelInfo
 from onnxtools.engines.runtimes.onnxrt.device_ops import DeviceOps
 from onnxtools.engines.runtimes.onnxrt.next_token import NEXT, PAST_TOKENS
 from onnxtools.engines.runtimes.onnxrt.ort_session import choose_device, device_name, open_decoder, ports
-from onnxtools.generation.runtime import Floats, HostLogits, Ids, Logits, ModelInfo, RuntimeOptions
+from onnxtools.generation.runtime import Floats, HostLogits, Ids, Logits, RuntimeOptions
 from onnxtools.ir.model import Model
 
 
