@@ -1,14 +1,18 @@
-"""The KV cache as inputs and outputs of a graph: names, shapes, axes. Shared by `add-kv-cache` and `export`."""
+"""`CacheSpec`: the KV cache as inputs and outputs of a graph, and what else the graph says of it."""
 
 from __future__ import annotations
 
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import onnx_ir as ir
 
-from onnxtools.analysis.facts import Facts, analyse
+from onnxtools.analysis.facts import Facts, analyse, is_past_length
 from onnxtools.analysis.positions import table_rows
+from onnxtools.base.dtypes import BY_NAME
+from onnxtools.base.errors import JobError
 from onnxtools.ir.description import described
 from onnxtools.ir.edit import Builder
 from onnxtools.ir.model import Model
@@ -16,31 +20,156 @@ from onnxtools.ir.query import attribute, is_op
 
 Dim = int | str | ir.SymbolicDim | None
 Kind = Literal["key", "value"]
+CacheKind = Literal["none", "concat", "scatter", "gqa"]
+
+_PAST, _NEW = "past_key_values", "new_key_values"
+_PRESENT = ("present", "present_key_values")
+"""What an output is called whose input is past_key_values: hf and nemo naming of add-kv-cache, and optimum's."""
+
+
+def is_past(name: str | None) -> bool:
+    """Whether an input of that name is a cache that is carried from step to step."""
+    return (name or "").startswith(_PAST)
+
+
+def may_be_past(name: str | None) -> bool:
+    """Whether an input may be some exporter's cache: what is random, or real data, elsewhere is not asked of it."""
+    return "past" in (name or "").lower()
+
+
+def is_foreign_past(name: str | None) -> bool:
+    """Whether an input is a cache by anybody's names."""
+    return "past_key" in (name or "")
+
+
+def is_present(name: str | None) -> bool:
+    """Whether an output of that name belongs to the cache."""
+    return "key_values" in (name or "") or (name or "").startswith("present.")
+
+
+def kind_of(name: str | None) -> Kind:
+    """Key or value: the last word of the cache's name (`past_key_values.0.value` has both)."""
+    return "value" if (name or "").rfind("value") > (name or "").rfind("key") else "key"
+
+
+def present_of(past: str, outputs: Container[str]) -> tuple[str, bool] | None:
+    """The output that carries on the input `past`, and whether it holds the new tokens alone (--policy new); None where there is none."""
+    rest = past.removeprefix(_PAST)
+    for prefix in (*_PRESENT, _NEW):
+        if prefix + rest in outputs:
+            return prefix + rest, prefix == _NEW
+    return None
+
+
+def cache_inputs(model: Model) -> list[ir.Value]:
+    """The graph's inputs that are caches, in its order."""
+    return [value for value in model.graph.inputs if is_past(value.name)]
 
 
 @dataclass(frozen=True)
-class KvCache:
-    """Declares the cache tensors of a graph.
+class CacheTensor:
+    """One tensor of the cache of a graph: its input, the output that carries it on (if any), and the axis of tokens."""
+
+    past: str
+    present: str | None
+    axis: int
+    shape: tuple[Dim, ...]
+    dtype: ir.DataType
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """The KV cache of a graph. Nothing else looks at the names of its inputs and outputs.
 
     Attributes:
+        kind: `concat`: outputs are longer than inputs; `scatter`, `gqa`: buffers of a fixed length that are written in place.
         naming: `hf`: past_key_values.N.key / present.N.key; `nemo`: past_key_values.N.decoder.key / present_key_values.N.decoder.key.
         policy: `concat`: outputs hold the whole cache; `new`: only the new tokens (new_key_values.N.key).
         layout: `bnsh` [batch, kv_heads, sequence, head_dim]; `sbnh` [sequence, batch, kv_heads, head_dim].
         batch: size or name of the batch axis.
+        layers, heads, head_dim, dtype: of all caches; 0 and None where layers differ, or nobody has said.
+        length: slots of a fixed length.
+        tensors: those of the graph it was found in.
     """
 
-    builder: Builder
-    batch: Dim = "batch"
+    kind: CacheKind = "concat"
     naming: Literal["hf", "nemo"] = "hf"
     policy: Literal["concat", "new"] = "concat"
     layout: Literal["bnsh", "sbnh"] = "bnsh"
+    batch: Dim = "batch"
+    layers: int = 0
+    heads: int = 0
+    head_dim: int = 0
+    dtype: ir.DataType | None = None
+    length: int | None = None
+    tensors: tuple[CacheTensor, ...] = ()
+
+    @classmethod
+    def find(cls, model: Model) -> CacheSpec | None:
+        """The cache of `model`, whose sizes are written into its shapes where they were called by a name; None where it has none."""
+        pasts = cache_inputs(model)
+        if not pasts:
+            return None
+        settle_sizes(model)
+        outputs = {value.name or "" for value in model.graph.outputs}
+        tensors, policies = [], set[bool]()
+        for value in pasts:
+            found = present_of(value.name or "", outputs)
+            assert value.shape is not None and value.dtype is not None
+            shape = tuple(dim if isinstance(dim, int) else dim.value for dim in value.shape)
+            tensors.append(CacheTensor(value.name or "", found[0] if found else None, token_axis(shape), shape, value.dtype))
+            policies.add(bool(found and found[1]))
+        first = tensors[0]
+        heads, size = (first.shape[1], first.shape[3]) if len(first.shape) == 4 and first.axis == 2 else (None, None)
+        length = first.shape[first.axis] if len(first.shape) > first.axis else None
+        fixed = length if isinstance(length, int) else None
+        gqa = any(is_op(node, "GroupQueryAttention", domain="com.microsoft") for node in model.graph)
+        return cls(
+            "gqa" if gqa else "scatter" if fixed is not None else "concat", policy="new" if True in policies else "concat",
+            layout="bnsh" if first.axis else "sbnh", layers=len({t.past.removesuffix(kind_of(t.past)) for t in tensors}),
+            heads=heads if isinstance(heads, int) else 0, head_dim=size if isinstance(size, int) else 0,
+            dtype=first.dtype, length=fixed, tensors=tuple(tensors),
+        )  # fmt: skip
+
+    def feeds(self, rows: int, length: int = 0) -> dict[str, np.ndarray[Any, Any]]:
+        """Zeros for every input: `rows` sequences with room for `length` tokens; bfloat16, which numpy lacks, as float32."""
+        feeds = {}
+        for tensor in self.tensors:
+            shape = [dim if isinstance(dim, int) else length if is_past_length(str(dim or "")) else rows for dim in tensor.shape]
+            dtype = np.dtype(np.float32) if tensor.dtype == ir.DataType.BFLOAT16 else tensor.dtype.numpy()
+            feeds[tensor.past] = np.zeros(shape, dtype)
+        return feeds
+
+    def carried(self) -> list[tuple[CacheTensor, str]]:
+        """Each tensor and its output.
+
+        Raises:
+            JobError: an input of the cache has no output.
+        """
+        lonely = next((tensor.past for tensor in self.tensors if tensor.present is None), None)
+        if lonely is not None:
+            raise JobError(f"no output matches the cache input {lonely!r}; expected present{lonely.removeprefix(_PAST)}")
+        return [(tensor, tensor.present) for tensor in self.tensors if tensor.present is not None]
+
+    def to_json(self) -> dict[str, Any]:
+        """As onnxtools.json has it."""
+        dtypes = {value: key for key, value in BY_NAME.items()}
+        return {
+            "kind": self.kind, "dtype": dtypes[self.dtype] if self.dtype is not None else None, "layout": self.layout,
+            "past": self.names("{n}", "{kind}")[0], "present": self.names("{n}", "{kind}")[1], "length": self.length,
+            "layers": self.layers, "heads": self.heads, "head_dim": self.head_dim,
+        }  # fmt: skip
+
+    def declare(self, builder: Builder) -> CacheWriter:
+        """What adds the tensors to the graph of `builder`."""
+        return CacheWriter(self, builder)
 
     @property
     def axis(self) -> int:
         """The sequence axis."""
         return 2 if self.layout == "bnsh" else 0
 
-    def names(self, index: int, kind: str) -> tuple[str, str]:
+    def names(self, index: int | str, kind: str) -> tuple[str, str]:
         """Input and output of block `index`."""
         part = f"{index}.decoder.{kind}" if self.naming == "nemo" else f"{index}.{kind}"
         whole = "present_key_values" if self.naming == "nemo" else "present"
@@ -49,27 +178,41 @@ class KvCache:
     def shape(self, heads: int, length: Dim, channels: int) -> list[Dim]:
         return [self.batch, heads, length, channels] if self.layout == "bnsh" else [length, self.batch, heads, channels]
 
+
+@dataclass(frozen=True)
+class CacheWriter:
+    """Adds the cache tensors that a `CacheSpec` describes to a graph."""
+
+    spec: CacheSpec
+    builder: Builder
+
     def past(self, index: int, kind: str, heads: int, channels: int, dtype: ir.DataType, length: Dim = "past_sequence") -> ir.Value:
         """Add the input."""
-        shape = ir.Shape(self.shape(heads, length, channels))
-        value = ir.val(self.builder.names(self.names(index, kind)[0]), dtype, shape)
+        shape = ir.Shape(self.spec.shape(heads, length, channels))
+        value = ir.val(self.builder.names(self.spec.names(index, kind)[0]), dtype, shape)
         self.builder.graph.inputs.append(value)
         return value
 
     def present(self, value: ir.Value, index: int, kind: str, heads: int, channels: int, dtype: ir.DataType, length: Dim = "total_sequence") -> ir.Value:
         """Make `value` the output."""
-        value.name = self.builder.names(self.names(index, kind)[1])
-        value.shape, value.dtype = ir.Shape(self.shape(heads, length, channels)), dtype
+        value.name = self.builder.names(self.spec.names(index, kind)[1])
+        value.shape, value.dtype = ir.Shape(self.spec.shape(heads, length, channels)), dtype
         self.builder.graph.outputs.append(value)
         return value
 
     def concat(self, past: ir.Value, new: ir.Value, prefix: str) -> ir.Value:
         """Past, then new, along the sequence."""
-        return self.builder.op("Concat", [past, new], f"{prefix}/Concat", axis=self.axis)
+        return self.builder.op("Concat", [past, new], f"{prefix}/Concat", axis=self.spec.axis)
 
     def past_length(self, past: ir.Value, name: str) -> ir.Value:
         """Tokens in the cache, shape [1]."""
-        return self.builder.op("Shape", [past], name, dtype=ir.DataType.INT64, shape=[1], start=self.axis, end=self.axis + 1)
+        return self.builder.op("Shape", [past], name, dtype=ir.DataType.INT64, shape=[1], start=self.spec.axis, end=self.spec.axis + 1)
+
+
+def token_axis(shape: Sequence[Dim]) -> int:
+    """The axis of tokens: the dynamic one called past... or cache..., else the third, as in [batch, heads, tokens, channels]."""
+    named = (axis for axis, dim in enumerate(shape) if isinstance(dim, str) and ("past" in dim or "cache" in dim))
+    return next(named, 2)
 
 
 def settle_sizes(model: Model) -> None:

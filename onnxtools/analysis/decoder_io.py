@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
+from onnxtools.analysis.cache import CacheKind, is_past, present_of, token_axis
 from onnxtools.base.errors import JobError
 
-CacheKind = Literal["none", "concat", "scatter", "gqa"]
 Dim = int | str | None
 
 
@@ -76,10 +75,6 @@ class DecoderIO:
         return found if isinstance(found, int) and found > 0 else None
 
 
-_PRESENT = ("present", "present_key_values")
-"""What an output is called whose input is past_key_values; hf and nemo naming of add-kv-cache, and optimum's."""
-
-
 def decoder_io(path: Path, inputs: Sequence[Port], outputs: Sequence[Port], *, gqa: bool = False) -> DecoderIO:
     """Sort the ports of a decoder.
 
@@ -91,7 +86,7 @@ def decoder_io(path: Path, inputs: Sequence[Port], outputs: Sequence[Port], *, g
     named = {port.name: port for port in inputs}
     if len(named) < len(inputs):
         raise JobError(f"{path}: two of its inputs have one name; export or build the model again")
-    pasts = [port for port in inputs if port.name.startswith("past_key_values.")]
+    pasts = [port for port in inputs if is_past(port.name)]
     tokens = {name: named.pop(name, None) for name in ("input_ids", "attention_mask", "position_ids", "write_indices")}
     for past in pasts:
         del named[past.name]
@@ -119,18 +114,15 @@ def decoder_io(path: Path, inputs: Sequence[Port], outputs: Sequence[Port], *, g
 
 
 def _present(path: Path, past: Port, outputs: dict[str, Port]) -> Port:
-    rest = past.name.removeprefix("past_key_values.")
-    for prefix in _PRESENT:
-        if f"{prefix}.{rest}" in outputs:
-            return outputs[f"{prefix}.{rest}"]
-    if f"new_key_values.{rest}" in outputs:
+    found = present_of(past.name, outputs)
+    if found is None:
+        raise JobError(f"{path}: input {past.name!r} has no output that carries it on (present...); add the cache again with add-kv-cache")
+    if found[1]:
         raise JobError(f"{path}: returns the new keys and values alone (--policy new); run add-kv-cache with --policy concat")
-    raise JobError(f"{path}: input {past.name!r} has no output present.{rest}; add the cache again with add-kv-cache")
+    return outputs[found[0]]
 
 
 def _axis(path: Path, past: Port) -> int:
-    """The axis of tokens: the dynamic one called past..., else the third, as in [batch, heads, tokens, channels]."""
     if len(past.shape) != 4:
         raise JobError(f"{path}: cache {past.name!r} has {len(past.shape)} dimensions; [batch, heads, tokens, channels] is wanted")
-    named = [axis for axis, dim in enumerate(past.shape) if isinstance(dim, str) and ("past" in dim or "cache" in dim)]
-    return named[0] if named else 2
+    return token_axis(past.shape)

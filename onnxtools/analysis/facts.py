@@ -116,11 +116,16 @@ def dim_terms(name: str) -> list[int | str]:
     return [int(term) if term.isdigit() else term for term in terms] if all(terms) else [name]
 
 
+def is_past_length(dim: str) -> bool:
+    """Whether a dimension of that name is the number of tokens in a cache."""
+    return "past" in dim.lower()
+
+
 def _growing_past(model: Model) -> str | None:
     """Name of the length of caches that are an input."""
     for value in model.graph.inputs:
         for dim in value.shape or ():
-            if isinstance(dim, ir.SymbolicDim) and dim.value and "past" in dim.value.lower() and not is_ids_like(value):
+            if isinstance(dim, ir.SymbolicDim) and dim.value and is_past_length(dim.value) and not is_ids_like(value):
                 return dim.value
     return None
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxtools.analysis.cache import positions
+from onnxtools.analysis.cache import may_be_past, positions
 from onnxtools.analysis.facts import is_ids_like, token_input
 from onnxtools.base.errors import JobError, UsageError
 from onnxtools.base.jsonl import read_jsonl
@@ -113,7 +113,7 @@ def _check_array(path: Path, value: ir.Value, array: np.ndarray[Any, Any]) -> No
         same &= array.ndim == len(dims) and all(not isinstance(d, int) or d == size for d, size in zip(dims, array.shape, strict=False))
     if not same:
         raise JobError(f"{path}: {value.name!r} is {array.dtype} {list(array.shape)}, but the graph's input is {wanted}; write it so")
-    if not array.size and "past" not in (value.name or ""):
+    if not array.size and not may_be_past(value.name):
         raise JobError(f"{path}: {value.name!r} is empty; write one text or more")
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise JobError(f"{path}: {value.name!r} holds infinite or NaN numbers; calibrate with real data")

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from onnxtools.analysis.cache import may_be_past
 from onnxtools.analysis.facts import token_input
 from onnxtools.analysis.products import Product, weight_products
 from onnxtools.base.errors import JobError
@@ -90,7 +91,7 @@ def _through_casts(value: ir.Value) -> ir.Value:
 def _is_hidden(value: ir.Value) -> bool:
     """A graph input of activations: floating-point, and neither a cache nor a mask."""
     name = (value.name or "").lower()
-    return value.is_graph_input() and value.dtype is not None and value.dtype.is_floating_point() and "past" not in name and "mask" not in name
+    return value.is_graph_input() and value.dtype is not None and value.dtype.is_floating_point() and not may_be_past(name) and "mask" not in name
 
 
 def _cuts(heavy: list[ir.Node], last: dict[ir.Value, int], products: set[ir.Node]) -> list[int]:

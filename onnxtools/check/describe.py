@@ -8,8 +8,8 @@ from typing import Any
 
 import onnx_ir as ir
 
+from onnxtools.analysis.cache import cache_inputs
 from onnxtools.analysis.products import weight_products
-from onnxtools.check.validate import cache_inputs
 from onnxtools.ir.model import Model
 from onnxtools.ir.provenance import provenance
 from onnxtools.ir.query import attribute, is_op

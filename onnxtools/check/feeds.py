@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxtools.analysis.cache import positions, settle_sizes
-from onnxtools.analysis.facts import analyse, dim_name, dim_terms, is_ids_like, stand_ins, token_input
+from onnxtools.analysis.cache import may_be_past, positions, settle_sizes
+from onnxtools.analysis.facts import analyse, dim_name, dim_terms, is_ids_like, is_past_length, stand_ins, token_input
 from onnxtools.base.errors import JobError
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import attribute, constant_tensor, is_op
@@ -155,7 +155,7 @@ def _feed(value: ir.Value, batch: int, sequence: int, generator: np.random.Gener
         raise JobError(f"input {value.name!r} of shape {shape} has more than {MAX_BYTES >> 30} GiB; give data with --inputs, or say --no-check")
     name = (value.name or "").lower()
     dtype = np.dtype(np.float32) if value.dtype == ir.DataType.BFLOAT16 else value.dtype.numpy()
-    if "past" in name:
+    if may_be_past(name):
         return np.zeros(shape, dtype)  # also static caches, whose slots are masked
     if "position" in name and is_ids_like(value):
         along = np.arange(shape[1], dtype=dtype) if shape[1] == sequence else np.arange(shape[0], dtype=dtype)[:, None]
@@ -207,7 +207,7 @@ def _dim(dim: int | ir.SymbolicDim, axis: int, value: ir.Value, batch: int, sequ
 
 def _size(name: str, axis: int, batch: int, sequence: int) -> int:
     name = name.lower()
-    if "past" in name:
+    if is_past_length(name):
         return 0
     if "batch" in name or (not name and axis == 0):
         return batch

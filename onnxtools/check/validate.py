@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxtools.analysis.cache import settle_sizes
+from onnxtools.analysis.cache import CacheSpec, cache_inputs, is_present
 from onnxtools.analysis.facts import dim_terms, token_input
 from onnxtools.base.errors import JobError
 from onnxtools.check.feeds import Array, Feeds, Probe, long_probe, probes, sizes_of, too_costly
@@ -118,10 +118,6 @@ def is_cached(model: Model) -> bool:
     return bool(cache_inputs(model))
 
 
-def cache_inputs(model: Model) -> list[ir.Value]:
-    return [value for value in model.graph.inputs if (value.name or "").startswith("past_key_values")]
-
-
 def validate(
     reference: Model, model: Model, feeds: Feeds | None = None, tolerance: float | None = None, batch: int = 2, sequence: int = 16, seed: int = 0
 ) -> Verdict:
@@ -151,7 +147,7 @@ def validate(
             verdict.notes.append(f"not compared: {probe.title} (the reference does not run: {error})")
             continue
         if is_cached(model):
-            outputs = {name: array for name, array in expected.items() if not is_cache(name)}
+            outputs = {name: array for name, array in expected.items() if not is_present(name)}
             own = (lambda steps, feeds=probe.feeds: decode(reference, run_a, feeds, steps)) if is_cached(reference) else None
             _validate_decoding(verdict, outputs, model, run_b, probe, steps_tolerance, own)
         else:
@@ -171,11 +167,6 @@ def _probes(model: Model, batch: int, sequence: int, seed: int, notes: list[str]
     elif far is not None:
         notes.append(f"not compared: {far.title} ({why}); `--sequence` makes the inputs longer")
     return found
-
-
-def is_cache(name: str) -> bool:
-    """Whether an output of that name belongs to the cache."""
-    return "key_values" in name or name.startswith("present.")
 
 
 def is_quantized(model: Model) -> bool:
@@ -204,16 +195,9 @@ def _with_empty_cache(model: Model, feeds: Feeds) -> Feeds:
 
 
 def empty_cache(model: Model, batch: int) -> Feeds:
-    """Cache inputs of length 0."""
-    settle_sizes(model)
-    feeds: Feeds = {}
-    for value in cache_inputs(model):
-        assert value.shape is not None and value.dtype is not None
-        names = [d if isinstance(d, int) else d.value for d in value.shape]
-        shape = [d if isinstance(d, int) else 0 if d and "past" in d else batch for d in names]
-        dtype = np.dtype(np.float32) if value.dtype == ir.DataType.BFLOAT16 else value.dtype.numpy()
-        feeds[value.name or ""] = np.zeros(shape, dtype=dtype)
-    return feeds
+    """Cache inputs of length 0; none of a model without a cache."""
+    spec = CacheSpec.find(model)
+    return spec.feeds(batch) if spec is not None else {}
 
 
 def _token_shape(model: Model, feeds: Mapping[str, Array]) -> tuple[int, int]:
@@ -238,18 +222,17 @@ def split_points(sequence: int) -> list[list[int]]:
 def decode(model: Model, run: Runner, feeds: Feeds, steps: Sequence[int]) -> dict[str, Array]:
     """Feed `steps` tokens at a time, carrying the cache; outputs other than the cache, joined along the sequence (axis 1)."""
     batch, _ = _token_shape(model, feeds)
-    cache = empty_cache(model, batch)
-    policy_new = any(name.startswith("new_key_values") for name in run.outputs)
-    axis = {value.name or "": _past_axis(value) for value in cache_inputs(model)}
+    spec = CacheSpec.find(model) or CacheSpec()
+    cache, carried = spec.feeds(batch), spec.carried()
     pieces: dict[str, list[Array]] = {}
     done = 0
     for step in steps:
         results = run({**{name: _part(name, array, model, done, step) for name, array in feeds.items() if name in run.inputs}, **cache})
-        for name in cache:
-            new = results[_cache_output(name, run.outputs)]
-            cache[name] = _joined(cache[name], new, axis[name]) if policy_new else new
+        for tensor, present in carried:
+            new = results[present]
+            cache[tensor.past] = _joined(cache[tensor.past], new, tensor.axis) if spec.policy == "new" else new
         for name, array in results.items():
-            if not is_cache(name):
+            if not is_present(name):
                 pieces.setdefault(name, []).append(array)
         done += step
     axes = {name: _sequence_axis(model, name) for name in pieces}
@@ -277,19 +260,6 @@ def _joined(old: Array, new: Array, axis: int) -> Array:
     bytes_ = new.dtype.itemsize == 1
     parts = [old.view(np.uint8), new.view(np.uint8)] if bytes_ else [old, new]
     return np.concatenate(parts, axis).view(new.dtype)
-
-
-def _cache_output(past: str, outputs: Sequence[str]) -> str:
-    rest = past.removeprefix("past_key_values")
-    for prefix in ("present", "present_key_values", "new_key_values"):
-        if prefix + rest in outputs:
-            return prefix + rest
-    raise JobError(f"no output matches the cache input {past!r}; expected present{rest}")
-
-
-def _past_axis(value: ir.Value) -> int:
-    names = [None if isinstance(d, int) else d.value for d in value.shape or ()]
-    return next((axis for axis, name in enumerate(names) if name and "past" in name), 2)
 
 
 def _part(name: str, array: Array, model: Model, done: int, step: int) -> Array:

@@ -10,6 +10,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from onnxtools.analysis.cache import CacheSpec
 from onnxtools.base import registry
 from onnxtools.base.dtypes import BY_NAME
 from onnxtools.base.errors import ModelError, UsageError
@@ -150,7 +151,8 @@ def _random(checkpoint: Checkpoint | None, options: ExportOptions) -> tuple[Deco
 
 def describe(config: DecoderConfig, options: ExportOptions, dtype: ir.DataType) -> dict[str, Any]:
     """The content of onnxtools.json: what the model is, for runtimes and engine profiles."""
-    names = {value: key for key, value in BY_NAME.items()}
+    length = (options.cache_length or config.max_position_embeddings) if options.kv_cache == "scatter" else None
+    cache = CacheSpec(options.kv_cache, layers=config.num_hidden_layers, heads=config.num_key_value_heads, head_dim=config.head_dim, dtype=dtype, length=length)
     model = dataclasses.asdict(config)
     tokens = {key: model.pop(key) for key in ("bos_token_id", "eos_token_ids", "pad_token_id")}
     return {
@@ -158,12 +160,8 @@ def describe(config: DecoderConfig, options: ExportOptions, dtype: ir.DataType) 
         "producer": f"onnxtools {__version__}",
         "model": model,
         "tokens": tokens,
-        "dtype": names[dtype],
-        "kv_cache": {
-            "kind": options.kv_cache, "dtype": names[dtype], "layout": "bnsh", "past": "past_key_values.{n}.{kind}", "present": "present.{n}.{kind}",
-            "length": (options.cache_length or config.max_position_embeddings) if options.kv_cache == "scatter" else None,
-            "layers": config.num_hidden_layers, "heads": config.num_key_value_heads, "head_dim": config.head_dim,
-        } if options.kv_cache != "none" else None,
+        "dtype": next(name for name, value in BY_NAME.items() if value == dtype),
+        "kv_cache": cache.to_json() if options.kv_cache != "none" else None,
         "logits": options.logits,
         "options": {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if getattr(options, f.name) != f.default},
     }  # fmt: skip

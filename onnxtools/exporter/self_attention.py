@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from onnxtools.analysis.cache import KvCache
+from onnxtools.analysis.cache import CacheSpec
 from onnxtools.exporter.layers import FLOAT, INT64, Layers
 from onnxtools.exporter.ort_layers import MICROSOFT, OrtLayers
 
@@ -38,8 +38,8 @@ class Attention:
 
     def __init__(self, layers: Layers) -> None:
         self.layers, self.build, self.config, self.options = layers, layers.build, layers.config, layers.options
-        self.cache = KvCache(self.build)
         self.kind = self.options.kv_cache
+        self.cache = CacheSpec(self.kind).declare(self.build)
         self.cache_length = self.options.cache_length or self.config.max_position_embeddings  # static: TensorRT wants it so
         self._shared: dict[str, ir.Value] = {}
         self.inputs = self._make_inputs()

@@ -12,6 +12,7 @@ from typing import Any
 import onnx_ir as ir
 
 from onnxtools.analysis.cache import positions, settle_sizes
+from onnxtools.analysis.facts import is_past_length
 from onnxtools.base.errors import JobError, UsageError
 from onnxtools.base.inputs import check_regular, parse_yaml, shown
 from onnxtools.engines.build.spec import EngineSpec
@@ -290,8 +291,8 @@ def _profile(name: str, inputs: Mapping[str, ir.Value], roles: Mapping[str, list
 
 
 _ROLES: list[tuple[str, Callable[[str], bool]]] = [
-    ("total", lambda name: "total" in name or ("past" in name and ("+" in name or "plus" in name))),
-    ("past", lambda name: "past" in name),
+    ("total", lambda name: "total" in name or (is_past_length(name) and ("+" in name or "plus" in name))),
+    ("past", is_past_length),
     ("batch", lambda name: "batch" in name),
     ("sequence", lambda name: "max" not in name and ("seq" in name or "length" in name)),
 ]

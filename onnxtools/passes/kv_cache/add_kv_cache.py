@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxtools.analysis.attention import Attention, Operand, find_attention
-from onnxtools.analysis.cache import Dim, KvCache
+from onnxtools.analysis.cache import CacheSpec, Dim, is_foreign_past
 from onnxtools.analysis.facts import Facts, Tokens, analyse, token_input
 from onnxtools.analysis.masks import mask_constants, prime_above
 from onnxtools.analysis.positions import shift_positions
@@ -79,7 +79,7 @@ class AddKvCache(Pass):
         return [DecomposeAttention(), self]
 
     def requires(self, model: Model) -> None:
-        cached = [v.name or "" for v in model.graph.inputs if "past_key" in (v.name or "") or "past_key_values" in (v.name or "")]
+        cached = [v.name or "" for v in model.graph.inputs if is_foreign_past(v.name)]
         if cached:
             raise JobError(f"the model already has a KV cache (input {cached[0]!r}); start from the model without one")
         if self.dtype == "fp8" and model.opset < 19:
@@ -211,7 +211,7 @@ class _Concat:
         self.static = all(isinstance(dim, int) for dim in shape)
         dims: tuple[Dim, Dim] = ("batch", "sequence") if self.static else (shape[self.tokens.batch_axis], shape[self.tokens.axis])
         self.batch_dim, self.sequence_dim = dims
-        self.cache = KvCache(self.builder, self.batch_dim, options.naming, options.policy, options.layout)
+        self.cache = CacheSpec("concat", options.naming, options.policy, options.layout, self.batch_dim).declare(self.builder)
         self.mask: MaskRewriter | None = None
         self._decoded: dict[ir.Value, ir.Value] = {}
         self._renewed: dict[ir.Value, ir.Value] = {}

@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxtools.analysis.axes import Atom, Layout, LayoutError, follow, leaves
+from onnxtools.analysis.cache import may_be_past
 from onnxtools.analysis.facts import Facts, Tokens, analyse, is_ids_like, stand_ins
 from onnxtools.base.errors import JobError
 from onnxtools.ir.edit import Builder
@@ -54,7 +55,7 @@ class _Tracer:
         for value in model.graph.inputs:
             if is_ids_like(value) and self.facts[value].shape == shape:
                 self.layouts[value] = [[self.batch], [self.sequence]]
-            elif "past" in (value.name or ""):
+            elif may_be_past(value.name):
                 self.layouts[value] = self._fresh(value)
 
     def notes(self) -> list[str]:
@@ -187,7 +188,7 @@ class _Tracer:
         names = {id(self.batch): "batch", id(self.sequence): "sequence"}
         for value in (*self.model.graph.inputs, *self.model.graph.outputs):
             layout = self.layouts.get(value)
-            if layout is None or "past" in (value.name or "") or value.shape is None or len(value.shape) != len(layout):
+            if layout is None or may_be_past(value.name) or value.shape is None or len(value.shape) != len(layout):
                 continue
             dims: list[int | str | None] = []
             for axis, dim in zip(layout, value.shape, strict=True):

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxtools.analysis.attention import Attention
-from onnxtools.analysis.facts import Facts, analyse, stand_ins, token_input
+from onnxtools.analysis.facts import Facts, analyse, is_past_length, stand_ins, token_input
 from onnxtools.analysis.masks import MaskError, Pattern, hidden_by_addition, pattern_of, square
 from onnxtools.base.errors import JobError
 from onnxtools.ir.edit import Builder
@@ -318,12 +318,12 @@ def check_positions_follow_past(model: Model) -> None:
     """
     sizes = stand_ins(model)
     tokens = token_input(model)
-    past = next((size for name, size in sizes.items() if "past" in name), None)
+    past = next((size for name, size in sizes.items() if is_past_length(name)), None)
     step = analyse(model, sizes)
     if tokens is None or past is None or (shape := step[tokens.value].shape) is None:
         return
     size = shape[tokens.axis]
-    whole = analyse(model, {name: 0 if "past" in name else past + size if value == size else value for name, value in sizes.items()})
+    whole = analyse(model, {name: 0 if is_past_length(name) else past + size if value == size else value for name, value in sizes.items()})
     for node in model.graph:
         if any(step[o].value is not None for o in node.outputs):
             continue

@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxtools.analysis.cache import rotation
+from onnxtools.analysis.cache import cache_inputs, kind_of, rotation
 from onnxtools.analysis.facts import Facts
 from onnxtools.base.errors import JobError
 from onnxtools.calibration.run import Findings
 from onnxtools.calibration.statistics import Observer, RotationRange
-from onnxtools.check.validate import cache_inputs
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import attribute, is_op
 from onnxtools.numerics.formats import FP8, INT8, Format, scale_of
@@ -90,11 +89,11 @@ def _cache(past: ir.Value, facts: Facts, model: Model) -> Cache | None:
 
 
 def _kind(present: ir.Value, name: str) -> str:
-    """key or value: which input of Attention it is, else the last word of the cache's name (`past_key_values.0.value` has both)."""
+    """key or value: which input of Attention it is, else what its name says."""
     for reader, index in present.uses():
         if is_op(reader, "Attention") and index in (1, 2):
             return ("key", "value")[index - 1]
-    return "value" if name.rfind("value") > name.rfind("key") else "key"
+    return kind_of(name)
 
 
 @dataclass(frozen=True)
