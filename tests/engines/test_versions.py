@@ -224,7 +224,7 @@ def test_tensorrt_gets_precision_flags_only_where_it_has_them(version: str, stro
     trt.Builder, trt.__version__ = object, f"{version}.0"
     monkeypatch.setitem(sys.modules, "tensorrt", trt)
     # A module of its own, which the tests that follow in this process do not find.
-    spec = importlib.util.find_spec("onnxtools.engines.tensorrt")
+    spec = importlib.util.find_spec("onnxtools.engines.tensorrt.trt_builder")
     assert spec is not None and spec.loader is not None
     made = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(made)

@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 from tests.calibration.texts import calibration_file
 from tests.exporter import hf
 from tests.generation.models import exported, reference
-from tests.quantization.test_folding import run
+from tests.passes.test_folding import run
 from tests.support import Session, info, refuse, rel_l2, stored, succeed, write
 from tests.support import run as app
 

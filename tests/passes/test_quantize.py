@@ -18,7 +18,7 @@ from tests.calibration.test_run import by_hooks
 from tests.calibration.texts import calibration_file, tokens
 from tests.exporter import hf
 from tests.generation.models import exported, reference
-from tests.quantization.test_folding import run
+from tests.passes.test_folding import run
 from tests.support import refuse, rel_l2, succeed
 from tests.support import run as app
 
