@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,16 +98,18 @@ def _show(made: Exported, source: Path | None, as_json: bool) -> None:
     c, path = made.config, made.saved.path
     if as_json:
         print_json({
-            "output": str(path), "source": str(source) if source else None, "config": dataclasses.asdict(c), "weight_bytes": made.model.weight_bytes(),
+            "output": str(path), "source": str(source) if source else None,
+            "config": {**c.to_json(), **c.tokens_json()}, "weight_bytes": made.model.weight_bytes(),
             "files": [str(file) for file in made.saved.beside], "notes": [*made.notes, *made.saved.lines()],
         })  # fmt: skip
         return
-    attention = f"{c.num_attention_heads} heads of {c.head_dim}, {c.num_key_value_heads} for keys and values"
-    mlp = f"{c.intermediate_size}, {c.activation}{', gated' if c.gated_mlp else ''}"
-    positions = f"rotary, {c.rope.dim} of {c.head_dim} channels, {c.rope.kind}" if c.rope is not None else "learned"
+    a, m = c.blocks[0].attention, c.blocks[0].mlp
+    attention = f"{a.heads} heads of {a.head_dim}, {a.kv_heads} for keys and values"
+    mlp = f"{m.size}, {m.activation}{', gated' if m.gated else ''}"
+    positions = f"rotary, {a.rope.dim} of {a.head_dim} channels, {a.rope.kind}" if a.rope is not None else "learned"
     rows = [
-        ("family", c.family), ("layers", str(c.num_hidden_layers)), ("hidden", str(c.hidden_size)), ("attention", attention), ("MLP", mlp),
-        ("norm", c.norm), ("positions", f"{positions}, up to {c.max_position_embeddings}"),
+        ("family", c.family), ("layers", str(len(c.blocks))), ("hidden", str(c.hidden_size)), ("attention", attention), ("MLP", mlp),
+        ("norm", c.norm.kind), ("positions", f"{positions}, up to {c.max_position_embeddings}"),
         ("vocabulary", f"{c.vocab_size}{', tied' if c.tie_word_embeddings else ''}"), ("weights", size(made.model.weight_bytes())),
     ]  # fmt: skip
     table(f"export: {source or 'random weights'} -> {path}", ("", ""), rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -28,12 +29,84 @@ _LARGEST = {
 
 
 @dataclass(frozen=True)
-class DecoderConfig:
-    """A decoder-only transformer with pre-norm blocks. Names are Hugging Face's.
+class Norm:
+    """A normalization over the hidden axis; computed in fp32."""
+
+    kind: Literal["layer_norm", "rms_norm"]
+    eps: float
+    bias: bool = False
+
+
+@dataclass(frozen=True)
+class SelfAttention:
+    """Causal attention with grouped keys and values.
 
     Attributes:
-        attention_bias, output_bias, mlp_bias, norm_bias: whether q/k/v, the attention's output, the MLP and the norms have biases.
-        attention_scale: what q k^T is multiplied by.
+        scale: what q k^T is multiplied by.
+        rope: rotation of queries and keys; None for learned positions.
+        bias, output_bias: whether q/k/v and the output projection have biases.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    rope: Rope | None = None
+    bias: bool = False
+    output_bias: bool = False
+
+    @property
+    def q_size(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.kv_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """down(act(up(x))), or with `gated` down(act(gate(x)) * up(x)); `size` is the inner width."""
+
+    size: int
+    activation: Activation
+    gated: bool = False
+    bias: bool = False
+
+
+Placement = Literal["pre", "post", "sandwich", "parallel"]
+NORMS: dict[Placement, tuple[str, ...]] = {
+    "pre": ("input_layernorm", "post_attention_layernorm"),
+    "parallel": ("input_layernorm", "post_attention_layernorm"),
+    "post": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    "sandwich": ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+}
+"""Names of a block's norms (transformers' names of Llama, OLMo 2 and Gemma 2), by where they stand."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One layer of a decoder.
+
+    Attributes:
+        norm: of all norms of the block.
+        placement: `pre`: x += attention(n1(x)); x += mlp(n2(x)) (GPT-2, Llama). `post`: x += n1(attention(x)); x += n2(mlp(x)) (OLMo 2).
+            `sandwich`: x += n2(attention(n1(x))); x += n4(mlp(n3(x))) (Gemma 2). `parallel`: x += attention(n1(x)) + mlp(n2(x)) (GPT-NeoX).
+    """
+
+    attention: SelfAttention
+    mlp: Mlp
+    norm: Norm
+    placement: Placement = "pre"
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """A decoder-only transformer.
+
+    Attributes:
+        blocks: its layers, first to last.
+        norm: the one before the head.
         linear_in_out: linear weights are [in, out] (GPT-2's Conv1D) instead of [out, in].
         eos_token_ids: ids that end a text; may be empty.
     """
@@ -41,48 +114,73 @@ class DecoderConfig:
     family: str
     vocab_size: int
     hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    intermediate_size: int
     max_position_embeddings: int
-    norm: Literal["layer_norm", "rms_norm"]
-    norm_eps: float
-    activation: Activation
-    gated_mlp: bool
-    rope: Rope | None
+    blocks: tuple[Block, ...]
+    norm: Norm
     tie_word_embeddings: bool
-    attention_scale: float
-    attention_bias: bool = False
-    output_bias: bool = False
-    mlp_bias: bool = False
-    norm_bias: bool = False
     linear_in_out: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
-        for name in (*sizes, "max_position_embeddings"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _LARGEST[name]:
-                raise ModelError(f"{self.family}: {name} is {shown(value)}; it must be an integer of 1 to {_LARGEST[name]}")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ModelError(
-                f"{self.family}: {self.num_attention_heads} heads do not divide into {self.num_key_value_heads} key/value heads; check the configuration"
-            )
-        if self.rope is not None and (self.rope.dim % 2 or not 0 < self.rope.dim <= self.head_dim):
-            raise ModelError(f"{self.family}: {self.rope.dim} of {self.head_dim} channels of a head are rotated; it must be an even number of them")
+        for name in ("vocab_size", "hidden_size", "max_position_embeddings"):
+            _check_size(self.family, name, getattr(self, name))
+        for block in {id(block): block for block in self.blocks}.values():  # most often one
+            _check_block(self.family, block)
 
     @property
-    def q_size(self) -> int:
-        return self.num_attention_heads * self.head_dim
+    def rope(self) -> Rope | None:
+        """The rotation of all layers; None where positions are learned."""
+        return self.blocks[0].attention.rope
 
-    @property
-    def kv_size(self) -> int:
-        return self.num_key_value_heads * self.head_dim
+    def to_json(self) -> dict[str, Any]:
+        """As onnxtools.json has it, in Hugging Face's names: the first block's sizes, and `blocks` where they differ or are not pre-norm."""
+        block, attention, mlp = self.blocks[0], self.blocks[0].attention, self.blocks[0].mlp
+        plain = block.placement == "pre" and all(other == block for other in self.blocks)
+        return {
+            "family": self.family, "vocab_size": self.vocab_size, "hidden_size": self.hidden_size, "num_hidden_layers": len(self.blocks),
+            "num_attention_heads": attention.heads, "num_key_value_heads": attention.kv_heads, "head_dim": attention.head_dim,
+            "intermediate_size": mlp.size, "max_position_embeddings": self.max_position_embeddings, "norm": self.norm.kind,
+            "norm_eps": self.norm.eps, "activation": mlp.activation, "gated_mlp": mlp.gated,
+            "rope": dataclasses.asdict(attention.rope) if attention.rope is not None else None,
+            "tie_word_embeddings": self.tie_word_embeddings, "attention_scale": attention.scale, "attention_bias": attention.bias,
+            "output_bias": attention.output_bias, "mlp_bias": mlp.bias, "norm_bias": self.norm.bias, "linear_in_out": self.linear_in_out,
+            **({} if plain else {"blocks": [dataclasses.asdict(other) for other in self.blocks]}),
+        }  # fmt: skip
+
+    def tokens_json(self) -> dict[str, Any]:
+        return {"bos_token_id": self.bos_token_id, "eos_token_ids": self.eos_token_ids, "pad_token_id": self.pad_token_id}
+
+
+def repeated(family: str, block: Block, layers: int) -> tuple[Block, ...]:
+    """`layers` times the same block.
+
+    Raises:
+        ModelError: a number of layers that no model has.
+    """
+    _check_size(family, "num_hidden_layers", layers)
+    return (block,) * layers
+
+
+def _check_size(family: str, name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _LARGEST[name]:
+        raise ModelError(f"{family}: {name} is {shown(value)}; it must be an integer of 1 to {_LARGEST[name]}")
+
+
+def _check_block(family: str, block: Block) -> None:
+    attention = block.attention
+    sizes = {
+        "num_attention_heads": attention.heads, "num_key_value_heads": attention.kv_heads, "head_dim": attention.head_dim,
+        "intermediate_size": block.mlp.size,
+    }  # fmt: skip
+    for name, value in sizes.items():
+        _check_size(family, name, value)
+    if attention.heads % attention.kv_heads:
+        raise ModelError(f"{family}: {attention.heads} heads do not divide into {attention.kv_heads} key/value heads; check the configuration")
+    rope = attention.rope
+    if rope is not None and (rope.dim % 2 or not 0 < rope.dim <= attention.head_dim):
+        raise ModelError(f"{family}: {rope.dim} of {attention.head_dim} channels of a head are rotated; it must be an even number of them")
 
 
 def integer(config: Mapping[str, Any], family: str, *names: str, default: int | None = None) -> int:
@@ -185,24 +283,26 @@ def weight_shapes(c: DecoderConfig) -> dict[str, tuple[int, ...]]:
         if bias:
             shapes[f"{name}.bias"] = (outputs,)
 
-    def norm(name: str) -> None:
+    def norm(name: str, kind: Norm) -> None:
         shapes[f"{name}.weight"] = (c.hidden_size,)
-        if c.norm_bias:
+        if kind.bias:
             shapes[f"{name}.bias"] = (c.hidden_size,)
 
-    for n in range(c.num_hidden_layers):
-        layer = f"model.layers.{n}"
-        norm(f"{layer}.input_layernorm")
-        linear(f"{layer}.self_attn.q_proj", c.q_size, c.hidden_size, c.attention_bias)
-        linear(f"{layer}.self_attn.k_proj", c.kv_size, c.hidden_size, c.attention_bias)
-        linear(f"{layer}.self_attn.v_proj", c.kv_size, c.hidden_size, c.attention_bias)
-        linear(f"{layer}.self_attn.o_proj", c.hidden_size, c.q_size, c.output_bias)
-        norm(f"{layer}.post_attention_layernorm")
-        if c.gated_mlp:
-            linear(f"{layer}.mlp.gate_proj", c.intermediate_size, c.hidden_size, c.mlp_bias)
-        linear(f"{layer}.mlp.up_proj", c.intermediate_size, c.hidden_size, c.mlp_bias)
-        linear(f"{layer}.mlp.down_proj", c.hidden_size, c.intermediate_size, c.mlp_bias)
-    norm("model.norm")
+    for n, block in enumerate(c.blocks):
+        layer, attention, mlp = f"model.layers.{n}", block.attention, block.mlp
+        first, *others = NORMS[block.placement]
+        norm(f"{layer}.{first}", block.norm)
+        linear(f"{layer}.self_attn.q_proj", attention.q_size, c.hidden_size, attention.bias)
+        linear(f"{layer}.self_attn.k_proj", attention.kv_size, c.hidden_size, attention.bias)
+        linear(f"{layer}.self_attn.v_proj", attention.kv_size, c.hidden_size, attention.bias)
+        linear(f"{layer}.self_attn.o_proj", c.hidden_size, attention.q_size, attention.output_bias)
+        for name in others:
+            norm(f"{layer}.{name}", block.norm)
+        if mlp.gated:
+            linear(f"{layer}.mlp.gate_proj", mlp.size, c.hidden_size, mlp.bias)
+        linear(f"{layer}.mlp.up_proj", mlp.size, c.hidden_size, mlp.bias)
+        linear(f"{layer}.mlp.down_proj", c.hidden_size, mlp.size, mlp.bias)
+    norm("model.norm", c.norm)
     if not c.tie_word_embeddings:
         shapes["lm_head.weight"] = (c.vocab_size, c.hidden_size)
     return shapes

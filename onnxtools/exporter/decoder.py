@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from onnxtools.base.errors import JobError
-from onnxtools.exporter.config import DecoderConfig
+from onnxtools.exporter.config import Block, DecoderConfig, Norm
 from onnxtools.exporter.export_options import ExportOptions
 from onnxtools.exporter.family import Weights
 from onnxtools.exporter.layers import FLOAT, Layers
@@ -23,9 +23,9 @@ def build_decoder(config: DecoderConfig, options: ExportOptions, weights: Weight
 
     Inputs: input_ids, attention_mask, position_ids, past_key_values.N.key / .value; outputs: logits (fp32), present.N.key / .value.
     """
-    rotated = config.rope.dim if config.rope is not None else 0
-    if options.kv_cache == "gqa" and (config.head_dim % 16 or rotated % 16):
-        raise JobError(f"GroupQueryAttention takes head and rotary sizes that are multiples of 16, not {config.head_dim} and {rotated}; use --kv-cache concat")
+    for head_dim, rotated in {(a.head_dim, a.rope.dim if a.rope is not None else 0) for a in (block.attention for block in config.blocks)}:
+        if options.kv_cache == "gqa" and (head_dim % 16 or rotated % 16):
+            raise JobError(f"GroupQueryAttention takes head and rotary sizes that are multiples of 16, not {head_dim} and {rotated}; use --kv-cache concat")
     if options.cache_length and options.cache_length > config.max_position_embeddings:
         raise JobError(f"the cache of {options.cache_length} is longer than the {config.max_position_embeddings} positions of the model; lower --cache-length")
     opsets = {"": options.opset, **({"com.microsoft": 1} if options.kv_cache == "gqa" else {})}
@@ -37,23 +37,78 @@ def build_decoder(config: DecoderConfig, options: ExportOptions, weights: Weight
     graph.outputs.append(logits)  # first, the caches follow
     attention = Attention(layers)
     hidden = layers.embedding(attention.inputs.ids, None if config.rope is not None else attention.positions)
-    normed = layers.norm(hidden, "model.layers.0.input_layernorm", "/model/layers.0/input_layernorm")
-    for n in range(config.num_hidden_layers):
-        weight, name = f"model.layers.{n}", f"/model/layers.{n}"
-        if options.logits == "last" and n + 1 == config.num_hidden_layers:
-            update, hidden = attention(normed, n, last_only=True), attention.last_rows(hidden, config.hidden_size)
-        else:
-            update = attention(normed, n)
-        hidden, normed = layers.add_norm(hidden, update, f"{weight}.post_attention_layernorm", f"{name}/post_attention_layernorm", f"{name}/attn/residual")
-        update = layers.mlp(normed, f"{weight}.mlp", f"{name}/mlp")
-        following = f"layers.{n + 1}.input_layernorm" if n + 1 < config.num_hidden_layers else "norm"
-        hidden, normed = layers.add_norm(hidden, update, f"model.{following}", f"/model/{following}", f"{name}/mlp/residual")
-    found = _rows(layers, attention, layers.head(normed))
+    found = _rows(layers, attention, layers.head(_Stack(layers, attention).run(hidden)))
     found.name, found.dtype, found.shape = "logits", FLOAT, logits.shape
     graph.outputs[0] = found
     remove_unused(model)
     return model
 
+
+class _Stack:
+    """The blocks on the residual stream, [tokens, hidden].
+
+    Wherever a sum is normalized next, `Layers.add_norm` makes both, so that they can be one node.
+    """
+
+    def __init__(self, layers: Layers, attention: Attention) -> None:
+        self.layers, self.attention, self.blocks = layers, attention, layers.config.blocks
+        self.last = len(self.blocks) - 1 if layers.options.logits == "last" else None
+
+    def run(self, hidden: ir.Value) -> ir.Value:
+        """The embedding to what the head reads."""
+        entry = self._entry(0)
+        normed = self.layers.norm(hidden, *entry) if entry else hidden
+        for n, block in enumerate(self.blocks):
+            update = self.attention(normed, n, last_only=n == self.last)
+            if n == self.last:
+                hidden = self.attention.last_rows(hidden, self.layers.config.hidden_size)
+            hidden, normed = _PLACEMENTS[block.placement](self, n, block, hidden, update)
+        return normed
+
+    def _entry(self, n: int) -> tuple[Norm, str, str] | None:
+        """The norm that block `n` reads the stream through, or the head; None for a block that reads it as it is."""
+        if n == len(self.blocks):
+            return self.layers.config.norm, "model.norm", "/model/norm"
+        if self.blocks[n].placement == "post":
+            return None
+        kind, weight, name = self._norm(n, "input_layernorm")
+        return kind, weight, name if n == 0 else f"/{weight.replace('model.', 'model/', 1)}"  # the names that files have had from the first
+
+    def _norm(self, n: int, name: str) -> tuple[Norm, str, str]:
+        return self.blocks[n].norm, f"model.layers.{n}.{name}", f"/model/layers.{n}/{name}"
+
+    def _mlp(self, n: int, x: ir.Value) -> ir.Value:
+        return self.layers.mlp(x, self.blocks[n].mlp, f"model.layers.{n}.mlp", f"/model/layers.{n}/mlp")
+
+    def _leave(self, n: int, hidden: ir.Value, update: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """The stream behind block `n`, and as the next one reads it."""
+        entry, residual = self._entry(n + 1), f"/model/layers.{n}/mlp/residual"
+        if entry is not None:
+            return self.layers.add_norm(hidden, update, *entry, residual)
+        summed = self.layers.op("Add", [hidden, update], residual)
+        return summed, summed
+
+    def pre(self, n: int, block: Block, hidden: ir.Value, update: ir.Value) -> tuple[ir.Value, ir.Value]:
+        hidden, normed = self.layers.add_norm(hidden, update, *self._norm(n, "post_attention_layernorm"), f"/model/layers.{n}/attn/residual")
+        return self._leave(n, hidden, self._mlp(n, normed))
+
+    def post(self, n: int, block: Block, hidden: ir.Value, update: ir.Value) -> tuple[ir.Value, ir.Value]:
+        update = self.layers.norm(update, *self._norm(n, "post_attention_layernorm"))
+        hidden = self.layers.op("Add", [hidden, update], f"/model/layers.{n}/attn/residual")
+        return self._leave(n, hidden, self.layers.norm(self._mlp(n, hidden), *self._norm(n, "post_feedforward_layernorm")))
+
+    def sandwich(self, n: int, block: Block, hidden: ir.Value, update: ir.Value) -> tuple[ir.Value, ir.Value]:
+        update = self.layers.norm(update, *self._norm(n, "post_attention_layernorm"))
+        hidden, normed = self.layers.add_norm(hidden, update, *self._norm(n, "pre_feedforward_layernorm"), f"/model/layers.{n}/attn/residual")
+        return self._leave(n, hidden, self.layers.norm(self._mlp(n, normed), *self._norm(n, "post_feedforward_layernorm")))
+
+    def parallel(self, n: int, block: Block, hidden: ir.Value, update: ir.Value) -> tuple[ir.Value, ir.Value]:
+        normed = self.layers.norm(hidden, *self._norm(n, "post_attention_layernorm"))
+        both = self.layers.op("Add", [update, self._mlp(n, normed)], f"/model/layers.{n}/parallel")
+        return self._leave(n, hidden, both)
+
+
+_PLACEMENTS = {"pre": _Stack.pre, "post": _Stack.post, "sandwich": _Stack.sandwich, "parallel": _Stack.parallel}
 
 _IR_VERSION = {19: 9, 20: 9, 21: 10, 22: 10, 23: 11, 24: 12}
 """Opset to the IR version of the same onnx release (onnx/docs/Versioning.md)."""

@@ -77,8 +77,8 @@ def _bound(checkpoint: Checkpoint, options: ExportOptions) -> tuple[DecoderConfi
     """The configuration, every weight by canonical name, and the compute type."""
     family = family_for(checkpoint.architecture, str(checkpoint.path))
     config = _configured(family, checkpoint.config, str(checkpoint.path))
-    if config.num_hidden_layers > len(checkpoint.tensors):
-        raise ModelError(f"{checkpoint.path}: {config.num_hidden_layers} layers need more than its {len(checkpoint.tensors)} weights; fetch it again")
+    if len(config.blocks) > len(checkpoint.tensors):
+        raise ModelError(f"{checkpoint.path}: {len(config.blocks)} layers need more than its {len(checkpoint.tensors)} weights; fetch it again")
     source = Source(checkpoint.tensors, checkpoint.config)
     tensors = family.weights(config, source)
     if config.tie_word_embeddings and "lm_head.weight" in tensors:
@@ -152,14 +152,13 @@ def _random(checkpoint: Checkpoint | None, options: ExportOptions) -> tuple[Deco
 def describe(config: DecoderConfig, options: ExportOptions, dtype: ir.DataType) -> dict[str, Any]:
     """The content of onnxtools.json: what the model is, for runtimes and engine profiles."""
     length = (options.cache_length or config.max_position_embeddings) if options.kv_cache == "scatter" else None
-    cache = CacheSpec(options.kv_cache, layers=config.num_hidden_layers, heads=config.num_key_value_heads, head_dim=config.head_dim, dtype=dtype, length=length)
-    model = dataclasses.asdict(config)
-    tokens = {key: model.pop(key) for key in ("bos_token_id", "eos_token_ids", "pad_token_id")}
+    attention = config.blocks[0].attention
+    cache = CacheSpec(options.kv_cache, layers=len(config.blocks), heads=attention.kv_heads, head_dim=attention.head_dim, dtype=dtype, length=length)
     return {
         "format": 1,
         "producer": f"onnxtools {__version__}",
-        "model": model,
-        "tokens": tokens,
+        "model": config.to_json(),
+        "tokens": config.tokens_json(),
         "dtype": next(name for name, value in BY_NAME.items() if value == dtype),
         "kv_cache": cache.to_json() if options.kv_cache != "none" else None,
         "logits": options.logits,

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxtools.exporter.config import Activation, DecoderConfig
+from onnxtools.exporter.config import Activation, DecoderConfig, Mlp, Norm
 from onnxtools.exporter.export_options import ExportOptions
 from onnxtools.exporter.family import Weights
 from onnxtools.ir.edit import Builder
@@ -56,23 +56,23 @@ class Layers:
             hidden = self.op("Add", [hidden, places], "/model/embed")
         return self.op("Reshape", [hidden, self.build.constant([-1, self.config.hidden_size], "tokens_shape")], "/model/embed")
 
-    def norm(self, hidden: ir.Value, weight: str, name: str) -> ir.Value:
+    def norm(self, hidden: ir.Value, kind: Norm, weight: str, name: str) -> ir.Value:
         """LayerNorm or RMSNorm over the last axis, computed in fp32 (stash_type 1)."""
-        c, scale = self.config, self.weight(f"{weight}.weight")
-        if c.norm == "layer_norm":
-            bias = [self.weight(f"{weight}.bias")] if c.norm_bias else []
-            return self.op("LayerNormalization", [hidden, scale, *bias], name, axis=-1, epsilon=c.norm_eps, stash_type=1)
+        scale = self.weight(f"{weight}.weight")
+        if kind.kind == "layer_norm":
+            bias = [self.weight(f"{weight}.bias")] if kind.bias else []
+            return self.op("LayerNormalization", [hidden, scale, *bias], name, axis=-1, epsilon=kind.eps, stash_type=1)
         if self.options.opset >= 23:
-            return self.op("RMSNormalization", [hidden, scale], name, axis=-1, epsilon=c.norm_eps, stash_type=1)
+            return self.op("RMSNormalization", [hidden, scale], name, axis=-1, epsilon=kind.eps, stash_type=1)
         wide = self.cast(hidden, FLOAT, f"{name}/wide")
         mean = self.op("ReduceMean", [self.op("Mul", [wide, wide], name), self.build.constant([-1], "last_axis")], name, keepdims=1)
-        root = self.op("Sqrt", [self.op("Add", [mean, self.scalar(c.norm_eps, "norm_eps", FLOAT)], name)], name)
+        root = self.op("Sqrt", [self.op("Add", [mean, self.scalar(kind.eps, "norm_eps", FLOAT)], name)], name)
         return self.op("Mul", [self.cast(self.op("Div", [wide, root], name), self.dtype, f"{name}/narrow"), scale], f"{name}/scale")
 
-    def add_norm(self, hidden: ir.Value, update: ir.Value, weight: str, name: str, residual: str) -> tuple[ir.Value, ir.Value]:
+    def add_norm(self, hidden: ir.Value, update: ir.Value, kind: Norm, weight: str, name: str, residual: str) -> tuple[ir.Value, ir.Value]:
         """`hidden + update`, and the norm of it."""
         summed = self.op("Add", [hidden, update], residual)
-        return summed, self.norm(summed, weight, name)
+        return summed, self.norm(summed, kind, weight, name)
 
     def cast(self, value: ir.Value, dtype: ir.DataType, name: str) -> ir.Value:
         return value if self.dtype == FLOAT and dtype == FLOAT else self.op("Cast", [value], name, to=dtype.value)
@@ -107,15 +107,14 @@ class Layers:
         stored = self.build.initializer(StreamedTensor(self._weights[weight], rows, dtype=FP8, name=weight), weight)
         return self._dequantized(stored, scale, f"{name}/weight")
 
-    def mlp(self, hidden: ir.Value, weight: str, name: str) -> ir.Value:
-        c = self.config
-        up = self.linear(hidden, f"{weight}.up_proj", f"{name}/up_proj", bias=c.mlp_bias)
-        if c.gated_mlp:
-            gate = self.linear(hidden, f"{weight}.gate_proj", f"{name}/gate_proj", bias=c.mlp_bias)
+    def mlp(self, hidden: ir.Value, c: Mlp, weight: str, name: str) -> ir.Value:
+        up = self.linear(hidden, f"{weight}.up_proj", f"{name}/up_proj", bias=c.bias)
+        if c.gated:
+            gate = self.linear(hidden, f"{weight}.gate_proj", f"{name}/gate_proj", bias=c.bias)
             inner = self.op("Mul", [self.activation(gate, c.activation, f"{name}/act"), up], name)
         else:
             inner = self.activation(up, c.activation, f"{name}/act")
-        return self.linear(inner, f"{weight}.down_proj", f"{name}/down_proj", bias=c.mlp_bias)
+        return self.linear(inner, f"{weight}.down_proj", f"{name}/down_proj", bias=c.bias)
 
     def activation(self, x: ir.Value, kind: Activation, name: str) -> ir.Value:
         """GELU (Hendrycks and Gimpel, arXiv 1606.08415, section 2), SiLU, ReLU or its square (arXiv 2109.08668)."""

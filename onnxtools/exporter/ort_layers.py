@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from onnxtools.exporter.config import Activation
+from onnxtools.exporter.config import Activation, Norm, SelfAttention
 from onnxtools.exporter.layers import Layers
 from onnxtools.storage.lazy import hstack, vstack
 
@@ -19,17 +19,17 @@ MICROSOFT = "com.microsoft"
 class OrtLayers(Layers):
     """`Layers` with fused nodes."""
 
-    def add_norm(self, hidden: ir.Value, update: ir.Value, weight: str, name: str, residual: str) -> tuple[ir.Value, ir.Value]:
-        c, bias = self.config, _take_bias(update)
+    def add_norm(self, hidden: ir.Value, update: ir.Value, kind: Norm, weight: str, name: str, residual: str) -> tuple[ir.Value, ir.Value]:
+        bias = _take_bias(update)
         scale = self.weight(f"{weight}.weight")
-        if c.norm == "layer_norm":
-            beta = self.weight(f"{weight}.bias") if c.norm_bias else None
+        if kind.kind == "layer_norm":
+            beta = self.weight(f"{weight}.bias") if kind.bias else None
             op, inputs = "SkipLayerNormalization", [update, hidden, scale, beta, bias]
         else:
             op, inputs = "SkipSimplifiedLayerNormalization", [update, hidden, scale, bias]
         while inputs[-1] is None:
             inputs.pop()
-        normed, _, _, summed = self.build.ops(op, inputs, f"{name}/{op}", outputs=4, domain=MICROSOFT, epsilon=c.norm_eps)
+        normed, _, _, summed = self.build.ops(op, inputs, f"{name}/{op}", outputs=4, domain=MICROSOFT, epsilon=kind.eps)
         return summed, normed
 
     def activation(self, x: ir.Value, kind: Activation, name: str) -> ir.Value:
@@ -41,7 +41,7 @@ class OrtLayers(Layers):
         op = "FastGelu" if kind == "gelu_tanh" else "BiasGelu"
         return self.build.ops(op, [x, *([bias] if bias is not None else [])], f"{name}/{op}", domain=MICROSOFT)[0]
 
-    def qkv(self, hidden: ir.Value, weight: str, name: str) -> tuple[ir.Value, ir.Value | None] | None:
+    def qkv(self, hidden: ir.Value, attention: SelfAttention, weight: str, name: str) -> tuple[ir.Value, ir.Value | None] | None:
         """[tokens, q_size + 2 kv_size], one product for queries, keys and values, and their bias; None where each has FP8 scales of its own.
 
         The bias is left to be added to the three-dimensional value: as the Gemm's it would first be spread over all tokens, in a
@@ -51,11 +51,11 @@ class OrtLayers(Layers):
         if any(part in self._scales for part in parts):
             return None
         joined = f"{weight}.qkv_proj"
-        for kind in ("weight", *(["bias"] if self.config.attention_bias else [])):
+        for kind in ("weight", *(["bias"] if attention.bias else [])):
             tensors = [self._weights[f"{part}.{kind}"] for part in parts]
             beside = kind == "weight" and self.config.linear_in_out
             self.stored(f"{joined}.{kind}", (hstack if beside else vstack)(tensors, f"{joined}.{kind}"))
-        bias = self.weight(f"{joined}.bias") if self.config.attention_bias else None
+        bias = self.weight(f"{joined}.bias") if attention.bias else None
         return self.linear(hidden, joined, f"{name}/qkv_proj", bias=False), bias
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxtools.analysis.cache import CacheSpec
+from onnxtools.exporter.config import SelfAttention
 from onnxtools.exporter.layers import FLOAT, INT64, Layers
 from onnxtools.exporter.ort_layers import MICROSOFT, OrtLayers
 
@@ -75,8 +76,9 @@ class Attention:
     def _make_pasts(self) -> list[tuple[ir.Value, ir.Value]]:
         c, length = self.config, self.cache_length if self.kind == "scatter" else "past_sequence"
         pasts = []
-        for n in range(c.num_hidden_layers):
-            key, value = (self.cache.past(n, kind, c.num_key_value_heads, c.head_dim, self.layers.dtype, length) for kind in ("key", "value"))
+        for n, block in enumerate(c.blocks):
+            a = block.attention
+            key, value = (self.cache.past(n, kind, a.kv_heads, a.head_dim, self.layers.dtype, length) for kind in ("key", "value"))
             pasts.append((key, value))
         return pasts
 
@@ -176,15 +178,15 @@ class Attention:
 
     def __call__(self, hidden: ir.Value, n: int, *, last_only: bool = False) -> ir.Value:
         """[batch * sequence, hidden] to the same: projections, cache, attention, output projection; or to [batch, hidden] of the last tokens."""
-        c, weight, name = self.config, f"model.layers.{n}.self_attn", f"/model/layers.{n}/attn"
-        packed = self.layers.qkv(hidden, weight, name) if isinstance(self.layers, OrtLayers) else None
+        c, weight, name = self.config.blocks[n].attention, f"model.layers.{n}.self_attn", f"/model/layers.{n}/attn"
+        packed = self.layers.qkv(hidden, c, weight, name) if isinstance(self.layers, OrtLayers) else None
         if packed is not None:
             product, qkv_bias = packed
             joined = self.shaped(product, (c.q_size + 2 * c.kv_size,), f"{name}/qkv")
             joined = joined if qkv_bias is None else self.layers.op("Add", [joined, qkv_bias], f"{name}/qkv")
             context = self._grouped([joined, None, None], n, name)
         else:
-            q, k, v = (self.layers.linear(hidden, f"{weight}.{part}_proj", f"{name}/{part}_proj", bias=c.attention_bias) for part in (_Q, _K, _V))
+            q, k, v = (self.layers.linear(hidden, f"{weight}.{part}_proj", f"{name}/{part}_proj", bias=c.bias) for part in (_Q, _K, _V))
             if self.kind == "gqa":
                 sizes = ((_Q, q, c.q_size), (_K, k, c.kv_size), (_V, v, c.kv_size))
                 context = self._grouped([self.shaped(x, (size,), f"{name}/{part}") for part, x, size in sizes], n, name)
@@ -196,11 +198,11 @@ class Attention:
 
     def _grouped(self, projected: list[ir.Value | None], n: int, name: str) -> ir.Value:
         """com.microsoft.GroupQueryAttention, which rotates, appends to the cache and attends; of q, k and v, or of all three in the first."""
-        c = self.config
+        c = self.config.blocks[n].attention
         inputs = [*projected, *self._pasts[n], *self._lengths, *(self._tables or ())]
         found = self.build.ops(
-            "GroupQueryAttention", inputs, f"{name}/GroupQueryAttention", outputs=3, domain=MICROSOFT, num_heads=c.num_attention_heads,
-            kv_num_heads=c.num_key_value_heads, scale=c.attention_scale, do_rotary=int(self._tables is not None),
+            "GroupQueryAttention", inputs, f"{name}/GroupQueryAttention", outputs=3, domain=MICROSOFT, num_heads=c.heads,
+            kv_num_heads=c.kv_heads, scale=c.scale, do_rotary=int(self._tables is not None),
         )  # fmt: skip
         for kind, value in zip(("key", "value"), found[1:], strict=True):
             self._present(value, n, kind)
@@ -208,17 +210,17 @@ class Attention:
 
     def _standard(self, q: ir.Value, k: ir.Value, v: ir.Value, n: int, name: str) -> ir.Value:
         """[batch, sequence, heads, head_dim] of attention over the cache."""
-        c = self.config
-        q = self._rotated(self._heads(q, c.num_attention_heads, f"{name}/{_Q}"), f"{name}/{_Q}")
-        k = self._rotated(self._heads(k, c.num_key_value_heads, f"{name}/{_K}"), f"{name}/{_K}")
-        v = self._heads(v, c.num_key_value_heads, f"{name}/{_V}")
+        c = self.config.blocks[n].attention
+        q = self._rotated(self._heads(q, c.heads, c, f"{name}/{_Q}"), c, f"{name}/{_Q}")
+        k = self._rotated(self._heads(k, c.kv_heads, c, f"{name}/{_K}"), c, f"{name}/{_K}")
+        v = self._heads(v, c.kv_heads, c, f"{name}/{_V}")
         if self._pasts:
             k, v = (self._cached(new, n, i, f"{name}/{kind}") for i, (new, kind) in enumerate(((k, "key"), (v, "value"))))
         if self.options.opset >= 23:
             wide = {} if self.layers.dtype == FLOAT else {"softmax_precision": FLOAT.value}
-            context = self.layers.op("Attention", [q, k, v, self._mask], name, scale=c.attention_scale, **wide)
+            context = self.layers.op("Attention", [q, k, v, self._mask], name, scale=c.scale, **wide)
         else:
-            context = self._primitive(q, k, v, name)
+            context = self._primitive(q, k, v, c, name)
         return self.layers.op("Transpose", [context], f"{name}/context", perm=[0, 2, 1, 3])
 
     def shaped(self, value: ir.Value, sizes: tuple[int, ...], name: str) -> ir.Value:
@@ -228,13 +230,14 @@ class Attention:
             self._shared[key] = self.layers.op("Concat", [self.inputs.batch, self.inputs.new, self.build.constant(list(sizes), "sizes")], key, axis=0)
         return self.layers.op("Reshape", [value, self._shared[key]], name)
 
-    def _heads(self, value: ir.Value, heads: int, name: str) -> ir.Value:
-        split = self.shaped(value, (heads, self.config.head_dim), name)
+    def _heads(self, value: ir.Value, heads: int, attention: SelfAttention, name: str) -> ir.Value:
+        split = self.shaped(value, (heads, attention.head_dim), name)
         return self.layers.op("Transpose", [split], name, perm=[0, 2, 1, 3])
 
     def _present(self, value: ir.Value, n: int, kind: str) -> ir.Value:
         length = self.cache_length if self.kind == "scatter" else "total_sequence"
-        return self.cache.present(value, n, kind, self.config.num_key_value_heads, self.config.head_dim, self.layers.dtype, length)
+        attention = self.config.blocks[n].attention
+        return self.cache.present(value, n, kind, attention.kv_heads, attention.head_dim, self.layers.dtype, length)
 
     def _cached(self, new: ir.Value, n: int, which: int, name: str) -> ir.Value:
         """The cache with the new keys or values in it; it is an output too."""
@@ -245,24 +248,24 @@ class Attention:
             whole = self.layers.op("TensorScatter", [past, new, self.inputs.write_indices], name, axis=-2, mode="linear")
         return self._present(whole, n, ("key", "value")[which])
 
-    def _rotated(self, x: ir.Value, name: str) -> ir.Value:
+    def _rotated(self, x: ir.Value, attention: SelfAttention, name: str) -> ir.Value:
         """Rotary embedding of the first channels of [batch, heads, sequence, head_dim] (halves, not neighbours)."""
-        rope = self.config.rope
+        rope = attention.rope
         if rope is None or self._tables is None:
             return x
         if self.options.opset >= 23:
-            dim = rope.dim if rope.dim < self.config.head_dim else 0  # 0: all channels
+            dim = rope.dim if rope.dim < attention.head_dim else 0  # 0: all channels
             return self.layers.op("RotaryEmbedding", [x, *self._tables, self.positions], name, rotary_embedding_dim=dim)
-        return self._rotated_primitive(x, rope.dim, name)
+        return self._rotated_primitive(x, rope.dim, attention.head_dim - rope.dim, name)
 
-    def _rotated_primitive(self, x: ir.Value, dim: int, name: str) -> ir.Value:
+    def _rotated_primitive(self, x: ir.Value, dim: int, rest: int, name: str) -> ir.Value:
         op, build = self.layers.op, self.build
         if "angles" not in self._shared:
             assert self._tables is not None
             for key, table in zip(("angles", "sines"), self._tables, strict=True):
                 rows = op("Gather", [table, self.positions], f"/model/rope/{key}")
                 self._shared[key] = op("Unsqueeze", [rows, build.constant([1], "axis_1")], f"/model/rope/{key}")
-        cos, sin, rest = self._shared["angles"], self._shared["sines"], self.config.head_dim - dim
+        cos, sin = self._shared["angles"], self._shared["sines"]
         sizes = build.constant([dim // 2, dim // 2, *([rest] if rest else [])], "rope_parts")
         parts = build.ops("Split", [x, sizes], f"{name}/Split", outputs=3 if rest else 2, axis=-1)
         a, b = parts[:2]
@@ -270,23 +273,23 @@ class Attention:
         second = op("Add", [op("Mul", [b, cos], f"{name}/b_cos"), op("Mul", [a, sin], f"{name}/a_sin")], f"{name}/second")
         return op("Concat", [first, second, *parts[2:]], f"{name}/rotated", axis=-1)
 
-    def _primitive(self, q: ir.Value, k: ir.Value, v: ir.Value, name: str) -> ir.Value:
+    def _primitive(self, q: ir.Value, k: ir.Value, v: ir.Value, c: SelfAttention, name: str) -> ir.Value:
         """MatMul, mask, Softmax in fp32, MatMul."""
-        c, op = self.config, self.layers.op
-        k, v = self._repeated(k, f"{name}/key"), self._repeated(v, f"{name}/value")
-        scaled = op("Mul", [q, self.layers.scalar(c.attention_scale, "attention_scale")], f"{name}/{_Q}/scaled")
+        op = self.layers.op
+        k, v = self._repeated(k, c, f"{name}/key"), self._repeated(v, c, f"{name}/value")
+        scaled = op("Mul", [q, self.layers.scalar(c.scale, "attention_scale")], f"{name}/{_Q}/scaled")
         scores = op("MatMul", [scaled, op("Transpose", [k], f"{name}/key", perm=[0, 1, 3, 2])], f"{name}/qk")
         masked = self.layers.cast(op("Add", [scores, self._mask], f"{name}/scores"), FLOAT, f"{name}/scores")
         probabilities = self.layers.cast(op("Softmax", [masked], name, axis=-1), self.layers.dtype, f"{name}/probabilities")
         return op("MatMul", [probabilities, v], f"{name}/pv")
 
-    def _repeated(self, x: ir.Value, name: str) -> ir.Value:
+    def _repeated(self, x: ir.Value, c: SelfAttention, name: str) -> ir.Value:
         """Each key/value head once for every query head that shares it."""
-        c, build = self.config, self.build
-        repeat = c.num_attention_heads // c.num_key_value_heads
+        build = self.build
+        repeat = c.heads // c.kv_heads
         if repeat == 1:
             return x
         one = self.layers.op("Unsqueeze", [x, build.constant([2], "axis_2")], name)
         copies = self.layers.op("Expand", [one, build.constant([1, 1, repeat, 1, 1], "repeat")], name)
-        target = build.constant([0, c.num_attention_heads, -1, c.head_dim], "repeated_shape")
+        target = build.constant([0, c.heads, -1, c.head_dim], "repeated_shape")
         return self.layers.op("Reshape", [copies, target], f"{name}/repeated")

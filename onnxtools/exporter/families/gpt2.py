@@ -7,7 +7,20 @@ from typing import Any
 
 from onnxtools.base.errors import ModelError
 from onnxtools.checkpoints.model_info import token_ids
-from onnxtools.exporter.config import DecoderConfig, activation_of, check_plain, flag, head_dim_of, integer, number
+from onnxtools.exporter.config import (
+    Block,
+    DecoderConfig,
+    Mlp,
+    Norm,
+    SelfAttention,
+    activation_of,
+    check_plain,
+    flag,
+    head_dim_of,
+    integer,
+    number,
+    repeated,
+)
 from onnxtools.exporter.family import Family, Source
 from onnxtools.storage.lazy import Tensor, columns
 
@@ -18,29 +31,29 @@ def config(raw: Mapping[str, Any], family: str = "gpt2") -> DecoderConfig:
         raise ModelError(f"{family}: scale_attn_by_inverse_layer_idx is not supported; only models without it are")
     hidden, heads = integer(raw, family, "n_embd", "hidden_size"), integer(raw, family, "n_head", "num_attention_heads")
     head_dim = head_dim_of(family, hidden, heads)
+    scale = head_dim**-0.5 if flag(raw, family, "scale_attn_weights", True) else 1.0
+    size, activation = integer(raw, family, "n_inner", default=4 * hidden), activation_of(raw, family, "activation_function", "gelu_new")
+    norm = Norm("layer_norm", number(raw, family, "layer_norm_epsilon", default=1e-5), bias=True)
+    block = Block(SelfAttention(heads, heads, head_dim, scale, bias=True, output_bias=True), Mlp(size, activation, bias=True), norm)
     return DecoderConfig(
         family=family, vocab_size=integer(raw, family, "vocab_size"), hidden_size=hidden,
-        num_hidden_layers=integer(raw, family, "n_layer", "num_hidden_layers"), num_attention_heads=heads, num_key_value_heads=heads, head_dim=head_dim,
-        intermediate_size=integer(raw, family, "n_inner", default=4 * hidden), norm="layer_norm",
         max_position_embeddings=integer(raw, family, "n_positions", "max_position_embeddings"),
-        norm_eps=number(raw, family, "layer_norm_epsilon", default=1e-5), activation=activation_of(raw, family, "activation_function", "gelu_new"),
-        gated_mlp=False, rope=None, tie_word_embeddings=flag(raw, family, "tie_word_embeddings", True),
-        attention_scale=head_dim**-0.5 if flag(raw, family, "scale_attn_weights", True) else 1.0,
-        attention_bias=True, output_bias=True, mlp_bias=True, norm_bias=True, linear_in_out=True, **token_ids(raw),
+        blocks=repeated(family, block, integer(raw, family, "n_layer", "num_hidden_layers")), norm=norm,
+        tie_word_embeddings=flag(raw, family, "tie_word_embeddings", True), linear_in_out=True, **token_ids(raw),
     )  # fmt: skip
 
 
 def weights(c: DecoderConfig, source: Source) -> dict[str, Tensor]:
     # GPT2Model alone saves names without the prefix that GPT2LMHeadModel adds.
     root = "transformer." if "transformer.wte.weight" in source else ""
-    h, inner = c.hidden_size, c.intermediate_size
+    h, inner = c.hidden_size, c.blocks[0].mlp.size
     found = {
         "model.embed_tokens.weight": source.take(f"{root}wte.weight", c.vocab_size, h),
         "model.embed_positions.weight": source.take(f"{root}wpe.weight", c.max_position_embeddings, h),
     }
     found |= source.head(c, "lm_head.weight", found["model.embed_tokens.weight"])
     parts = [("self_attn.o_proj", "attn.c_proj", h, h), ("mlp.up_proj", "mlp.c_fc", h, inner), ("mlp.down_proj", "mlp.c_proj", inner, h)]
-    for n in range(c.num_hidden_layers):
+    for n in range(len(c.blocks)):
         to, of = f"model.layers.{n}", f"{root}h.{n}"
         qkv = {"weight": source.take(f"{of}.attn.c_attn.weight", h, 3 * h), "bias": source.take(f"{of}.attn.c_attn.bias", 3 * h)}
         for index, name in enumerate("qkv"):

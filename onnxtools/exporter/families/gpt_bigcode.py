@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from onnxtools.exporter.config import DecoderConfig, flag
+from onnxtools.exporter.config import DecoderConfig, SelfAttention, flag, repeated
 from onnxtools.exporter.families import gpt2
 from onnxtools.exporter.family import Family, Source
 from onnxtools.storage.lazy import Tensor, pick_rows, row_range
@@ -15,12 +15,14 @@ from onnxtools.storage.lazy import Tensor, pick_rows, row_range
 
 def config(raw: Mapping[str, Any]) -> DecoderConfig:
     made = gpt2.config({"activation_function": "gelu_pytorch_tanh", **raw}, "gpt_bigcode")
-    heads = 1 if flag(raw, "gpt_bigcode", "multi_query", True) else made.num_attention_heads
-    return replace(made, num_key_value_heads=heads, linear_in_out=False)
+    block = made.blocks[0]
+    if flag(raw, "gpt_bigcode", "multi_query", True):
+        block = replace(block, attention=replace(block.attention, kv_heads=1))
+    return replace(made, blocks=repeated("gpt_bigcode", block, len(made.blocks)), linear_in_out=False)
 
 
 def weights(c: DecoderConfig, source: Source) -> dict[str, Tensor]:
-    h, kv, inner = c.hidden_size, c.kv_size, c.intermediate_size
+    h, kv, inner = c.hidden_size, c.blocks[0].attention.kv_size, c.blocks[0].mlp.size
     found = {
         "model.embed_tokens.weight": source.take("transformer.wte.weight", c.vocab_size, h),
         "model.embed_positions.weight": source.take("transformer.wpe.weight", c.max_position_embeddings, h),
@@ -28,11 +30,11 @@ def weights(c: DecoderConfig, source: Source) -> dict[str, Tensor]:
     found |= source.head(c, "lm_head.weight", found["model.embed_tokens.weight"])
     parts = [("self_attn.o_proj", "attn.c_proj", h, h), ("mlp.up_proj", "mlp.c_fc", inner, h), ("mlp.down_proj", "mlp.c_proj", h, inner)]
     norms = [("input_layernorm", "ln_1"), ("post_attention_layernorm", "ln_2")]
-    for n in range(c.num_hidden_layers):
+    for n in range(len(c.blocks)):
         to, of = f"model.layers.{n}", f"transformer.h.{n}"
         for kind, shape in (("weight", (h + 2 * kv, h)), ("bias", (h + 2 * kv,))):
             fused = source.take(f"{of}.attn.c_attn.{kind}", *shape)
-            for name, part in zip("qkv", _split(fused, c), strict=True):
+            for name, part in zip("qkv", _split(fused, c.blocks[n].attention), strict=True):
                 found[f"{to}.self_attn.{name}_proj.{kind}"] = part
         for name, theirs, outputs, inputs in parts:
             found[f"{to}.{name}.weight"] = source.take(f"{of}.{theirs}.weight", outputs, inputs)
@@ -42,13 +44,13 @@ def weights(c: DecoderConfig, source: Source) -> dict[str, Tensor]:
     return found | {f"model.norm.{kind}": source.take(f"transformer.ln_f.{kind}", h) for kind in ("weight", "bias")}
 
 
-def _split(fused: Tensor, c: DecoderConfig) -> list[Tensor]:
+def _split(fused: Tensor, c: SelfAttention) -> list[Tensor]:
     """Multi-query: all queries, the key head, the value head. Multi-head: [heads, 3, head_dim] rows."""
-    if c.num_key_value_heads == 1 and c.num_attention_heads > 1:
+    if c.kv_heads == 1 and c.heads > 1:
         ends = (0, c.q_size, c.q_size + c.kv_size, c.q_size + 2 * c.kv_size)
         return [row_range(fused, start, stop) for start, stop in itertools.pairwise(ends)]
     d = c.head_dim
-    return [pick_rows(fused, [((3 * head + i) * d, (3 * head + i + 1) * d) for head in range(c.num_attention_heads)], "qkv"[i]) for i in range(3)]
+    return [pick_rows(fused, [((3 * head + i) * d, (3 * head + i + 1) * d) for head in range(c.heads)], "qkv"[i]) for i in range(3)]
 
 
 FAMILY = Family(

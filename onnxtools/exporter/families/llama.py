@@ -6,7 +6,21 @@ from collections.abc import Mapping
 from typing import Any
 
 from onnxtools.checkpoints.model_info import token_ids
-from onnxtools.exporter.config import DecoderConfig, activation_of, check_plain, flag, head_dim_of, integer, number, weight_shapes
+from onnxtools.exporter.config import (
+    Block,
+    DecoderConfig,
+    Mlp,
+    Norm,
+    SelfAttention,
+    activation_of,
+    check_plain,
+    flag,
+    head_dim_of,
+    integer,
+    number,
+    repeated,
+    weight_shapes,
+)
 from onnxtools.exporter.family import Family, Source
 from onnxtools.exporter.rope import rope_of
 from onnxtools.storage.lazy import Tensor
@@ -19,13 +33,18 @@ def config(raw: Mapping[str, Any], family: str = "llama", partial: float | None 
     head_dim = raw.get("head_dim")
     head_dim = head_dim_of(family, hidden, heads) if head_dim is None else integer(raw, family, "head_dim")
     bias = flag(raw, family, "attention_bias", False)
+    attention = SelfAttention(
+        heads, integer(raw, family, "num_key_value_heads", default=heads), head_dim, head_dim**-0.5,
+        rope=rope_of(raw, family, head_dim, partial=partial), bias=bias, output_bias=bias,
+    )  # fmt: skip
+    size, activation = integer(raw, family, "intermediate_size"), activation_of(raw, family, "hidden_act", "silu")
+    norm = Norm("rms_norm", number(raw, family, "rms_norm_eps", default=1e-6))
+    block = Block(attention, Mlp(size, activation, gated=True, bias=flag(raw, family, "mlp_bias", False)), norm)
     return DecoderConfig(
-        family=family, vocab_size=integer(raw, family, "vocab_size"), hidden_size=hidden, num_hidden_layers=integer(raw, family, "num_hidden_layers"),
-        num_attention_heads=heads, num_key_value_heads=integer(raw, family, "num_key_value_heads", default=heads), head_dim=head_dim,
-        intermediate_size=integer(raw, family, "intermediate_size"), max_position_embeddings=integer(raw, family, "max_position_embeddings", default=2048),
-        norm="rms_norm", norm_eps=number(raw, family, "rms_norm_eps", default=1e-6), activation=activation_of(raw, family, "hidden_act", "silu"),
-        gated_mlp=True, rope=rope_of(raw, family, head_dim, partial=partial), tie_word_embeddings=flag(raw, family, "tie_word_embeddings", False),
-        attention_scale=head_dim**-0.5, attention_bias=bias, output_bias=bias, mlp_bias=flag(raw, family, "mlp_bias", False), **token_ids(raw),
+        family=family, vocab_size=integer(raw, family, "vocab_size"), hidden_size=hidden,
+        max_position_embeddings=integer(raw, family, "max_position_embeddings", default=2048),
+        blocks=repeated(family, block, integer(raw, family, "num_hidden_layers")), norm=norm,
+        tie_word_embeddings=flag(raw, family, "tie_word_embeddings", False), **token_ids(raw),
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from onnxtools.base.errors import ModelError
 from onnxtools.base.inputs import shown
 from onnxtools.checkpoints.gguf import ROPE_FACTORS
-from onnxtools.exporter.config import DecoderConfig, head_dim_of, integer, number, weight_shapes
+from onnxtools.exporter.config import Block, DecoderConfig, Mlp, Norm, SelfAttention, head_dim_of, integer, number, repeated, weight_shapes
 from onnxtools.exporter.family import Family, Source
 from onnxtools.exporter.rope import Rope, yarn_magnitude
 from onnxtools.storage.lazy import Tensor, half_rotation
@@ -34,13 +34,15 @@ def config(raw: Mapping[str, Any]) -> DecoderConfig:
     hidden, heads = whole("embedding_length"), whole("attention.head_count")
     head_dim = whole("attention.key_length") if "llama.attention.key_length" in raw else head_dim_of("llama-gguf", hidden, heads)
     tokens = raw.get("tokenizer.ggml.tokens") or []
-    return DecoderConfig(
-        family="llama", vocab_size=whole("vocab_size", len(tokens)), hidden_size=hidden, num_hidden_layers=whole("block_count"),
-        num_attention_heads=heads, num_key_value_heads=whole("attention.head_count_kv", heads), head_dim=head_dim,
-        intermediate_size=whole("feed_forward_length"), max_position_embeddings=whole("context_length"), norm="rms_norm",
-        norm_eps=float(np.float32(real("attention.layer_norm_rms_epsilon"))), activation="silu", gated_mlp=True, 
+    attention = SelfAttention(
+        heads, whole("attention.head_count_kv", heads), head_dim, head_dim**-0.5,
         rope=_rope(raw, whole("rope.dimension_count", head_dim), whole("context_length")),
-        tie_word_embeddings="output.weight" not in raw["_tensors"], attention_scale=head_dim**-0.5,
+    )  # fmt: skip
+    norm = Norm("rms_norm", float(np.float32(real("attention.layer_norm_rms_epsilon"))))
+    block = Block(attention, Mlp(whole("feed_forward_length"), "silu", gated=True), norm)
+    return DecoderConfig(
+        family="llama", vocab_size=whole("vocab_size", len(tokens)), hidden_size=hidden, max_position_embeddings=whole("context_length"),
+        blocks=repeated("llama-gguf", block, whole("block_count")), norm=norm, tie_word_embeddings="output.weight" not in raw["_tensors"],
         bos_token_id=raw.get("tokenizer.ggml.bos_token_id"), pad_token_id=raw.get("tokenizer.ggml.padding_token_id"),
         eos_token_ids=tuple(i for i in (raw.get("tokenizer.ggml.eos_token_id"),) if i is not None),
     )  # fmt: skip
@@ -77,10 +79,10 @@ _OTHER_YARN = ("attn_factor", "yarn_ext_factor", "yarn_attn_factor")
 
 
 def weights(c: DecoderConfig, source: Source) -> dict[str, Tensor]:
-    found = {}
+    found, attention = {}, c.blocks[0].attention
     for name, shape in weight_shapes(c).items():
         tensor = source.take(_their_name(name), *shape)
-        heads = {"q_proj": c.num_attention_heads, "k_proj": c.num_key_value_heads}.get(name.split(".")[-2])
+        heads = {"q_proj": attention.heads, "k_proj": attention.kv_heads}.get(name.split(".")[-2])
         found[name] = half_rotation(tensor, heads) if heads else tensor
     return found
 

@@ -9,7 +9,7 @@ from onnxtools.base.errors import ModelError
 from onnxtools.base.inputs import shown
 from onnxtools.checkpoints.checkpoint import nested
 from onnxtools.checkpoints.te_extra_state import forward_scales
-from onnxtools.exporter.config import Activation, DecoderConfig, head_dim_of, integer, number
+from onnxtools.exporter.config import Activation, Block, DecoderConfig, Mlp, Norm, SelfAttention, head_dim_of, integer, number, repeated
 from onnxtools.exporter.family import Family, FP8Scales, Source
 from onnxtools.exporter.rope import Rope
 from onnxtools.storage.lazy import Tensor, flatten, pick_rows, plus_one, row_range
@@ -54,15 +54,20 @@ def config(raw: Mapping[str, Any]) -> DecoderConfig:
     normalization = str(raw.get("normalization", "layernorm")).lower()
     if normalization not in ("layernorm", "layernorm1p", "rmsnorm"):
         raise ModelError(f"megatron: normalization {shown(normalization)} is not supported; layernorm, layernorm1p and rmsnorm are")
+    norm = Norm(
+        "rms_norm" if normalization == "rmsnorm" else "layer_norm", number(raw, "megatron", "layernorm_epsilon", default=1e-5),
+        bias=normalization != "rmsnorm",
+    )  # fmt: skip
+    attention = SelfAttention(
+        heads, integer(raw, "megatron", "num_query_groups", default=heads), head_dim,
+        head_dim**-0.5 if raw.get("normalize_attention_scores", True) else 1.0, rope=_rope(raw, head_dim),
+        bias=bias or bool(raw.get("qkv_bias")), output_bias=bias,
+    )  # fmt: skip
+    mlp = Mlp(integer(raw, "megatron", "ffn_hidden_size", default=4 * hidden), activation, gated, bias)
     return DecoderConfig(
-        family="megatron", vocab_size=integer(raw, "megatron", "_vocab_size"), hidden_size=hidden, num_hidden_layers=integer(raw, "megatron", "num_layers"),
-        num_attention_heads=heads, num_key_value_heads=integer(raw, "megatron", "num_query_groups", default=heads), head_dim=head_dim,
-        intermediate_size=integer(raw, "megatron", "ffn_hidden_size", default=4 * hidden), max_position_embeddings=positions,
-        norm="rms_norm" if normalization == "rmsnorm" else "layer_norm", norm_eps=number(raw, "megatron", "layernorm_epsilon", default=1e-5),
-        activation=activation,
-        gated_mlp=gated, rope=_rope(raw, head_dim), tie_word_embeddings=bool(raw.get("share_embeddings_and_output_weights", True)),
-        attention_scale=head_dim**-0.5 if raw.get("normalize_attention_scores", True) else 1.0,
-        attention_bias=bias or bool(raw.get("qkv_bias")), output_bias=bias, mlp_bias=bias, norm_bias=normalization != "rmsnorm", **_token_ids(raw),
+        family="megatron", vocab_size=integer(raw, "megatron", "_vocab_size"), hidden_size=hidden, max_position_embeddings=positions,
+        blocks=repeated("megatron", Block(attention, mlp, norm), integer(raw, "megatron", "num_layers")), norm=norm,
+        tie_word_embeddings=bool(raw.get("share_embeddings_and_output_weights", True)), **_token_ids(raw),
     )  # fmt: skip
 
 
@@ -122,13 +127,13 @@ class _Reader:
         if c.tie_word_embeddings:
             self.source.skip("model.word_embeddings.weight")
         found |= self.source.head(c, f"{self.root}output_layer.weight", found["model.embed_tokens.weight"])
-        for n in range(c.num_hidden_layers):
+        for n in range(len(c.blocks)):
             found |= self._layer(n)
         found |= {f"model.norm.{kind}": self._gain(kind, take(f"{self.stack}.final_layernorm.{kind}", c.hidden_size)) for kind in self._norm_kinds()}
         return found
 
     def _norm_kinds(self) -> tuple[str, ...]:
-        return ("weight", "bias") if self.c.norm_bias else ("weight",)
+        return ("weight", "bias") if self.c.norm.bias else ("weight",)
 
     def _gain(self, kind: str, tensor: Tensor) -> Tensor:
         return plus_one(tensor) if kind == "weight" and self.centred else tensor
@@ -139,40 +144,40 @@ class _Reader:
         return self.source.take(next((name for name in names if name in self.source), names[0]), *shape)
 
     def _layer(self, n: int) -> dict[str, Tensor]:
-        c, to = self.c, f"model.layers.{n}"
-        found = {}
+        c, to, block = self.c, f"model.layers.{n}", self.c.blocks[n]
+        attention, mlp, found = block.attention, block.mlp, dict[str, Tensor]()
         for kind in self._norm_kinds():
             found[f"{to}.input_layernorm.{kind}"] = self._gain(kind, self._take(n, "norm1", kind, c.hidden_size))
             found[f"{to}.post_attention_layernorm.{kind}"] = self._gain(kind, self._take(n, "norm2", kind, c.hidden_size))
-        for kind in ("weight", "bias") if c.attention_bias else ("weight",):
+        for kind in ("weight", "bias") if attention.bias else ("weight",):
             wide = (c.hidden_size,) if kind == "weight" else ()
-            fused = self._take(n, "qkv", kind, c.q_size + 2 * c.kv_size, *wide)
-            for name, ranges in zip("qkv", self._qkv_rows(), strict=True):
+            fused = self._take(n, "qkv", kind, attention.q_size + 2 * attention.kv_size, *wide)
+            for name, ranges in zip("qkv", self._qkv_rows(attention), strict=True):
                 found[f"{to}.self_attn.{name}_proj.{kind}"] = pick_rows(fused, ranges, name)
-        for kind in ("weight", "bias") if c.mlp_bias else ("weight",):
+        for kind in ("weight", "bias") if mlp.bias else ("weight",):
             wide = (c.hidden_size,) if kind == "weight" else ()
-            found[f"{to}.self_attn.o_proj.{kind}"] = self._take(n, "out", kind, c.hidden_size, *((c.q_size,) if kind == "weight" else ()))
-            found |= {f"{to}.mlp.{name}.{kind}": tensor for name, tensor in self._fc1(n, kind, wide).items()}
-            found[f"{to}.mlp.down_proj.{kind}"] = self._take(n, "fc2", kind, c.hidden_size, *((c.intermediate_size,) if kind == "weight" else ()))
+            found[f"{to}.self_attn.o_proj.{kind}"] = self._take(n, "out", kind, c.hidden_size, *((attention.q_size,) if kind == "weight" else ()))
+            found |= {f"{to}.mlp.{name}.{kind}": tensor for name, tensor in self._fc1(n, kind, mlp, wide).items()}
+            found[f"{to}.mlp.down_proj.{kind}"] = self._take(n, "fc2", kind, c.hidden_size, *((mlp.size,) if kind == "weight" else ()))
         return found
 
-    def _fc1(self, n: int, kind: str, wide: tuple[int, ...]) -> dict[str, Tensor]:
+    def _fc1(self, n: int, kind: str, mlp: Mlp, wide: tuple[int, ...]) -> dict[str, Tensor]:
         """Gated: [gate; up] in one weight, or in two (`dense_h_to_4h_2`)."""
-        size = self.c.intermediate_size
-        if not self.c.gated_mlp:
+        size = mlp.size
+        if not mlp.gated:
             return {"up_proj": self._take(n, "fc1", kind, size, *wide)}
         if f"{self.stack}.layers.{n}.mlp.dense_h_to_4h_2.{kind}" in self.source:
             return {"gate_proj": self._take(n, "fc1", kind, size, *wide), "up_proj": self._take(n, "fc1_up", kind, size, *wide)}
         fused = self._take(n, "fc1", kind, 2 * size, *wide)
         return {"gate_proj": row_range(fused, 0, size), "up_proj": row_range(fused, size, 2 * size)}
 
-    def _qkv_rows(self) -> list[list[tuple[int, int]]]:
+    def _qkv_rows(self, c: SelfAttention) -> list[list[tuple[int, int]]]:
         """Row ranges of q, k and v: [groups, heads / groups + 2, head_dim] rows, or [3, heads, head_dim] with `megatron_legacy`."""
-        c, d = self.c, self.c.head_dim
+        d = c.head_dim
         if self.source.config.get("megatron_legacy"):
             return [[(i * c.q_size, (i + 1) * c.q_size)] for i in range(3)]
-        each = c.num_attention_heads // c.num_key_value_heads
-        starts = [group * (each + 2) * d for group in range(c.num_key_value_heads)]
+        each = c.heads // c.kv_heads
+        starts = [group * (each + 2) * d for group in range(c.kv_heads)]
         spans = ((0, each), (each, each + 1), (each + 1, each + 2))
         return [flatten([[(start + a * d, start + b * d)] for start in starts]) for a, b in spans]
 
@@ -198,13 +203,13 @@ def scales(c: DecoderConfig, source: Source) -> dict[str, FP8Scales]:
     """From TransformerEngine's extra state: scale_fwd multiplies before the cast, so ONNX's scale is its reciprocal."""
     reader = _Reader(c, source)
     found: dict[str, FP8Scales] = {}
-    for n in range(c.num_hidden_layers):
+    for n in range(len(c.blocks)):
         for module, at, linears in _FP8_MODULES[reader.kind]:
             forward = forward_scales(source.tensors.get(f"{reader.stack}.layers.{n}.{module}._extra_state"), module)
             if forward is None:
                 continue
             pair = FP8Scales(float(1 / forward[at]), float(1 / forward[at + 1]))
-            found.update({f"model.layers.{n}.{linear}": pair for linear in linears if c.gated_mlp or linear != "mlp.gate_proj"})
+            found.update({f"model.layers.{n}.{linear}": pair for linear in linears if c.blocks[n].mlp.gated or linear != "mlp.gate_proj"})
     return found
 
 

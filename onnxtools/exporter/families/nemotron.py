@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from onnxtools.exporter.config import DecoderConfig, activation_of, number
+from onnxtools.exporter.config import DecoderConfig, Norm, activation_of, number, repeated
 from onnxtools.exporter.families import llama
 from onnxtools.exporter.family import Family, Source
 from onnxtools.storage.lazy import Tensor, plus_one
@@ -14,10 +14,10 @@ from onnxtools.storage.lazy import Tensor, plus_one
 
 def config(raw: Mapping[str, Any]) -> DecoderConfig:
     made = llama.config({"max_position_embeddings": 4096, **raw, "hidden_act": None}, "nemotron", 0.5)
-    return replace(
-        made, norm="layer_norm", norm_eps=number(raw, "nemotron", "norm_eps", default=1e-5), norm_bias=True, gated_mlp=False,
-        activation=activation_of(raw, "nemotron", "hidden_act", "relu2"),
-    )  # fmt: skip
+    norm = Norm("layer_norm", number(raw, "nemotron", "norm_eps", default=1e-5), bias=True)
+    block = made.blocks[0]
+    mlp = replace(block.mlp, gated=False, activation=activation_of(raw, "nemotron", "hidden_act", "relu2"))
+    return replace(made, norm=norm, blocks=repeated("nemotron", replace(block, mlp=mlp, norm=norm), len(made.blocks)))
 
 
 def weights(c: DecoderConfig, source: Source) -> dict[str, Tensor]:

@@ -1,0 +1,1 @@
+"""Building an engine: preflight (what TensorRT would refuse or silently misread), profiles, the plan, its audit and manifest."""
