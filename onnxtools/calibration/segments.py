@@ -108,7 +108,7 @@ def _cuts(heavy: list[ir.Node], last: dict[ir.Value, int], products: set[ir.Node
     chosen = [len(heavy)]
     for limit in sorted({count for count in counts[:-1] if 0 < count <= _MOST_ALIVE}):
         cuts = _cuts_at(counts, limit, heavy, products)
-        # One value more alive must be worth it: fused residual norms hand on two values everywhere but at the end.
+        # Allow one more live value only if it makes the largest segment 8 times smaller: graphs with fused residual norms always carry two.
         if _largest(cuts, heavy, products) * 8 <= _largest(chosen, heavy, products) or (chosen == [len(heavy)] and len(cuts) > 1):
             chosen = cuts
     return chosen

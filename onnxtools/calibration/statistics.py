@@ -53,10 +53,9 @@ class Largest:
 
 
 class Histogram:
-    """How often each magnitude occurred, with 256 bins an octave-free range: the upper 16 bits of the float32 without its sign.
+    """Counts |x| in 65,536 logarithmic bins, 256 per power of two: the exponent and top 8 fraction bits of float32.
 
-    A float32 is ordered like its bits (IEEE 754-2019, 5.10), so no range has to be known beforehand; a bin is 2^-8 wide
-    relative to its value.
+    The range need not be known in advance: positive float32 numbers are ordered like their bits (IEEE 754-2019, 5.10).
     """
 
     BINS = 1 << 16

@@ -19,7 +19,7 @@ OnToken = Callable[[int, int], bool]
 
 
 _AHEAD = 8
-"""Steps between two looks at the tokens, where one of them may end the text: what is computed after an end is lost."""
+"""Steps run before the host checks for an end token. Up to 7 steps after the end are wasted."""
 
 
 @dataclass

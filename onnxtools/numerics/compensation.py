@@ -14,7 +14,8 @@ DAMPING = 0.01
 _COLUMNS = 128
 
 Choose = Callable[[Array, Array, int], Array]
-"""(columns from a multiple of 4 on [N, 4 or less], diagonal of the factor for them, column) -> what the column becomes, [N]."""
+"""choose(group, diagonal, column): `group` [N, <=4] are the current columns of the aligned group of four, `diagonal` [<=4] their Cholesky
+diagonal. Returns the new column, [N]."""
 
 
 def compensated(weight: Array, gram: Array, choose: Choose) -> Array:

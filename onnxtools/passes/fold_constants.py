@@ -96,7 +96,7 @@ def _remove_neutral(node: ir.Node, views: list[Facts], model: Model) -> int:
 
 
 def _neutral(view: Facts, data: ir.Value, side: ir.Value | None, result: ir.Value, neutral: int) -> bool:
-    """Whether `side` changes nothing under the sizes of `view`; elements that were too many to compute are taken on trust of the other views."""
+    """Whether `side` changes nothing under the sizes of `view`. Where a view was too large to evaluate, the other views decide."""
     value, shape = view[side].value, view[data].shape
     if shape is None or shape != view[result].shape:
         return False

@@ -26,8 +26,8 @@ class Selected(Pass):
     exclude: tuple[str, ...] = option((), "Leave weights or nodes whose name matches this pattern.")
     lm_head: bool = option(False, "The language-model head too.")
 
-    def left(self, product: Product, head: ir.Node | None) -> str:
-        """Why the user's choice leaves `product` out; empty where it does not."""
+    def reason_excluded(self, product: Product, head: ir.Node | None) -> str:
+        """Why the options exclude `product`, or '' if they do not."""
         names = [name for name in (product.weight.name, product.node.name) if name]
         if self.include and not _matches(names, self.include):
             return "not included"

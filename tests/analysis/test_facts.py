@@ -97,6 +97,17 @@ def one(path: Path, nodes: list[onnx.NodeProto], dtype: int, **arrays: Array) ->
     return agreed
 
 
+@pytest.mark.parametrize(("op_type", "other", "expected"), [
+    ("Min", 3, None),  # 3 for every size but one
+    ("Greater", 5000, None),  # false for every size but very large ones
+    ("Mul", 0, [0]),
+])  # fmt: skip
+def test_what_depends_on_the_size_is_no_constant(op_type: str, other: int, expected: list[int] | None, tmp_path: Path) -> None:
+    nodes = [helper.make_node("Shape", ["x"], ["s"], start=0, end=1), helper.make_node(op_type, ["s", "c"], ["y"])]
+    found = one(tmp_path / "m.onnx", nodes, onnx.TensorProto.BOOL if op_type == "Greater" else INT64, c=np.array([other]))
+    assert (None if found is None else found.tolist()) == expected
+
+
 INTEGERS = {"a": np.array([7, -7, 7, -7]), "b": np.array([2, 2, -2, -2])}
 RULES: dict[str, tuple[list[onnx.NodeProto], int]] = {
     "integer division truncates": ([helper.make_node("Div", ["a", "b"], ["y"])], INT64),

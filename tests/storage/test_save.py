@@ -398,3 +398,13 @@ def test_a_gigabyte_passes_through_200_megabytes(command: str, quantized: bool, 
 
 def test_nothing_is_on_stderr_of_a_good_run(tmp_path: Path) -> None:
     assert run("convert", linear(tmp_path / "in.onnx"), tmp_path / "out.onnx").err == ""
+
+
+def test_computed_weights_begin_at_a_page(tmp_path: Path) -> None:
+    """So that runtimes map them and file systems share them."""
+    out = tmp_path / "o.onnx"
+    nodes = [helper.make_node("MatMul", ["x", "a"], ["h"], name="one"), helper.make_node("MatMul", ["h", "b"], ["y"], name="two")]
+    write(tmp_path / "in.onnx", nodes, [info("x", [4, 60])], [info("y", [4, 128])], stored(a=normal(60, 100), b=normal(100, 128)))
+    succeed("prune", external(tmp_path / "in.onnx"), out, "--no-check")
+    placed = [(int(t.offset or 0), t.nbytes) for t in Model.load(out).external_tensors()]
+    assert len(placed) == 2 and all(offset % 4096 == 0 for offset, _ in placed)

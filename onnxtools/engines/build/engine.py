@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onnxtools.base.version import __version__
 from onnxtools.base.errors import JobError, UsageError
+from onnxtools.base.version import __version__
 from onnxtools.engines.build.audit import holds, summary
 from onnxtools.engines.build.builder import Builder, Engine, get_builder
 from onnxtools.engines.build.gpus import with_capability

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from onnxtools.base.errors import JobError
 from onnxtools.engines.build.builder import Limits
-from onnxtools.engines.kernels.library import device_capability
 from onnxtools.engines.build.spec import EngineSpec
+from onnxtools.engines.kernels.library import device_capability
 
 GPUS = {
     "7.5": "T4, RTX 20 series", "8.0": "A100, A30", "8.6": "A10, A40, RTX 30 series", "8.7": "Jetson Orin", "8.9": "L4, L40S, RTX 40 series",

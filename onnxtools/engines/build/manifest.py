@@ -8,15 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from onnxtools.base.version import __version__
-from onnxtools.ir import description
 from onnxtools.base.errors import JobError
 from onnxtools.base.inputs import check_regular, shown
 from onnxtools.base.memory import peak_mib
+from onnxtools.base.version import __version__
 from onnxtools.engines.build.builder import Builder, Built
 from onnxtools.engines.build.preflight import Preflight
 from onnxtools.engines.build.profiles import Profile
 from onnxtools.engines.build.spec import EngineSpec
+from onnxtools.ir import description
 from onnxtools.ir.model import Model
 from onnxtools.ir.provenance import provenance
 from onnxtools.storage.records import recorded

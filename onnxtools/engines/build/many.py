@@ -21,8 +21,8 @@ from typing import Any
 from onnxtools.base.errors import JobError, OnnxtoolsError, UsageError
 from onnxtools.base.memory import available_bytes
 from onnxtools.engines.build import last_words
-from onnxtools.engines.build.engine import build
 from onnxtools.engines.build.builder import get_builder
+from onnxtools.engines.build.engine import build
 from onnxtools.engines.build.manifest import manifest_path
 from onnxtools.engines.build.spec import EngineSpec
 from onnxtools.ir.model import Model

@@ -65,7 +65,7 @@ class Prune(Selected, Calibrated):
         head, products = head_product(model), list(weight_products(model))
         if not products:
             raise NoMatchError(f"{model.path}: has no MatMul, Gemm or Conv with a stored weight, so there is nothing to prune; see it with `onnxtools inspect`")
-        wanted = {product.node for product in products if not self.left(product, head)}
+        wanted = {product.node for product in products if not self.reason_excluded(product, head)}
         chosen: list[Product] = []
         table: list[dict[str, Any]] = []
         sharing: dict[ir.Value, list[Product]] = {}
@@ -117,7 +117,7 @@ class Prune(Selected, Calibrated):
 
     def _reason(self, product: Product, head: ir.Node | None) -> str:
         """Why a weight is left as it is; empty when it is to be pruned."""
-        chosen = self.left(product, head)
+        chosen = self.reason_excluded(product, head)
         if chosen:
             return chosen
         tensor = product.tensor

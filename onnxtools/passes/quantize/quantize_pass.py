@@ -200,7 +200,7 @@ class Quantize(Selected, Calibrated):
         return own_weights(model, chosen), table
 
     def _reason(self, product: Product, head: ir.Node | None) -> str:
-        left = self.left(product, head)
+        left = self.reason_excluded(product, head)
         if left:
             return left
         tensor = product.tensor

@@ -66,7 +66,7 @@ __global__ __launch_bounds__(kThreads) void attention_kernel(AttentionArguments 
     uint4 k[kUnroll], v[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; u++) {
-      const bool old = base + group + u * kGroups < position;  // beyond the token itself a weight of 0 must meet numbers
+      const bool old = base + group + u * kGroups < position;  // Slots past `position` are uninitialised, and 0 * NaN is NaN
       k[u] = old ? ring[((stage * kUnroll + u) * 2 + 0) * kThreads] : *reinterpret_cast<const uint4*>(&fresh[0][8 * lane]);
       v[u] = old ? ring[((stage * kUnroll + u) * 2 + 1) * kThreads] : *reinterpret_cast<const uint4*>(&fresh[1][8 * lane]);
     }

@@ -1,9 +1,8 @@
 // What the kernels share: loads, rotated heads, the matrix instruction, and launches that overlap.
 //
-// Each kernel is launched while the one before it still runs (programmatic dependent launch, CUDA programming guide), fetches what no kernel of
-// this step has made (weights, the cache of earlier tokens), and only then waits for the one before to be complete and its results visible. It lets
-// the next one start after that wait and not before, so no more than two overlap. The one before may be any of ONNX Runtime's: what a step makes, such
-// as the positions, is read after the wait.
+// Each kernel is launched while its predecessor still runs (programmatic dependent launch, CUDA programming guide). Before griddepcontrol.wait
+// a kernel may read only data that no kernel of this step wrote (weights, cached keys of earlier tokens). It calls launch_dependents after
+// the wait, so at most two kernels overlap. The predecessor may be one of ONNX Runtime's.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

@@ -21,7 +21,7 @@ from onnxtools.engines.runtimes.onnxrt.ort_model import DeviceLogits, OrtModel
 from onnxtools.generation.runtime import HostLogits, Ids, Logits, PickedLogits, Prompts, padded, positions_of
 
 MAX_GRAPHS = 256
-"""Of a session, which on CUDA keeps each as long as it lives (1 MB of the host's memory for 24 layers); what comes later runs without."""
+"""CUDA graphs captured per session. ONNX Runtime never frees one (about 1 MB of host memory for 24 layers); later runs are not captured."""
 
 
 class _Input:
@@ -128,7 +128,8 @@ class Static:
     def _bind(self) -> None:
         """The step's bindings: fixed inputs, buffers and logits, so that a captured graph finds them where they were.
 
-        One reads what the host has written. Where steps can run ahead there are two, each of which writes what the other reads.
+        One binding reads what the host has written. Where steps can run ahead, two bindings ping-pong: each writes the inputs that the
+        other reads, so steps can be queued without the host.
         """
         r, io = self.r, self.r.io
         pairs = ((io.ids, self.ids), (io.mask, self.mask), (io.positions, self.positions), (io.write_indices, self.write))
@@ -253,7 +254,7 @@ class _Side:
             self._options = [_graph_options(r.graphs, wait) for wait in (False, True)]
 
     def run(self, *, wait: bool = True) -> list[Any]:
-        """The logits and what else is asked of every run. Without `wait` they are there once a later run has been waited for."""
+        """The logits, and the next token on CUDA. With wait=False they are valid only after a later run with wait=True."""
         r = self._runtime
         r.run(self._binding, self._options[wait])
         if self._results is None:  # bound from now on where the first run put them

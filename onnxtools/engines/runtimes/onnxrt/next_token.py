@@ -13,9 +13,9 @@ from onnxtools.ir.model import Model
 
 NEXT = "onnxtools.next"
 """An output, [rows, tokens]: the best token, -1 where the logits are NaN, so that a step moves 8 bytes a row to the host and not the logits.
-It must not be bound to the memory of input_ids: to capture a graph, ONNX Runtime runs a step twice."""
+Do not bind it to the memory of input_ids: capturing runs the step twice, and the second run would read the first one's output."""
 AHEAD = "onnxtools.ahead"
-"""Prefix of the outputs that are the next step's inputs beside NEXT, and of the tokens found so far, where a step can be captured."""
+"""Prefix of the extra outputs of a capturable step: its own next inputs, and the tokens generated so far."""
 PAST_TOKENS = f"{AHEAD}.past_tokens"
 """The input beside them: the tokens found before, [rows, slots]."""
 
