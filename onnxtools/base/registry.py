@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import importlib
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -47,3 +48,18 @@ def load(name: str, group: str = PASSES) -> Any:
         distribution = known[name].dist
         package = distribution.name if distribution is not None else known[name].value
         raise UsageError(f"{_KIND[group]} {name!r} of package {package!r} cannot be imported ({error}); repair or uninstall the package") from error
+
+
+def load_object(option: str, place: str) -> Any:
+    """Import `package.module:name`, which `option` was given as.
+
+    Raises:
+        UsageError: it is not written so, or cannot be imported.
+    """
+    module, _, name = place.partition(":")
+    if not module or not name:
+        raise UsageError(f"{option} is {place!r}; write package.module:name")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"{option} {place!r} cannot be imported ({error}); is its folder on PYTHONPATH?") from None

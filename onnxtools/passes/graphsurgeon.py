@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
-from onnxtools.base.errors import UsageError
 from onnxtools.base.options import option
+from onnxtools.base.registry import load_object
 from onnxtools.ir.edit import remove_unused
 from onnxtools.ir.model import Model
 from onnxtools.pipeline.passbase import Pass, PassResult
@@ -51,12 +49,11 @@ class GraphSurgeonPass(Pass):
         function = self._function()
         before = len(model.graph)
         tensors = {value.name: tensor for value, tensor in model.weights()}
-        proto = model.proto()
-        with _folder(model.path):
-            graph = gs.import_onnx(proto)
-            imported = [(t._values, tensors[t.name]) for t in graph.tensors().values() if _is_lazy(t) and t.name in tensors]
-            graph = function(graph) or graph
-            exported = gs.export_onnx(graph, do_type_check=False)
+        graph = gs.import_onnx(model.proto())
+        _load_from_model(graph, tensors)
+        imported = [(t._values, tensors[t.name]) for t in graph.tensors().values() if _is_lazy(t) and t.name in tensors]
+        graph = function(graph) or graph
+        exported = gs.export_onnx(graph, do_type_check=False)
         lazy = {id(values): tensor for values, tensor in imported}
         untouched = {t.name: lazy[id(t._values)] for t in graph.tensors().values() if _is_lazy(t) and id(t._values) in lazy}
         _adopt(model, exported, untouched)
@@ -64,32 +61,23 @@ class GraphSurgeonPass(Pass):
         return PassResult(True, 1, notes)
 
     def _function(self) -> GraphFunction:
-        if not isinstance(self.function, str):
-            return self.function
-        module, _, name = self.function.partition(":")
-        if not module or not name:
-            raise UsageError(f"graphsurgeon: function is {self.function!r}; write package.module:name")
-        try:
-            found = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
-            raise UsageError(f"graphsurgeon: {self.function!r} cannot be imported ({error}); is its folder on PYTHONPATH?") from None
-        return found  # type: ignore[no-any-return]
+        return load_object("graphsurgeon: function", self.function) if isinstance(self.function, str) else self.function
 
 
 def _is_lazy(tensor: Any) -> bool:
     return type(getattr(tensor, "_values", None)).__name__ == "LazyValues"
 
 
-@contextmanager
-def _folder(path: Path | None) -> Iterator[None]:
-    """GraphSurgeon looks for external data in the working directory."""
-    here = Path.cwd()
-    if path is not None:
-        os.chdir(path.resolve().parent)
-    try:
-        yield
-    finally:
-        os.chdir(here)
+def _load_from_model(graph: Any, tensors: Mapping[str | None, ir.TensorProtocol]) -> None:
+    """Let lazy weights load from where the model knows them: GraphSurgeon looks for data files in the working directory."""
+    for inner in (graph, *graph.subgraphs(recursive=True)):
+        for tensor in inner.tensors().values():
+            if _is_lazy(tensor) and isinstance(tensors.get(tensor.name), ir.ExternalTensor):
+                tensor._values.load = partial(_elements, tensors[tensor.name])
+
+
+def _elements(tensor: ir.TensorProtocol) -> np.ndarray[Any, Any]:
+    return np.array(tensor.numpy())
 
 
 def _adopt(model: Model, exported: onnx.ModelProto, untouched: dict[str, ir.TensorProtocol]) -> None:
