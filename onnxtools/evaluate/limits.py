@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from onnxtools.base.dtypes import itemsize
 from onnxtools.check.sessions import CPU, CUDA, open_session, session_options
 from onnxtools.evaluate.timing import BenchmarkOptions, Timing
 from onnxtools.ir.description import described
@@ -74,16 +75,12 @@ def work(path: Path, options: BenchmarkOptions) -> Work:
             else:
                 matrices += size
     mean = options.input_seq_len + options.output_seq_len / 2
-    cache = sum(int(np.prod(c.shape(1, 1))) * _itemsize(c.past.dtype) for c in io.caches) * options.batch_size * mean
+    cache = sum(int(np.prod(c.shape(1, 1))) * itemsize(c.past.dtype) for c in io.caches) * options.batch_size * mean
     tokens = options.batch_size * options.input_seq_len
     # Scores and values of half the pairs (causal): 2 products x 2 operations x queries x keys x channels / 2.
     attention = 2 * tokens * options.input_seq_len * _query_channels(model)
     flops = 2 * matrices * tokens + 2 * head * (tokens if io.logits_all else options.batch_size) + attention
     return Work(int(weights + cache), int(flops), max(types, key=types.__getitem__) if types else "float")
-
-
-def _itemsize(dtype: str) -> int:
-    return 1 if "8" in dtype else 2 if "16" in dtype else 4
 
 
 def _query_channels(model: Model) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from onnxtools.base.dtypes import itemsize
 from onnxtools.base.errors import JobError, one_line
 from onnxtools.base.memory import available_bytes
 from onnxtools.engines.runtimes.onnxrt.cache_states import CacheState, Growing, Static, Whole
@@ -75,7 +76,7 @@ class OrtRuntime(OrtModel):
     def _failure(self, error: Exception, rows: int, length: int) -> JobError:
         if not is_out_of_memory(error):
             return JobError(f"{self.path}: ONNX Runtime failed: {one_line(error)}")
-        cache = length * sum(int(np.prod(c.shape(1, 1))) * _size(c.past.dtype) for c in self.io.caches)
+        cache = length * sum(int(np.prod(c.shape(1, 1))) * itemsize(c.past.dtype) for c in self.io.caches)
         # Logits, their fp32 copy, and as much again for what the layers hand on.
         row = 2 * cache + 3 * 4 * self.vocab_size * (length if self.io.logits_all else 1)
         memory = device_memory() if self._device == "cuda" else None
@@ -119,7 +120,3 @@ class OrtSession:
 
     def close(self) -> None:
         self._runtime.keep(self.state)
-
-
-def _size(dtype: str) -> int:
-    return 1 if "8" in dtype else 2 if "16" in dtype else 4
