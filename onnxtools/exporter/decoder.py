@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from onnxtools.base.errors import JobError
-from onnxtools.exporter.config import Block, DecoderConfig, Norm
+from onnxtools.exporter.config import DecoderConfig, Norm
 from onnxtools.exporter.export_options import ExportOptions
 from onnxtools.exporter.family import Weights
 from onnxtools.exporter.layers import FLOAT, Layers
@@ -62,7 +62,7 @@ class _Stack:
             update = self.attention(normed, n, last_only=n == self.last)
             if n == self.last:
                 hidden = self.attention.last_rows(hidden, self.layers.config.hidden_size)
-            hidden, normed = _PLACEMENTS[block.placement](self, n, block, hidden, update)
+            hidden, normed = _PLACEMENTS[block.placement](self, n, hidden, update)
         return normed
 
     def _entry(self, n: int) -> tuple[Norm, str, str] | None:
@@ -88,21 +88,21 @@ class _Stack:
         summed = self.layers.op("Add", [hidden, update], residual)
         return summed, summed
 
-    def pre(self, n: int, block: Block, hidden: ir.Value, update: ir.Value) -> tuple[ir.Value, ir.Value]:
+    def pre(self, n: int, hidden: ir.Value, update: ir.Value) -> tuple[ir.Value, ir.Value]:
         hidden, normed = self.layers.add_norm(hidden, update, *self._norm(n, "post_attention_layernorm"), f"/model/layers.{n}/attn/residual")
         return self._leave(n, hidden, self._mlp(n, normed))
 
-    def post(self, n: int, block: Block, hidden: ir.Value, update: ir.Value) -> tuple[ir.Value, ir.Value]:
+    def post(self, n: int, hidden: ir.Value, update: ir.Value) -> tuple[ir.Value, ir.Value]:
         update = self.layers.norm(update, *self._norm(n, "post_attention_layernorm"))
         hidden = self.layers.op("Add", [hidden, update], f"/model/layers.{n}/attn/residual")
         return self._leave(n, hidden, self.layers.norm(self._mlp(n, hidden), *self._norm(n, "post_feedforward_layernorm")))
 
-    def sandwich(self, n: int, block: Block, hidden: ir.Value, update: ir.Value) -> tuple[ir.Value, ir.Value]:
+    def sandwich(self, n: int, hidden: ir.Value, update: ir.Value) -> tuple[ir.Value, ir.Value]:
         update = self.layers.norm(update, *self._norm(n, "post_attention_layernorm"))
         hidden, normed = self.layers.add_norm(hidden, update, *self._norm(n, "pre_feedforward_layernorm"), f"/model/layers.{n}/attn/residual")
         return self._leave(n, hidden, self.layers.norm(self._mlp(n, normed), *self._norm(n, "post_feedforward_layernorm")))
 
-    def parallel(self, n: int, block: Block, hidden: ir.Value, update: ir.Value) -> tuple[ir.Value, ir.Value]:
+    def parallel(self, n: int, hidden: ir.Value, update: ir.Value) -> tuple[ir.Value, ir.Value]:
         normed = self.layers.norm(hidden, *self._norm(n, "post_attention_layernorm"))
         both = self.layers.op("Add", [update, self._mlp(n, normed)], f"/model/layers.{n}/parallel")
         return self._leave(n, hidden, both)
