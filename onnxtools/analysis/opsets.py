@@ -17,25 +17,21 @@ from onnxtools.ir.query import attribute
 _REDUCE = {"ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceSumSquare", "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp"}
 
 
-def reach_opset(model: Model, version: int) -> str:
-    """Let `model` have opset `version` at least, and an IR version that may carry it; a line on what was done.
-
-    Raises:
-        JobError: as `raise_opset`.
-    """
-    old = model.opset
-    model.ir.ir_version = min(MAX_IR_VERSION, max(model.ir.ir_version or 0, lowest_ir_version(max(old, version))))
-    if old >= version:
-        return f"opset {old} kept (already at or above {version}; nothing is lowered)"
-    return f"opset {old} -> {version}, {raise_opset(model, version)} nodes rewritten"
-
-
-def raise_opset(model: Model, version: int) -> int:
-    """Bring a model of an older opset to opset `version`; how many nodes were rewritten.
+def reach_opset(model: Model, version: int) -> tuple[int, str]:
+    """Let `model` have opset `version` at least, and an IR version that may carry it; how many nodes were rewritten, and a line on it.
 
     Raises:
         JobError: an opset before 11, or a node that has no form of the same meaning; it names the node.
     """
+    old = model.opset
+    model.ir.ir_version = min(MAX_IR_VERSION, max(model.ir.ir_version or 0, lowest_ir_version(max(old, version))))
+    if old >= version:
+        return 0, f"opset {old} kept (already at or above {version}; nothing is lowered)"
+    rewritten = _raise_opset(model, version)
+    return rewritten, f"opset {old} -> {version}, {rewritten} nodes rewritten"
+
+
+def _raise_opset(model: Model, version: int) -> int:
     old = model.opset
     if old < 11:
         raise JobError(f"opset {old} is older than any exporter of these models; export the model again with opset 17 or later")

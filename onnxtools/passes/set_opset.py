@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from onnxtools.analysis.opsets import lowest_ir_version, raise_opset
+from onnxtools.analysis.opsets import lowest_ir_version, reach_opset
 from onnxtools.base.errors import JobError, UsageError
 from onnxtools.base.options import option
 from onnxtools.ir.model import MAX_IR_VERSION, Model
@@ -41,26 +41,20 @@ class SetOpset(Pass):
             raise UsageError(f"set-opset: opset {self.version} is out of range; choose 13 to {MAX_OPSET} (TensorRT 11's parser stops at {MAX_OPSET})")
 
     def apply(self, model: Model) -> PassResult:
-        old_ir = model.ir.ir_version or 0
-        opset = max(self.version, model.opset)
-        if self.ir_version is None:
-            model.ir.ir_version = min(MAX_IR_VERSION, max(old_ir, lowest_ir_version(opset)))
-        else:
-            _checklowest_ir_version(self.ir_version, opset, model)
+        old, old_ir = model.opset, model.ir.ir_version or 0
+        if self.ir_version is not None:
+            _check_ir_version(self.ir_version, max(self.version, old), model)
+        rewritten, note = reach_opset(model, self.version)
+        if self.ir_version is not None:
             model.ir.ir_version = self.ir_version
-        old = model.opset
-        if old >= self.version:
-            changed = model.ir.ir_version != old_ir
-            return PassResult(changed, 0, [f"opset {old} kept (already at or above {self.version}; nothing is lowered)"])
-        rewritten = raise_opset(model, self.version)
-        return PassResult(True, rewritten, [f"opset {old} -> {self.version}, {rewritten} nodes rewritten"])
+        return PassResult((model.opset, model.ir.ir_version) != (old, old_ir), rewritten, [note])
 
     def ensures(self, model: Model) -> None:
         if model.opset < self.version:
             raise JobError(f"the model is still at opset {model.opset}")
 
 
-def _checklowest_ir_version(wanted: int, opset: int, model: Model) -> None:
+def _check_ir_version(wanted: int, opset: int, model: Model) -> None:
     least = lowest_ir_version(opset)
     if not least <= wanted <= MAX_IR_VERSION:
         raise UsageError(f"set-opset: --ir-version {wanted}: opset {opset} takes {least} to {MAX_IR_VERSION}")

@@ -49,7 +49,7 @@ class TeMxfp8ToQdq(Pass):
                 f"node {dynamic[0].name!r} ({dynamic[0].op_type}) quantizes an activation to MXFP8 at run time, which standard ONNX cannot express"
                 f" ({len(dynamic)} such nodes); use --keep-mx to keep them for TensorRT, or export with FP8 delayed scaling"
             )
-        notes = [reach_opset(model, 24)] if len(dynamic) < len(nodes) else []
+        notes = [reach_opset(model, 24)[1]] if len(dynamic) < len(nodes) else []
         facts = analyse(model)
         builder = Builder(model)
         for node in nodes:

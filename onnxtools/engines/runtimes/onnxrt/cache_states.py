@@ -63,8 +63,7 @@ class Growing:
     def _join(self, slots: Sequence[int], mask: Ids, caches: list[Any]) -> None:
         """Rows that have run alone take their slots; the shorter side gets hidden tokens on the left."""
         ops, total = self.r.ops, max(self.mask.shape[1], mask.shape[1])
-        order = np.arange(self.slots)
-        order[list(slots)] = self.slots + np.arange(len(slots))
+        order = taking(slots, self.slots)
         missing = [total - self.mask.shape[1], total - mask.shape[1]]
         pads = [self._empty(rows, count) if count else None for rows, count in zip((self.slots, len(slots)), missing, strict=True)]
         for index, c in enumerate(self.r.io.caches):
@@ -159,8 +158,7 @@ class Static:
         binding = r.bound(r.ops.values(feeds))
         bind_buffers(r, binding, buffers)
         r.run(binding)
-        order = np.arange(self.rows)
-        order[list(slots)] = self.rows + np.arange(len(slots))
+        order = taking(slots, self.rows)
         for index, c in enumerate(r.io.caches):
             both = r.ops.joined([self.buffers[index], buffers[index]], batch_axis(c))
             self.buffers[index] = r.ops.picked(both, order, batch_axis(c))
@@ -326,6 +324,13 @@ def bind_buffers(model: OrtModel, binding: Any, buffers: list[Any]) -> None:
     for cache, buffer in zip(model.io.caches, buffers, strict=True):
         binding.bind_ortvalue_input(cache.past.name, buffer)
         binding.bind_ortvalue_output(cache.present.name, buffer)
+
+
+def taking(slots: Sequence[int], count: int) -> Ids:
+    """Out of `count` old rows and, behind them, a new one for each of `slots`: the rows where the new ones have taken their slots."""
+    order = np.arange(count)
+    order[list(slots)] = count + np.arange(len(slots))
+    return order
 
 
 def is_all(slots: Sequence[int], count: int) -> bool:
