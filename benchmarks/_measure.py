@@ -59,7 +59,12 @@ def parser(doc: str | None, runs: int) -> argparse.ArgumentParser:
     """The options that every benchmark has."""
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--runs", type=int, default=runs, help=f"repetitions of each measurement [{runs}]")
-    made.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where the models go; they are removed at the end")
+    made.add_argument(
+        "--folder",
+        type=Path,
+        default=Path(tempfile.gettempdir()),
+        help="where the models go; they are removed at the end",
+    )
     made.add_argument("--json", action="store_true", help="print the rows as JSON")
     return made
 
@@ -89,7 +94,9 @@ def run(command: Command) -> Run:
         seconds = time.perf_counter() - started
         if process.returncode:
             errors.seek(0)
-            raise subprocess.CalledProcessError(process.returncode, list(command), stderr=errors.read().decode(errors="replace"))
+            raise subprocess.CalledProcessError(
+                process.returncode, list(command), stderr=errors.read().decode(errors="replace")
+            )
     return Run(seconds, peak)
 
 
@@ -136,7 +143,17 @@ def times_faster(base: Sequence[Run], found: Sequence[Run]) -> float:
 
 def row(what: str, size: int, runs: Sequence[Run], ratio: str = "", target: str = "", *, moved: bool = True) -> Row:
     seconds = [r.seconds for r in runs]
-    return Row(what, size / 1e9, statistics.median(seconds), min(seconds), max(seconds), max(r.peak_mb for r in runs), ratio, target, moved)
+    return Row(
+        what,
+        size / 1e9,
+        statistics.median(seconds),
+        min(seconds),
+        max(seconds),
+        max(r.peak_mb for r in runs),
+        ratio,
+        target,
+        moved,
+    )
 
 
 def against_cp(data: Path, out: Path, commands: Mapping[str, Command], runs: int, target: str) -> list[Row]:
@@ -155,12 +172,21 @@ def against_cp(data: Path, out: Path, commands: Mapping[str, Command], runs: int
     empty(out)
     size = data.stat().st_size
     fastest = {name: min(r.seconds for r in found[name]) for name in cases}
-    return [row("cp", size, found["cp"])] + [row(name, size, found[name], f"{fastest['cp'] / fastest[name]:.0%} of cp", target) for name in commands]
+    return [row("cp", size, found["cp"])] + [
+        row(name, size, found[name], f"{fastest['cp'] / fastest[name]:.0%} of cp", target) for name in commands
+    ]
 
 
 def machine(folder: Path) -> str:
     """Cores, CPU, memory, system, and the file system of `folder`."""
-    cpu = next((line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "unknown CPU")
+    cpu = next(
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        "unknown CPU",
+    )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return f"{os.cpu_count()} cores ({cpu}), {memory:.0f} GiB, {platform.system()} {platform.release()}, {_file_system(folder)}"
 

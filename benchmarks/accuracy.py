@@ -25,7 +25,9 @@ FIGURES = ("acc", "acc_top1", "acc_top3", "acc_top5", "ppl_last_token", "ppl_seq
 
 def said(*command: str) -> dict[str, object]:
     tool = str(Path(sys.executable).with_name("onnxtools"))
-    done = subprocess.run([tool, *command, "--json"], check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    done = subprocess.run(
+        [tool, *command, "--json"], check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     return json.loads(done.stdout)  # type: ignore[no-any-return]
 
 
@@ -42,9 +44,27 @@ def main() -> None:
         model = Path(folder, "model.onnx")
         export(gguf(), model, ExportOptions(kv_cache=options.kv_cache, dtype="fp32"))
         texts = said(
-            "run", str(model), *(part for p in prompts for part in ("--prompt", p)), "--max-new-tokens", "64", "--batch-size", "1", "--ignore-eos", *both
+            "run",
+            str(model),
+            *(part for p in prompts for part in ("--prompt", p)),
+            "--max-new-tokens",
+            "64",
+            "--batch-size",
+            "1",
+            "--ignore-eos",
+            *both,
         )
-        scores = said("accuracy", str(model), "--dataset", "lambada", "--path", str(options.path), "--limit", str(options.limit), *both)
+        scores = said(
+            "accuracy",
+            str(model),
+            "--dataset",
+            "lambada",
+            "--path",
+            str(options.path),
+            "--limit",
+            str(options.limit),
+            *both,
+        )
     tokens = [found[0]["token_ids"] for found in texts["runtimes"].values()]  # type: ignore[attr-defined]
     same = sum(a == b for a, b in zip(*tokens, strict=True))
     print(

@@ -35,11 +35,21 @@ def run() -> None:
         rows = rows[: args.rows]
         made = {
             "rounded to nearest": ["--int4-rtn"],
-            f"AWQ, {args.texts} contexts of LAMBADA": ["--int4-awq", "--calib", str(contexts), "--calib-size", str(args.texts)],
+            f"AWQ, {args.texts} contexts of LAMBADA": [
+                "--int4-awq",
+                "--calib",
+                str(contexts),
+                "--calib-size",
+                str(args.texts),
+            ],
             "AWQ, WikiText-2": ["--int4-awq", *CALIB],
         }
-        print(f"{date.today()}, onnxruntime {onnxruntime.__version__}, CPU; SmolLM2-135M, first {len(rows)} rows of LAMBADA\n")
-        print("| scheme | acc (whole word) | difference, points | top1 | difference | ppl(token) | weights MB | seconds to make |")
+        print(
+            f"{date.today()}, onnxruntime {onnxruntime.__version__}, CPU; SmolLM2-135M, first {len(rows)} rows of LAMBADA\n"
+        )
+        print(
+            "| scheme | acc (whole word) | difference, points | top1 | difference | ppl(token) | weights MB | seconds to make |"
+        )
         print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |", flush=True)
         reference, _ = score(source, rows)
         print(line("fp32", reference, reference, 0, written(source)), flush=True)

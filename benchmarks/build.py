@@ -64,7 +64,13 @@ def main() -> None:
             ratio = f"{1 / times_faster(theirs, ours):.2f} x the time, {peak:.2f} x the memory, {max(r.peak_mb for r in ours) * 1e6 / size:.2f} x the weights"
             rows.append(row("onnxtools build", size, ours, ratio, "<= 1.05 x, <= 1.10 x; <= 2 x the weights at 2.5 GB"))
             weights_path(source).unlink()
-    report("build", "Building an engine", rows, ["onnxtools also hashes graph, weights and plan, and checks the graph before."], options)
+    report(
+        "build",
+        "Building an engine",
+        rows,
+        ["onnxtools also hashes graph, weights and plan, and checks the graph before."],
+        options,
+    )
 
 
 if __name__ == "__main__":

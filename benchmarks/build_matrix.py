@@ -27,11 +27,25 @@ STEPS = {
     "INT4": [["precision", "--to", "fp16"], ["quantize", "--int4-awq", *CALIB]], "KV FP8": [["quantize", "--kv-cache", "fp8", *CALIB]],
     "KV INT8": [["quantize", "--kv-cache", "int8", *CALIB]],
 }  # fmt: skip
-BUILD = ["--backend", "tensorrt-rtx", "--compute-capability", "8.9", "--compute-capability", "12.0", "--max-batch-size", "2", "--max-seq-len", "128", "--json"]
+BUILD = [
+    "--backend",
+    "tensorrt-rtx",
+    "--compute-capability",
+    "8.9",
+    "--compute-capability",
+    "12.0",
+    "--max-batch-size",
+    "2",
+    "--max-seq-len",
+    "128",
+    "--json",
+]
 
 
 def onnxtools(*args: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "onnxtools", *map(str, args)], capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "onnxtools", *map(str, args)], capture_output=True, text=True, check=False
+    )
 
 
 def built(source: Path, folder: Path) -> str:
@@ -39,7 +53,11 @@ def built(source: Path, folder: Path) -> str:
     done = onnxtools("build", source, folder / "e.engine", *BUILD)
     if done.returncode:
         line = done.stderr.strip().splitlines()[-1].removeprefix("error: ")
-        return f"**fails inside TensorRT**: {line}" if "parser refuses" in line or "cannot build" in line or "internal" in line else f"refused: {line}"
+        return (
+            f"**fails inside TensorRT**: {line}"
+            if "parser refuses" in line or "cannot build" in line or "internal" in line
+            else f"refused: {line}"
+        )
     found = json.loads(done.stdout)
     return f"{found['engine']['bytes'] / 1e6:.1f} MB in {found['build_seconds']:.1f} s, peak {found['peak_rss_mib']:.0f} MiB"
 

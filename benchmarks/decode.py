@@ -149,13 +149,25 @@ def _report(found: dict[str, list[tuple[list[int], float, list[float]]]], option
     first = {name: statistics.median(f for _, f, _ in results) for name, results in found.items()}
     total = {name: statistics.median(f + sum(s) for _, f, s in results) for name, results in found.items()}
     names = ("onnxruntime", "onnxruntime-genai", "transformers", "torch")
-    print(f"{date.today()}, {platform.processor() or platform.machine()}, {options.threads} threads; {', '.join(f'{n} {_version(n)}' for n in names)}")
-    print(f"SmolLM2-135M fp32, batch 1, {options.input_len} in, {options.output_len} out, {options.runs} interleaved runs, medians\n")
-    print("| | prefill ms | step ms | all ms | step: times as fast as this | all: times as fast as this | same tokens |")
+    print(
+        f"{date.today()}, {platform.processor() or platform.machine()}, {options.threads} threads; {', '.join(f'{n} {_version(n)}' for n in names)}"
+    )
+    print(
+        f"SmolLM2-135M fp32, batch 1, {options.input_len} in, {options.output_len} out, {options.runs} interleaved runs, medians\n"
+    )
+    print(
+        "| | prefill ms | step ms | all ms | step: times as fast as this | all: times as fast as this | same tokens |"
+    )
     print("| --- | ---: | ---: | ---: | ---: | ---: | --- |")
     base, tokens = "onnxtools gqa", found["onnxtools gqa"][0][0]
     for name, results in found.items():
-        same = "" if not results[0][0] else "yes" if results[0][0] == tokens else f"first {_common(results[0][0], tokens)} of {len(tokens)}"
+        same = (
+            ""
+            if not results[0][0]
+            else "yes"
+            if results[0][0] == tokens
+            else f"first {_common(results[0][0], tokens)} of {len(tokens)}"
+        )
         print(
             f"| {name} | {1e3 * first[name]:.1f} | {1e3 * steps[name]:.2f} | {1e3 * total[name]:.0f} | {steps[name] / steps[base]:.2f} |"
             f" {total[name] / total[base]:.2f} | {same} |"

@@ -49,7 +49,10 @@ def checkpoint(folder: Path, gigabytes: float) -> int:
     from onnxtools.exporter.families.llama import config
 
     one = {**LLAMA, "num_hidden_layers": 1}
-    sizes = [sum(int(np.prod(s)) for s in weight_shapes(config({**one, "num_hidden_layers": n})).values()) * 2 for n in (1, 2)]
+    sizes = [
+        sum(int(np.prod(s)) for s in weight_shapes(config({**one, "num_hidden_layers": n})).values()) * 2
+        for n in (1, 2)
+    ]
     layers = max(1, round((gigabytes * 1e9 - sizes[0]) / (sizes[1] - sizes[0])) + 1)
     raw = {**LLAMA, "num_hidden_layers": layers}
     folder.mkdir()
@@ -93,7 +96,9 @@ def against_exporters(folder: Path, runs: int, peer_python: str) -> list[Row]:
     """All from the same Hugging Face folder in fp32, which transformers writes from the GGUF file."""
     source, out = folder / "smollm2", folder / "out"
     gguf = smollm2()
-    subprocess.run([sys.executable, "-c", SMOLLM2, str(gguf.parent), gguf.name, str(source)], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", SMOLLM2, str(gguf.parent), gguf.name, str(source)], check=True, capture_output=True
+    )
     size = (source / "model.safetensors").stat().st_size
     ours = "onnxtools export"
     optimum = f"optimum-cli export onnx --task text-generation-with-past -m {source} {out}/optimum"
@@ -107,7 +112,14 @@ def against_exporters(folder: Path, runs: int, peer_python: str) -> list[Row]:
     rows = [row(ours, size, found[ours], "", ">= 10 x as fast, <= 1/4 of the memory")]
     for name in (name for name in cases if name != ours):
         memory = max(r.peak_mb for r in found[name]) / max(r.peak_mb for r in found[ours])
-        rows.append(row(name, size, found[name], f"{times_faster(found[name], found[ours]):.1f} x our time, {memory:.1f} x our memory"))
+        rows.append(
+            row(
+                name,
+                size,
+                found[name],
+                f"{times_faster(found[name], found[ours]):.1f} x our time, {memory:.1f} x our memory",
+            )
+        )
     return rows
 
 
@@ -115,13 +127,17 @@ def main() -> None:
     made = parser(__doc__, runs=4)
     made.add_argument("--gb", type=float, default=5, help="size of the checkpoint that is compared with cp [5]")
     made.add_argument("--peer-runs", type=int, default=2, help="repetitions of the exporters; 0 leaves them out [2]")
-    made.add_argument("--peer-python", default="", help="a Python that has optimum-onnx; without it that peer is left out")
+    made.add_argument(
+        "--peer-python", default="", help="a Python that has optimum-onnx; without it that peer is left out"
+    )
     options = made.parse_args()
     with scratch(options.folder) as folder:
         rows = file_to_file(folder, options.gb, options.runs)
         if options.peer_runs:
             rows += against_exporters(folder, options.peer_runs, options.peer_python)
-    report("export", "Export, file to file", rows, ["The exporters that trace run in fp32 from the same folder."], options)
+    report(
+        "export", "Export, file to file", rows, ["The exporters that trace run in fp32 from the same folder."], options
+    )
 
 
 if __name__ == "__main__":

@@ -27,7 +27,11 @@ def main() -> None:
     made.add_argument("--gb", type=float, default=2.5, help="bytes of weights, before folding [2.5]")
     options = made.parse_args()
     with scratch(options.folder) as folder:
-        rows = [r for name, dtype in (("fp16", TensorProto.FLOAT16), ("fp32", TensorProto.FLOAT)) for r in fold(folder, name, dtype, options.gb, options.runs)]
+        rows = [
+            r
+            for name, dtype in (("fp16", TensorProto.FLOAT16), ("fp32", TensorProto.FLOAT))
+            for r in fold(folder, name, dtype, options.gb, options.runs)
+        ]
     report("fp8_fold", "Folding the weights of an FP8 export", rows, ["GB/s counts the bytes read."], options)
 
 

@@ -48,7 +48,9 @@ RUNTIMES = ("onnxrt", "onnxrt:nokernels", "frameworks:eager", "frameworks:sdpa",
 
 def onnxtools(*arguments: str) -> str:
     code = "from onnxtools.cli.main import main; main()"
-    return subprocess.run([sys.executable, "-c", code, *arguments], check=True, stdout=subprocess.PIPE, text=True).stdout
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
 
 
 def shape(folder: Path, size: dict[str, int], dtype: str) -> tuple[Path, Path]:
@@ -56,7 +58,19 @@ def shape(folder: Path, size: dict[str, int], dtype: str) -> tuple[Path, Path]:
     for name in ("nemo", "gpt", "hf"):
         (folder / name).mkdir()
     (folder / "nemo/model_config.yaml").write_text(MODEL_CONFIG.format(**size))
-    onnxtools("export", "--random", str(folder / "nemo"), "--dtype", dtype, "--kv-cache", "gqa", "--logits", "last", "-o", str(folder / "gpt/model.onnx"))
+    onnxtools(
+        "export",
+        "--random",
+        str(folder / "nemo"),
+        "--dtype",
+        dtype,
+        "--kv-cache",
+        "gqa",
+        "--logits",
+        "last",
+        "-o",
+        str(folder / "gpt/model.onnx"),
+    )
     config = {
         "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_layer": size["layers"], "n_embd": size["hidden"], "n_inner": size["ffn"],
         "n_head": size["heads"], "vocab_size": size["vocab"], "n_positions": 2048, "dtype": {"fp16": "float16", "fp32": "float32"}[dtype],
@@ -70,7 +84,9 @@ def theirs(model: Any, prompt: list[int], **settings: Any) -> list[int]:
     """New tokens of transformers' generate."""
     import torch
 
-    return model.generate(torch.tensor([prompt]), do_sample=False, pad_token_id=0, **settings)[0, len(prompt) :].tolist()  # type: ignore[no-any-return]
+    return model.generate(torch.tensor([prompt]), do_sample=False, pad_token_id=0, **settings)[
+        0, len(prompt) :
+    ].tolist()  # type: ignore[no-any-return]
 
 
 def check_tokens(folder: Path, device: str) -> list[str]:
@@ -86,17 +102,33 @@ def check_tokens(folder: Path, device: str) -> list[str]:
         """Prompts plain, then captured with others of the same padded length, then replayed, where they are; steps are captured from the first."""
         same = True
         for step in (1, -1, 1):
-            found = [best[0].token_ids for best in generate(runtime, prompts[::step], GenerationOptions(max_new_tokens=24, ignore_eos=True))]
+            found = [
+                best[0].token_ids
+                for best in generate(runtime, prompts[::step], GenerationOptions(max_new_tokens=24, ignore_eos=True))
+            ]
             same = same and found == expected[::step]
         return "same" if same else "DIFFERENT"
 
     prompts = [[5, 9, 30, 31, 77], [3, 8], [60, 61, 62, 63, 64, 65, 66, 67, 1]]
     many = 45  # times the prompts: enough rows and heads for our attention of a step to be used
-    llama = {"vocab_size": 97, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 192}
+    llama = {
+        "vocab_size": 97,
+        "hidden_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "intermediate_size": 192,
+    }
     lines = []
     for name, seed, config in (  # of seeds whose two best logits are never nearer than fp16 resolves
         ("llama", 11, transformers.LlamaConfig(**llama, max_position_embeddings=1024, eos_token_id=None)),
-        ("gpt2", 7, transformers.GPT2Config(vocab_size=97, n_embd=128, n_layer=2, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=None)),
+        (
+            "gpt2",
+            7,
+            transformers.GPT2Config(
+                vocab_size=97, n_embd=128, n_layer=2, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=None
+            ),
+        ),
     ):
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(config).eval()
@@ -108,26 +140,53 @@ def check_tokens(folder: Path, device: str) -> list[str]:
         for form in ("concat", "scatter", "gqa"):
             for logits in ("all", "last"):
                 path = folder / f"{name}-{form}-{logits}.onnx"
-                dtype = "fp16" if form == "gqa" and device == "cuda" else "fp32"  # GroupQueryAttention has no fp32 kernel there
-                onnxtools("export", str(folder / name), "-o", str(path), "--kv-cache", form, "--logits", logits, "--dtype", dtype)
+                dtype = (
+                    "fp16" if form == "gqa" and device == "cuda" else "fp32"
+                )  # GroupQueryAttention has no fp32 kernel there
+                onnxtools(
+                    "export",
+                    str(folder / name),
+                    "-o",
+                    str(path),
+                    "--kv-cache",
+                    form,
+                    "--logits",
+                    logits,
+                    "--dtype",
+                    dtype,
+                )
                 runtime = open_runtime("onnxrt", path, RuntimeOptions(device=device))  # type: ignore[arg-type]
                 found, rows = greedy(runtime, prompts, expected), greedy(runtime, prompts * many, expected * many)
-                beams = [b[0].token_ids for b in generate(runtime, prompts, GenerationOptions(max_new_tokens=8, num_beams=3, ignore_eos=True))]
+                beams = [
+                    b[0].token_ids
+                    for b in generate(
+                        runtime, prompts, GenerationOptions(max_new_tokens=8, num_beams=3, ignore_eos=True)
+                    )
+                ]
                 wanted = [
-                    model.generate(torch.tensor([p]), max_new_tokens=8, num_beams=3, do_sample=False, pad_token_id=0)[0, len(p) :].tolist() for p in prompts
+                    model.generate(torch.tensor([p]), max_new_tokens=8, num_beams=3, do_sample=False, pad_token_id=0)[
+                        0, len(p) :
+                    ].tolist()
+                    for p in prompts
                 ]
                 same = "same" if beams == wanted else "DIFFERENT"
                 captures = "yes" if runtime.captures else "no"  # type: ignore[attr-defined]
-                lines.append(f"| {' | '.join((name, form, logits, found, rows, same, captures, '; '.join(runtime.notes)))} |")
+                lines.append(
+                    f"| {' | '.join((name, form, logits, found, rows, same, captures, '; '.join(runtime.notes)))} |"
+                )
                 runtime.close()
-        if name == "llama":  # longer than our attention of prompts takes: ONNX Runtime's, inside and outside of our operator
+        if (
+            name == "llama"
+        ):  # longer than our attention of prompts takes: ONNX Runtime's, inside and outside of our operator
             long = [random.Random(LONG_SEEDS[row]).choices(range(2, 97), k=600 - 40 * row) for row in range(2)]
             expected = [theirs(model, p, max_new_tokens=24) for p in long]
             for kernels in (True, False):
                 runtime = open_runtime("onnxrt", path, RuntimeOptions(device=device, kernels=kernels))  # type: ignore[arg-type]
                 captures = "yes" if runtime.captures else "no"  # type: ignore[attr-defined]
                 found = greedy(runtime, long, expected)
-                lines.append(f"| {name}, prompts of 600 and 560 | {form} | {logits} | {found} | | | {captures} | {'; '.join(runtime.notes)} |")
+                lines.append(
+                    f"| {name}, prompts of 600 and 560 | {form} | {logits} | {found} | | | {captures} | {'; '.join(runtime.notes)} |"
+                )
                 runtime.close()
     return lines
 
@@ -149,11 +208,34 @@ def main() -> None:
             flush=True,
         )
         model, checkpoint = shape(folder, SMALL if options.small else LARGE, "fp32" if options.small else "fp16")
-        sizes = ("--batch-size", "16", "--input-seq-len", "128", "--output-seq-len", "20", "--warmup", "3", "--iterations", str(options.iterations))
+        sizes = (
+            "--batch-size",
+            "16",
+            "--input-seq-len",
+            "128",
+            "--output-seq-len",
+            "20",
+            "--warmup",
+            "3",
+            "--iterations",
+            str(options.iterations),
+        )
         runtimes = [part for r in RUNTIMES for part in ("--runtime", r)]
         alone = json.loads(onnxtools("benchmark", str(model), *sizes, "--device", device, "--json"))
         report(alone)
-        found = json.loads(onnxtools("benchmark", str(model), *sizes, *runtimes, "--checkpoint", str(checkpoint), "--device", device, "--json"))
+        found = json.loads(
+            onnxtools(
+                "benchmark",
+                str(model),
+                *sizes,
+                *runtimes,
+                "--checkpoint",
+                str(checkpoint),
+                "--device",
+                device,
+                "--json",
+            )
+        )
         report(found)
     if options.json:
         options.json.write_text(json.dumps([alone, found], indent=1))
@@ -164,13 +246,19 @@ def report(found: dict[str, Any]) -> None:
     import onnxruntime
 
     blocks = found["runtimes"]
-    print(f"\n{date.today()}, {next(iter(blocks.values()))['device']}; onnxruntime {onnxruntime.__version__}, {packages}; {found['options']}\n")
+    print(
+        f"\n{date.today()}, {next(iter(blocks.values()))['device']}; onnxruntime {onnxruntime.__version__}, {packages}; {found['options']}\n"
+    )
     print("| | all ms (median) | best | tokens/s | prefill ms | step ms | times as fast as this |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     base = blocks["onnxrt"]["without_tokenizer"]["median_s"]
     tokens = found["options"]["batch_size"] * found["options"]["output_seq_len"]
     for name, block in blocks.items():
-        whole, first, step = block["without_tokenizer"], block["time_to_first_token_s"], block["time_per_output_token_s"]
+        whole, first, step = (
+            block["without_tokenizer"],
+            block["time_to_first_token_s"],
+            block["time_per_output_token_s"],
+        )
         print(
             f"| {name} | {1e3 * whole['median_s']:.2f} | {1e3 * whole['best_s']:.2f} | {tokens / whole['median_s']:.0f} | {1e3 * first:.2f} |"
             f" {1e3 * step:.3f} | {whole['median_s'] / base:.2f} |"

@@ -21,11 +21,16 @@ from onnxtools.engines.kernels.rewrite import DOMAIN
 from onnxtools.engines.runtimes.onnxrt.ort_session import choose_device
 
 Array = np.ndarray[Any, Any]
-DTYPES = {"fp16": (np.dtype(np.float16), onnx.TensorProto.FLOAT16, 1e-3), "bf16": (np.dtype(ml_dtypes.bfloat16), onnx.TensorProto.BFLOAT16, 8e-3)}
+DTYPES = {
+    "fp16": (np.dtype(np.float16), onnx.TensorProto.FLOAT16, 1e-3),
+    "bf16": (np.dtype(ml_dtypes.bfloat16), onnx.TensorProto.BFLOAT16, 8e-3),
+}
 RANDOM = np.random.default_rng(0)
 
 
-def session(library: str, nodes: list[onnx.NodeProto], inputs: list[onnx.ValueInfoProto], outputs: list[onnx.ValueInfoProto]) -> Any:
+def session(
+    library: str, nodes: list[onnx.NodeProto], inputs: list[onnx.ValueInfoProto], outputs: list[onnx.ValueInfoProto]
+) -> Any:
     opsets = [helper.make_opsetid("", 19), helper.make_opsetid(DOMAIN, 1)]
     model = helper.make_model(helper.make_graph(nodes, "case", inputs, outputs), opset_imports=opsets, ir_version=9)
     settings = ort.SessionOptions()
@@ -36,18 +41,38 @@ def session(library: str, nodes: list[onnx.NodeProto], inputs: list[onnx.ValueIn
 class Case:
     """One node in a session of its own."""
 
-    def __init__(self, library: str, op: str, dtype: str, inputs: dict[str, Array | None], outputs: dict[str, tuple[int, ...]], **attributes: Any) -> None:
+    def __init__(
+        self,
+        library: str,
+        op: str,
+        dtype: str,
+        inputs: dict[str, Array | None],
+        outputs: dict[str, tuple[int, ...]],
+        **attributes: Any,
+    ) -> None:
         self.numpy, self.onnx, _ = DTYPES[dtype]
         self.values = {name: self._value(array) for name, array in inputs.items() if array is not None}
         kinds = {"tensor(int32)": onnx.TensorProto.INT32, "tensor(int64)": onnx.TensorProto.INT64}
         infos = [
-            helper.make_tensor_value_info(name, kinds.get(value.data_type(), self.onnx), [None] * len(value.shape())) for name, value in self.values.items()
+            helper.make_tensor_value_info(name, kinds.get(value.data_type(), self.onnx), [None] * len(value.shape()))
+            for name, value in self.values.items()
         ]
         # ONNX Runtime hands out no bf16 to NumPy: fp32 beside it, and the node's own outputs where they share memory with an input.
         casts = [helper.make_node("Cast", [name], [f"{name}_fp32"], to=onnx.TensorProto.FLOAT) for name in outputs]
-        results = [helper.make_tensor_value_info(name, self.onnx, [None] * len(shape)) for name, shape in outputs.items()]
-        results += [helper.make_tensor_value_info(f"{name}_fp32", onnx.TensorProto.FLOAT, [None] * len(shape)) for name, shape in outputs.items()]
-        node = helper.make_node(op, [name if array is not None else "" for name, array in inputs.items()], list(outputs), domain=DOMAIN, **attributes)
+        results = [
+            helper.make_tensor_value_info(name, self.onnx, [None] * len(shape)) for name, shape in outputs.items()
+        ]
+        results += [
+            helper.make_tensor_value_info(f"{name}_fp32", onnx.TensorProto.FLOAT, [None] * len(shape))
+            for name, shape in outputs.items()
+        ]
+        node = helper.make_node(
+            op,
+            [name if array is not None else "" for name, array in inputs.items()],
+            list(outputs),
+            domain=DOMAIN,
+            **attributes,
+        )
         self.session = session(library, [node, *casts], infos, results)
         self.outputs = outputs
 
@@ -91,7 +116,9 @@ def gelu(x: Array) -> Array:
 def linear(library: str, dtype: str, m: int, n: int, k: int, bias: bool, activation: str) -> float:
     x, w, b = rounded(dtype, m, k), rounded(dtype, n, k, scale=k**-0.5), rounded(dtype, 1, n) if bias else None
     expected = x @ w.T + (b if b is not None else 0)
-    case = Case(library, "Linear", dtype, {"x": x, "w": w, **({"b": b} if bias else {})}, {"y": (m, n)}, activation=activation)
+    case = Case(
+        library, "Linear", dtype, {"x": x, "w": w, **({"b": b} if bias else {})}, {"y": (m, n)}, activation=activation
+    )
     return error(case.run()[0], gelu(expected) if activation == "GELU" else expected)
 
 
@@ -119,7 +146,9 @@ def rotate(x: Array, positions: Array, cos: Array, sin: Array, interleaved: bool
     return np.stack(parts, axis=-1).reshape(x.shape) if interleaved else np.concatenate(parts, axis=-1)
 
 
-def attention(library: str, dtype: str, batch: int, tokens: int, heads: int, kv: int, size: int, rope: str, slots: int) -> float:
+def attention(
+    library: str, dtype: str, batch: int, tokens: int, heads: int, kv: int, size: int, rope: str, slots: int
+) -> float:
     """One token after caches of random lengths, or prompts from the beginning; caches must hold old and new keys and values."""
     width, decode = (heads + 2 * kv) * size, tokens == 1
     qkv = rounded(dtype, batch, tokens, width)
@@ -147,7 +176,9 @@ def attention(library: str, dtype: str, batch: int, tokens: int, heads: int, kv:
     scores = np.einsum("bthd,bhsd->bhts", q, np.repeat(keys, heads // kv, axis=1)) * size**-0.5
     scores = np.where(np.arange(slots) <= positions[:, None, :, None], scores, -np.inf)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    expected = np.einsum("bhts,bhsd->bthd", weights / weights.sum(axis=-1, keepdims=True), np.repeat(values, heads // kv, axis=1))
+    expected = np.einsum(
+        "bhts,bhsd->bthd", weights / weights.sum(axis=-1, keepdims=True), np.repeat(values, heads // kv, axis=1)
+    )
     return max(error(y, expected.reshape(y.shape)), error(new_keys, keys), error(new_values, values))
 
 
@@ -171,13 +202,26 @@ def next_token(library: str, rows: int, tokens: int, vocabulary: int, slots: int
     past = RANDOM.integers(0, 99, (rows, slots))
     infos = [
         helper.make_tensor_value_info(name, kind, [None] * rank)
-        for name, kind, rank in (("logits", onnx.TensorProto.FLOAT, 3), ("mask", onnx.TensorProto.INT64, 2), ("past", onnx.TensorProto.INT64, 2))
+        for name, kind, rank in (
+            ("logits", onnx.TensorProto.FLOAT, 3),
+            ("mask", onnx.TensorProto.INT64, 2),
+            ("past", onnx.TensorProto.INT64, 2),
+        )
     ]
-    results = [helper.make_tensor_value_info(name, onnx.TensorProto.INT64, [None, None]) for name in ("next", "longer", "tokens")]
+    results = [
+        helper.make_tensor_value_info(name, onnx.TensorProto.INT64, [None, None])
+        for name in ("next", "longer", "tokens")
+    ]
     node = helper.make_node("NextToken", ["logits", "mask", "past"], ["next", "longer", "tokens"], domain=DOMAIN)
-    found, longer, appended = session(library, [node], infos, results).run(None, {"logits": logits, "mask": mask, "past": past})
+    found, longer, appended = session(library, [node], infos, results).run(
+        None, {"logits": logits, "mask": mask, "past": past}
+    )
     past[np.arange(rows), lengths] = expected[:, -1]
-    right = (found == expected).all() and (longer == (np.arange(slots) <= lengths[:, None])).all() and (appended == past).all()
+    right = (
+        (found == expected).all()
+        and (longer == (np.arange(slots) <= lengths[:, None])).all()
+        and (appended == past).all()
+    )
     return 0.0 if right else 1.0
 
 
@@ -192,7 +236,15 @@ def main() -> None:
             (linear, (d, m, n, k, b, a))
             for d, (m, n, k), b, a in itertools.product(
                 DTYPES,
-                [(1, 512, 64), (5, 777, 128), (8, 2048, 4096), (13, 12288, 512), (16, 16384, 256), (16, 4096, 2048), (16, 31, 192)],
+                [
+                    (1, 512, 64),
+                    (5, 777, 128),
+                    (8, 2048, 4096),
+                    (13, 12288, 512),
+                    (16, 16384, 256),
+                    (16, 4096, 2048),
+                    (16, 31, 192),
+                ],
                 (False, True),
                 ("NONE", "GELU"),
             )
@@ -200,7 +252,10 @@ def main() -> None:
         "Linear, more rows, odd sizes or a large head (cublasLt)": [
             (linear, (d, m, n, k, b, a))
             for d, (m, n, k), b, a in itertools.product(
-                DTYPES, [(17, 512, 64), (300, 1024, 1024), (4, 64, 72), (16, 51200, 256)], (False, True), ("NONE", "GELU")
+                DTYPES,
+                [(17, 512, 64), (300, 1024, 1024), (4, 64, 72), (16, 51200, 256)],
+                (False, True),
+                ("NONE", "GELU"),
             )
         ],
         "SkipLayerNormalization, SkipSimplifiedLayerNormalization": [
@@ -216,23 +271,37 @@ def main() -> None:
         "GroupQueryAttention, a step": [
             (attention, (d, b, 1, h, kv, size, rope, slots))
             for d, (b, h, kv), size, rope, slots in itertools.product(
-                DTYPES, [(34, 4, 4), (70, 4, 2), (45, 9, 3), (40, 16, 4)], (64, 128), ("", "halves", "interleaved"), (9, 200)
+                DTYPES,
+                [(34, 4, 4), (70, 4, 2), (45, 9, 3), (40, 16, 4)],
+                (64, 128),
+                ("", "halves", "interleaved"),
+                (9, 200),
             )
         ],
-        "GroupQueryAttention, few rows (ONNX Runtime's)": [(attention, (d, 2, 1, 8, 4, 64, rope, 90)) for d in DTYPES for rope in ("", "halves")],
+        "GroupQueryAttention, few rows (ONNX Runtime's)": [
+            (attention, (d, 2, 1, 8, 4, 64, rope, 90)) for d in DTYPES for rope in ("", "halves")
+        ],
         "GroupQueryAttention, prompts": [
             (attention, (d, 3, tokens, h, kv, size, rope, 520))
-            for d, tokens, (h, kv), size, rope in itertools.product(DTYPES, (2, 64, 65, 130, 512), [(4, 4), (6, 2)], (64, 128), ("", "halves", "interleaved"))
+            for d, tokens, (h, kv), size, rope in itertools.product(
+                DTYPES, (2, 64, 65, 130, 512), [(4, 4), (6, 2)], (64, 128), ("", "halves", "interleaved")
+            )
         ],
         "LastToken": [
             (last_token, (d, rows, tokens, total, width))
-            for d, (rows, tokens, total), width in itertools.product(DTYPES, [(3, 1, 40), (16, 128, 128), (5, 700, 900), (3, 9, 5)], (64, 4096))
+            for d, (rows, tokens, total), width in itertools.product(
+                DTYPES, [(3, 1, 40), (16, 128, 128), (5, 700, 900), (3, 9, 5)], (64, 4096)
+            )
         ],
-        "GroupQueryAttention, long prompts (ONNX Runtime's)": [(attention, (d, 1, 600, 4, 2, 64, "halves", 640)) for d in DTYPES],
+        "GroupQueryAttention, long prompts (ONNX Runtime's)": [
+            (attention, (d, 1, 600, 4, 2, 64, "halves", 640)) for d in DTYPES
+        ],
     }
     shapes = [(1, 1, 7, 9), (16, 1, 51200, 148), (3, 5, 1000, 2000), (2, 1, 128256, 33)]
     wrong = [(shape, spoilt) for shape in shapes for spoilt in (False, True) if next_token(library, *shape, spoilt)]
-    print(f"NextToken, {2 * len(shapes)} cases: {'WRONG: ' + str(wrong) if wrong else 'the same tokens, masks and histories as NumPy'}\n")
+    print(
+        f"NextToken, {2 * len(shapes)} cases: {'WRONG: ' + str(wrong) if wrong else 'the same tokens, masks and histories as NumPy'}\n"
+    )
     print("| operator | cases | worst error, fp16 | bf16 | |\n| --- | ---: | ---: | ---: | --- |")
     good = not wrong
     for name, cases in groups.items():

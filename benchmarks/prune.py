@@ -7,7 +7,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from _measure import MEMORY_TARGET, Command, Row, against_cp, empty, interleave, parser, report, row, run, scratch, times_faster, tool, warm
+from _measure import (
+    MEMORY_TARGET,
+    Command,
+    Row,
+    against_cp,
+    empty,
+    interleave,
+    parser,
+    report,
+    row,
+    run,
+    scratch,
+    times_faster,
+    tool,
+    warm,
+)
 from synthetic import make, weights_path
 
 
@@ -34,7 +49,16 @@ def against_polygraphy(folder: Path, gigabytes: float, runs: int) -> list[Row]:
 
     times = interleave({"prune": ours(source, out)}, runs, before)["prune"]
     before()
-    command = [tool("polygraphy"), "surgeon", "prune", str(source), "-o", str(out / "peer.onnx"), "--save-external-data", "peer.data"]
+    command = [
+        tool("polygraphy"),
+        "surgeon",
+        "prune",
+        str(source),
+        "-o",
+        str(out / "peer.onnx"),
+        "--save-external-data",
+        "peer.data",
+    ]
     peer = run(command)
     faster = times_faster([peer] * runs, times)
     return [
@@ -46,7 +70,9 @@ def against_polygraphy(folder: Path, gigabytes: float, runs: int) -> list[Row]:
 def main() -> None:
     made = parser(__doc__, runs=5)
     made.add_argument("--gb", type=float, default=5, help="size of the model that is compared with cp [5]")
-    made.add_argument("--large-gb", type=float, default=10, help="size of the model for peak memory, one run; 0 leaves it out [10]")
+    made.add_argument(
+        "--large-gb", type=float, default=10, help="size of the model for peak memory, one run; 0 leaves it out [10]"
+    )
     made.add_argument("--peer-gb", type=float, default=0.5, help="size of the file that polygraphy gets [0.5]")
     made.add_argument("--skip-polygraphy", action="store_true", help="leave out the peer, which takes seven minutes")
     options = made.parse_args()

@@ -26,7 +26,9 @@ def perplexity(path: Path, windows: int) -> float:
     runtime = OrtRuntime(path, RuntimeOptions(device="cpu"))
     text = (SHARED / "wikitext2_test.txt").read_text()
     tokens = Tokenizer.open(path.parent).pieces(text)[: windows * 1024]
-    found = score_wikitext(runtime, tokens, len(text.split()), length=1024, stride=1024, batch_size=1, done=lambda: None)
+    found = score_wikitext(
+        runtime, tokens, len(text.split()), length=1024, stride=1024, batch_size=1, done=lambda: None
+    )
     runtime.close()
     return float(found.figures["ppl_token"])
 

@@ -21,7 +21,14 @@ import onnxruntime
 
 from onnxtools.checkpoints.tokenizer import Tokenizer
 from onnxtools.engines.runtimes.onnxrt.ort_runtime import OrtRuntime
-from onnxtools.evaluate.lambada import PassageResult, compare_lambada, read_lambada, score_lambada, summarize_lambada, tokenized
+from onnxtools.evaluate.lambada import (
+    PassageResult,
+    compare_lambada,
+    read_lambada,
+    score_lambada,
+    summarize_lambada,
+    tokenized,
+)
 from onnxtools.generation.runtime import RuntimeOptions
 
 from benchmarks.decode import gguf  # isort: skip
@@ -37,7 +44,15 @@ SCHEMES: dict[str, list[str]] = {
     "INT8 per tensor, QKV and FC1": ["quantize", "--int8", *CALIB],
     "INT8 SmoothQuant 0.5 per tensor, QKV and FC1": ["quantize", "--smoothquant", "0.5", *CALIB],
     "INT8 per token, per channel": ["quantize", "--int8", "--per-token", "--per-channel", "--all-layers", *CALIB],
-    "INT8 SmoothQuant 0.5 per token, per channel": ["quantize", "--smoothquant", "0.5", "--per-token", "--per-channel", "--all-layers", *CALIB],
+    "INT8 SmoothQuant 0.5 per token, per channel": [
+        "quantize",
+        "--smoothquant",
+        "0.5",
+        "--per-token",
+        "--per-channel",
+        "--all-layers",
+        *CALIB,
+    ],
     "INT4 RTN, block 64": ["quantize", "--int4-rtn", "--block-size", "64"],
     "INT4 AWQ, block 64": ["quantize", "--int4-awq", "--block-size", "64", *CALIB],
     "INT4 AWQ and GPTQ, block 64": ["quantize", "--int4-awq", "--gptq", "--block-size", "64", *CALIB],
@@ -77,7 +92,9 @@ def line(name: str, results: list[PassageResult], reference: list[PassageResult]
 def run() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=1000)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="what scores them; they are made on the CPU")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cpu", help="what scores them; they are made on the CPU"
+    )
     parser.add_argument("--only", nargs="*", help="names of schemes")
     parser.add_argument("--folder", type=Path)
     args = parser.parse_args()
@@ -92,7 +109,9 @@ def run() -> None:
             f"{date.today()}, onnxruntime {onnxruntime.__version__}, {args.device}; SmolLM2-135M, first {len(rows)} rows of LAMBADA;"
             " calibration: 32 texts of 512 tokens of WikiText-2\n"
         )
-        print("| scheme | acc (whole word) | difference, points | top1 | difference | ppl(token) | weights MB | seconds to make |")
+        print(
+            "| scheme | acc (whole word) | difference, points | top1 | difference | ppl(token) | weights MB | seconds to make |"
+        )
         print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |", flush=True)
         reference, _ = score(source, rows, args.device)
         print(line("fp32", reference, reference, 0, written(source)), flush=True)

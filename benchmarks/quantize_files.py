@@ -41,9 +41,24 @@ def calibrated(folder: Path, texts: int, length: int) -> Row:
     run([tool("onnxtools"), "export", "--random", *SHAPE.split(), "-o", str(model)])
     size = model.with_name("m.onnx.data").stat().st_size
     generator = np.random.default_rng(0)
-    calib.write_text("".join(json.dumps({"text": generator.integers(0, 51200, length).tolist()}) + "\n" for _ in range(texts)))
-    made = run([tool("onnxtools"), "quantize", str(model), str(model.with_name("fp8.onnx")), "--fp8", "--calib", str(calib), "--no-check"])
-    return row(f"quantize --fp8, {texts} texts of {length} tokens", size, [made], "", "<= 1.5 GB and one layer's activations")
+    calib.write_text(
+        "".join(json.dumps({"text": generator.integers(0, 51200, length).tolist()}) + "\n" for _ in range(texts))
+    )
+    made = run(
+        [
+            tool("onnxtools"),
+            "quantize",
+            str(model),
+            str(model.with_name("fp8.onnx")),
+            "--fp8",
+            "--calib",
+            str(calib),
+            "--no-check",
+        ]
+    )
+    return row(
+        f"quantize --fp8, {texts} texts of {length} tokens", size, [made], "", "<= 1.5 GB and one layer's activations"
+    )
 
 
 def main() -> None:
@@ -56,7 +71,13 @@ def main() -> None:
         rows = weights_alone(folder, options.gb, options.runs)
         if options.texts:
             rows.append(calibrated(folder, options.texts, options.length))
-    report("quantize_files", "Quantization, file to file", rows, ["The model with calibration is GPT-2's shape with random weights, run once."], options)
+    report(
+        "quantize_files",
+        "Quantization, file to file",
+        rows,
+        ["The model with calibration is GPT-2's shape with random weights, run once."],
+        options,
+    )
 
 
 if __name__ == "__main__":

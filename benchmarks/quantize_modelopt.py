@@ -28,7 +28,11 @@ def configurations() -> dict[str, dict[str, Any]]:
     awq = json.loads(json.dumps(mtq.INT4_AWQ_CFG, default=str))
     text = json.dumps(awq).replace('"-1": 128', '"-1": 64')
     awq64 = json.loads(text, object_hook=lambda d: {int(k) if k.lstrip("-").isdigit() else k: v for k, v in d.items()})
-    return {"modelopt FP8_DEFAULT": mtq.FP8_DEFAULT_CFG, "modelopt INT8_SMOOTHQUANT": mtq.INT8_SMOOTHQUANT_CFG, "modelopt INT4_AWQ, block 64": awq64}
+    return {
+        "modelopt FP8_DEFAULT": mtq.FP8_DEFAULT_CFG,
+        "modelopt INT8_SMOOTHQUANT": mtq.INT8_SMOOTHQUANT_CFG,
+        "modelopt INT4_AWQ, block 64": awq64,
+    }
 
 
 @torch.no_grad()
@@ -39,7 +43,9 @@ def score(model: Any, passages: list[tuple[list[int], list[int]]]) -> tuple[np.n
         part = passages[start : start + 8]
         longest = max(len(c) + len(w) for c, w in part)
         ids = torch.tensor([c + w + [0] * (longest - len(c) - len(w)) for c, w in part], device=model.device)
-        mask = torch.tensor([[1] * (len(c) + len(w)) + [0] * (longest - len(c) - len(w)) for c, w in part], device=model.device)
+        mask = torch.tensor(
+            [[1] * (len(c) + len(w)) + [0] * (longest - len(c) - len(w)) for c, w in part], device=model.device
+        )
         hidden = model.model(ids, attention_mask=mask).last_hidden_state
         for row, (context, word) in enumerate(part):
             logits = model.lm_head(hidden[row, len(context) - 1 : len(context) - 1 + len(word)])
@@ -73,7 +79,11 @@ def main() -> None:
     texts = [torch.tensor([ids[start : start + 512]], device=args.device) for start in range(0, len(ids), 512)]
 
     def load() -> Any:
-        return transformers.AutoModelForCausalLM.from_pretrained(args.gguf.parent, dtype=torch.float32, **options).eval().to(args.device)
+        return (
+            transformers.AutoModelForCausalLM.from_pretrained(args.gguf.parent, dtype=torch.float32, **options)
+            .eval()
+            .to(args.device)
+        )
 
     what = f"nvidia-modelopt {version('nvidia-modelopt')}, torch {torch.__version__}, {args.device}"
     print(f"{date.today()}, {what}; SmolLM2-135M, first {len(rows)} rows of LAMBADA\n")
@@ -95,7 +105,10 @@ def main() -> None:
         seconds = time.perf_counter() - began
         e, f, p = score(model, passages)
         lost = [100 * (now.mean() - before.mean()) for now, before in ((e, exact), (f, first))]
-        print(f"| {name} | {e.mean():.4f} | {lost[0]:+.2f} | {f.mean():.4f} | {lost[1]:+.2f} | {p:.3f} | {seconds:.0f} |", flush=True)
+        print(
+            f"| {name} | {e.mean():.4f} | {lost[0]:+.2f} | {f.mean():.4f} | {lost[1]:+.2f} | {p:.3f} | {seconds:.0f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

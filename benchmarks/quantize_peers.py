@@ -18,7 +18,14 @@ from typing import Any
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
-from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_dynamic, quantize_static
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    CalibrationMethod,
+    QuantFormat,
+    QuantType,
+    quantize_dynamic,
+    quantize_static,
+)
 from onnxruntime.quantization.matmul_nbits_quantizer import HQQWeightOnlyQuantConfig, MatMulNBitsQuantizer
 
 from onnxtools.calibration.data import read_samples
@@ -63,7 +70,9 @@ def with_matmul(source: Path, target: Path) -> None:
             model.graph.node.append(helper.make_node("Transpose", [weight], [f"{weight}_t"], perm=[1, 0]))
             weight = f"{weight}_t"
         else:
-            tensors[weight].CopyFrom(numpy_helper.from_array(np.ascontiguousarray(numpy_helper.to_array(tensors[weight]).T), weight))
+            tensors[weight].CopyFrom(
+                numpy_helper.from_array(np.ascontiguousarray(numpy_helper.to_array(tensors[weight]).T), weight)
+            )
         node.CopyFrom(helper.make_node("MatMul", [x, weight], list(node.output), name=node.name))
     nodes = sorted(model.graph.node, key=lambda node: node.op_type != "Transpose" or node.input[0] not in tensors)
     del model.graph.node[:]
@@ -82,7 +91,14 @@ def static_int8(source: Path, target: Path, count: int) -> None:
 
 
 def dynamic_int8(source: Path, target: Path, _: int) -> None:
-    quantize_dynamic(source, target, op_types_to_quantize=["MatMul"], per_channel=True, use_external_data_format=True, nodes_to_exclude=head(source))
+    quantize_dynamic(
+        source,
+        target,
+        op_types_to_quantize=["MatMul"],
+        per_channel=True,
+        use_external_data_format=True,
+        nodes_to_exclude=head(source),
+    )
 
 
 def n_bits(config: Any = None) -> Callable[[Path, Path, int], None]:
@@ -99,13 +115,31 @@ THEIRS: dict[str, tuple[str, Callable[[Path, Path, int], None]]] = {
     "onnxruntime.quantization static INT8, per channel": ("model", static_int8),
     "onnxruntime.quantization dynamic INT8, per channel": ("matmul", dynamic_int8),
     "MatMulNBitsQuantizer RTN, block 64": ("matmul", n_bits()),
-    "MatMulNBitsQuantizer HQQ, block 64 (with zero points)": ("matmul", n_bits(HQQWeightOnlyQuantConfig(block_size=64))),
+    "MatMulNBitsQuantizer HQQ, block 64 (with zero points)": (
+        "matmul",
+        n_bits(HQQWeightOnlyQuantConfig(block_size=64)),
+    ),
 }
 OURS: dict[str, list[str]] = {
     "ours: INT8 per channel": ["--int8", "--per-channel", "--all-layers", *CALIB],
-    "ours: SmoothQuant 0.5 per token, per channel": ["--smoothquant", "0.5", "--per-token", "--per-channel", "--all-layers", *CALIB],
+    "ours: SmoothQuant 0.5 per token, per channel": [
+        "--smoothquant",
+        "0.5",
+        "--per-token",
+        "--per-channel",
+        "--all-layers",
+        *CALIB,
+    ],
     "ours: INT4 RTN, block 64, --lower ort": ["--int4-rtn", "--block-size", "64", "--lower", "ort"],
-    "ours: INT4 AWQ and GPTQ, block 64, --lower ort": ["--int4-awq", "--gptq", "--block-size", "64", "--lower", "ort", *CALIB],
+    "ours: INT4 AWQ and GPTQ, block 64, --lower ort": [
+        "--int4-awq",
+        "--gptq",
+        "--block-size",
+        "64",
+        "--lower",
+        "ort",
+        *CALIB,
+    ],
 }
 
 
@@ -121,8 +155,12 @@ def run() -> None:
         onnxtools("export", gguf(), "-o", sources["model"], "--dtype", "fp32")
         with_matmul(sources["model"], sources["matmul"])
         rows = read_lambada(SHARED / "lambada_openai.jsonl", args.rows)
-        print(f"{date.today()}, onnxruntime {version('onnxruntime')}; SmolLM2-135M, first {len(rows)} rows of LAMBADA\n")
-        print("| tool | acc (whole word) | difference, points | top1 | difference | ppl(token) | weights MB | seconds to make | seconds to score |")
+        print(
+            f"{date.today()}, onnxruntime {version('onnxruntime')}; SmolLM2-135M, first {len(rows)} rows of LAMBADA\n"
+        )
+        print(
+            "| tool | acc (whole word) | difference, points | top1 | difference | ppl(token) | weights MB | seconds to make | seconds to score |"
+        )
         print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |", flush=True)
         reference, seconds = score(sources["model"], rows)
         print(line("fp32", reference, reference, 0, written(sources["model"])), f"{seconds:.0f} |", flush=True)

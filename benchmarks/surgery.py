@@ -9,7 +9,22 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from _measure import MEMORY_TARGET, Command, Row, against_cp, empty, interleave, parser, report, row, run, scratch, times_faster, tool, warm
+from _measure import (
+    MEMORY_TARGET,
+    Command,
+    Row,
+    against_cp,
+    empty,
+    interleave,
+    parser,
+    report,
+    row,
+    run,
+    scratch,
+    times_faster,
+    tool,
+    warm,
+)
 from synthetic import make, weights_path
 
 _SAVE = "save_as_external_data=True, location='peer.data'"
@@ -35,7 +50,10 @@ def peers(folder: Path, gigabytes: float, runs: int) -> list[Row]:
         warm(weights_path(source))
 
     found = interleave(cases, runs, before)
-    return [row(name, size, times, f"{times_faster(times, found[ours]):.1f} x our time" if name != ours else "") for name, times in found.items()]
+    return [
+        row(name, size, times, f"{times_faster(times, found[ours]):.1f} x our time" if name != ours else "")
+        for name, times in found.items()
+    ]
 
 
 def large(folder: Path, gigabytes: float, runs: int) -> list[Row]:
@@ -51,7 +69,10 @@ def large(folder: Path, gigabytes: float, runs: int) -> list[Row]:
 
     run(commands(folder)["convert"])  # add-kv-cache reads this one
     found = interleave(commands(folder), runs, lambda: warm(data))
-    rows = [row(f"{name}, same folder", size, times, "no weight read or copied", f"<= 2 s, {MEMORY_TARGET}", moved=False) for name, times in found.items()]
+    rows = [
+        row(f"{name}, same folder", size, times, "no weight read or copied", f"<= 2 s, {MEMORY_TARGET}", moved=False)
+        for name, times in found.items()
+    ]
     elsewhere = {f"{name}, other folder": command for name, command in commands(out).items()}
     rows += against_cp(data, out, elsewhere, runs, f">= 90% of cp, {MEMORY_TARGET}")
     data.unlink()
@@ -61,7 +82,9 @@ def large(folder: Path, gigabytes: float, runs: int) -> list[Row]:
 def main() -> None:
     made = parser(__doc__, runs=3)
     made.add_argument("--gb", type=float, default=10, help="size of the model [10]")
-    made.add_argument("--peer-gb", type=float, default=2.5, help="size of the model that the peers get; 0 leaves them out [2.5]")
+    made.add_argument(
+        "--peer-gb", type=float, default=2.5, help="size of the model that the peers get; 0 leaves them out [2.5]"
+    )
     options = made.parse_args()
     with scratch(options.folder) as folder:
         rows = large(folder, options.gb, options.runs)

@@ -73,7 +73,14 @@ def quantized(g: Graph, value: str, scale: float) -> str:
 
 
 def norm(g: Graph, x: str, name: str) -> str:
-    return g.op("LayerNormalization", x, g.weight(f"{name}.weight", HIDDEN), g.weight(f"{name}.bias", HIDDEN), axis=-1, epsilon=1e-5)
+    return g.op(
+        "LayerNormalization",
+        x,
+        g.weight(f"{name}.weight", HIDDEN),
+        g.weight(f"{name}.bias", HIDDEN),
+        axis=-1,
+        epsilon=1e-5,
+    )
 
 
 def mask(g: Graph) -> str:
@@ -129,7 +136,11 @@ def make(path: Path, gigabytes: float, *, fp8: bool = False, dtype: int = Tensor
         shape = g.op("Shape", "input_ids", start=axis, end=axis + 1)
         g.nodes.append(helper.make_node("Squeeze", [shape], [name], f"node_{name}"))
     table = g.weight("wte.weight", vocabulary, HIDDEN)
-    x = g.op("Add", g.op("Gather", table, "input_ids"), g.op("Gather", g.weight("wpe.weight", POSITIONS, HIDDEN), "position_ids"))
+    x = g.op(
+        "Add",
+        g.op("Gather", table, "input_ids"),
+        g.op("Gather", g.weight("wpe.weight", POSITIONS, HIDDEN), "position_ids"),
+    )
     layers = max(1, round((gigabytes * 1e9 - g.offset) / (12 * HIDDEN * HIDDEN * ITEM_BYTES[dtype])))
     for layer in range(layers):
         name = f"layers.{layer}"
@@ -138,7 +149,10 @@ def make(path: Path, gigabytes: float, *, fp8: bool = False, dtype: int = Tensor
         x = g.op("Add", x, linear(g, hidden, f"{name}.fc2", 4 * HIDDEN, HIDDEN, fp8))
     logits = g.op("MatMul", norm(g, x, "norm"), g.op("Transpose", table, perm=[1, 0]))
     g.nodes.append(helper.make_node("Cast", [logits], ["logits"], "node_logits", to=TensorProto.FLOAT))
-    ids = [helper.make_tensor_value_info(n, TensorProto.INT64, ["batch", "sequence"]) for n in ("input_ids", "position_ids")]
+    ids = [
+        helper.make_tensor_value_info(n, TensorProto.INT64, ["batch", "sequence"])
+        for n in ("input_ids", "position_ids")
+    ]
     output = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "sequence", vocabulary])
     graph = helper.make_graph(g.nodes, "synthetic", ids, [output], g.initializers)
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid("trt", 1)]
@@ -161,8 +175,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("path", type=Path)
     parser.add_argument("--gb", type=float, default=10)
-    parser.add_argument("--fp8", action="store_true", help="TransformerEngine's FP8 operators around every linear layer")
+    parser.add_argument(
+        "--fp8", action="store_true", help="TransformerEngine's FP8 operators around every linear layer"
+    )
     parser.add_argument("--fp32", action="store_true", help="fp32 instead of fp16")
     options = parser.parse_args()
-    size = make(options.path, options.gb, fp8=options.fp8, dtype=TensorProto.FLOAT if options.fp32 else TensorProto.FLOAT16)
+    size = make(
+        options.path, options.gb, fp8=options.fp8, dtype=TensorProto.FLOAT if options.fp32 else TensorProto.FLOAT16
+    )
     print(f"{size / 1e9:.2f} GB")

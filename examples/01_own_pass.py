@@ -32,9 +32,17 @@ class RemoveDropout(onnxtools.Pass):
 
 def make(path: Path) -> None:
     """relu(dropout(x)), as a trainer leaves it."""
-    nodes = [helper.make_node("Dropout", ["x"], ["d"], name="drop"), helper.make_node("Relu", ["d"], ["y"], name="relu")]
+    nodes = [
+        helper.make_node("Dropout", ["x"], ["d"], name="drop"),
+        helper.make_node("Relu", ["d"], ["y"], name="relu"),
+    ]
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 8]) for name in "xy")
-    save(helper.make_model(helper.make_graph(nodes, "g", [x], [y]), opset_imports=[helper.make_opsetid("", 19)], ir_version=9), path)
+    save(
+        helper.make_model(
+            helper.make_graph(nodes, "g", [x], [y]), opset_imports=[helper.make_opsetid("", 19)], ir_version=9
+        ),
+        path,
+    )
 
 
 def main(folder: Path) -> None:

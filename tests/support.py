@@ -28,7 +28,13 @@ SHARED = ROOT.parent / "shared"
 """Files beside the repository, not part of a clone; a test asks for one by `present`."""
 SHARED_TE = SHARED / "fixtures" / "te"
 FP8 = ml_dtypes.float8_e4m3fn
-FLOAT, HALF, INT64, UINT8, E4M3 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT64, TensorProto.UINT8, TensorProto.FLOAT8E4M3FN
+FLOAT, HALF, INT64, UINT8, E4M3 = (
+    TensorProto.FLOAT,
+    TensorProto.FLOAT16,
+    TensorProto.INT64,
+    TensorProto.UINT8,
+    TensorProto.FLOAT8E4M3FN,
+)
 
 
 # --- fixtures ---------------------------------------------------------------------------------------------------------
@@ -72,7 +78,11 @@ class Case:
 
     @property
     def feeds(self) -> Feeds:
-        return {name: array for name, array in self.data.items() if name not in ("te_export_mode", "te_native", "expected", "noise")}
+        return {
+            name: array
+            for name, array in self.data.items()
+            if name not in ("te_export_mode", "te_native", "expected", "noise")
+        }
 
     @property
     def expected(self) -> Array:
@@ -118,7 +128,9 @@ class Session:
             return
         options = ort.SessionOptions()
         options.log_severity_level = 4
-        options.add_session_config_entry("session.disable_quant_qdq", "1")  # ONNX Runtime breaks FP8 Q/DQ around fp32 MatMul
+        options.add_session_config_entry(
+            "session.disable_quant_qdq", "1"
+        )  # ONNX Runtime breaks FP8 Q/DQ around fp32 MatMul
         self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self._run = self._onnxruntime
 
@@ -162,11 +174,18 @@ def decode(session: Session, feeds: Mapping[str, Array], steps: Sequence[int]) -
             cache[name] = np.zeros(sizes, helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type))
     done, logits = 0, []
     for step in steps:
-        window = {name: array[:, : done + step] if name == "attention_mask" else array[:, done : done + step] for name, array in feeds.items()}
+        window = {
+            name: array[:, : done + step] if name == "attention_mask" else array[:, done : done + step]
+            for name, array in feeds.items()
+        }
         results = session({**{k: v for k, v in window.items() if k in session.inputs}, **cache})
         for name in cache:
             rest = name.removeprefix("past_key_values")
-            output = next(prefix + rest for prefix in ("present", "present_key_values", "new_key_values") if prefix + rest in results)
+            output = next(
+                prefix + rest
+                for prefix in ("present", "present_key_values", "new_key_values")
+                if prefix + rest in results
+            )
             new = results[output]
             cache[name] = joined(cache[name], new, axes[name]) if output.startswith("new") else new
             assert cache[name].shape[axes[name]] == done + step
@@ -185,7 +204,13 @@ def joined(past: Array, new: Array, axis: int) -> Array:
 def splits(sequence: int) -> list[list[int]]:
     """At once, one by one, a prompt and steps, uneven chunks, an early cut."""
     third = sequence // 3
-    return [[sequence], [1] * sequence, [sequence // 2] + [1] * (sequence - sequence // 2), [third, third, sequence - 2 * third], [1, sequence - 1]]
+    return [
+        [sequence],
+        [1] * sequence,
+        [sequence // 2] + [1] * (sequence - sequence // 2),
+        [third, third, sequence - 2 * third],
+        [1, sequence - 1],
+    ]
 
 
 # --- making small models ----------------------------------------------------------------------------------------------
@@ -206,7 +231,9 @@ def write(
 ) -> Path:  # fmt: skip
     """A model file; `domains` come first in opset_import, as some exporters write them."""
     imports = [*(helper.make_opsetid(domain, 1) for domain in domains), helper.make_opsetid("", opset)]
-    graph = helper.make_graph(list(nodes), "graph", list(inputs), list(outputs), list(initializers), value_info=list(value_info))
+    graph = helper.make_graph(
+        list(nodes), "graph", list(inputs), list(outputs), list(initializers), value_info=list(value_info)
+    )
     onnx.save(helper.make_model(graph, opset_imports=imports, ir_version=ir_version), path)
     return path
 
@@ -226,7 +253,14 @@ def linear(path: Path, weight: Array | None = None, *, opset: int = 18, name: st
     """y = x @ w, [4, 64] @ [64, 128] unless given."""
     weight = normal(64, 128) if weight is None else weight
     inputs, outputs = [info("x", [4, weight.shape[0]])], [info("y", [4, weight.shape[1]])]
-    return write(path, [helper.make_node("MatMul", ["x", name], ["y"], name="mm")], inputs, outputs, stored(**{name: weight}), opset=opset)
+    return write(
+        path,
+        [helper.make_node("MatMul", ["x", name], ["y"], name="mm")],
+        inputs,
+        outputs,
+        stored(**{name: weight}),
+        opset=opset,
+    )
 
 
 def e4m3(x: Array) -> Array:
@@ -235,11 +269,16 @@ def e4m3(x: Array) -> Array:
 
 
 def initializers(path: Path) -> dict[str, Array]:
-    return {tensor.name: numpy_helper.to_array(tensor, str(path.parent)) for tensor in onnx.load(path).graph.initializer}
+    return {
+        tensor.name: numpy_helper.to_array(tensor, str(path.parent)) for tensor in onnx.load(path).graph.initializer
+    }
 
 
 def ops(path: Path) -> list[str]:
-    return [f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in onnx.load(path, load_external_data=False).graph.node]
+    return [
+        f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+        for node in onnx.load(path, load_external_data=False).graph.node
+    ]
 
 
 def opsets(path: Path) -> dict[str, int]:

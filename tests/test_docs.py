@@ -17,6 +17,8 @@ _LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_and_links_are_there(page: Path) -> None:
     text = page.read_text()
-    files = {name for name in _FILE.findall(text) if not any((top / name).exists() for top in (ROOT, ROOT / "onnxtools"))}
+    files = {
+        name for name in _FILE.findall(text) if not any((top / name).exists() for top in (ROOT, ROOT / "onnxtools"))
+    }
     links = {link for link in _LINK.findall(text) if not (page.parent / link).exists()}
     assert files | links == set()

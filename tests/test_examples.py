@@ -31,14 +31,26 @@ def test_every_example_is_listed_and_tried() -> None:
 def test_an_example_runs(name: str, tmp_path: Path) -> None:
     if name.startswith("02"):
         pytest.importorskip("tensorrt_rtx", reason="builds an engine (pip install '.[rtx]')")
-    done = subprocess.run([sys.executable, str(EXAMPLES / name), str(tmp_path)], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), str(tmp_path)], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert all(line in done.stdout for line in SAYS[name]), done.stdout
 
 
 def test_the_plug_in_package_is_a_command(tmp_path: Path) -> None:
     """Installed into a folder of its own, as pip would; nothing of onnxtools is touched."""
-    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", str(tmp_path / "site")]
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "--target",
+        str(tmp_path / "site"),
+    ]
     copied = tmp_path / "package"
     copied.mkdir()
     for file in (EXAMPLES / "04_plug_in_package").glob("*.*"):
@@ -47,9 +59,21 @@ def test_the_plug_in_package_is_a_command(tmp_path: Path) -> None:
     subprocess.run([*install, str(copied)], check=True, capture_output=True)
     nodes = [helper.make_node("Dropout", ["x"], ["d"]), helper.make_node("Relu", ["d"], ["y"])]
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in "xy")
-    save(helper.make_model(helper.make_graph(nodes, "g", [x], [y]), opset_imports=[helper.make_opsetid("", 19)], ir_version=9), tmp_path / "in.onnx")
+    save(
+        helper.make_model(
+            helper.make_graph(nodes, "g", [x], [y]), opset_imports=[helper.make_opsetid("", 19)], ir_version=9
+        ),
+        tmp_path / "in.onnx",
+    )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(tmp_path / "site"), str(ROOT)))}
-    command = [sys.executable, "-m", "onnxtools", "remove-dropout", str(tmp_path / "in.onnx"), str(tmp_path / "out.onnx")]
+    command = [
+        sys.executable,
+        "-m",
+        "onnxtools",
+        "remove-dropout",
+        str(tmp_path / "in.onnx"),
+        str(tmp_path / "out.onnx"),
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert ops(tmp_path / "out.onnx") == ["Relu"]

@@ -15,10 +15,17 @@ def test_the_three_lists_of_names_are_one() -> None:
     """What mypy reads, what is loaded, and what `__all__` promises."""
     tree = ast.parse(SOURCE.read_text())
     checked = next(node for node in tree.body if isinstance(node, ast.If))
-    typed = {f"{node.module}:{alias.name}" for node in checked.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    typed = {
+        f"{node.module}:{alias.name}"
+        for node in checked.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
     loaded = {f"onnxtools.{home}:{name}" for home, names in onnxtools._HOMES.items() for name in names}
     assert typed == loaded
-    assert sorted([*(name for names in onnxtools._HOMES.values() for name in names), "__version__"]) == sorted(onnxtools.__all__)
+    assert sorted([*(name for names in onnxtools._HOMES.values() for name in names), "__version__"]) == sorted(
+        onnxtools.__all__
+    )
 
 
 def test_every_public_name_is_there_and_says_what_it_is() -> None:

@@ -30,7 +30,11 @@ ten minutes on two cores. ONNXTOOLS_README_WHOLE=1 takes SmolLM2 to the end."""
 
 def commands() -> list[str]:
     """The lines of the README's shell blocks that are typed; the others show what is printed."""
-    lines = [line.removeprefix("$ ") for block in re.findall(r"^```\n(.*?)^```$", README, re.M | re.S) for line in block.splitlines()]
+    lines = [
+        line.removeprefix("$ ")
+        for block in re.findall(r"^```\n(.*?)^```$", README, re.M | re.S)
+        for line in block.splitlines()
+    ]
     return [line.partition("  #")[0].strip() for line in lines if line.startswith(("onnxtools ", "make "))]
 
 
@@ -47,12 +51,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def test_the_demo_lays_out_what_it_starts_from(folder: Path) -> None:
     """The names that the README's commands start from."""
-    assert {"SmolLM2.gguf", "te.onnx", "te.npz", "texts.jsonl", "articles.jsonl"} <= {path.name for path in folder.iterdir()}
+    assert {"SmolLM2.gguf", "te.onnx", "te.npz", "texts.jsonl", "articles.jsonl"} <= {
+        path.name for path in folder.iterdir()
+    }
 
 
 def test_all_blocks_are_read() -> None:
     """Each command is found, and those that the test treats in another way are in the README still."""
-    assert len(commands()) == len(re.findall(r"^(?:\$ )?(?:onnxtools|make) ", README, re.M)) and {*NOT_HERE, FIRST_ON_SMALL} <= {*commands()}
+    assert len(commands()) == len(re.findall(r"^(?:\$ )?(?:onnxtools|make) ", README, re.M)) and {
+        *NOT_HERE,
+        FIRST_ON_SMALL,
+    } <= {*commands()}
 
 
 @pytest.mark.parametrize("command", commands())
@@ -69,5 +78,12 @@ def test_a_command_runs_word_for_word(command: str, folder: Path) -> None:
 
 def typed(command: str, folder: Path) -> None:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(["bash", "-c", command], cwd=folder, env=os.environ | {"PATH": path}, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        ["bash", "-c", command],
+        cwd=folder,
+        env=os.environ | {"PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr

@@ -33,7 +33,12 @@ def test_a_signal_to_make_ends_all_processes(number: signal.Signals, workers: st
     (tmp_path / "test_it.py").write_text(TEST)
     pytest_line = f"cd {tmp_path} && PYTHONPATH={ROOT} exec {sys.executable} -m pytest -p no:cacheprovider -n {workers} test_it.py"
     (tmp_path / "Makefile").write_text(f"test:\n\t{pytest_line}\n")
-    leader = psutil.Popen(["make", "-C", str(tmp_path), "test"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    leader = psutil.Popen(
+        ["make", "-C", str(tmp_path), "test"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     wanted = [tmp_path / f"{n}.pid" for n in range(2 if workers == "2" else 1)]
     deadline = time.monotonic() + 120
     while not all(path.exists() for path in wanted) and leader.poll() is None and time.monotonic() < deadline:

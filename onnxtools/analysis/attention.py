@@ -20,7 +20,19 @@ from onnxtools.ir.query import attribute, is_op
 
 _UNARY = {"Cast", "Identity", "QuantizeLinear", "DequantizeLinear", "Tanh", "Clip", "Dropout", "Relu", "Sigmoid"}
 _BINARY = {"Mul", "Div", "Add", "Sub", "Where", "Max", "Min"}
-_AFTER_SOFTMAX = {"Cast", "Identity", "QuantizeLinear", "DequantizeLinear", "Dropout", "Reshape", "Transpose", "Mul", "Where", "Unsqueeze", "Squeeze"}
+_AFTER_SOFTMAX = {
+    "Cast",
+    "Identity",
+    "QuantizeLinear",
+    "DequantizeLinear",
+    "Dropout",
+    "Reshape",
+    "Transpose",
+    "Mul",
+    "Where",
+    "Unsqueeze",
+    "Squeeze",
+}
 
 
 @dataclass
@@ -101,7 +113,9 @@ def _block(softmax: ir.Node, facts: Facts) -> Attention | None:
     if up is None and not _between_tokens(softmax, facts):
         return None  # a router over experts, not over tokens
     if up is None:
-        raise JobError(f"node {softmax.name!r} (Softmax) feeds the product {product_pv.name!r}, but no query-key MatMul was found before it; is it an Einsum?")
+        raise JobError(
+            f"node {softmax.name!r} (Softmax) feeds the product {product_pv.name!r}, but no query-key MatMul was found before it; is it an Einsum?"
+        )
     product_qk, scores = up
     try:
         query = _operand(product_qk.inputs[0], facts, sequence_axis=-2)
@@ -111,7 +125,9 @@ def _block(softmax: ir.Node, facts: Facts) -> Attention | None:
         block = Attention(softmax, product_qk, product_pv, query, key, value, scores, probabilities)
         block.output, block.output_layout = _output(product_pv, query, value, facts)
     except LayoutError as error:
-        raise JobError(f"attention at node {softmax.name!r} (Softmax): {error}; export the model with plain MatMul-Softmax-MatMul attention") from None
+        raise JobError(
+            f"attention at node {softmax.name!r} (Softmax): {error}; export the model with plain MatMul-Softmax-MatMul attention"
+        ) from None
     return block
 
 
@@ -122,7 +138,12 @@ def _between_tokens(softmax: ir.Node, facts: Facts) -> bool:
 
 
 def _is_activation(value: ir.Value | None, facts: Facts) -> bool:
-    return value is not None and not value.is_initializer() and facts[value].value is None and len(facts[value].shape or ()) >= 3
+    return (
+        value is not None
+        and not value.is_initializer()
+        and facts[value].value is None
+        and len(facts[value].shape or ()) >= 3
+    )
 
 
 def _is_product(node: ir.Node | None, facts: Facts) -> bool:
@@ -188,7 +209,9 @@ def _climb(value: ir.Value, facts: Facts) -> list[tuple[ir.Node, int]]:
             return chain
         if node.op_type in LAYOUT_OPS:
             index = 0
-            if node.op_type == "Gather" and (facts[node.inputs[1]].value is None or facts[node.outputs[0]].shape is None):
+            if node.op_type == "Gather" and (
+                facts[node.inputs[1]].value is None or facts[node.outputs[0]].shape is None
+            ):
                 return chain
         elif node.op_type in _UNARY | {"Mul", "Div"}:
             unknown = [i for i, v in enumerate(node.inputs) if v is not None and facts[v].value is None]
@@ -286,7 +309,12 @@ def _output(product: ir.Node, query: Operand, value: Operand, facts: Facts) -> t
     layout: Layout = _product_layout(shape, query, value)
     while True:
         users = [(node, index) for node, index in current.uses()]
-        if current.is_graph_output() or len(users) != 1 or users[0][1] != 0 or users[0][0].op_type not in ("Reshape", "Transpose", "Identity", "Flatten"):
+        if (
+            current.is_graph_output()
+            or len(users) != 1
+            or users[0][1] != 0
+            or users[0][0].op_type not in ("Reshape", "Transpose", "Identity", "Flatten")
+        ):
             return current, layout
         node = users[0][0]
         try:

@@ -117,7 +117,9 @@ class CacheSpec:
             found = present_of(value.name or "", outputs)
             assert value.shape is not None and value.dtype is not None
             shape = tuple(dim if isinstance(dim, int) else dim.value for dim in value.shape)
-            tensors.append(CacheTensor(value.name or "", found[0] if found else None, token_axis(shape), shape, value.dtype))
+            tensors.append(
+                CacheTensor(value.name or "", found[0] if found else None, token_axis(shape), shape, value.dtype)
+            )
             policies.add(bool(found and found[1]))
         first = tensors[0]
         heads, size = (first.shape[1], first.shape[3]) if len(first.shape) == 4 and first.axis == 2 else (None, None)
@@ -135,7 +137,10 @@ class CacheSpec:
         """Zeros for every input: `rows` sequences with room for `length` tokens; bfloat16, which numpy lacks, as float32."""
         feeds = {}
         for tensor in self.tensors:
-            shape = [dim if isinstance(dim, int) else length if is_past_length(str(dim or "")) else rows for dim in tensor.shape]
+            shape = [
+                dim if isinstance(dim, int) else length if is_past_length(str(dim or "")) else rows
+                for dim in tensor.shape
+            ]
             dtype = np.dtype(np.float32) if tensor.dtype == ir.DataType.BFLOAT16 else tensor.dtype.numpy()
             feeds[tensor.past] = np.zeros(shape, dtype)
         return feeds
@@ -148,7 +153,9 @@ class CacheSpec:
         """
         lonely = next((tensor.past for tensor in self.tensors if tensor.present is None), None)
         if lonely is not None:
-            raise JobError(f"no output matches the cache input {lonely!r}; expected present{lonely.removeprefix(_PAST)}")
+            raise JobError(
+                f"no output matches the cache input {lonely!r}; expected present{lonely.removeprefix(_PAST)}"
+            )
         return [(tensor, tensor.present) for tensor in self.tensors if tensor.present is not None]
 
     def to_json(self) -> dict[str, Any]:
@@ -186,14 +193,25 @@ class CacheWriter:
     spec: CacheSpec
     builder: Builder
 
-    def past(self, index: int, kind: str, heads: int, channels: int, dtype: ir.DataType, length: Dim = "past_sequence") -> ir.Value:
+    def past(
+        self, index: int, kind: str, heads: int, channels: int, dtype: ir.DataType, length: Dim = "past_sequence"
+    ) -> ir.Value:
         """Add the input."""
         shape = ir.Shape(self.spec.shape(heads, length, channels))
         value = ir.val(self.builder.names(self.spec.names(index, kind)[0]), dtype, shape)
         self.builder.graph.inputs.append(value)
         return value
 
-    def present(self, value: ir.Value, index: int, kind: str, heads: int, channels: int, dtype: ir.DataType, length: Dim = "total_sequence") -> ir.Value:
+    def present(
+        self,
+        value: ir.Value,
+        index: int,
+        kind: str,
+        heads: int,
+        channels: int,
+        dtype: ir.DataType,
+        length: Dim = "total_sequence",
+    ) -> ir.Value:
         """Make `value` the output."""
         value.name = self.builder.names(self.spec.names(index, kind)[1])
         value.shape, value.dtype = ir.Shape(self.spec.shape(heads, length, channels)), dtype
@@ -206,7 +224,9 @@ class CacheWriter:
 
     def past_length(self, past: ir.Value, name: str) -> ir.Value:
         """Tokens in the cache, shape [1]."""
-        return self.builder.op("Shape", [past], name, dtype=ir.DataType.INT64, shape=[1], start=self.spec.axis, end=self.spec.axis + 1)
+        return self.builder.op(
+            "Shape", [past], name, dtype=ir.DataType.INT64, shape=[1], start=self.spec.axis, end=self.spec.axis + 1
+        )
 
 
 def token_axis(shape: Sequence[Dim]) -> int:
@@ -217,7 +237,11 @@ def token_axis(shape: Sequence[Dim]) -> int:
 
 def settle_sizes(model: Model) -> None:
     """Write the head size of caches into their shapes where it is called by a name, as ONNX Runtime GenAI does; the graph knows it."""
-    named = [value for value in model.graph.inputs if value.shape is not None and len(value.shape) == 4 and not isinstance(value.shape[3], int)]
+    named = [
+        value
+        for value in model.graph.inputs
+        if value.shape is not None and len(value.shape) == 4 and not isinstance(value.shape[3], int)
+    ]
     if not named:
         return
     facts = analyse(model)
@@ -226,14 +250,19 @@ def settle_sizes(model: Model) -> None:
         for node, index in past.uses():
             size = _head_size(node, index, facts)
             if size is not None:
-                presents = [o for o in node.outputs if o.is_graph_output() and o.shape is not None and len(o.shape) == 4]
+                presents = [
+                    o for o in node.outputs if o.is_graph_output() and o.shape is not None and len(o.shape) == 4
+                ]
                 for value in (past, *presents):
                     assert value.shape is not None
                     dim = value.shape[3]
                     if isinstance(dim, ir.SymbolicDim) and dim.value:
                         known[dim.value] = size
                     value.shape = ir.Shape([*list(value.shape)[:3], size])
-    for value in (*model.graph.inputs, *model.graph.outputs):  # one name is one size; behind a layer that is not known nothing else is
+    for value in (
+        *model.graph.inputs,
+        *model.graph.outputs,
+    ):  # one name is one size; behind a layer that is not known nothing else is
         last = value.shape[3] if value.shape is not None and len(value.shape) == 4 else None
         if value.shape is not None and isinstance(last, ir.SymbolicDim) and last.value in known:
             value.shape = ir.Shape([*list(value.shape)[:3], known[last.value]])
@@ -272,7 +301,9 @@ def rotation(keys: ir.Value | None, facts: Facts, model: Model) -> tuple[int, bo
         node = before.producer() if before is not None else None
     if node is not None and is_op(node, "RotaryEmbedding"):
         shape = facts[node.inputs[0]].shape
-        return int(attribute(node, "rotary_embedding_dim", 0) or (shape[-1] if shape else 0)), bool(attribute(node, "interleaved", 0))
+        return int(attribute(node, "rotary_embedding_dim", 0) or (shape[-1] if shape else 0)), bool(
+            attribute(node, "interleaved", 0)
+        )
     info = described(model)
     rope = info["model"].get("rope") if info else None
     dim = rope.get("dim") if isinstance(rope, dict) else None

@@ -99,30 +99,52 @@ def decoder_io(path: Path, inputs: Sequence[Port], outputs: Sequence[Port], *, g
         )
     mask = tokens["attention_mask"]
     if mask is not None and (len(mask.shape) != 2 or "int" not in mask.dtype):
-        raise JobError(f"{path}: attention_mask is {mask.dtype} of {len(mask.shape)} dimensions; only a mask of tokens, int64 [batch, length], can be fed")
+        raise JobError(
+            f"{path}: attention_mask is {mask.dtype} of {len(mask.shape)} dimensions; only a mask of tokens, int64 [batch, length], can be fed"
+        )
     by_name = {port.name: port for port in outputs}
     caches = tuple(CachePort(past, _present(path, past, by_name), _axis(path, past)) for past in pasts)
     presents = {c.present.name for c in caches}
     logits = by_name.get("logits") or next((port for port in outputs if port.name not in presents), None)
     if logits is None or len(logits.shape) != 3:
-        raise JobError(f"{path}: has no output logits [batch, sequence, vocabulary]; name the output so, or export the model again")
+        raise JobError(
+            f"{path}: has no output logits [batch, sequence, vocabulary]; name the output so, or export the model again"
+        )
     static = any(isinstance(c.past.shape[c.axis], int) and c.past.shape[c.axis] != -1 for c in caches)
-    kind: CacheKind = "gqa" if gqa and caches else "scatter" if tokens["write_indices"] is not None or static else "concat" if caches else "none"
+    kind: CacheKind = (
+        "gqa"
+        if gqa and caches
+        else "scatter"
+        if tokens["write_indices"] is not None or static
+        else "concat"
+        if caches
+        else "none"
+    )
     if kind == "scatter" and tokens["write_indices"] is None:
-        raise JobError(f"{path}: its cache has a fixed length and there is no input write_indices; export with --kv-cache scatter or concat")
-    return DecoderIO(ids, mask, tokens["position_ids"], tokens["write_indices"], caches, logits, kind, logits.shape[1] != 1)
+        raise JobError(
+            f"{path}: its cache has a fixed length and there is no input write_indices; export with --kv-cache scatter or concat"
+        )
+    return DecoderIO(
+        ids, mask, tokens["position_ids"], tokens["write_indices"], caches, logits, kind, logits.shape[1] != 1
+    )
 
 
 def _present(path: Path, past: Port, outputs: dict[str, Port]) -> Port:
     found = present_of(past.name, outputs)
     if found is None:
-        raise JobError(f"{path}: input {past.name!r} has no output that carries it on (present...); add the cache again with add-kv-cache")
+        raise JobError(
+            f"{path}: input {past.name!r} has no output that carries it on (present...); add the cache again with add-kv-cache"
+        )
     if found[1]:
-        raise JobError(f"{path}: returns the new keys and values alone (--policy new); run add-kv-cache with --policy concat")
+        raise JobError(
+            f"{path}: returns the new keys and values alone (--policy new); run add-kv-cache with --policy concat"
+        )
     return outputs[found[0]]
 
 
 def _axis(path: Path, past: Port) -> int:
     if len(past.shape) != 4:
-        raise JobError(f"{path}: cache {past.name!r} has {len(past.shape)} dimensions; [batch, heads, tokens, channels] is wanted")
+        raise JobError(
+            f"{path}: cache {past.name!r} has {len(past.shape)} dimensions; [batch, heads, tokens, channels] is wanted"
+        )
     return token_axis(past.shape)

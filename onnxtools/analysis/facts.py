@@ -153,7 +153,9 @@ _BESIDE_TOKENS = ("mask", "position", "type", "segment")
 
 def token_input(model: Model) -> Tokens | None:
     """The first integer input of rank 2: [batch, sequence], or [sequence, batch] where its dimensions are named so; masks and the like come last."""
-    for value in sorted(model.graph.inputs, key=lambda v: any(part in (v.name or "").lower() for part in _BESIDE_TOKENS)):
+    for value in sorted(
+        model.graph.inputs, key=lambda v: any(part in (v.name or "").lower() for part in _BESIDE_TOKENS)
+    ):
         if is_ids_like(value):
             names = [dim.value or "" if isinstance(dim, ir.SymbolicDim) else "" for dim in value.shape or ()]
             return Tokens(value, 0 if "seq" in names[0].lower() and "seq" not in names[1].lower() else 1)
@@ -184,7 +186,9 @@ def analyse(model: Model, dims: Mapping[str, int] | None = None, limit: int = VA
     facts = Facts(dict(dims) if dims is not None else stand_ins(model), limit)
     for value in model.graph.inputs:
         if value.shape is not None:
-            sizes = tuple(d if isinstance(d, int) else facts.dims[dim_name(value, axis)] for axis, d in enumerate(value.shape))
+            sizes = tuple(
+                d if isinstance(d, int) else facts.dims[dim_name(value, axis)] for axis, d in enumerate(value.shape)
+            )
             facts[value] = Fact(value.dtype, sizes)
     for node in model.graph:
         infer_node(node, facts, model)
@@ -280,7 +284,10 @@ def _infer_contributed(node: ir.Node, inputs: list[Fact], facts: Facts) -> None:
         shapes = [(*first.shape[:2], width), present, present]
     elif node.op_type == "MatMulNBits" and first.shape is not None:
         shapes = [(*first.shape[:-1], attribute(node, "N"))]
-    dtypes = [first.dtype, *(inputs[3].dtype if node.op_type == "GroupQueryAttention" else first.dtype for _ in node.outputs[1:])]
+    dtypes = [
+        first.dtype,
+        *(inputs[3].dtype if node.op_type == "GroupQueryAttention" else first.dtype for _ in node.outputs[1:]),
+    ]
     for output, shape, dtype in zip(node.outputs, shapes, dtypes, strict=True):
         facts[output] = Fact(output.dtype or dtype, shape)
 
@@ -379,7 +386,9 @@ def _is_small(node: ir.Node, inputs: list[Fact], typed: list[Fact], limit: int) 
 def _too_large(node: ir.Node, inputs: list[Fact], limit: int) -> bool:
     """Whether the result would have too many elements; asked before it is computed."""
     rule = SHAPE_RULES.get(node.op_type)
-    if rule is None or (node.op_type not in _GROWERS and sum(i.value.size for i in inputs if i.value is not None) < 4096):
+    if rule is None or (
+        node.op_type not in _GROWERS and sum(i.value.size for i in inputs if i.value is not None) < 4096
+    ):
         return False
     try:
         return any(math.prod(shape) > limit for shape in rule(node, inputs))
@@ -400,7 +409,9 @@ def _reference(node: ir.Node, inputs: list[Fact], model: Model) -> list[Array]:
         [proto], "one", [onnx.helper.make_tensor_value_info(n, i.dtype.value, i.shape) for n, i in zip(names, inputs, strict=True) if n and i.dtype],
         [onnx.ValueInfoProto(name=v.name) for v in node.outputs if v.name],
     )  # fmt: skip
-    evaluator = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", model.opset)]))
+    evaluator = ReferenceEvaluator(
+        onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", model.opset)])
+    )
     feeds = {n: i.value for n, i in zip(names, inputs, strict=True) if n}
     return list(evaluator.run(None, feeds))
 
@@ -428,7 +439,9 @@ def _by_schema(node: ir.Node, inputs: list[Fact], model: Model) -> list[Fact]:
             if fact.value is not None and fact.value.size <= 1024:
                 data[value.name] = onnx.numpy_helper.from_array(fact.value)
         opsets = [onnx.helper.make_opsetid(d, v) for d, v in model.ir.opset_imports.items()]
-        inferred = onnx.shape_inference.infer_node_outputs(schema, proto, types, data, opset_imports=opsets, ir_version=10)
+        inferred = onnx.shape_inference.infer_node_outputs(
+            schema, proto, types, data, opset_imports=opsets, ir_version=10
+        )
     except Exception:  # an unknown operator or a sequence type: nothing is known
         return []
     return [_fact_of(inferred.get(output.name or "")) for output in node.outputs]

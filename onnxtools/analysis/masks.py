@@ -92,7 +92,12 @@ def mask_constants(value: ir.Value, facts: Facts) -> set[int]:
             todo.extend(v for v in node.inputs if v is not None)
             continue
         array = facts[current].value
-        if array is not None and array.size == 1 and array.dtype.kind in "iu" and abs(int(array.reshape(-1)[0])) < SENTINEL:
+        if (
+            array is not None
+            and array.size == 1
+            and array.dtype.kind in "iu"
+            and abs(int(array.reshape(-1)[0])) < SENTINEL
+        ):
             found.add(abs(int(array.reshape(-1)[0])))
     return found
 

@@ -64,7 +64,9 @@ def reshape_target(shape: tuple[int, ...], target: Sequence[int], allowzero: int
 
 
 def _reshape(node: ir.Node, arrays: Sequence[Any]) -> Array:
-    return np.asarray(arrays[0]).reshape(reshape_target(arrays[0].shape, arrays[1].tolist(), attribute(node, "allowzero", 0)))
+    return np.asarray(arrays[0]).reshape(
+        reshape_target(arrays[0].shape, arrays[1].tolist(), attribute(node, "allowzero", 0))
+    )
 
 
 class Disputed(ValueError):
@@ -79,7 +81,9 @@ def _slice_index(node: ir.Node, shape: Sequence[int], arrays: Sequence[Any]) -> 
     index = [slice(None)] * len(shape)
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
         if step < 0 and end >= 2**31 - 1:
-            raise Disputed("ONNX Runtime's kernel takes such an end for the beginning, its shape inference and ONNX do not")
+            raise Disputed(
+                "ONNX Runtime's kernel takes such an end for the beginning, its shape inference and ONNX do not"
+            )
         size = shape[axis]
         low, high = (0, size) if step > 0 else (-1, size - 1)
         first = min(max(start + size if start < 0 else start, max(low, 0)), high)
@@ -91,7 +95,9 @@ def _slice_index(node: ir.Node, shape: Sequence[int], arrays: Sequence[Any]) -> 
 def _divide(node: ir.Node, arrays: Sequence[Any]) -> Array:
     a, b = arrays
     if np.issubdtype(a.dtype, np.integer):
-        return np.asarray(np.sign(a) * np.sign(b) * (np.abs(a) // np.abs(b)), dtype=a.dtype)  # ONNX truncates towards zero
+        return np.asarray(
+            np.sign(a) * np.sign(b) * (np.abs(a) // np.abs(b)), dtype=a.dtype
+        )  # ONNX truncates towards zero
     return np.divide(a, b)  # type: ignore[no-any-return]
 
 

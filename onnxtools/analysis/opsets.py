@@ -14,7 +14,17 @@ from onnxtools.ir.edit import Builder
 from onnxtools.ir.model import MAX_IR_VERSION, Model
 from onnxtools.ir.query import attribute
 
-_REDUCE = {"ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceSumSquare", "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp"}
+_REDUCE = {
+    "ReduceMean",
+    "ReduceMax",
+    "ReduceMin",
+    "ReduceProd",
+    "ReduceSumSquare",
+    "ReduceL1",
+    "ReduceL2",
+    "ReduceLogSum",
+    "ReduceLogSumExp",
+}
 
 
 def reach_opset(model: Model, version: int) -> tuple[int, str]:
@@ -34,7 +44,9 @@ def reach_opset(model: Model, version: int) -> tuple[int, str]:
 def _raise_opset(model: Model, version: int) -> int:
     old = model.opset
     if old < 11:
-        raise JobError(f"opset {old} is older than any exporter of these models; export the model again with opset 17 or later")
+        raise JobError(
+            f"opset {old} is older than any exporter of these models; export the model again with opset 17 or later"
+        )
     builder, facts, rewritten = Builder(model), analyse(model), 0
     for node in list(model.graph.all_nodes()):
         if node.domain in ("", "ai.onnx"):
@@ -56,7 +68,9 @@ def _upgrade(node: ir.Node, old: int, new: int, builder: Builder, facts: Facts) 
     rule = _RULES.get(op)
     if rule is not None and old < _SEMANTICS_CHANGED[op] <= new and (done := rule(node, builder, facts)) is not None:
         return done
-    axes_became_input = (old < 18 <= new and op in _REDUCE) or (old < 13 and op in ("ReduceSum", "Squeeze", "Unsqueeze"))
+    axes_became_input = (old < 18 <= new and op in _REDUCE) or (
+        old < 13 and op in ("ReduceSum", "Squeeze", "Unsqueeze")
+    )
     if axes_became_input:
         return _attribute_to_input(node, "axes", builder)
     _check_same_meaning(node, old, new)
@@ -92,7 +106,11 @@ _SEMANTICS_CHANGED = {
 
 def _batch_normalization(node: ir.Node, builder: Builder, facts: Facts) -> int | None:
     """With one output it normalizes by the stored statistics in every version; further outputs are those of training."""
-    return 0 if not any(output.uses() or output.is_graph_output() for output in node.outputs[1:]) and len(node.outputs) == 1 else None
+    return (
+        0
+        if not any(output.uses() or output.is_graph_output() for output in node.outputs[1:]) and len(node.outputs) == 1
+        else None
+    )
 
 
 def _softmax(node: ir.Node, builder: Builder, facts: Facts) -> int | None:
@@ -139,7 +157,9 @@ def _check_same_meaning(node: ir.Node, old: int, new: int) -> None:
         before = onnx.defs.get_schema(node.op_type, old, "")
         after = onnx.defs.get_schema(node.op_type, new, "")
     except onnx.defs.SchemaError:
-        raise JobError(f"node {node.name!r} ({node.op_type}) is no operator of opset {old} or {new}; is its domain missing?") from None
+        raise JobError(
+            f"node {node.name!r} ({node.op_type}) is no operator of opset {old} or {new}; is its domain missing?"
+        ) from None
     if before.since_version == after.since_version:
         return
     changed = old < _SEMANTICS_CHANGED.get(node.op_type, 0) <= new

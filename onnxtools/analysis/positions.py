@@ -27,7 +27,10 @@ def table_rows(model: Model) -> int | None:
         if data is not None and len(data.shape) > 1:
             rows = data.shape.numpy()
             if is_op(node, "Gather"):
-                found += [int(rows[attribute(node, "axis", 0)]) - first for first in _first_row(node.inputs[1], facts, shape[tokens.axis])]
+                found += [
+                    int(rows[attribute(node, "axis", 0)]) - first
+                    for first in _first_row(node.inputs[1], facts, shape[tokens.axis])
+                ]
             else:
                 found += [int(rows[axis]) for axis in _as_long(node, facts, shape[tokens.axis])]
     return min(found, default=None)
@@ -57,17 +60,25 @@ def _first_row(index: ir.Value | None, facts: Facts, length: int) -> list[int]:
 
 def _as_long(node: ir.Node, facts: Facts, length: int) -> list[int]:
     """Axes that a Slice cuts to `length`."""
-    if len(node.inputs) < 3 or (len(node.inputs) > 4 and node.inputs[4] is not None and not np.all(facts[node.inputs[4]].value == 1)):
+    if len(node.inputs) < 3 or (
+        len(node.inputs) > 4 and node.inputs[4] is not None and not np.all(facts[node.inputs[4]].value == 1)
+    ):
         return []
     starts, ends = facts[node.inputs[1]].value, facts[node.inputs[2]].value
     axes = facts[node.inputs[3]].value if len(node.inputs) > 3 and node.inputs[3] is not None else None
     if starts is None or ends is None or (axes is None and len(node.inputs) > 3 and node.inputs[3] is not None):
         return []
     places = range(ends.size) if axes is None else axes.reshape(-1)
-    return [int(axis) for axis, low, high in zip(places, starts.reshape(-1), ends.reshape(-1), strict=True) if low >= 0 and high - low == length]
+    return [
+        int(axis)
+        for axis, low, high in zip(places, starts.reshape(-1), ends.reshape(-1), strict=True)
+        if low >= 0 and high - low == length
+    ]
 
 
-def shift_positions(model: Model, facts: Facts, size: int, past: ir.Value, past_1d: ir.Value, builder: Builder) -> list[str]:
+def shift_positions(
+    model: Model, facts: Facts, size: int, past: ir.Value, past_1d: ir.Value, builder: Builder
+) -> list[str]:
     """Let internally counted positions start at `past` instead of 0.
 
     Args:
@@ -81,7 +92,11 @@ def shift_positions(model: Model, facts: Facts, size: int, past: ir.Value, past_
         builder.before = node
         if is_op(node, "Range") and _counts(facts, node, size):
             dtype = facts[node.inputs[0]].dtype or ir.DataType.INT64
-            offset = past if dtype == ir.DataType.INT64 else builder.op("Cast", [past], f"{node.name}/past", dtype=dtype, to=dtype.value)
+            offset = (
+                past
+                if dtype == ir.DataType.INT64
+                else builder.op("Cast", [past], f"{node.name}/past", dtype=dtype, to=dtype.value)
+            )
             for index in (0, 1):
                 moved = builder.op("Add", [node.inputs[index], offset], f"{node.name}/offset", dtype=dtype, shape=[])
                 node.replace_input_with(index, moved)
@@ -89,8 +104,15 @@ def shift_positions(model: Model, facts: Facts, size: int, past: ir.Value, past_
         elif is_op(node, "Slice") and _slices_table(facts, node, size):
             for index in (1, 2):
                 dtype = facts[node.inputs[index]].dtype or ir.DataType.INT64
-                offset = past_1d if dtype == ir.DataType.INT64 else builder.op("Cast", [past_1d], f"{node.name}/past", dtype=dtype, to=dtype.value)
-                node.replace_input_with(index, builder.op("Add", [node.inputs[index], offset], f"{node.name}/offset", dtype=dtype, shape=[1]))
+                offset = (
+                    past_1d
+                    if dtype == ir.DataType.INT64
+                    else builder.op("Cast", [past_1d], f"{node.name}/past", dtype=dtype, to=dtype.value)
+                )
+                node.replace_input_with(
+                    index,
+                    builder.op("Add", [node.inputs[index], offset], f"{node.name}/offset", dtype=dtype, shape=[1]),
+                )
             changed.append(node.name or "")
     return changed
 

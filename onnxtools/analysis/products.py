@@ -10,7 +10,14 @@ import onnx_ir as ir
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import attribute, constant_tensor
 
-_THROUGH = {"QuantizeLinear", "DequantizeLinear", "Cast", "Identity", "TRT_FP8QuantizeLinear", "TRT_FP8DequantizeLinear"}
+_THROUGH = {
+    "QuantizeLinear",
+    "DequantizeLinear",
+    "Cast",
+    "Identity",
+    "TRT_FP8QuantizeLinear",
+    "TRT_FP8DequantizeLinear",
+}
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,11 @@ class Product:
         """Why the rows of the activation are not its tokens, so that nothing can be learnt of its channels; empty where they are."""
         if self.index == 0 and self.node.op_type != "Conv":
             return "the weight is the first operand of the product"
-        return "its activation is transposed (transA)" if self.node.op_type == "Gemm" and attribute(self.node, "transA", 0) else ""
+        return (
+            "its activation is transposed (transA)"
+            if self.node.op_type == "Gemm" and attribute(self.node, "transA", 0)
+            else ""
+        )
 
     @property
     def quantized(self) -> bool:

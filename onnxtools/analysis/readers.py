@@ -107,7 +107,13 @@ def _with_own_weight(build: Builder, product: Product) -> Product:
     build.before = product.node
     for node in reversed(product.path):  # from the weight to the product
         attributes = {name: attribute.value for name, attribute in node.attributes.items()}
-        made = build.op(node.op_type, [value, *node.inputs[1:]], f"{node.name}_of_{product.node.name}", domain=node.domain, **attributes)
+        made = build.op(
+            node.op_type,
+            [value, *node.inputs[1:]],
+            f"{node.name}_of_{product.node.name}",
+            domain=node.domain,
+            **attributes,
+        )
         made.type, made.shape = node.outputs[0].type, node.outputs[0].shape
         producer = made.producer()
         assert producer is not None

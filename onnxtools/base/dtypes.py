@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-BY_NAME = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16, "fp8": ir.DataType.FLOAT8E4M3FN, "int8": ir.DataType.INT8}
+BY_NAME = {
+    "fp32": ir.DataType.FLOAT,
+    "fp16": ir.DataType.FLOAT16,
+    "bf16": ir.DataType.BFLOAT16,
+    "fp8": ir.DataType.FLOAT8E4M3FN,
+    "int8": ir.DataType.INT8,
+}
 """Element types by the names that options give them."""
 
 

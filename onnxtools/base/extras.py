@@ -15,6 +15,10 @@ def install_line(extra: str) -> str:
         wanted = metadata.requires("onnxtools") or []
     except metadata.PackageNotFoundError:  # a source tree that is not installed
         return f"pip install '.[{extra}]' in the source tree of onnxtools"
-    named = [text.split(";")[0].strip().replace(" ", "") for text in wanted if re.search(rf"extra\s*==\s*['\"]{extra}['\"]", text)]
+    named = [
+        text.split(";")[0].strip().replace(" ", "")
+        for text in wanted
+        if re.search(rf"extra\s*==\s*['\"]{extra}['\"]", text)
+    ]
     line = "pip install " + " ".join(f"'{text}'" for text in named)
     return f"pip uninstall -y onnxruntime onnxruntime-gpu && {line}" if extra == "gpu" else line

@@ -21,7 +21,13 @@ MAX_YAML_NODES = 50_000
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _INTEGER = "tag:yaml.org,2002:int"
 
-_KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"))
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
 
 
 def check_regular(path: Path, error: type[OnnxtoolsError]) -> None:
@@ -34,7 +40,9 @@ def check_regular(path: Path, error: type[OnnxtoolsError]) -> None:
     mode = path.stat().st_mode
     kind = next((name for holds, name in _KINDS if holds(mode)), None)
     if kind is not None:
-        raise error(f"{path}: is {kind}, not a file; {'name a file in it' if kind == 'a folder' else 'save what it gives to a file and name that'}")
+        raise error(
+            f"{path}: is {kind}, not a file; {'name a file in it' if kind == 'a folder' else 'save what it gives to a file and name that'}"
+        )
 
 
 def absent(path: Path) -> str:

@@ -43,5 +43,7 @@ def _row(path: Path, number: int, line: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise JobError(f"{path}:{number}: is not JSON ({error}); the file must have one object a line") from None
     if not isinstance(row, dict):
-        raise JobError(f"{path}:{number}: is a {type(row).__name__}, not an object; the file must have one object a line")
+        raise JobError(
+            f"{path}:{number}: is a {type(row).__name__}, not an object; the file must have one object a line"
+        )
     return row

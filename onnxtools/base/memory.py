@@ -33,7 +33,9 @@ def available_bytes() -> int | None:
     found = []
     meminfo, statm = Path("/proc/meminfo"), Path("/proc/self/statm")
     if meminfo.exists():
-        found += [int(line.split()[1]) << 10 for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:")]
+        found += [
+            int(line.split()[1]) << 10 for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:")
+        ]
     import resource
 
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
@@ -74,7 +76,9 @@ def _read_only_spans(names: set[bytes]) -> Iterator[tuple[int, int]]:
     """Addresses where this process has files of these names mapped for reading alone."""
     maps = Path("/proc/self/maps")
     for line in maps.read_bytes().split(b"\n") if maps.exists() else ():
-        span, rights, *rest = line.split(maxsplit=5)[:6] if line else (b"", b"")  # proc(5): address perms offset dev inode pathname
+        span, rights, *rest = (
+            line.split(maxsplit=5)[:6] if line else (b"", b"")
+        )  # proc(5): address perms offset dev inode pathname
         if rights.startswith(b"r--") and len(rest) == 4 and rest[3] in names:
             start, end = span.split(b"-")
             yield int(start, 16), int(end, 16)

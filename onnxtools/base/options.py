@@ -12,7 +12,9 @@ from onnxtools.base.errors import UsageError
 from onnxtools.base.inputs import shown
 
 
-def option(default: Any, help: str, *, flags: Mapping[str, Any] | None = None, bare: str | None = None, path: bool = False) -> Any:
+def option(
+    default: Any, help: str, *, flags: Mapping[str, Any] | None = None, bare: str | None = None, path: bool = False
+) -> Any:
     """A field of a pass, with its help text.
 
     Args:
@@ -78,6 +80,10 @@ def convert_option(owner: str, name: str, annotation: Any, value: Any) -> Any:
     if base is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, base) or (base is int and isinstance(value, bool)):
-        quoted = f": quote it, as '{shown(value)}'" if base is str and isinstance(value, (int, float)) and not isinstance(value, bool) else ""
+        quoted = (
+            f": quote it, as '{shown(value)}'"
+            if base is str and isinstance(value, (int, float)) and not isinstance(value, bool)
+            else ""
+        )
         raise UsageError(f"{owner}: {name} is {shown(value)}; it takes {base.__name__}{quoted}")
     return value

@@ -47,7 +47,9 @@ def load(name: str, group: str = PASSES) -> Any:
             raise JobError(f"{_KIND[group]} {name!r} needs {missing!r}, which is not installed; install it") from error
         distribution = known[name].dist
         package = distribution.name if distribution is not None else known[name].value
-        raise UsageError(f"{_KIND[group]} {name!r} of package {package!r} cannot be imported ({error}); repair or uninstall the package") from error
+        raise UsageError(
+            f"{_KIND[group]} {name!r} of package {package!r} cannot be imported ({error}); repair or uninstall the package"
+        ) from error
 
 
 def load_object(option: str, place: str) -> Any:

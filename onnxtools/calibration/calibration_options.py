@@ -14,12 +14,18 @@ from onnxtools.pipeline.passbase import Pass
 class Calibrated(Pass):
     """A pass that may look at activations."""
 
-    calib: str | None = option(None, "Calibration data: texts (.jsonl, .txt), or inputs of the graph (.npz).", path=True)
+    calib: str | None = option(
+        None, "Calibration data: texts (.jsonl, .txt), or inputs of the graph (.npz).", path=True
+    )
     calib_field: str = option("text", "Field of the JSONL that holds the text; a list of numbers is taken as tokens.")
     calib_size: int = option(128, "How many texts are used.")
     calib_length: int = option(512, "Longest text in tokens; a .txt file is cut into texts of this length.")
-    calib_cache: str | None = option(None, "Folder that keeps what each layer showed: a run that was stopped goes on from there.", path=True)
-    tokenizer: str | None = option(None, "tokenizer.json, or its folder; without it the one beside the model.", path=True)
+    calib_cache: str | None = option(
+        None, "Folder that keeps what each layer showed: a run that was stopped goes on from there.", path=True
+    )
+    tokenizer: str | None = option(
+        None, "tokenizer.json, or its folder; without it the one beside the model.", path=True
+    )
 
     def __post_init__(self) -> None:
         for name in ("calib_size", "calib_length"):

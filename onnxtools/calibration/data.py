@@ -29,8 +29,12 @@ class Samples(Sequence[Feeds]):
 
     def __init__(self, model: Model, texts: Sequence[Sequence[int]], feeds: Sequence[Feeds] = ()) -> None:
         self._model, self._texts, self._feeds = model, texts, feeds
-        arrays = [np.asarray(text, np.int64) for text in texts] or [feed[name] for feed in feeds for name in sorted(feed)]
-        self.digest = hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() + b"|" for array in arrays)).hexdigest()
+        arrays = [np.asarray(text, np.int64) for text in texts] or [
+            feed[name] for feed in feeds for name in sorted(feed)
+        ]
+        self.digest = hashlib.sha256(
+            b"".join(np.ascontiguousarray(array).tobytes() + b"|" for array in arrays)
+        ).hexdigest()
 
     def __len__(self) -> int:
         return len(self._texts) or len(self._feeds)
@@ -47,7 +51,9 @@ def read_samples(model: Model, options: Calibrated) -> Samples:
         JobError: no tokenizer, tokens outside the vocabulary, inputs that are not the graph's.
     """
     if options.calib is None:
-        raise UsageError(f"{options.name}: needs calibration data; name texts with --calib FILE (.jsonl, .txt), or the graph's inputs (.npz)")
+        raise UsageError(
+            f"{options.name}: needs calibration data; name texts with --calib FILE (.jsonl, .txt), or the graph's inputs (.npz)"
+        )
     path = Path(options.calib)
     if path.suffix == ".npz":
         feeds = read_feeds(path)
@@ -59,7 +65,9 @@ def read_samples(model: Model, options: Calibrated) -> Samples:
         return Samples(model, [], [{name: feeds[name] for name in (value.name or "" for value in model.graph.inputs)}])
     tokens = token_input(model)
     if tokens is None:
-        raise JobError(f"{model.path}: has no input of token ids, so texts are of no use; give its inputs with --calib inputs.npz")
+        raise JobError(
+            f"{model.path}: has no input of token ids, so texts are of no use; give its inputs with --calib inputs.npz"
+        )
     texts = _texts(path, options, model)
     length = min(options.calib_length, positions(model) or options.calib_length)
     texts = [text[:length] for text in texts if len(text) > 1]
@@ -67,7 +75,9 @@ def read_samples(model: Model, options: Calibrated) -> Samples:
         raise UsageError(f"{path}: holds no text of two tokens or more; name another file or another --calib-field")
     size = vocabulary(tokens.value)
     if size is None:
-        model.notes.append(f"warning: no table that {tokens.value.name!r} looks up was found, so the vocabulary is unknown and token ids are not checked")
+        model.notes.append(
+            f"warning: no table that {tokens.value.name!r} looks up was found, so the vocabulary is unknown and token ids are not checked"
+        )
     else:
         _check_range(path, texts, size)
     return Samples(model, texts)
@@ -78,13 +88,18 @@ def _texts(path: Path, options: Calibrated, model: Model) -> list[list[int]]:
     if path.suffix == ".jsonl":
         found = [_field(path, number, row, options.calib_field) for number, row in read_jsonl(path, options.calib_size)]
         tokenizer = _tokenizer(options, model) if any(isinstance(text, str) for text in found) else None
-        return [text if isinstance(text, list) else tokenizer.encode(text) if tokenizer is not None else [] for text in found]
+        return [
+            text if isinstance(text, list) else tokenizer.encode(text) if tokenizer is not None else []
+            for text in found
+        ]
     try:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise JobError(f"{path}: cannot be read as UTF-8 text ({error}); name a .jsonl, .txt or .npz file") from None
     wanted = options.calib_size * options.calib_length
-    ids = _tokenizer(options, model).encode(content[: 16 * wanted])[:wanted]  # a token is hardly ever longer than 16 characters on average
+    ids = _tokenizer(options, model).encode(content[: 16 * wanted])[
+        :wanted
+    ]  # a token is hardly ever longer than 16 characters on average
     return [ids[start : start + options.calib_length] for start in range(0, len(ids), options.calib_length)]
 
 
@@ -99,20 +114,30 @@ def _field(path: Path, number: int, row: dict[str, Any], name: str) -> str | lis
     if isinstance(value, str) or (isinstance(value, list) and value and all(type(id) is int for id in value)):
         return value
     if value is not None:
-        raise UsageError(f"{path}:{number}: {name!r} is neither text nor a list of tokens: {str(value)[:40]}; mend the line")
+        raise UsageError(
+            f"{path}:{number}: {name!r} is neither text nor a list of tokens: {str(value)[:40]}; mend the line"
+        )
     fields = ", ".join(map(str, row)) or "no fields"
-    raise UsageError(f"{path}:{number}: has no text or tokens in {name!r} (it has {fields}); name the field with --calib-field")
+    raise UsageError(
+        f"{path}:{number}: has no text or tokens in {name!r} (it has {fields}); name the field with --calib-field"
+    )
 
 
 def _check_array(path: Path, value: ir.Value, array: np.ndarray[Any, Any]) -> None:
     """Type, rank and fixed sizes are the input's, and there is something in it."""
     dims = value.shape
     wanted = f"{value.dtype} [{', '.join(map(str, dims))}]" if dims is not None else str(value.dtype)
-    same = value.dtype is None or array.dtype == (np.float32 if value.dtype == ir.DataType.BFLOAT16 else value.dtype.numpy())
+    same = value.dtype is None or array.dtype == (
+        np.float32 if value.dtype == ir.DataType.BFLOAT16 else value.dtype.numpy()
+    )
     if dims is not None:
-        same &= array.ndim == len(dims) and all(not isinstance(d, int) or d == size for d, size in zip(dims, array.shape, strict=False))
+        same &= array.ndim == len(dims) and all(
+            not isinstance(d, int) or d == size for d, size in zip(dims, array.shape, strict=False)
+        )
     if not same:
-        raise JobError(f"{path}: {value.name!r} is {array.dtype} {list(array.shape)}, but the graph's input is {wanted}; write it so")
+        raise JobError(
+            f"{path}: {value.name!r} is {array.dtype} {list(array.shape)}, but the graph's input is {wanted}; write it so"
+        )
     if not array.size and not may_be_past(value.name):
         raise JobError(f"{path}: {value.name!r} is empty; write one text or more")
     if array.dtype.kind == "f" and not np.isfinite(array).all():
@@ -123,7 +148,9 @@ def _check_range(path: Path, texts: Sequence[Sequence[int]], size: int) -> None:
     for number, text in enumerate(texts, 1):
         worst = max(text) if max(text) >= size else min(text)
         if not 0 <= worst < size:
-            raise JobError(f"{path}: text {number} holds token {worst}, but the vocabulary has {size}; calibrate with the model's own tokenizer")
+            raise JobError(
+                f"{path}: text {number} holds token {worst}, but the vocabulary has {size}; calibrate with the model's own tokenizer"
+            )
 
 
 def _text_feeds(model: Model, ids: Sequence[int]) -> Feeds:

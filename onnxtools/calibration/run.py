@@ -91,9 +91,20 @@ def fingerprint(model: Model) -> str:
     Of a weight that is computed while it is read, the first and middle rows: its recipe is the pass's, whatever the row.
     """
     digest = hashlib.sha256()
-    for node in (*model.graph.all_nodes(), *(node for function in model.ir.functions.values() for node in function.all_nodes())):
-        plain = [a.ref_attr_name or ir.serde.serialize_attribute(a).SerializeToString() for a in node.attributes.values() if a.type not in _GRAPHS]
-        digest.update(repr((node.name, node.domain, node.op_type, [v.name if v is not None else "" for v in node.inputs], plain)).encode())
+    for node in (
+        *model.graph.all_nodes(),
+        *(node for function in model.ir.functions.values() for node in function.all_nodes()),
+    ):
+        plain = [
+            a.ref_attr_name or ir.serde.serialize_attribute(a).SerializeToString()
+            for a in node.attributes.values()
+            if a.type not in _GRAPHS
+        ]
+        digest.update(
+            repr(
+                (node.name, node.domain, node.op_type, [v.name if v is not None else "" for v in node.inputs], plain)
+            ).encode()
+        )
     for value, tensor in model.weights():
         digest.update(repr((value.name, tensor.dtype, tuple(tensor.shape.numpy()))).encode())
         if isinstance(tensor, ir.ExternalTensor) or not tensor.size or tensor.dtype == ir.DataType.STRING:
@@ -147,8 +158,14 @@ class Calibration:
         self._facts = analyse(model)
         self.tokens = sum(_count(feeds) for feeds in self.samples)
         self._label = options.name
-        few = f", fewer than --calib-size {options.calib_size}" if len(self.samples) < options.calib_size and not str(options.calib).endswith(".npz") else ""
-        model.notes.append(f"{'warning: ' if few else ''}calibrated on {len(self.samples)} texts, {self.tokens} tokens{few}")
+        few = (
+            f", fewer than --calib-size {options.calib_size}"
+            if len(self.samples) < options.calib_size and not str(options.calib).endswith(".npz")
+            else ""
+        )
+        model.notes.append(
+            f"{'warning: ' if few else ''}calibrated on {len(self.samples)} texts, {self.tokens} tokens{few}"
+        )
         self._cache = Path(options.calib_cache) if options.calib_cache else None
         self._key = {
             "graph": model.sha256,
@@ -178,7 +195,11 @@ class Calibration:
     def _open_cache(self) -> None:
         note = self._folder / "calibration.json"
         if self._folder.exists() and any(self._folder.iterdir()):
-            strangers = [entry.name for entry in self._folder.iterdir() if not re.fullmatch(r"calibration\.json|\d{4}\.npz|values|weights", entry.name)]
+            strangers = [
+                entry.name
+                for entry in self._folder.iterdir()
+                if not re.fullmatch(r"calibration\.json|\d{4}\.npz|values|weights", entry.name)
+            ]
             if strangers or not note.is_file():
                 raise JobError(
                     f"{self._folder}: holds other files ({strangers[0] if strangers else 'no calibration.json'}); name an empty folder with --calib-cache"
@@ -190,13 +211,17 @@ class Calibration:
             if known == self._key:
                 return
             if not isinstance(known, dict) or set(known) != set(self._key):
-                raise JobError(f"{note}: is no note of a calibration, or damaged; name an empty folder with --calib-cache, or remove this one")
+                raise JobError(
+                    f"{note}: is no note of a calibration, or damaged; name an empty folder with --calib-cache, or remove this one"
+                )
             shutil.rmtree(self._folder)
         self._folder.mkdir(parents=True, exist_ok=True)
         with replacing(note) as tmp:
             tmp.write_text(json.dumps(self._key))
 
-    def findings(self, look: Callable[[Layer], Findings], nodes: Collection[ir.Node] | None = None) -> Iterator[tuple[Segment, Findings]]:
+    def findings(
+        self, look: Callable[[Layer], Findings], nodes: Collection[ir.Node] | None = None
+    ) -> Iterator[tuple[Segment, Findings]]:
         """What `look` finds at each segment, in order; findings that the cache has are not looked for again.
 
         `look` may call `Layer.observe` and `run_again`; its arrays must be small.
@@ -206,7 +231,11 @@ class Calibration:
         Raises:
             JobError: the cache is damaged.
         """
-        numbers = [n for n, segment in enumerate(self.segments, 1) if nodes is None or any(node in nodes for node in segment.nodes)]
+        numbers = [
+            n
+            for n, segment in enumerate(self.segments, 1)
+            if nodes is None or any(node in nodes for node in segment.nodes)
+        ]
         count = max(numbers, default=0)
         with counted(f"{self._label}: calibration", count * len(self.samples)) as self._tick:
             for number, segment in enumerate(self.segments[:count]):
@@ -229,7 +258,9 @@ class Calibration:
             with np.load(path) as archive:
                 return {name: archive[name] for name in archive.files}
         except (OSError, ValueError, zipfile.BadZipFile, EOFError, KeyError) as error:
-            raise JobError(f"{path}: this part of the calibration cache is damaged ({error}); remove the folder {str(self._folder)!r}") from None
+            raise JobError(
+                f"{path}: this part of the calibration cache is damaged ({error}); remove the folder {str(self._folder)!r}"
+            ) from None
 
     def store(self, weight: str, array: Array) -> None:
         """Keep the computed elements of the weight of that name on the disk."""
@@ -263,7 +294,11 @@ class Calibration:
             if session is None and wanted:
                 types = {value: ir.DataType.from_numpy(array.dtype).value for value, array in received.items()}
                 session = SegmentSession(self.model, segment, types, wanted)
-            found = {} if session is None else session(feeds, {value.name or "": array for value, array in received.items()})
+            found = (
+                {}
+                if session is None
+                else session(feeds, {value.name or "": array for value, array in received.items()})
+            )
             for value in segment.kept:
                 if value in found:
                     self._spool.put(value, text, found[value])
@@ -286,7 +321,9 @@ def _rows(array: Array | None, value: ir.Value) -> Array:
     assert array is not None, value.name
     array = array.astype(np.float32, copy=False)
     if not np.isfinite(array).all():
-        raise JobError(f"value {value.name!r} is infinite or NaN while calibrating; look for damaged weights before it with `onnxtools validate`")
+        raise JobError(
+            f"value {value.name!r} is infinite or NaN while calibrating; look for damaged weights before it with `onnxtools validate`"
+        )
     return array if array.ndim == 4 else array.reshape(-1, array.shape[-1])
 
 

@@ -49,21 +49,48 @@ def segments(model: Model) -> list[Segment]:
     """
     if model.ir.functions or any(node.domain == "trt" for node in model.graph):
         raise JobError(f"{model.path}: has functions or TransformerEngine's operators; run `onnxtools convert` first")
-    branching = next((node for node in model.graph if any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values())), None)
+    branching = next(
+        (
+            node
+            for node in model.graph
+            if any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values())
+        ),
+        None,
+    )
     if branching is not None:
-        raise JobError(f"{model.path}: node {branching.name!r} ({branching.op_type}) has a graph inside, which calibration does not cut; inline one branch")
+        raise JobError(
+            f"{model.path}: node {branching.name!r} ({branching.op_type}) has a graph inside, which calibration does not cut; inline one branch"
+        )
     products = {product.node: product for product in weight_products(model)}
     heavy = _heavy(model, set(products))
     if not heavy:
         raise JobError(f"{model.path}: has no MatMul or Gemm with a stored weight, so there is nothing to calibrate")
     places = {node: index for index, node in enumerate(heavy)}
-    last = {value: max(places[user] for user, _ in value.uses() if user in places) for node in heavy for value in node.outputs if _wanted(value, places)}
+    last = {
+        value: max(places[user] for user, _ in value.uses() if user in places)
+        for node in heavy
+        for value in node.outputs
+        if _wanted(value, places)
+    }
     found, start = [], 0
     for stop in _cuts(heavy, last, set(products)):
         part = heavy[start:stop]
-        received = _unique(v for node in part for v in node.inputs if v is not None and v.producer() in places and places[v.producer()] < start)  # type: ignore[index]
+        received = _unique(
+            v
+            for node in part
+            for v in node.inputs
+            if v is not None and v.producer() in places and places[v.producer()] < start
+        )  # type: ignore[index]
         kept = tuple(value for node in heavy[:stop] for value in node.outputs if last.get(value, -1) >= stop)
-        found.append(Segment(tuple(part), _with_cheap(part, places, model), received, kept, tuple(products[node] for node in part if node in products)))
+        found.append(
+            Segment(
+                tuple(part),
+                _with_cheap(part, places, model),
+                received,
+                kept,
+                tuple(products[node] for node in part if node in products),
+            )
+        )
         start = stop
     return found
 
@@ -77,7 +104,12 @@ def _heavy(model: Model, products: set[ir.Node]) -> list[ir.Node]:
     tokens = token_input(model)
     for node in model.graph:
         sources = [value for value in node.inputs if value is not None]
-        embeds = is_op(node, "Gather") and constant_tensor(sources[0]) is not None and tokens is not None and _through_casts(sources[1]) is tokens.value
+        embeds = (
+            is_op(node, "Gather")
+            and constant_tensor(sources[0]) is not None
+            and tokens is not None
+            and _through_casts(sources[1]) is tokens.value
+        )
         if node in products or embeds or any(value.producer() in heavy or _is_hidden(value) for value in sources):
             heavy[node] = None
     return list(heavy)
@@ -85,13 +117,23 @@ def _heavy(model: Model, products: set[ir.Node]) -> list[ir.Node]:
 
 def _through_casts(value: ir.Value) -> ir.Value:
     node = value.producer()
-    return value if node is None or not is_op(node, "Cast", "Identity") or node.inputs[0] is None else _through_casts(node.inputs[0])
+    return (
+        value
+        if node is None or not is_op(node, "Cast", "Identity") or node.inputs[0] is None
+        else _through_casts(node.inputs[0])
+    )
 
 
 def _is_hidden(value: ir.Value) -> bool:
     """A graph input of activations: floating-point, and neither a cache nor a mask."""
     name = (value.name or "").lower()
-    return value.is_graph_input() and value.dtype is not None and value.dtype.is_floating_point() and not may_be_past(name) and "mask" not in name
+    return (
+        value.is_graph_input()
+        and value.dtype is not None
+        and value.dtype.is_floating_point()
+        and not may_be_past(name)
+        and "mask" not in name
+    )
 
 
 def _cuts(heavy: list[ir.Node], last: dict[ir.Value, int], products: set[ir.Node]) -> list[int]:
@@ -109,7 +151,9 @@ def _cuts(heavy: list[ir.Node], last: dict[ir.Value, int], products: set[ir.Node
     for limit in sorted({count for count in counts[:-1] if 0 < count <= _MOST_ALIVE}):
         cuts = _cuts_at(counts, limit, heavy, products)
         # Allow one more live value only if it makes the largest segment 8 times smaller: graphs with fused residual norms always carry two.
-        if _largest(cuts, heavy, products) * 8 <= _largest(chosen, heavy, products) or (chosen == [len(heavy)] and len(cuts) > 1):
+        if _largest(cuts, heavy, products) * 8 <= _largest(chosen, heavy, products) or (
+            chosen == [len(heavy)] and len(cuts) > 1
+        ):
             chosen = cuts
     return chosen
 
@@ -132,7 +176,9 @@ def _cuts_at(counts: list[int], limit: int, heavy: list[ir.Node], products: set[
 
 def _largest(cuts: list[int], heavy: list[ir.Node], products: set[ir.Node]) -> int:
     """Products in the largest segment."""
-    return max(sum(node in products for node in heavy[start:stop]) for start, stop in zip([0, *cuts], cuts, strict=False))
+    return max(
+        sum(node in products for node in heavy[start:stop]) for start, stop in zip([0, *cuts], cuts, strict=False)
+    )
 
 
 def _is_integer(value: ir.Value) -> bool:
@@ -158,5 +204,9 @@ def _unique(values: Iterable[ir.Value]) -> tuple[ir.Value, ...]:
 def outer_inputs(segment: Segment) -> tuple[list[ir.Value], list[ir.Value]]:
     """(graph inputs, constants) that the nodes of `segment` read."""
     made = {value for node in segment.nodes for value in node.outputs} | set(segment.received)
-    others = _unique(value for node in segment.nodes for value in node.inputs if value is not None and value not in made)
-    return [v for v in others if v.is_graph_input()], [v for v in others if not v.is_graph_input() and constant_tensor(v) is not None]
+    others = _unique(
+        value for node in segment.nodes for value in node.inputs if value is not None and value not in made
+    )
+    return [v for v in others if v.is_graph_input()], [
+        v for v in others if not v.is_graph_input() and constant_tensor(v) is not None
+    ]

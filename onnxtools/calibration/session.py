@@ -33,7 +33,9 @@ _SMALL = 4096
 class SegmentSession:
     """Runs `segment`; `received_types` are the ONNX element types of what it receives, `wanted` the values to return."""
 
-    def __init__(self, model: Model, segment: Segment, received_types: Mapping[ir.Value, int], wanted: Sequence[ir.Value]) -> None:
+    def __init__(
+        self, model: Model, segment: Segment, received_types: Mapping[ir.Value, int], wanted: Sequence[ir.Value]
+    ) -> None:
         self._segment, self.wanted = segment, list(wanted)
         self._weights: dict[ir.Value, str] = {}
         self._tables: set[ir.Value] = set()
@@ -54,7 +56,9 @@ class SegmentSession:
         assert tensor is not None
         shape = tensor.shape.numpy()
         if value in self._tables and isinstance(tensor, ir.ExternalTensor):
-            return np.memmap(external_path(tensor), tensor.dtype.numpy(), "r", tensor.offset or 0, tuple(shape))  # only the rows in use are read
+            return np.memmap(
+                external_path(tensor), tensor.dtype.numpy(), "r", tensor.offset or 0, tuple(shape)
+            )  # only the rows in use are read
         array = elements(tensor)
         return array.astype(np.float32) if tensor.dtype in _NARROW and value not in self._tables else array
 
@@ -68,13 +72,17 @@ class SegmentSession:
         kept = []  # ONNX Runtime reads the arrays in place
         for name, array in {**feeds, **received}.items():
             if name in self._types and name not in values:
-                array = array.astype(np.float32) if self._types[name] == "tensor(float)" else np.asarray(array, order="C")
+                array = (
+                    array.astype(np.float32) if self._types[name] == "tensor(float)" else np.asarray(array, order="C")
+                )
                 kept.append(array)
                 values[name] = ort_value(array, self._types[name])
         try:
             results = self._session.run_with_ort_values([value.name for value in self.wanted], values)
         except Exception as error:
-            raise JobError(f"ONNX Runtime failed on a part of the graph that begins at node {self._segment.nodes[0].name!r}: {one_line(error)}") from error
+            raise JobError(
+                f"ONNX Runtime failed on a part of the graph that begins at node {self._segment.nodes[0].name!r}: {one_line(error)}"
+            ) from error
         return {value: to_numpy(result) for value, result in zip(self.wanted, results, strict=True)}
 
     # --- the graph ---------------------------------------------------------------------------------------------------
@@ -133,11 +141,15 @@ def _embedded(tensor: ir.TensorProtocol, name: str) -> onnx.TensorProto:
     if tensor.dtype.itemsize < 1:
         return onnx.TensorProto(name=name, data_type=tensor.dtype.value, dims=shape, raw_data=tensor.tobytes())
     array = elements(tensor)
-    return ir.serde.serialize_tensor(ir.Tensor(array.astype(np.float32) if tensor.dtype in _NARROW else array, name=name))
+    return ir.serde.serialize_tensor(
+        ir.Tensor(array.astype(np.float32) if tensor.dtype in _NARROW else array, name=name)
+    )
 
 
 def _load(proto: onnx.ModelProto, first: str) -> Any:
     try:
         return open_session(proto.SerializeToString(), options=session_options(spinning=False), qdq_as_written=True)
     except Exception as error:
-        raise JobError(f"ONNX Runtime cannot load the part of the graph that begins at node {first!r}: {one_line(error)}") from error
+        raise JobError(
+            f"ONNX Runtime cannot load the part of the graph that begins at node {first!r}: {one_line(error)}"
+        ) from error

@@ -43,7 +43,12 @@ def shape_of(value: ir.Value) -> list[int | str]:
 
 
 def _io(kind: str, value: ir.Value) -> dict[str, Any]:
-    return {"kind": kind, "name": value.name, "dtype": value.dtype.name if value.dtype else "?", "shape": shape_of(value)}
+    return {
+        "kind": kind,
+        "name": value.name,
+        "dtype": value.dtype.name if value.dtype else "?",
+        "shape": shape_of(value),
+    }
 
 
 def _weights(model: Model) -> dict[str, Any]:
@@ -61,7 +66,11 @@ def _weights(model: Model) -> dict[str, Any]:
 def _quantization(model: Model) -> dict[str, Any]:
     products = list({p.node: p for p in weight_products(model)}.values())
     sizes = [(p.tensor.size, p.quantized) for p in products]
-    sizes += [(attribute(node, "K", 0) * attribute(node, "N", 0), True) for node in model.graph if is_op(node, "MatMulNBits", domain="com.microsoft")]
+    sizes += [
+        (attribute(node, "K", 0) * attribute(node, "N", 0), True)
+        for node in model.graph
+        if is_op(node, "MatMulNBits", domain="com.microsoft")
+    ]
     total = sum(size for size, _ in sizes)
     return {
         "products": len(sizes),
@@ -75,7 +84,11 @@ def _cache(model: Model) -> dict[str, Any] | None:
     if not caches:
         return None
     first = caches[0]
-    return {"tensors": len(caches), "dtype": first.dtype.name if first.dtype else "?", "shape": " x ".join(map(str, shape_of(first)))}
+    return {
+        "tensors": len(caches),
+        "dtype": first.dtype.name if first.dtype else "?",
+        "shape": " x ".join(map(str, shape_of(first))),
+    }
 
 
 def _sparsity(model: Model) -> list[dict[str, Any]]:
@@ -85,7 +98,12 @@ def _sparsity(model: Model) -> list[dict[str, Any]]:
     for product in {p.weight: p for p in weight_products(model)}.values():
         counted = count_2_4(product.tensor, product.axis)
         rows.append(
-            {"name": product.weight.name, "shape": [int(d) for d in product.tensor.shape.numpy()], "zeros": counted.zero_fraction, "is_2_4": counted.is_2_4}
+            {
+                "name": product.weight.name,
+                "shape": [int(d) for d in product.tensor.shape.numpy()],
+                "zeros": counted.zero_fraction,
+                "is_2_4": counted.is_2_4,
+            }
         )
     return rows
 
@@ -96,8 +114,18 @@ def differences(a: Model, b: Model) -> dict[str, list[dict[str, Any]]]:
     return {
         "opsets": _changes(x["opsets"], y["opsets"]),
         "ops": _changes(x["ops"], y["ops"]),
-        "io": _changes(*({f"{io['kind']} {io['name']}": f"{io['dtype']} {'x'.join(map(str, io['shape']))}" for io in d["io"]} for d in (x, y))),
-        "weights": _changes(*({k: f"{v['count']} tensors, {v['bytes']} bytes" for k, v in d["weights"]["by_dtype"].items()} for d in (x, y))),
+        "io": _changes(
+            *(
+                {f"{io['kind']} {io['name']}": f"{io['dtype']} {'x'.join(map(str, io['shape']))}" for io in d["io"]}
+                for d in (x, y)
+            )
+        ),
+        "weights": _changes(
+            *(
+                {k: f"{v['count']} tensors, {v['bytes']} bytes" for k, v in d["weights"]["by_dtype"].items()}
+                for d in (x, y)
+            )
+        ),
         "initializers": _changes(_initializers(a), _initializers(b)),
     }
 
@@ -106,10 +134,18 @@ def engine_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, 
     """Of two manifests: builder, graph and options, inputs and outputs, profiles, types of layer outputs, layers, size."""
 
     def io(m: Mapping[str, Any]) -> dict[str, str]:
-        return {f"{kind} {t['name']}": f"{t['dtype']} {'x'.join(map(str, t['shape']))}" for kind in ("inputs", "outputs") for t in m[kind]}
+        return {
+            f"{kind} {t['name']}": f"{t['dtype']} {'x'.join(map(str, t['shape']))}"
+            for kind in ("inputs", "outputs")
+            for t in m[kind]
+        }
 
     def made(m: Mapping[str, Any]) -> dict[str, Any]:
-        return {"builder": f"{m['backend']['name']} {m['backend']['version']}", "graph": m["graph"]["sha256"][:12], "bytes": m["engine"]["bytes"]}
+        return {
+            "builder": f"{m['backend']['name']} {m['backend']['version']}",
+            "graph": m["graph"]["sha256"][:12],
+            "bytes": m["engine"]["bytes"],
+        }
 
     parts: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
         "made": made, "options": lambda m: m["spec"], "io": io, "profiles": lambda m: {p["name"]: p["inputs"] for p in m["profiles"]},
@@ -119,8 +155,16 @@ def engine_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, 
 
 
 def _initializers(model: Model) -> dict[str, str]:
-    return {v.name or "": f"{t.dtype.name} {'x'.join(str(d) for d in t.shape.numpy())}" for v, t in model.weights() if t.size > 1}
+    return {
+        v.name or "": f"{t.dtype.name} {'x'.join(str(d) for d in t.shape.numpy())}"
+        for v, t in model.weights()
+        if t.size > 1
+    }
 
 
 def _changes(a: dict[str, Any], b: dict[str, Any]) -> list[dict[str, Any]]:
-    return [{"name": key, "before": a.get(key), "after": b.get(key)} for key in dict.fromkeys([*a, *b]) if a.get(key) != b.get(key)]
+    return [
+        {"name": key, "before": a.get(key), "after": b.get(key)}
+        for key in dict.fromkeys([*a, *b])
+        if a.get(key) != b.get(key)
+    ]

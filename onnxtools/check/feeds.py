@@ -50,7 +50,9 @@ class Probe:
         return array
 
 
-def probes(model: Model, batch: int = BATCH, sequence: int = SEQUENCE, seed: int = 0, rows: int | None = None) -> tuple[list[Probe], list[str]]:
+def probes(
+    model: Model, batch: int = BATCH, sequence: int = SEQUENCE, seed: int = 0, rows: int | None = None
+) -> tuple[list[Probe], list[str]]:
     """Plain inputs; the same with a left-padded row, and at positions from 4096 on, where the model has such inputs. And what could not be made, a line each.
 
     Args:
@@ -86,7 +88,12 @@ def sizes_of(model: Model, feeds: Feeds) -> dict[str, int]:
 def too_costly(model: Model, feeds: Feeds) -> str:
     """Why a run on `feeds` would cost more than a check may; empty where it would not, as far as the graph tells."""
     facts = analyse(model, stand_ins(model) | sizes_of(model, feeds), limit=1 << 16)
-    sizes = [4 * math.prod(shape) for node in model.graph for value in node.outputs if (shape := facts[value].shape) is not None]
+    sizes = [
+        4 * math.prod(shape)
+        for node in model.graph
+        for value in node.outputs
+        if (shape := facts[value].shape) is not None
+    ]
     tokens = token_input(model)
     count = feeds[tokens.value.name or ""].size if tokens is not None and tokens.value.name in feeds else 1
     operations = 2 * count * sum(tensor.size for value, tensor in model.weights() if len(tensor.shape) > 1)
@@ -97,7 +104,11 @@ def too_costly(model: Model, feeds: Feeds) -> str:
 
 def _named(model: Model, part: str, feeds: Feeds, also: ir.DataType | None = None) -> str | None:
     """The input [batch, sequence] of integers, or of the type `also`, that is called so."""
-    values = (v for v in model.graph.inputs if is_ids_like(v) or (v.dtype == also and v.shape is not None and len(v.shape) == 2))
+    values = (
+        v
+        for v in model.graph.inputs
+        if is_ids_like(v) or (v.dtype == also and v.shape is not None and len(v.shape) == 2)
+    )
     return next((v.name for v in values if v.name in feeds and part in (v.name or "").lower()), None)
 
 
@@ -106,7 +117,13 @@ def _padded(model: Model, plain: Feeds) -> Probe | None:
     mask, place = _named(model, "mask", plain, ir.DataType.BOOL), _named(model, "position", plain)
     tokens = token_input(model)
     rows, length = plain[mask].shape if mask is not None else (0, 0)
-    if mask is None or tokens is None or plain[mask].shape != plain[tokens.value.name or ""].shape or rows < 2 or length < 3:
+    if (
+        mask is None
+        or tokens is None
+        or plain[mask].shape != plain[tokens.value.name or ""].shape
+        or rows < 2
+        or length < 3
+    ):
         return None  # a mask over the slots of a static cache says where, not whether, a token is
     real = np.ones((rows, length), bool)
     real[-1, : length // 3] = False
@@ -123,7 +140,11 @@ def _far(model: Model, plain: Feeds) -> Probe | None:
         return None
     limit, last = positions(model), int(plain[place].max())
     first = FAR if limit is None else min(FAR, limit - 1 - last)
-    return Probe(f"positions from {first}", {**plain, place: plain[place] + np.array(first, plain[place].dtype)}) if first > 0 else None
+    return (
+        Probe(f"positions from {first}", {**plain, place: plain[place] + np.array(first, plain[place].dtype)})
+        if first > 0
+        else None
+    )
 
 
 def long_probe(model: Model, seed: int = 0) -> Probe | None:
@@ -137,7 +158,9 @@ def long_probe(model: Model, seed: int = 0) -> Probe | None:
     return Probe(f"{length} tokens", random_feeds(model, 1, length, seed)) if length > SEQUENCE else None
 
 
-def random_feeds(model: Model, batch: int = BATCH, sequence: int = SEQUENCE, seed: int = 0, rows: int | None = None) -> Feeds:
+def random_feeds(
+    model: Model, batch: int = BATCH, sequence: int = SEQUENCE, seed: int = 0, rows: int | None = None
+) -> Feeds:
     """Inputs by rule: token ids all over the vocabulary (or its first `rows`), positions 0.., causal 4-D masks, other masks that keep all,
     empty or zero caches, normal floats."""
     settle_sizes(model)
@@ -152,7 +175,9 @@ def _feed(value: ir.Value, batch: int, sequence: int, generator: np.random.Gener
         raise JobError(f"input {value.name!r} takes texts, which are not made up; give data with --inputs")
     shape = [_dim(dim, axis, value, batch, sequence) for axis, dim in enumerate(value.shape)]
     if math.prod(shape) * value.dtype.bitwidth > 8 * MAX_BYTES or min(shape, default=0) < 0:
-        raise JobError(f"input {value.name!r} of shape {shape} has more than {MAX_BYTES >> 30} GiB; give data with --inputs, or say --no-check")
+        raise JobError(
+            f"input {value.name!r} of shape {shape} has more than {MAX_BYTES >> 30} GiB; give data with --inputs, or say --no-check"
+        )
     name = (value.name or "").lower()
     dtype = np.dtype(np.float32) if value.dtype == ir.DataType.BFLOAT16 else value.dtype.numpy()
     if may_be_past(name):
@@ -165,8 +190,14 @@ def _feed(value: ir.Value, batch: int, sequence: int, generator: np.random.Gener
             causal = np.triu(np.ones(shape[-2:], dtype=bool), shape[-1] - shape[-2] + 1)
             return np.broadcast_to(causal if _true_hides(value) else ~causal, shape).copy()
         if value.dtype.is_floating_point() and len(shape) == 4:
-            return np.broadcast_to(np.triu(np.full(shape[-2:], -10000.0), shape[-1] - shape[-2] + 1), shape).astype(dtype)
-        return np.ones(shape, dtype=dtype) if value.dtype in (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL) else np.zeros(shape, dtype=dtype)
+            return np.broadcast_to(np.triu(np.full(shape[-2:], -10000.0), shape[-1] - shape[-2] + 1), shape).astype(
+                dtype
+            )
+        return (
+            np.ones(shape, dtype=dtype)
+            if value.dtype in (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
+            else np.zeros(shape, dtype=dtype)
+        )
     if value.dtype in (ir.DataType.INT64, ir.DataType.INT32):
         return _ids(vocabulary(value) or 2, rows, shape, generator).astype(dtype)
     return generator.standard_normal(shape).astype(dtype)
@@ -193,7 +224,9 @@ def _true_hides(mask: ir.Value) -> bool:
 def _ids(size: int, rows: int | None, shape: list[int], generator: np.random.Generator) -> Array:
     """Token ids, no two alike where the vocabulary has as many."""
     size, count = min(size, rows or size), math.prod(shape)
-    return (generator.permutation(size)[:count] if count <= size <= 1 << 20 else generator.integers(0, size, count)).reshape(shape)
+    return (
+        generator.permutation(size)[:count] if count <= size <= 1 << 20 else generator.integers(0, size, count)
+    ).reshape(shape)
 
 
 def _dim(dim: int | ir.SymbolicDim, axis: int, value: ir.Value, batch: int, sequence: int) -> int:
@@ -214,7 +247,20 @@ def _size(name: str, axis: int, batch: int, sequence: int) -> int:
     return batch if axis == 0 and "seq" not in name else sequence
 
 
-_ON_THE_WAY = {"Reshape", "Cast", "Identity", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Clip", "Transpose", "Expand", "Max", "Min"}
+_ON_THE_WAY = {
+    "Reshape",
+    "Cast",
+    "Identity",
+    "Squeeze",
+    "Unsqueeze",
+    "Flatten",
+    "Slice",
+    "Clip",
+    "Transpose",
+    "Expand",
+    "Max",
+    "Min",
+}
 """Operators through which token ids go on to the table."""
 
 

@@ -38,7 +38,9 @@ class Runner:
         seconds: a run that takes longer is ended.
     """
 
-    def __init__(self, model: Model, only: Sequence[str] | None = None, *, rows: int | None = None, seconds: float | None = None) -> None:
+    def __init__(
+        self, model: Model, only: Sequence[str] | None = None, *, rows: int | None = None, seconds: float | None = None
+    ) -> None:
         self.notes: list[str] = []
         self._seconds = seconds
         proto = _runnable(model, self.notes, only, rows)
@@ -64,7 +66,11 @@ class Runner:
         def run(feeds: Feeds) -> list[Array]:
             values = {name: ort_value(feeds[name], types[name]) for name in types}
             limit = ort.RunOptions()
-            timer = threading.Timer(self._seconds, lambda: setattr(limit, "terminate", True)) if self._seconds is not None else None
+            timer = (
+                threading.Timer(self._seconds, lambda: setattr(limit, "terminate", True))
+                if self._seconds is not None
+                else None
+            )
             if timer is not None:
                 timer.daemon = True
                 timer.start()
@@ -87,13 +93,17 @@ class Runner:
         try:
             evaluator = ReferenceEvaluator(proto)
         except (NotImplementedError, RuntimeError) as error:
-            raise JobError(f"neither ONNX Runtime nor onnx.reference runs the graph (NOT_IMPLEMENTED): {one_line(error)}") from error
+            raise JobError(
+                f"neither ONNX Runtime nor onnx.reference runs the graph (NOT_IMPLEMENTED): {one_line(error)}"
+            ) from error
 
         def run(feeds: Feeds) -> list[Array]:
             try:
                 return [np.asarray(value) for value in evaluator.run(None, {name: feeds[name] for name in self.inputs})]
             except NotImplementedError as error:
-                raise JobError(f"neither ONNX Runtime nor onnx.reference runs the graph (NOT_IMPLEMENTED): {one_line(error)}") from error
+                raise JobError(
+                    f"neither ONNX Runtime nor onnx.reference runs the graph (NOT_IMPLEMENTED): {one_line(error)}"
+                ) from error
 
         return run
 
@@ -114,9 +124,13 @@ def ort_value(array: Array, type_name: str) -> Any:
     import onnxruntime as ort
 
     if "float8e4m3fn" in type_name:
-        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(np.ascontiguousarray(array).view(np.uint8), onnx.TensorProto.FLOAT8E4M3FN)
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(
+            np.ascontiguousarray(array).view(np.uint8), onnx.TensorProto.FLOAT8E4M3FN
+        )
     if "bfloat16" in type_name:
-        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(np.ascontiguousarray(array).view(np.uint16), onnx.TensorProto.BFLOAT16)
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(
+            np.ascontiguousarray(array).view(np.uint16), onnx.TensorProto.BFLOAT16
+        )
     return ort.OrtValue.ortvalue_from_numpy(np.asarray(array, order="C"))  # ascontiguousarray makes [1] of a scalar
 
 
@@ -140,19 +154,27 @@ def _map_foreign(options: Any, proto: onnx.ModelProto, model: Model) -> list[Arr
             names.append(value.name)
             arrays.append(np.ascontiguousarray(elements(tensor)))
     if names:
-        kinds = {tensor.name: onnx.TensorProto.DataType.Name(tensor.data_type).lower() for tensor in proto.graph.initializer}
-        options.add_external_initializers(names, [ort_value(array, kinds[name]) for name, array in zip(names, arrays, strict=True)])
+        kinds = {
+            tensor.name: onnx.TensorProto.DataType.Name(tensor.data_type).lower() for tensor in proto.graph.initializer
+        }
+        options.add_external_initializers(
+            names, [ort_value(array, kinds[name]) for name, array in zip(names, arrays, strict=True)]
+        )
     return arrays
 
 
-def _runnable(model: Model, notes: list[str], only: Sequence[str] | None = None, rows: int | None = None) -> onnx.ModelProto:
+def _runnable(
+    model: Model, notes: list[str], only: Sequence[str] | None = None, rows: int | None = None
+) -> onnx.ModelProto:
     """A proto that ONNX Runtime takes: functions for `trt::`, no stale types, float32 for bfloat16; of the values `only` where they are named."""
     if only is not None:
         proto = part(model, only, rows=rows)
         return _as_it_runs(proto, model, notes)
     streamed = sum(t.nbytes for _, t in model.weights() if isinstance(t, RowTensor))
     if streamed > IN_MEMORY_LIMIT:
-        raise JobError(f"{streamed / 1e9:.1f} GB of changed weights are not on disk yet; save the model, then validate the files")
+        raise JobError(
+            f"{streamed / 1e9:.1f} GB of changed weights are not on disk yet; save the model, then validate the files"
+        )
     return _as_it_runs(model.proto(), model, notes)
 
 
@@ -161,7 +183,9 @@ def _as_it_runs(proto: onnx.ModelProto, model: Model, notes: list[str]) -> onnx.
     if uses_te:
         proto = _with_te_functions(proto, model)
     del proto.graph.value_info[:]
-    if any(i.data_type == _BF16 for i in proto.graph.initializer) or any(_elem_type(v) == _BF16 for v in (*proto.graph.input, *proto.graph.output)):
+    if any(i.data_type == _BF16 for i in proto.graph.initializer) or any(
+        _elem_type(v) == _BF16 for v in (*proto.graph.input, *proto.graph.output)
+    ):
         _bf16_as_fp32(proto, model)
         notes.append("bfloat16 is computed as float32 (ONNX Runtime's CPU provider has no bfloat16 kernels)")
     return proto
@@ -184,11 +208,17 @@ def _with_te_functions(proto: onnx.ModelProto, model: Model) -> onnx.ModelProto:
 
 def _retype_fp8_bytes(proto: onnx.ModelProto) -> None:
     """uint8 initializers that feed a dequantize directly hold FP8 bytes (fp8_model_init)."""
-    read = {node.input[0] for node in proto.graph.node if node.domain == "trt" and node.op_type == "TRT_FP8DequantizeLinear"}
+    read = {
+        node.input[0] for node in proto.graph.node if node.domain == "trt" and node.op_type == "TRT_FP8DequantizeLinear"
+    }
     for initializer in proto.graph.initializer:
         if initializer.name in read and initializer.data_type == onnx.TensorProto.UINT8:
             raw = onnx.numpy_helper.to_array(initializer).tobytes()
-            initializer.CopyFrom(onnx.TensorProto(name=initializer.name, data_type=onnx.TensorProto.FLOAT8E4M3FN, dims=initializer.dims, raw_data=raw))
+            initializer.CopyFrom(
+                onnx.TensorProto(
+                    name=initializer.name, data_type=onnx.TensorProto.FLOAT8E4M3FN, dims=initializer.dims, raw_data=raw
+                )
+            )
 
 
 def _elem_type(value: onnx.ValueInfoProto) -> int:
@@ -216,4 +246,6 @@ def widen_node(node: onnx.NodeProto, types: Container[int]) -> None:
         if attribute.name in ("to", "output_dtype", "dtype") and attribute.i in types:
             attribute.i = _F32
         if attribute.HasField("t") and attribute.t.data_type in types:
-            attribute.t.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(attribute.t).astype(np.float32)))
+            attribute.t.CopyFrom(
+                onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(attribute.t).astype(np.float32))
+            )

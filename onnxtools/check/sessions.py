@@ -32,7 +32,9 @@ def session_options(*, threads: int = 0, folder: Path | None = None, spinning: b
     return options
 
 
-def open_session(source: str | bytes, providers: Sequence[Any] = CPU, options: Any = None, *, qdq_as_written: bool = False) -> Any:
+def open_session(
+    source: str | bytes, providers: Sequence[Any] = CPU, options: Any = None, *, qdq_as_written: bool = False
+) -> Any:
     """An onnxruntime.InferenceSession of a file's path or of a serialized graph; raises what ONNX Runtime raises.
 
     Args:

@@ -95,5 +95,7 @@ def functions(opset: int) -> list[onnx.FunctionProto]:
         function.opset_import[0].version = opset
         if function.name.startswith("TRT_MXFP8"):
             # Written by `te-mxfp8-to-qdq --keep-mx` for TensorRT; these are the only values it takes.
-            function.attribute_proto.extend([onnx.helper.make_attribute("axis", -1), onnx.helper.make_attribute("block_size", 32)])
+            function.attribute_proto.extend(
+                [onnx.helper.make_attribute("axis", -1), onnx.helper.make_attribute("block_size", 32)]
+            )
     return parsed

@@ -81,12 +81,22 @@ class Verdict:
 
     def add(self, check: str, output: str, a: Array, b: Array, tolerance: float | None = None) -> None:
         if a.shape != b.shape:
-            raise JobError(f"output {output!r} has the shape {list(b.shape)}, the reference {list(a.shape)}; compare models with the same inputs")
+            raise JobError(
+                f"output {output!r} has the shape {list(b.shape)}, the reference {list(a.shape)}; compare models with the same inputs"
+            )
         difference = Difference.of(a, b)
         limit = self.tolerance if tolerance is None else tolerance
         # Infinities may hide tokens and pad vocabularies; that nothing is finite means damage.
-        damaged = a.size > 0 and a.dtype.kind in "fV" and not np.isfinite(a if a.dtype.kind == "f" else a.astype(np.float32)).any()
-        if damaged and (note := f"warning: {output!r} of the reference is NaN or infinite; look for a damaged weight") not in self.notes:
+        damaged = (
+            a.size > 0
+            and a.dtype.kind in "fV"
+            and not np.isfinite(a if a.dtype.kind == "f" else a.astype(np.float32)).any()
+        )
+        if (
+            damaged
+            and (note := f"warning: {output!r} of the reference is NaN or infinite; look for a damaged weight")
+            not in self.notes
+        ):
             self.notes.append(note)
         self.rows.append(Row(check, output, difference, difference.rel_l2 <= limit and not damaged))
 
@@ -119,7 +129,13 @@ def is_cached(model: Model) -> bool:
 
 
 def validate(
-    reference: Model, model: Model, feeds: Feeds | None = None, tolerance: float | None = None, batch: int = 2, sequence: int = 16, seed: int = 0
+    reference: Model,
+    model: Model,
+    feeds: Feeds | None = None,
+    tolerance: float | None = None,
+    batch: int = 2,
+    sequence: int = 16,
+    seed: int = 0,
 ) -> Verdict:
     """Compare `model` with `reference` on the same inputs; a model with a KV cache is also decoded in several steps.
 
@@ -129,7 +145,9 @@ def validate(
     Raises:
         JobError: a model does not run, or they share no output.
     """
-    verdict = Verdict(tolerance if tolerance is not None else max(default_tolerance(reference), default_tolerance(model)))
+    verdict = Verdict(
+        tolerance if tolerance is not None else max(default_tolerance(reference), default_tolerance(model))
+    )
     run_a, run_b = Runner(reference), Runner(model)
     verdict.notes = list(dict.fromkeys([*run_a.notes, *run_b.notes]))
     steps_tolerance = None
@@ -148,12 +166,18 @@ def validate(
             continue
         if is_cached(model):
             outputs = {name: array for name, array in expected.items() if not is_present(name)}
-            own = (lambda steps, feeds=probe.feeds: decode(reference, run_a, feeds, steps)) if is_cached(reference) else None
+            own = (
+                (lambda steps, feeds=probe.feeds: decode(reference, run_a, feeds, steps))
+                if is_cached(reference)
+                else None
+            )
             _validate_decoding(verdict, outputs, model, run_b, probe, steps_tolerance, own)
         else:
             _compare(verdict, probe.title or "full", expected, run_b(probe.feeds), probe)
     if not verdict.passed and is_quantized(model) and not is_quantized(reference):
-        verdict.notes.append("only the model is quantized: percents of difference are its rounding; `onnxtools accuracy --compare` says what it costs")
+        verdict.notes.append(
+            "only the model is quantized: percents of difference are its rounding; `onnxtools accuracy --compare` says what it costs"
+        )
     return verdict
 
 
@@ -210,7 +234,13 @@ def _token_shape(model: Model, feeds: Mapping[str, Array]) -> tuple[int, int]:
 
 def split_points(sequence: int) -> list[list[int]]:
     """Ways to cut a sequence into steps: prefill at once, one by one, prefill then steps, uneven chunks."""
-    ways = [[sequence], [1] * sequence, [sequence - 1, 1], [sequence // 2] + [1] * (sequence - sequence // 2), [1, sequence // 3, sequence - 1 - sequence // 3]]
+    ways = [
+        [sequence],
+        [1] * sequence,
+        [sequence - 1, 1],
+        [sequence // 2] + [1] * (sequence - sequence // 2),
+        [1, sequence // 3, sequence - 1 - sequence // 3],
+    ]
     unique: list[list[int]] = []
     for way in ways:
         way = [step for step in way if step > 0]
@@ -227,7 +257,12 @@ def decode(model: Model, run: Runner, feeds: Feeds, steps: Sequence[int]) -> dic
     pieces: dict[str, list[Array]] = {}
     done = 0
     for step in steps:
-        results = run({**{name: _part(name, array, model, done, step) for name, array in feeds.items() if name in run.inputs}, **cache})
+        results = run(
+            {
+                **{name: _part(name, array, model, done, step) for name, array in feeds.items() if name in run.inputs},
+                **cache,
+            }
+        )
         for tensor, present in carried:
             new = results[present]
             cache[tensor.past] = _joined(cache[tensor.past], new, tensor.axis) if spec.policy == "new" else new
@@ -236,7 +271,10 @@ def decode(model: Model, run: Runner, feeds: Feeds, steps: Sequence[int]) -> dic
                 pieces.setdefault(name, []).append(array)
         done += step
     axes = {name: _sequence_axis(model, name) for name in pieces}
-    return {name: parts[-1] if axes[name] is None else np.concatenate(parts, axis=axes[name]) for name, parts in pieces.items()}
+    return {
+        name: parts[-1] if axes[name] is None else np.concatenate(parts, axis=axes[name])
+        for name, parts in pieces.items()
+    }
 
 
 def _sequence_axis(model: Model, output: str) -> int | None:
@@ -310,7 +348,13 @@ def _worst(a: Mapping[str, Array], b: Mapping[str, Array], probe: Probe) -> floa
 
 def _brief(steps: Sequence[int]) -> str:
     ones = len(steps) - len([s for s in steps if s != 1])
-    return f"1 x {len(steps)}" if ones == len(steps) else "+".join(map(str, steps)) if len(steps) <= 4 else f"{steps[0]}+1 x {len(steps) - 1}"
+    return (
+        f"1 x {len(steps)}"
+        if ones == len(steps)
+        else "+".join(map(str, steps))
+        if len(steps) <= 4
+        else f"{steps[0]}+1 x {len(steps) - 1}"
+    )
 
 
 # --- first divergence -------------------------------------------------------------------------------------------------

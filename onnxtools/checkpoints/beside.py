@@ -40,7 +40,9 @@ def check_beside(path: Path, known: Mapping[str, str]) -> None:
     for name, digest in known.items():
         file = path.parent / name
         if name != INFO_FILE and file.is_file() and sha256(file) != digest:
-            raise JobError(f"{file}: is not the file that {path.name} was written with (another model's?); bring it back, or keep each model in its own folder")
+            raise JobError(
+                f"{file}: is not the file that {path.name} was written with (another model's?); bring it back, or keep each model in its own folder"
+            )
 
 
 def check_folder(path: Path, files: Beside) -> None:
@@ -57,10 +59,19 @@ def check_folder(path: Path, files: Beside) -> None:
         found = sha256(target)
         if found == (sha256(content) if isinstance(content, Path) else _digest(content)):
             continue
-        owner = next((graph.name for graph in sorted(path.parent.glob("*.onnx")) if graph != path and files_of(graph)["beside"].get(name) == found), "")
+        owner = next(
+            (
+                graph.name
+                for graph in sorted(path.parent.glob("*.onnx"))
+                if graph != path and files_of(graph)["beside"].get(name) == found
+            ),
+            "",
+        )
         if owner or own.get(name) != found:
             whose = f"belongs to {owner}" if owner else f"was not written with {path.name}"
-            raise JobError(f"{target}: {whose} and differs from this model's; write into a folder of its own, or move that file away")
+            raise JobError(
+                f"{target}: {whose} and differs from this model's; write into a folder of its own, or move that file away"
+            )
 
 
 def _digest(content: bytes) -> str:

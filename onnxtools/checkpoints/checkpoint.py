@@ -152,7 +152,9 @@ def reading(path: Path) -> Iterator[None]:
     except FileNotFoundError as error:
         raise ModelError(f"{error.filename or path}: no such file; check the path") from None
     except OSError as error:
-        raise ModelError(f"{error.filename or path}: cannot be read ({error.strerror or error}); check its permissions") from None
+        raise ModelError(
+            f"{error.filename or path}: cannot be read ({error.strerror or error}); check its permissions"
+        ) from None
 
 
 def nested(config: Mapping[str, Any], *keys: str) -> Any:

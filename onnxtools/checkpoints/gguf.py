@@ -80,7 +80,9 @@ def read_gguf(path: Path) -> Checkpoint:
 def _architecture(region: Region, metadata: Mapping[str, Any]) -> str:
     name = metadata.get("general.architecture")
     if not isinstance(name, str) or len(name) > 64:
-        raise ModelError(f"{region.label}: general.architecture is {shown(name)}; it must be a name, fetch the file again")
+        raise ModelError(
+            f"{region.label}: general.architecture is {shown(name)}; it must be a name, fetch the file again"
+        )
     return name
 
 

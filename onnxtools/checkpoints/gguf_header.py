@@ -45,7 +45,9 @@ def read_header(region: Region) -> tuple[dict[str, Any], list[TensorEntry]]:
             raise ModelError(f"{region.label}: not a GGUF file; fetch it again")
         version = reader.number("<I")
         if version not in (2, 3):
-            raise ModelError(f"{region.label}: is GGUF version {version}, or big-endian; 2 and 3, little-endian, can be read")
+            raise ModelError(
+                f"{region.label}: is GGUF version {version}, or big-endian; 2 and 3, little-endian, can be read"
+            )
         tensors, keys = reader.count("tensors", MAX_TENSORS, 24), reader.count("keys", MAX_KEYS, 13)
         metadata: dict[str, Any] = {}
         for _ in range(keys):
@@ -75,7 +77,9 @@ class _Reader:
 
     def take(self, size: int) -> bytes:
         if size > self._left:
-            raise ModelError(f"{self._label}: not a GGUF file, or a truncated one: it needs {size} bytes where {self._left} are left; fetch it again")
+            raise ModelError(
+                f"{self._label}: not a GGUF file, or a truncated one: it needs {size} bytes where {self._left} are left; fetch it again"
+            )
         self._left -= size
         return self._file.read(size)
 
@@ -111,7 +115,11 @@ class _Reader:
         if kind == _STRING:
             return [self.text() for _ in range(count)]
         if kind not in _SCALARS:
-            raise self.damaged("an array holds arrays, which no tokenizer has" if kind == _ARRAY else f"an array has the type {kind}, which is not known")
+            raise self.damaged(
+                "an array holds arrays, which no tokenizer has"
+                if kind == _ARRAY
+                else f"an array has the type {kind}, which is not known"
+            )
         code = np.dtype(_SCALARS[kind])
         return list(np.frombuffer(self.take(count * code.itemsize), code).tolist())
 

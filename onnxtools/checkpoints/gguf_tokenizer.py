@@ -36,7 +36,11 @@ def _sequence(*steps: dict[str, Any]) -> dict[str, Any]:
 
 def words(digits: str, prefix: bool = False) -> dict[str, Any]:
     """The regex of cl100k and its descendants, which differ in how digits are grouped; `prefix` as in `byte_level`."""
-    regex = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    regex = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+        + digits
+        + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
     return _sequence(_split(regex), byte_level(False, prefix))
 
 
@@ -73,7 +77,9 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, str]:
     if kind is None:
         raise JobError("the metadata has no tokenizer.ggml.model; take the tokenizer's files from the original model")
     if kind not in ("gpt2", "llama"):
-        raise JobError(f"tokenizer.ggml.model {kind!r} is not supported (known: gpt2, llama); take the tokenizer's files from the original model")
+        raise JobError(
+            f"tokenizer.ggml.model {kind!r} is not supported (known: gpt2, llama); take the tokenizer's files from the original model"
+        )
     types = _types(metadata)
     names = _names(metadata, types, kind)
     special = {role: i for role, key in _NAMED.items() if (i := _token_id(metadata, key, names)) is not None}
@@ -83,22 +89,46 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, str]:
     vocab = {name: i for i, name in enumerate(names)}
     ends = _ends(metadata, names, special)
     added = [
-        {"id": i, "content": name, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": types[i] != _USER_DEFINED}
+        {
+            "id": i,
+            "content": name,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": types[i] != _USER_DEFINED,
+        }
         for i, name in enumerate(names)
         if types[i] in (_CONTROL, _USER_DEFINED) or i in special.values() or i in ends
     ]
-    parts = _sentencepiece(metadata, names, types, names[special["unk"]]) if kind == "llama" else _byte_level_bpe(metadata, vocab)
+    parts = (
+        _sentencepiece(metadata, names, types, names[special["unk"]])
+        if kind == "llama"
+        else _byte_level_bpe(metadata, vocab)
+    )
     adds = _adds(metadata, kind, special)
     tokenizer = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, **parts}
     tokenizer["post_processor"] = template(adds, {role: names[i] for role, i in special.items()}, special)
     tokenizer["model"]["vocab"] = vocab
     named = {f"{role}_token": names[i] for role, i in special.items()}
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **named, **_chat_template(metadata)}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        **named,
+        **_chat_template(metadata),
+    }
     config |= {f"add_{role}_token": role in adds for role in ("bos", "eos")}
-    generation: dict[str, Any] = {f"{role}_token_id": special[role] for role in ("bos", "eos", "pad") if role in special}
+    generation: dict[str, Any] = {
+        f"{role}_token_id": special[role] for role in ("bos", "eos", "pad") if role in special
+    }
     if len(ends) > 1:
         generation["eos_token_id"] = ends
-    texts = {"tokenizer.json": tokenizer, "tokenizer_config.json": config, "special_tokens_map.json": named, "generation_config.json": generation}
+    texts = {
+        "tokenizer.json": tokenizer,
+        "tokenizer_config.json": config,
+        "special_tokens_map.json": named,
+        "generation_config.json": generation,
+    }
     return {name: json.dumps(text, ensure_ascii=False, indent=2) + "\n" for name, text in texts.items()}
 
 
@@ -126,7 +156,10 @@ def _types(metadata: Mapping[str, Any]) -> list[int]:
 def _names(metadata: Mapping[str, Any], types: list[int], kind: str) -> list[str]:
     """The tokens' texts; SentencePiece's user-defined tokens are matched in the plain text, so theirs has plain spaces."""
     tokens = _list(metadata, "tokens", str)
-    names = [name.replace(_SPACE, " ") if kind == "llama" and types[i] == _USER_DEFINED else name for i, name in enumerate(tokens)]
+    names = [
+        name.replace(_SPACE, " ") if kind == "llama" and types[i] == _USER_DEFINED else name
+        for i, name in enumerate(tokens)
+    ]
     if len(set(names)) < len(names):
         seen: set[str] = set()
         twice = next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
@@ -151,14 +184,18 @@ def _ends(metadata: Mapping[str, Any], names: list[str], special: Mapping[str, i
 def _byte_level_bpe(metadata: Mapping[str, Any], vocab: Mapping[str, int]) -> dict[str, Any]:
     pre = _get(metadata, "pre", "default")
     if pre not in _PRE:
-        raise JobError(f"tokenizer.ggml.pre {pre!r} is not supported (known: {', '.join(sorted(_PRE))}); take the tokenizer's files from the original model")
+        raise JobError(
+            f"tokenizer.ggml.pre {pre!r} is not supported (known: {', '.join(sorted(_PRE))}); take the tokenizer's files from the original model"
+        )
     merges = []
     for merge in _list(metadata, "merges", str):
         # The first part has at least one character, which may itself be a space.
         cut = merge.find(" ", 1)
         left, right = merge[:cut], merge[cut + 1 :]
         if cut < 0 or not {left, right, left + right} <= vocab.keys():
-            raise JobError(f"tokenizer.ggml.merges has {merge!r}, whose parts or result are no tokens; fetch the file again")
+            raise JobError(
+                f"tokenizer.ggml.merges has {merge!r}, whose parts or result are no tokens; fetch the file again"
+            )
         merges.append([left, right])
     # Without unk_token a byte that is no token is dropped, as by the original (SmolLM2 lacks 21: rare control characters, bytes of unassigned planes).
     return {
@@ -170,7 +207,13 @@ def _byte_level_bpe(metadata: Mapping[str, Any], vocab: Mapping[str, int]) -> di
 
 
 def bpe(merges: list[list[str]], **settings: Any) -> dict[str, Any]:
-    base = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}
+    base = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+    }
     return {**base, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False, **settings, "merges": merges}
 
 
@@ -178,11 +221,20 @@ def _sentencepiece(metadata: Mapping[str, Any], names: list[str], types: list[in
     """SentencePiece's BPE as Llama 2's tokenizer.json has it: no words, spaces as U+2581, unknown characters as bytes."""
     prefix = _get(metadata, "add_space_prefix", True)
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
-    decoders: list[dict[str, Any]] = [{"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}]
+    decoders: list[dict[str, Any]] = [
+        {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
     return {
-        "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": _SPACE}, spaces]} if prefix else spaces,
+        "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": _SPACE}, spaces]}
+        if prefix
+        else spaces,
         "pre_tokenizer": None,
-        "decoder": {"type": "Sequence", "decoders": [*decoders, *([{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else [])]},
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [*decoders, *([{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else [])],
+        },
         "model": bpe(_merges_by_score(metadata, names, types), unk_token=unknown, fuse_unk=True, byte_fallback=True),
     }
 
@@ -197,7 +249,9 @@ def _merges_by_score(metadata: Mapping[str, Any], names: list[str], types: list[
     scores = _list(metadata, "scores", (float, int))
     if len(scores) != len(names):
         raise JobError(f"tokenizer.ggml.scores has {len(scores)} entries for {len(names)} tokens; fetch the file again")
-    pieces = {name: scores[i] for i, name in enumerate(names) if types[i] not in (_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE)}
+    pieces = {
+        name: scores[i] for i, name in enumerate(names) if types[i] not in (_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE)
+    }
     splits = {name: pairs for name in pieces if (pairs := _pairs(name, pieces))}
     by_score: dict[float, str] = {}
     for name in splits:
@@ -216,7 +270,9 @@ def _pairs(name: str, pieces: Mapping[str, float]) -> list[list[str]]:
         JobError: it is longer than any vocabulary's (SentencePiece stops at 16 characters by default): the cuts take quadratic time.
     """
     if len(name) > _LONGEST:
-        raise JobError(f"tokenizer.ggml.tokens has a piece of {len(name)} characters, beginning with {name[:20]!r}; fetch the file again")
+        raise JobError(
+            f"tokenizer.ggml.tokens has a piece of {len(name)} characters, beginning with {name[:20]!r}; fetch the file again"
+        )
     return [[name[:cut], name[cut:]] for cut in range(1, len(name)) if name[:cut] in pieces and name[cut:] in pieces]
 
 
@@ -232,11 +288,19 @@ def template(adds: set[str], names: Mapping[str, str], ids: Mapping[str, int]) -
         return None
 
     def one(sequence: str, type_id: int) -> list[dict[str, Any]]:
-        marks = {role: [{"SpecialToken": {"id": names[role], "type_id": type_id}}] if role in adds else [] for role in ("bos", "eos")}
+        marks = {
+            role: [{"SpecialToken": {"id": names[role], "type_id": type_id}}] if role in adds else []
+            for role in ("bos", "eos")
+        }
         return [*marks["bos"], {"Sequence": {"id": sequence, "type_id": type_id}}, *marks["eos"]]
 
     tokens = {names[role]: {"id": names[role], "ids": [ids[role]], "tokens": [names[role]]} for role in sorted(adds)}
-    return {"type": "TemplateProcessing", "single": one("A", 0), "pair": one("A", 0) + one("B", 1), "special_tokens": tokens}
+    return {
+        "type": "TemplateProcessing",
+        "single": one("A", 0),
+        "pair": one("A", 0) + one("B", 1),
+        "special_tokens": tokens,
+    }
 
 
 def _chat_template(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -247,4 +311,8 @@ def _chat_template(metadata: Mapping[str, Any]) -> dict[str, Any]:
     if not named:
         return {}
     only = list(named) == ["default"]
-    return {"chat_template": named["default"] if only else [{"name": name, "template": text} for name, text in named.items()]}
+    return {
+        "chat_template": named["default"]
+        if only
+        else [{"name": name, "template": text} for name, text in named.items()]
+    }

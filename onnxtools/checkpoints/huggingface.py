@@ -28,7 +28,10 @@ def read_folder(folder: Path, *, weights: bool = True) -> Checkpoint:
     files: dict[str, Path | bytes] = {name: path for name in BESIDE if (path := member(folder, name)).is_file()}
     if not config.get("model_type"):
         raise ModelError(f"{folder / 'config.json'}: names no model_type; fetch the configuration again")
-    config = {**config, "_generation": read_json(member(folder, "generation_config.json")) if "generation_config.json" in files else {}}
+    config = {
+        **config,
+        "_generation": read_json(member(folder, "generation_config.json")) if "generation_config.json" in files else {},
+    }
     return Checkpoint(folder, str(config["model_type"]), config, _weights(folder) if weights else {}, files)
 
 

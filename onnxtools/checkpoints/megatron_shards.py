@@ -11,7 +11,16 @@ import onnx_ir as ir
 from onnxtools.base.errors import ModelError
 from onnxtools.storage.lazy import hstack, row_range, vstack
 
-_COLUMN = ("word_embeddings.weight", "output_layer.weight", "query_key_value", "linear_qkv", "layernorm_qkv", "dense_h_to_4h", "linear_fc1", "fc1_")
+_COLUMN = (
+    "word_embeddings.weight",
+    "output_layer.weight",
+    "query_key_value",
+    "linear_qkv",
+    "layernorm_qkv",
+    "dense_h_to_4h",
+    "linear_fc1",
+    "fc1_",
+)
 """Split over ranks along the outputs (rows of [out, in]), biases too."""
 _ROW = ("dense.weight", "proj.weight", "dense_4h_to_h.weight", "linear_fc2.weight", "fc2_weight", "linear_proj.weight")
 """Split over ranks along the inputs (columns); the biases are whole on every rank."""
@@ -26,12 +35,18 @@ def merge(stages: Sequence[Sequence[Mapping[str, Any]]], config: Mapping[str, An
         ModelError: ranks that do not hold the same names, or layers that do not divide.
     """
     if int(config.get("virtual_pipeline_model_parallel_size") or 1) > 1:
-        raise ModelError(f"{label}: was trained with a virtual pipeline, whose order of layers is not supported; merge it with NeMo first")
+        raise ModelError(
+            f"{label}: was trained with a virtual pipeline, whose order of layers is not supported; merge it with NeMo first"
+        )
     found: dict[str, Any] = {}
     per_stage = int(config.get("num_layers") or 0) // len(stages)
     if len(stages) > 1 and per_stage * len(stages) != int(config.get("num_layers") or 0):
-        raise ModelError(f"{label}: {config.get('num_layers')} layers do not divide into {len(stages)} pipeline stages; check model_config.yaml")
-    gated = str(config.get("activation", "gelu")).endswith("glu") and not any(".dense_h_to_4h_2." in name for name in stages[0][0])
+        raise ModelError(
+            f"{label}: {config.get('num_layers')} layers do not divide into {len(stages)} pipeline stages; check model_config.yaml"
+        )
+    gated = str(config.get("activation", "gelu")).endswith("glu") and not any(
+        ".dense_h_to_4h_2." in name for name in stages[0][0]
+    )
     for rank, stage in enumerate(stages):
         for name in stage[0]:
             shards = [shard[name] for shard in stage if name in shard]
@@ -49,7 +64,14 @@ def _global_name(name: str, first_layer: int) -> str:
 def _by_parts(shards: list[Any], count: int, name: str) -> Any:
     """Shards that are `count` equal parts each: the first parts of all, then the second ones, ..."""
     sizes = [int(shard.shape.numpy()[0]) // count for shard in shards]
-    return vstack([row_range(shard, i * size, (i + 1) * size) for i in range(count) for shard, size in zip(shards, sizes, strict=True)], name)
+    return vstack(
+        [
+            row_range(shard, i * size, (i + 1) * size)
+            for i in range(count)
+            for shard, size in zip(shards, sizes, strict=True)
+        ],
+        name,
+    )
 
 
 def _merged(name: str, shards: list[Any], config: Mapping[str, Any], gate_in_fc1: bool) -> Any:

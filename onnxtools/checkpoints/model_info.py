@@ -52,8 +52,16 @@ class ModelInfo:
             return cls._foreign(path)
         says = raw.get("tokens"), nested(raw, "model", "max_position_embeddings")
         if not isinstance(says[0], Mapping) or says[1] is None:
-            raise JobError(f"{path}: its {INFO_FILE} has no tokens, or no max_position_embeddings; export the model again")
-        return cls._of(path.parent, {**says[0], "eos_token_id": says[0].get("eos_token_ids")}, says[1], f"{path}: its {INFO_FILE}", raw)
+            raise JobError(
+                f"{path}: its {INFO_FILE} has no tokens, or no max_position_embeddings; export the model again"
+            )
+        return cls._of(
+            path.parent,
+            {**says[0], "eos_token_id": says[0].get("eos_token_ids")},
+            says[1],
+            f"{path}: its {INFO_FILE}",
+            raw,
+        )
 
     @classmethod
     def _foreign(cls, path: Path) -> ModelInfo:
@@ -66,14 +74,22 @@ class ModelInfo:
         found = {name: read_json(folder / name) if (folder / name).exists() else {} for name in FOREIGN}
         genai, config = nested(found["genai_config.json"], "model") or {}, found["config.json"]
         sources = [found["generation_config.json"], genai, config, nested(config, "text_config") or {}]
-        merged = {key: value for source in reversed(sources) if isinstance(source, Mapping) for key, value in source.items() if value is not None}
+        merged = {
+            key: value
+            for source in reversed(sources)
+            if isinstance(source, Mapping)
+            for key, value in source.items()
+            if value is not None
+        }
         merged |= ids_by_name(folder, [key for key in _TOKENS if key not in merged])
         places = [source for source in sources[1:] if isinstance(source, Mapping)]
         positions = next((source[key] for source in places for key in _POSITIONS if source.get(key) is not None), None)
         return cls._of(folder, merged, positions, str(folder), None)
 
     @classmethod
-    def _of(cls, folder: Path, tokens: Mapping[str, Any], positions: Any, label: str, raw: Mapping[str, Any] | None) -> ModelInfo:
+    def _of(
+        cls, folder: Path, tokens: Mapping[str, Any], positions: Any, label: str, raw: Mapping[str, Any] | None
+    ) -> ModelInfo:
         """Checked.
 
         Raises:
@@ -84,9 +100,13 @@ class ModelInfo:
         except ModelError as error:
             raise JobError(f"{label}: {error}") from None
         if positions is not None and (type(positions) is not int or positions < 1):
-            raise JobError(f"{label}: max_position_embeddings is {shown(positions)}; it must be a number of 1 or more, or be left out")
+            raise JobError(
+                f"{label}: max_position_embeddings is {shown(positions)}; it must be a number of 1 or more, or be left out"
+            )
         ends, pad = ids["eos_token_ids"], ids["pad_token_id"]
-        return cls(folder, ends, pad if pad is not None else (ends[0] if ends else 0), ids["bos_token_id"], positions, raw)
+        return cls(
+            folder, ends, pad if pad is not None else (ends[0] if ends else 0), ids["bos_token_id"], positions, raw
+        )
 
 
 def token_ids(config: Mapping[str, Any]) -> dict[str, Any]:

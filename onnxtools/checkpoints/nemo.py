@@ -72,19 +72,25 @@ def _open(path: Path, members: dict[str, Region], weights: bool) -> Checkpoint:
     config_name = next((name for name in ("model_config.yaml", "config.yaml") if name in members), None)
     if config_name is None:
         new = any(name.startswith(("weights/", "context/")) for name in members)
-        raise ModelError(f"{path}: {'is a NeMo 2 checkpoint (weights/ and context/), which is not supported' + _NEW if new else 'has no model_config.yaml'}")
+        raise ModelError(
+            f"{path}: {'is a NeMo 2 checkpoint (weights/ and context/), which is not supported' + _NEW if new else 'has no model_config.yaml'}"
+        )
     config = _config(members[config_name])
     if not weights:
         return Checkpoint(path, "megatron", {**config, "_vocab_size": config.get("override_vocab_size")}, {}, {})
     if any(name.startswith("model_weights/") for name in members):
         kind = "zarr" if any(name.endswith(".zarray") for name in members) else "torch_dist"
-        raise ModelError(f"{path}: its weights are a distributed checkpoint ({kind}, model_weights/), which is not supported{_NEW}")
+        raise ModelError(
+            f"{path}: its weights are a distributed checkpoint ({kind}, model_weights/), which is not supported{_NEW}"
+        )
     ranks = _ranks(path, members)
     stages = [[_with_extra_state(read_torch(region)) for region in stage] for stage in ranks]
     return _checkpoint(path, config, merge(stages, config, str(path)), _tokenizer(members, config))
 
 
-def _checkpoint(path: Path, config: dict[str, Any], tensors: dict[str, ir.TensorProtocol], files: dict[str, Path | bytes]) -> Checkpoint:
+def _checkpoint(
+    path: Path, config: dict[str, Any], tensors: dict[str, ir.TensorProtocol], files: dict[str, Path | bytes]
+) -> Checkpoint:
     """The padded vocabulary is the embedding's: the configuration does not hold it."""
     table = next((t for name, t in tensors.items() if name.endswith("embedding.word_embeddings.weight")), None)
     if table is None:
@@ -108,14 +114,20 @@ def _tokenizer(members: dict[str, Region], config: dict[str, Any]) -> dict[str, 
         target = named.get(name) or (bare if bare in BESIDE else None)
         if target is not None:
             if region.size > _MAX_TOKENIZER:
-                raise ModelError(f"{region.label}: has {region.size} bytes, more than a tokenizer's file has; do not trust this archive")
+                raise ModelError(
+                    f"{region.label}: has {region.size} bytes, more than a tokenizer's file has; do not trust this archive"
+                )
             found[target] = region.read(0, region.size)
     return found
 
 
 def _with_extra_state(found: Any) -> dict[str, Any]:
     """A shard's state: tensors, and TransformerEngine's `_extra_state` whatever it is."""
-    extra = {name: value for name, value in found.items() if name.endswith("_extra_state")} if isinstance(found, dict) else {}
+    extra = (
+        {name: value for name, value in found.items() if name.endswith("_extra_state")}
+        if isinstance(found, dict)
+        else {}
+    )
     return {**state_dict(found, "a shard"), **extra}
 
 
@@ -123,7 +135,9 @@ def _config(region: Region) -> dict[str, Any]:
     try:
         found = parse_yaml(region.read(0, min(region.size, MAX_YAML_BYTES + 1)))
     except ValueError as error:
-        raise ModelError(f"{region.label}: its model_config.yaml is not YAML that is read ({error}); save the checkpoint again") from None
+        raise ModelError(
+            f"{region.label}: its model_config.yaml is not YAML that is read ({error}); save the checkpoint again"
+        ) from None
     if not isinstance(found, dict):
         raise ModelError(f"{region.label}: its model_config.yaml is no mapping; save the checkpoint again")
     return found
@@ -143,12 +157,16 @@ def _ranks(path: Path, members: dict[str, Region]) -> list[list[Region]]:
         last = [region for name, region in members.items() if name.endswith(".ckpt") and "/" not in name]
         if len(last) == 1:
             return [last]
-        raise ModelError(f"{path}: has no model_weights.ckpt and no mp_rank_XX or tp_rank_XX_pp_rank_XXX folders; check that the checkpoint is whole")
+        raise ModelError(
+            f"{path}: has no model_weights.ckpt and no mp_rank_XX or tp_rank_XX_pp_rank_XXX folders; check that the checkpoint is whole"
+        )
     pipelines, tensors = (max(key[axis] for key in found) + 1 for axis in (0, 1))
     absent = pipelines * tensors - len(found)
     if absent:  # the first is found after as many looks as there are shards, however large a rank is claimed
         p, t = next((p, t) for p in range(pipelines) for t in range(tensors) if (p, t) not in found)
-        raise ModelError(f"{path}: the shard of pipeline rank {p}, tensor rank {t} is missing ({absent} in all); fetch it")
+        raise ModelError(
+            f"{path}: the shard of pipeline rank {p}, tensor rank {t} is missing ({absent} in all); fetch it"
+        )
     return [[found[p, t] for t in range(tensors)] for p in range(pipelines)]
 
 
@@ -163,14 +181,22 @@ def _archive_members(path: Path) -> dict[str, Region]:
     with open(whole.path, "rb") as file:
         try:
             with tarfile.open(fileobj=_Headers(file, whole), mode="r:") as archive:
-                return {name: Region(whole.path, m.offset_data, _fits(whole, m), f"{path}: {name}") for name, m in _members(whole, archive)}
+                return {
+                    name: Region(whole.path, m.offset_data, _fits(whole, m), f"{path}: {name}")
+                    for name, m in _members(whole, archive)
+                }
         except tarfile.ReadError:
             file.seek(0)
         try:
-            with gzip.open(file) as unpacked, tarfile.open(fileobj=_Headers(unpacked, whole, _FREE + _MAX_RATIO * whole.size), mode="r:") as archive:
+            with (
+                gzip.open(file) as unpacked,
+                tarfile.open(fileobj=_Headers(unpacked, whole, _FREE + _MAX_RATIO * whole.size), mode="r:") as archive,
+            ):
                 return _extract(whole, archive)
         except (tarfile.ReadError, EOFError, OSError, zlib.error) as error:
-            raise ModelError(f"{path}: neither a tar nor a gzip-compressed tar, or truncated ({error}); fetch it again") from None
+            raise ModelError(
+                f"{path}: neither a tar nor a gzip-compressed tar, or truncated ({error}); fetch it again"
+            ) from None
 
 
 class _Headers(io.RawIOBase):
@@ -204,20 +230,28 @@ def _members(whole: Region, archive: tarfile.TarFile) -> Iterator[tuple[str, tar
     """The files of an archive with their names in it; links, devices and ways out of it are refused."""
     for count, entry in enumerate(archive):
         if count == _MAX_MEMBERS:
-            raise ModelError(f"{whole.label}: has more than {_MAX_MEMBERS} members, which no checkpoint has; do not trust this file")
+            raise ModelError(
+                f"{whole.label}: has more than {_MAX_MEMBERS} members, which no checkpoint has; do not trust this file"
+            )
         if entry.isdir():
             continue
         name = PurePosixPath(entry.name)
         if name.is_absolute() or ".." in name.parts:
-            raise ModelError(f"{whole.label}: its member {shown(entry.name)} leads out of the archive; do not trust this file")
+            raise ModelError(
+                f"{whole.label}: its member {shown(entry.name)} leads out of the archive; do not trust this file"
+            )
         if not entry.isreg() or entry.issparse():
-            raise ModelError(f"{whole.label}: its member {shown(entry.name)} is a link, a device or sparse, no plain file; do not trust this file")
+            raise ModelError(
+                f"{whole.label}: its member {shown(entry.name)} is a link, a device or sparse, no plain file; do not trust this file"
+            )
         yield name.as_posix(), entry
 
 
 def _fits(whole: Region, entry: tarfile.TarInfo) -> int:
     if entry.offset_data + entry.size > whole.size:
-        raise ModelError(f"{whole.label}: its member {shown(entry.name)} claims {entry.size} bytes, more than the archive has; it is truncated, fetch it again")
+        raise ModelError(
+            f"{whole.label}: its member {shown(entry.name)} claims {entry.size} bytes, more than the archive has; it is truncated, fetch it again"
+        )
     return entry.size
 
 

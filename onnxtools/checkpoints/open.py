@@ -17,7 +17,9 @@ def open_checkpoint(path: Path, *, weights: bool = True) -> Checkpoint:
         raise
     except Exception as error:
         detail = " ".join(str(error).split())[:120]
-        raise ModelError(f"{path}: is damaged, or not what its name says ({type(error).__name__}: {detail}); fetch it again") from error
+        raise ModelError(
+            f"{path}: is damaged, or not what its name says ({type(error).__name__}: {detail}); fetch it again"
+        ) from error
 
 
 def _open(path: Path, weights: bool) -> Checkpoint:
@@ -39,7 +41,9 @@ def _open(path: Path, weights: bool) -> Checkpoint:
             from onnxtools.checkpoints.nemo import read_nemo
 
             return read_nemo(path, weights=weights)
-        raise ModelError(f"{path}: has neither config.json (Hugging Face) nor model_config.yaml (NeMo); name the folder of the checkpoint")
+        raise ModelError(
+            f"{path}: has neither config.json (Hugging Face) nor model_config.yaml (NeMo); name the folder of the checkpoint"
+        )
     if path.suffix == ".gguf":
         from onnxtools.checkpoints.gguf import read_gguf
 
@@ -49,5 +53,9 @@ def _open(path: Path, weights: bool) -> Checkpoint:
 
         return nemo.read_nemo(path) if path.suffix == ".nemo" else nemo.read_ckpt(path)
     if path.suffix in (".safetensors", ".bin"):
-        raise ModelError(f"{path}: weights alone do not say what model they are; name the folder that holds config.json too")
-    raise ModelError(f"{path}: no reader for {path.suffix or 'a file without suffix'}; a Hugging Face folder, .nemo, .ckpt or .gguf can be read")
+        raise ModelError(
+            f"{path}: weights alone do not say what model they are; name the folder that holds config.json too"
+        )
+    raise ModelError(
+        f"{path}: no reader for {path.suffix or 'a file without suffix'}; a Hugging Face folder, .nemo, .ckpt or .gguf can be read"
+    )

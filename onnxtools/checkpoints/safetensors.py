@@ -31,7 +31,9 @@ def read_safetensors(path: Path) -> dict[str, ir.TensorProtocol]:
             raise ModelError(f"{path}: {region.size} bytes are no safetensors file; fetch it again")
         (length,) = struct.unpack("<Q", region.read(0, 8))
         if length > min(MAX_JSON_BYTES, region.size - 8):
-            raise ModelError(f"{path}: its header claims {length} bytes and the file has {region.size}; it is truncated or no safetensors file, fetch it again")
+            raise ModelError(
+                f"{path}: its header claims {length} bytes and the file has {region.size}; it is truncated or no safetensors file, fetch it again"
+            )
         header = json_object(region.read(8, length), f"{path}: header")
     header.pop("__metadata__", None)
     data = Region(region.path, 8 + length, region.size - 8 - length, str(path))
@@ -45,7 +47,9 @@ def read_safetensors(path: Path) -> dict[str, ir.TensorProtocol]:
             )
         at += tensor.nbytes
     if at != data.start + data.size:
-        raise ModelError(f"{path}: {data.start + data.size - at} bytes after the last tensor belong to nothing; fetch it again")
+        raise ModelError(
+            f"{path}: {data.start + data.size - at} bytes after the last tensor belong to nothing; fetch it again"
+        )
     return dict(placed)
 
 
@@ -55,16 +59,22 @@ def _tensor(data: Region, name: str, entry: object) -> ir.ExternalTensor:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         assert isinstance(dtype, str) and all(type(number) is int for number in (*shape, begin, end))
     except (AssertionError, KeyError, TypeError, ValueError):
-        raise ModelError(f"{data.label}: tensor {name!r} has an ill-formed header entry; fetch the file again") from None
+        raise ModelError(
+            f"{data.label}: tensor {name!r} has an ill-formed header entry; fetch the file again"
+        ) from None
     if dtype not in _DTYPES:
         raise ModelError(f"{data.label}: tensor {name!r} has the type {dtype}; {', '.join(_DTYPES)} can be read")
     tensor = data.tensor(name, _DTYPES[dtype], shape, begin)
     if end - begin != tensor.nbytes:
-        raise ModelError(f"{data.label}: tensor {name!r} of shape {list(shape)} needs {tensor.nbytes} bytes but its header gives {end - begin}; fetch it again")
+        raise ModelError(
+            f"{data.label}: tensor {name!r} of shape {list(shape)} needs {tensor.nbytes} bytes but its header gives {end - begin}; fetch it again"
+        )
     return tensor
 
 
-def read_sharded(folder: Path, index_name: str, read: Callable[[Path], dict[str, ir.TensorProtocol]]) -> dict[str, ir.TensorProtocol]:
+def read_sharded(
+    folder: Path, index_name: str, read: Callable[[Path], dict[str, ir.TensorProtocol]]
+) -> dict[str, ir.TensorProtocol]:
     """The tensors of all files of `folder` that the index of shards names, each opened by `read`; its map and the files must agree.
 
     Raises:
@@ -77,7 +87,9 @@ def read_sharded(folder: Path, index_name: str, read: Callable[[Path], dict[str,
         tensors = read(member(folder, file))
         absent = sorted(name for name, place in places.items() if place == file and name not in tensors)
         if absent:
-            raise ModelError(f"{folder / file}: has no tensor {absent[0]!r}, which {index_name} places there ({len(absent)} in all); fetch both again")
+            raise ModelError(
+                f"{folder / file}: has no tensor {absent[0]!r}, which {index_name} places there ({len(absent)} in all); fetch both again"
+            )
         found.update({name: tensor for name, tensor in tensors.items() if places.get(name, file) == file})
     return found
 

@@ -17,7 +17,15 @@ from onnxtools.checkpoints.checkpoint import nested, read_json
 from onnxtools.checkpoints.gguf_tokenizer import ONE_DIGIT, bpe, byte_level, template, words
 
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-_GPT2 = (None, "GPT2Tokenizer", "GPT2BPETokenizer", "CodeGenTokenizer", "GPTNeoXTokenizer", "PreTrainedTokenizer", "TokenizersBackend")
+_GPT2 = (
+    None,
+    "GPT2Tokenizer",
+    "GPT2BPETokenizer",
+    "CodeGenTokenizer",
+    "GPTNeoXTokenizer",
+    "PreTrainedTokenizer",
+    "TokenizersBackend",
+)
 _QWEN2 = ("Qwen2Tokenizer",)
 _DEFAULT = "<|endoftext|>"
 
@@ -55,7 +63,9 @@ def named(folder: Path) -> Named:
     more = says.get("extra_special_tokens") or says.get("additional_special_tokens") or []
     for token in more.values() if isinstance(more, dict) else more if isinstance(more, list) else []:
         _add(found, token, label, special=True)
-    listed = decoder if decoder is not None else {id: text for text, id in _optional(folder / "added_tokens.json").items()}
+    listed = (
+        decoder if decoder is not None else {id: text for text, id in _optional(folder / "added_tokens.json").items()}
+    )
     if not isinstance(listed, dict):
         raise JobError(f"{label}: added_tokens_decoder is {shown(listed)}, not an object; fetch the file again")
     for id, token in listed.items():
@@ -76,7 +86,9 @@ def _add(found: Named, token: Any, label: str, *, special: bool) -> str:
         raise JobError(f"{label}: {shown(token)} is no token; it takes a text, or an object with `content`")
     entry = {key: bool(flags.get(key, False)) for key in ("single_word", "lstrip", "rstrip")}
     special = special or bool(flags.get("special"))
-    known = found.tokens.setdefault(text, {"content": text, **entry, "normalized": bool(flags.get("normalized", not special)), "special": special})
+    known = found.tokens.setdefault(
+        text, {"content": text, **entry, "normalized": bool(flags.get("normalized", not special)), "special": special}
+    )
     if "special" in flags:  # `added_tokens_decoder` knows the flags best
         known |= entry
     return text
@@ -168,5 +180,7 @@ def _number(says: Named, vocab: dict[str, int]) -> None:
 
 def _around(says: Named) -> dict[str, Any] | None:
     """The tokens that every text gets, by `add_bos_token` and `add_eos_token`."""
-    adds: set[str] = {role for role in ("bos", "eos") if says.config.get(f"add_{role}_token") is True and role in says.roles}
+    adds: set[str] = {
+        role for role in ("bos", "eos") if says.config.get(f"add_{role}_token") is True and role in says.roles
+    }
     return template(adds, says.roles, {role: says.tokens[text]["id"] for role, text in says.roles.items()})

@@ -35,7 +35,9 @@ def forward_scales(extra: Any, label: str) -> Array | None:
         raise ModelError(f"the FP8 state of {label} holds {shown(scale)} as its scales; save the checkpoint again")
     array = np.asarray(scale.numpy(), np.float32).reshape(-1)
     if array.size < 2 or not np.isfinite(array).all() or array.min() <= 0:
-        raise ModelError(f"the FP8 state of {label} holds the scales {array[:6].tolist()}; they must be positive numbers")
+        raise ModelError(
+            f"the FP8 state of {label} holds the scales {array[:6].tolist()}; they must be positive numbers"
+        )
     return array
 
 
@@ -46,4 +48,6 @@ def _bytes(extra: Any, label: str) -> bytes:
         return extra.tobytes()
     if extra is None or isinstance(extra, ir.TensorProtocol):
         return b""
-    raise ModelError(f"the FP8 state of {label} is a {type(extra).__name__}, not the bytes that TransformerEngine writes; save the checkpoint again")
+    raise ModelError(
+        f"the FP8 state of {label} is a {type(extra).__name__}, not the bytes that TransformerEngine writes; save the checkpoint again"
+    )

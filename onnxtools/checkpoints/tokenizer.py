@@ -42,7 +42,9 @@ class Tokenizer:
                 path = vocabulary
                 inner = from_merges(vocabulary, merges)
             else:
-                raise JobError(f"{absent(path)}: there is no tokenizer; put the model's tokenizer.json there, or name one with --tokenizer")
+                raise JobError(
+                    f"{absent(path)}: there is no tokenizer; put the model's tokenizer.json there, or name one with --tokenizer"
+                )
             inner.no_truncation()
             inner.no_padding()
         _probe(inner, path)
@@ -121,7 +123,9 @@ def _probe(inner: Any, path: Path) -> None:
                     continue
                 inner.decode(ids)
             if time.thread_time() - start > _PATIENCE:
-                raise JobError(f"{path}: its patterns take too long for {length} times {character!r}; it is damaged or hostile, fetch the model's own")
+                raise JobError(
+                    f"{path}: its patterns take too long for {length} times {character!r}; it is damaged or hostile, fetch the model's own"
+                )
 
 
 def _valid(text: str) -> str:
@@ -139,7 +143,13 @@ class Streams:
     until it is decided, or `flush`.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], stop: Sequence[str], show: Callable[[int, str], None] | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompts: Sequence[Sequence[int]],
+        stop: Sequence[str],
+        show: Callable[[int, str], None] | None = None,
+    ) -> None:
         self.tokenizer, self.stop, self.show = tokenizer, stop, show
         self._prompts = prompts
         self._ids: list[list[int]] = [[] for _ in prompts]
@@ -169,7 +179,15 @@ class Streams:
 
 def _undecided(text: str, stop: Sequence[str]) -> int:
     """Where the longest end of `text` begins that may still become a stop text."""
-    return min((start for s in stop for start in range(max(0, len(text) - len(s) + 1), len(text)) if s.startswith(text[start:])), default=len(text))
+    return min(
+        (
+            start
+            for s in stop
+            for start in range(max(0, len(text) - len(s) + 1), len(text))
+            if s.startswith(text[start:])
+        ),
+        default=len(text),
+    )
 
 
 def cut_at(text: str, stop: Sequence[str]) -> tuple[str, bool]:

@@ -62,7 +62,9 @@ class _Storage:
     def tensor(self, offset: int, shape: tuple[int, ...]) -> ir.TensorProtocol:
         if self.region is not None:
             return self.region.tensor("", self.dtype, shape, offset * int(self.dtype.itemsize))
-        array = np.frombuffer(self.data, self.dtype.numpy(), int(np.prod(shape, dtype=np.int64)), offset * int(self.dtype.itemsize))
+        array = np.frombuffer(
+            self.data, self.dtype.numpy(), int(np.prod(shape, dtype=np.int64)), offset * int(self.dtype.itemsize)
+        )
         return ir.Tensor(array.reshape(shape), dtype=self.dtype)
 
 
@@ -83,16 +85,26 @@ def read_torch(region: Region) -> Any:
         entries = {info.filename: info for info in archive.infolist()}
         name = next((n for n in entries if n.endswith("/data.pkl") or n == "data.pkl"), None)
         if name is None:
-            raise ModelError(f"{region.label}: a zip archive without data.pkl is no file of torch.save; name the checkpoint itself")
+            raise ModelError(
+                f"{region.label}: a zip archive without data.pkl is no file of torch.save; name the checkpoint itself"
+            )
         prefix, info = name.removesuffix("data.pkl"), entries[name]
         if info.file_size > MAX_PICKLE_BYTES or info.compress_type != zipfile.ZIP_STORED:
-            raise ModelError(f"{region.label}: its data.pkl claims {info.file_size} bytes, which no state dict has; do not trust this file")
+            raise ModelError(
+                f"{region.label}: its data.pkl claims {info.file_size} bytes, which no state dict has; do not trust this file"
+            )
         try:
             order = entries.get(f"{prefix}byteorder")
             if order is not None and _stored(region, order).size < 16 and archive.read(order) == b"big":
                 raise ModelError(f"{region.label}: holds big-endian tensors; save it on a little-endian machine")
             payload = archive.read(name)
-        except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, UnicodeDecodeError) as error:  # another header, a wrong sum, encrypted
+        except (
+            zipfile.BadZipFile,
+            NotImplementedError,
+            RuntimeError,
+            EOFError,
+            UnicodeDecodeError,
+        ) as error:  # another header, a wrong sum, encrypted
             raise ModelError(f"{region.label}: its data.pkl is damaged ({error}); fetch it again") from None
 
     def storage(persistent: Any) -> _Storage:
@@ -107,7 +119,12 @@ def read_torch(region: Region) -> Any:
 
 def _storage_id(persistent: Any, label: str) -> tuple[ir.DataType, str]:
     """('storage', type, key, location, elements) of torch.serialization."""
-    if isinstance(persistent, tuple) and len(persistent) == 5 and persistent[0] == "storage" and isinstance(persistent[1], _StorageType):
+    if (
+        isinstance(persistent, tuple)
+        and len(persistent) == 5
+        and persistent[0] == "storage"
+        and isinstance(persistent[1], _StorageType)
+    ):
         return persistent[1].dtype, str(persistent[2])
     raise ModelError(f"{label}: refers to something that is no storage; fetch it again")
 
@@ -115,11 +132,15 @@ def _storage_id(persistent: Any, label: str) -> tuple[ir.DataType, str]:
 def _stored(region: Region, info: zipfile.ZipInfo) -> Region:
     """Where the bytes of an entry lie; torch never compresses them."""
     if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
-        raise ModelError(f"{region.label}: {info.filename!r} is compressed, which torch.save never does; save it again with torch.save")
+        raise ModelError(
+            f"{region.label}: {info.filename!r} is compressed, which torch.save never does; save it again with torch.save"
+        )
     name, extra = struct.unpack("<HH", region.read(info.header_offset + 26, 4))
     start = info.header_offset + _LOCAL_HEADER + name + extra
     if start + info.file_size > region.size:
-        raise ModelError(f"{region.label}: {info.filename!r} claims {info.file_size} bytes, more than the file has; it is truncated, fetch it again")
+        raise ModelError(
+            f"{region.label}: {info.filename!r} claims {info.file_size} bytes, more than the file has; it is truncated, fetch it again"
+        )
     return Region(region.path, region.start + start, info.file_size, region.label)
 
 
@@ -129,7 +150,9 @@ def _unpickle(payload: bytes, storage: Callable[[Any], _Storage], label: str) ->
     except ModelError:
         raise
     except Exception as error:  # a damaged pickle raises nearly anything
-        raise ModelError(f"{label}: its pickle is damaged ({type(error).__name__}: {' '.join(str(error).split())[:100]}); fetch it again") from None
+        raise ModelError(
+            f"{label}: its pickle is damaged ({type(error).__name__}: {' '.join(str(error).split())[:100]}); fetch it again"
+        ) from None
 
 
 def _load(stream: io.BytesIO, storage: Callable[[Any], _Storage], label: str, *, nested: bool = False) -> Any:
@@ -137,14 +160,30 @@ def _load(stream: io.BytesIO, storage: Callable[[Any], _Storage], label: str, *,
     start = stream.tell()
     for count, (opcode, _, _) in enumerate(pickletools.genops(stream)):
         if opcode.name in _REFUSED:
-            raise ModelError(f"{label}: its pickle has the opcode {opcode.name}, which no state dict needs; refused: save the state dict alone")
+            raise ModelError(
+                f"{label}: its pickle has the opcode {opcode.name}, which no state dict needs; refused: save the state dict alone"
+            )
         if count >= MAX_OPCODES:
-            raise ModelError(f"{label}: its pickle has more than {MAX_OPCODES} opcodes, which no state dict has; do not trust this file")
+            raise ModelError(
+                f"{label}: its pickle has more than {MAX_OPCODES} opcodes, which no state dict has; do not trust this file"
+            )
     stream.seek(start)
     return _Unpickler(stream, storage, label, nested).load()
 
 
-_REFUSED = {"INST", "OBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "BYTEARRAY8", "NEXT_BUFFER", "READONLY_BUFFER", "FROZENSET", "ADDITEMS"}
+_REFUSED = {
+    "INST",
+    "OBJ",
+    "NEWOBJ_EX",
+    "EXT1",
+    "EXT2",
+    "EXT4",
+    "BYTEARRAY8",
+    "NEXT_BUFFER",
+    "READONLY_BUFFER",
+    "FROZENSET",
+    "ADDITEMS",
+}
 """Opcodes that make objects in other ways than calling a global, that allocate what they only claim, or that hash anything."""
 
 
@@ -152,7 +191,9 @@ def _plain_key(key: Any, label: str) -> Any:
     """A key of a state dict or a configuration: text, a number, or a short tuple of those."""
     parts = key if isinstance(key, tuple) and len(key) <= 8 else (key,)
     if not all(part is None or isinstance(part, (str, bytes, int, float)) for part in parts):
-        raise ModelError(f"{label}: its pickle has a {type(key).__name__} as a key, which no state dict has; do not trust this file")
+        raise ModelError(
+            f"{label}: its pickle has a {type(key).__name__} as a key, which no state dict has; do not trust this file"
+        )
     return key
 
 
@@ -175,7 +216,9 @@ class _Unpickler(pickle._Unpickler):
         if isinstance(made, io.BytesIO) and isinstance(state, tuple) and state and isinstance(state[0], bytes):
             made.write(state[0])
         elif type(made) not in (OrderedDict, _Opaque):
-            raise ModelError(f"{self._label}: its pickle sets attributes of a {type(made).__name__}, which no state dict does; do not trust this file")
+            raise ModelError(
+                f"{self._label}: its pickle sets attributes of a {type(made).__name__}, which no state dict does; do not trust this file"
+            )
 
     def _set_item(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
@@ -189,12 +232,16 @@ class _Unpickler(pickle._Unpickler):
 
     def _target(self) -> dict[Any, Any]:
         if not isinstance(target := self.stack[-1], dict):
-            raise ModelError(f"{self._label}: its pickle puts items into a {type(target).__name__}; it is damaged, fetch it again")
+            raise ModelError(
+                f"{self._label}: its pickle puts items into a {type(target).__name__}; it is damaged, fetch it again"
+            )
         return target
 
     def _dictionary(self) -> None:
         items = self.pop_mark()
-        self.stack.append({_plain_key(key, self._label): value for key, value in zip(items[::2], items[1::2], strict=True)})
+        self.stack.append(
+            {_plain_key(key, self._label): value for key, value in zip(items[::2], items[1::2], strict=True)}
+        )
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
         **pickle._Unpickler.dispatch, pickle.BUILD[0]: _build, pickle.SETITEM[0]: _set_item, pickle.SETITEMS[0]: _set_items,
@@ -230,17 +277,31 @@ class _Opaque:
 
 
 def _rebuild_tensor(
-    storage: _Storage, offset: int, size: tuple[int, ...], stride: tuple[int, ...], grad: Any = None, hooks: Any = None, metadata: Any = None
+    storage: _Storage,
+    offset: int,
+    size: tuple[int, ...],
+    stride: tuple[int, ...],
+    grad: Any = None,
+    hooks: Any = None,
+    metadata: Any = None,
 ) -> ir.TensorProtocol:
     for name, numbers in (("shape", size), ("strides", stride), ("offset", (offset,))):
-        if not isinstance(numbers, tuple) or len(numbers) > _MAX_RANK or not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers):
+        if (
+            not isinstance(numbers, tuple)
+            or len(numbers) > _MAX_RANK
+            or not all(type(number) is int and 0 <= number < 1 << 62 for number in numbers)
+        ):
             raise ModelError(f"a tensor has the {name} {shown(numbers)}; the file is damaged, fetch it again")
     if metadata:  # a lazy negation or conjugation, say
-        raise ModelError(f"a tensor of shape {list(size)} is stored with {shown(metadata)}; save it with .resolve_neg() or .clone()")
+        raise ModelError(
+            f"a tensor of shape {list(size)} is stored with {shown(metadata)}; save it with .resolve_neg() or .clone()"
+        )
     expected = 1
     for extent, step in zip(reversed(size), reversed(stride), strict=True):
         if extent > 1 and step != expected:
-            raise ModelError(f"a tensor of shape {list(size)} is stored with strides {list(stride)}; save it with .contiguous()")
+            raise ModelError(
+                f"a tensor of shape {list(size)} is stored with strides {list(stride)}; save it with .contiguous()"
+            )
         expected *= max(extent, 1)
     return storage.tensor(offset, tuple(size))
 

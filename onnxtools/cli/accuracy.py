@@ -49,7 +49,9 @@ def _callback(
     if kind == "wikitext":
         if resume is not None:
             raise UsageError("--resume is for LAMBADA; leave it out with --dataset wikitext")
-        result = _wikitext(model, compare, file, runtimes, options, tokenizer_path, batch_size, max_length, stride, limit)
+        result = _wikitext(
+            model, compare, file, runtimes, options, tokenizer_path, batch_size, max_length, stride, limit
+        )
     else:
         result = _lambada(model, compare, file, runtimes, options, tokenizer_path, batch_size, limit, resume)
     if as_json:
@@ -67,7 +69,9 @@ def _dataset(name: str, path: Path | None) -> tuple[str, Path | None]:
     if path is not None and Path(name).is_file():
         raise UsageError(f"--dataset {name} and --path {path} both name a file; leave out --path")
     if path is not None or not Path(name).suffix:
-        raise UsageError(f"no dataset is called {name!r}; it is lambada or wikitext with --path, or a .jsonl or .txt file")
+        raise UsageError(
+            f"no dataset is called {name!r}; it is lambada or wikitext with --path, or a .jsonl or .txt file"
+        )
     return "wikitext" if Path(name).suffix == ".txt" else "lambada", Path(name)
 
 
@@ -80,7 +84,9 @@ def _hub_rows(limit: int | None) -> list[tuple[str, str]]:
 
         rows = datasets.load_dataset(name, configuration, split="test")
     except Exception as error:  # not installed, offline, or whatever the hub answers
-        raise JobError(f"{name} cannot be fetched ({type(error).__name__}: {' '.join(str(error).split())[:100]}); give the data with --path") from None
+        raise JobError(
+            f"{name} cannot be fetched ({type(error).__name__}: {' '.join(str(error).split())[:100]}); give the data with --path"
+        ) from None
     return [split_text(str(row["text"])) for row in rows][:limit]
 
 
@@ -101,7 +107,10 @@ def _lambada(
             for runtime in made:
                 label = _label(path, runtime, compare, found)
                 found[label] = _lambada_of(runtime, path, rows, options, tokenizer_path, batch, resume, len(found))
-    result: dict[str, Any] = {"dataset": str(file or _HUB["lambada"][0]), "models": {label: summarize_lambada(results) for label, results in found.items()}}
+    result: dict[str, Any] = {
+        "dataset": str(file or _HUB["lambada"][0]),
+        "models": {label: summarize_lambada(results) for label, results in found.items()},
+    }
     if len(found) > 1:
         first, *others = found.items()
         result["compared"] = {f"{label} - {first[0]}": compare_lambada(first[1], results) for label, results in others}
@@ -135,7 +144,10 @@ def _lambada_of(
     tokenizer = open_tokenizer(tokenizer_path, runtime, path)
     passages = tokenized(rows, tokenizer, runtime.info.max_positions)
     journal = (
-        Journal(resume if number == 0 else resume.with_suffix(f".{number}{resume.suffix}"), _of(runtime, path, options, passages))
+        Journal(
+            resume if number == 0 else resume.with_suffix(f".{number}{resume.suffix}"),
+            _of(runtime, path, options, passages),
+        )
         if resume is not None
         else None
     )
@@ -161,7 +173,13 @@ def _of(runtime: Runtime, path: Path, options: RuntimeOptions, passages: Sequenc
     from onnxtools.ir.model import file_stamps
 
     digest = hashlib.sha256(repr([(p.context, p.word) for p in passages]).encode()).hexdigest()
-    return {"model": str(path.resolve()), "files": file_stamps(path), "runtime": runtime.name, "options": dataclasses.asdict(options), "passages": digest}
+    return {
+        "model": str(path.resolve()),
+        "files": file_stamps(path),
+        "runtime": runtime.name,
+        "options": dataclasses.asdict(options),
+        "passages": digest,
+    }
 
 
 # --- perplexity ----------------------------------------------------------------------------------------------------------
@@ -192,11 +210,18 @@ def _wikitext(
                     tokens = tokens[: (limit - 1) * step + window]
                     words = len(tokenizer.decode(tokens).split())
                 if len(tokens) < 2 or not words:
-                    raise UsageError(f"{file}: has {len(tokens)} tokens and {words} words; perplexity needs two and one")
+                    raise UsageError(
+                        f"{file}: has {len(tokens)} tokens and {words} words; perplexity needs two and one"
+                    )
                 with counted(f"{path.name} ({runtime.name})", len(list(windows(tokens, window, step)))) as tick:
-                    scored = score_wikitext(runtime, tokens, words, length=window, stride=step, batch_size=batch, done=tick)
+                    scored = score_wikitext(
+                        runtime, tokens, words, length=window, stride=step, batch_size=batch, done=tick
+                    )
                 found[_label(path, runtime, compare, found)] = scored
-    result: dict[str, Any] = {"dataset": str(file), "models": {label: scored.figures for label, scored in found.items()}}
+    result: dict[str, Any] = {
+        "dataset": str(file),
+        "models": {label: scored.figures for label, scored in found.items()},
+    }
     if len(found) > 1:
         first, *others = found.items()
         result["compared"] = {f"{label} - {first[0]}": compare_wikitext(first[1], scored) for label, scored in others}
@@ -214,7 +239,11 @@ def _print(kind: str, result: dict[str, Any]) -> None:
         table(f"perplexity of {result['dataset']}", columns, rows, right=columns[1:])
         for label, d in result.get("compared", {}).items():
             low, high = d["ppl_token_factor_ci95"]
-            console().print(f"{label}: ppl(token) x {d['ppl_token_factor']:.4f} (95%, window by window: {low:.4f} to {high:.4f})", markup=False, soft_wrap=True)
+            console().print(
+                f"{label}: ppl(token) x {d['ppl_token_factor']:.4f} (95%, window by window: {low:.4f} to {high:.4f})",
+                markup=False,
+                soft_wrap=True,
+            )
         return
     for label, s in result["models"].items():
         console().print(

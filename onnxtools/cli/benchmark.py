@@ -32,7 +32,14 @@ _HELP = """Time MODEL: greedy tokens after random prompts.
 
 
 def _callback(
-    model: Path, limits: bool, plot: Path | None, runtimes: tuple[str, ...], tokenizer_path: Path | None, as_json: bool, debug: bool, **given: Any
+    model: Path,
+    limits: bool,
+    plot: Path | None,
+    runtimes: tuple[str, ...],
+    tokenizer_path: Path | None,
+    as_json: bool,
+    debug: bool,
+    **given: Any,
 ) -> None:
     from onnxtools.cli.render import console, print_json
     from onnxtools.evaluate.plots import check_plot
@@ -76,7 +83,9 @@ def _tokenizer(path: Path | None, runtime: Runtime, model: Path) -> Tokenizer | 
         return None
 
 
-def _result(model: Path, runtimes: Sequence[Runtime], found: Sequence[Timing], options: BenchmarkOptions) -> dict[str, Any]:
+def _result(
+    model: Path, runtimes: Sequence[Runtime], found: Sequence[Timing], options: BenchmarkOptions
+) -> dict[str, Any]:
     import dataclasses
 
     return {
@@ -97,14 +106,24 @@ def _peak_memory(device: str) -> int | None:
     return memory[0] if memory else int(peak_mib() * (1 << 20))
 
 
-def _add_limits(result: dict[str, Any], model: Path, runtimes: Sequence[Runtime], found: Sequence[Timing], options: BenchmarkOptions, threads: int) -> None:
+def _add_limits(
+    result: dict[str, Any],
+    model: Path,
+    runtimes: Sequence[Runtime],
+    found: Sequence[Timing],
+    options: BenchmarkOptions,
+    threads: int,
+) -> None:
     """The floor of an ONNX model on each device, and what share of it was reached."""
     from onnxtools.evaluate.limits import measure_rates, raised, work
 
     if model.suffix != ".onnx":
         return
     needed = work(model, options)
-    rates = {device: measure_rates(device, needed.dtype, threads) for device in {"cuda" if r.device.startswith("cuda") else "cpu" for r in runtimes}}
+    rates = {
+        device: measure_rates(device, needed.dtype, threads)
+        for device in {"cuda" if r.device.startswith("cuda") else "cpu" for r in runtimes}
+    }
     for device, rate in rates.items():
         those = [timing for runtime, timing in zip(runtimes, found, strict=True) if runtime.device.startswith(device)]
         rates[device] = raised(rate, needed, those, options.output_seq_len - 1)
@@ -122,7 +141,9 @@ def _add_limits(result: dict[str, Any], model: Path, runtimes: Sequence[Runtime]
 
 def _lines(name: str, block: Mapping[str, Any], options: BenchmarkOptions) -> list[str]:
     """The demo's block, then ours."""
-    lines = [f"***************************** {name} on {block['device']}: batch {options.batch_size}, {options.input_seq_len} in, {options.output_seq_len} out"]
+    lines = [
+        f"***************************** {name} on {block['device']}: batch {options.batch_size}, {options.input_seq_len} in, {options.output_seq_len} out"
+    ]
     for title, key in (("E2E inference", "end_to_end"), ("Without tokenizer", "without_tokenizer")):
         found = block.get(key)
         if not found:
@@ -133,9 +154,14 @@ def _lines(name: str, block: Mapping[str, Any], options: BenchmarkOptions) -> li
             f" 99th Percentile Time: {found['p99_s']:.5f} s, Throughput: {found['throughput_tokens_per_s']:.2f} tokens/s"
         )
     step = block["time_per_output_token_s"]
-    lines.append(f"time to first token {block['time_to_first_token_s'] * 1e3:.2f} ms" + (f", time per output token {step * 1e3:.3f} ms" if step else ""))
+    lines.append(
+        f"time to first token {block['time_to_first_token_s'] * 1e3:.2f} ms"
+        + (f", time per output token {step * 1e3:.3f} ms" if step else "")
+    )
     if block["peak_memory_bytes"]:
-        lines.append(f"peak memory {block['peak_memory_bytes'] / 1e9:.2f} GB ({'device in use' if block['device'] != 'cpu' else 'process'})")
+        lines.append(
+            f"peak memory {block['peak_memory_bytes'] / 1e9:.2f} GB ({'device in use' if block['device'] != 'cpu' else 'process'})"
+        )
     limit = block.get("limits")
     if limit:
         lines.append(
@@ -151,7 +177,9 @@ def _ratios(blocks: Mapping[str, Mapping[str, Any]]) -> list[str]:
     first, *others = blocks.items()
     lines = []
     for name, block in others:
-        total, median = (block["without_tokenizer"][key] / first[1]["without_tokenizer"][key] for key in ("average_s", "median_s"))
+        total, median = (
+            block["without_tokenizer"][key] / first[1]["without_tokenizer"][key] for key in ("average_s", "median_s")
+        )
         prefill = block["time_to_first_token_s"] / first[1]["time_to_first_token_s"]
         steps = (block["time_per_output_token_s"], first[1]["time_per_output_token_s"])
         lines.append(

@@ -11,7 +11,13 @@ from onnxtools.pipeline.passbase import Pass
 
 
 def search(
-    pass_: Pass, source: Path, output: Path, budget: str | None, budget_data: Path | None, budget_rows: int, as_json: bool
+    pass_: Pass,
+    source: Path,
+    output: Path,
+    budget: str | None,
+    budget_data: Path | None,
+    budget_rows: int,
+    as_json: bool,
 ) -> tuple[Pass, dict[str, Any]]:
     """The pass that keeps the budget, and what was tried for `--json`; writes OUTPUT.recipe.yaml. Without a budget `pass_` itself.
 
@@ -46,14 +52,34 @@ def search(
         if as_json:
             return
         verdict = "keeps" if trial.loss <= limit.amount else "exceeds"
-        console().print(f"{trial.excluded} left out: loses {trial.loss:.2f}{limit.unit}, {verdict} {budget}", markup=False, highlight=False)
+        console().print(
+            f"{trial.excluded} left out: loses {trial.loss:.2f}{limit.unit}, {verdict} {budget}",
+            markup=False,
+            highlight=False,
+        )
 
     chosen, trials = within_budget(pass_, source, output, limit, read_lambada(budget_data, budget_rows), tried)
     recipe = output.with_suffix(".recipe.yaml")
-    absolute: dict[str, Any] = {key: str(Path(value).resolve()) for key in ("calib", "tokenizer") if (value := getattr(chosen, key)) is not None}
-    write_recipe(recipe, source, Path(output.name), [dataclasses.replace(chosen, **absolute, calib_cache=None)], f"keeps --budget {budget}")
+    absolute: dict[str, Any] = {
+        key: str(Path(value).resolve()) for key in ("calib", "tokenizer") if (value := getattr(chosen, key)) is not None
+    }
+    write_recipe(
+        recipe,
+        source,
+        Path(output.name),
+        [dataclasses.replace(chosen, **absolute, calib_cache=None)],
+        f"keeps --budget {budget}",
+    )
     shown = ("left out", "acc (whole word)", "ppl(token)", f"lost, {limit.unit}")
-    rows = [(t.excluded, f"{t.acc:.4f}", f"{t.ppl_token:.3f}", f"{t.loss:+.2f}") for t in sorted(trials, key=lambda t: t.excluded)]
+    rows = [
+        (t.excluded, f"{t.acc:.4f}", f"{t.ppl_token:.3f}", f"{t.loss:+.2f}")
+        for t in sorted(trials, key=lambda t: t.excluded)
+    ]
     if not as_json:
-        table(f"--budget {budget}: {chosen.exclude_worst} layers left out; `onnxtools pipeline {recipe}` makes it again", shown, rows, right=shown)
+        table(
+            f"--budget {budget}: {chosen.exclude_worst} layers left out; `onnxtools pipeline {recipe}` makes it again",
+            shown,
+            rows,
+            right=shown,
+        )
     return chosen, {"budget": budget, "trials": [dataclasses.asdict(trial) for trial in trials], "recipe": str(recipe)}

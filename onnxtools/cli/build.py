@@ -59,7 +59,9 @@ def _jobs(paths: tuple[Path, ...], folder: Path | None) -> list[Job]:
         return [Job(models[0], others[0])]
     if not models or others:
         what = f"{others[0]} is no .onnx file" if others else "no model"
-        raise UsageError(f"{what}; write `build MODEL.onnx ENGINE`, or several models and, where they go, --output-folder")
+        raise UsageError(
+            f"{what}; write `build MODEL.onnx ENGINE`, or several models and, where they go, --output-folder"
+        )
     if folder is not None and folder.exists() and not folder.is_dir():
         raise JobError(f"--output-folder {folder} is a file; name a folder")
     return engine_paths(models, folder)
@@ -70,7 +72,12 @@ def _lines(jobs: list[Job], spec: EngineSpec, as_json: bool) -> None:
 
     lines = [_line(job, spec) for job in jobs]
     if as_json:
-        print_json([{"model": str(job.model), "engine": str(job.engine), "line": line} for job, line in zip(jobs, lines, strict=True)])
+        print_json(
+            [
+                {"model": str(job.model), "engine": str(job.engine), "line": line}
+                for job, line in zip(jobs, lines, strict=True)
+            ]
+        )
     else:
         for line in lines:
             click.echo(line)
@@ -90,7 +97,9 @@ def _line(job: Job, spec: EngineSpec) -> str:
     model = Model.load(job.model)
     version = NEWEST if spec.tensorrt_version is None else version_of(spec.tensorrt_version)
     if not (8, 6) <= version < (12,):
-        raise UsageError(f"--tensorrt-version {spec.tensorrt_version}: the lines of 8.6 to 11 are known; name one of them")
+        raise UsageError(
+            f"--tensorrt-version {spec.tensorrt_version}: the lines of 8.6 to 11 are known; name one of them"
+        )
     spec, mixed = with_cache_file(spec, "trtexec", version), is_mixed(model)
     line = trtexec_line(job.model, job.engine, spec, profiles_for(model, spec), version, mixed=mixed)
     preflight(model, spec, OnPaper(version), strong=is_strongly_typed(spec, "trtexec", version, mixed))
@@ -135,10 +144,21 @@ def _several(jobs: list[Job], spec: EngineSpec, workers: int, force: bool, as_js
         print_json([_row(outcome) for outcome in outcomes])
     else:
         rows = [
-            (r["model"], r["engine"], size(r["bytes"]) if r["bytes"] else "-", r["seconds"], r["error"] or ("was there" if r["reused"] else "built"))
+            (
+                r["model"],
+                r["engine"],
+                size(r["bytes"]) if r["bytes"] else "-",
+                r["seconds"],
+                r["error"] or ("was there" if r["reused"] else "built"),
+            )
             for r in map(_row, outcomes)
         ]
-        table(f"{sum(not o.error for o in outcomes)} of {len(outcomes)} engines", ("model", "engine", "size", "s", ""), rows, right=("size", "s"))
+        table(
+            f"{sum(not o.error for o in outcomes)} of {len(outcomes)} engines",
+            ("model", "engine", "size", "s", ""),
+            rows,
+            right=("size", "s"),
+        )
     for line in {o.last for o in outcomes if o.last}:
         click.echo(line, err=True)
     failed = [o for o in outcomes if o.error]
@@ -160,11 +180,28 @@ command = click.Command(
     callback=_callback,
     params=[
         click.Argument(["paths"], metavar="MODEL ENGINE | MODEL...", type=PATH, nargs=-1, required=True),
-        click.Option(["-o", "--output"], type=PATH, metavar="ENGINE", help="Where the engine goes, instead of the second argument."),
+        click.Option(
+            ["-o", "--output"],
+            type=PATH,
+            metavar="ENGINE",
+            help="Where the engine goes, instead of the second argument.",
+        ),
         *dataclass_options(EngineSpec),
-        click.Option(["--workers"], type=click.IntRange(1), default=1, show_default=True, help="Processes that build several models, a device each."),
-        click.Option(["--output-folder"], type=PATH, help="Where the engines of several models go. [default: beside each model]"),
-        click.Option(["--force"], is_flag=True, help="Build although the engine that lies there is of the same graph, weights and options."),
+        click.Option(
+            ["--workers"],
+            type=click.IntRange(1),
+            default=1,
+            show_default=True,
+            help="Processes that build several models, a device each.",
+        ),
+        click.Option(
+            ["--output-folder"], type=PATH, help="Where the engines of several models go. [default: beside each model]"
+        ),
+        click.Option(
+            ["--force"],
+            is_flag=True,
+            help="Build although the engine that lies there is of the same graph, weights and options.",
+        ),
         click.Option(["--print-trtexec"], is_flag=True, help="Print the equivalent trtexec line and build nothing."),
         click.Option(["--json", "as_json"], is_flag=True, help="Print the manifest as JSON on stdout."),
         click.Option(["--debug"], is_flag=True, help="Show the traceback of an error."),
@@ -183,7 +220,9 @@ def show_manifest(engine: Engine) -> None:
     title = f"{engine.path}: {size(m['engine']['bytes'])}, {backend['name']} {backend['version']}, compute capability {capabilities}"
     table(f"{title} (from the {m['io_source']})", ("", "name", "type", "shape"), collapse(rows, 1))
     for index, profile in enumerate(m["profiles"]):
-        spans = [(name, *(_dims(span[which]) for which in ("min", "opt", "max"))) for name, span in profile["inputs"].items()]
+        spans = [
+            (name, *(_dims(span[which]) for which in ("min", "opt", "max"))) for name, span in profile["inputs"].items()
+        ]
         table(f"profile {index}: {profile['name']}", ("input", "min", "opt", "max"), collapse(spans, 0))
     _show_sparsity(m["sparsity"], m["audit"]["source"])
     types = ", ".join(f"{count} {name}" for name, count in m["audit"]["outputs"].items())
@@ -193,9 +232,16 @@ def show_manifest(engine: Engine) -> None:
     for line in m["warnings"]:
         out.print(f"  warning: {line}", style="yellow", markup=False)
     if engine.reused:
-        out.print("  was there already: same graph, weights, options and builder (--force builds it again)", style="yellow", markup=False)
+        out.print(
+            "  was there already: same graph, weights, options and builder (--force builds it again)",
+            style="yellow",
+            markup=False,
+        )
     when = "it was built in" if engine.reused else "built in"
-    out.print(f"  {when} {m['build_seconds']:.1f} s, peak {m['peak_rss_mib']:.0f} MiB; manifest in {engine.path}.json", markup=False)
+    out.print(
+        f"  {when} {m['build_seconds']:.1f} s, peak {m['peak_rss_mib']:.0f} MiB; manifest in {engine.path}.json",
+        markup=False,
+    )
     if engine.last:
         out.print(f"  {engine.last}", style="yellow", markup=False, soft_wrap=True)
 
@@ -211,10 +257,17 @@ def _show_sparsity(sparsity: dict[str, Any] | None, source: str) -> None:
     keys = ("op", "dtype", "k", "n", "is_2_4", "kernel", "reason")
     rows = [
         (count, op, dtype, k, n, "yes" if sparse else "no", kernel or "unknown", reason)
-        for (op, dtype, k, n, sparse, kernel, reason), count in Counter(tuple(layer[key] for key in keys) for layer in sparsity["layers"]).most_common()
+        for (op, dtype, k, n, sparse, kernel, reason), count in Counter(
+            tuple(layer[key] for key in keys) for layer in sparsity["layers"]
+        ).most_common()
     ]
     read = "of the engine" if source == "engine inspector" else "not known: the engine is read back on a GPU only"
-    table(f"2:4 sparsity (kernels {read})", ("count", "op", "weight", "K", "N", "2:4", "kernel", "but"), rows, right=("count", "K", "N"))
+    table(
+        f"2:4 sparsity (kernels {read})",
+        ("count", "op", "weight", "K", "N", "2:4", "kernel", "but"),
+        rows,
+        right=("count", "K", "N"),
+    )
 
 
 def show_layers(engine: Engine) -> None:
@@ -230,8 +283,16 @@ def show_layers(engine: Engine) -> None:
     else:
         kinds = Counter((one["kind"], *(", ".join(dict.fromkeys(one[k])) for k in ("inputs", "outputs")), one["weights"], one["tactic"], one["sparse"])
                         for one in m["audit"]["layers"])  # fmt: skip
-        rows = [(kind, count, *types, tactic, "yes" if sparse else "") for (kind, *types, tactic, sparse), count in kinds.most_common()]
-        table("layers of the engine", ("type", "count", "inputs", "outputs", "weights", "tactic", "2:4"), rows, right=("count",))
+        rows = [
+            (kind, count, *types, tactic, "yes" if sparse else "")
+            for (kind, *types, tactic, sparse), count in kinds.most_common()
+        ]
+        table(
+            "layers of the engine",
+            ("type", "count", "inputs", "outputs", "weights", "tactic", "2:4"),
+            rows,
+            right=("count",),
+        )
     if weights:
         console_line = f"  {size(m['engine']['bytes'])} of plan for {size(weights)} of weights ({m['engine']['bytes'] / weights:.0%})"
         click.echo(console_line)

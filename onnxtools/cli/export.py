@@ -44,7 +44,9 @@ def _callback(
         source, output = None, source  # --random takes no SOURCE
     from_file = {key: _path(given, key, config_path) for key in ("source", "output")}
     source = source or from_file["source"]
-    output = one_output(output, output_option or (from_file["output"] if output is None else None), "export SOURCE -o MODEL.onnx")
+    output = one_output(
+        output, output_option or (from_file["output"] if output is None else None), "export SOURCE -o MODEL.onnx"
+    )
     check_output(output)
     made = export(source, output, from_parameters(ExportOptions, values, given))
     _show(made, source, as_json)
@@ -84,7 +86,12 @@ command = click.Command(
         click.Argument(["output"], metavar="[OUTPUT]", type=PATH, required=False),
         OUTPUT_OPTION,
         click.Option(["--config", "config_path"], type=PATH, help="Options as YAML."),
-        click.Option(["--set", "settings"], multiple=True, metavar="KEY=VALUE", help="An option's value; wins over --config. May be given several times."),
+        click.Option(
+            ["--set", "settings"],
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="An option's value; wins over --config. May be given several times.",
+        ),
         *dataclass_options(ExportOptions),
         click.Option(["--json", "as_json"], is_flag=True, help="Print the result as JSON on stdout."),
         click.Option(["--debug"], is_flag=True, help="Show the traceback of an error."),

@@ -19,7 +19,9 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 PATH = click.Path(path_type=Path)
 
 
-OUTPUT_OPTION = click.Option(["-o", "--output", "output_option"], type=PATH, help="The file to write; the same as OUTPUT.")
+OUTPUT_OPTION = click.Option(
+    ["-o", "--output", "output_option"], type=PATH, help="The file to write; the same as OUTPUT."
+)
 
 
 def one_output(positional: Path | None, option: Path | None, usage: str) -> Path:
@@ -49,7 +51,9 @@ def check_output(path: Path, source: Path | None = None, *, force: bool = True) 
     if path.is_dir():
         raise JobError(f"{path}: is a folder; name a file")
     if source is not None and not force and path.exists() and source.exists() and path.samefile(source):
-        raise UsageError(f"the output {str(path)!r} is the input, which would be lost; name another file, or say --force")
+        raise UsageError(
+            f"the output {str(path)!r} is the input, which would be lost; name another file, or say --force"
+        )
 
 
 class _Tolerance(click.ParamType[float]):
@@ -98,9 +102,16 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> click.Option:
         return click.Option([f"--{name}/--no-{name}", field.name], help=text, default=None)
     if choices(hint):
         bare = {"is_flag": False, "flag_value": field.metadata["bare"]} if field.metadata.get("bare") else {}
-        return click.Option([f"--{name}", field.name], type=click.Choice([str(c) for c in choices(hint)]), **common, **bare)
+        return click.Option(
+            [f"--{name}", field.name], type=click.Choice([str(c) for c in choices(hint)]), **common, **bare
+        )
     if get_origin(inner) is tuple:
-        return click.Option([f"--{name}", field.name], type=get_args(inner)[0], multiple=True, help=f"{help_text} May be given several times.")
+        return click.Option(
+            [f"--{name}", field.name],
+            type=get_args(inner)[0],
+            multiple=True,
+            help=f"{help_text} May be given several times.",
+        )
     return click.Option([f"--{name}", field.name], type=inner, **common)
 
 
@@ -114,7 +125,9 @@ def from_parameters(cls: type[Any], values: dict[str, Any], settings: Mapping[st
         for flag_value in field.metadata.get("flags", {}).values():
             if values.pop(_flag_name(field.name, flag_value)):
                 if given.get(field.name, flag_value) != flag_value:
-                    raise UsageError(f"--{field.name.replace('_', '-')} is said to be {given[field.name]} and {flag_value}; leave one out")
+                    raise UsageError(
+                        f"--{field.name.replace('_', '-')} is said to be {given[field.name]} and {flag_value}; leave one out"
+                    )
                 given[field.name] = flag_value
     hints = typing.get_type_hints(cls)
     for name, value in given.items():

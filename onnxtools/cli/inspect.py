@@ -61,19 +61,36 @@ def _show(d: dict[str, Any]) -> None:
 
     out = console()
     opsets = ", ".join(f"{k or 'ai.onnx'} {v}" for k, v in d["opsets"].items())
-    out.print(f"{d['path']}: {d['nodes']} nodes, opset {opsets}, IR {d['ir_version']}, producer {d['producer'] or 'unknown'}", markup=False)
+    out.print(
+        f"{d['path']}: {d['nodes']} nodes, opset {opsets}, IR {d['ir_version']}, producer {d['producer'] or 'unknown'}",
+        markup=False,
+    )
     rows = [(io["kind"], io["name"], io["dtype"], " x ".join(map(str, io["shape"]))) for io in d["io"]]
     table("inputs and outputs", ("", "name", "type", "shape"), collapse(rows, 1))
     table("operators", ("operator", "count"), d["ops"].items(), right=("count",))
     by_type = [(dtype, entry["count"], size(entry["bytes"])) for dtype, entry in d["weights"]["by_dtype"].items()]
     where = ", ".join(d["weights"]["files"]) or "in the graph file"
-    table(f"weights: {size(d['weights']['bytes'])}, {where}", ("type", "tensors", "size"), by_type, right=("tensors", "size"))
+    table(
+        f"weights: {size(d['weights']['bytes'])}, {where}",
+        ("type", "tensors", "size"),
+        by_type,
+        right=("tensors", "size"),
+    )
     q = d["quantization"]
-    out.print(f"  quantized: {q['quantized_products']} of {q['products']} weight products, {q['weight_fraction']:.0%} of their weight elements", markup=False)
+    out.print(
+        f"  quantized: {q['quantized_products']} of {q['products']} weight products, {q['weight_fraction']:.0%} of their weight elements",
+        markup=False,
+    )
     cache = d["cache"]
-    out.print(f"  cache: {cache['tensors']} tensors in {cache['dtype']}, {cache['shape']}" if cache else "  cache: none", markup=False)
+    out.print(
+        f"  cache: {cache['tensors']} tensors in {cache['dtype']}, {cache['shape']}" if cache else "  cache: none",
+        markup=False,
+    )
     for entry in d["provenance"]:
         out.print(f"  made by: {', '.join(p['pass'] for p in entry['passes'])} from {entry.get('input')}", markup=False)
     if d["sparsity"] is not None:
-        rows = [(s["name"], "x".join(map(str, s["shape"])), f"{s['zeros']:.1%}", "yes" if s["is_2_4"] else "no") for s in d["sparsity"]]
+        rows = [
+            (s["name"], "x".join(map(str, s["shape"])), f"{s['zeros']:.1%}", "yes" if s["is_2_4"] else "no")
+            for s in d["sparsity"]
+        ]
         table("sparsity", ("weight", "shape", "zeros", "2:4"), rows, right=("zeros",))

@@ -20,9 +20,19 @@ def add_options(command: click.Command) -> click.Command:
     """The command with `-v` and `--log-file`; a second call adds nothing."""
     if not any(parameter.name == "log_file" for parameter in command.params):
         command.params += [
-            click.Option(["-v", "--verbose"], count=True, expose_value=False, callback=_verbose, help="Say what is begun, on stderr; twice: all details."),
             click.Option(
-                ["--log-file"], type=click.Path(path_type=Path), expose_value=False, callback=_log_file, help="Append the same, with times and all details."
+                ["-v", "--verbose"],
+                count=True,
+                expose_value=False,
+                callback=_verbose,
+                help="Say what is begun, on stderr; twice: all details.",
+            ),
+            click.Option(
+                ["--log-file"],
+                type=click.Path(path_type=Path),
+                expose_value=False,
+                callback=_log_file,
+                help="Append the same, with times and all details.",
             ),
         ]
     return command

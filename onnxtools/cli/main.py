@@ -50,7 +50,9 @@ class LazyGroup(click.Group):
             return add_options(pass_command(cmd_name))
         return None
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         name = args[0] if args else ""
         if name and not name.startswith("-") and name not in self.list_commands(ctx):
             import difflib
@@ -78,7 +80,11 @@ def short_help(name: str) -> str:
     return text.split("\n", 1)[0]
 
 
-@click.group(cls=LazyGroup, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.group(
+    cls=LazyGroup,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+)
 @click.version_option(__version__, prog_name="onnxtools")
 @click.pass_context
 def cli(ctx: click.Context) -> None:
@@ -97,7 +103,9 @@ def cli(ctx: click.Context) -> None:
 def main(args: list[str] | None = None) -> None:
     """Run the command line; every deliberate error is one line on stderr."""
     ours = threading.current_thread() is threading.main_thread()
-    handled = [number for number in (signal.SIGTERM, signal.SIGHUP) if ours and signal.getsignal(number) is signal.SIG_DFL]
+    handled = [
+        number for number in (signal.SIGTERM, signal.SIGHUP) if ours and signal.getsignal(number) is signal.SIG_DFL
+    ]
     for number in handled:
         signal.signal(number, _terminate)
     try:
@@ -156,7 +164,10 @@ def _unexpected(error: Exception, given: list[str]) -> NoReturn:
         if why:
             _fail(f"{path}: is no valid ONNX model ({why}); export it again", 1)
     notes = "; ".join(getattr(error, "__notes__", []))
-    _fail(f"internal error, {type(error).__name__}: {' '.join(str(error).split())[:300]}; {notes or 'run again with --debug and report it'}", 1)
+    _fail(
+        f"internal error, {type(error).__name__}: {' '.join(str(error).split())[:300]}; {notes or 'run again with --debug and report it'}",
+        1,
+    )
 
 
 def _terminate(signum: int, frame: Any) -> None:

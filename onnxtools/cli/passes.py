@@ -12,7 +12,15 @@ import click
 
 from onnxtools.base.errors import UsageError
 from onnxtools.checkpoints.beside import check_folder, files_beside
-from onnxtools.cli.flags import OUTPUT_OPTION, PATH, TOLERANCE, check_output, dataclass_options, from_parameters, one_output
+from onnxtools.cli.flags import (
+    OUTPUT_OPTION,
+    PATH,
+    TOLERANCE,
+    check_output,
+    dataclass_options,
+    from_parameters,
+    one_output,
+)
 from onnxtools.cli.logs import LOG
 from onnxtools.ir.model import Model
 from onnxtools.pipeline.manager import Instrument, PassManager, Report
@@ -66,7 +74,11 @@ def pass_command(name: str) -> click.Command:
             from onnxtools.cli.budget import search
 
             pass_, extra = search(
-                pass_, input_path, output_path, **{key: values.pop(key) for key in ("budget", "budget_data", "budget_rows")}, as_json=values["as_json"]
+                pass_,
+                input_path,
+                output_path,
+                **{key: values.pop(key) for key in ("budget", "budget_data", "budget_rows")},
+                as_json=values["as_json"],
             )
         run_passes([pass_], input_path, output_path, title=name, extra=extra, **values)
 
@@ -84,10 +96,25 @@ def _unindent(text: str) -> str:
 
 
 def instruments(
-    passes: list[Pass], model: Model, check: bool | None, inputs: Path | None, tolerance: float | None, dump: Path | None, output: Path
+    passes: list[Pass],
+    model: Model,
+    check: bool | None,
+    inputs: Path | None,
+    tolerance: float | None,
+    dump: Path | None,
+    output: Path,
 ) -> list[Instrument]:
     """The usual set: reproducer, dumps, numeric check, checker, memory, node counts, and time innermost."""
-    from onnxtools.pipeline.instruments import CHECK_LIMIT, Checker, Dump, NodeCount, NumericCheck, PeakMemory, Reproducer, Timing
+    from onnxtools.pipeline.instruments import (
+        CHECK_LIMIT,
+        Checker,
+        Dump,
+        NodeCount,
+        NumericCheck,
+        PeakMemory,
+        Reproducer,
+        Timing,
+    )
 
     chosen: list[Instrument] = [Reproducer(output.parent / f"{output.name}.crash", passes)]
     if dump is not None:
@@ -98,7 +125,10 @@ def instruments(
         from onnxtools.check.feeds import read_feeds
 
         each = bool(check) or model.weight_bytes() < CHECK_LIMIT  # a check of the form takes seconds on a large graph
-        chosen += [NumericCheck(read_feeds(inputs) if inputs else None, tolerance, full=bool(check)), Checker(each=each)]
+        chosen += [
+            NumericCheck(read_feeds(inputs) if inputs else None, tolerance, full=bool(check)),
+            Checker(each=each),
+        ]
     return [*chosen, PeakMemory(), NodeCount(), Timing()]
 
 
@@ -126,11 +156,27 @@ def run_passes(
     return model
 
 
-def show(report: Report, saved: SaveReport, model: Model, input_path: Path, title: str, as_json: bool, extra: Mapping[str, Any] | None = None) -> None:
+def show(
+    report: Report,
+    saved: SaveReport,
+    model: Model,
+    input_path: Path,
+    title: str,
+    as_json: bool,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
     from onnxtools.cli.render import console, print_json, report_table
 
     if as_json:
-        print_json({"input": str(input_path), "output": str(saved.path), "steps": report.as_json(), "notes": [*model.notes, *saved.lines()], **(extra or {})})
+        print_json(
+            {
+                "input": str(input_path),
+                "output": str(saved.path),
+                "steps": report.as_json(),
+                "notes": [*model.notes, *saved.lines()],
+                **(extra or {}),
+            }
+        )
         return
     report_table(report, f"{title}: {input_path} -> {saved.path}")
     for line in (*model.notes, *saved.lines()):

@@ -37,8 +37,14 @@ from onnxtools.cli.flags import PATH, common_options
     help="Make the output self-contained instead of referring to the input's data file. [default: where most weights are new]",
 )
 @click.option("--force", is_flag=True, help="Let the output replace the input.")
-@click.option("--allow-code", is_flag=True, help="Run code that the recipe names (graphsurgeon); only for recipes that you trust.")
-@click.option("--check/--no-check", default=None, help="Compare with the input on ONNX Runtime after each pass, of large models a part. [default: on]")
+@click.option(
+    "--allow-code", is_flag=True, help="Run code that the recipe names (graphsurgeon); only for recipes that you trust."
+)
+@click.option(
+    "--check/--no-check",
+    default=None,
+    help="Compare with the input on ONNX Runtime after each pass, of large models a part. [default: on]",
+)
 @click.option("--dump", type=PATH, help="Write the graph after each pass into this folder.")
 @common_options
 def command(
@@ -56,13 +62,20 @@ def command(
     plan = read_recipe(recipe, input_path, output_path)
     coding = next((pass_.name for pass_ in plan.passes if pass_.runs_code), None)
     if coding is not None and not allow_code:
-        raise UsageError(f"{recipe}: its pass {coding!r} runs code that the recipe names; read the recipe, then say --allow-code")
+        raise UsageError(
+            f"{recipe}: its pass {coding!r} runs code that the recipe names; read the recipe, then say --allow-code"
+        )
     check_output(plan.output, plan.input, force=force or check is False)
     model = Model.load(plan.input)
     check_folder(plan.output, files_beside(model))
     report = PassManager(plan.passes, instruments(plan.passes, model, check, None, None, dump, plan.output)).run(model)
     saved = write_model(model, plan.output, plan.passes, copy_weights)
-    result: dict[str, object] = {"input": str(plan.input), "output": str(plan.output), "steps": report.as_json(), "notes": [*model.notes, *saved.lines()]}
+    result: dict[str, object] = {
+        "input": str(plan.input),
+        "output": str(plan.output),
+        "steps": report.as_json(),
+        "notes": [*model.notes, *saved.lines()],
+    }
     if not as_json:
         show(report, saved, model, plan.input, recipe.name, False)
     passed = True
@@ -72,7 +85,9 @@ def command(
         verdict = validate(Model.load(plan.against), Model.load(plan.output), tolerance=plan.tolerance)
         result["validate"], passed = verdict.as_json(), verdict.passed
         if not as_json:
-            verdict_table(verdict, f"{plan.against} against {plan.output} (tolerance {verdict.tolerance:g}, relative L2)")
+            verdict_table(
+                verdict, f"{plan.against} against {plan.output} (tolerance {verdict.tolerance:g}, relative L2)"
+            )
     if passed and plan.engine is not None and plan.spec is not None:
         from onnxtools.engines.build.engine import build
 

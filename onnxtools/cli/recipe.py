@@ -40,11 +40,15 @@ def read_recipe(path: Path, input_path: Path | None = None, output_path: Path | 
     data = read_yaml(path, f"a recipe with the keys {', '.join(sorted(_KEYS))}")
     unknown = set(data) - _KEYS
     if unknown:
-        raise UsageError(f"{path}: unknown key {shown(sorted(map(str, unknown))[0])}; a recipe has {', '.join(sorted(_KEYS))}")
+        raise UsageError(
+            f"{path}: unknown key {shown(sorted(map(str, unknown))[0])}; a recipe has {', '.join(sorted(_KEYS))}"
+        )
     source = input_path or _path(path, data, "input")
     target = output_path or _path(path, data, "output")
     if source is None or target is None:
-        raise UsageError(f"{path}: no {'input' if source is None else 'output'}; add the key or use --{'input' if source is None else 'output'}")
+        raise UsageError(
+            f"{path}: no {'input' if source is None else 'output'}; add the key or use --{'input' if source is None else 'output'}"
+        )
     passes = [_pass(path, entry) for entry in _list(path, data.get("passes", []))]
     check = _mapping(path, "validate", data.get("validate"), {"against", "tolerance"})
     build = _mapping(path, "build", data.get("build"), None)
@@ -86,7 +90,9 @@ def _mapping(recipe: Path, key: str, value: Any, known: set[str] | None) -> dict
         raise UsageError(f"{recipe}: {key} is a mapping")
     unknown = set(value) - known if known is not None else set()
     if unknown:
-        raise UsageError(f"{recipe}: {key} has no key {shown(sorted(map(str, unknown))[0])}; it has {', '.join(sorted(known or ()))}")
+        raise UsageError(
+            f"{recipe}: {key} has no key {shown(sorted(map(str, unknown))[0])}; it has {', '.join(sorted(known or ()))}"
+        )
     return value
 
 

@@ -75,7 +75,11 @@ def report_table(report: Report, title: str) -> None:
     rows = []
     for step in report.steps:
         m = step.measures
-        nodes = f"{m['nodes_before']} -> {m['nodes_after']}" if m.get("nodes_before") != m.get("nodes_after") else str(m.get("nodes_after", ""))
+        nodes = (
+            f"{m['nodes_before']} -> {m['nodes_after']}"
+            if m.get("nodes_before") != m.get("nodes_after")
+            else str(m.get("nodes_after", ""))
+        )
         check = number(m.get("rel_l2")) if "rel_l2" in m else "-"
         matches = step.result.matches if step.result.matches or step.result.changed else "none"
         rows.append((step.name, matches, nodes, f"{m.get('seconds', 0):.2f}", f"{m.get('peak_mib', 0):.0f}", check))
@@ -99,10 +103,22 @@ def report_table(report: Report, title: str) -> None:
 
 def verdict_table(verdict: Verdict, title: str) -> None:
     rows = [
-        (r.check, r.output, number(r.difference.max_abs), number(r.difference.rel_l2), f"{r.difference.cosine:.6f}", "pass" if r.passed else "FAIL")
+        (
+            r.check,
+            r.output,
+            number(r.difference.max_abs),
+            number(r.difference.rel_l2),
+            f"{r.difference.cosine:.6f}",
+            "pass" if r.passed else "FAIL",
+        )
         for r in verdict.rows
     ]
-    table(title, ("check", "output", "max abs", "rel L2", "cosine", "verdict"), rows, right=("max abs", "rel L2", "cosine"))
+    table(
+        title,
+        ("check", "output", "max abs", "rel L2", "cosine", "verdict"),
+        rows,
+        right=("max abs", "rel L2", "cosine"),
+    )
     for note in verdict.notes:
         console().print(f"  {note}", style="dim", markup=False)
 

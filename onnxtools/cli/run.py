@@ -44,7 +44,15 @@ def _callback(
     with opened(model, runtimes, runtime_options(given)) as made:
         say_notes(made)
         for runtime in made:
-            found = _run(runtime, open_tokenizer(tokenizer_path, runtime, model), texts, options, batch_size, as_json, len(made) > 1)
+            found = _run(
+                runtime,
+                open_tokenizer(tokenizer_path, runtime, model),
+                texts,
+                options,
+                batch_size,
+                as_json,
+                len(made) > 1,
+            )
             result[runtime.name] = found
     if as_json:
         print_json({"model": str(model), "runtimes": result})
@@ -56,7 +64,11 @@ def _prompts(prompts: tuple[str, ...], file: Path | None) -> list[str]:
         file = Path("-")
     if file is not None:
         try:
-            text = sys.stdin.buffer.read().decode("utf-8-sig") if str(file) == "-" else file.read_text(encoding="utf-8-sig")
+            text = (
+                sys.stdin.buffer.read().decode("utf-8-sig")
+                if str(file) == "-"
+                else file.read_text(encoding="utf-8-sig")
+            )
         except (OSError, UnicodeDecodeError) as error:
             raise JobError(f"{file}: cannot be read ({error}); give a text file with a prompt a line") from None
         found += [line for line in text.split("\n") if line.strip()]
@@ -68,7 +80,15 @@ def _prompts(prompts: tuple[str, ...], file: Path | None) -> list[str]:
     return found
 
 
-def _run(runtime: Runtime, tokenizer: Tokenizer, texts: list[str], options: GenerationOptions, batch: int, as_json: bool, titled: bool) -> list[dict[str, Any]]:
+def _run(
+    runtime: Runtime,
+    tokenizer: Tokenizer,
+    texts: list[str],
+    options: GenerationOptions,
+    batch: int,
+    as_json: bool,
+    titled: bool,
+) -> list[dict[str, Any]]:
     """Run, print unless `as_json`, and return what `--json` says of this runtime, a mapping for each beam."""
     from onnxtools.generation.prompts import as_demo, continue_texts
 
@@ -82,7 +102,9 @@ def _run(runtime: Runtime, tokenizer: Tokenizer, texts: list[str], options: Gene
         click.echo("".join(waiting) + piece, nl=False)
         waiting.clear()
 
-    found = continue_texts(runtime, tokenizer, texts, options, batch_size=batch, show=show if streams else None, logprobs=as_json)
+    found = continue_texts(
+        runtime, tokenizer, texts, options, batch_size=batch, show=show if streams else None, logprobs=as_json
+    )
     if streams:
         click.echo("".join(waiting))
     elif not as_json:
@@ -95,7 +117,9 @@ def _print(found: list[list[Text]]) -> None:
         if len(found) > 1:
             click.echo(f"--- {index}")
         for number, text in enumerate(beams):
-            click.echo(f"beam {number} result ({text.score:.4f}): {text.sentence}" if text.score is not None else text.sentence)
+            click.echo(
+                f"beam {number} result ({text.score:.4f}): {text.sentence}" if text.score is not None else text.sentence
+            )
 
 
 command = runtime_command(

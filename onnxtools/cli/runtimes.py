@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 
 
 def runtime_command(
-    name: str, help_text: str, callback: Callable[..., Any], *, extra: Sequence[click.Parameter], options: type[Any] | None = None
+    name: str,
+    help_text: str,
+    callback: Callable[..., Any],
+    *,
+    extra: Sequence[click.Parameter],
+    options: type[Any] | None = None,
 ) -> click.Command:
     """A command on MODEL with the runtimes' flags, those of the dataclass `options`, and `extra`."""
     from onnxtools.generation.runtime import RuntimeOptions
@@ -65,7 +70,9 @@ def opened(model: Path, runtimes: Sequence[str], options: RuntimeOptions) -> Ite
     if len(set(names)) != len(names):
         raise UsageError(f"--runtime names {max(names, key=names.count)!r} twice; name each once")
     if options.checkpoint is not None and not any(name.split(":")[0] == "frameworks" for name in names):
-        raise UsageError(f"--checkpoint is for --runtime frameworks, and {', '.join(names)} runs {model}; add it, or leave --checkpoint out")
+        raise UsageError(
+            f"--checkpoint is for --runtime frameworks, and {', '.join(names)} runs {model}; add it, or leave --checkpoint out"
+        )
     made: list[Runtime] = []
     try:
         for name in names:
@@ -91,8 +98,13 @@ def open_tokenizer(path: Path | None, runtime: Runtime, model: Path) -> Tokenize
 
         manifest = getattr(runtime, "manifest", None)
         beside = manifest["graph"].get("beside") if manifest else files_of(model)["beside"]
-        check_beside(model, {name: text for name, text in beside.items() if isinstance(text, str)} if isinstance(beside, dict) else {})
-    return Tokenizer.open(path or (own if (own / "tokenizer.json").is_file() else model if model.is_dir() else model.parent))
+        check_beside(
+            model,
+            {name: text for name, text in beside.items() if isinstance(text, str)} if isinstance(beside, dict) else {},
+        )
+    return Tokenizer.open(
+        path or (own if (own / "tokenizer.json").is_file() else model if model.is_dir() else model.parent)
+    )
 
 
 def say_notes(runtimes: Sequence[Runtime]) -> None:

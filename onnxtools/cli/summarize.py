@@ -48,16 +48,32 @@ def _callback(
                 )  # fmt: skip
     failed = [name for name, found in result.items() if check_accuracy and found["rouge1"] < rouge1_threshold]
     if as_json:
-        print_json({"model": str(model), "dataset": str(dataset), "runtimes": result, "passed": not failed if check_accuracy else None})
+        print_json(
+            {
+                "model": str(model),
+                "dataset": str(dataset),
+                "runtimes": result,
+                "passed": not failed if check_accuracy else None,
+            }
+        )
     else:
         columns = ("runtime", "articles", *SCORES, "latency s", "output tokens", "tokens/s")
         rows = [
-            (name, r["n"], *(f"{r[s]:.2f}" for s in SCORES), f"{r['total_latency_s']:.3f}", r["output_tokens"], f"{r['tokens_per_s']:.1f}")
+            (
+                name,
+                r["n"],
+                *(f"{r[s]:.2f}" for s in SCORES),
+                f"{r['total_latency_s']:.3f}",
+                r["output_tokens"],
+                f"{r['tokens_per_s']:.1f}",
+            )
             for name, r in result.items()
         ]
         table(f"summaries of {dataset}", columns, rows, right=columns[1:])
         for name in failed:
-            console().print(f"{name}: ROUGE-1 {result[name]['rouge1']:.2f} is below {rouge1_threshold:g}", style="red", markup=False)
+            console().print(
+                f"{name}: ROUGE-1 {result[name]['rouge1']:.2f} is below {rouge1_threshold:g}", style="red", markup=False
+            )
     sys.exit(1 if failed else 0)
 
 

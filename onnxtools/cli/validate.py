@@ -28,7 +28,11 @@ from onnxtools.cli.flags import PATH, TOLERANCE, common_options
 @click.argument("reference", type=PATH)
 @click.argument("model", type=PATH, required=False)
 @click.option("--inputs", type=PATH, help="Full-sequence inputs: .npz or Polygraphy JSON. [default: random by rule]")
-@click.option("--tolerance", type=TOLERANCE, help="Largest accepted relative L2. [default: 1e-5 fp32, 1e-2 fp16, 0.1 bf16 and 16-bit FP8]")
+@click.option(
+    "--tolerance",
+    type=TOLERANCE,
+    help="Largest accepted relative L2. [default: 1e-5 fp32, 1e-2 fp16, 0.1 bf16 and 16-bit FP8]",
+)
 @click.option("--batch", type=click.IntRange(1), default=2, show_default=True, help="Batch of random inputs.")
 @click.option("--sequence", type=click.IntRange(1), default=16, show_default=True, help="Tokens of random inputs.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of random inputs.")
@@ -55,7 +59,11 @@ def command(
     a, b = Model.load(reference), Model.load(model)
     feeds = read_feeds(inputs) if inputs else None
     verdict = validate(a, b, feeds, tolerance, batch, sequence, seed)
-    found = first_divergence(a, b, feeds or random_feeds(a, batch, sequence, seed), verdict.tolerance) if per_layer else None
+    found = (
+        first_divergence(a, b, feeds or random_feeds(a, batch, sequence, seed), verdict.tolerance)
+        if per_layer
+        else None
+    )
     result = verdict.as_json()
     if per_layer:
         result["first_divergence"] = None if found is None else vars(found) | {"difference": vars(found.difference)}
@@ -79,9 +87,18 @@ def _engine(engine: Path, graph: Path | None, as_json: bool) -> None:
 
     found = check_files(engine, read_manifest(engine), graph)
     if as_json:
-        print_json({"files": [{"file": file, "problem": problem or None} for file, problem in found], "passed": not any(problem for _, problem in found)})
+        print_json(
+            {
+                "files": [{"file": file, "problem": problem or None} for file, problem in found],
+                "passed": not any(problem for _, problem in found),
+            }
+        )
     else:
-        table(f"{engine} and its manifest", ("file", ""), [(file, problem or "as it was built") for file, problem in found])
+        table(
+            f"{engine} and its manifest",
+            ("file", ""),
+            [(file, problem or "as it was built") for file, problem in found],
+        )
     wrong = [(file, problem) for file, problem in found if problem]
     if wrong:
         raise JobError(f"{wrong[0][0]} {wrong[0][1]}; build the engine again, or bring the file back")

@@ -11,7 +11,14 @@ from pathlib import Path
 from onnxtools.base.errors import JobError, UsageError
 from onnxtools.checkpoints.tokenizer import Tokenizer
 from onnxtools.engines.runtimes.onnxrt.ort_runtime import OrtRuntime
-from onnxtools.evaluate.lambada import Passage, PassageResult, compare_lambada, score_lambada, summarize_lambada, tokenized
+from onnxtools.evaluate.lambada import (
+    Passage,
+    PassageResult,
+    compare_lambada,
+    score_lambada,
+    summarize_lambada,
+    tokenized,
+)
 from onnxtools.generation.runtime import RuntimeOptions
 from onnxtools.ir.model import Model
 from onnxtools.passes.quantize.quantize_pass import Quantize
@@ -60,7 +67,12 @@ class Trial:
 
 
 def within_budget(
-    wanted: Quantize, source: Path, output: Path, budget: Budget, rows: Sequence[tuple[str, str]], tried: Callable[[Trial], None]
+    wanted: Quantize,
+    source: Path,
+    output: Path,
+    budget: Budget,
+    rows: Sequence[tuple[str, str]],
+    tried: Callable[[Trial], None],
 ) -> tuple[Quantize, list[Trial]]:
     """`wanted` with the least `exclude_worst` that keeps the budget, found by halving; and every model that was tried.
 
@@ -80,7 +92,9 @@ def within_budget(
     with OwnFolder("onnxtools-budget-") as folder:
 
         def attempt(excluded: int) -> tuple[Trial, int]:
-            candidate = dataclasses.replace(wanted, exclude_worst=excluded, calib_cache=wanted.calib_cache or str(folder))
+            candidate = dataclasses.replace(
+                wanted, exclude_worst=excluded, calib_cache=wanted.calib_cache or str(folder)
+            )
             try:
                 count = _write(candidate, source, trial_path)
                 results = _scores(OrtRuntime(trial_path, RuntimeOptions()), passages)
@@ -115,7 +129,9 @@ def _write(candidate: Quantize, source: Path, path: Path) -> int:
     return count
 
 
-def _reference(source: Path, tokenizer: Tokenizer, rows: Sequence[tuple[str, str]]) -> tuple[list[PassageResult], list[Passage]]:
+def _reference(
+    source: Path, tokenizer: Tokenizer, rows: Sequence[tuple[str, str]]
+) -> tuple[list[PassageResult], list[Passage]]:
     runtime = OrtRuntime(source, RuntimeOptions())
     passages = tokenized(rows, tokenizer, runtime.info.max_positions)
     return _scores(runtime, passages), passages

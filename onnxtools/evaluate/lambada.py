@@ -68,11 +68,15 @@ def read_lambada(path: Path, limit: int | None = None) -> list[tuple[str, str]]:
         elif "text" in row:
             context, word = split_text(row["text"]) if isinstance(row["text"], str) else (None, None)
         else:
-            raise JobError(f"{path}:{number}: has the fields {shown(list(row)) if row else 'none'}; LAMBADA's are context and continuation, or text")
+            raise JobError(
+                f"{path}:{number}: has the fields {shown(list(row)) if row else 'none'}; LAMBADA's are context and continuation, or text"
+            )
         if not isinstance(context, str) or not isinstance(word, str):
             raise JobError(f"{path}:{number}: context and continuation, or text, must be text; mend the line")
         if not context.strip() or not word.strip():
-            raise JobError(f"{path}:{number}: the {'context' if not context.strip() else 'last word'} is empty; remove the line")
+            raise JobError(
+                f"{path}:{number}: the {'context' if not context.strip() else 'last word'} is empty; remove the line"
+            )
         found.append((context, word))
     return found
 
@@ -96,7 +100,9 @@ def tokenized(rows: Sequence[tuple[str, str]], tokenizer: Tokenizer, longest: in
         joint = "" if context[-1:].isspace() or word.startswith(" ") else " "
         before, pieces = tokenizer.pair(context, joint + word)
         if not pieces:
-            raise JobError(f"passage {number}: its last word {word.strip()[:40]!r} has no token of its own in {tokenizer.path}; remove the line")
+            raise JobError(
+                f"passage {number}: its last word {word.strip()[:40]!r} has no token of its own in {tokenizer.path}; remove the line"
+            )
         if longest is not None:
             before = before[-max(longest + 1 - len(pieces), 1) :]
         found.append(Passage(before, pieces))
@@ -104,7 +110,12 @@ def tokenized(rows: Sequence[tuple[str, str]], tokenizer: Tokenizer, longest: in
 
 
 def score_lambada(
-    runtime: Runtime, passages: Sequence[Passage], *, batch_size: int, known: dict[int, PassageResult], done: Callable[[int, PassageResult], None]
+    runtime: Runtime,
+    passages: Sequence[Passage],
+    *,
+    batch_size: int,
+    known: dict[int, PassageResult],
+    done: Callable[[int, PassageResult], None],
 ) -> list[PassageResult]:
     """Results of all passages; those in `known` are not run again."""
     missing = [i for i in range(len(passages)) if i not in known]
@@ -124,7 +135,12 @@ def _result(scored: Scored, passage: Passage) -> PassageResult:
     pieces, first = len(passage.word), passage.word[0]
     top = [bool((scored.top[:, :n] == first).any()) for n in (1, 3, 5)]
     return PassageResult(
-        float(scored.logprobs[-pieces:].sum()), pieces, float(scored.logprobs.sum()), len(scored.logprobs), bool((scored.ranks == 0).all()), *top
+        float(scored.logprobs[-pieces:].sum()),
+        pieces,
+        float(scored.logprobs.sum()),
+        len(scored.logprobs),
+        bool((scored.ranks == 0).all()),
+        *top,
     )
 
 
@@ -173,7 +189,9 @@ class Journal:
         self._file = path.open("a", encoding="utf-8")
         try:
             if not try_lock(self._file.fileno()):
-                raise JobError(f"{path}: another run of `accuracy` writes it now; wait for it, or name another file with --resume")
+                raise JobError(
+                    f"{path}: another run of `accuracy` writes it now; wait for it, or name another file with --resume"
+                )
             if path.stat().st_size:
                 self._read(path, of)
             if not self.known and path.stat().st_size == 0:
@@ -193,9 +211,13 @@ class Journal:
                 index = int(row.pop("index"))
                 self.known[index] = _checked(PassageResult(**row))
         except (ValueError, TypeError, KeyError, AttributeError, AssertionError):
-            raise JobError(f"{path}: is no journal of `accuracy`, or a damaged one; name another file with --resume") from None
+            raise JobError(
+                f"{path}: is no journal of `accuracy`, or a damaged one; name another file with --resume"
+            ) from None
         if header != json.loads(json.dumps(of)):
-            raise JobError(f"{path}: holds results of another model, dataset, tokenizer or runtime; name another file with --resume")
+            raise JobError(
+                f"{path}: holds results of another model, dataset, tokenizer or runtime; name another file with --resume"
+            )
         with path.open("rb+") as file:
             file.truncate(len(whole))
 
@@ -213,6 +235,10 @@ class Journal:
 def _checked(result: PassageResult) -> PassageResult:
     """Raises: ValueError for figures that no passage has."""
     numbers = (result.word, result.total)
-    if not (all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers) and result.pieces >= 1 and result.tokens >= result.pieces):
+    if not (
+        all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers)
+        and result.pieces >= 1
+        and result.tokens >= result.pieces
+    ):
         raise ValueError(result)
     return result

@@ -24,7 +24,13 @@ from onnxtools.ir.description import described
 from onnxtools.ir.model import Model
 
 _ELEMS = {"float": onnx.TensorProto.FLOAT, "float16": onnx.TensorProto.FLOAT16, "bfloat16": onnx.TensorProto.BFLOAT16}
-_TABLES = {("Gather", 0), ("RotaryEmbedding", 1), ("RotaryEmbedding", 2), ("GroupQueryAttention", 7), ("GroupQueryAttention", 8)}
+_TABLES = {
+    ("Gather", 0),
+    ("RotaryEmbedding", 1),
+    ("RotaryEmbedding", 2),
+    ("GroupQueryAttention", 7),
+    ("GroupQueryAttention", 8),
+}
 """Operators and inputs whose weight is a table of embeddings, cosines or sines."""
 _BYTES = {"float": 4, "float16": 2, "bfloat16": 2}
 
@@ -86,13 +92,23 @@ def work(path: Path, options: BenchmarkOptions) -> Work:
 def _query_channels(model: Model) -> int:
     """Heads x channels summed over layers, of onnxtools.json; 0 where it is not known (attention is a small part)."""
     c = described(model).get("model", {})
-    sizes = [size for name in ("num_hidden_layers", "num_attention_heads", "head_dim") if isinstance(size := c.get(name), int)]
+    sizes = [
+        size
+        for name in ("num_hidden_layers", "num_attention_heads", "head_dim")
+        if isinstance(size := c.get(name), int)
+    ]
     return math.prod(sizes) if len(sizes) == 3 else 0
 
 
 def measure_rates(device: str, dtype: str, threads: int = 0) -> Rates:
     """Measure a copy of 1 GB (CPU: 0.25) and a product of 8192 (CPU: 1536) square matrices, best of several."""
-    dtype = dtype if dtype in _ELEMS and (device == "cuda" or dtype != "bfloat16") else "float16" if device == "cuda" else "float"
+    dtype = (
+        dtype
+        if dtype in _ELEMS and (device == "cuda" or dtype != "bfloat16")
+        else "float16"
+        if device == "cuda"
+        else "float"
+    )
     elements, size = (1 << 29, 8192) if device == "cuda" else (1 << 26, 1536)
     copied = _best(_session(device, dtype, "Neg", 1, threads), [[elements]], device, dtype)
     multiplied = _best(_session(device, dtype, "MatMul", 2, threads), [[size, size]] * 2, device, dtype)
@@ -106,9 +122,19 @@ def raised(rates: Rates, needed: Work, timings: Sequence[Timing], steps: int) ->
         timings: of the runtimes on the device; steps: that each iteration has after its first token.
     """
     firsts = [min(timing.first) for timing in timings]
-    means = [min(min(np.reshape(timing.steps, (-1, steps)).mean(1)), statistics.median(timing.steps)) for timing in timings if timing.steps]
-    reached = max((needed.step_bytes / seconds for seconds in means), default=0.0), max((needed.prefill_flops / seconds for seconds in firsts), default=0.0)
-    by = ["the model's steps" if reached[0] > rates.bytes_per_s else "a copy", "its prefill" if reached[1] > rates.flops_per_s else "a matrix product"]
+    means = [
+        min(min(np.reshape(timing.steps, (-1, steps)).mean(1)), statistics.median(timing.steps))
+        for timing in timings
+        if timing.steps
+    ]
+    reached = (
+        max((needed.step_bytes / seconds for seconds in means), default=0.0),
+        max((needed.prefill_flops / seconds for seconds in firsts), default=0.0),
+    )
+    by = [
+        "the model's steps" if reached[0] > rates.bytes_per_s else "a copy",
+        "its prefill" if reached[1] > rates.flops_per_s else "a matrix product",
+    ]
     return Rates(float(max(rates.bytes_per_s, reached[0])), float(max(rates.flops_per_s, reached[1])), " and ".join(by))
 
 
@@ -129,7 +155,9 @@ def _best(session: Any, shapes: list[list[int]], device: str, dtype: str, runs: 
     kept = []
     for name, shape in zip(("a", "b"), shapes, strict=False):
         array = generator.standard_normal(shape, np.float32)
-        kept.append(ort.OrtValue.ortvalue_from_numpy(array if dtype == "float" else array.astype(np.float16), device, 0))
+        kept.append(
+            ort.OrtValue.ortvalue_from_numpy(array if dtype == "float" else array.astype(np.float16), device, 0)
+        )
         if dtype == "bfloat16":  # bits of a float16 are a valid bfloat16 of another value; the time is the same
             kept[-1] = ort.OrtValue.ortvalue_from_shape_and_type(shape, _ELEMS[dtype], device, 0)
         binding.bind_ortvalue_input(name, kept[-1])

@@ -38,12 +38,22 @@ class OnnxtoolsLM(LM):  # type: ignore[misc]
         batch_size: texts run together.
     """
 
-    def __init__(self, model: str, runtime: str = "", tokenizer: str = "", max_length: int = 0, batch_size: int | str = 8, **options: Any) -> None:
+    def __init__(
+        self,
+        model: str,
+        runtime: str = "",
+        tokenizer: str = "",
+        max_length: int = 0,
+        batch_size: int | str = 8,
+        **options: Any,
+    ) -> None:
         super().__init__()
         path = Path(model)
         options.pop("max_batch_size", None)
         device = options.pop("device", None) or "auto"
-        self.runtime = open_runtime(runtime or default_runtime(path), path, RuntimeOptions(device=str(device).split(":")[0], **options))  # type: ignore[arg-type]
+        self.runtime = open_runtime(
+            runtime or default_runtime(path), path, RuntimeOptions(device=str(device).split(":")[0], **options)
+        )  # type: ignore[arg-type]
         self.tokens = Tokenizer.open(Path(tokenizer) if tokenizer else path if path.is_dir() else path.parent)
         self.max_length = int(max_length) or self.runtime.info.max_positions or 2048
         self.batch_size = int(batch_size) if str(batch_size).isdigit() else 8
@@ -65,7 +75,13 @@ class OnnxtoolsLM(LM):  # type: ignore[misc]
     def _prefix(self) -> int:
         """The token that stands before a text without context: the beginning of texts, or the end of the one before."""
         info = self.runtime.info
-        return info.bos_token_id if info.bos_token_id is not None else info.eos_token_ids[0] if info.eos_token_ids else info.pad_token_id
+        return (
+            info.bos_token_id
+            if info.bos_token_id is not None
+            else info.eos_token_ids[0]
+            if info.eos_token_ids
+            else info.pad_token_id
+        )
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of each whole text, in windows that do not overlap; each begins with the token before it."""
@@ -85,8 +101,14 @@ class OnnxtoolsLM(LM):  # type: ignore[misc]
         until = settings.get("until") or ()
         stop = tuple(text for text in ((until,) if isinstance(until, str) else until) if text)
         wanted = int(settings.get("max_gen_toks", 256))
-        sampled = {key: settings[key] for key in ("temperature", "top_p", "top_k") if settings.get("do_sample") and settings.get(key)}
+        sampled = {
+            key: settings[key]
+            for key in ("temperature", "top_p", "top_k")
+            if settings.get("do_sample") and settings.get(key)
+        }
         options = GenerationOptions(max_new_tokens=wanted, stop=stop, **sampled)
         prompt = self.tokens.encode(context)[-max(self.max_length - wanted, 1) :]
-        found = generate(self.runtime, [prompt], options, on_token=Streams(self.tokens, [prompt], stop) if stop else None)
+        found = generate(
+            self.runtime, [prompt], options, on_token=Streams(self.tokens, [prompt], stop) if stop else None
+        )
         return cut_at(self.tokens.continuation(prompt, found[0][0].token_ids), stop)[0]

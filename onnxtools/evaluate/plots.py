@@ -67,6 +67,10 @@ def _roofline(axes: Any, result: Mapping[str, Any]) -> None:
             points.append(("step", flops_token * options["batch_size"], block["time_per_output_token_s"]))
         for what, flops, seconds in points:
             axes.scatter(flops / limit["step_bytes"], flops / seconds, label=f"{name} {what}", zorder=3)
-    axes.set(xlabel="operations per byte of weights and cache", ylabel="operations per second", title="Roofline" if drawn else "Roofline (no ONNX model)")
+    axes.set(
+        xlabel="operations per byte of weights and cache",
+        ylabel="operations per second",
+        title="Roofline" if drawn else "Roofline (no ONNX model)",
+    )
     if drawn:
         axes.legend(fontsize="small")

@@ -29,7 +29,12 @@ class Scored:
 
 
 def score_texts(
-    runtime: Runtime, texts: Sequence[Sequence[int]], targets: Sequence[int], *, batch_size: int, done: Callable[[int, Scored], None] | None = None
+    runtime: Runtime,
+    texts: Sequence[Sequence[int]],
+    targets: Sequence[int],
+    *,
+    batch_size: int,
+    done: Callable[[int, Scored], None] | None = None,
 ) -> list[Scored]:
     """Score `texts` (tokens), the longest first, `batch_size` together; equal inputs are run once.
 
@@ -78,7 +83,9 @@ def _scored(logits: Floats, text: Sequence[int], target: int, index: int) -> Sco
     tokens = np.asarray(text[1:])
     largest = logits.max(axis=-1)
     if not np.isfinite(largest).all():
-        raise JobError(f"text {index}: its logits are NaN or infinite; compare the model with its source: onnxtools validate")
+        raise JobError(
+            f"text {index}: its logits are NaN or infinite; compare the model with its source: onnxtools validate"
+        )
     every = np.arange(len(tokens))
     chosen = logits[every, tokens]
     # One pass over the vocabulary: log-sum-exp of each position.

@@ -39,7 +39,9 @@ def read_articles(path: Path, limit: int | None = None) -> list[Article]:
     found = []
     for number, row in read_jsonl(path, limit):
         if not all(isinstance(row.get(name), str) and row[name].strip() for name in ("article", "highlights")):
-            raise JobError(f"{path}:{number}: has the fields {shown(list(row)) if row else 'none'}; article and highlights are wanted, with text in them")
+            raise JobError(
+                f"{path}:{number}: has the fields {shown(list(row)) if row else 'none'}; article and highlights are wanted, with text in them"
+            )
         found.append(Article(row["article"], row["highlights"]))
     return found
 
@@ -65,7 +67,10 @@ def summarize(
         found = [beams[0] for beams in generate(runtime, batch, options, on_token=streams)]
         seconds += time.perf_counter() - began
         tokens += sum(len(f.token_ids) for f in found)
-        texts += [cut_at(tokenizer.continuation(p, f.token_ids), options.stop)[0].strip() for p, f in zip(batch, found, strict=True)]
+        texts += [
+            cut_at(tokenizer.continuation(p, f.token_ids), options.stop)[0].strip()
+            for p, f in zip(batch, found, strict=True)
+        ]
         done(len(batch))
     scores = [scorer.score(a.highlights, text) for a, text in zip(articles, texts, strict=True)]
     return {
@@ -87,7 +92,9 @@ def _room(runtime: Runtime, options: GenerationOptions, longest: int) -> int:
     positions = runtime.info.max_positions
     room = longest if positions is None else min(longest, positions - options.max_new_tokens)
     if room < 8:
-        raise JobError(f"{options.max_new_tokens} new tokens leave {room} of the model's {positions} positions for an article; lower --max-new-tokens")
+        raise JobError(
+            f"{options.max_new_tokens} new tokens leave {room} of the model's {positions} positions for an article; lower --max-new-tokens"
+        )
     return room
 
 

@@ -35,7 +35,9 @@ class BenchmarkOptions:
             if getattr(self, name) < 1:
                 raise UsageError(f"{name.replace('_', '-')} is {getattr(self, name)}; it takes 1 or more")
         if self.warmup < 0 or not 0 <= self.duration < float("inf") or self.seed < 0:
-            raise UsageError(f"warmup is {self.warmup}, duration {self.duration} and seed {self.seed}; they take 0 or more")
+            raise UsageError(
+                f"warmup is {self.warmup}, duration {self.duration} and seed {self.seed}; they take 0 or more"
+            )
 
 
 @dataclass
@@ -75,7 +77,10 @@ def summary(seconds: Sequence[float], tokens: int) -> dict[str, float]:
 
 
 def time_runtimes(
-    runtimes: Sequence[Runtime], tokenizers: Sequence[Tokenizer | None], options: BenchmarkOptions, progress: Callable[[], None] = lambda: None
+    runtimes: Sequence[Runtime],
+    tokenizers: Sequence[Tokenizer | None],
+    options: BenchmarkOptions,
+    progress: Callable[[], None] = lambda: None,
 ) -> list[Timing]:
     """Time all runtimes by turns (A B A B), on the same random prompts, so that what the machine does meanwhile hits all alike."""
     generator = np.random.default_rng(options.seed)
@@ -96,7 +101,9 @@ def time_runtimes(
     return found
 
 
-def _one(runtime: Runtime, tokenizer: Tokenizer | None, text: str, prompts: Ids, options: BenchmarkOptions, timing: Timing) -> None:
+def _one(
+    runtime: Runtime, tokenizer: Tokenizer | None, text: str, prompts: Ids, options: BenchmarkOptions, timing: Timing
+) -> None:
     begin = time.perf_counter()
     if tokenizer is not None:
         for _ in range(options.batch_size):

@@ -27,7 +27,9 @@ def windows(tokens: list[int], length: int, stride: int) -> Iterator[Window]:
         UsageError: a stride of more than a window.
     """
     if not 1 <= stride <= length or length < 2:
-        raise UsageError(f"stride is {stride} and max-length {length}; the stride takes 1 to max-length, which takes 2 or more")
+        raise UsageError(
+            f"stride is {stride} and max-length {length}; the stride takes 1 to max-length, which takes 2 or more"
+        )
     counted = 0
     for begin in range(0, len(tokens), stride):
         end = min(begin + length, len(tokens))
@@ -48,10 +50,21 @@ class WindowScores:
     counts: list[int]
 
 
-def score_wikitext(runtime: Runtime, tokens: list[int], words: int, *, length: int, stride: int, batch_size: int, done: Callable[[], None]) -> WindowScores:
+def score_wikitext(
+    runtime: Runtime,
+    tokens: list[int],
+    words: int,
+    *,
+    length: int,
+    stride: int,
+    batch_size: int,
+    done: Callable[[], None],
+) -> WindowScores:
     """`ppl_token`, and `ppl_word`: the same sum over the text's words (split at white space)."""
     cut = list(windows(tokens, length, stride))
-    scored = score_texts(runtime, [w.tokens for w in cut], [0] * len(cut), batch_size=batch_size, done=lambda *_: done())
+    scored = score_texts(
+        runtime, [w.tokens for w in cut], [0] * len(cut), batch_size=batch_size, done=lambda *_: done()
+    )
     sums = [float(s.logprobs[-w.new :].sum()) for w, s in zip(cut, scored, strict=True)]
     counts = [w.new for w in cut]
     figures = {

@@ -79,7 +79,12 @@ NORMS: dict[Placement, tuple[str, ...]] = {
     "pre": ("input_layernorm", "post_attention_layernorm"),
     "parallel": ("input_layernorm", "post_attention_layernorm"),
     "post": ("post_attention_layernorm", "post_feedforward_layernorm"),
-    "sandwich": ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    "sandwich": (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
 }
 """Names of a block's norms (transformers' names of Llama, OLMo 2 and Gemma 2), by where they stand."""
 
@@ -150,7 +155,11 @@ class DecoderConfig:
         }  # fmt: skip
 
     def tokens_json(self) -> dict[str, Any]:
-        return {"bos_token_id": self.bos_token_id, "eos_token_ids": self.eos_token_ids, "pad_token_id": self.pad_token_id}
+        return {
+            "bos_token_id": self.bos_token_id,
+            "eos_token_ids": self.eos_token_ids,
+            "pad_token_id": self.pad_token_id,
+        }
 
 
 def repeated(family: str, block: Block, layers: int) -> tuple[Block, ...]:
@@ -177,10 +186,14 @@ def _check_block(family: str, block: Block) -> None:
     for name, value in sizes.items():
         _check_size(family, name, value)
     if attention.heads % attention.kv_heads:
-        raise ModelError(f"{family}: {attention.heads} heads do not divide into {attention.kv_heads} key/value heads; check the configuration")
+        raise ModelError(
+            f"{family}: {attention.heads} heads do not divide into {attention.kv_heads} key/value heads; check the configuration"
+        )
     rope = attention.rope
     if rope is not None and (rope.dim % 2 or not 0 < rope.dim <= attention.head_dim):
-        raise ModelError(f"{family}: {rope.dim} of {attention.head_dim} channels of a head are rotated; it must be an even number of them")
+        raise ModelError(
+            f"{family}: {rope.dim} of {attention.head_dim} channels of a head are rotated; it must be an even number of them"
+        )
 
 
 def integer(config: Mapping[str, Any], family: str, *names: str, default: int | None = None) -> int:
@@ -191,10 +204,14 @@ def integer(config: Mapping[str, Any], family: str, *names: str, default: int | 
     """
     found = {name: config[name] for name in names if config.get(name) is not None}
     if len({shown(value) for value in found.values()}) > 1:
-        raise ModelError(f"{family}: {' and '.join(f'{name} is {shown(value)}' for name, value in found.items())}; they mean the same, correct one")
+        raise ModelError(
+            f"{family}: {' and '.join(f'{name} is {shown(value)}' for name, value in found.items())}; they mean the same, correct one"
+        )
     if not found:
         if default is None:
-            raise ModelError(f"{family}: the configuration has no {' or '.join(names)}; fetch the checkpoint's own configuration")
+            raise ModelError(
+                f"{family}: the configuration has no {' or '.join(names)}; fetch the checkpoint's own configuration"
+            )
         return default
     name, value = next(iter(found.items()))
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -212,7 +229,9 @@ def number(config: Mapping[str, Any], family: str, *names: str, default: float |
             raise ModelError(f"{family}: {name} is {shown(value)}; it must be a positive number")
         return float(value)
     if default is None:
-        raise ModelError(f"{family}: the configuration has no {' or '.join(names)}; fetch the checkpoint's own configuration")
+        raise ModelError(
+            f"{family}: the configuration has no {' or '.join(names)}; fetch the checkpoint's own configuration"
+        )
     return default
 
 
@@ -237,16 +256,22 @@ _REFUSED: dict[str, object] = {"add_cross_attention": True, "is_causal": False}
 def check_plain(config: Mapping[str, Any], family: str) -> None:
     """Raises: ModelError for stored quantization, cross-attention, or attention that is not causal."""
     if config.get("quantization_config"):
-        raise ModelError(f"{family}: has a quantization_config: its weights are stored quantized, which is not supported; export the original checkpoint")
+        raise ModelError(
+            f"{family}: has a quantization_config: its weights are stored quantized, which is not supported; export the original checkpoint"
+        )
     for name, value in _REFUSED.items():
         if config.get(name) is value:
-            raise ModelError(f"{family}: {name} is {str(value).lower()}, which is not supported; only causal decoders are")
+            raise ModelError(
+                f"{family}: {name} is {str(value).lower()}, which is not supported; only causal decoders are"
+            )
 
 
 def head_dim_of(family: str, hidden: Any, heads: Any) -> int:
     """hidden_size / heads, which must be whole."""
     if not isinstance(hidden, int) or not isinstance(heads, int) or heads < 1 or hidden % heads:
-        raise ModelError(f"{family}: hidden size {shown(hidden)} is not divisible by {shown(heads)} heads; check the configuration")
+        raise ModelError(
+            f"{family}: hidden size {shown(hidden)} is not divisible by {shown(heads)} heads; check the configuration"
+        )
     return hidden // heads
 
 
@@ -259,7 +284,9 @@ def need(config: Mapping[str, Any], family: str, *names: str) -> Any:
     for name in names:
         if config.get(name) is not None:
             return config[name]
-    raise ModelError(f"{family}: the configuration has no {' or '.join(names)}; fetch the checkpoint's own configuration")
+    raise ModelError(
+        f"{family}: the configuration has no {' or '.join(names)}; fetch the checkpoint's own configuration"
+    )
 
 
 def activation_of(config: Mapping[str, Any], family: str, name: str, default: str) -> Activation:

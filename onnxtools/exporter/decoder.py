@@ -23,17 +23,27 @@ def build_decoder(config: DecoderConfig, options: ExportOptions, weights: Weight
 
     Inputs: input_ids, attention_mask, position_ids, past_key_values.N.key / .value; outputs: logits (fp32), present.N.key / .value.
     """
-    for head_dim, rotated in {(a.head_dim, a.rope.dim if a.rope is not None else 0) for a in (block.attention for block in config.blocks)}:
+    for head_dim, rotated in {
+        (a.head_dim, a.rope.dim if a.rope is not None else 0) for a in (block.attention for block in config.blocks)
+    }:
         if options.kv_cache == "gqa" and (head_dim % 16 or rotated % 16):
-            raise JobError(f"GroupQueryAttention takes head and rotary sizes that are multiples of 16, not {head_dim} and {rotated}; use --kv-cache concat")
+            raise JobError(
+                f"GroupQueryAttention takes head and rotary sizes that are multiples of 16, not {head_dim} and {rotated}; use --kv-cache concat"
+            )
     if options.cache_length and options.cache_length > config.max_position_embeddings:
-        raise JobError(f"the cache of {options.cache_length} is longer than the {config.max_position_embeddings} positions of the model; lower --cache-length")
+        raise JobError(
+            f"the cache of {options.cache_length} is longer than the {config.max_position_embeddings} positions of the model; lower --cache-length"
+        )
     opsets = {"": options.opset, **({"com.microsoft": 1} if options.kv_cache == "gqa" else {})}
     graph = ir.Graph([], [], nodes=[], name=config.family, opset_imports=opsets)
-    model = Model(ir.Model(graph, ir_version=min(MAX_IR_VERSION, _IR_VERSION[options.opset]), producer_name="onnxtools"))
+    model = Model(
+        ir.Model(graph, ir_version=min(MAX_IR_VERSION, _IR_VERSION[options.opset]), producer_name="onnxtools")
+    )
     build = Builder(model)
     layers = (OrtLayers if options.kv_cache == "gqa" else Layers)(build, config, options, weights, dtype)
-    logits = ir.val("logits", FLOAT, ir.Shape(["batch", 1 if options.logits == "last" else "sequence", config.vocab_size]))
+    logits = ir.val(
+        "logits", FLOAT, ir.Shape(["batch", 1 if options.logits == "last" else "sequence", config.vocab_size])
+    )
     graph.outputs.append(logits)  # first, the caches follow
     attention = Attention(layers)
     hidden = layers.embedding(attention.inputs.ids, None if config.rope is not None else attention.positions)
@@ -72,7 +82,11 @@ class _Stack:
         if self.blocks[n].placement == "post":
             return None
         kind, weight, name = self._norm(n, "input_layernorm")
-        return kind, weight, name if n == 0 else f"/{weight.replace('model.', 'model/', 1)}"  # the names that files have had from the first
+        return (
+            kind,
+            weight,
+            name if n == 0 else f"/{weight.replace('model.', 'model/', 1)}",
+        )  # the names that files have had from the first
 
     def _norm(self, n: int, name: str) -> tuple[Norm, str, str]:
         return self.blocks[n].norm, f"model.layers.{n}.{name}", f"/model/layers.{n}/{name}"
@@ -89,18 +103,26 @@ class _Stack:
         return summed, summed
 
     def pre(self, n: int, hidden: ir.Value, update: ir.Value) -> tuple[ir.Value, ir.Value]:
-        hidden, normed = self.layers.add_norm(hidden, update, *self._norm(n, "post_attention_layernorm"), f"/model/layers.{n}/attn/residual")
+        hidden, normed = self.layers.add_norm(
+            hidden, update, *self._norm(n, "post_attention_layernorm"), f"/model/layers.{n}/attn/residual"
+        )
         return self._leave(n, hidden, self._mlp(n, normed))
 
     def post(self, n: int, hidden: ir.Value, update: ir.Value) -> tuple[ir.Value, ir.Value]:
         update = self.layers.norm(update, *self._norm(n, "post_attention_layernorm"))
         hidden = self.layers.op("Add", [hidden, update], f"/model/layers.{n}/attn/residual")
-        return self._leave(n, hidden, self.layers.norm(self._mlp(n, hidden), *self._norm(n, "post_feedforward_layernorm")))
+        return self._leave(
+            n, hidden, self.layers.norm(self._mlp(n, hidden), *self._norm(n, "post_feedforward_layernorm"))
+        )
 
     def sandwich(self, n: int, hidden: ir.Value, update: ir.Value) -> tuple[ir.Value, ir.Value]:
         update = self.layers.norm(update, *self._norm(n, "post_attention_layernorm"))
-        hidden, normed = self.layers.add_norm(hidden, update, *self._norm(n, "pre_feedforward_layernorm"), f"/model/layers.{n}/attn/residual")
-        return self._leave(n, hidden, self.layers.norm(self._mlp(n, normed), *self._norm(n, "post_feedforward_layernorm")))
+        hidden, normed = self.layers.add_norm(
+            hidden, update, *self._norm(n, "pre_feedforward_layernorm"), f"/model/layers.{n}/attn/residual"
+        )
+        return self._leave(
+            n, hidden, self.layers.norm(self._mlp(n, normed), *self._norm(n, "post_feedforward_layernorm"))
+        )
 
     def parallel(self, n: int, hidden: ir.Value, update: ir.Value) -> tuple[ir.Value, ir.Value]:
         normed = self.layers.norm(hidden, *self._norm(n, "post_attention_layernorm"))

@@ -62,7 +62,10 @@ def export(source: Path | None, output: Path, options: ExportOptions) -> Exporte
     config, weights, dtype = _random(checkpoint, options) if options.random else _bound(_opened(checkpoint), options)
     model = build_decoder(config, options, weights, dtype)
     info = describe(config, options, dtype)
-    files: dict[str, Path | bytes] = {**(checkpoint.files if checkpoint is not None else {}), INFO_FILE: description.write(model, info)}
+    files: dict[str, Path | bytes] = {
+        **(checkpoint.files if checkpoint is not None else {}),
+        INFO_FILE: description.write(model, info),
+    }
     check_folder(output, files)
     saved = model.save(output, copy_weights=options.copy_weights, weights=options.weights, beside=files)
     return Exported(model, config, saved, list(checkpoint.notes) if checkpoint is not None else [])
@@ -78,12 +81,16 @@ def _bound(checkpoint: Checkpoint, options: ExportOptions) -> tuple[DecoderConfi
     family = family_for(checkpoint.architecture, str(checkpoint.path))
     config = _configured(family, checkpoint.config, str(checkpoint.path))
     if len(config.blocks) > len(checkpoint.tensors):
-        raise ModelError(f"{checkpoint.path}: {len(config.blocks)} layers need more than its {len(checkpoint.tensors)} weights; fetch it again")
+        raise ModelError(
+            f"{checkpoint.path}: {len(config.blocks)} layers need more than its {len(checkpoint.tensors)} weights; fetch it again"
+        )
     source = Source(checkpoint.tensors, checkpoint.config)
     tensors = family.weights(config, source)
     if config.tie_word_embeddings and "lm_head.weight" in tensors:
         config = dataclasses.replace(config, tie_word_embeddings=False)
-        checkpoint.notes.append("warning: the head is said to be the embedding, but a different one is stored; it is used, as transformers does")
+        checkpoint.notes.append(
+            "warning: the head is said to be the embedding, but a different one is stored; it is used, as transformers does"
+        )
     source.check(str(checkpoint.path), family.ignored)
     scales = family.scales(config, source)
     if scales:
@@ -103,8 +110,16 @@ def _configured(family: Family, raw: Mapping[str, Any], label: str) -> DecoderCo
         return family.config(raw)
     except ModelError as error:
         raise ModelError(f"{label}: {error}") from None
-    except (TypeError, ValueError, ArithmeticError, AttributeError, KeyError) as error:  # a damaged configuration raises nearly anything
-        raise ModelError(f"{label}: its configuration is damaged ({type(error).__name__}: {error}); fetch it again") from error
+    except (
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        AttributeError,
+        KeyError,
+    ) as error:  # a damaged configuration raises nearly anything
+        raise ModelError(
+            f"{label}: its configuration is damaged ({type(error).__name__}: {error}); fetch it again"
+        ) from error
 
 
 def _dtype(options: ExportOptions, weights: Mapping[str, Tensor]) -> ir.DataType:
@@ -121,16 +136,24 @@ def _random(checkpoint: Checkpoint | None, options: ExportOptions) -> tuple[Deco
         raw: dict[str, Any] = dict(family.example)
         label = f"--family {family.name}"
         if not raw:
-            raise UsageError(f"export: family {options.family!r} has no sizes of its own; name a folder with config.json")
+            raise UsageError(
+                f"export: family {options.family!r} has no sizes of its own; name a folder with config.json"
+            )
     else:
-        family, raw, label = family_for(checkpoint.architecture, str(checkpoint.path)), dict(checkpoint.config), str(checkpoint.path)
+        family, raw, label = (
+            family_for(checkpoint.architecture, str(checkpoint.path)),
+            dict(checkpoint.config),
+            str(checkpoint.path),
+        )
         if options.family:
             raise UsageError(f"export: {label} says what family it is; leave out --family")
     for name, spellings in _SIZES.items():
         value = getattr(options, name)
         if value is not None:
             if name == "n_kv_head" and not any(s in family.example for s in spellings):
-                raise UsageError(f"export: family {family.name} has as many key/value heads as heads, or one; leave out --n-kv-head")
+                raise UsageError(
+                    f"export: family {family.name} has as many key/value heads as heads, or one; leave out --n-kv-head"
+                )
             raw[next((s for s in spellings if s in family.example), spellings[0])] = value
     if options.n_embd and not options.n_inner:
         raw.update({name: 4 * options.n_embd for name in _SIZES["n_inner"] if name in raw})
@@ -153,7 +176,14 @@ def describe(config: DecoderConfig, options: ExportOptions, dtype: ir.DataType) 
     """The content of onnxtools.json: what the model is, for runtimes and engine profiles."""
     length = (options.cache_length or config.max_position_embeddings) if options.kv_cache == "scatter" else None
     attention = config.blocks[0].attention
-    cache = CacheSpec(options.kv_cache, layers=len(config.blocks), heads=attention.kv_heads, head_dim=attention.head_dim, dtype=dtype, length=length)
+    cache = CacheSpec(
+        options.kv_cache,
+        layers=len(config.blocks),
+        heads=attention.kv_heads,
+        head_dim=attention.head_dim,
+        dtype=dtype,
+        length=length,
+    )
     return {
         "format": 1,
         "producer": f"onnxtools {__version__}",

@@ -96,7 +96,9 @@ class Source:
         if c.tie_word_embeddings and name not in self:
             return {}
         stored = self.take(name, c.vocab_size, c.hidden_size)
-        same = c.tie_word_embeddings and (isinstance(stored, ir.LazyTensor) or isinstance(table, ir.LazyTensor) or equal(stored, table))
+        same = c.tie_word_embeddings and (
+            isinstance(stored, ir.LazyTensor) or isinstance(table, ir.LazyTensor) or equal(stored, table)
+        )
         return {} if same else {"lm_head.weight": stored}
 
     def skip(self, name: str) -> None:
@@ -105,11 +107,17 @@ class Source:
 
     def check(self, label: str, ignored: Sequence[str]) -> None:
         """Raise one ModelError that lists every missing, mis-shaped and unknown tensor."""
-        extra = [n for n in self.tensors if n not in self._taken and not any(fnmatch.fnmatchcase(n, pattern) for pattern in ignored)]
+        extra = [
+            n
+            for n in self.tensors
+            if n not in self._taken and not any(fnmatch.fnmatchcase(n, pattern) for pattern in ignored)
+        ]
         lists = (("missing", self._missing), ("of the wrong shape", self._misshaped), ("unknown", sorted(extra)))
         problems = [f"{len(names)} weights {what}: {_few(names)}" for what, names in lists if names]
         if problems:
-            raise ModelError(f"{label}: {'; '.join(problems)}; check that the checkpoint is whole and that its configuration belongs to it")
+            raise ModelError(
+                f"{label}: {'; '.join(problems)}; check that the checkpoint is whole and that its configuration belongs to it"
+            )
 
 
 def _never() -> ir.TensorProtocol:

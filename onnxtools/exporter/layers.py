@@ -27,7 +27,9 @@ FLOAT, INT64, FP8 = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.FLOAT8E4M3
 class Layers:
     """Builders that share a graph, its weights and the compute type."""
 
-    def __init__(self, build: Builder, config: DecoderConfig, options: ExportOptions, weights: Weights, dtype: ir.DataType) -> None:
+    def __init__(
+        self, build: Builder, config: DecoderConfig, options: ExportOptions, weights: Weights, dtype: ir.DataType
+    ) -> None:
         self.build, self.config, self.options, self.dtype = build, config, options, dtype
         self._weights, self._scales = weights.tensors, weights.scales
         self._made: dict[str, ir.Value] = {}
@@ -52,9 +54,13 @@ class Layers:
         """[batch, sequence] ids to [batch * sequence, hidden]; learned positions are added."""
         hidden = self.op("Gather", [self.weight("model.embed_tokens.weight"), ids], "/model/embed_tokens")
         if positions is not None:
-            places = self.op("Gather", [self.weight("model.embed_positions.weight"), positions], "/model/embed_positions")
+            places = self.op(
+                "Gather", [self.weight("model.embed_positions.weight"), positions], "/model/embed_positions"
+            )
             hidden = self.op("Add", [hidden, places], "/model/embed")
-        return self.op("Reshape", [hidden, self.build.constant([-1, self.config.hidden_size], "tokens_shape")], "/model/embed")
+        return self.op(
+            "Reshape", [hidden, self.build.constant([-1, self.config.hidden_size], "tokens_shape")], "/model/embed"
+        )
 
     def norm(self, hidden: ir.Value, kind: Norm, weight: str, name: str) -> ir.Value:
         """LayerNorm or RMSNorm over the last axis, computed in fp32 (stash_type 1)."""
@@ -65,11 +71,17 @@ class Layers:
         if self.options.opset >= 23:
             return self.op("RMSNormalization", [hidden, scale], name, axis=-1, epsilon=kind.eps, stash_type=1)
         wide = self.cast(hidden, FLOAT, f"{name}/wide")
-        mean = self.op("ReduceMean", [self.op("Mul", [wide, wide], name), self.build.constant([-1], "last_axis")], name, keepdims=1)
+        mean = self.op(
+            "ReduceMean", [self.op("Mul", [wide, wide], name), self.build.constant([-1], "last_axis")], name, keepdims=1
+        )
         root = self.op("Sqrt", [self.op("Add", [mean, self.scalar(kind.eps, "norm_eps", FLOAT)], name)], name)
-        return self.op("Mul", [self.cast(self.op("Div", [wide, root], name), self.dtype, f"{name}/narrow"), scale], f"{name}/scale")
+        return self.op(
+            "Mul", [self.cast(self.op("Div", [wide, root], name), self.dtype, f"{name}/narrow"), scale], f"{name}/scale"
+        )
 
-    def add_norm(self, hidden: ir.Value, update: ir.Value, kind: Norm, weight: str, name: str, residual: str) -> tuple[ir.Value, ir.Value]:
+    def add_norm(
+        self, hidden: ir.Value, update: ir.Value, kind: Norm, weight: str, name: str, residual: str
+    ) -> tuple[ir.Value, ir.Value]:
         """`hidden + update`, and the norm of it."""
         summed = self.op("Add", [hidden, update], residual)
         return summed, self.norm(summed, kind, weight, name)
@@ -83,7 +95,10 @@ class Layers:
         if scales is None:
             stored = self.weight(f"{weight}.weight")
         else:
-            hidden, stored = self._through_fp8(hidden, scales.activation), self._fp8_weight(f"{weight}.weight", scales.weight, name)
+            hidden, stored = (
+                self._through_fp8(hidden, scales.activation),
+                self._fp8_weight(f"{weight}.weight", scales.weight, name),
+            )
         inputs = [hidden, stored, *([self.weight(f"{weight}.bias")] if bias else [])]
         return self.op("Gemm", inputs, name, **({} if self.config.linear_in_out else {"transB": 1}))
 
@@ -95,7 +110,9 @@ class Layers:
         """`x` rounded to FP8; layers that share their input share the two nodes."""
         key = f"{x.name}/{scale!r}"
         if key not in self._made:
-            self._made[key] = self._dequantized(self.op("QuantizeLinear", [x, *self._fp8(scale)], f"{x.name}/fp8"), scale, f"{x.name}/fp8")
+            self._made[key] = self._dequantized(
+                self.op("QuantizeLinear", [x, *self._fp8(scale)], f"{x.name}/fp8"), scale, f"{x.name}/fp8"
+            )
         return self._made[key]
 
     def _dequantized(self, stored: ir.Value, scale: float, name: str) -> ir.Value:
@@ -119,18 +136,30 @@ class Layers:
     def activation(self, x: ir.Value, kind: Activation, name: str) -> ir.Value:
         """GELU (Hendrycks and Gimpel, arXiv 1606.08415, section 2), SiLU, ReLU or its square (arXiv 2109.08668)."""
         if kind == "silu":
-            return self.op("Swish", [x], name) if self.options.opset >= 24 else self.op("Mul", [x, self.op("Sigmoid", [x], name)], name)
+            return (
+                self.op("Swish", [x], name)
+                if self.options.opset >= 24
+                else self.op("Mul", [x, self.op("Sigmoid", [x], name)], name)
+            )
         if kind.startswith("relu"):
             positive = self.op("Relu", [x], name)
             return self.op("Mul", [positive, positive], name) if kind == "relu2" else positive
         if self.options.opset >= 20:
             return self.op("Gelu", [x], name, approximate="tanh" if kind == "gelu_tanh" else "none")
         if kind == "gelu":
-            inner = self.op("Erf", [self.op("Mul", [x, self.scalar(math.sqrt(0.5), "sqrt_half")], f"{name}/scale")], name)
+            inner = self.op(
+                "Erf", [self.op("Mul", [x, self.scalar(math.sqrt(0.5), "sqrt_half")], f"{name}/scale")], name
+            )
         else:
             cube = self.op("Mul", [x, self.op("Mul", [x, x], f"{name}/square")], f"{name}/cube")
-            bent = self.op("Add", [x, self.op("Mul", [cube, self.scalar(0.044715, "gelu_cubic")], f"{name}/cubic")], f"{name}/bent")
-            inner = self.op("Tanh", [self.op("Mul", [bent, self.scalar(math.sqrt(2 / math.pi), "sqrt_2_pi")], f"{name}/scale")], name)
+            bent = self.op(
+                "Add", [x, self.op("Mul", [cube, self.scalar(0.044715, "gelu_cubic")], f"{name}/cubic")], f"{name}/bent"
+            )
+            inner = self.op(
+                "Tanh",
+                [self.op("Mul", [bent, self.scalar(math.sqrt(2 / math.pi), "sqrt_2_pi")], f"{name}/scale")],
+                name,
+            )
         half = self.op("Mul", [x, self.scalar(0.5, "half")], f"{name}/half")
         return self.op("Mul", [half, self.op("Add", [inner, self.scalar(1.0, "one")], name)], name)
 

@@ -19,7 +19,9 @@ MICROSOFT = "com.microsoft"
 class OrtLayers(Layers):
     """`Layers` with fused nodes."""
 
-    def add_norm(self, hidden: ir.Value, update: ir.Value, kind: Norm, weight: str, name: str, residual: str) -> tuple[ir.Value, ir.Value]:
+    def add_norm(
+        self, hidden: ir.Value, update: ir.Value, kind: Norm, weight: str, name: str, residual: str
+    ) -> tuple[ir.Value, ir.Value]:
         bias = _take_bias(update)
         scale = self.weight(f"{weight}.weight")
         if kind.kind == "layer_norm":
@@ -41,7 +43,9 @@ class OrtLayers(Layers):
         op = "FastGelu" if kind == "gelu_tanh" else "BiasGelu"
         return self.build.ops(op, [x, *([bias] if bias is not None else [])], f"{name}/{op}", domain=MICROSOFT)[0]
 
-    def qkv(self, hidden: ir.Value, attention: SelfAttention, weight: str, name: str) -> tuple[ir.Value, ir.Value | None] | None:
+    def qkv(
+        self, hidden: ir.Value, attention: SelfAttention, weight: str, name: str
+    ) -> tuple[ir.Value, ir.Value | None] | None:
         """[tokens, q_size + 2 kv_size], one product for queries, keys and values, and their bias; None where each has FP8 scales of its own.
 
         The bias is left to be added to the three-dimensional value: as the Gemm's it would first be spread over all tokens, in a

@@ -41,7 +41,9 @@ class Rope:
         if not 1 <= self.dim <= MAX_HEAD_DIM:
             raise ModelError(f"rope: {self.dim} channels of a head are rotated; it must be 2 to {MAX_HEAD_DIM}")
         if self.factors and (len(self.factors) != self.dim // 2 or not all(map(is_positive, self.factors))):
-            raise ModelError(f"rope: the factors of its frequencies are {shown(self.factors)}; they must be {self.dim // 2} positive numbers")
+            raise ModelError(
+                f"rope: the factors of its frequencies are {shown(self.factors)}; they must be {self.dim // 2} positive numbers"
+            )
 
     def tables(self, length: int) -> tuple[Array, Array]:
         """cos and sin, each [length, dim / 2], of position times frequency.
@@ -50,7 +52,9 @@ class Rope:
             ModelError: they would fill the memory.
         """
         if length * self.dim > _MAX_TABLE:
-            raise ModelError(f"rope: tables of {length} positions and {self.dim} channels have more than {_MAX_TABLE} numbers; lower max_position_embeddings")
+            raise ModelError(
+                f"rope: tables of {length} positions and {self.dim} channels have more than {_MAX_TABLE} numbers; lower max_position_embeddings"
+            )
         frequencies, factor = _KINDS[self.kind](self)
         if self.factors:
             frequencies = frequencies / np.asarray(self.factors)
@@ -66,7 +70,9 @@ def rope_of(config: Mapping[str, Any], family: str, head_dim: int, *, partial: f
     Raises:
         ModelError: a kind that is not supported, or parameters that are missing or no numbers.
     """
-    found: Any = next((config[name] for name in ("rope_scaling", "rope_parameters") if config.get(name) is not None), {})
+    found: Any = next(
+        (config[name] for name in ("rope_scaling", "rope_parameters") if config.get(name) is not None), {}
+    )
     if not isinstance(found, Mapping):
         raise ModelError(f"{family}: rope_parameters is {shown(found)}, not a mapping; fetch the configuration again")
     kind = next((found[name] for name in ("rope_type", "type") if found.get(name) is not None), "default")
@@ -82,17 +88,28 @@ def rope_of(config: Mapping[str, Any], family: str, head_dim: int, *, partial: f
     if absent:
         raise ModelError(f"{family}: rope type {kind} needs {', '.join(absent)}; fetch the configuration again")
     if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
-        raise ModelError(f"{family}: rope's low_freq_factor {scaling['low_freq_factor']} is not below its high_freq_factor {scaling['high_freq_factor']}")
-    both = {"partial_rotary_factor": partial or 1.0, "rope_theta": 10000.0, **{k: v for k, v in config.items() if v is not None}, **scaling}
+        raise ModelError(
+            f"{family}: rope's low_freq_factor {scaling['low_freq_factor']} is not below its high_freq_factor {scaling['high_freq_factor']}"
+        )
+    both = {
+        "partial_rotary_factor": partial or 1.0,
+        "rope_theta": 10000.0,
+        **{k: v for k, v in config.items() if v is not None},
+        **scaling,
+    }
     for name in ("partial_rotary_factor", "rope_theta"):
         if not is_positive(both[name]):
             raise ModelError(f"{family}: {name} is {shown(both[name])}; it must be a positive number")
     share, theta = float(both["partial_rotary_factor"]), float(both["rope_theta"])
     if partial is None and share != 1:
-        raise ModelError(f"{family}: partial_rotary_factor is {share}, which this family does not have; check the model_type")
+        raise ModelError(
+            f"{family}: partial_rotary_factor is {share}, which this family does not have; check the model_type"
+        )
     made = Rope(int(head_dim * share), theta, kind, scaling)
     if not np.isfinite(made.tables(2)).all():
-        raise ModelError(f"{family}: rope parameters {shown(scaling)} give no finite angles; fetch the configuration again")
+        raise ModelError(
+            f"{family}: rope parameters {shown(scaling)} give no finite angles; fetch the configuration again"
+        )
     return made
 
 
@@ -116,7 +133,9 @@ def _llama3(rope: Rope) -> tuple[Array, float]:
     plain, _ = _default(rope)
     s = {name: float(rope.scaling[name]) for name in _NEEDED["llama3"]}
     wavelength = 2 * math.pi / plain
-    smooth = (s["original_max_position_embeddings"] / wavelength - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
+    smooth = (s["original_max_position_embeddings"] / wavelength - s["low_freq_factor"]) / (
+        s["high_freq_factor"] - s["low_freq_factor"]
+    )
     smooth = np.clip(smooth, 0, 1)
     return (1 - smooth) * plain / s["factor"] + smooth * plain, 1.0
 
@@ -139,7 +158,11 @@ def _yarn(rope: Rope) -> tuple[Array, float]:
     attention = scaling.get("attention_factor")
     if attention is None:
         both = scaling.get("mscale"), scaling.get("mscale_all_dim")
-        attention = yarn_magnitude(factor, both[0]) / yarn_magnitude(factor, both[1]) if both[0] and both[1] else yarn_magnitude(factor)
+        attention = (
+            yarn_magnitude(factor, both[0]) / yarn_magnitude(factor, both[1])
+            if both[0] and both[1]
+            else yarn_magnitude(factor)
+        )
     return plain / factor * ramp + plain * (1 - ramp), float(attention)
 
 

@@ -41,11 +41,15 @@ class Attention:
         self.layers, self.build, self.config, self.options = layers, layers.build, layers.config, layers.options
         self.kind = self.options.kv_cache
         self.cache = CacheSpec(self.kind).declare(self.build)
-        self.cache_length = self.options.cache_length or self.config.max_position_embeddings  # static: TensorRT wants it so
+        self.cache_length = (
+            self.options.cache_length or self.config.max_position_embeddings
+        )  # static: TensorRT wants it so
         self._shared: dict[str, ir.Value] = {}
         self.inputs = self._make_inputs()
         self._pasts = self._make_pasts() if self.kind != "none" else []
-        self._first = self.cache.past_length(self._pasts[0][0], "/model/kv/past_length") if self._pasts else self._zero()
+        self._first = (
+            self.cache.past_length(self._pasts[0][0], "/model/kv/past_length") if self._pasts else self._zero()
+        )
         self.positions = self._make_positions()
         if self.kind == "gqa":
             self._lengths = self._make_lengths()
@@ -71,14 +75,18 @@ class Attention:
         positions = self._input("position_ids", "batch", "sequence") if wanted else None
         write = self._input("write_indices", "batch") if self.kind == "scatter" else None
         batch = self.layers.op("Shape", [ids], "/model/batch", start=0, end=1)
-        return _Inputs(ids, mask, positions, write, batch, self.layers.op("Shape", [ids], "/model/sequence", start=1, end=2))
+        return _Inputs(
+            ids, mask, positions, write, batch, self.layers.op("Shape", [ids], "/model/sequence", start=1, end=2)
+        )
 
     def _make_pasts(self) -> list[tuple[ir.Value, ir.Value]]:
         c, length = self.config, self.cache_length if self.kind == "scatter" else "past_sequence"
         pasts = []
         for n, block in enumerate(c.blocks):
             a = block.attention
-            key, value = (self.cache.past(n, kind, a.kv_heads, a.head_dim, self.layers.dtype, length) for kind in ("key", "value"))
+            key, value = (
+                self.cache.past(n, kind, a.kv_heads, a.head_dim, self.layers.dtype, length) for kind in ("key", "value")
+            )
             pasts.append((key, value))
         return pasts
 
@@ -92,7 +100,10 @@ class Attention:
 
     def _range(self, start: ir.Value, length: ir.Value, name: str) -> ir.Value:
         """start, start + 1, ... of `length` elements; both are shape [1]."""
-        first, stop = self._scalar(start, f"{name}/start"), self._scalar(self.layers.op("Add", [start, length], name), f"{name}/stop")
+        first, stop = (
+            self._scalar(start, f"{name}/start"),
+            self._scalar(self.layers.op("Add", [start, length], name), f"{name}/stop"),
+        )
         return self.layers.op("Range", [first, stop, self.build.constant(np.array(1), "step")], name)
 
     def _make_positions(self) -> ir.Value | None:
@@ -114,7 +125,11 @@ class Attention:
             query = op("Unsqueeze", [places, build.constant([1, 3], "axes_1_3")], "/model/mask/query")
         else:
             total = op("Add", [self._first, inputs.new], "/model/mask/total") if self._pasts else inputs.new
-            query = op("Unsqueeze", [self._range(self._first, inputs.new, "/model/mask/new"), build.constant([1], "axis_1")], "/model/mask/query")
+            query = op(
+                "Unsqueeze",
+                [self._range(self._first, inputs.new, "/model/mask/new"), build.constant([1], "axis_1")],
+                "/model/mask/query",
+            )
         visible = op("LessOrEqual", [self._range(self._zero(), total, "/model/mask/keys"), query], "/model/mask/causal")
         if inputs.mask is not None:
             real = op("Cast", [inputs.mask], "/model/mask", to=ir.DataType.BOOL.value)
@@ -123,7 +138,11 @@ class Attention:
         elif self.kind != "scatter":
             visible = op("Unsqueeze", [visible, build.constant([0, 1], "axes_0_1")], "/model/mask/visible")
         low = _LOWEST[self.layers.dtype] / 2
-        return op("Where", [visible, self.layers.scalar(0.0, "mask_visible"), self.layers.scalar(low, "mask_hidden")], "/model/mask")
+        return op(
+            "Where",
+            [visible, self.layers.scalar(0.0, "mask_visible"), self.layers.scalar(low, "mask_hidden")],
+            "/model/mask",
+        )
 
     def _make_lengths(self) -> tuple[ir.Value, ir.Value]:
         """GroupQueryAttention's seqlens_k [batch] (last valid position) and total_sequence_length, both int32."""
@@ -133,15 +152,21 @@ class Attention:
         last = op("Sub", [count, self.build.constant(np.array(1), "step")], "/model/kv/last")
         total = self._scalar(op("Shape", [mask], "/model/kv/total", start=1, end=2), "/model/kv/total")
         int32 = ir.DataType.INT32.value
-        return op("Cast", [last], "/model/kv/seqlens_k", to=int32), op("Cast", [total], "/model/kv/total_sequence_length", to=int32)
+        return op("Cast", [last], "/model/kv/seqlens_k", to=int32), op(
+            "Cast", [total], "/model/kv/total_sequence_length", to=int32
+        )
 
     def _make_tables(self) -> tuple[ir.Value, ir.Value] | None:
         """cos and sin, [max_position_embeddings, rotary dim / 2], one pair for all layers."""
         rope, dtype = self.config.rope, self.layers.dtype
         if rope is None:
             return None
-        cos, sin = (table.astype(np.float32).astype(dtype.numpy()) for table in rope.tables(self.config.max_position_embeddings))
-        return self.build.initializer(ir.Tensor(cos, dtype=dtype), "model.rope.cos"), self.build.initializer(ir.Tensor(sin, dtype=dtype), "model.rope.sin")
+        cos, sin = (
+            table.astype(np.float32).astype(dtype.numpy()) for table in rope.tables(self.config.max_position_embeddings)
+        )
+        return self.build.initializer(ir.Tensor(cos, dtype=dtype), "model.rope.cos"), self.build.initializer(
+            ir.Tensor(sin, dtype=dtype), "model.rope.sin"
+        )
 
     def last_token(self) -> ir.Value:
         """[batch, 1]: index of each row's last real token among the new ones."""
@@ -157,7 +182,9 @@ class Attention:
         else:
             end = self.build.constant([np.iinfo(np.int64).max], "end")
             real = op("Slice", [mask, op("Neg", [new], "/model/last"), end, one], "/model/last")
-        if self.kind == "gqa":  # padding is on the right: counting is enough, and nothing is copied from the host in a captured graph
+        if (
+            self.kind == "gqa"
+        ):  # padding is on the right: counting is enough, and nothing is copied from the host in a captured graph
             count = op("Sub", [op("ReduceSum", [real, one], "/model/last/count", keepdims=1), one], "/model/last/count")
             return op("Max", [count, self._zero()], "/model/last")
         # The largest index among the real ones; 0 where a row has none.
@@ -168,7 +195,9 @@ class Attention:
         """[batch, width] of each row's last real token out of [batch * sequence, width]."""
         op, build, name = self.layers.op, self.build, f"/model/last/{width}"
         if "last" not in self._shared:
-            self._shared["last"] = op("Unsqueeze", [self.last_token(), build.constant([2], "axis_2")], "/model/last/index")
+            self._shared["last"] = op(
+                "Unsqueeze", [self.last_token(), build.constant([2], "axis_2")], "/model/last/index"
+            )
         target = op("Concat", [self.inputs.batch, build.constant([1, width], "last_shape")], f"{name}/target", axis=0)
         index = op("Expand", [self._shared["last"], target], f"{name}/index")
         picked = op("GatherElements", [self.shaped(tokens, (width,), f"{name}/rows"), index], f"{name}/picked", axis=1)
@@ -186,13 +215,18 @@ class Attention:
             joined = joined if qkv_bias is None else self.layers.op("Add", [joined, qkv_bias], f"{name}/qkv")
             context = self._grouped([joined, None, None], n, name)
         else:
-            q, k, v = (self.layers.linear(hidden, f"{weight}.{part}_proj", f"{name}/{part}_proj", bias=c.bias) for part in (_Q, _K, _V))
+            q, k, v = (
+                self.layers.linear(hidden, f"{weight}.{part}_proj", f"{name}/{part}_proj", bias=c.bias)
+                for part in (_Q, _K, _V)
+            )
             if self.kind == "gqa":
                 sizes = ((_Q, q, c.q_size), (_K, k, c.kv_size), (_V, v, c.kv_size))
                 context = self._grouped([self.shaped(x, (size,), f"{name}/{part}") for part, x, size in sizes], n, name)
             else:
                 context = self._standard(q, k, v, n, name)
-        flat = self.layers.op("Reshape", [context, self.build.constant([-1, c.q_size], "context_shape")], f"{name}/context")
+        flat = self.layers.op(
+            "Reshape", [context, self.build.constant([-1, c.q_size], "context_shape")], f"{name}/context"
+        )
         flat = self.last_rows(flat, c.q_size) if last_only else flat
         return self.layers.linear(flat, f"{weight}.o_proj", f"{name}/o_proj", bias=c.output_bias)
 
@@ -215,7 +249,9 @@ class Attention:
         k = self._rotated(self._heads(k, c.kv_heads, c, f"{name}/{_K}"), c, f"{name}/{_K}")
         v = self._heads(v, c.kv_heads, c, f"{name}/{_V}")
         if self._pasts:
-            k, v = (self._cached(new, n, i, f"{name}/{kind}") for i, (new, kind) in enumerate(((k, "key"), (v, "value"))))
+            k, v = (
+                self._cached(new, n, i, f"{name}/{kind}") for i, (new, kind) in enumerate(((k, "key"), (v, "value")))
+            )
         if self.options.opset >= 23:
             wide = {} if self.layers.dtype == FLOAT else {"softmax_precision": FLOAT.value}
             context = self.layers.op("Attention", [q, k, v, self._mask], name, scale=c.scale, **wide)
@@ -227,7 +263,9 @@ class Attention:
         """[tokens, ...] as [batch, sequence, *sizes]; the target is shared by all layers."""
         key = "/model/shape/" + "x".join(map(str, sizes))
         if key not in self._shared:
-            self._shared[key] = self.layers.op("Concat", [self.inputs.batch, self.inputs.new, self.build.constant(list(sizes), "sizes")], key, axis=0)
+            self._shared[key] = self.layers.op(
+                "Concat", [self.inputs.batch, self.inputs.new, self.build.constant(list(sizes), "sizes")], key, axis=0
+            )
         return self.layers.op("Reshape", [value, self._shared[key]], name)
 
     def _heads(self, value: ir.Value, heads: int, attention: SelfAttention, name: str) -> ir.Value:
@@ -245,7 +283,9 @@ class Attention:
         if self.kind == "concat":
             whole = self.cache.concat(past, new, name)
         else:
-            whole = self.layers.op("TensorScatter", [past, new, self.inputs.write_indices], name, axis=-2, mode="linear")
+            whole = self.layers.op(
+                "TensorScatter", [past, new, self.inputs.write_indices], name, axis=-2, mode="linear"
+            )
         return self._present(whole, n, ("key", "value")[which])
 
     def _rotated(self, x: ir.Value, attention: SelfAttention, name: str) -> ir.Value:
@@ -270,7 +310,9 @@ class Attention:
         parts = build.ops("Split", [x, sizes], f"{name}/Split", outputs=3 if rest else 2, axis=-1)
         a, b = parts[:2]
         first = op("Sub", [op("Mul", [a, cos], f"{name}/a_cos"), op("Mul", [b, sin], f"{name}/b_sin")], f"{name}/first")
-        second = op("Add", [op("Mul", [b, cos], f"{name}/b_cos"), op("Mul", [a, sin], f"{name}/a_sin")], f"{name}/second")
+        second = op(
+            "Add", [op("Mul", [b, cos], f"{name}/b_cos"), op("Mul", [a, sin], f"{name}/a_sin")], f"{name}/second"
+        )
         return op("Concat", [first, second, *parts[2:]], f"{name}/rotated", axis=-1)
 
     def _primitive(self, q: ir.Value, k: ir.Value, v: ir.Value, c: SelfAttention, name: str) -> ir.Value:
@@ -280,7 +322,9 @@ class Attention:
         scaled = op("Mul", [q, self.layers.scalar(c.scale, "attention_scale")], f"{name}/{_Q}/scaled")
         scores = op("MatMul", [scaled, op("Transpose", [k], f"{name}/key", perm=[0, 1, 3, 2])], f"{name}/qk")
         masked = self.layers.cast(op("Add", [scores, self._mask], f"{name}/scores"), FLOAT, f"{name}/scores")
-        probabilities = self.layers.cast(op("Softmax", [masked], name, axis=-1), self.layers.dtype, f"{name}/probabilities")
+        probabilities = self.layers.cast(
+            op("Softmax", [masked], name, axis=-1), self.layers.dtype, f"{name}/probabilities"
+        )
         return op("MatMul", [probabilities, v], f"{name}/pv")
 
     def _repeated(self, x: ir.Value, c: SelfAttention, name: str) -> ir.Value:

@@ -61,7 +61,9 @@ class _Beams:
         self._update_improvable(length)
         return [int(tokens[i]) for i in following], [int(beams[i]) for i in following]
 
-    def _finish(self, texts: list[tuple[int, ...]], scores: Floats, stops: np.ndarray, ended: np.ndarray, length: int) -> None:
+    def _finish(
+        self, texts: list[tuple[int, ...]], scores: Floats, stops: np.ndarray, ended: np.ndarray, length: int
+    ) -> None:
         """Move candidates that end into the finished ones, where they are better."""
         full = all(f.real for f in self.finished) and self.options.early_stopping == "yes"
         if full or not self.improvable:
@@ -102,19 +104,32 @@ def beam_search(runtime: Runtime, prompts: Prompts, options: GenerationOptions) 
     return [search.results() for search in searches]
 
 
-def _search(session: Session, pads: bool, rows: Prompts, searches: list[_Beams], options: GenerationOptions, ends: tuple[int, ...]) -> None:
+def _search(
+    session: Session,
+    pads: bool,
+    rows: Prompts,
+    searches: list[_Beams],
+    options: GenerationOptions,
+    ends: tuple[int, ...],
+) -> None:
     """Run the beams, `rows` of them, until none can improve."""
     logits, waiting = first_logits(session, rows, pads=pads)
     while any(waiting):
         if not all(waiting):
-            raise UsageError("beam search over prompts of different lengths needs a model with an attention_mask input; run them one by one")
+            raise UsageError(
+                "beam search over prompts of different lengths needs a model with an attention_mask input; run them one by one"
+            )
         logits = session.step(np.array([rest.pop(0) for rest in waiting]))
     for step in range(options.max_new_tokens):
         scores = logits.numpy()
         check_numbers(scores.max(axis=-1), step)
         logprobs = _processed(log_softmax(scores), rows, searches, options, ends, step)
         ids, order = _advanced(searches, logprobs, options.num_beams)
-        if step + 1 == options.max_new_tokens or not any(s.improvable for s in searches) or all(s.all_stop for s in searches):
+        if (
+            step + 1 == options.max_new_tokens
+            or not any(s.improvable for s in searches)
+            or all(s.all_stop for s in searches)
+        ):
             break
         if options.early_stopping == "yes" and all(f.real for s in searches for f in s.finished):
             break
@@ -122,8 +137,17 @@ def _search(session: Session, pads: bool, rows: Prompts, searches: list[_Beams],
         logits = session.step(ids)
 
 
-def _processed(logprobs: Floats, rows: Prompts, searches: list[_Beams], options: GenerationOptions, ends: tuple[int, ...], step: int) -> Floats:
-    texts = [[*prompt, *searches[i // options.num_beams].running[i % options.num_beams]] for i, prompt in enumerate(rows)]
+def _processed(
+    logprobs: Floats,
+    rows: Prompts,
+    searches: list[_Beams],
+    options: GenerationOptions,
+    ends: tuple[int, ...],
+    step: int,
+) -> Floats:
+    texts = [
+        [*prompt, *searches[i // options.num_beams].running[i % options.num_beams]] for i, prompt in enumerate(rows)
+    ]
     logprobs = penalized(logprobs, texts, options.repetition_penalty)
     return forbidden(logprobs, ends) if ends and step < options.min_new_tokens else logprobs
 

@@ -11,7 +11,12 @@ from onnxtools.generation.runtime import Prompts, Runtime
 
 
 def generate(
-    runtime: Runtime, prompts: Prompts, options: GenerationOptions, *, on_token: OnToken | None = None, logprobs: bool = False
+    runtime: Runtime,
+    prompts: Prompts,
+    options: GenerationOptions,
+    *,
+    on_token: OnToken | None = None,
+    logprobs: bool = False,
 ) -> list[list[Generated]]:
     """Continue `prompts` together.
 

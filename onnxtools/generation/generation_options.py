@@ -17,13 +17,20 @@ class GenerationOptions:
     min_new_tokens: int = option(0, "Tokens before the text may end.")
     temperature: float | None = option(None, "Sample, after dividing the logits by this. 0 is greedy search.")
     top_k: int | None = option(None, "Sample among the k most likely tokens.")
-    top_p: float | None = option(None, "Sample among the fewest tokens whose probabilities reach p (arXiv 1904.09751, section 3.1).")
-    repetition_penalty: float = option(1.0, "Divide positive logits of tokens seen before by this, multiply negative ones (arXiv 1909.05858, section 4.1).")
+    top_p: float | None = option(
+        None, "Sample among the fewest tokens whose probabilities reach p (arXiv 1904.09751, section 3.1)."
+    )
+    repetition_penalty: float = option(
+        1.0,
+        "Divide positive logits of tokens seen before by this, multiply negative ones (arXiv 1909.05858, section 4.1).",
+    )
     seed: int = option(0, "Seed of the sampling.")
     num_beams: int = option(1, "Beam search with so many beams.")
     num_return_sequences: int = option(1, "Beams to return.")
     length_penalty: float = option(1.0, "Beam scores are divided by length to this power.")
-    early_stopping: Literal["no", "yes", "never"] = option("no", "When beam search ends: at no likely improvement, at enough finished beams, or late.")
+    early_stopping: Literal["no", "yes", "never"] = option(
+        "no", "When beam search ends: at no likely improvement, at enough finished beams, or late."
+    )
     stop: tuple[str, ...] = option((), "A text that ends the generation.")
     ignore_eos: bool = option(False, "Go on after the end-of-text token.")
 
@@ -45,4 +52,6 @@ class GenerationOptions:
 
     @property
     def samples(self) -> bool:
-        return self.temperature != 0 and (self.temperature is not None or self.top_k is not None or self.top_p is not None)
+        return self.temperature != 0 and (
+            self.temperature is not None or self.top_k is not None or self.top_p is not None
+        )

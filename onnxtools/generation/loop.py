@@ -47,7 +47,9 @@ def check_prompts(prompts: Prompts, vocab_size: int) -> None:
         if not len(prompt):
             raise UsageError(f"prompt {row} is empty; give at least one token of text")
         if max(prompt) >= vocab_size or min(prompt) < 0:
-            raise JobError(f"prompt {row} has token {max(prompt)} and the model's vocabulary ends at {vocab_size - 1}; use the tokenizer of this model")
+            raise JobError(
+                f"prompt {row} has token {max(prompt)} and the model's vocabulary ends at {vocab_size - 1}; use the tokenizer of this model"
+            )
 
 
 def first_logits(session: Session, prompts: Prompts, *, pads: bool) -> tuple[Logits, list[list[int]]]:
@@ -59,20 +61,32 @@ def first_logits(session: Session, prompts: Prompts, *, pads: bool) -> tuple[Log
     every, shortest = range(len(prompts)), min(map(len, prompts))
     if pads or shortest == max(map(len, prompts)):
         return session.admit(every, prompts), [[] for _ in prompts]
-    return session.admit(every, [prompt[:shortest] for prompt in prompts]), [list(prompt[shortest:]) for prompt in prompts]
+    return session.admit(every, [prompt[:shortest] for prompt in prompts]), [
+        list(prompt[shortest:]) for prompt in prompts
+    ]
 
 
 def check_numbers(best: np.ndarray, step: int) -> None:
     """Raises: JobError naming the step and row whose best logit, of [rows], is NaN or infinite."""
     if not np.isfinite(best).all():
         row = int((~np.isfinite(best)).argmax())
-        raise JobError(f"the logits of row {row} are NaN or infinite at step {step}; compare the model with its source: onnxtools validate")
+        raise JobError(
+            f"the logits of row {row} are NaN or infinite at step {step}; compare the model with its source: onnxtools validate"
+        )
 
 
 class Loop:
     """Greedy search or sampling of one batch."""
 
-    def __init__(self, session: Session, runtime: Runtime, prompts: Prompts, options: GenerationOptions, on_token: OnToken | None, logprobs: bool) -> None:
+    def __init__(
+        self,
+        session: Session,
+        runtime: Runtime,
+        prompts: Prompts,
+        options: GenerationOptions,
+        on_token: OnToken | None,
+        logprobs: bool,
+    ) -> None:
         self.session, self.options, self.on_token = session, options, on_token
         self.pads = runtime.pads
         self.prompts = prompts
@@ -123,7 +137,11 @@ class Loop:
             return ids, None
         scores = logits.numpy()
         check_numbers(scores.max(axis=-1), step)
-        changed = penalized(scores, [[*p, *f.token_ids] for p, f in zip(self.prompts, self.found, strict=True)], self.options.repetition_penalty)
+        changed = penalized(
+            scores,
+            [[*p, *f.token_ids] for p, f in zip(self.prompts, self.found, strict=True)],
+            self.options.repetition_penalty,
+        )
         if self.ends and any(len(f.token_ids) < self.options.min_new_tokens for f in self.found):
             changed = forbidden(changed, self.ends)
         ids = draw(filtered(changed, self.options), self.generator) if self.options.samples else changed.argmax(axis=-1)

@@ -51,7 +51,9 @@ def continue_texts(
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
     empty = next((index for index, ids in enumerate(encoded) if not ids), None)
     if empty is not None:
-        raise UsageError(f"prompt {empty} ({prompts[empty][:40]!r}) has no tokens in {tokenizer.path}; give other text, or the model's own tokenizer")
+        raise UsageError(
+            f"prompt {empty} ({prompts[empty][:40]!r}) has no tokens in {tokenizer.path}; give other text, or the model's own tokenizer"
+        )
     found: list[list[Text]] = []
     for start in range(0, max(len(prompts), 1), size):
         batch = encoded[start : start + size]
@@ -82,5 +84,12 @@ def _text(tokenizer: Tokenizer, prompt: str, ids: list[int], found: Generated, o
 def as_demo(texts: Sequence[Text]) -> dict[str, Any]:
     """The demo's mapping of lists, an entry a sentence."""
     rows = [asdict(text) for text in texts]
-    names = {"sentences": "sentence", "tokens": "tokens", "logprob": "logprob", "token_ids": "token_ids", "offsets": "offsets", "finish": "finish"}
+    names = {
+        "sentences": "sentence",
+        "tokens": "tokens",
+        "logprob": "logprob",
+        "token_ids": "token_ids",
+        "offsets": "offsets",
+        "finish": "finish",
+    }
     return {name: [row[key] for row in rows] for name, key in names.items()}

@@ -65,11 +65,21 @@ class PickedLogits:
 class RuntimeOptions:
     """How a runtime is opened; these are flags of `run`, `benchmark`, `accuracy` and `summarize`."""
 
-    device: Literal["auto", "cpu", "cuda"] = option("auto", "Where to run; auto is CUDA where the runtime finds a device.")
+    device: Literal["auto", "cpu", "cuda"] = option(
+        "auto", "Where to run; auto is CUDA where the runtime finds a device."
+    )
     threads: int = option(0, "Threads of the CPU. [default: all cores]")
-    cuda_graph: bool = option(True, "Capture decode steps, and prompts of a length that comes again, as CUDA graphs where shapes are static (scatter, gqa).")
-    kernels: bool = option(True, "Our own CUDA kernels for decode steps and short prompts in ONNX Runtime, compiled once by nvcc; from compute capability 9.0.")
-    checkpoint: str | None = option(None, "Checkpoint of the runtime `frameworks`. [default: the MODEL, where it is a checkpoint]")
+    cuda_graph: bool = option(
+        True,
+        "Capture decode steps, and prompts of a length that comes again, as CUDA graphs where shapes are static (scatter, gqa).",
+    )
+    kernels: bool = option(
+        True,
+        "Our own CUDA kernels for decode steps and short prompts in ONNX Runtime, compiled once by nvcc; from compute capability 9.0.",
+    )
+    checkpoint: str | None = option(
+        None, "Checkpoint of the runtime `frameworks`. [default: the MODEL, where it is a checkpoint]"
+    )
     attention: Literal["eager", "sdpa"] = option("sdpa", "Attention of the runtime `frameworks`.")
     cache: bool = option(True, "Let the runtime `frameworks` keep a KV cache.")
 
@@ -200,9 +210,13 @@ def open_runtime(spec: str, model: Path, options: RuntimeOptions) -> Runtime:
             raise UsageError(f"runtime {spec!r}: no variant is called {word!r}; known: {', '.join(VARIANTS)}")
         options = dataclasses.replace(options, **VARIANTS[word])
     if name == "trt" and model.suffix == ".onnx":
-        raise UsageError(f"{model}: is a graph, and --runtime trt runs engines; `onnxtools build {model} ENGINE`, then name ENGINE")
+        raise UsageError(
+            f"{model}: is a graph, and --runtime trt runs engines; `onnxtools build {model} ENGINE`, then name ENGINE"
+        )
     if name == "onnxrt" and model.suffix != ".onnx":
-        raise UsageError(f"{model}: is no .onnx file, which --runtime onnxrt runs; `onnxtools export` makes one of a checkpoint")
+        raise UsageError(
+            f"{model}: is no .onnx file, which --runtime onnxrt runs; `onnxtools export` makes one of a checkpoint"
+        )
     made: Runtime = registry.load(name, registry.RUNTIMES)(model, options)
     _check_whole(made, spec)
     made.name = spec
@@ -215,9 +229,15 @@ def _check_whole(made: Any, spec: str) -> None:
     Raises:
         JobError: names what is missing.
     """
-    missing = sorted(name for name in (*Runtime.__annotations__, *vars(Runtime)) if not name.startswith("_") and not hasattr(made, name))
+    missing = sorted(
+        name
+        for name in (*Runtime.__annotations__, *vars(Runtime))
+        if not name.startswith("_") and not hasattr(made, name)
+    )
     if missing:
-        raise JobError(f"runtime {spec!r} ({type(made).__module__}.{type(made).__name__}) has no {', '.join(missing)}; its package is for another onnxtools")
+        raise JobError(
+            f"runtime {spec!r} ({type(made).__module__}.{type(made).__name__}) has no {', '.join(missing)}; its package is for another onnxtools"
+        )
 
 
 def greedy_steps(session: Session, ids: Ids, count: int) -> tuple[Ids, Floats]:
@@ -238,7 +258,9 @@ def check_slots(session: Session, slots: Sequence[int]) -> None:
     if len(set(slots)) != len(slots) or not all(0 <= slot < session.slots for slot in slots):
         raise ValueError(f"slots {list(slots)} are not different ones of 0 to {session.slots - 1}")
     if len(slots) < session.slots and not session.joins:
-        raise JobError("this model runs all rows of a batch in step: it has no attention_mask input, or a fixed batch; run them together or one by one")
+        raise JobError(
+            "this model runs all rows of a batch in step: it has no attention_mask input, or a fixed batch; run them together or one by one"
+        )
 
 
 def check_length(info: ModelInfo, length: int, longest_prompt: int, what: str) -> None:

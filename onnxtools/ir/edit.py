@@ -75,7 +75,16 @@ class Builder:
             value.shape = ir.Shape(list(shape))
         return value
 
-    def ops(self, op_type: str, inputs: Sequence[ir.Value | None], name: str, *, outputs: int = 1, domain: str = "", **attributes: Any) -> Sequence[ir.Value]:
+    def ops(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        name: str,
+        *,
+        outputs: int = 1,
+        domain: str = "",
+        **attributes: Any,
+    ) -> Sequence[ir.Value]:
         name = self.names(name)
         node = ir.node(op_type, list(inputs), attributes, domain=domain, num_outputs=outputs, name=name)
         for index, value in enumerate(node.outputs):
@@ -98,7 +107,9 @@ class Builder:
     def initializer(self, tensor: ir.TensorProtocol, name: str) -> ir.Value:
         name = self.names(name)
         tensor.name = name
-        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(list(tensor.shape.numpy())), const_value=tensor)
+        value = ir.Value(
+            name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(list(tensor.shape.numpy())), const_value=tensor
+        )
         self.graph.register_initializer(value)
         return value
 

@@ -85,7 +85,11 @@ class Model:
         """
         for graph in self.ir.graphs():
             for node in list(graph):
-                held = node.attributes.get("value") if node.op_type == "Constant" and node.domain in ("", "ai.onnx") else None
+                held = (
+                    node.attributes.get("value")
+                    if node.op_type == "Constant" and node.domain in ("", "ai.onnx")
+                    else None
+                )
                 if held is not None and held.type == ir.AttributeType.TENSOR and _is_weight(held.as_tensor()):
                     self._lift(graph, node, held.as_tensor())
 
@@ -95,7 +99,9 @@ class Model:
             return
         name, old.name = old.name or "constant", f"{old.name}__node"
         tensor.name = name
-        new = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(list(tensor.shape.numpy())), const_value=tensor)
+        new = ir.Value(
+            name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(list(tensor.shape.numpy())), const_value=tensor
+        )
         graph.register_initializer(new)
         ir.convenience.replace_all_uses_with(old, new)
         graph.remove(node)
@@ -104,17 +110,23 @@ class Model:
         """Initializers that IR < 4 forced to be inputs too become constants; in a newer model they are meant to be overridden."""
         both = [value for value in self.ir.graph.inputs if value.name in self.ir.graph.initializers]
         if both and (self.ir.ir_version or 0) >= 4:
-            self.notes.append(f"{len(both)} initializers are graph inputs too ({both[0].name!r} first): callers may override them, so they are left alone")
+            self.notes.append(
+                f"{len(both)} initializers are graph inputs too ({both[0].name!r} first): callers may override them, so they are left alone"
+            )
         elif both:
             for value in both:
                 self.ir.graph.inputs.remove(value)
-            self.notes.append(f"{len(both)} initializers were listed as graph inputs (IR {self.ir.ir_version}); they are constants now")
+            self.notes.append(
+                f"{len(both)} initializers were listed as graph inputs (IR {self.ir.ir_version}); they are constants now"
+            )
 
     def _sort(self) -> None:
         try:
             self.ir.graph.sort()
         except ValueError as error:
-            raise ModelError(f"{self.path}: the graph has a cycle through {_cycle_node(self.ir.graph)}; an ONNX graph must be acyclic") from error
+            raise ModelError(
+                f"{self.path}: the graph has a cycle through {_cycle_node(self.ir.graph)}; an ONNX graph must be acyclic"
+            ) from error
 
     @property
     def graph(self) -> onnx_ir.Graph:
@@ -152,14 +164,23 @@ class Model:
         """
         return to_proto(self.ir, self.path)
 
-    def save(self, path: str | os.PathLike[str], *, copy_weights: bool = False, weights: bool = True, beside: Beside | None = None) -> SaveReport:
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        copy_weights: bool = False,
+        weights: bool = True,
+        beside: Beside | None = None,
+    ) -> SaveReport:
         """Write the graph to `path` atomically; see `onnxtools.storage.save.save`."""
         return save(self.ir, Path(path), origin=self.path, copy_weights=copy_weights, weights=weights, beside=beside)
 
 
 def _is_weight(tensor: ir.TensorProtocol) -> bool:
     floating = tensor.dtype.is_floating_point() and tensor.size > 1
-    return isinstance(tensor, ir.ExternalTensor) or (tensor.dtype != ir.DataType.STRING and (floating or tensor.nbytes > 1024))
+    return isinstance(tensor, ir.ExternalTensor) or (
+        tensor.dtype != ir.DataType.STRING and (floating or tensor.nbytes > 1024)
+    )
 
 
 def _read_proto(path: Path) -> tuple[onnx.ModelProto, str]:
@@ -168,7 +189,9 @@ def _read_proto(path: Path) -> tuple[onnx.ModelProto, str]:
             raise ModelError(f"{path}: is a folder; name the .onnx file in it")
         check_regular(path, ModelError)
         if (size := path.stat().st_size) >= _MAX_PROTO_BYTES:
-            raise ModelError(f"{path}: has {size} bytes, and no ONNX graph can have more than {_MAX_PROTO_BYTES}; keep its weights in a data file")
+            raise ModelError(
+                f"{path}: has {size} bytes, and no ONNX graph can have more than {_MAX_PROTO_BYTES}; keep its weights in a data file"
+            )
         data = path.read_bytes()
     except FileNotFoundError:
         raise ModelError(f"{absent(path)}: no such file; check the path") from None
@@ -178,7 +201,9 @@ def _read_proto(path: Path) -> tuple[onnx.ModelProto, str]:
     try:
         proto.ParseFromString(data)
     except Exception:
-        raise ModelError(f"{path}: not an ONNX file, or a truncated one ({len(data)} bytes); export or copy it again") from None
+        raise ModelError(
+            f"{path}: not an ONNX file, or a truncated one ({len(data)} bytes); export or copy it again"
+        ) from None
     if not proto.graph.node and not proto.graph.output:
         raise ModelError(f"{path}: not an ONNX model, or an empty one: it has no nodes and no outputs; export it again")
     if not proto.opset_import:
@@ -188,7 +213,9 @@ def _read_proto(path: Path) -> tuple[onnx.ModelProto, str]:
 
 def _cycle_node(graph: ir.Graph) -> str:
     """Name of a node that waits for itself (Kahn's algorithm leaves exactly the nodes on or after a cycle)."""
-    waiting = {node: {i.producer() for i in node.inputs if i is not None and i.producer() is not None} for node in graph}
+    waiting = {
+        node: {i.producer() for i in node.inputs if i is not None and i.producer() is not None} for node in graph
+    }
     done: set[ir.Node | None] = set()
     progress = True
     while progress:
@@ -207,7 +234,15 @@ def _real(tensor: ir.ExternalTensor) -> ir.ExternalTensor:
     if not file.is_symlink():
         return tensor
     real = file.resolve()
-    return ir.ExternalTensor(real.name, tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=tensor.name, base_dir=real.parent)
+    return ir.ExternalTensor(
+        real.name,
+        tensor.offset,
+        tensor.length,
+        tensor.dtype,
+        shape=tensor.shape,
+        name=tensor.name,
+        base_dir=real.parent,
+    )
 
 
 def load(path: str | os.PathLike[str]) -> Model:

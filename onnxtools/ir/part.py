@@ -50,7 +50,9 @@ def part(model: Model, names: Sequence[str], *, rows: int | None = None) -> onnx
     Raises:
         OnnxtoolsError: a weight cannot be computed.
     """
-    by_name = {value.name: value for node in model.graph for value in node.outputs} | {value.name: value for value in model.graph.inputs}
+    by_name = {value.name: value for node in model.graph for value in node.outputs} | {
+        value.name: value for value in model.graph.inputs
+    }
     nodes, leaves = needed(model, [by_name[name] for name in names])
     graph = onnx.GraphProto(name="part")
     graph.node.extend(ir.serde.serialize_node(node) for node in model.graph if node in nodes)
@@ -84,7 +86,9 @@ def _serialized(tensor: ir.TensorProtocol) -> onnx.TensorProto:
 
 def is_table(value: ir.Value) -> bool:
     """Whether nothing but lookups along the first axis reads the weight."""
-    return bool(value.uses()) and all(is_op(node, "Gather") and index == 0 and node.attributes.get_int("axis", 0) == 0 for node, index in value.uses())
+    return bool(value.uses()) and all(
+        is_op(node, "Gather") and index == 0 and node.attributes.get_int("axis", 0) == 0 for node, index in value.uses()
+    )
 
 
 def _some_rows(value: ir.Value, tensor: ir.TensorProtocol, rows: int) -> ir.TensorProtocol:
@@ -119,4 +123,8 @@ def _part_bytes(value: ir.Value) -> int:
     tensor = value.const_value
     assert tensor is not None
     shape = shape_of(tensor)
-    return tensor.nbytes * TABLE_ROWS // shape[0] if len(shape) == 2 and shape[0] > TABLE_ROWS and is_table(value) else tensor.nbytes
+    return (
+        tensor.nbytes * TABLE_ROWS // shape[0]
+        if len(shape) == 2 and shape[0] > TABLE_ROWS and is_table(value)
+        else tensor.nbytes
+    )

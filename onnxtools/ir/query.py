@@ -77,7 +77,9 @@ def is_fp8_qdq(node: ir.Node) -> bool:
     if not is_op(node, "QuantizeLinear", "DequantizeLinear"):
         return False
     values = [*node.inputs[2:3], node.inputs[0] if node.op_type == "DequantizeLinear" else node.outputs[0]]
-    return any(stored_dtype(value) in FP8_DTYPES for value in values) or attribute(node, "output_dtype", 0) in FP8_DTYPES
+    return (
+        any(stored_dtype(value) in FP8_DTYPES for value in values) or attribute(node, "output_dtype", 0) in FP8_DTYPES
+    )
 
 
 def has_dynamic_scales(model: Model) -> bool:

@@ -55,8 +55,14 @@ def check(proto: onnx.ModelProto, path: Path) -> list[str]:
             _check_nodes(function.node, path, _default_opset(function.opset_import) or opset, inside_function=True)
         _check_expansion(proto, path)
     except UnicodeDecodeError as error:
-        raise ModelError(f"{path}: holds a text that is not UTF-8 ({error.reason}); the file is damaged, export or copy it again") from None
-    unknown = sum(_forget_negative_sizes(value) for graph in _graphs(proto.graph, path) for value in (*graph.input, *graph.output, *graph.value_info))
+        raise ModelError(
+            f"{path}: holds a text that is not UTF-8 ({error.reason}); the file is damaged, export or copy it again"
+        ) from None
+    unknown = sum(
+        _forget_negative_sizes(value)
+        for graph in _graphs(proto.graph, path)
+        for value in (*graph.input, *graph.output, *graph.value_info)
+    )
     return [*notes, *([f"{unknown} negative sizes of values are taken as unknown"] if unknown else [])]
 
 
@@ -67,7 +73,11 @@ def _check_texts(message: Message) -> None:
         UnicodeDecodeError: for the first of any field.
     """
     if isinstance(message, onnx.TensorProto):  # its other fields may be gigabytes, and reading them copies them
-        texts: list[Any] = [message.name, message.doc_string, *(text for entry in message.external_data for text in (entry.key, entry.value))]
+        texts: list[Any] = [
+            message.name,
+            message.doc_string,
+            *(text for entry in message.external_data for text in (entry.key, entry.value)),
+        ]
     else:
         texts = []
         for field, value in message.ListFields():
@@ -90,7 +100,9 @@ def fault(path: Path) -> str:
         onnx.checker.check_model(str(path), full_check=True)
     except Exception as error:  # of several libraries
         said = " ".join(str(error).split())
-        return "" if re.search(r"Field '(shape|type)' of '\w+' is required", said) else said[:200] or type(error).__name__  # outputs need none to run
+        return (
+            "" if re.search(r"Field '(shape|type)' of '\w+' is required", said) else said[:200] or type(error).__name__
+        )  # outputs need none to run
     return ""
 
 
@@ -108,7 +120,9 @@ def _check_opsets(proto: onnx.ModelProto, path: Path) -> None:
     for entry in (*proto.opset_import, *(entry for function in proto.functions for entry in function.opset_import)):
         default = entry.domain in ("", "ai.onnx")
         if entry.version < 1 or (default and entry.version > newest):
-            raise ModelError(f"{path}: imports version {entry.version} of operator set {entry.domain or 'ai.onnx'!r}; 1 to {newest} are known, export it again")
+            raise ModelError(
+                f"{path}: imports version {entry.version} of operator set {entry.domain or 'ai.onnx'!r}; 1 to {newest} are known, export it again"
+            )
 
 
 def _default_opset(imports: Iterable[onnx.OperatorSetIdProto]) -> int:
@@ -124,7 +138,9 @@ def _check_graph(graph: onnx.GraphProto, path: Path, opset: int) -> None:
         check_tensor(sparse.indices, path)
     for value in (*graph.input, *graph.output, *graph.value_info):
         if not _is_known(value.type):
-            raise ModelError(f"{path}: the value {value.name!r} has an element type that ONNX does not know; export the model again")
+            raise ModelError(
+                f"{path}: the value {value.name!r} has an element type that ONNX does not know; export the model again"
+            )
 
 
 def _is_known(kind: onnx.TypeProto) -> bool:
@@ -145,10 +161,14 @@ def _check_nodes(nodes: Iterable[onnx.NodeProto], path: Path, opset: int, *, ins
         for attribute in node.attribute:
             where = f"{path}: attribute {attribute.name!r} of node {node.name!r} ({node.op_type})"
             if not attribute.name or attribute.name in seen:
-                raise ModelError(f"{where} {'stands there twice' if attribute.name else 'has no name'}; export the model again")
+                raise ModelError(
+                    f"{where} {'stands there twice' if attribute.name else 'has no name'}; export the model again"
+                )
             seen.add(attribute.name)
             if attribute.ref_attr_name and not inside_function:
-                raise ModelError(f"{where} refers to an attribute of a function, but is in none; export the model again")
+                raise ModelError(
+                    f"{where} refers to an attribute of a function, but is in none; export the model again"
+                )
             if not attribute.ref_attr_name and not _is_complete(attribute):
                 raise ModelError(f"{where} has no value of its type; the file is damaged, export the model again")
             for tensor in (*([attribute.t] if attribute.HasField("t") else []), *attribute.tensors):
@@ -176,13 +196,22 @@ def _check_signature(node: onnx.NodeProto, opset: int, path: Path) -> None:
     for name, kind in given.items():
         if name in schema.attributes and kind != schema.attributes[name].type.value:  # type: ignore[attr-defined]
             wanted = schema.attributes[name].type.name  # type: ignore[attr-defined]
-            raise ModelError(f"{where}: attribute {name!r} is no {wanted}, as the operator takes it; export the model again")
-    missing = next((name for name, attribute in schema.attributes.items() if attribute.required and name not in given), None)
+            raise ModelError(
+                f"{where}: attribute {name!r} is no {wanted}, as the operator takes it; export the model again"
+            )
+    missing = next(
+        (name for name, attribute in schema.attributes.items() if attribute.required and name not in given), None
+    )
     if missing is not None:
         raise ModelError(f"{where}: has no attribute {missing!r}, which the operator needs; export the model again")
-    if not schema.min_input <= len(node.input) <= schema.max_input or not schema.min_output <= len(node.output) <= schema.max_output:
+    if (
+        not schema.min_input <= len(node.input) <= schema.max_input
+        or not schema.min_output <= len(node.output) <= schema.max_output
+    ):
         counts = f"{len(node.input)} inputs and {len(node.output)} outputs"
-        raise ModelError(f"{where}: has {counts}, and the operator takes {schema.min_input} and {schema.min_output} or more; export the model again")
+        raise ModelError(
+            f"{where}: has {counts}, and the operator takes {schema.min_input} and {schema.min_output} or more; export the model again"
+        )
 
 
 _HELD = {
@@ -194,7 +223,10 @@ _HELD = {
 
 def _is_complete(attribute: onnx.AttributeProto) -> bool:
     """Whether the attribute has a type and, where that is of one value, the value."""
-    if attribute.type == onnx.AttributeProto.UNDEFINED or attribute.type not in onnx.AttributeProto.AttributeType.values():
+    if (
+        attribute.type == onnx.AttributeProto.UNDEFINED
+        or attribute.type not in onnx.AttributeProto.AttributeType.values()
+    ):
         return False
     field = _HELD.get(attribute.type)
     # proto3 writers leave out numbers and texts that are zero or empty
@@ -209,7 +241,9 @@ def check_tensor(tensor: onnx.TensorProto, path: Path) -> None:
     """
     where = f"{path}: tensor {tensor.name!r}"
     if tensor.data_type not in _TENSOR_TYPES:
-        raise ModelError(f"{where} has the element type {tensor.data_type}, which ONNX does not know; the file is damaged, export the model again")
+        raise ModelError(
+            f"{where} has the element type {tensor.data_type}, which ONNX does not know; the file is damaged, export the model again"
+        )
     count = math.prod(tensor.dims)
     if any(size < 0 for size in tensor.dims) or count > _MAX_ELEMENTS:
         raise ModelError(f"{where} has the shape {list(tensor.dims)[:8]}; the file is damaged, export the model again")
@@ -221,7 +255,9 @@ def check_tensor(tensor: onnx.TensorProto, path: Path) -> None:
     elif tensor.HasField("raw_data"):
         needed = -(-count * _BITS.get(kind, 8) // 8)
         if kind == "STRING" or len(tensor.raw_data) != needed:
-            raise ModelError(f"{where} has {len(tensor.raw_data)} bytes and its shape {list(tensor.dims)} needs {needed}; the file is damaged, export it again")
+            raise ModelError(
+                f"{where} has {len(tensor.raw_data)} bytes and its shape {list(tensor.dims)} needs {needed}; the file is damaged, export it again"
+            )
     else:
         _check_elements(tensor, where, kind, count)
 
@@ -231,7 +267,13 @@ def _check_place(tensor: onnx.TensorProto, where: str, kind: str) -> None:
     location = entries.get("location", "")
     numbers = (entries.get("offset", "0"), entries.get("length", "0"))
     too_long = max(len(part.encode(errors="replace")) for part in location.split("/")) > _LONGEST_NAME
-    if not location or too_long or "\0" in location or kind == "STRING" or not all(text.isascii() and text.isdigit() and len(text) < 19 for text in numbers):
+    if (
+        not location
+        or too_long
+        or "\0" in location
+        or kind == "STRING"
+        or not all(text.isascii() and text.isdigit() and len(text) < 19 for text in numbers)
+    ):
         place = f"{location[:60]!r}, offset and length {', '.join(numbers)[:40]}"
         raise ModelError(f"{where} has an ill-formed place in a data file ({place}); export the model again")
 
@@ -243,7 +285,9 @@ def _check_elements(tensor: onnx.TensorProto, where: str, kind: str, count: int)
     needed = 2 * count if kind.startswith("COMPLEX") else -(-count // per_entry)
     given = len(getattr(tensor, field))
     if given != needed:
-        raise ModelError(f"{where} has {given} elements and its shape {list(tensor.dims)} needs {needed}; the file is damaged, export the model again")
+        raise ModelError(
+            f"{where} has {given} elements and its shape {list(tensor.dims)} needs {needed}; the file is damaged, export the model again"
+        )
 
 
 def _forget_negative_sizes(value: onnx.ValueInfoProto) -> int:
@@ -284,9 +328,13 @@ def _check_expansion(proto: onnx.ModelProto, path: Path) -> None:
     try:
         found = total(proto.graph.node) if functions else 0
     except RecursionError:
-        raise ModelError(f"{path}: its functions are nested too deeply to be inlined; inline them with onnx.inliner first") from None
+        raise ModelError(
+            f"{path}: its functions are nested too deeply to be inlined; inline them with onnx.inliner first"
+        ) from None
     if found > _MAX_EXPANDED:
-        raise ModelError(f"{path}: its functions come to more than {_MAX_EXPANDED} nodes when they are inlined; export the model again")
+        raise ModelError(
+            f"{path}: its functions come to more than {_MAX_EXPANDED} nodes when they are inlined; export the model again"
+        )
 
 
 # --- names ------------------------------------------------------------------------------------------------------------
@@ -317,7 +365,9 @@ def _check_names(proto: onnx.ModelProto, path: Path) -> list[str]:
             )
         for name in node.output:
             if name in defined:
-                raise ModelError(f"{path}: value {name!r} of node {node.name!r} is already defined by {defined[name]}; names must be unique")
+                raise ModelError(
+                    f"{path}: value {name!r} of node {node.name!r} is already defined by {defined[name]}; names must be unique"
+                )
             if name:
                 defined[name] = f"node {node.name!r}"
         if node.name in node_names:
@@ -329,12 +379,19 @@ def _check_names(proto: onnx.ModelProto, path: Path) -> list[str]:
 
 def _check_defined(graph: onnx.GraphProto, outer: set[str], path: Path) -> None:
     """Refuse uses of values that nothing defines, in the graph and its subgraphs."""
-    known = outer | {v.name for v in graph.input} | {t.name for t in graph.initializer} | {t.values.name for t in graph.sparse_initializer}
+    known = (
+        outer
+        | {v.name for v in graph.input}
+        | {t.name for t in graph.initializer}
+        | {t.values.name for t in graph.sparse_initializer}
+    )
     known |= {name for node in graph.node for name in node.output}
     for node in graph.node:
         for name in node.input:
             if name and name not in known:
-                raise ModelError(f"{path}: node {node.name!r} ({node.op_type}) uses the value {name!r}, which nothing defines; export the model again")
+                raise ModelError(
+                    f"{path}: node {node.name!r} ({node.op_type}) uses the value {name!r}, which nothing defines; export the model again"
+                )
         for attribute in node.attribute:
             for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
                 _check_defined(inner, known, path)

@@ -90,7 +90,9 @@ def magnitudes(tensor: ir.TensorProtocol, axis: int, block: int = 0) -> Array:
             keys = size.max(axis=axis)
         found = np.asarray(keys.view(tensor.dtype.numpy()).astype(np.float32))
         if not np.isfinite(found).all():
-            raise ModelError(f"weight {tensor.name!r} has infinite or NaN elements; restore it, or leave it out with --exclude")
+            raise ModelError(
+                f"weight {tensor.name!r} has infinite or NaN elements; restore it, or leave it out with --exclude"
+            )
         return found
 
     with ThreadPoolExecutor(WORKERS) as pool:
@@ -125,7 +127,9 @@ def quantized(tensor: ir.TensorProtocol, form: Format, scale: Array, axis: int, 
             out[low : low + step] = form.cast(_divided(_blocks(piece, axis, block), along)).reshape(piece.shape)
         return out
 
-    return StreamedTensor(tensor, rows, dtype=form.dtype, name=tensor.name or "", row_multiple=block if block and axis == 0 else 1)
+    return StreamedTensor(
+        tensor, rows, dtype=form.dtype, name=tensor.name or "", row_multiple=block if block and axis == 0 else 1
+    )
 
 
 def _blocks(rows: Array, axis: int, block: int) -> Array:
@@ -138,7 +142,11 @@ def _blocks(rows: Array, axis: int, block: int) -> Array:
 def _along(scale: Array, start: int, count: int, axis: int, block: int) -> Array:
     """The scales of rows start : start + count, in a shape that broadcasts with `_blocks`."""
     if block:
-        return scale[start : start + count, :, None] if axis == 1 else scale[start // block : -(-(start + count) // block), None, :]
+        return (
+            scale[start : start + count, :, None]
+            if axis == 1
+            else scale[start // block : -(-(start + count) // block), None, :]
+        )
     if scale.size == 1:
         return scale.reshape(())
     return scale[start : start + count, None] if axis == 1 else scale[None, :]

@@ -90,7 +90,9 @@ def mx_scale_rows(rows: Array, start: int) -> Array:
     """
     blocks = np.abs(rows.astype(np.float32)).reshape(*rows.shape[:-1], -1, MX_BLOCK).max(axis=-1)
     ratio = blocks / np.float32(E4M3_MAX)
-    mantissa, exponent = np.frexp(ratio)  # ratio = mantissa * 2^exponent with the mantissa in [0.5, 1): exact, where log2 rounds
+    mantissa, exponent = np.frexp(
+        ratio
+    )  # ratio = mantissa * 2^exponent with the mantissa in [0.5, 1): exact, where log2 rounds
     exponent = np.where(ratio == 0, -127, exponent - (mantissa == 0.5))
     code = np.clip(exponent + 127, 0, 254).astype(np.uint8)
     return np.asarray(code.view(ml_dtypes.float8_e8m0fnu))

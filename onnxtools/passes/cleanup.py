@@ -30,6 +30,10 @@ class Cleanup(Pass):
         gone = sorted(set(opsets) - set(model.ir.opset_imports))
         merged = before - merged_from
         matches = merged + removed + len(gone)
-        notes = [f"{merged} equal nodes merged, {removed} unused nodes and initializers dropped"] if matches else ["nothing to clean"]
+        notes = (
+            [f"{merged} equal nodes merged, {removed} unused nodes and initializers dropped"]
+            if matches
+            else ["nothing to clean"]
+        )
         notes += [f"unused operator set {domain!r} no longer imported" for domain in gone]
         return PassResult(bool(matches), matches, notes)

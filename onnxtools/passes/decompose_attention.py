@@ -52,7 +52,9 @@ def _decompose(node: ir.Node, facts: Facts, build: Builder) -> None:
     used = [o for o in node.outputs[1:] if o.uses() or o.is_graph_output()]
     if extra or used or attribute(node, "softcap", 0.0):
         what = f"input {extra[0]}" if extra else "a second output" if used else "softcap"
-        raise JobError(f"node {node.name!r} (Attention) uses {what}, which add-kv-cache cannot rewrite; export full-sequence attention without a cache")
+        raise JobError(
+            f"node {node.name!r} (Attention) uses {what}, which add-kv-cache cannot rewrite; export full-sequence attention without a cache"
+        )
     query, key, value = (_heads(node, i, facts, build) for i in range(3))
     shape, keys = facts[query].shape, facts[key].shape
     dtype = facts[query].dtype
@@ -63,8 +65,12 @@ def _decompose(node: ir.Node, facts: Facts, build: Builder) -> None:
     if repeat > 1:
         key, value = (_repeat(v, repeat, facts, build, name) for v in (key, value))
     scale = attribute(node, "scale") or 1 / math.sqrt(shape[-1])
-    query = build.op("Mul", [query, build.constant(np.array(scale, dtype=dtype.numpy()), "attention_scale", dtype)], f"{name}/Scale")
-    scores = build.op("MatMul", [query, build.op("Transpose", [key], f"{name}/Transpose", perm=[0, 1, 3, 2])], f"{name}/QK")
+    query = build.op(
+        "Mul", [query, build.constant(np.array(scale, dtype=dtype.numpy()), "attention_scale", dtype)], f"{name}/Scale"
+    )
+    scores = build.op(
+        "MatMul", [query, build.op("Transpose", [key], f"{name}/Transpose", perm=[0, 1, 3, 2])], f"{name}/QK"
+    )
     if attribute(node, "is_causal", 0):
         scores = build.op("Add", [scores, _causal(node, query, key, dtype, build)], f"{name}/Causal")
     if len(node.inputs) > 3 and node.inputs[3] is not None:
@@ -85,7 +91,9 @@ def _heads(node: ir.Node, index: int, facts: Facts, build: Builder) -> ir.Value:
     assert value is not None
     if shape is not None and len(shape) == 3:
         heads = attribute(node, "q_num_heads" if index == 0 else "kv_num_heads")
-        value = build.op("Reshape", [value, build.constant([0, 0, heads, shape[2] // heads], "heads")], f"{node.name}/Heads")
+        value = build.op(
+            "Reshape", [value, build.constant([0, 0, heads, shape[2] // heads], "heads")], f"{node.name}/Heads"
+        )
         value = build.op("Transpose", [value], f"{node.name}/ToHeads", perm=[0, 2, 1, 3])
         facts[value] = Fact(facts[node.inputs[index]].dtype, (shape[0], heads, shape[1], shape[2] // heads))
     return value
@@ -96,7 +104,9 @@ def _repeat(value: ir.Value, repeat: int, facts: Facts, build: Builder, name: st
     assert shape is not None
     value = build.op("Unsqueeze", [value, build.constant([2], "axes_2")], f"{name}/Unsqueeze")
     value = build.op("Expand", [value, build.constant([1, 1, repeat, 1, 1], "repeat")], f"{name}/Expand")
-    return build.op("Reshape", [value, build.constant([0, shape[1] * repeat, -1, shape[3]], "repeated")], f"{name}/Repeat")
+    return build.op(
+        "Reshape", [value, build.constant([0, shape[1] * repeat, -1, shape[3]], "repeated")], f"{name}/Repeat"
+    )
 
 
 def _causal(node: ir.Node, query: ir.Value, key: ir.Value, dtype: ir.DataType, build: Builder) -> ir.Value:

@@ -25,12 +25,18 @@ class DropStaleTypes(Pass):
 
     def apply(self, model: Model) -> PassResult:
         facts = analyse(model)
-        stale = [o for node in model.graph for o in node.outputs if not o.is_graph_output() and not _agrees(o, facts[o])]
+        stale = [
+            o for node in model.graph for o in node.outputs if not o.is_graph_output() and not _agrees(o, facts[o])
+        ]
         for value in stale:
             value.shape = value.type = None
         if not stale:
             return PassResult(False, 0, ["every recorded type and shape agrees with the graph"])
-        return PassResult(True, len(stale), [f"{len(stale)} recorded types or shapes contradicted the graph ({stale[0].name!r} first)"])
+        return PassResult(
+            True,
+            len(stale),
+            [f"{len(stale)} recorded types or shapes contradicted the graph ({stale[0].name!r} first)"],
+        )
 
 
 def _agrees(value: ir.Value, fact: Fact) -> bool:
@@ -38,4 +44,6 @@ def _agrees(value: ir.Value, fact: Fact) -> bool:
         return False
     if value.shape is None or fact.shape is None:
         return True
-    return len(value.shape) == len(fact.shape) and all(not isinstance(d, int) or d == size for d, size in zip(value.shape, fact.shape, strict=True))
+    return len(value.shape) == len(fact.shape) and all(
+        not isinstance(d, int) or d == size for d, size in zip(value.shape, fact.shape, strict=True)
+    )

@@ -54,8 +54,14 @@ class FoldConstants(Pass):
                 folded += 1
         neutral = sum(_remove_neutral(node, views, model) for node in list(model.graph))
         removed = remove_unused(model)
-        notes = [f"{folded} nodes folded, {neutral} no-op nodes removed, {removed} unused nodes and initializers dropped"]
-        return PassResult(bool(folded or neutral or removed), folded + neutral, notes if folded or neutral or removed else ["nothing to fold"])
+        notes = [
+            f"{folded} nodes folded, {neutral} no-op nodes removed, {removed} unused nodes and initializers dropped"
+        ]
+        return PassResult(
+            bool(folded or neutral or removed),
+            folded + neutral,
+            notes if folded or neutral or removed else ["nothing to fold"],
+        )
 
     def _lift(self, node: ir.Node, builder: Builder) -> int:
         value = node.outputs[0]
@@ -68,7 +74,10 @@ class FoldConstants(Pass):
     def _worth(self, node: ir.Node, facts: Facts) -> bool:
         if any(o.is_graph_output() for o in node.outputs):
             return False
-        return all(not facts[o].grown and (a := facts[o].value) is not None and a.size <= self.max_elements for o in node.outputs)
+        return all(
+            not facts[o].grown and (a := facts[o].value) is not None and a.size <= self.max_elements
+            for o in node.outputs
+        )
 
 
 def _become(value: ir.Value, tensor: ir.TensorProtocol, builder: Builder) -> None:
@@ -89,7 +98,11 @@ def _remove_neutral(node: ir.Node, views: list[Facts], model: Model) -> int:
     for keep, drop in ((0, 1), (1, 0)):
         data, side = node.inputs[keep], node.inputs[drop]
         neutral = 0 if node.op_type == "Add" else 1
-        if data is not None and views[0][data].value is None and all(_neutral(view, data, side, node.outputs[0], neutral) for view in views):
+        if (
+            data is not None
+            and views[0][data].value is None
+            and all(_neutral(view, data, side, node.outputs[0], neutral) for view in views)
+        ):
             rename_or_bypass(model.graph, node.outputs[0], data)
             return 1
     return 0
@@ -111,7 +124,11 @@ def _remove_same_shape(node: ir.Node, views: list[Facts], model: Model) -> int:
         return 0
     for view in views:
         steps = view[node.inputs[4]].value if len(node.inputs) > 4 and node.inputs[4] is not None else None
-        if view[data].shape is None or view[data].shape != view[result].shape or (steps is not None and np.any(steps != 1)):
+        if (
+            view[data].shape is None
+            or view[data].shape != view[result].shape
+            or (steps is not None and np.any(steps != 1))
+        ):
             return 0
     rename_or_bypass(model.graph, result, data)
     return 1

@@ -55,9 +55,13 @@ class GraphSurgeonPass(Pass):
         graph = function(graph) or graph
         exported = gs.export_onnx(graph, do_type_check=False)
         lazy = {id(values): tensor for values, tensor in imported}
-        untouched = {t.name: lazy[id(t._values)] for t in graph.tensors().values() if _is_lazy(t) and id(t._values) in lazy}
+        untouched = {
+            t.name: lazy[id(t._values)] for t in graph.tensors().values() if _is_lazy(t) and id(t._values) in lazy
+        }
         _adopt(model, exported, untouched)
-        notes = [f"{self.options()['function']}: {before} -> {len(model.graph)} nodes, {len(untouched)} weights untouched"]
+        notes = [
+            f"{self.options()['function']}: {before} -> {len(model.graph)} nodes, {len(untouched)} weights untouched"
+        ]
         return PassResult(True, 1, notes)
 
     def _function(self) -> GraphFunction:
@@ -84,7 +88,11 @@ def _adopt(model: Model, exported: onnx.ModelProto, untouched: dict[str, ir.Tens
     """Make `exported` the model, with its untouched weights and with the metadata that GraphSurgeon lost."""
     for initializer in exported.graph.initializer:
         if initializer.name in untouched:  # the bytes stay where they are; only the reference is exchanged below
-            initializer.CopyFrom(onnx.TensorProto(name=initializer.name, data_type=initializer.data_type, dims=initializer.dims, raw_data=b""))
+            initializer.CopyFrom(
+                onnx.TensorProto(
+                    name=initializer.name, data_type=initializer.data_type, dims=initializer.dims, raw_data=b""
+                )
+            )
         elif initializer.data_location == onnx.TensorProto.EXTERNAL and not initializer.external_data:
             initializer.data_location = onnx.TensorProto.DEFAULT
     old = model.ir

@@ -25,5 +25,7 @@ class InlineFunctions(Pass):
         try:
             InlinePass()(model.ir)
         except ValueError as error:  # functions of another opset, or that call themselves
-            raise JobError(f"{model.path}: its functions cannot be inlined ({' '.join(str(error).split())[:200]}); export the model at one opset") from None
+            raise JobError(
+                f"{model.path}: its functions cannot be inlined ({' '.join(str(error).split())[:200]}); export the model at one opset"
+            ) from None
         return PassResult(True, count, [f"{count} functions inlined"])

@@ -33,14 +33,18 @@ class IrPass(Pass):
 
     def options(self) -> dict[str, Any]:
         kind = type(self.transform)
-        return {"transform": self.transform if isinstance(self.transform, str) else f"{kind.__module__}:{kind.__qualname__}"}
+        return {
+            "transform": self.transform if isinstance(self.transform, str) else f"{kind.__module__}:{kind.__qualname__}"
+        }
 
     def apply(self, model: Model) -> PassResult:
         transform, before = self._pass(), len(model.graph)
         try:
             found = transform(model.ir)
         except (ir.passes.InvariantError, ir.passes.PassError) as error:
-            raise JobError(f"ir-pass: {self.options()['transform']} refuses the model ({one_line(error.__cause__ or error)}); see its documentation") from error
+            raise JobError(
+                f"ir-pass: {self.options()['transform']} refuses the model ({one_line(error.__cause__ or error)}); see its documentation"
+            ) from error
         model.ir = found.model
         note = f"{self.options()['transform']}: {before} -> {len(model.graph)} nodes"
         return PassResult(found.modified, int(found.modified), [note if found.modified else f"{note}, nothing matched"])
@@ -49,5 +53,7 @@ class IrPass(Pass):
         found = load_object("ir-pass: transform", self.transform) if isinstance(self.transform, str) else self.transform
         made = found() if isinstance(found, type) else found
         if not isinstance(made, ir.passes.PassBase):
-            raise UsageError(f"ir-pass: {self.transform!r} is no onnx_ir.passes.PassBase; name a class or an instance of one")
+            raise UsageError(
+                f"ir-pass: {self.transform!r} is no onnx_ir.passes.PassBase; name a class or an instance of one"
+            )
         return made

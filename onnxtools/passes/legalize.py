@@ -48,12 +48,17 @@ class Legalize(Pass):
     def ensures(self, model: Model) -> None:
         for node in model.graph.all_nodes():
             if node.domain == "" and "Sequence" in node.op_type:
-                raise JobError(f"node {node.name!r} ({node.op_type}) works on a sequence of tensors, which TensorRT refuses; split with constant sizes")
+                raise JobError(
+                    f"node {node.name!r} ({node.op_type}) works on a sequence of tensors, which TensorRT refuses; split with constant sizes"
+                )
 
 
 def _identity(node: ir.Node, facts: Facts, builder: Builder) -> str:
     source = node.inputs[0]
-    if source is None or (node.outputs[0].is_graph_output() and (source.is_graph_input() or source.is_initializer() or source.is_graph_output())):
+    if source is None or (
+        node.outputs[0].is_graph_output()
+        and (source.is_graph_input() or source.is_initializer() or source.is_graph_output())
+    ):
         return ""
     if len(node.outputs) > 1 and node.outputs[1].uses():
         return ""
@@ -78,7 +83,9 @@ def _cast_like(node: ir.Node, facts: Facts, builder: Builder) -> str:
     like = node.inputs[1]
     target = facts[like].dtype
     if like is None or target is None:
-        raise JobError(f"node {node.name!r} (CastLike): the type that it casts to is unknown; run onnx shape inference first")
+        raise JobError(
+            f"node {node.name!r} (CastLike): the type that it casts to is unknown; run onnx shape inference first"
+        )
     if facts[node.inputs[0]].dtype == target:
         return _identity(node, facts, builder)
     new = builder.op("Cast", [node.inputs[0]], node.name or "Cast", dtype=target, to=target.value)
@@ -94,12 +101,18 @@ def _split_to_sequence(node: ir.Node, facts: Facts, builder: Builder) -> str:
     for user in users:
         if not is_op(user, "SequenceAt") or facts[user.inputs[1]].value is None:
             where = f"node {user.name!r} ({user.op_type})"
-            raise JobError(f"{where} uses the sequence of {node.name!r} in a way that no Split can replace; export with constant split sizes")
+            raise JobError(
+                f"{where} uses the sequence of {node.name!r} in a way that no Split can replace; export with constant split sizes"
+            )
     if shape is None:
-        raise JobError(f"node {node.name!r} (SplitToSequence): the shape of {data.name if data else ''!r} is unknown; run onnx shape inference first")
+        raise JobError(
+            f"node {node.name!r} (SplitToSequence): the shape of {data.name if data else ''!r} is unknown; run onnx shape inference first"
+        )
     sizes = sequence_sizes(node, shape[axis], facts)
     if sizes is None:
-        raise JobError(f"node {node.name!r} (SplitToSequence) has split sizes that depend on the data; export with constant sizes")
+        raise JobError(
+            f"node {node.name!r} (SplitToSequence) has split sizes that depend on the data; export with constant sizes"
+        )
     outputs = _pieces(node, sizes, axis % len(shape), facts, builder)
     squeeze = len(node.inputs) < 2 and not attribute(node, "keepdims", 1)
     for user in users:
@@ -120,16 +133,22 @@ def _pieces(node: ir.Node, sizes: list[int], axis: int, facts: Facts, builder: B
     name = node.name or "Split"
     vector = given is not None and (known := facts[given].value) is not None and known.ndim == 1
     if is_constant_expression(given) and (vector or _static_axis(data, axis)):
-        return builder.ops("Split", [data, builder.constant(sizes, f"{name}/split")], name, outputs=len(sizes), axis=axis)
+        return builder.ops(
+            "Split", [data, builder.constant(sizes, f"{name}/split")], name, outputs=len(sizes), axis=axis
+        )
     if not vector or given is None:
-        raise JobError(f"node {node.name!r} (SplitToSequence) cuts an axis of dynamic size into equal parts; export with constant sizes")
+        raise JobError(
+            f"node {node.name!r} (SplitToSequence) cuts an axis of dynamic size into equal parts; export with constant sizes"
+        )
     start = builder.constant([0], "int_0_1d")
     pieces = []
     for index in range(len(sizes)):
         bounds = [builder.constant([i], "piece") for i in (index, index + 1)]
         size = builder.op("Slice", [given, *bounds, builder.constant([0], "axes_0")], f"{name}/size_{index}")
         end = builder.op("Add", [start, size], f"{name}/end_{index}")
-        pieces.append(builder.op("Slice", [data, start, end, builder.constant([axis], "axis")], f"{name}/piece_{index}"))
+        pieces.append(
+            builder.op("Slice", [data, start, end, builder.constant([axis], "axis")], f"{name}/piece_{index}")
+        )
         start = end
     return pieces
 
@@ -145,7 +164,13 @@ def _reshape_scalar(node: ir.Node, facts: Facts, builder: Builder) -> str:
     target = facts[node.inputs[1]].value
     if facts[node.inputs[0]].shape != () or target is None or target.tolist() not in ([-1], [1]):
         return ""
-    new = builder.op("Unsqueeze", [node.inputs[0], builder.constant([0], "axes_0")], node.name or "Unsqueeze", dtype=facts[node.inputs[0]].dtype, shape=[1])
+    new = builder.op(
+        "Unsqueeze",
+        [node.inputs[0], builder.constant([0], "axes_0")],
+        node.name or "Unsqueeze",
+        dtype=facts[node.inputs[0]].dtype,
+        shape=[1],
+    )
     rename_or_bypass(builder.graph, node.outputs[0], new)
     return "scalar reshapes made Unsqueeze"
 

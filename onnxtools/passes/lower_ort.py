@@ -67,10 +67,20 @@ class LowerOrt(Pass):
 
 def _blocks(product: Product) -> ir.Node | None:
     """The DequantizeLinear, where the product is one of ours."""
-    if len(product.path) != 1 or product.tensor.dtype != ir.DataType.INT4 or len(product.tensor.shape) != 2 or product.index != 1 or product.obstacle:
+    if (
+        len(product.path) != 1
+        or product.tensor.dtype != ir.DataType.INT4
+        or len(product.tensor.shape) != 2
+        or product.index != 1
+        or product.obstacle
+    ):
         return None
     node = product.path[0]
-    fits = is_op(node, "DequantizeLinear") and attribute(node, "block_size", 0) in _BLOCKS and attribute(node, "axis", 1) % 2 == product.axis
+    fits = (
+        is_op(node, "DequantizeLinear")
+        and attribute(node, "block_size", 0) in _BLOCKS
+        and attribute(node, "axis", 1) % 2 == product.axis
+    )
     return node if fits and len(node.inputs) == 2 and constant_tensor(node.inputs[1]) is not None else None
 
 
@@ -80,7 +90,9 @@ def _rewrite(build: Builder, product: Product, dequantize: ir.Node) -> None:
     scales = constant_tensor(dequantize.inputs[1])
     assert scales is not None
     name = product.weight.name or "weight"
-    stored = build.initializer(_Nibbles(tensor, product.axis, (outputs, size // block, block // 2), name), f"{name}_nbits")
+    stored = build.initializer(
+        _Nibbles(tensor, product.axis, (outputs, size // block, block // 2), name), f"{name}_nbits"
+    )
     array = elements(scales)
     wide = array if product.axis == 1 else np.ascontiguousarray(array.T)
     factor = build.initializer(ir.Tensor(wide, dtype=scales.dtype), f"{name}_nbits_scale")
@@ -95,11 +107,25 @@ def _rewrite(build: Builder, product: Product, dequantize: ir.Node) -> None:
 def _is_fp8(product: Product) -> bool:
     """A Gemm that cublasLt computes in FP8: the weight [N, K], one scale on each side."""
     node, source = product.node, product.activation.producer()
-    if not is_op(node, "Gemm") or len(product.path) != 1 or product.axis != 1 or product.index != 1 or attribute(node, "transA", 0):
+    if (
+        not is_op(node, "Gemm")
+        or len(product.path) != 1
+        or product.axis != 1
+        or product.index != 1
+        or attribute(node, "transA", 0)
+    ):
         return False
-    if attribute(node, "alpha", 1.0) != 1.0 or attribute(node, "beta", 1.0) != 1.0 or any(size % 16 for size in product.tensor.shape.numpy()):
+    if (
+        attribute(node, "alpha", 1.0) != 1.0
+        or attribute(node, "beta", 1.0) != 1.0
+        or any(size % 16 for size in product.tensor.shape.numpy())
+    ):
         return False
-    if source is None or not is_op(source, "DequantizeLinear") or not is_op(source.inputs[0].producer() if source.inputs[0] else None, "QuantizeLinear"):
+    if (
+        source is None
+        or not is_op(source, "DequantizeLinear")
+        or not is_op(source.inputs[0].producer() if source.inputs[0] else None, "QuantizeLinear")
+    ):
         return False
     zero = constant_tensor(source.inputs[2]) if len(source.inputs) > 2 else None
     scales = [constant_tensor(side.inputs[1]) for side in (source, product.path[0])]

@@ -80,7 +80,9 @@ class Precision(Calibrated):
         if any(node.domain == "trt" for node in model.graph):
             raise JobError(f"{model.path}: has TransformerEngine's operators; run `onnxtools convert` first")
         if self.to == "bf16" and model.opset < _BF16_OPSET:
-            raise JobError(f"{model.path}: bf16 needs opset {_BF16_OPSET} and the model is at {model.opset}; run `onnxtools set-opset` first")
+            raise JobError(
+                f"{model.path}: bf16 needs opset {_BF16_OPSET} and the model is at {model.opset}; run `onnxtools set-opset` first"
+            )
 
     def apply(self, model: Model) -> PassResult:
         if not any(product.tensor.dtype == FLOAT for product in weight_products(model)):
@@ -91,7 +93,12 @@ class Precision(Calibrated):
         model.graph.sort()
         remove_unused(model)
         record_dtypes(model, compute=self.to, cache=None if self.keep_io else self.to)
-        return PassResult(True, matches, [*(_warnings(table) if self.calib is not None and self.to == "fp16" else []), *narrowing.notes(matches)], table)
+        return PassResult(
+            True,
+            matches,
+            [*(_warnings(table) if self.calib is not None and self.to == "fp16" else []), *narrowing.notes(matches)],
+            table,
+        )
 
     def _overflows(self, model: Model) -> list[dict[str, Any]]:
         """Values whose largest magnitude over the calibration texts is beyond fp16."""
@@ -99,7 +106,9 @@ class Precision(Calibrated):
         with Calibration(model, self) as calibration:
 
             def look(layer: Layer) -> Findings:
-                values = [v for node in layer.segment.heavy for v in node.outputs if v.uses() and not is_op(node, "Constant")]
+                values = [
+                    v for node in layer.segment.heavy for v in node.outputs if v.uses() and not is_op(node, "Constant")
+                ]
                 seen = {value: (Largest(),) for value in values if calibration.is_float(value)}
                 layer.observe(seen)
                 return {value.name or "": np.array(observer.amax) for value, (observer,) in seen.items()}
@@ -113,7 +122,9 @@ def _warnings(table: list[dict[str, Any]]) -> list[str]:
     if not table:
         return [f"nothing exceeds fp16's {_FP16_MAX:.0f} while calibrating"]
     worst = max(table, key=lambda row: row["largest"])
-    return [f"warning: {len(table)} values exceed fp16's {_FP16_MAX:.0f} while calibrating ({worst['value']!r} reaches {worst['largest']:.4g}); use --to bf16"]
+    return [
+        f"warning: {len(table)} values exceed fp16's {_FP16_MAX:.0f} while calibrating ({worst['value']!r} reaches {worst['largest']:.4g}); use --to bf16"
+    ]
 
 
 class _Narrowing:
@@ -153,7 +164,9 @@ class _Narrowing:
             f"{len(self._casts)} casts",
             f"kept in fp32: {kept}" if kept else "nothing kept in fp32",
         ]
-        return notes + ([f"constants beyond the type cut to half of its lowest: {', '.join(self._cut[:3])}"] if self._cut else [])
+        return notes + (
+            [f"constants beyond the type cut to half of its lowest: {', '.join(self._cut[:3])}"] if self._cut else []
+        )
 
     def _wide(self, nodes: list[ir.Node]) -> set[ir.Node]:
         """Nodes that stay in fp32: by operator, by schema, and elementwise ones that work on what those made."""
@@ -163,8 +176,12 @@ class _Narrowing:
                 continue
             makers = [value.producer() for value in node.inputs if value is not None]
             spreading = _SPREADING | _ELEMENTWISE | _BOUNDING
-            behind = node.op_type in _ELEMENTWISE | _BOUNDING and any(m is not None and m in wide and m.op_type in spreading for m in makers)
-            explicit = is_op(node, "Cast") and attribute(node, "to") == FLOAT.value and self._float_value(node.inputs[0])
+            behind = node.op_type in _ELEMENTWISE | _BOUNDING and any(
+                m is not None and m in wide and m.op_type in spreading for m in makers
+            )
+            explicit = (
+                is_op(node, "Cast") and attribute(node, "to") == FLOAT.value and self._float_value(node.inputs[0])
+            )
             kept = any(value in self._angles for value in node.outputs) or self._scales_beyond(node)
             if node.op_type in _WIDE or explicit or behind or kept or not _takes(node, self.dtype, self.model.opset):
                 wide.add(node)
@@ -173,7 +190,9 @@ class _Narrowing:
 
     def _find_angles(self, nodes: list[ir.Node]) -> set[ir.Value]:
         """What the angles of sines and cosines are made of, up to products with stored weights, norms and softmax; in graphs inside nodes too."""
-        ends = {product.node for product in weight_products(self.model) if min(product.tensor.shape.numpy(), default=1) > 1}
+        ends = {
+            product.node for product in weight_products(self.model) if min(product.tensor.shape.numpy(), default=1) > 1
+        }
         found: set[ir.Value] = set()
         waiting = [value for node in self.model.graph.all_nodes() if is_op(node, "Sin", "Cos") for value in node.inputs]
         while waiting:
@@ -185,7 +204,10 @@ class _Narrowing:
                 found.add(value)
             elif self._is_float(node) and "Norm" not in node.op_type and not is_op(node, "Softmax", "Attention"):
                 found.add(value)
-                waiting += [*node.inputs, *(inner for graph in graphs_inside(node) for n in graph.all_nodes() for inner in n.inputs)]
+                waiting += [
+                    *node.inputs,
+                    *(inner for graph in graphs_inside(node) for n in graph.all_nodes() for inner in n.inputs),
+                ]
         return found
 
     def _scales_beyond(self, node: ir.Node) -> bool:
@@ -228,10 +250,15 @@ class _Narrowing:
         wanted = FLOAT if wide else self.dtype
         for index, value in enumerate(node.inputs):
             if value is not None and self.facts[value].dtype == FLOAT and not is_op(node, "Cast"):
-                node.replace_input_with(index, self._as(value, wanted if _is_free(node, index, self.dtype, self.model.opset) else FLOAT))
+                node.replace_input_with(
+                    index, self._as(value, wanted if _is_free(node, index, self.dtype, self.model.opset) else FLOAT)
+                )
         for index, value in enumerate(node.outputs):
             if self.facts[value].dtype == FLOAT:
-                statistic = node.op_type.endswith("LayerNormalization") and index in (1, 2)  # mean and deviation are fp32
+                statistic = node.op_type.endswith("LayerNormalization") and index in (
+                    1,
+                    2,
+                )  # mean and deviation are fp32
                 self._types[value] = value.dtype = FLOAT if statistic else wanted
         if not wide:
             self._retype(node)
@@ -244,7 +271,9 @@ class _Narrowing:
                 node.attributes[name] = ir.AttrInt64(name, self.dtype.value)
         held = node.attributes.get("value")
         if held is not None and held.type == ir.AttributeType.TENSOR and held.as_tensor().dtype == FLOAT:
-            node.attributes["value"] = ir.AttrTensor("value", ir.Tensor(self._narrow(held.as_tensor().numpy(), node.name or ""), dtype=self.dtype))
+            node.attributes["value"] = ir.AttrTensor(
+                "value", ir.Tensor(self._narrow(held.as_tensor().numpy(), node.name or ""), dtype=self.dtype)
+            )
         if is_op(node, "Attention") and attribute(node, "softmax_precision") is None:
             node.attributes["softmax_precision"] = ir.AttrInt64("softmax_precision", FLOAT.value)
 
@@ -255,7 +284,12 @@ class _Narrowing:
         if self._types.get(value, FLOAT) == wanted:
             return value
         source = value.producer()
-        if is_op(source, "Cast") and source is not None and source.inputs[0] is not None and self._types.get(source.inputs[0]) == wanted:
+        if (
+            is_op(source, "Cast")
+            and source is not None
+            and source.inputs[0] is not None
+            and self._types.get(source.inputs[0]) == wanted
+        ):
             return source.inputs[0]  # never forth and back
         if (value, wanted) not in self._casts:
             made = self.build.op("Cast", [value], f"{value.name}/{wanted.name.lower()}", dtype=wanted, to=wanted.value)
@@ -269,7 +303,9 @@ class _Narrowing:
         if key not in self._weights:
             name = value.name or "constant"
             if tensor.size <= _SMALL:
-                self._weights[key] = self.build.constant(self._narrow(elements(tensor), name), f"{name}_{self.dtype.name.lower()}", self.dtype)
+                self._weights[key] = self.build.constant(
+                    self._narrow(elements(tensor), name), f"{name}_{self.dtype.name.lower()}", self.dtype
+                )
             else:
                 narrow = self._narrowed_mask(tensor, name) if self._hides(value) else cast(tensor, self.dtype)
                 made = self.build.initializer(narrow, f"{name}_{self.dtype.name.lower()}")
@@ -293,7 +329,9 @@ class _Narrowing:
         def rows(block: np.ndarray, _: int) -> np.ndarray:
             with np.errstate(invalid="ignore"):
                 if (np.isfinite(block) & (block > self._limit)).any():
-                    raise ModelError(f"constant {name!r} has values beyond {self.dtype.name}; use bf16, or keep it in fp32")
+                    raise ModelError(
+                        f"constant {name!r} has values beyond {self.dtype.name}; use bf16, or keep it in fp32"
+                    )
                 return self._lowered(block).astype(self.dtype.numpy())
 
         return StreamedTensor(tensor, rows, dtype=self.dtype, name=name)
@@ -359,4 +397,6 @@ def _takes(node: ir.Node, dtype: ir.DataType, opset: int) -> bool:
         return True
     schema = _schema(node.op_type, "", opset)
     wanted = f"tensor({dtype.name.lower()})"
-    return schema is None or all(wanted in c.allowed_type_strs for c in schema.type_constraints if "tensor(float)" in c.allowed_type_strs)
+    return schema is None or all(
+        wanted in c.allowed_type_strs for c in schema.type_constraints if "tensor(float)" in c.allowed_type_strs
+    )

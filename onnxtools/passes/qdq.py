@@ -33,7 +33,13 @@ class QdqBuilder:
     def quantized(self, value: ir.Value, form: Format, scale: Array, name: str) -> ir.Value:
         zero = self._zero_point(form, scale, name)
         attributes: dict[str, Any] = {"output_dtype": form.dtype.value} if not zero else {}
-        made = self.build.op("QuantizeLinear", [value, self._scale(scale, name), *zero], f"{name}/QuantizeLinear", dtype=form.dtype, **attributes)
+        made = self.build.op(
+            "QuantizeLinear",
+            [value, self._scale(scale, name), *zero],
+            f"{name}/QuantizeLinear",
+            dtype=form.dtype,
+            **attributes,
+        )
         made.shape = value.shape
         return made
 
@@ -55,7 +61,9 @@ class QdqBuilder:
     def _scale(self, scale: Array, name: str) -> ir.Value:
         return self.build.constant(scale, f"{name}_scale", ir.DataType.from_numpy(scale.dtype))
 
-    def weight(self, product: Product, form: Format, scale: Array, block: int = 0, codes: ir.TensorProtocol | None = None) -> None:
+    def weight(
+        self, product: Product, form: Format, scale: Array, block: int = 0, codes: ir.TensorProtocol | None = None
+    ) -> None:
         """Store the weight as `form` behind a DequantizeLinear; what else reads the weight keeps it as it is.
 
         Args:
@@ -66,12 +74,18 @@ class QdqBuilder:
         index = 0 if product.path else product.index
         self.build.before = reader
         name = product.weight.name or product.node.name or "weight"
-        stored = self.build.initializer(codes or quantized(product.tensor, form, scale, product.axis, block), f"{name}_{form.dtype.name.lower()}")
+        stored = self.build.initializer(
+            codes or quantized(product.tensor, form, scale, product.axis, block), f"{name}_{form.dtype.name.lower()}"
+        )
         for key, text in product.weight.metadata_props.items():
             stored.metadata_props[key] = text
         scales = self.build.initializer(ir.Tensor(scale, dtype=product.tensor.dtype), f"{name}_scale")
-        attributes: dict[str, Any] = {"axis": product.axis, "block_size": block} if block else {"axis": 1 - product.axis} if scale.ndim else {}
-        made = self.build.op("DequantizeLinear", [stored, scales], f"{name}/DequantizeLinear", dtype=product.tensor.dtype, **attributes)
+        attributes: dict[str, Any] = (
+            {"axis": product.axis, "block_size": block} if block else {"axis": 1 - product.axis} if scale.ndim else {}
+        )
+        made = self.build.op(
+            "DequantizeLinear", [stored, scales], f"{name}/DequantizeLinear", dtype=product.tensor.dtype, **attributes
+        )
         made.shape = product.weight.shape
         reader.replace_input_with(index, made)
 
@@ -82,7 +96,9 @@ class QdqBuilder:
         for product in products:
             product.node.replace_input_with(1 - product.index, rounded)
 
-    def activation_per_token(self, value: ir.Value, products: Sequence[Product], form: Format, dtype: ir.DataType) -> None:
+    def activation_per_token(
+        self, value: ir.Value, products: Sequence[Product], form: Format, dtype: ir.DataType
+    ) -> None:
         """Let `products` read `value` rounded with a scale for each token, which is computed in the graph.
 
         The tokens are divided by their scale, rounded with the constant scale 1, and the products multiplied by the scale:
@@ -91,9 +107,18 @@ class QdqBuilder:
         self.build.before = _first(products)
         op, name = self.build.op, f"{value.name}/per_token"
         tiny = np.array(1e-6, dtype.numpy())  # a token of zeros stays zeros
-        amax = op("ReduceMax", [op("Abs", [value], f"{name}/Abs"), self.build.constant([-1], "last_axis")], f"{name}/ReduceMax", keepdims=1)
+        amax = op(
+            "ReduceMax",
+            [op("Abs", [value], f"{name}/Abs"), self.build.constant([-1], "last_axis")],
+            f"{name}/ReduceMax",
+            keepdims=1,
+        )
         top = self.build.constant(np.array(form.top, dtype.numpy()), "quantized_top", dtype)
-        scale = op("Div", [op("Max", [amax, self.build.constant(tiny, "least_amax", dtype)], f"{name}/Max"), top], f"{name}/scale")
+        scale = op(
+            "Div",
+            [op("Max", [amax, self.build.constant(tiny, "least_amax", dtype)], f"{name}/Max"), top],
+            f"{name}/scale",
+        )
         even = op("Div", [value, scale], f"{name}/Div", dtype=dtype)
         rounded = self.pair(even, form, np.array(1, dtype.numpy()), f"{name}/{form.dtype.name.lower()}")
         for product in products:
@@ -126,7 +151,9 @@ def times(build: Builder, value: ir.Value, factor: float, name: str) -> ir.Value
     dtype = stored_dtype(value)
     if factor == 1 or dtype is None:
         return value
-    made = build.op("Mul", [value, build.constant(np.array(factor, dtype.numpy()), name, dtype)], f"{name}/Mul", dtype=dtype)
+    made = build.op(
+        "Mul", [value, build.constant(np.array(factor, dtype.numpy()), name, dtype)], f"{name}/Mul", dtype=dtype
+    )
     made.shape = value.shape
     return made
 
@@ -144,4 +171,8 @@ def weight_scale(product: Product, form: Format, *, per_channel: bool, block: in
 
 def is_quantized(product: Product) -> bool:
     """Whether the weight or the activation already goes through Q/DQ."""
-    return product.quantized or is_op(product.activation.producer(), "DequantizeLinear") or constant_tensor(product.activation) is not None
+    return (
+        product.quantized
+        or is_op(product.activation.producer(), "DequantizeLinear")
+        or constant_tensor(product.activation) is not None
+    )

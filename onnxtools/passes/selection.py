@@ -43,7 +43,9 @@ class Selected(Pass):
         if self.include and all(row["left"] == "not included" for row in table):
             found.append(f"warning: nothing matches --include {' '.join(self.include)}")
         for pattern in self.exclude:
-            if table and not any(_matches([row.get("layer") or row.get("node") or "", row["weight"]], (pattern,)) for row in table):
+            if table and not any(
+                _matches([row.get("layer") or row.get("node") or "", row["weight"]], (pattern,)) for row in table
+            ):
                 found.append(f"warning: nothing matches --exclude {pattern}")
         return found
 
@@ -52,7 +54,20 @@ def _matches(names: list[str], patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
-_BETWEEN = {"Reshape", "Cast", "Add", "Identity", "Transpose", "Mul", "Div", "Squeeze", "Unsqueeze", "Gather", "Slice", "Tanh"}
+_BETWEEN = {
+    "Reshape",
+    "Cast",
+    "Add",
+    "Identity",
+    "Transpose",
+    "Mul",
+    "Div",
+    "Squeeze",
+    "Unsqueeze",
+    "Gather",
+    "Slice",
+    "Tanh",
+}
 
 
 def head_product(model: Model) -> ir.Node | None:

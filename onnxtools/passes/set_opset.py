@@ -38,7 +38,9 @@ class SetOpset(Pass):
 
     def __post_init__(self) -> None:
         if not 13 <= self.version <= MAX_OPSET:
-            raise UsageError(f"set-opset: opset {self.version} is out of range; choose 13 to {MAX_OPSET} (TensorRT 11's parser stops at {MAX_OPSET})")
+            raise UsageError(
+                f"set-opset: opset {self.version} is out of range; choose 13 to {MAX_OPSET} (TensorRT 11's parser stops at {MAX_OPSET})"
+            )
 
     def apply(self, model: Model) -> PassResult:
         old, old_ir = model.opset, model.ir.ir_version or 0
@@ -60,4 +62,6 @@ def _check_ir_version(wanted: int, opset: int, model: Model) -> None:
         raise UsageError(f"set-opset: --ir-version {wanted}: opset {opset} takes {least} to {MAX_IR_VERSION}")
     small = next((value.name for value, tensor in model.weights() if tensor.dtype.bitwidth < 8), None)
     if small is not None and wanted < _IR_OF_4_BITS:
-        raise JobError(f"--ir-version {wanted}: weight {small!r} has 4 bits, which IR {_IR_OF_4_BITS} brought; leave it out")
+        raise JobError(
+            f"--ir-version {wanted}: weight {small!r} has 4 bits, which IR {_IR_OF_4_BITS} brought; leave it out"
+        )

@@ -107,7 +107,9 @@ class Checker(Instrument):
     def _judge(self, model: Model, culprit: str) -> None:
         reason = _check(model)
         if reason is not None and self._valid:
-            raise JobError(f"{culprit} made an invalid graph: {reason}; please report it (--no-check writes it nevertheless)")
+            raise JobError(
+                f"{culprit} made an invalid graph: {reason}; please report it (--no-check writes it nevertheless)"
+            )
         self._valid = reason is None
 
 
@@ -144,7 +146,9 @@ def skeleton(model: Model) -> onnx.ModelProto:
 
 
 def _placeholder(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
-    return ir.ExternalTensor("none", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(list(tensor.shape.numpy())), name=name, base_dir="")
+    return ir.ExternalTensor(
+        "none", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(list(tensor.shape.numpy())), name=name, base_dir=""
+    )
 
 
 @dataclass(frozen=True)
@@ -219,7 +223,9 @@ class NumericCheck(Instrument):
         found, self._notes = probes(model, rows=TABLE_ROWS)
         plain = found[:1]
         if not names:
-            raise JobError(f"its first weights alone have more than {PART_LIMIT >> 20} MiB; --check compares it in full")
+            raise JobError(
+                f"its first weights alone have more than {PART_LIMIT >> 20} MiB; --check compares it in full"
+            )
         run = Runner(model, names, rows=TABLE_ROWS, seconds=_SECONDS)
         values = [run({**self._complete(model, probe.feeds)}) for probe in plain]
         self._sampled = f"the first {nodes} of {len(model.graph)} nodes ({nbytes / 1e6:.0f} MB of weights), {time.perf_counter() - started:.1f} s"
@@ -234,11 +240,20 @@ class NumericCheck(Instrument):
         feeds = dict(feeds)
         if is_cached(model):
             tokens = token_input(model)
-            known = feeds[tokens.value.name or ""].shape[tokens.batch_axis] if tokens is not None and tokens.value.name in feeds else 1
+            known = (
+                feeds[tokens.value.name or ""].shape[tokens.batch_axis]
+                if tokens is not None and tokens.value.name in feeds
+                else 1
+            )
             feeds.update({name: array for name, array in empty_cache(model, known).items() if name not in feeds})
         for value in model.graph.inputs:
             name, kind = value.name or "", value.dtype
-            if name in feeds and kind is not None and kind != ir.DataType.BFLOAT16 and feeds[name].dtype != kind.numpy():
+            if (
+                name in feeds
+                and kind is not None
+                and kind != ir.DataType.BFLOAT16
+                and feeds[name].dtype != kind.numpy()
+            ):
                 feeds[name] = feeds[name].astype(kind.numpy())
         return feeds
 
@@ -252,7 +267,9 @@ class NumericCheck(Instrument):
             actual = self._again(model)
         except OnnxtoolsError as error:
             if "NOT_IMPLEMENTED" not in str(error) and self._before.names is None:
-                raise JobError(f"pass {pass_.name!r} made a graph that ONNX Runtime cannot run, while it ran before: {error} (--no-check writes it)") from error
+                raise JobError(
+                    f"pass {pass_.name!r} made a graph that ONNX Runtime cannot run, while it ran before: {error} (--no-check writes it)"
+                ) from error
             self._skip = f"after {pass_.name}: {error}"
             step.measures["numeric_skipped"] = self._skip
             return
@@ -278,7 +295,9 @@ class NumericCheck(Instrument):
             here = {value.name for node in model.graph for value in node.outputs}
             names = [name for name in names if name in here][-3:]
             if not names:
-                raise JobError("no inner value of the part that was looked at kept its name; --check compares the whole")
+                raise JobError(
+                    "no inner value of the part that was looked at kept its name; --check compares the whole"
+                )
             run = Runner(model, names, rows=TABLE_ROWS, seconds=_SECONDS)
         return [run(self._complete(model, probe.feeds)) for probe in self._before.probes]
 
@@ -291,13 +310,17 @@ class NumericCheck(Instrument):
                 if name in now and not (lossy and is_present(name)):
                     a, b = probe.of_real(array), probe.of_real(now[name])
                     if a.shape != b.shape:
-                        raise JobError(f"output {name!r} has the shape {list(b.shape)} now and had {list(a.shape)}; nothing was written (--no-check writes it)")
+                        raise JobError(
+                            f"output {name!r} has the shape {list(b.shape)} now and had {list(a.shape)}; nothing was written (--no-check writes it)"
+                        )
                     found.append((Difference.of(a, b).rel_l2, f" ({probe.title})" if probe.title else ""))
         return max(found, key=lambda pair: pair[0])
 
     def _judge(self, pass_: Pass, model: Model, step: Step, worst: float, where: str) -> None:
         if not np.isfinite(worst):
-            raise JobError(f"pass {pass_.name!r} made infinite or NaN outputs{where}; nothing was written (--no-check writes it)")
+            raise JobError(
+                f"pass {pass_.name!r} made infinite or NaN outputs{where}; nothing was written (--no-check writes it)"
+            )
         if pass_.numerics == "lossy":
             if worst > (FAIL if self.tolerance is None else self.tolerance):
                 raise JobError(
@@ -305,12 +328,20 @@ class NumericCheck(Instrument):
                     " written (--tolerance allows more, --no-check skips this)"
                 )
             if worst > WARN:
-                step.result.notes.append(f"warning: the outputs changed by {worst:.2g} (relative L2){where}; measure what that costs with `onnxtools accuracy`")
+                step.result.notes.append(
+                    f"warning: the outputs changed by {worst:.2g} (relative L2){where}; measure what that costs with `onnxtools accuracy`"
+                )
             return
-        allowed = self.tolerance if self.tolerance is not None else max(default_tolerance(model), _REORDERED if pass_.numerics == "rounding" else 0.0)
+        allowed = (
+            self.tolerance
+            if self.tolerance is not None
+            else max(default_tolerance(model), _REORDERED if pass_.numerics == "rounding" else 0.0)
+        )
         if worst > allowed:
             limit = f"{worst:.2e} (relative L2){where}, more than {allowed:.0e}"
-            raise JobError(f"pass {pass_.name!r} changed the outputs by {limit}; nothing was written (--tolerance allows more, --no-check skips this)")
+            raise JobError(
+                f"pass {pass_.name!r} changed the outputs by {limit}; nothing was written (--tolerance allows more, --no-check skips this)"
+            )
 
 
 _REORDERED = 1e-4
@@ -332,6 +363,12 @@ class Reproducer(Instrument):
         from onnxtools.pipeline.recipe_file import write_recipe
 
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_recipe(self.folder / "recipe.yaml", model.path, Path("after.onnx"), self.passes, f"{pass_.name} failed: {type(error).__name__}")
+        write_recipe(
+            self.folder / "recipe.yaml",
+            model.path,
+            Path("after.onnx"),
+            self.passes,
+            f"{pass_.name} failed: {type(error).__name__}",
+        )
         note = f"reproduce with: onnxtools pipeline {self.folder / 'recipe.yaml'} --debug"
         error.__notes__ = [*getattr(error, "__notes__", []), note]  # BaseException.add_note exists since Python 3.11

@@ -104,7 +104,13 @@ def _blame_the_file(model: Model, error: Exception) -> None:
     Raises:
         ModelError: it is none.
     """
-    why = fault(model.path) if model.path is not None and model.path.is_file() and not isinstance(error, (OnnxtoolsError, OSError, MemoryError)) else ""
+    why = (
+        fault(model.path)
+        if model.path is not None
+        and model.path.is_file()
+        and not isinstance(error, (OnnxtoolsError, OSError, MemoryError))
+        else ""
+    )
     if why:
         raise ModelError(f"{model.path}: is no valid ONNX model ({why}); export it again") from error
 
@@ -117,7 +123,12 @@ def record_provenance(model: Model, passes: Sequence[Pass]) -> None:
 
     props = model.ir.metadata_props
     history = provenance(model)
-    versions = {"onnxtools": __version__, "onnx": onnx.__version__, "onnx_ir": onnx_ir.__version__, "numpy": numpy.__version__}
+    versions = {
+        "onnxtools": __version__,
+        "onnx": onnx.__version__,
+        "onnx_ir": onnx_ir.__version__,
+        "numpy": numpy.__version__,
+    }
     entry = {
         "input": model.path.name if model.path else None,
         "input_sha256": model.sha256,

@@ -16,7 +16,9 @@ from onnxtools.storage.files import replacing
 
 def write_recipe(path: Path, source: Path, output: Path, passes: Sequence[Pass], comment: str) -> None:
     """A recipe that runs `passes` on `source`; options that are as they are by default are left out."""
-    steps = [{p.name: {key: value for key, value in p.options().items() if value != type(p).default(key)}} for p in passes]
+    steps = [
+        {p.name: {key: value for key, value in p.options().items() if value != type(p).default(key)}} for p in passes
+    ]
     recipe = {"input": str(source.resolve()), "output": str(output), "passes": steps}
     with replacing(path) as tmp:
         tmp.write_text(f"# {comment}\n" + yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")

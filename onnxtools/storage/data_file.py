@@ -13,7 +13,16 @@ import onnx_ir as ir
 
 from onnxtools.base.errors import ModelError
 from onnxtools.base.progress import progress
-from onnxtools.storage.rows import WORKERS, RowTensor, external_path, raw_bytes, read_rows, slabs, thread_scratch, write_bytes
+from onnxtools.storage.rows import (
+    WORKERS,
+    RowTensor,
+    external_path,
+    raw_bytes,
+    read_rows,
+    slabs,
+    thread_scratch,
+    write_bytes,
+)
 
 ALIGNMENT = 4096
 """Offset alignment of weights of at least this size: lets file systems share extents and runtimes map pages."""
@@ -48,7 +57,11 @@ def layout(moving: list[tuple[ir.Value, ir.TensorProtocol]]) -> list[Move]:
             continue
         by_source[key] = Move([(value, tensor)])
         moves.append(by_source[key])
-    moves.sort(key=lambda m: (str(external_path(m.tensor)), m.tensor.offset or 0) if isinstance(m.tensor, ir.ExternalTensor) else ("", 0))
+    moves.sort(
+        key=lambda m: (
+            (str(external_path(m.tensor)), m.tensor.offset or 0) if isinstance(m.tensor, ir.ExternalTensor) else ("", 0)
+        )
+    )
     end, source_end = 0, None
     for move in moves:
         tensor = move.tensor
@@ -71,7 +84,10 @@ def write_data(moves: list[Move], tmp: Path) -> None:
     with open(tmp, "rb+") as file:
         fd = file.fileno()
         os.truncate(fd, total)
-        with progress("writing weights", sum(m.tensor.nbytes for m in moves)) as advance, ThreadPoolExecutor(WORKERS) as pool:
+        with (
+            progress("writing weights", sum(m.tensor.nbytes for m in moves)) as advance,
+            ThreadPoolExecutor(WORKERS) as pool,
+        ):
             jobs = [pool.submit(job, fd, advance) for job in _jobs(moves)]
             finished, pending = wait(jobs, return_when=FIRST_EXCEPTION)
             for future in pending:
@@ -100,7 +116,11 @@ def _jobs(moves: list[Move]) -> Iterator[_Job]:
 def _adjacent(a: Move, b: Move) -> bool:
     x, y = a.tensor, b.tensor
     assert isinstance(x, ir.ExternalTensor) and isinstance(y, ir.ExternalTensor)
-    return external_path(x) == external_path(y) and (x.offset or 0) + x.nbytes == (y.offset or 0) and a.offset + x.nbytes == b.offset
+    return (
+        external_path(x) == external_path(y)
+        and (x.offset or 0) + x.nbytes == (y.offset or 0)
+        and a.offset + x.nbytes == b.offset
+    )
 
 
 def _copy_job(run: list[Move]) -> _Job:

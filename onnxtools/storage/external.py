@@ -83,9 +83,13 @@ def check_external(tensor: ir.ExternalTensor, model_path: Path) -> None:
     offset = tensor.offset or 0
     length = tensor.length if tensor.length is not None else tensor.nbytes
     if offset < 0 or length != tensor.nbytes:
-        raise ModelError(f"{where} at offset {offset} with length {length}, but its shape needs {tensor.nbytes} bytes; re-export the model")
+        raise ModelError(
+            f"{where} at offset {offset} with length {length}, but its shape needs {tensor.nbytes} bytes; re-export the model"
+        )
     if status.st_size < offset + length:
-        raise ModelError(f"{where}, which ends at byte {status.st_size} but should reach {offset + length}; the file is truncated, copy it again")
+        raise ModelError(
+            f"{where}, which ends at byte {status.st_size} but should reach {offset + length}; the file is truncated, copy it again"
+        )
 
 
 def hub_blob(link: Path) -> Path | None:

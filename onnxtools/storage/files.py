@@ -74,7 +74,9 @@ def create(path: Path, like: Path | None = None) -> int:
         OSError: the folder is missing or not writable.
     """
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0), 0o666)
+        fd = os.open(
+            path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0), 0o666
+        )
         if try_lock(fd) and os.fstat(fd).st_nlink:
             break
         os.close(fd)  # another run took it for a dead one before it was locked, and removes it

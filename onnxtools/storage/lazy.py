@@ -44,12 +44,22 @@ def vstack(tensors: Sequence[Tensor], name: str) -> Tensor:
 
 def _joined(a: Tensor, b: Tensor) -> Tensor | None:
     """`a` and `b` as one byte range where `b` follows `a` in the file."""
-    if not (isinstance(a, ir.ExternalTensor) and isinstance(b, ir.ExternalTensor)) or external_path(a) != external_path(b):
+    if not (isinstance(a, ir.ExternalTensor) and isinstance(b, ir.ExternalTensor)) or external_path(a) != external_path(
+        b
+    ):
         return None
     if (a.offset or 0) + a.nbytes != (b.offset or 0) or shape_of(a)[1:] != shape_of(b)[1:] or a.dtype != b.dtype:
         return None
     shape = (shape_of(a)[0] + shape_of(b)[0], *shape_of(a)[1:])
-    return ir.ExternalTensor(a.location, a.offset, a.nbytes + b.nbytes, a.dtype, shape=ir.Shape(shape), name=a.name or "", base_dir=a.base_dir)
+    return ir.ExternalTensor(
+        a.location,
+        a.offset,
+        a.nbytes + b.nbytes,
+        a.dtype,
+        shape=ir.Shape(shape),
+        name=a.name or "",
+        base_dir=a.base_dir,
+    )
 
 
 class _Stack(RowTensor):
@@ -59,7 +69,12 @@ class _Stack(RowTensor):
 
     def __init__(self, parts: Sequence[tuple[Tensor, int, int]], name: str) -> None:
         first = parts[0][0]
-        super().__init__((sum(stop - start for _, start, stop in parts), *shape_of(first)[1:]), first.dtype, name, [part for part, _, _ in parts])
+        super().__init__(
+            (sum(stop - start for _, start, stop in parts), *shape_of(first)[1:]),
+            first.dtype,
+            name,
+            [part for part, _, _ in parts],
+        )
         self.row_multiple = 1  # `_read` keeps to the parts' own multiples
         self._parts = parts
 
@@ -99,7 +114,13 @@ def columns(tensor: Tensor, start: int, stop: int) -> Tensor:
     if len(shape_of(tensor)) == 1:
         return row_range(tensor, start, stop)
     shape = (shape_of(tensor)[0], stop - start)
-    return StreamedTensor(tensor, lambda rows, _: np.ascontiguousarray(rows[:, start:stop]), dtype=tensor.dtype, name=tensor.name or "", shape=shape)
+    return StreamedTensor(
+        tensor,
+        lambda rows, _: np.ascontiguousarray(rows[:, start:stop]),
+        dtype=tensor.dtype,
+        name=tensor.name or "",
+        shape=shape,
+    )
 
 
 def pick_rows(tensor: Tensor, ranges: Sequence[tuple[int, int]], name: str) -> Tensor:
@@ -109,7 +130,9 @@ def pick_rows(tensor: Tensor, ranges: Sequence[tuple[int, int]], name: str) -> T
 
 def plus_one(tensor: Tensor) -> Tensor:
     """`1 + tensor` in fp32: the gain of a zero-centred norm (LayerNorm1p)."""
-    return StreamedTensor(tensor, lambda rows, _: rows.astype(np.float32) + 1, dtype=ir.DataType.FLOAT, name=tensor.name or "")
+    return StreamedTensor(
+        tensor, lambda rows, _: rows.astype(np.float32) + 1, dtype=ir.DataType.FLOAT, name=tensor.name or ""
+    )
 
 
 def half_rotation(tensor: Tensor, heads: int) -> Tensor:
@@ -120,17 +143,26 @@ def half_rotation(tensor: Tensor, heads: int) -> Tensor:
     size = shape_of(tensor)[0] // heads
 
     def rows(block: np.ndarray, _: int) -> np.ndarray:
-        return np.ascontiguousarray(block.reshape(-1, size // 2, 2, *block.shape[1:]).swapaxes(1, 2)).reshape(block.shape)
+        return np.ascontiguousarray(block.reshape(-1, size // 2, 2, *block.shape[1:]).swapaxes(1, 2)).reshape(
+            block.shape
+        )
 
     return StreamedTensor(tensor, rows, dtype=tensor.dtype, name=tensor.name or "", row_multiple=size)
 
 
 def equal(a: Tensor, b: Tensor) -> bool:
     """Whether two weights of one shape hold the same numbers; read a piece at a time."""
-    if isinstance(a, ir.ExternalTensor) and isinstance(b, ir.ExternalTensor) and (external_path(a), a.offset) == (external_path(b), b.offset):
+    if (
+        isinstance(a, ir.ExternalTensor)
+        and isinstance(b, ir.ExternalTensor)
+        and (external_path(a), a.offset) == (external_path(b), b.offset)
+    ):
         return True
     rows = shape_of(a)[0]
-    return all(np.array_equal(_read(a, start, stop), _read(b, start, stop)) for start, stop in ((i, min(i + 1024, rows)) for i in range(0, rows, 1024)))
+    return all(
+        np.array_equal(_read(a, start, stop), _read(b, start, stop))
+        for start, stop in ((i, min(i + 1024, rows)) for i in range(0, rows, 1024))
+    )
 
 
 def cast(tensor: Tensor, dtype: ir.DataType) -> Tensor:
@@ -145,10 +177,14 @@ def cast(tensor: Tensor, dtype: ir.DataType) -> Tensor:
         with np.errstate(over="ignore", invalid="ignore"):
             result = block.astype(dtype.numpy())
         finite = np.isfinite(result)
-        if not finite.all() and not (finite | (block == -np.inf) & (result == -np.inf)).all():  # minus infinity is a mask
+        if (
+            not finite.all() and not (finite | (block == -np.inf) & (result == -np.inf)).all()
+        ):  # minus infinity is a mask
             if not (np.isfinite(block) | (block == -np.inf)).all():
                 raise ModelError(f"weight {tensor.name!r} has infinite or NaN elements; restore it")
-            raise ModelError(f"weight {tensor.name!r} has values beyond {dtype.name}; use {'fp32' if dtype == ir.DataType.BFLOAT16 else 'bf16 or fp32'}")
+            raise ModelError(
+                f"weight {tensor.name!r} has values beyond {dtype.name}; use {'fp32' if dtype == ir.DataType.BFLOAT16 else 'bf16 or fp32'}"
+            )
         return result
 
     return StreamedTensor(tensor, rows, dtype=dtype, name=tensor.name or "")
@@ -171,7 +207,9 @@ class RandomRows(RowTensor):
         seed = zlib.crc32((self.name or "").encode())
         for block in blocks:
             low, high = block * step - start, min((block + 1) * step, shape_of(self)[0]) - start
-            values = np.random.Generator(np.random.SFC64((seed, block))).standard_normal((high - low, *inner), np.float32)
+            values = np.random.Generator(np.random.SFC64((seed, block))).standard_normal(
+                (high - low, *inner), np.float32
+            )
             out[low:high] = values * self._deviation + self._mean
         return out
 

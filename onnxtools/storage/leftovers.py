@@ -11,7 +11,20 @@ from pathlib import Path
 from onnxtools.storage.files import real_target, sweep, taken
 from onnxtools.storage.records import files_of
 
-_NO_GRAPHS = {".data", ".bin", ".safetensors", ".gguf", ".pt", ".pth", ".ckpt", ".nemo", ".engine", ".plan", ".npz", ".npy"}
+_NO_GRAPHS = {
+    ".data",
+    ".bin",
+    ".safetensors",
+    ".gguf",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".nemo",
+    ".engine",
+    ".plan",
+    ".npz",
+    ".npy",
+}
 """Suffixes of files that may be large and cannot mention a data file."""
 
 
@@ -23,7 +36,12 @@ def remove_unmentioned(data: Path) -> None:
 
 
 def _mentions(file: Path, name: bytes) -> bool:
-    if file.suffix in _NO_GRAPHS or (file.suffix == ".tmp" and ".data." in file.name) or file.is_symlink() or not file.is_file():
+    if (
+        file.suffix in _NO_GRAPHS
+        or (file.suffix == ".tmp" and ".data." in file.name)
+        or file.is_symlink()
+        or not file.is_file()
+    ):
         return False
     try:
         with open(file, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:

@@ -28,8 +28,16 @@ def recorded(metadata: Mapping[str, str]) -> dict[str, Any]:
         data, beside = found.get("data", ""), found.get("beside", {})
     except (ValueError, AttributeError, RecursionError):
         return {"data": "", "beside": {}}
-    plain = isinstance(data, str) and isinstance(beside, dict) and all(isinstance(text, str) for pair in beside.items() for text in pair)
-    return {"data": data, "beside": beside} if plain and all(Path(name).name == name for name in (data, *beside) if name) else {"data": "", "beside": {}}
+    plain = (
+        isinstance(data, str)
+        and isinstance(beside, dict)
+        and all(isinstance(text, str) for pair in beside.items() for text in pair)
+    )
+    return (
+        {"data": data, "beside": beside}
+        if plain and all(Path(name).name == name for name in (data, *beside) if name)
+        else {"data": "", "beside": {}}
+    )
 
 
 def files_of(path: Path) -> dict[str, Any]:
@@ -46,4 +54,6 @@ def files_of(path: Path) -> dict[str, Any]:
 def recorded_data(path: Path) -> str:
     """The data file that was written with the graph at `path`; "" where there is none that we wrote."""
     name = str(files_of(path)["data"])
-    return name if name in (file.name for file in path.parent.glob("*.data")) and name.startswith(f"{path.name}.") else ""
+    return (
+        name if name in (file.name for file in path.parent.glob("*.data")) and name.startswith(f"{path.name}.") else ""
+    )

@@ -102,7 +102,9 @@ def read_rows(tensor: ir.TensorProtocol, start: int, stop: int, scratch: Scratch
             while read < len(raw):
                 count = file.readinto(raw[read:])
                 if not count:
-                    raise ModelError(f"weight {tensor.name!r}: {external_path(tensor)} ended early; restore the data file")
+                    raise ModelError(
+                        f"weight {tensor.name!r}: {external_path(tensor)} ended early; restore the data file"
+                    )
                 read += count
         return out
     array = tensor.numpy()
@@ -134,7 +136,14 @@ class RowTensor(ir.LazyTensor):
     row_multiple: int
     sources: tuple[ir.TensorProtocol, ...]
 
-    def __init__(self, shape: Sequence[int], dtype: ir.DataType, name: str, sources: Sequence[ir.TensorProtocol] = (), row_multiple: int = 1) -> None:
+    def __init__(
+        self,
+        shape: Sequence[int],
+        dtype: ir.DataType,
+        name: str,
+        sources: Sequence[ir.TensorProtocol] = (),
+        row_multiple: int = 1,
+    ) -> None:
         super().__init__(self._materialize, dtype=dtype, shape=ir.Shape(list(shape)), name=name)
         self.sources = tuple(sources)
         self.row_multiple = math.lcm(row_multiple, *(s.row_multiple for s in sources if isinstance(s, RowTensor)))

@@ -28,7 +28,17 @@ from onnxtools.base.errors import JobError, ModelError, OnnxtoolsError, one_line
 from onnxtools.storage.data_file import Move, layout, refer, write_data
 from onnxtools.storage.external import check_external, external_attributes, external_tensors
 from onnxtools.storage.external import weights as weights_of
-from onnxtools.storage.files import NewFile, create, flush, naming, new_token, real_target, refuse_special, temporary, write_error
+from onnxtools.storage.files import (
+    NewFile,
+    create,
+    flush,
+    naming,
+    new_token,
+    real_target,
+    refuse_special,
+    temporary,
+    write_error,
+)
 from onnxtools.storage.leftovers import remove_leftovers, remove_unmentioned
 from onnxtools.storage.records import FILES_KEY, Beside, recorded_data, sha256
 from onnxtools.storage.rows import RowTensor
@@ -67,7 +77,13 @@ def _size(count: int) -> str:
 
 
 def save(
-    model: ir.Model, path: Path, *, origin: Path | None = None, copy_weights: bool = False, weights: bool = True, beside: Beside | None = None
+    model: ir.Model,
+    path: Path,
+    *,
+    origin: Path | None = None,
+    copy_weights: bool = False,
+    weights: bool = True,
+    beside: Beside | None = None,
 ) -> SaveReport:
     """Write `model` to `path`; weights go where the rules above say.
 
@@ -101,9 +117,23 @@ class _Save:
     """One save. What it makes under temporary names goes with `stack`, where it has not got its name by then."""
 
     def __init__(
-        self, model: ir.Model, path: Path, origin: Path | None, copy_weights: bool, weights: bool, beside: Beside, stack: contextlib.ExitStack
+        self,
+        model: ir.Model,
+        path: Path,
+        origin: Path | None,
+        copy_weights: bool,
+        weights: bool,
+        beside: Beside,
+        stack: contextlib.ExitStack,
     ) -> None:
-        self.model, self.path, self.origin, self.weights, self.beside, self.stack = model, path, origin, weights, beside, stack
+        self.model, self.path, self.origin, self.weights, self.beside, self.stack = (
+            model,
+            path,
+            origin,
+            weights,
+            beside,
+            stack,
+        )
         self.report, self.token = SaveReport(path), new_token()
         self.moves = _plan(model, path, copy_weights, weights, self.report)
         _embed_attributes(model, path.parent, origin, copy_weights, self.report)
@@ -127,7 +157,9 @@ class _Save:
     def _write(self) -> None:
         """Everything under temporary names, then the names."""
         data, name = self._data() if self.moves else (None, None)
-        files = [self._file(name, content) for name, content in self.beside.items() if not self._is_there(name, content)]
+        files = [
+            self._file(name, content) for name, content in self.beside.items() if not self._is_there(name, content)
+        ]
         self._record(name if data is not None else None, {file.path.name: file.tmp for file in files})
         graph = self._new(self.path)
         graph.tmp.write_bytes(_serialize(self.model, self.origin))
@@ -172,7 +204,9 @@ class _Save:
     def _data(self) -> tuple[NewFile | None, Path]:
         """The data file under its temporary name, and the name that is reserved for it; no file where weights are left out."""
         if real_target(self.path).parent.resolve() != self.path.parent.resolve():
-            raise JobError(f"{self.path}: is a link into another folder, where the weights would not be found; name the file itself")
+            raise JobError(
+                f"{self.path}: is a link into another folder, where the weights would not be found; name the file itself"
+            )
         name = self._reserved()
         made = None
         if self.weights:
@@ -214,7 +248,9 @@ class _Save:
         """Say in the graph what belongs to it; `new` files have temporary names."""
         beside = {name: sha256(new.get(name, self.path.with_name(name))) for name in self.beside}
         if data is not None or beside:
-            self.model.metadata_props[FILES_KEY] = json.dumps({"data": data.name if data is not None else "", "beside": beside})
+            self.model.metadata_props[FILES_KEY] = json.dumps(
+                {"data": data.name if data is not None else "", "beside": beside}
+            )
 
 
 def _release(path: Path, fd: int) -> None:
@@ -231,7 +267,9 @@ def _data_names(path: Path) -> Iterator[Path]:
         yield path.with_name(f"{path.name}.{index}.data")
 
 
-def _embed_attributes(model: ir.Model, folder: Path, origin: Path | None, copy_weights: bool, report: SaveReport) -> None:
+def _embed_attributes(
+    model: ir.Model, folder: Path, origin: Path | None, copy_weights: bool, report: SaveReport
+) -> None:
     """Tensors in data files that are attributes of nodes, where they cannot be referred to: functions have no initializers."""
     for attributes, name, tensor in external_attributes(model):
         if not copy_weights and Path(tensor.base_dir).resolve() == folder.resolve():
@@ -239,7 +277,9 @@ def _embed_attributes(model: ir.Model, folder: Path, origin: Path | None, copy_w
             continue
         check_external(tensor, folder)
         if tensor.nbytes > INLINE_TOTAL:
-            raise JobError(f"{origin}: the tensor {tensor.name!r} inside a function has {tensor.nbytes} bytes; inline the function first")
+            raise JobError(
+                f"{origin}: the tensor {tensor.name!r} inside a function has {tensor.nbytes} bytes; inline the function first"
+            )
         attributes[name] = ir.AttrTensor(name, ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name))
 
 
@@ -290,4 +330,6 @@ def _plan(model: ir.Model, path: Path, copy_weights: bool, weights: bool, report
 
 
 def _external_source(tensor: ir.TensorProtocol) -> bool:
-    return isinstance(tensor, ir.ExternalTensor) or (isinstance(tensor, RowTensor) and any(map(_external_source, tensor.sources)))
+    return isinstance(tensor, ir.ExternalTensor) or (
+        isinstance(tensor, RowTensor) and any(map(_external_source, tensor.sources))
+    )

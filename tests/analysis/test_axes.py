@@ -85,19 +85,30 @@ def test_shapes_that_do_not_fit_are_errors(target: tuple[int, ...]) -> None:
         regroup(start(SHAPE), target)
 
 
-@pytest.mark.parametrize(("op", "shape", "repeats"), [("Expand", [2, 4, 3, 8], 4), ("Expand", [5, 2, 3, 8], 5), ("Tile", [1, 1, 3], 3)])
+@pytest.mark.parametrize(
+    ("op", "shape", "repeats"), [("Expand", [2, 4, 3, 8], 4), ("Expand", [5, 2, 3, 8], 5), ("Tile", [1, 1, 3], 3)]
+)
 def test_copies_are_marked(op: str, shape: list[int], repeats: int, tmp_path: Path) -> None:
     """Copies carry no data of their own; the rest of the layout is what it was."""
     size = shape if op == "Expand" else [a * b for a, b in zip(SHAPE, shape, strict=True)]
     source = [2, 1, 3, 8] if shape[:2] == [2, 4] else list(SHAPE)
-    path = write(tmp_path / "in.onnx", [helper.make_node(op, ["x", "n"], ["y"])], [info("x", source)], [info("y", size)], stored(n=np.array(shape)))
+    path = write(
+        tmp_path / "in.onnx",
+        [helper.make_node(op, ["x", "n"], ["y"])],
+        [info("x", source)],
+        [info("y", size)],
+        stored(n=np.array(shape)),
+    )
     model = Model.load(path)
     layout = follow(start(source), model.graph.node(0), analyse(model))
     copies = [atom for axis in layout for atom in leaves(axis) if atom.repeat]
     assert [atom.size for atom in copies] == [repeats]
 
 
-@pytest.mark.parametrize(("index", "good"), [([0, 0, 1, 1, 2, 2], True), ([0, 1, 2, 0, 1, 2], True), ([2, 1, 0], False), ([0, 0, 1, 2], False)])
+@pytest.mark.parametrize(
+    ("index", "good"),
+    [([0, 0, 1, 1, 2, 2], True), ([0, 1, 2, 0, 1, 2], True), ([2, 1, 0], False), ([0, 0, 1, 2], False)],
+)
 def test_gather_is_followed_only_as_a_repetition(index: list[int], good: bool, tmp_path: Path) -> None:
     path = write(
         tmp_path / "in.onnx",
@@ -112,7 +123,9 @@ def test_gather_is_followed_only_as_a_repetition(index: list[int], good: bool, t
             follow(start(SHAPE), model.graph.node(0), analyse(model))
         return
     axis = leaves(follow(start(SHAPE), model.graph.node(0), analyse(model))[1])
-    assert [(atom.size, atom.repeat) for atom in axis] == ([(3, False), (2, True)] if index[1] == 0 else [(2, True), (3, False)])
+    assert [(atom.size, atom.repeat) for atom in axis] == (
+        [(3, False), (2, True)] if index[1] == 0 else [(2, True), (3, False)]
+    )
 
 
 def test_a_split_is_seen_from_every_layout() -> None:

@@ -38,13 +38,34 @@ def test_what_export_declares_is_found(form: str, length: int | None) -> None:
 
 def test_what_add_kv_cache_declares_is_found(tmp_path: Path) -> None:
     out = tmp_path / "kv.onnx"
-    succeed("add-kv-cache", exported("llama", "none"), out, "--naming", "nemo", "--layout", "sbnh", "--policy", "new", "--dtype", "fp16", "--no-check")
+    succeed(
+        "add-kv-cache",
+        exported("llama", "none"),
+        out,
+        "--naming",
+        "nemo",
+        "--layout",
+        "sbnh",
+        "--policy",
+        "new",
+        "--dtype",
+        "fp16",
+        "--no-check",
+    )
     spec = CacheSpec.find(Model.load(out))
     assert spec is not None
-    assert (spec.kind, spec.policy, spec.layout, spec.layers, spec.dtype) == ("concat", "new", "sbnh", LAYERS, ir.DataType.FLOAT16)
+    assert (spec.kind, spec.policy, spec.layout, spec.layers, spec.dtype) == (
+        "concat",
+        "new",
+        "sbnh",
+        LAYERS,
+        ir.DataType.FLOAT16,
+    )
     assert spec.carried()[0][1] == "new_key_values.0.decoder.key"
     feeds = spec.feeds(3, 7)
-    assert {(array.shape, array.dtype) for array in feeds.values()} == {((7, 3, KV_HEADS, HEAD_DIM), np.dtype(np.float16))}
+    assert {(array.shape, array.dtype) for array in feeds.values()} == {
+        ((7, 3, KV_HEADS, HEAD_DIM), np.dtype(np.float16))
+    }
 
 
 def test_a_graph_without_a_cache_has_none() -> None:
@@ -62,7 +83,12 @@ def test_a_cache_that_nothing_carries_on_is_named() -> None:
 
 def test_names() -> None:
     assert is_past("past_key_values.0.key") and not is_past("past_sequence_length") and not is_past(None)
-    assert is_present("present.0.key") and is_present("new_key_values.0.value") and not is_present("logits") and not is_present("presently")
+    assert (
+        is_present("present.0.key")
+        and is_present("new_key_values.0.value")
+        and not is_present("logits")
+        and not is_present("presently")
+    )
     assert kind_of("past_key_values.0.key") == "key" and kind_of("past_key_values.0.decoder.value") == "value"
     assert present_of("past_key_values.3.key", {"present.3.key"}) == ("present.3.key", False)
     assert present_of("past_key_values.3.key", {"new_key_values.3.key"}) == ("new_key_values.3.key", True)

@@ -12,7 +12,22 @@ from onnx import helper
 from onnxtools.analysis.facts import analyse, constants, stand_ins
 from onnxtools.analysis.operators import reshape_target
 from onnxtools.ir.model import Model
-from tests.support import FLOAT, INT64, STATIC, STYLE, TE, Array, Case, Feeds, Session, dims, info, normal, stored, write
+from tests.support import (
+    FLOAT,
+    INT64,
+    STATIC,
+    STYLE,
+    TE,
+    Array,
+    Case,
+    Feeds,
+    Session,
+    dims,
+    info,
+    normal,
+    stored,
+    write,
+)
 
 PLAIN = ["sdpa_gqa", "rope_no_fp8", "padding_mask", "te_gpt_none_dyn"]
 
@@ -22,7 +37,9 @@ def feeds_for(path: Path, sizes: dict[str, int]) -> Feeds:
     made: Feeds = {}
     for value in onnx.load(path).graph.input:
         shape = [size if isinstance(size, int) else sizes[size] for size in dims(value)]
-        made[value.name] = np.broadcast_to(np.arange(shape[1]), shape).copy() if "position" in value.name else np.ones(shape, np.int64)
+        made[value.name] = (
+            np.broadcast_to(np.arange(shape[1]), shape).copy() if "position" in value.name else np.ones(shape, np.int64)
+        )
     return made
 
 
@@ -33,8 +50,15 @@ def test_every_shape_and_element_is_what_onnxruntime_computes(case: Case, tmp_pa
     facts = analyse(model)
     proto = onnx.load(case.path)
     del proto.graph.value_info[:], proto.graph.output[:]
-    known = {v.name: facts[v] for node in model.graph for v in node.outputs if v.name and facts[v].shape is not None and facts[v].dtype is not None}
-    proto.graph.output.extend(info(name, None, fact.dtype.value) for name, fact in known.items() if fact.dtype is not None)
+    known = {
+        v.name: facts[v]
+        for node in model.graph
+        for v in node.outputs
+        if v.name and facts[v].shape is not None and facts[v].dtype is not None
+    }
+    proto.graph.output.extend(
+        info(name, None, fact.dtype.value) for name, fact in known.items() if fact.dtype is not None
+    )
     onnx.save(proto, tmp_path / "all.onnx")
     actual = Session(tmp_path / "all.onnx")(feeds_for(case.path, facts.dims))
     assert len(known) > 200
@@ -102,9 +126,13 @@ def one(path: Path, nodes: list[onnx.NodeProto], dtype: int, **arrays: Array) ->
     ("Greater", 5000, None),  # false for every size but very large ones
     ("Mul", 0, [0]),
 ])  # fmt: skip
-def test_what_depends_on_the_size_is_no_constant(op_type: str, other: int, expected: list[int] | None, tmp_path: Path) -> None:
+def test_what_depends_on_the_size_is_no_constant(
+    op_type: str, other: int, expected: list[int] | None, tmp_path: Path
+) -> None:
     nodes = [helper.make_node("Shape", ["x"], ["s"], start=0, end=1), helper.make_node(op_type, ["s", "c"], ["y"])]
-    found = one(tmp_path / "m.onnx", nodes, onnx.TensorProto.BOOL if op_type == "Greater" else INT64, c=np.array([other]))
+    found = one(
+        tmp_path / "m.onnx", nodes, onnx.TensorProto.BOOL if op_type == "Greater" else INT64, c=np.array([other])
+    )
     assert (None if found is None else found.tolist()) == expected
 
 
@@ -118,12 +146,18 @@ RULES: dict[str, tuple[list[onnx.NodeProto], int]] = {
     "gather from the end": ([helper.make_node("Gather", ["a", "m1"], ["y"])], INT64),
     "cast to integers truncates": ([helper.make_node("Cast", ["f"], ["y"], to=INT64)], INT64),
     "range down": ([helper.make_node("Range", ["seven", "zero", "minus"], ["y"])], INT64),
-    "constant of shape": ([helper.make_node("ConstantOfShape", ["i3"], ["y"], value=helper.make_tensor("", INT64, [1], [9]))], INT64),
+    "constant of shape": (
+        [helper.make_node("ConstantOfShape", ["i3"], ["y"], value=helper.make_tensor("", INT64, [1], [9]))],
+        INT64,
+    ),
     "upper triangle": ([helper.make_node("Trilu", ["square", "one"], ["y"], upper=1)], FLOAT),
     "lower triangle": ([helper.make_node("Trilu", ["square"], ["y"], upper=0)], FLOAT),
     "split": ([helper.make_node("Split", ["a"], ["u", "y"], num_outputs=2)], INT64),
     "uneven split": ([helper.make_node("Split", ["a3"], ["u", "y"], num_outputs=2)], INT64),
-    "where": ([helper.make_node("Greater", ["a", "b"], ["c"]), helper.make_node("Where", ["c", "a", "b"], ["y"])], INT64),
+    "where": (
+        [helper.make_node("Greater", ["a", "b"], ["c"]), helper.make_node("Where", ["c", "a", "b"], ["y"])],
+        INT64,
+    ),
     "reduce": ([helper.make_node("ReduceProd", ["a"], ["y"], keepdims=0)], INT64),
     "cumulative sum": ([helper.make_node("CumSum", ["a", "zero"], ["y"])], INT64),
     "power": ([helper.make_node("Pow", ["f", "two"], ["y"])], FLOAT),
@@ -132,7 +166,10 @@ RULES: dict[str, tuple[list[onnx.NodeProto], int]] = {
     "max": ([helper.make_node("Max", ["a", "b"], ["y"])], INT64),
     "unsqueeze twice": ([helper.make_node("Unsqueeze", ["a", "axes"], ["y"])], INT64),
     "shape part": ([helper.make_node("Shape", ["x"], ["y"], start=-1)], INT64),
-    "size of a part": ([helper.make_node("Shape", ["x"], ["s"]), helper.make_node("Gather", ["s", "one"], ["y"])], INT64),
+    "size of a part": (
+        [helper.make_node("Shape", ["x"], ["s"]), helper.make_node("Gather", ["s", "one"], ["y"])],
+        INT64,
+    ),
     "not": (
         [
             helper.make_node("Cast", ["a"], ["c"], to=onnx.TensorProto.BOOL),

@@ -26,7 +26,9 @@ FLOATS, INTEGERS = (np.float32, np.float64, np.float16), (np.int64, np.int32, np
 def some(r: np.random.Generator, *kinds: type, rank: int | None = None) -> Array:
     shape = r.integers(1, 5, r.integers(1, 4) if rank is None else rank)
     kind = (kinds or (np.float32, np.int64, np.int32))[r.integers(len(kinds or "abc"))]
-    return np.asarray(np.abs(r.normal(size=shape) * 5) if np.issubdtype(kind, np.unsignedinteger) else r.normal(size=shape) * 5).astype(kind)
+    return np.asarray(
+        np.abs(r.normal(size=shape) * 5) if np.issubdtype(kind, np.unsignedinteger) else r.normal(size=shape) * 5
+    ).astype(kind)
 
 
 def axis_of(r: np.random.Generator, x: Array) -> int:
@@ -56,7 +58,11 @@ def along(*kinds: type, **attributes: Any) -> Make:
 
 def reduced(r: np.random.Generator) -> Case:
     x = some(r, np.float32, np.int64, np.int32)
-    axes = [] if r.random() < 0.3 else [np.sort(r.choice(x.ndim, r.integers(1, x.ndim + 1), replace=False)) - x.ndim * int(r.random() < 0.5)]
+    axes = (
+        []
+        if r.random() < 0.3
+        else [np.sort(r.choice(x.ndim, r.integers(1, x.ndim + 1), replace=False)) - x.ndim * int(r.random() < 0.5)]
+    )
     return [x, *axes], {"keepdims": int(r.integers(2)), "noop_with_empty_axes": int(r.integers(2))}, 1
 
 
@@ -80,7 +86,11 @@ def one_hot(r: np.random.Generator) -> Case:
 
 def eye(r: np.random.Generator) -> Case:
     x = some(r, np.float32, np.int64, np.int32, rank=2)
-    return [x], {"k": int(r.integers(-2, 3)), **({"dtype": int(r.choice([1, 6, 7, 11]))} if r.random() < 0.7 else {})}, 1
+    return (
+        [x],
+        {"k": int(r.integers(-2, 3)), **({"dtype": int(r.choice([1, 6, 7, 11]))} if r.random() < 0.7 else {})},
+        1,
+    )
 
 
 def infinite(r: np.random.Generator) -> Case:
@@ -92,7 +102,17 @@ def infinite(r: np.random.Generator) -> Case:
 def sliced(r: np.random.Generator) -> Case:
     x = some(r)
     axes = r.choice(x.ndim, r.integers(1, x.ndim + 1), replace=False)
-    return [x, r.integers(-7, 8, len(axes)), r.choice([-8, -1, 0, 2, 8, 2**62, -(2**62)], len(axes)), axes, r.choice([1, 2, -1, -2], len(axes))], {}, 1
+    return (
+        [
+            x,
+            r.integers(-7, 8, len(axes)),
+            r.choice([-8, -1, 0, 2, 8, 2**62, -(2**62)], len(axes)),
+            axes,
+            r.choice([1, 2, -1, -2], len(axes)),
+        ],
+        {},
+        1,
+    )
 
 
 def cast(r: np.random.Generator) -> Case:
@@ -109,7 +129,11 @@ def gathered(r: np.random.Generator) -> Case:
 def padded(r: np.random.Generator) -> Case:
     x = some(r)
     mode = ["constant", "edge", "wrap"][r.integers(3)]
-    return [x, r.integers(0, 3, 2 * x.ndim), *([np.array(3, x.dtype)] if mode == "constant" and r.random() < 0.5 else [])], {"mode": mode}, 1
+    return (
+        [x, r.integers(0, 3, 2 * x.ndim), *([np.array(3, x.dtype)] if mode == "constant" and r.random() < 0.5 else [])],
+        {"mode": mode},
+        1,
+    )
 
 
 def summed(r: np.random.Generator) -> Case:
@@ -122,7 +146,11 @@ def split(r: np.random.Generator) -> Case:
     axis = axis_of(r, x)
     count = int(r.integers(1, x.shape[axis] + 1))
     if r.random() < 0.5:
-        return [x], {"axis": axis, "num_outputs": count}, len(range(0, x.shape[axis], -(-x.shape[axis] // count))) if x.shape[axis] % count == 0 else count
+        return (
+            [x],
+            {"axis": axis, "num_outputs": count},
+            len(range(0, x.shape[axis], -(-x.shape[axis] // count))) if x.shape[axis] % count == 0 else count,
+        )
     return [x, np.array([1] * (count - 1) + [x.shape[axis] - count + 1])], {"axis": axis}, count
 
 
@@ -174,7 +202,11 @@ def runtime(proto: onnx.ModelProto, feeds: dict[str, Array]) -> list[Array] | No
     options.log_severity_level = 4
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
-        return list(ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"]).run(None, feeds))
+        return list(
+            ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"]).run(
+                None, feeds
+            )
+        )
     except Exception:
         return None
 
@@ -187,7 +219,13 @@ def small(op: str, case: Case, *, dynamic: bool) -> onnx.ModelProto:
     node = helper.make_node(op, names, [f"o{index}" for index in range(count)], **attributes)
     tensors = [numpy_helper.from_array(np.asarray(array), name) for array, name in zip(arrays, names, strict=True)]
     inputs = [info(names[0], np.shape(arrays[0]), tensors[0].data_type)] if dynamic else []
-    graph = helper.make_graph([node], "g", inputs, [onnx.ValueInfoProto(name=name) for name in node.output], tensors[1:] if dynamic else tensors)
+    graph = helper.make_graph(
+        [node],
+        "g",
+        inputs,
+        [onnx.ValueInfoProto(name=name) for name in node.output],
+        tensors[1:] if dynamic else tensors,
+    )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
 
 
@@ -212,27 +250,69 @@ def test_facts_are_what_onnxruntime_computes(op: str) -> None:
                 for found in (fact.value, known.get(output)):
                     if found is not None:
                         assert np.asarray(found).dtype == array.dtype, where
-                        np.testing.assert_allclose(np.asarray(found, np.float64), array.astype(np.float64), rtol=1e-3, atol=1e-5, err_msg=str(where))
+                        np.testing.assert_allclose(
+                            np.asarray(found, np.float64),
+                            array.astype(np.float64),
+                            rtol=1e-3,
+                            atol=1e-5,
+                            err_msg=str(where),
+                        )
     assert compared >= 8, "ONNX Runtime takes hardly any of the cases"
 
 
-NARROW = [TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT8E4M3FNUZ, TensorProto.FLOAT8E5M2, TensorProto.FLOAT8E5M2FNUZ, TensorProto.BFLOAT16, TensorProto.FLOAT16]
+NARROW = [
+    TensorProto.FLOAT8E4M3FN,
+    TensorProto.FLOAT8E4M3FNUZ,
+    TensorProto.FLOAT8E5M2,
+    TensorProto.FLOAT8E5M2FNUZ,
+    TensorProto.BFLOAT16,
+    TensorProto.FLOAT16,
+]
 
 
 @pytest.mark.parametrize("saturate", [0, 1])
 @pytest.mark.parametrize("kind", NARROW, ids=TensorProto.DataType.Name)
 def test_folded_casts_are_those_of_onnxruntime(kind: int, saturate: int, tmp_path: Path) -> None:
     """Through the type and back; a folded file computes the same."""
-    x = np.array([0, -0.0, 1, 1.0625, -3.3, 0.001, 1e-9, 240, 447, 449, 464, 470, 1000, -1e6, 57344, 61440, 65504, 1e30, np.inf, -np.inf, np.nan], np.float32)
+    x = np.array(
+        [
+            0,
+            -0.0,
+            1,
+            1.0625,
+            -3.3,
+            0.001,
+            1e-9,
+            240,
+            447,
+            449,
+            464,
+            470,
+            1000,
+            -1e6,
+            57344,
+            61440,
+            65504,
+            1e30,
+            np.inf,
+            -np.inf,
+            np.nan,
+        ],
+        np.float32,
+    )
     if kind == TensorProto.FLOAT8E5M2 and not saturate:
-        x = x[(np.abs(x) < 61440) | (np.abs(x) > 65536)]  # NaN in ONNX Runtime, infinity in ONNX's own table and reference
+        x = x[
+            (np.abs(x) < 61440) | (np.abs(x) > 65536)
+        ]  # NaN in ONNX Runtime, infinity in ONNX's own table and reference
     flags = {"saturate": saturate} if kind in NARROW[:4] else {}
     nodes = [
         helper.make_node("Cast", ["x"], ["n"], to=kind, **flags),
         helper.make_node("Cast", ["n"], ["w"], to=FLOAT),
         helper.make_node("Add", ["w", "z"], ["y"]),
     ]
-    graph = helper.make_graph(nodes, "g", [info("z", [len(x)])], [info("y", [len(x)])], [numpy_helper.from_array(x, "x")])
+    graph = helper.make_graph(
+        nodes, "g", [info("z", [len(x)])], [info("y", [len(x)])], [numpy_helper.from_array(x, "x")]
+    )
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
     onnx.save(proto, tmp_path / "m.onnx")
     succeed("fold-constants", tmp_path / "m.onnx", tmp_path / "o.onnx", "--no-check")
@@ -242,7 +322,9 @@ def test_folded_casts_are_those_of_onnxruntime(kind: int, saturate: int, tmp_pat
     np.testing.assert_array_equal(found[0], expected[0])
 
 
-@pytest.mark.parametrize("op", ["NonZero", "ArgMax", "TopK", "IsInf", "OneHot", "EyeLike", "Unique", "Slice", "Cast", "ReduceProd"])
+@pytest.mark.parametrize(
+    "op", ["NonZero", "ArgMax", "TopK", "IsInf", "OneHot", "EyeLike", "Unique", "Slice", "Cast", "ReduceProd"]
+)
 def test_a_folded_file_computes_the_same(op: str, tmp_path: Path) -> None:
     """The constant goes through one more node, as what is an output itself is not folded."""
     for seed in range(6):
@@ -283,7 +365,9 @@ def test_graphs_that_hold_texts_are_taken(kind: str, tmp_path: Path) -> None:
     tensors = [numpy_helper.from_array(TEXTS, "s"), numpy_helper.from_array(np.eye(16, 3, dtype=np.float32), "w")]
     used = [tensor for tensor in tensors if any(tensor.name in node.input for node in nodes)]
     feeds = feeds if kind != "a label" else {"x": np.eye(3, 16, dtype=np.float32)}
-    graph = helper.make_graph(nodes, "g", inputs, [info("y", ["n" if kind != "a label" else 3], TensorProto.STRING)], used)
+    graph = helper.make_graph(
+        nodes, "g", inputs, [info("y", ["n" if kind != "a label" else 3], TensorProto.STRING)], used
+    )
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
     onnx.save(proto, tmp_path / "m.onnx")
     expected = runtime(proto, feeds)

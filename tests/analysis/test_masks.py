@@ -11,7 +11,9 @@ from tests.support import Array, normal
 
 def hidden(size: int, causal: bool, window: int | None) -> Array:
     """Element by element, as the definition says it."""
-    return np.array([[(causal and j > i) or (window is not None and i - j >= window) for j in range(size)] for i in range(size)])
+    return np.array(
+        [[(causal and j > i) or (window is not None and i - j >= window) for j in range(size)] for i in range(size)]
+    )
 
 
 @pytest.mark.parametrize("size", [7, 13])

@@ -8,16 +8,26 @@ def python(code: str) -> str:
 
 def test_sympy_is_imported_when_a_dimension_is_computed_with() -> None:
     code = "import sys, onnxtools.cli, onnxtools.ir.model, onnx_ir;"
-    code += "print('sympy.core' in sys.modules); print(onnx_ir.SymbolicDim('n') * 2); print('sympy.core' in sys.modules)"
+    code += (
+        "print('sympy.core' in sys.modules); print(onnx_ir.SymbolicDim('n') * 2); print('sympy.core' in sys.modules)"
+    )
     assert python(code).split() == ["False", "2*n", "True"]
 
 
 def test_sympy_is_itself_for_others() -> None:
-    assert python("import onnxtools.cli, sympy.core.expr; import sympy; print(sympy.sympify('x + x'), sympy.__version__ == sympy.release.__version__)") == (
-        "2*x True"
+    assert python(
+        "import onnxtools.cli, sympy.core.expr; import sympy; print(sympy.sympify('x + x'), sympy.__version__ == sympy.release.__version__)"
+    ) == ("2*x True")
+    assert (
+        python(
+            "import sympy; before = sympy; import onnxtools.cli, sympy; print(sympy is before, type(sympy).__name__)"
+        )
+        == "True module"
     )
-    assert python("import sympy; before = sympy; import onnxtools.cli, sympy; print(sympy is before, type(sympy).__name__)") == "True module"
-    assert python("import onnx_ir, onnxtools.cli; import onnx_ir._symbolic_shapes as s; print(type(s).__name__)") == "module"
+    assert (
+        python("import onnx_ir, onnxtools.cli; import onnx_ir._symbolic_shapes as s; print(type(s).__name__)")
+        == "module"
+    )
 
 
 def test_the_library_changes_nothing_outside_itself() -> None:

@@ -22,7 +22,11 @@ def tower(levels: int, width: int = 8, kind: str = "list") -> str:
     lines = ["l0: &l0 [x]" if kind == "list" else "l0: &l0 {x: 1}"]
     for level in range(1, levels):
         below = ", ".join([f"*l{level - 1}"] * width)
-        lines.append(f"l{level}: &l{level} [{below}]" if kind == "list" else f"l{level}: &l{level} {{<<: [{below}], k{level}: 1}}")
+        lines.append(
+            f"l{level}: &l{level} [{below}]"
+            if kind == "list"
+            else f"l{level}: &l{level} {{<<: [{below}], k{level}: 1}}"
+        )
     return "\n".join(lines)
 
 
@@ -82,7 +86,9 @@ def test_what_is_no_file_is_refused_by_what_it_is(tmp_path: Path) -> None:
 
 def test_lines_of_json_are_read_as_far_as_they_are_wanted(tmp_path: Path) -> None:
     """Line separators inside JSON strings are text; lines after the last that is wanted are not looked at."""
-    (tmp_path / "d.jsonl").write_text('\ufeff{"a": "x\u2028y\x85z"}\r\n\n{"a": 2}\nno JSON\n', encoding="utf-8", newline="")
+    (tmp_path / "d.jsonl").write_text(
+        '\ufeff{"a": "x\u2028y\x85z"}\r\n\n{"a": 2}\nno JSON\n', encoding="utf-8", newline=""
+    )
     assert read_jsonl(tmp_path / "d.jsonl", 2) == [(1, {"a": "x\u2028y\x85z"}), (3, {"a": 2})]
     with pytest.raises(JobError, match=r"d\.jsonl:4: is not JSON"):
         read_jsonl(tmp_path / "d.jsonl")

@@ -50,7 +50,9 @@ def package(tmp_path: Path) -> Path:
     site = tmp_path / "site"
     (site / "third_party-1.0.dist-info").mkdir(parents=True)
     (site / "third_party.py").write_text(MODULE)
-    (site / "third_party-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: third-party\nVersion: 1.0\n")
+    (site / "third_party-1.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: third-party\nVersion: 1.0\n"
+    )
     points = "[onnxtools.passes]\nnegate = third_party:Negate\nnot-a-pass = third_party:NoPass\nbroken = third_party_absent:Pass\n"
     (site / "third_party-1.0.dist-info" / "entry_points.txt").write_text(points)
     return site
@@ -58,7 +60,14 @@ def package(tmp_path: Path) -> Path:
 
 def onnxtools(package: Path, *args: str | Path) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(package)}
-    return subprocess.run([sys.executable, "-m", "onnxtools", *map(str, args)], env=environment, cwd=ROOT, check=False, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-m", "onnxtools", *map(str, args)],
+        env=environment,
+        cwd=ROOT,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
 
 
 def test_a_third_party_pass_is_a_command(package: Path, tmp_path: Path) -> None:
@@ -87,7 +96,12 @@ def test_a_broken_package_does_not_break_the_rest(package: Path, tmp_path: Path)
 @pytest.mark.parametrize("name", ["not-a-pass", "broken"])
 def test_an_entry_point_that_is_no_pass_is_one_line(name: str, package: Path, tmp_path: Path) -> None:
     done = onnxtools(package, name, linear(tmp_path / "in.onnx"), tmp_path / "o.onnx")
-    assert done.returncode != 0 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: ") and name in done.stderr
+    assert (
+        done.returncode != 0
+        and done.stderr.count("\n") == 1
+        and done.stderr.startswith("error: ")
+        and name in done.stderr
+    )
 
 
 def test_an_unknown_pass_suggests_close_ones() -> None:

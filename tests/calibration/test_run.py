@@ -35,7 +35,9 @@ def by_hooks(model: Any, texts: list[list[int]]) -> dict[str, np.ndarray]:
     seen: dict[str, list[np.ndarray]] = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name.split(".")[-1] in LINEAR:
-            module.register_forward_pre_hook(lambda _, args, name=name: seen.setdefault(name, []).append(args[0].detach()[0].numpy()))
+            module.register_forward_pre_hook(
+                lambda _, args, name=name: seen.setdefault(name, []).append(args[0].detach()[0].numpy())
+            )
     with torch.no_grad():
         for text in texts:
             model(input_ids=torch.tensor([text]))
@@ -68,7 +70,9 @@ def test_ranges_equal_those_of_forward_hooks(form: str, tmp_path: Path) -> None:
     for name in names:
         np.testing.assert_allclose(found[name].amax, np.abs(expected[name]).max(axis=0), rtol=2e-5, atol=1e-6)
         np.testing.assert_allclose(found[name].mean, np.abs(expected[name]).mean(axis=0), rtol=2e-5, atol=1e-6)
-        np.testing.assert_allclose(found[name].mean_square, np.square(expected[name]).mean(axis=0), rtol=5e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            found[name].mean_square, np.square(expected[name]).mean(axis=0), rtol=5e-5, atol=1e-6
+        )
 
 
 def test_gram_matrices_equal_those_of_forward_hooks(tmp_path: Path) -> None:
@@ -101,7 +105,9 @@ def test_segments_hold_every_product_once_and_hand_on_little(form: str) -> None:
     nodes = [product.node for segment in made for product in segment.products]
     assert len(nodes) == len(set(nodes)) == {"gqa": 5}.get(form, 7) * 2 + 1
     for segment in made:
-        assert not {p.activation for p in segment.products} & {p.activation for other in made if other is not segment for p in other.products}
+        assert not {p.activation for p in segment.products} & {
+            p.activation for other in made if other is not segment for p in other.products
+        }
     if form != "gqa":
         assert len(made) == 5 and all(len(segment.kept) == 1 for segment in made[:-1])
 
@@ -129,6 +135,9 @@ def test_a_folder_with_other_files_is_not_taken_as_cache(tmp_path: Path) -> None
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     options = Look(calib=str(calibration_file(tmp_path)), calib_cache=str(tmp_path / "mine"))
-    with pytest.raises(JobError, match="holds other files"), Calibration(Model.load(exported("llama", "concat")), options):
+    with (
+        pytest.raises(JobError, match="holds other files"),
+        Calibration(Model.load(exported("llama", "concat")), options),
+    ):
         pass
     assert (tmp_path / "mine" / "letter.txt").read_text() == "dear"

@@ -9,7 +9,9 @@ from onnxtools.calibration.statistics import Histogram, RotationRange, TokenSamp
 from onnxtools.numerics.formats import FP8, INT8
 from onnxtools.passes.quantize.ranges import largest
 
-PARTS = [np.random.default_rng(seed).standard_normal((n, 8)).astype(np.float32) * 3 for seed, n in enumerate((5, 100, 1, 44))]
+PARTS = [
+    np.random.default_rng(seed).standard_normal((n, 8)).astype(np.float32) * 3 for seed, n in enumerate((5, 100, 1, 44))
+]
 WHOLE = np.concatenate(PARTS)
 
 
@@ -56,7 +58,10 @@ def test_the_range_of_keys_holds_at_every_position(neighbours: bool) -> None:
     for angle in np.linspace(0, 2 * np.pi, 720):
         a, b = keys[..., first], keys[..., second]
         made = keys.copy()
-        made[..., first], made[..., second] = a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)
+        made[..., first], made[..., second] = (
+            a * np.cos(angle) - b * np.sin(angle),
+            b * np.cos(angle) + a * np.sin(angle),
+        )
         turned = np.maximum(turned, np.abs(made).max(axis=(0, 1, 2)))
     assert (turned <= observer.amax * (1 + 1e-6)).all()
     np.testing.assert_allclose(turned, observer.amax, rtol=1e-4)

@@ -83,9 +83,18 @@ LOOKUPS = {
 
 def language_model(path: Path, case: Lookup, table: Array) -> Path:
     table = np.concatenate([np.zeros((case.padded_rows, 64), np.float32), table])
-    kept = {"plain": table, "fp16": table.astype(np.float16), "transposed": table.T.copy(), "int8": np.clip(np.round(table / 0.02), -127, 127).astype(np.int8)}
+    kept = {
+        "plain": table,
+        "fp16": table.astype(np.float16),
+        "transposed": table.T.copy(),
+        "int8": np.clip(np.round(table / 0.02), -127, 127).astype(np.int8),
+    }
     read = {name for node in case.nodes for name in node.input}
-    arrays = {"E": kept[case.stored], "head": HEAD, **{name: array for name, array in CONSTANTS.items() if name in read}}
+    arrays = {
+        "E": kept[case.stored],
+        "head": HEAD,
+        **{name: array for name, array in CONSTANTS.items() if name in read},
+    }
     ids, logits = info("input_ids", ["batch", "sequence"], case.kind), info("logits", ["batch", "sequence", ROWS])
     return write(path, [*case.nodes, LAST], [ids], [logits], stored(**arrays))
 
@@ -94,15 +103,21 @@ def language_model(path: Path, case: Lookup, table: Array) -> Path:
 def test_a_damaged_table_is_seen_or_the_vocabulary_is_said_to_be_unknown(how: str, tmp_path: Path) -> None:
     damaged = E.copy()
     damaged[ROWS // 2 :] = 0
-    sound, bad = (language_model(tmp_path / name, LOOKUPS[how], table) for name, table in (("m.onnx", E), ("bad.onnx", damaged)))
+    sound, bad = (
+        language_model(tmp_path / name, LOOKUPS[how], table) for name, table in (("m.onnx", E), ("bad.onnx", damaged))
+    )
     assert run("validate", sound, sound).code == 0
     result = run("validate", sound, bad)
     unknown = "vocabulary is unknown" in result.out
     assert result.code == 1 or unknown, result.out
-    assert not (unknown and how not in ("chosen", "shifted", "joined", "elements", "one-hot")), "an ordinary way is not understood"
+    assert not (unknown and how not in ("chosen", "shifted", "joined", "elements", "one-hot")), (
+        "an ordinary way is not understood"
+    )
 
 
-@pytest.mark.parametrize("how", ["direct", "int32", "cast", "reshaped", "flat", "table along axis 1", "transposed table", "INT8 table"])
+@pytest.mark.parametrize(
+    "how", ["direct", "int32", "cast", "reshaped", "flat", "table along axis 1", "transposed table", "INT8 table"]
+)
 def test_the_vocabulary_is_that_of_the_table_and_ids_reach_all_over_it(how: str, tmp_path: Path) -> None:
     model = Model.load(language_model(tmp_path / "m.onnx", LOOKUPS[how], E))
     assert vocabulary(model.graph.inputs[0]) == ROWS
@@ -161,13 +176,20 @@ def positioned(path: Path, how: str, *, rounded: bool, rows: int = 0) -> Path:
     table = normal(rows, 64, seed=3) if rows else np.zeros((1, 64), np.float32)
     if rounded and rows:
         table[-1] += 1
-    count = [N("Shape", ["input_ids"], ["n"], start=1, end=2), N("Squeeze", ["n"], ["m"]), N("Range", ["start", "m", "step"], ["position"])]
+    count = [
+        N("Shape", ["input_ids"], ["n"], start=1, end=2),
+        N("Squeeze", ["n"], ["m"]),
+        N("Range", ["start", "m", "step"], ["position"]),
+    ]
     angles = [N("Cast", ["position"], ["r"], to=HALF if rounded else FLOAT), N("Cast", ["r"], ["p"], to=FLOAT), N("Unsqueeze", ["p", "minus"], ["c"]),
               N("Mul", ["c", "freq"], ["a"]), N("Cos", ["a"], ["t"])]  # fmt: skip
     found = [N("Gather", ["table", "position"], ["t"])] if rows else angles
     nodes = [N("Gather", ["E", "input_ids"], ["w"]), *([N("Identity", ["position_ids"], ["position"])] if how == "input" else count), *found,
              N("Add", ["w", "t"], ["e"]), LAST]  # fmt: skip
-    inputs = [info("input_ids", ["batch", "sequence"], INT64), *([info("position_ids", ["batch", "sequence"], INT64)] if how == "input" else [])]
+    inputs = [
+        info("input_ids", ["batch", "sequence"], INT64),
+        *([info("position_ids", ["batch", "sequence"], INT64)] if how == "input" else []),
+    ]
     arrays: Feeds = {
         "E": E,
         "head": HEAD,
@@ -184,7 +206,10 @@ def positioned(path: Path, how: str, *, rounded: bool, rows: int = 0) -> Path:
 @pytest.mark.parametrize("how", ["input", "counted"])
 def test_positions_beyond_the_first_are_looked_at(how: str, rows: int, tmp_path: Path) -> None:
     """Where the table has fewer than 4,096 rows, its last one; a table of 6,000 is looked at beyond 4,000, not to its end."""
-    sound, bad = positioned(tmp_path / "m.onnx", how, rounded=False, rows=rows), positioned(tmp_path / "bad.onnx", how, rounded=True, rows=rows)
+    sound, bad = (
+        positioned(tmp_path / "m.onnx", how, rounded=False, rows=rows),
+        positioned(tmp_path / "bad.onnx", how, rounded=True, rows=rows),
+    )
     assert run("validate", sound, sound).code == 0
     assert run("validate", sound, bad).code == (0 if rows == 6000 else 1)
     told = run("validate", sound, sound).out
@@ -216,7 +241,9 @@ class Lossy(Scale):
 
 def chain(path: Path, count: int = 6) -> Path:
     nodes = [N("MatMul", [f"v{i}", f"w{i}"], [f"v{i + 1}"], name=f"m{i}") for i in range(count)]
-    arrays = {f"w{i}": np.linalg.qr(normal(64, 64, seed=i).astype(np.float64))[0].astype(np.float32) for i in range(count)}
+    arrays = {
+        f"w{i}": np.linalg.qr(normal(64, 64, seed=i).astype(np.float64))[0].astype(np.float32) for i in range(count)
+    }
     return write(path, nodes, [info("v0", ["n", 64])], [info(f"v{count}", ["n", 64])], stored(**arrays), opset=21)
 
 
@@ -224,7 +251,9 @@ def checked(path: Path, pass_: Pass, check: NumericCheck | None = None) -> Repor
     return PassManager([pass_], [check or NumericCheck()]).run(Model.load(path))
 
 
-def test_a_large_model_is_checked_by_its_first_layers_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_model_is_checked_by_its_first_layers_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = chain(tmp_path / "m.onnx")
     monkeypatch.setattr(instruments, "CHECK_LIMIT", 1 << 10)
     monkeypatch.setattr(instruments, "PART_LIMIT", 3 * 64 * 64 * 4)
@@ -232,7 +261,10 @@ def test_a_large_model_is_checked_by_its_first_layers_and_says_so(tmp_path: Path
     with pytest.raises(JobError, match="changed the outputs"):
         checked(path, Scale("w1"))
     report = checked(path, Scale("w5"))  # behind the part
-    assert "the first 3 of 6 nodes (0 MB of weights)" in report.steps[0].measures["sampled"] and " s" in report.steps[0].measures["sampled"]
+    assert (
+        "the first 3 of 6 nodes (0 MB of weights)" in report.steps[0].measures["sampled"]
+        and " s" in report.steps[0].measures["sampled"]
+    )
     with pytest.raises(JobError, match="changed the outputs"):
         checked(path, Scale("w5"), NumericCheck(full=True))
     assert "nothing matched" in told or "checked: the first" in told
@@ -241,9 +273,20 @@ def test_a_large_model_is_checked_by_its_first_layers_and_says_so(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "by, outcome", [(1.2, "quiet"), (0.75, "quiet"), (1.4, "warned"), (0.1, "warned"), (2.2, "refused"), (-0.5, "refused"), (np.inf, "refused")]
+    "by, outcome",
+    [
+        (1.2, "quiet"),
+        (0.75, "quiet"),
+        (1.4, "warned"),
+        (0.1, "warned"),
+        (2.2, "refused"),
+        (-0.5, "refused"),
+        (np.inf, "refused"),
+    ],
 )
-def test_a_lossy_pass_is_warned_of_above_30_percent_and_refused_above_100(by: float, outcome: str, tmp_path: Path) -> None:
+def test_a_lossy_pass_is_warned_of_above_30_percent_and_refused_above_100(
+    by: float, outcome: str, tmp_path: Path
+) -> None:
     path = chain(tmp_path / "m.onnx", 2)
     if outcome == "refused":
         with pytest.raises(JobError, match="--no-check"):
@@ -259,7 +302,12 @@ def test_no_check_writes_what_a_check_refuses(tmp_path: Path) -> None:
     path = chain(tmp_path / "m.onnx", 2)
     np.savez(tmp_path / "x.npz", v0=normal(64, 64) / np.float32(1000))
     flags = ("--int8", "--all-layers", "--lm-head", "--calib", tmp_path / "x.npz")
-    assert "warning: the outputs changed by" in succeed("quantize", path, tmp_path / "o.onnx", *flags).out.replace("\n", " ")
+    assert "warning: the outputs changed by" in succeed("quantize", path, tmp_path / "o.onnx", *flags).out.replace(
+        "\n", " "
+    )
     (tmp_path / "o.onnx").unlink()
-    assert run("quantize", path, tmp_path / "o.onnx", *flags, "--tolerance", "0.5").code == 1 and not (tmp_path / "o.onnx").exists()
+    assert (
+        run("quantize", path, tmp_path / "o.onnx", *flags, "--tolerance", "0.5").code == 1
+        and not (tmp_path / "o.onnx").exists()
+    )
     succeed("quantize", path, tmp_path / "o.onnx", *flags, "--no-check")

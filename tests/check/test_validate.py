@@ -15,7 +15,26 @@ from onnxtools.check.runner import Runner
 from onnxtools.check.validate import Difference, split_points, validate
 from onnxtools.ir.model import Model
 from tests.conftest import Make
-from tests.support import E4M3, FP8, HALF_PRECISION, MX, STYLE, TE, Array, Case, Session, info, linear, normal, refuse, rel_l2, run, stored, succeed, write
+from tests.support import (
+    E4M3,
+    FP8,
+    HALF_PRECISION,
+    MX,
+    STYLE,
+    TE,
+    Array,
+    Case,
+    Session,
+    info,
+    linear,
+    normal,
+    refuse,
+    rel_l2,
+    run,
+    stored,
+    succeed,
+    write,
+)
 
 
 def judged(*args: str | Path) -> dict[str, Any]:
@@ -79,15 +98,21 @@ def test_the_runner_computes_mxfp8(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", ["te_gpt_fp8_ds_dyn", "rms_swiglu_gqa_rope", "padding_mask", "gpt_static_arange", "gpt_fp16_fp8", "gpt_bf16_fp8"], indirect=True
+    "case",
+    ["te_gpt_fp8_ds_dyn", "rms_swiglu_gqa_rope", "padding_mask", "gpt_static_arange", "gpt_fp16_fp8", "gpt_bf16_fp8"],
+    indirect=True,
 )
 def test_a_cached_model_is_decoded_at_several_splits(case: Case, cached: Make) -> None:
     result = judged(case.path, cached(case.name))
     assert result["passed"] and len(result["rows"]) >= 4
-    assert {"prefill", f"steps 1 x {16 if 'static' not in case.name else 12}"} <= {row["check"] for row in result["rows"]}
+    assert {"prefill", f"steps 1 x {16 if 'static' not in case.name else 12}"} <= {
+        row["check"] for row in result["rows"]
+    }
 
 
-@pytest.mark.parametrize("flags", [["--policy", "new", "--layout", "sbnh", "--naming", "nemo"], ["--layout", "sbnh"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "flags", [["--policy", "new", "--layout", "sbnh", "--naming", "nemo"], ["--layout", "sbnh"]], ids=" ".join
+)
 def test_every_cache_layout_is_understood(flags: list[str], cached: Make) -> None:
     assert judged(Case("rms_swiglu_gqa_rope").path, cached("rms_swiglu_gqa_rope", *flags))["passed"]
 
@@ -119,14 +144,21 @@ def test_a_cache_that_only_prefills_right_fails(cached: Make, tmp_path: Path) ->
     result = judged(case.path, bad)
     passed = {row["check"]: row["passed"] for row in result["rows"]}
     whole = [name for name in passed if name.endswith("prefill")]
-    assert "prefill" in whole and all(passed.pop(name) for name in whole) and not any(passed.values()) and not result["passed"]
+    assert (
+        "prefill" in whole
+        and all(passed.pop(name) for name in whole)
+        and not any(passed.values())
+        and not result["passed"]
+    )
     assert run("validate", case.path, bad).code == 1
 
 
 def nudge(proto: onnx.ModelProto, factor: float = 1.001, index: int = 0) -> None:
     found = [tensor for tensor in proto.graph.initializer if len(tensor.dims) >= 2 and tensor.data_type != E4M3]
     tensor = found[index]
-    tensor.CopyFrom(numpy_helper.from_array((numpy_helper.to_array(tensor) * np.float32(factor)).astype(np.float32), tensor.name))
+    tensor.CopyFrom(
+        numpy_helper.from_array((numpy_helper.to_array(tensor) * np.float32(factor)).astype(np.float32), tensor.name)
+    )
 
 
 def test_a_weight_that_moved_fails(tmp_path: Path) -> None:
@@ -144,7 +176,10 @@ def test_the_tolerance_decides(tolerance: str, code: int, tmp_path: Path) -> Non
 def chain(path: Path, factor: float) -> Path:
     """Three products; the second weight is scaled."""
     weights = {"a": normal(8, 8), "b": normal(8, 8, seed=1) * np.float32(factor), "c": normal(8, 8, seed=2)}
-    nodes = [helper.make_node("MatMul", [s, w], [r], f"mm_{w}") for s, w, r in (("x", "a", "h1"), ("h1", "b", "h2"), ("h2", "c", "y"))]
+    nodes = [
+        helper.make_node("MatMul", [s, w], [r], f"mm_{w}")
+        for s, w, r in (("x", "a", "h1"), ("h1", "b", "h2"), ("h2", "c", "y"))
+    ]
     return write(path, nodes, [info("x", [4, 8])], [info("y", [4, 8])], stored(**weights))
 
 
@@ -211,7 +246,17 @@ def test_random_inputs_depend_on_the_seed_alone(tmp_path: Path) -> None:
 def test_an_fp8_output_is_compared_as_numbers(tmp_path: Path) -> None:
     zero = helper.make_tensor("z", E4M3, [], [0.0])
     nodes = [helper.make_node("QuantizeLinear", ["x", "s", "z"], ["y"])]
-    paths = [write(tmp_path / f"{s}.onnx", nodes, [info("x", [64])], [info("y", [64], E4M3)], [*stored(s=np.float32(s)), zero], opset=19) for s in (1, 2)]
+    paths = [
+        write(
+            tmp_path / f"{s}.onnx",
+            nodes,
+            [info("x", [64])],
+            [info("y", [64], E4M3)],
+            [*stored(s=np.float32(s)), zero],
+            opset=19,
+        )
+        for s in (1, 2)
+    ]
     x: Array = normal(64)
     assert Session(paths[0])({"x": x})["y"].dtype == FP8
     assert judged(paths[0], paths[0])["passed"] and not judged(*paths)["passed"]
@@ -238,7 +283,10 @@ def test_a_model_whose_steps_are_not_its_full_run_is_still_itself(tmp_path: Path
         helper.make_node("Transpose", ["present.0.key"], ["t"], perm=[0, 2, 1]), helper.make_node("MatMul", ["x", "t"], ["s"]),
         helper.make_node("Softmax", ["s"], ["p"]), helper.make_node("MatMul", ["p", "present.0.key"], ["logits"]),
     ]  # fmt: skip
-    inputs = [info("input_ids", ["batch", "sequence"], onnx.TensorProto.INT64), info("past_key_values.0.key", ["batch", "past_sequence", 8])]
+    inputs = [
+        info("input_ids", ["batch", "sequence"], onnx.TensorProto.INT64),
+        info("past_key_values.0.key", ["batch", "past_sequence", 8]),
+    ]
     outputs = [info("logits", ["batch", "sequence", 8]), info("present.0.key", ["batch", "total_sequence", 8])]
     paths = []
     for name, scale in (("a", 1.0), ("b", 1.0), ("c", 1.01)):

@@ -121,10 +121,16 @@ CASES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "unknown architecture": (lambda f: edit(f, model_type="mamba"), "'mamba' is not supported; .*llama"),
     "hidden not divisible": (lambda f: edit(f, hidden_size=65, head_dim=None), "65 is not divisible by 4"),
     "heads not divisible": (lambda f: edit(f, num_key_value_heads=3), "4 heads do not divide into 3"),
-    "rope type": (lambda f: edit(f, rope_parameters={"rope_type": "longrope", "rope_theta": 1e4}), "rope type 'longrope' is not supported"),
+    "rope type": (
+        lambda f: edit(f, rope_parameters={"rope_type": "longrope", "rope_theta": 1e4}),
+        "rope type 'longrope' is not supported",
+    ),
     "activation": (lambda f: edit(f, hidden_act="xielu"), "activation 'xielu' is not supported"),
     "no layers": (lambda f: edit(f, num_hidden_layers=-1), "num_hidden_layers is -1"),
-    "too many layers": (lambda f: edit(f, num_hidden_layers=3), "9 weights missing: model.layers.2.input_layernorm.weight.*1 more"),
+    "too many layers": (
+        lambda f: edit(f, num_hidden_layers=3),
+        "9 weights missing: model.layers.2.input_layernorm.weight.*1 more",
+    ),
     "truncated safetensors": (truncated, "truncated or damaged"),
     "header beyond the file": (huge_header, "its header claims 4611686018427387904 bytes"),
     "tensor beyond the file": (huge_tensor, "truncated or damaged"),

@@ -39,7 +39,9 @@ def test_weight_types(name: str, tmp_path: Path) -> None:
     write(tmp_path / "m.gguf", kind)
     tensor = read_gguf(tmp_path / "m.gguf").tensors["w"]
     found = np.concatenate([read_rows(tensor, start, min(start + 7, 40)) for start in range(0, 40, 7)])
-    np.testing.assert_array_equal(found.astype(np.float32), dequantize(quantize(WHOLE, kind), kind).reshape(WHOLE.shape))
+    np.testing.assert_array_equal(
+        found.astype(np.float32), dequantize(quantize(WHOLE, kind), kind).reshape(WHOLE.shape)
+    )
 
 
 def test_what_is_not_supported_is_named(tmp_path: Path) -> None:

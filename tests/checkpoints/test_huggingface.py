@@ -67,7 +67,9 @@ def test_torch_bin_and_its_shards(tmp_path: Path) -> None:
 def test_views_that_share_a_storage(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "x"}')
     whole = torch.arange(24, dtype=torch.float32).reshape(6, 4)
-    torch.save({"top": whole[:2], "bottom": whole[2:], "parameter": torch.nn.Parameter(whole)}, tmp_path / "pytorch_model.bin")
+    torch.save(
+        {"top": whole[:2], "bottom": whole[2:], "parameter": torch.nn.Parameter(whole)}, tmp_path / "pytorch_model.bin"
+    )
     found = values(read_folder(tmp_path).tensors)
     np.testing.assert_array_equal(found["bottom"], whole[2:])
     np.testing.assert_array_equal(found["top"], whole[:2])
@@ -93,7 +95,9 @@ def test_a_linked_cache_folder(tmp_path: Path) -> None:
 def in_every_form(folder: Path) -> dict[str, Any]:
     """Another model in each of the four forms; the file that says so to the model."""
     made: dict[str, Any] = {}
-    for number, name in enumerate(("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")):
+    for number, name in enumerate(
+        ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+    ):
         model = hf.make("llama", folder / "made")
         with torch.no_grad():
             for parameter in model.parameters():
@@ -107,7 +111,9 @@ def in_every_form(folder: Path) -> dict[str, Any]:
             suffix = "safetensors" if "safetensors" in name else "bin"
             state = {key: value.contiguous() for key, value in model.state_dict().items()}
             (safetensors.torch.save_file if suffix == "safetensors" else torch.save)(state, folder / f"part.{suffix}")
-            (folder / name).write_text(json.dumps({"metadata": {"format": "pt"}, "weight_map": dict.fromkeys(state, f"part.{suffix}")}))
+            (folder / name).write_text(
+                json.dumps({"metadata": {"format": "pt"}, "weight_map": dict.fromkeys(state, f"part.{suffix}")})
+            )
     shutil.rmtree(folder / "made")
     return made
 

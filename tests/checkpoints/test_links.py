@@ -84,7 +84,9 @@ def test_shards_and_nemo_folders_too(folder: Path, tmp_path: Path) -> None:
     state = hf.make("llama", folder).state_dict()
     (folder / "model.safetensors").unlink()
     torch.save(state, folder / "a.bin")
-    (folder / "pytorch_model.bin.index.json").write_text('{"weight_map": {%s}}' % ", ".join(f'"{name}": "a.bin"' for name in state))  # noqa: UP031
+    (folder / "pytorch_model.bin.index.json").write_text(
+        '{"weight_map": {%s}}' % ", ".join(f'"{name}": "a.bin"' for name in state)
+    )  # noqa: UP031
     assert open_checkpoint(folder).tensors
     moved(folder / "a.bin", tmp_path / "secret" / "a.bin")
     with pytest.raises(ModelError, match=r"a\.bin: leads out"):

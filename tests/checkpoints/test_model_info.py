@@ -14,7 +14,14 @@ from onnxtools.checkpoints.model_info import ModelInfo
 from onnxtools.ir.description import MODEL_KEY
 from tests.generation import vocabularies as v
 
-CONFIG = {"model_type": "llama", "vocab_size": 99, "bos_token_id": 11, "eos_token_id": 12, "pad_token_id": 13, "max_position_embeddings": 321}
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 99,
+    "bos_token_id": 11,
+    "eos_token_id": 12,
+    "pad_token_id": 13,
+    "max_position_embeddings": 321,
+}
 
 
 def written(folder: Path, **files: Any) -> Path:
@@ -24,7 +31,15 @@ def written(folder: Path, **files: Any) -> Path:
     return folder / "model.onnx"
 
 
-@pytest.mark.parametrize("generation", [{}, {"eos_token_id": 7}, {"eos_token_id": [7, 12, 3], "pad_token_id": 5}, {"bos_token_id": 1, "eos_token_id": None}])
+@pytest.mark.parametrize(
+    "generation",
+    [
+        {},
+        {"eos_token_id": 7},
+        {"eos_token_id": [7, 12, 3], "pad_token_id": 5},
+        {"bos_token_id": 1, "eos_token_id": None},
+    ],
+)
 def test_ids_are_those_that_transformers_generates_with(generation: dict[str, Any], tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", reason="transformers is the reference (make setup installs it)")
     path = written(tmp_path, config=CONFIG, **({"generation_config": generation} if generation else {}))
@@ -32,17 +47,29 @@ def test_ids_are_those_that_transformers_generates_with(generation: dict[str, An
     theirs = transformers.GenerationConfig.from_model_config(transformers.AutoConfig.from_pretrained(tmp_path))
     theirs.update(**{key: value for key, value in generation.items() if value is not None})
     ends = theirs.eos_token_id if isinstance(theirs.eos_token_id, list) else [theirs.eos_token_id]
-    assert (found.eos_token_ids, found.bos_token_id, found.pad_token_id) == (tuple(ends), theirs.bos_token_id, theirs.pad_token_id)
+    assert (found.eos_token_ids, found.bos_token_id, found.pad_token_id) == (
+        tuple(ends),
+        theirs.bos_token_id,
+        theirs.pad_token_id,
+    )
     assert found.max_positions == 321
 
 
 def test_a_nested_text_config(tmp_path: Path) -> None:
-    found = ModelInfo.read(written(tmp_path, config={"model_type": "vision", "eos_token_id": 5, "text_config": CONFIG}), {})
+    found = ModelInfo.read(
+        written(tmp_path, config={"model_type": "vision", "eos_token_id": 5, "text_config": CONFIG}), {}
+    )
     assert found.eos_token_ids == (5,) and found.bos_token_id == 11 and found.max_positions == 321
 
 
 def test_genai_config_of_onnx_runtime(tmp_path: Path) -> None:
-    model = {"bos_token_id": 4, "eos_token_id": [6, 8], "pad_token_id": 9, "context_length": 4096, "decoder": {"head_size": 64}}
+    model = {
+        "bos_token_id": 4,
+        "eos_token_id": [6, 8],
+        "pad_token_id": 9,
+        "context_length": 4096,
+        "decoder": {"head_size": 64},
+    }
     found = ModelInfo.read(written(tmp_path, genai_config={"model": model, "search": {}}), {})
     assert (found.eos_token_ids, found.bos_token_id, found.pad_token_id, found.max_positions) == ((6, 8), 4, 9, 4096)
 
@@ -77,7 +104,9 @@ ODD = (
 
 
 @pytest.mark.parametrize("text", ODD)
-@pytest.mark.parametrize("place", [MODEL_KEY, "onnxtools.json", "config.json", "generation_config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    "place", [MODEL_KEY, "onnxtools.json", "config.json", "generation_config.json", "tokenizer_config.json"]
+)
 def test_metadata_of_any_shape_is_one_error_or_none(text: str, place: str, tmp_path: Path) -> None:
     if place != MODEL_KEY:
         (tmp_path / place).write_bytes(text.encode(errors="surrogatepass"))

@@ -52,12 +52,22 @@ def test_only_the_tokenizers_files_are_taken(tmp_path: Path) -> None:
         "model_config.yaml", "model.onnx", "tokenizer.json", f"{HASH}_merges.txt", f"{HASH}_tokenizer.model",
     )  # fmt: skip
     found = nemo._tokenizer(regions(tmp_path, *names), {})
-    assert found == {"tokenizer.json": b"tokenizer.json", "merges.txt": f"{HASH}_merges.txt".encode(), "tokenizer.model": f"{HASH}_tokenizer.model".encode()}
+    assert found == {
+        "tokenizer.json": b"tokenizer.json",
+        "merges.txt": f"{HASH}_merges.txt".encode(),
+        "tokenizer.model": f"{HASH}_tokenizer.model".encode(),
+    }
 
 
 def test_files_that_the_configuration_names_get_the_names_of_hugging_face(tmp_path: Path) -> None:
     """So that what a hostile archive calls package.json cannot be written under that name, and gpt2-vocab.json is found."""
-    config = {"tokenizer": {"model": f"nemo:{HASH}_mixture_256k.model", "vocab_file": "nemo:package.json", "merge_file": "gpt2-merges.txt"}}
+    config = {
+        "tokenizer": {
+            "model": f"nemo:{HASH}_mixture_256k.model",
+            "vocab_file": "nemo:package.json",
+            "merge_file": "gpt2-merges.txt",
+        }
+    }
     members = regions(tmp_path, f"{HASH}_mixture_256k.model", "package.json", "gpt2-merges.txt", "setup.py")
     found = nemo._tokenizer(members, config)
     assert {name: bytes(content) for name, content in found.items()} == {  # type: ignore[arg-type]
@@ -70,7 +80,9 @@ def test_files_that_the_configuration_names_get_the_names_of_hugging_face(tmp_pa
 # --- ranks ------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["mp_rank_999999999999", "tp_rank_00_pp_rank_888888888888", "tp_rank_777777777777_pp_rank_777777777777"])
+@pytest.mark.parametrize(
+    "name", ["mp_rank_999999999999", "tp_rank_00_pp_rank_888888888888", "tp_rank_777777777777_pp_rank_777777777777"]
+)
 def test_a_rank_that_is_claimed_is_missed_at_once(name: str, tmp_path: Path) -> None:
     path = archive(tmp_path / "m.nemo", {"model_config.yaml": CONFIG, f"{name}/model_weights.ckpt": b"x"})
     start = time.monotonic()
@@ -135,7 +147,9 @@ def test_what_a_killed_run_unpacked_is_removed_by_the_next(tmp_path: Path) -> No
     (tmp_path / "tmp").mkdir()
     code = "import sys, time; from pathlib import Path; from onnxtools.checkpoints import nemo; nemo._archive_members(Path(sys.argv[1])); print(1, flush=True)"
     environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp")}
-    with subprocess.Popen([sys.executable, "-c", f"{code}; time.sleep(60)", path], env=environment, stdout=subprocess.PIPE) as run:
+    with subprocess.Popen(
+        [sys.executable, "-c", f"{code}; time.sleep(60)", path], env=environment, stdout=subprocess.PIPE
+    ) as run:
         assert run.stdout is not None and run.stdout.readline() == b"1\n"
         assert len(list((tmp_path / "tmp").glob("onnxtools-nemo-*"))) == 1
         run.send_signal(signal.SIGKILL)

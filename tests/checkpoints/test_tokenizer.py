@@ -49,7 +49,10 @@ def test_a_continuation_is_cut_as_lm_eval_cuts_it(kind: Callable[[], Native], tm
     ours, theirs = saved(kind(), tmp_path), Theirs()
     for context in CONTEXTS:
         for continuation in CONTINUATIONS:
-            assert ours.pair(context, continuation) == tuple(theirs._encode_pair(context, continuation)), (context, continuation)
+            assert ours.pair(context, continuation) == tuple(theirs._encode_pair(context, continuation)), (
+                context,
+                continuation,
+            )
 
 
 def test_a_word_after_a_byte_level_context_is_what_it_is_alone(tmp_path: Path) -> None:
@@ -137,7 +140,9 @@ def test_vocabulary_and_merges_are_read_as_transformers_reads_them(name: str, tm
             continue  # transformers adds a token beyond the model's vocabulary; we do not
         ids = theirs(text).input_ids
         assert ours.encode(text) == ids, text
-        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False), text
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False), (
+            text
+        )
 
 
 def test_a_class_with_rules_of_its_own_is_refused_by_name(tmp_path: Path) -> None:
@@ -152,7 +157,9 @@ def test_special_tokens_named_beside_a_tokenizer_json_are_special(tmp_path: Path
     native = v.byte_level()
     native.model = type(native.model)(vocab=vocab, merges=merges)
     native.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"})
+    )
     theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), Tokenizer.open(tmp_path)
     ids = theirs("the old</s>ship").input_ids
     assert ours.encode("the old</s>ship") == ids and vocab["</s>"] in ids
@@ -169,10 +176,17 @@ BROKEN: dict[str, dict[str, Any]] = {
     "stripping more than there is": {"decoder": {"type": "Strip", "content": "e", "start": 0, "stop": 1 << 40}},
     "a map that is no map": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "/////w=="}},
     "a template of unknown tokens": {
-        "post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "x", "type_id": 0}}], "pair": [], "special_tokens": {}}
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "x", "type_id": 0}}],
+            "pair": [],
+            "special_tokens": {},
+        }
     },
     "a pieces model without an unknown": {"model": {"type": "Unigram", "vocab": [["b", -1.0]], "unk_id": None}},
-    "a stride beyond its window": {"truncation": {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 9}},
+    "a stride beyond its window": {
+        "truncation": {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 9}
+    },
 }
 _TRY = """
 import sys
@@ -193,14 +207,18 @@ except OnnxtoolsError as error:
 def test_a_panic_is_one_error_and_silent(name: str, tmp_path: Path) -> None:
     content = json.loads(v.byte_level().to_str()) | BROKEN[name]
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    found = subprocess.run([sys.executable, "-c", _TRY, tmp_path], capture_output=True, text=True, timeout=60, check=False)
+    found = subprocess.run(
+        [sys.executable, "-c", _TRY, tmp_path], capture_output=True, text=True, timeout=60, check=False
+    )
     assert found.returncode == 0, found.stderr
     assert found.stderr == "" and found.stdout.count("\n") <= 1
 
 
 def test_a_pattern_of_cubic_time_is_refused_at_once(tmp_path: Path) -> None:
     """A text of 1600 letters takes seconds and one of 6400 minutes; nothing can interrupt the library."""
-    content = json.loads(v.byte_level().to_str()) | {"pre_tokenizer": {**_SPLIT, "pattern": {"Regex": r"[a-z]*[a-z]*\d"}}}
+    content = json.loads(v.byte_level().to_str()) | {
+        "pre_tokenizer": {**_SPLIT, "pattern": {"Regex": r"[a-z]*[a-z]*\d"}}
+    }
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     start = time.monotonic()
     with pytest.raises(JobError, match="its patterns take too long for"):

@@ -40,8 +40,16 @@ def test_what_torch_and_transformer_engine_write_is_read() -> None:
         found = loads(saved(value, pickle_protocol=protocol), "x")
         for name, tensor in module.state_dict().items():
             np.testing.assert_array_equal(found["state"][name].numpy(), tensor.numpy())
-        assert found["extra"].getvalue() == b"scales" and found["ids"] == {0: [1, 2], (1, "a"): None} and found["size"] == (4, 5)
-        assert found["kind"] == ir.DataType.BFLOAT16 and list(found["ordered"]) == ["b", "a"] and found["bytes"] == b"\xff\x00"
+        assert (
+            found["extra"].getvalue() == b"scales"
+            and found["ids"] == {0: [1, 2], (1, "a"): None}
+            and found["size"] == (4, 5)
+        )
+        assert (
+            found["kind"] == ir.DataType.BFLOAT16
+            and list(found["ordered"]) == ["b", "a"]
+            and found["bytes"] == b"\xff\x00"
+        )
         np.testing.assert_array_equal(found["parameter"].numpy(), [0, 1, 2])
 
 
@@ -88,7 +96,9 @@ def test_a_tensor_takes_no_state(tmp_path: Path) -> None:
         content = {info.filename: source.read(info) for info in source.infolist()}
     with zipfile.ZipFile(tmp_path / "m.bin", "w") as target:
         for name, data in content.items():
-            target.writestr(name, data.replace(b"Rq", b"R" + SLOTS + b"bq") if name.endswith("data.pkl") and b"Rq" in data else data)
+            target.writestr(
+                name, data.replace(b"Rq", b"R" + SLOTS + b"bq") if name.endswith("data.pkl") and b"Rq" in data else data
+            )
     hostile = zipfile.ZipFile(tmp_path / "m.bin").read(next(name for name in content if name.endswith("data.pkl")))
     assert b"/etc/passwd" in hostile
     with pytest.raises(ModelError, match="sets attributes of a"):
@@ -159,7 +169,15 @@ def test_tensors_inside_tensors_are_not_followed() -> None:
     """Each level of a pickle in a pickle would copy all that is inside it."""
     stored = pickle.dumps(1) * 3 + pickle.dumps(torch.zeros(2))
     with pytest.raises(ModelError, match=r"wants torch\.storage\._load_from_bytes"):
-        loads(START + the("torch.storage", "_load_from_bytes") + b"B" + len(stored).to_bytes(4, "little") + stored + b"\x85R.", "x")
+        loads(
+            START
+            + the("torch.storage", "_load_from_bytes")
+            + b"B"
+            + len(stored).to_bytes(4, "little")
+            + stored
+            + b"\x85R.",
+            "x",
+        )
 
 
 def test_an_archive_is_read_once_however_often_it_is_named() -> None:

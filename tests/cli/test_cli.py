@@ -51,8 +51,16 @@ def test_python_m_and_the_script_are_the_same(tmp_path: Path) -> None:
     if not script.exists():
         pytest.skip("the package is not installed beside this Python")
     commands = [[sys.executable, "-m", "onnxtools"], [str(script)]]
-    a, b = (subprocess.run([*c, "convert", "absent.onnx", "o.onnx"], cwd=tmp_path, check=False, capture_output=True, text=True) for c in commands)
-    assert a.returncode == b.returncode == 1 and a.stderr == b.stderr == "error: absent.onnx: no such file; check the path\n"
+    a, b = (
+        subprocess.run(
+            [*c, "convert", "absent.onnx", "o.onnx"], cwd=tmp_path, check=False, capture_output=True, text=True
+        )
+        for c in commands
+    )
+    assert (
+        a.returncode == b.returncode == 1
+        and a.stderr == b.stderr == "error: absent.onnx: no such file; check the path\n"
+    )
 
 
 USAGE: dict[str, list[str]] = {
@@ -107,7 +115,9 @@ def test_a_converted_model_reports_its_passes(tmp_path: Path) -> None:
 
 def test_the_check_runs_on_the_inputs_that_are_given(tmp_path: Path) -> None:
     case = Case("te_linear_fp8_ds")
-    data = json.loads(succeed("convert", case.path, tmp_path / "a.onnx", "--inputs", case.path.with_suffix(".npz"), "--json").out)
+    data = json.loads(
+        succeed("convert", case.path, tmp_path / "a.onnx", "--inputs", case.path.with_suffix(".npz"), "--json").out
+    )
     assert 0.0 in [step["measures"].get("rel_l2") for step in data["steps"]]
     unchecked = json.loads(succeed("convert", case.path, tmp_path / "b.onnx", "--no-check", "--json").out)
     assert not [step for step in unchecked["steps"] if "rel_l2" in step["measures"]]
@@ -126,9 +136,15 @@ def test_dump_writes_the_graph_after_each_change(tmp_path: Path) -> None:
 def test_inspect_counts_what_is_there(converted: Make) -> None:
     case = Case("te_linear_fp8_ds")
     raw = json.loads(succeed("inspect", case.path, "--json").out)
-    assert raw["opsets"] == {"": 18, "trt": 1} and raw["ops"]["trt::TRT_FP8QuantizeLinear"] == 2 and raw["quantization"]["weight_fraction"] == 1
+    assert (
+        raw["opsets"] == {"": 18, "trt": 1}
+        and raw["ops"]["trt::TRT_FP8QuantizeLinear"] == 2
+        and raw["quantization"]["weight_fraction"] == 1
+    )
     made = json.loads(succeed("inspect", converted(case.name), "--json").out)
-    assert made["weights"]["by_dtype"]["FLOAT8E4M3FN"]["bytes"] == sum(a.nbytes for a in initializers(converted(case.name)).values() if a.dtype.itemsize == 1)
+    assert made["weights"]["by_dtype"]["FLOAT8E4M3FN"]["bytes"] == sum(
+        a.nbytes for a in initializers(converted(case.name)).values() if a.dtype.itemsize == 1
+    )
     assert made["provenance"][0]["passes"][0]["pass"] == "convert" and made["cache"] is None
     assert [io["name"] for io in made["io"]] == ["x", "y"] and made["io"][0]["shape"] == [32, 128]
 
@@ -150,7 +166,11 @@ def test_inspect_names_the_data_file(tmp_path: Path) -> None:
 def test_diff_shows_what_changed_and_nothing_else(converted: Make, tmp_path: Path) -> None:
     case = Case("te_linear_fp8_ds")
     found = json.loads(succeed("diff", case.path, converted(case.name), "--json").out)
-    assert {"name": "", "before": 18, "after": 19} in found["opsets"] and {"name": "trt", "before": 1, "after": None} in found["opsets"]
+    assert {"name": "", "before": 18, "after": 19} in found["opsets"] and {
+        "name": "trt",
+        "before": 1,
+        "after": None,
+    } in found["opsets"]
     assert {"name": "DequantizeLinear", "before": None, "after": 2} in found["ops"] and found["io"] == []
     assert "no difference" in succeed("diff", case.path, case.path).out
     assert "DequantizeLinear" in succeed("diff", case.path, converted(case.name)).out
@@ -177,5 +197,7 @@ def test_a_closed_pipe_is_no_traceback(tmp_path: Path) -> None:
 def test_sigterm_leaves_no_temporary_files(tmp_path: Path) -> None:
     code = "import os, signal, tempfile\nfrom onnxtools.cli import main as m\ndef work(**_):\n    with tempfile.TemporaryDirectory(dir='.'):\n"
     code += "        os.kill(os.getpid(), signal.SIGTERM)\n        os.read(0, 1)\nm.cli.main = work\nm.main([])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, stdin=subprocess.PIPE, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, stdin=subprocess.PIPE, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 143 and not list(tmp_path.iterdir()), done.stderr

@@ -23,10 +23,22 @@ def recipe(folder: Path, text: str) -> Path:
 
 def test_a_recipe_is_read(tmp_path: Path) -> None:
     plan = read_recipe(
-        recipe(tmp_path, HEAD + "passes:\n - convert: {opset: 21, fold-weights: false}\n - add-kv-cache\nvalidate: {against: a.onnx, tolerance: 1}\n")
+        recipe(
+            tmp_path,
+            HEAD
+            + "passes:\n - convert: {opset: 21, fold-weights: false}\n - add-kv-cache\nvalidate: {against: a.onnx, tolerance: 1}\n",
+        )
     )
-    assert plan.input == tmp_path / "in.onnx" and plan.output == tmp_path / "out.onnx" and plan.against == tmp_path / "a.onnx"
-    assert plan.passes == [Convert(opset=21, fold_weights=False), AddKvCache()] and plan.tolerance == 1 and plan.engine is None
+    assert (
+        plan.input == tmp_path / "in.onnx"
+        and plan.output == tmp_path / "out.onnx"
+        and plan.against == tmp_path / "a.onnx"
+    )
+    assert (
+        plan.passes == [Convert(opset=21, fold_weights=False), AddKvCache()]
+        and plan.tolerance == 1
+        and plan.engine is None
+    )
 
 
 def test_the_chain_runs_and_is_validated(tmp_path: Path) -> None:
@@ -45,7 +57,14 @@ def test_a_failed_validation_is_exit_code_1(tmp_path: Path) -> None:
 
 def test_input_and_output_can_be_given_on_the_command_line(tmp_path: Path) -> None:
     linear(tmp_path / "other.onnx")
-    succeed("pipeline", recipe(tmp_path, "passes: [convert]\n"), "--input", tmp_path / "other.onnx", "--output", tmp_path / "made.onnx")
+    succeed(
+        "pipeline",
+        recipe(tmp_path, "passes: [convert]\n"),
+        "--input",
+        tmp_path / "other.onnx",
+        "--output",
+        tmp_path / "made.onnx",
+    )
     assert opsets(tmp_path / "made.onnx") == {"": 19}
 
 

@@ -39,7 +39,9 @@ ABSENT = {
 
 
 @pytest.mark.parametrize("what", ABSENT)
-def test_a_file_that_is_missing_is_exit_code_1_everywhere(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_is_missing_is_exit_code_1_everywhere(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     linear(tmp_path / "a.onnx")
     assert "no" in refuse(*ABSENT[what], code=1)
@@ -55,7 +57,9 @@ def test_a_signal_is_128_and_its_number(number: signal.Signals, code: int, tmp_p
     """Before a file of a name that the run writes to appears, and while it waits for its prompt."""
     code_line = f"import signal; signal.signal({int(number)}, signal.default_int_handler if {int(number)} == 2 else signal.SIG_DFL)"
     started = f"{code_line}\nimport sys, onnxtools.cli.main as m, time\nm.cli.main = lambda **k: (print('on', flush=True), time.sleep(60))\nm.main([])"
-    process = subprocess.Popen([sys.executable, "-c", started], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", started], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None and process.stdout.readline() == "on\n"
     process.send_signal(number)
     _, err = process.communicate(timeout=20)
@@ -68,7 +72,12 @@ def test_whoever_stops_reading_is_no_failure(tmp_path: Path) -> None:
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run(
-        [sys.executable, "-m", "onnxtools", "inspect", str(tmp_path / "a.onnx")], cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True, check=False
+        [sys.executable, "-m", "onnxtools", "inspect", str(tmp_path / "a.onnx")],
+        cwd=ROOT,
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
     )
     os.close(write)
     assert (done.returncode, done.stderr) == (0, "")
@@ -85,7 +94,12 @@ def test_an_unexpected_exception_on_a_damaged_file_is_the_files(tmp_path: Path) 
     """Add of a text and a number passes our own look at the file; onnx's shape inference refuses it."""
     nodes = [helper.make_node("Concat", ["x", "y"], ["z"], axis=7)]
     ports = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in "xyz"]
-    onnx.save(helper.make_model(helper.make_graph(nodes, "g", ports[:2], ports[2:]), opset_imports=[helper.make_opsetid("", 21)]), tmp_path / "bad.onnx")
+    onnx.save(
+        helper.make_model(
+            helper.make_graph(nodes, "g", ports[:2], ports[2:]), opset_imports=[helper.make_opsetid("", 21)]
+        ),
+        tmp_path / "bad.onnx",
+    )
     with pytest.raises(ModelError, match="is no valid ONNX model"):
         PassManager([_Broken()]).run(Model.load(tmp_path / "bad.onnx"))
     with pytest.raises(KeyError):  # ours, where the file is whole
@@ -93,7 +107,10 @@ def test_an_unexpected_exception_on_a_damaged_file_is_the_files(tmp_path: Path) 
 
 
 def test_errors_have_an_end(tmp_path: Path) -> None:
-    assert len(refuse("convert", tmp_path / ("x" * 200) / ("y" * 4000 + ".onnx"), tmp_path / "o.onnx")) < entry.MAX_LINE + 20
+    assert (
+        len(refuse("convert", tmp_path / ("x" * 200) / ("y" * 4000 + ".onnx"), tmp_path / "o.onnx"))
+        < entry.MAX_LINE + 20
+    )
 
 
 # --- logs -------------------------------------------------------------------------------------------------------------
@@ -103,9 +120,21 @@ def test_v_says_what_is_begun_and_nothing_stays(tmp_path: Path) -> None:
     source = linear(tmp_path / "a.onnx")
     handlers = list(logging.getLogger("onnxtools").handlers)
     told = run("prune", source, tmp_path / "o.onnx", "--no-check", "-v").err
-    assert [re.sub(r"^\d+ ms ", "", line) for line in told.splitlines()] == [f"reading {source}", f"prune: {source}", f"writing {tmp_path / 'o.onnx'}"]
-    assert "places" in run("quantize", linear(tmp_path / "b.onnx", opset=21), tmp_path / "p.onnx", "--int4-rtn", "--no-check", "-vv").err
-    assert logging.getLogger("onnxtools").handlers == handlers and run("prune", source, tmp_path / "q.onnx", "--no-check").err == ""
+    assert [re.sub(r"^\d+ ms ", "", line) for line in told.splitlines()] == [
+        f"reading {source}",
+        f"prune: {source}",
+        f"writing {tmp_path / 'o.onnx'}",
+    ]
+    assert (
+        "places"
+        in run(
+            "quantize", linear(tmp_path / "b.onnx", opset=21), tmp_path / "p.onnx", "--int4-rtn", "--no-check", "-vv"
+        ).err
+    )
+    assert (
+        logging.getLogger("onnxtools").handlers == handlers
+        and run("prune", source, tmp_path / "q.onnx", "--no-check").err == ""
+    )
 
 
 def test_a_log_file_grows_and_takes_no_other_file(tmp_path: Path) -> None:
@@ -114,7 +143,12 @@ def test_a_log_file_grows_and_takes_no_other_file(tmp_path: Path) -> None:
         succeed("prune", source, tmp_path / f"{name}.onnx", "--no-check", "--log-file", log)
     assert refuse("prune", tmp_path / "no.onnx", tmp_path / "q.onnx", "--log-file", log)
     text = log.read_text()
-    assert text.startswith("# log of onnxtools\n") and text.count("INFO writing") == 2 and "ended with: " in text and text.count("# log") == 1
+    assert (
+        text.startswith("# log of onnxtools\n")
+        and text.count("INFO writing") == 2
+        and "ended with: " in text
+        and text.count("# log") == 1
+    )
     kept = source.read_bytes()
     for place, says in ((source, "no log of onnxtools"), (tmp_path, "is a folder")):
         assert says in refuse("prune", source, tmp_path / "r.onnx", "--log-file", place)
@@ -147,10 +181,16 @@ def test_a_line_comes_while_nothing_is_seen(capsys: pytest.CaptureFixture[str]) 
 
 @pytest.mark.parametrize("extra", ["rtx", "gpu", "tensorrt", "torch", "scores"])
 def test_the_line_to_type_names_what_the_extra_names(extra: str) -> None:
-    wanted = [re.split(r"[<>=;! ]", text)[0] for text in metadata.requires("onnxtools") or [] if re.search(rf"extra == ['\"]{extra}['\"]", text)]
+    wanted = [
+        re.split(r"[<>=;! ]", text)[0]
+        for text in metadata.requires("onnxtools") or []
+        if re.search(rf"extra == ['\"]{extra}['\"]", text)
+    ]
     line = install_line(extra)
     assert wanted and all(f"'{name}" in line for name in wanted)
-    assert line.startswith("pip uninstall -y onnxruntime ") == (extra == "gpu"), "both have the same files, so one goes first"
+    assert line.startswith("pip uninstall -y onnxruntime ") == (extra == "gpu"), (
+        "both have the same files, so one goes first"
+    )
 
 
 def test_advice_leads_somewhere(tmp_path: Path) -> None:
@@ -166,7 +206,12 @@ def test_advice_leads_somewhere(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", [["prune"], ["quantize", "--int4-rtn"]])
 def test_a_graph_without_weights_to_work_on_is_refused(command: list[str], tmp_path: Path) -> None:
-    onnx.save(parser.parse_model('<ir_version: 10, opset_import: ["" : 21]> g (float[2, 64] x) => (float[2, 64] y) { y = Relu (x) }'), tmp_path / "r.onnx")
+    onnx.save(
+        parser.parse_model(
+            '<ir_version: 10, opset_import: ["" : 21]> g (float[2, 64] x) => (float[2, 64] y) { y = Relu (x) }'
+        ),
+        tmp_path / "r.onnx",
+    )
     assert "so there is nothing to" in refuse(command[0], tmp_path / "r.onnx", tmp_path / "o.onnx", *command[1:])
     assert not (tmp_path / "o.onnx").exists()
 

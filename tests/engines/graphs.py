@@ -15,7 +15,13 @@ from onnxtools.engines.build.builder import Engine
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 Dims = Sequence[int | str]
-FLOAT, HALF, BF16, BOOL, INT64 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.BOOL, TensorProto.INT64
+FLOAT, HALF, BF16, BOOL, INT64 = (
+    TensorProto.FLOAT,
+    TensorProto.FLOAT16,
+    TensorProto.BFLOAT16,
+    TensorProto.BOOL,
+    TensorProto.INT64,
+)
 
 
 def tensor(name: str, dims: Dims | None, dtype: int = HALF) -> onnx.ValueInfoProto:
@@ -26,7 +32,17 @@ def weights(**arrays: np.ndarray[Any, Any]) -> list[onnx.TensorProto]:
     return [numpy_helper.from_array(array, name) for name, array in arrays.items()]
 
 
-def write(path: Path, nodes: Any, inputs: Any, outputs: Any, stored: Any = (), *, opset: int = 24, ir: int = 11, domains: Sequence[str] = ()) -> Path:
+def write(
+    path: Path,
+    nodes: Any,
+    inputs: Any,
+    outputs: Any,
+    stored: Any = (),
+    *,
+    opset: int = 24,
+    ir: int = 11,
+    domains: Sequence[str] = (),
+) -> Path:
     imports = [helper.make_opsetid("", opset), *(helper.make_opsetid(domain, 1) for domain in domains)]
     graph = helper.make_graph(list(nodes), "graph", list(inputs), list(outputs), list(stored))
     onnx.save(helper.make_model(graph, opset_imports=imports, ir_version=ir), path)
@@ -44,7 +60,9 @@ def two_of_four(array: np.ndarray[Any, Any], axis: int) -> np.ndarray[Any, Any]:
     return np.moveaxis(moved, -1, axis)
 
 
-def linear(path: Path, dims: Dims = ("batch", "sequence", 64), weight: np.ndarray[Any, Any] | None = None, **kwargs: Any) -> Path:
+def linear(
+    path: Path, dims: Dims = ("batch", "sequence", 64), weight: np.ndarray[Any, Any] | None = None, **kwargs: Any
+) -> Path:
     """x [.., 64] @ w [64, 128] in fp16."""
     stored = weights(w=random(64, 128) if weight is None else weight)
     node = helper.make_node("MatMul", ["x", "w"], ["y"], name="/proj/MatMul")
@@ -55,7 +73,9 @@ def fp8_linear(path: Path, scale: float = 0.5) -> Path:
     """FP8 Q/DQ on the activation and an FP8 weight behind DequantizeLinear: fp32 [4, 64] @ [64, 128]."""
     stored = weights(s=np.float32(scale), sw=np.float32(0.25))
     stored.append(helper.make_tensor("zero", TensorProto.FLOAT8E4M3FN, [], [0.0]))
-    stored.append(helper.make_tensor("w", TensorProto.FLOAT8E4M3FN, [64, 128], random(64, 128, dtype=np.float32).ravel().tolist()))
+    stored.append(
+        helper.make_tensor("w", TensorProto.FLOAT8E4M3FN, [64, 128], random(64, 128, dtype=np.float32).ravel().tolist())
+    )
     nodes = [
         helper.make_node("QuantizeLinear", ["x", "s", "zero"], ["xq"], name="Q"),
         helper.make_node("DequantizeLinear", ["xq", "s"], ["xd"], name="DQ"),

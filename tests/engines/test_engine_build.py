@@ -25,7 +25,22 @@ from onnxtools.engines.build.spec import EngineSpec
 from onnxtools.engines.trtexec.command_line import trtexec_line
 from onnxtools.ir.model import Model
 from tests.engines.conftest import Build
-from tests.engines.graphs import BF16, FIXTURES, FLOAT, HALF, INT64, files, fp8_linear, helper, linear, manifest, random, tensor, weights, write
+from tests.engines.graphs import (
+    BF16,
+    FIXTURES,
+    FLOAT,
+    HALF,
+    INT64,
+    files,
+    fp8_linear,
+    helper,
+    linear,
+    manifest,
+    random,
+    tensor,
+    weights,
+    write,
+)
 
 TE_LINEAR = FIXTURES / "te" / "te_linear_fp8_ds.onnx"
 TE_GPT = FIXTURES / "te" / "te_gpt_fp8_ds_dyn.onnx"
@@ -33,7 +48,10 @@ TE_GPT = FIXTURES / "te" / "te_gpt_fp8_ds_dyn.onnx"
 
 def cached(path: Path, opset: int = 24) -> Path:
     """A cache that grows by Concat, read by a product."""
-    nodes = [helper.make_node("Concat", ["past_key", "x"], ["present"], axis=1), helper.make_node("MatMul", ["present", "w"], ["y"])]
+    nodes = [
+        helper.make_node("Concat", ["past_key", "x"], ["present"], axis=1),
+        helper.make_node("MatMul", ["present", "w"], ["y"]),
+    ]
     inputs = [tensor("x", ["batch", "sequence", 64]), tensor("past_key", ["batch", "past_sequence", 64])]
     outputs = [tensor("present", ["batch", "total_sequence", 64]), tensor("y", ["batch", "total_sequence", 64])]
     return write(path, nodes, inputs, outputs, weights(w=random(64, 64)), opset=opset)
@@ -49,7 +67,9 @@ def test_manifest_says_what_was_built(tmp_path: Path, make: Build) -> None:
     assert found["graph"]["sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
     assert found["inputs"] == [{"name": "x", "dtype": "float16", "shape": [-1, -1, 64]}]
     assert found["outputs"] == [{"name": "y", "dtype": "float16", "shape": [-1, -1, 128]}]
-    assert found["profiles"] == [{"name": "sequence", "inputs": {"x": {"min": [1, 1, 64], "opt": [2, 8, 64], "max": [2, 16, 64]}}}]
+    assert found["profiles"] == [
+        {"name": "sequence", "inputs": {"x": {"min": [1, 1, 64], "opt": [2, 8, 64], "max": [2, 16, 64]}}}
+    ]
     assert found["compute_capabilities"] == ["8.9", "12.0"]
     assert found["layers"]["types"]["MATRIX_MULTIPLY"] == 1
     assert found["backend"]["name"] == "tensorrt-rtx" and found["build_seconds"] > 0 and found["peak_rss_mib"] > 0
@@ -109,12 +129,17 @@ def refused(make: Build, tmp_path: Path, source: Path, **options: Any) -> str:
 
 def test_fp8_needs_an_fp8_graph(tmp_path: Path, make: Build) -> None:
     message = refused(make, tmp_path, linear(tmp_path / "m.onnx"), fp8=True)
-    assert "no QuantizeLinear or DequantizeLinear in the graph is FP8; make one with `onnxtools quantize --fp8`" in message
+    assert (
+        "no QuantizeLinear or DequantizeLinear in the graph is FP8; make one with `onnxtools quantize --fp8`" in message
+    )
 
 
 def test_int8_is_not_fp8(tmp_path: Path, make: Build) -> None:
     stored = weights(s=np.float32(0.5), z=np.int8(0))
-    nodes = [helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]), helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"])]
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"]),
+    ]
     source = write(tmp_path / "m.onnx", nodes, [tensor("x", [4], FLOAT)], [tensor("y", [4], FLOAT)], stored)
     assert "is FP8" in refused(make, tmp_path, source, fp8=True)
 
@@ -126,26 +151,35 @@ def test_fp8_needs_ada(tmp_path: Path, make: Build, make_fp8: Any) -> None:
 
 
 def test_cast_to_fp8_needs_ada_too(tmp_path: Path, make: Build) -> None:
-    nodes = [helper.make_node("Cast", ["x"], ["f"], to=onnx.TensorProto.FLOAT8E4M3FN), helper.make_node("Cast", ["f"], ["y"], to=HALF)]
+    nodes = [
+        helper.make_node("Cast", ["x"], ["f"], to=onnx.TensorProto.FLOAT8E4M3FN),
+        helper.make_node("Cast", ["f"], ["y"], to=HALF),
+    ]
     source = write(tmp_path / "m.onnx", nodes, [tensor("x", [4])], [tensor("y", [4])])
     assert "compute capability 8.0 lacks" in refused(make, tmp_path, source, compute_capability=("8.0",))
 
 
 def test_unknown_capability(tmp_path: Path, make: Build) -> None:
     message = refused(make, tmp_path, linear(tmp_path / "m.onnx"), compute_capability=("9.0",))
-    assert message.startswith("--compute-capability 9.0 (H100, H200, GH200): tensorrt-rtx does not build for it; --compute-capability names another of 7.5")
+    assert message.startswith(
+        "--compute-capability 9.0 (H100, H200, GH200): tensorrt-rtx does not build for it; --compute-capability names another of 7.5"
+    )
     assert "--print-trtexec prints the line" in message and "--backend tensorrt" in message
 
 
 def test_ceilings(tmp_path: Path, make: Build) -> None:
     assert "opset 26, but tensorrt-rtx reads up to 25" in refused(make, tmp_path, linear(tmp_path / "m.onnx", opset=26))
-    assert "IR version 14, but tensorrt-rtx reads up to 13" in refused(make, tmp_path, linear(tmp_path / "m.onnx", ir=14))
+    assert "IR version 14, but tensorrt-rtx reads up to 13" in refused(
+        make, tmp_path, linear(tmp_path / "m.onnx", ir=14)
+    )
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.5, float("nan"), float("inf")])
 def test_scales(tmp_path: Path, make: Build, scale: float) -> None:
     message = refused(make, tmp_path, fp8_linear(tmp_path / "m.onnx", scale))
-    assert message.startswith(f"node 'Q' (QuantizeLinear): its scale is {scale:g}, but TensorRT takes finite scales above 0 only")
+    assert message.startswith(
+        f"node 'Q' (QuantizeLinear): its scale is {scale:g}, but TensorRT takes finite scales above 0 only"
+    )
     assert message.endswith("(and 1 more such nodes)")
 
 
@@ -157,12 +191,23 @@ def test_scale_computed_from_constants(tmp_path: Path, make: Build) -> None:
         helper.make_node("TRT_FP8QuantizeLinear", ["x", "scale"], ["q"], name="Q", domain="trt"),
         helper.make_node("TRT_FP8DequantizeLinear", ["q", "s"], ["y"], name="DQ", domain="trt"),
     ]
-    source = write(tmp_path / "m.onnx", nodes, [tensor("x", [4, 8], FLOAT)], [tensor("y", [4, 8], FLOAT)], stored, opset=18, domains=["trt"])
+    source = write(
+        tmp_path / "m.onnx",
+        nodes,
+        [tensor("x", [4, 8], FLOAT)],
+        [tensor("y", [4, 8], FLOAT)],
+        stored,
+        opset=18,
+        domains=["trt"],
+    )
     assert refused(make, tmp_path, source).startswith("node 'Q' (trt::TRT_FP8QuantizeLinear): its scale is -0.5,")
 
 
 def test_operator_the_parser_lacks(tmp_path: Path, make: Build) -> None:
-    nodes = [helper.make_node("Bernoulli", ["x"], ["a"], name="b1"), helper.make_node("Bernoulli", ["a"], ["y"], name="b2")]
+    nodes = [
+        helper.make_node("Bernoulli", ["x"], ["a"], name="b1"),
+        helper.make_node("Bernoulli", ["a"], ["y"], name="b2"),
+    ]
     message = refused(make, tmp_path, write(tmp_path / "m.onnx", nodes, [tensor("x", [4])], [tensor("y", [4])]))
     assert message.startswith("node 'b1' (Bernoulli): tensorrt-rtx's parser has no such operator")
     assert message.endswith("(and 1 more such nodes)")
@@ -170,15 +215,32 @@ def test_operator_the_parser_lacks(tmp_path: Path, make: Build) -> None:
 
 def test_every_parser_error_names_node_operator_and_output(tmp_path: Path, make: Build) -> None:
     """GroupQueryAttention counts as supported until it is parsed."""
-    nodes = [helper.make_node("Attention", ["q", "q", x], [y], name=f"/{y}/Attention", softcap=2.0) for x, y in (("q", "x"), ("x", "y"))]
-    lines = refused(make, tmp_path, write(tmp_path / "m.onnx", nodes, [tensor("q", [1, 4, 8, 32])], [tensor("y", None)])).splitlines()
+    nodes = [
+        helper.make_node("Attention", ["q", "q", x], [y], name=f"/{y}/Attention", softcap=2.0)
+        for x, y in (("q", "x"), ("x", "y"))
+    ]
+    lines = refused(
+        make, tmp_path, write(tmp_path / "m.onnx", nodes, [tensor("q", [1, 4, 8, 32])], [tensor("y", None)])
+    ).splitlines()
     assert "TensorRT-RTX's parser refuses 2 nodes; see it with `onnxtools inspect`" in lines[0]
     reason = "Setting softcap is not supported in TensorRT Attention"
     assert lines[1:] == [f"  node '/{y}/Attention' (Attention) -> '{y}': {reason}" for y in "xy"]
     mean = [helper.make_node("ReduceMean", ["x", "axes"], ["y"], name="/norm/ReduceMean")]
     source = write(tmp_path / "m.onnx", mean, [tensor("x", [4, 64]), tensor("axes", [1], INT64)], [tensor("y", None)])
-    assert "node '/norm/ReduceMean' (ReduceMean): TensorRT takes the axes as an initializer" in refused(make, tmp_path, source)
-    one = [helper.make_node("GroupQueryAttention", ["q", "q", "q"], ["y"], name="gqa", domain="com.microsoft", num_heads=4, kv_num_heads=4)]
+    assert "node '/norm/ReduceMean' (ReduceMean): TensorRT takes the axes as an initializer" in refused(
+        make, tmp_path, source
+    )
+    one = [
+        helper.make_node(
+            "GroupQueryAttention",
+            ["q", "q", "q"],
+            ["y"],
+            name="gqa",
+            domain="com.microsoft",
+            num_heads=4,
+            kv_num_heads=4,
+        )
+    ]
     source = write(tmp_path / "m.onnx", one, [tensor("q", [1, 8, 128])], [tensor("y", None)], domains=["com.microsoft"])
     assert "parser refuses node 'gqa' (GroupQueryAttention) -> 'y': " in refused(make, tmp_path, source)
 
@@ -226,15 +288,21 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
 def test_timing_cache_is_left_alone(tmp_path: Path, make: Build) -> None:
     cache = tmp_path / "t.cache"
     source = linear(tmp_path / "m.onnx")
-    assert manifest(make(source, timing_cache=str(cache)))["notes"] == [f"timing cache: TensorRT-RTX has none; {cache} not written"]
+    assert manifest(make(source, timing_cache=str(cache)))["notes"] == [
+        f"timing cache: TensorRT-RTX has none; {cache} not written"
+    ]
     cache.write_bytes(b"kept")
-    assert manifest(make(source, timing_cache=str(cache)))["notes"] == [f"timing cache: TensorRT-RTX has none; {cache} left as it is"]
+    assert manifest(make(source, timing_cache=str(cache)))["notes"] == [
+        f"timing cache: TensorRT-RTX has none; {cache} left as it is"
+    ]
     assert cache.read_bytes() == b"kept"
     (tmp_path / "file").write_text("")
     with pytest.raises(JobError, match="its folder cannot be created"):
         make(source, timing_cache=str(tmp_path / "file" / "t.cache"))
     (note,) = manifest(make(source, timing_cache=str(tmp_path)))["notes"]
-    assert f"{tmp_path}/no-gpu-tensorrt-rtx-1.7.1.cache not written" in note or "-tensorrt-rtx-" in note, "a file for each GPU and version"
+    assert f"{tmp_path}/no-gpu-tensorrt-rtx-1.7.1.cache not written" in note or "-tensorrt-rtx-" in note, (
+        "a file for each GPU and version"
+    )
 
 
 FULL_DISK = """
@@ -254,7 +322,13 @@ except JobError as error:
 def test_full_disk_leaves_the_old_engine(tmp_path: Path) -> None:
     source, engine = linear(tmp_path / "m.onnx"), tmp_path / "e.engine"
     engine.write_bytes(b"old")
-    run = subprocess.run([sys.executable, "-c", FULL_DISK, str(source), str(engine)], capture_output=True, text=True, timeout=120, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(source), str(engine)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
     assert run.stdout == f"{engine}: cannot be written (File too large); free space or choose another folder\n"
     assert engine.read_bytes() == b"old" and files(tmp_path) == ["e.engine"]
 
@@ -262,7 +336,9 @@ def test_full_disk_leaves_the_old_engine(tmp_path: Path) -> None:
 def test_interrupt_cancels_and_leaves_nothing(tmp_path: Path) -> None:
     nodes = [helper.make_node("MatMul", [f"h{i}", f"w{i}"], [f"h{i + 1}"]) for i in range(300)]
     stored = weights(**{f"w{i}": random(64, 64) for i in range(300)})
-    source = write(tmp_path / "m.onnx", nodes, [tensor("h0", ["batch", "sequence", 64])], [tensor("h300", None)], stored)
+    source = write(
+        tmp_path / "m.onnx", nodes, [tensor("h0", ["batch", "sequence", 64])], [tensor("h300", None)], stored
+    )
     before = signal.getsignal(signal.SIGINT)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
@@ -288,7 +364,9 @@ def test_bf16_and_dtype_names(tmp_path: Path, make: Build) -> None:
 
 def test_trtexec_line(tmp_path: Path) -> None:
     source = cached(tmp_path / "m.onnx")
-    spec = EngineSpec(max_batch_size=1, max_seq_len=8, sparsity="enable", timing_cache="t c", tf32=False, builder_optimization_level=4)
+    spec = EngineSpec(
+        max_batch_size=1, max_seq_len=8, sparsity="enable", timing_cache="t c", tf32=False, builder_optimization_level=4
+    )
     line = trtexec_line(Path("m.onnx"), Path("gpt.engine"), spec, profiles_for(Model.load(source), spec))
     assert line == (
         "trtexec --onnx=m.onnx --saveEngine=gpt.engine --skipInference --sparsity=enable '--timingCacheFile=t c'"

@@ -9,7 +9,20 @@ import pytest
 
 from tests.support import succeed
 
-SIZES = ["--n-layer", "2", "--n-embd", "64", "--n-head", "4", "--n-inner", "96", "--vocab-size", "97", "--n-positions", "64"]
+SIZES = [
+    "--n-layer",
+    "2",
+    "--n-embd",
+    "64",
+    "--n-head",
+    "4",
+    "--n-inner",
+    "96",
+    "--vocab-size",
+    "97",
+    "--n-positions",
+    "64",
+]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])

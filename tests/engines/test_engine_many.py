@@ -40,14 +40,31 @@ def four_builds(folder: Path) -> subprocess.Popen[str]:
     sizes = "--family llama --n-layer 12 --n-embd 256 --n-head 4 --n-inner 512 --vocab-size 997 --n-positions 64 --dtype fp16"
     for name in "abcd":
         succeed("export", "--random", *sizes.split(), "-o", folder / f"{name}.onnx")
-    command = [sys.executable, "-m", "onnxtools", "build", *(str(folder / f"{name}.onnx") for name in "abcd"), "--workers", "2", *SMALL]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True, preexec_fn=listen)
+    command = [
+        sys.executable,
+        "-m",
+        "onnxtools",
+        "build",
+        *(str(folder / f"{name}.onnx") for name in "abcd"),
+        "--workers",
+        "2",
+        *SMALL,
+    ]
+    return subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True, preexec_fn=listen
+    )
 
 
 def bad(path: Path) -> Path:
     """A graph that preflight refuses: an operator that the parser lacks."""
     node = helper.make_node("StringNormalizer", ["x"], ["y"], name="odd")
-    return write(path, [node], [tensor("x", ["batch"], onnx.TensorProto.STRING)], [tensor("y", ["batch"], onnx.TensorProto.STRING)], [])
+    return write(
+        path,
+        [node],
+        [tensor("x", ["batch"], onnx.TensorProto.STRING)],
+        [tensor("y", ["batch"], onnx.TensorProto.STRING)],
+        [],
+    )
 
 
 def test_several_models_are_built_and_one_that_fails_stops_none(tmp_path: Path) -> None:
@@ -56,7 +73,12 @@ def test_several_models_are_built_and_one_that_fails_stops_none(tmp_path: Path) 
     assert result.code == 1 and "b.onnx" in result.err + result.out and "'odd'" in result.err
     found = json.loads(result.out)
     assert [bool(row["error"]) for row in found] == [False, True, False]
-    assert sorted(path.name for path in tmp_path.iterdir() if "engine" in path.name) == ["a.engine", "a.engine.json", "c.engine", "c.engine.json"]
+    assert sorted(path.name for path in tmp_path.iterdir() if "engine" in path.name) == [
+        "a.engine",
+        "a.engine.json",
+        "c.engine",
+        "c.engine.json",
+    ]
 
 
 def test_engines_go_into_a_folder(tmp_path: Path) -> None:
@@ -74,7 +96,11 @@ def test_ctrl_c_ends_the_processes_and_leaves_no_half_engine(tmp_path: Path) -> 
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 or not err, err
     assert "Traceback" not in err
-    left = [path.name for path in tmp_path.iterdir() if not path.name.startswith(tuple(f"{name}." for name in "abcd")) and "onnxtools.json" not in path.name]
+    left = [
+        path.name
+        for path in tmp_path.iterdir()
+        if not path.name.startswith(tuple(f"{name}." for name in "abcd")) and "onnxtools.json" not in path.name
+    ]
     assert [name for name in left if "tmp" in name or name.startswith(".")] == []
     for engine in tmp_path.glob("*.engine"):
         succeed("validate", engine)
@@ -102,15 +128,22 @@ def test_sparsity_force_prunes_before_it_builds(tmp_path: Path) -> None:
     assert "prune them" in refuse("build", source, tmp_path / "e.engine", *SMALL, "--sparsity")
     made = said("build", source, tmp_path / "e.engine", *SMALL, "--sparsity", "force")
     assert made["sparsity"]["sparse"] == made["sparsity"]["total"] == 1 and source.read_bytes() == before
-    assert [step["pass"] for step in made["provenance"][-1]["passes"]] == ["prune"] and any("accuracy is lost" in note for note in made["notes"])
+    assert [step["pass"] for step in made["provenance"][-1]["passes"]] == ["prune"] and any(
+        "accuracy is lost" in note for note in made["notes"]
+    )
     succeed("validate", tmp_path / "e.engine")
     assert said("build", source, tmp_path / "e.engine", *SMALL, "--sparsity", "force")["reused"]
     assert not said("build", source, tmp_path / "e.engine", *SMALL)["reused"]
-    assert "--sparsity=force" in succeed("build", source, tmp_path / "e.engine", "--print-trtexec", "--sparsity", "force").out
+    assert (
+        "--sparsity=force"
+        in succeed("build", source, tmp_path / "e.engine", "--print-trtexec", "--sparsity", "force").out
+    )
 
 
 @pytest.mark.parametrize("target", [".", "", "pipe"])
-def test_an_engine_path_that_is_no_file_is_left_alone(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_path_that_is_no_file_is_left_alone(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     os.mkfifo("pipe")
     source = linear(tmp_path / "m.onnx")
@@ -137,7 +170,10 @@ def test_an_engine_is_inspected_compared_and_checked(tmp_path: Path) -> None:
     told = succeed("inspect", engine).out
     assert "MATRIX_MULTIPLY" in told and "tensorrt-rtx" in told and said("inspect", engine) == read_manifest(engine)
     changes = said("diff", engine, tmp_path / "f.engine")
-    assert changes["options"] == [{"name": "compute_capability", "before": ["8.9"], "after": ["12.0"]}] and not changes["io"]
+    assert (
+        changes["options"] == [{"name": "compute_capability", "before": ["8.9"], "after": ["12.0"]}]
+        and not changes["io"]
+    )
     assert said("validate", engine)["passed"] and said("validate", source, engine)["passed"]
     linear(source, weight=np.ones((64, 128), np.float16))
     assert "has changed since the engine was built" in refuse("validate", engine)
@@ -146,7 +182,9 @@ def test_an_engine_is_inspected_compared_and_checked(tmp_path: Path) -> None:
 
 
 def test_a_plan_is_refused_before_it_is_read(tmp_path: Path) -> None:
-    engine = build(linear(tmp_path / "m.onnx"), tmp_path / "e.engine", EngineSpec(backend="tensorrt-rtx", max_seq_len=16))
+    engine = build(
+        linear(tmp_path / "m.onnx"), tmp_path / "e.engine", EngineSpec(backend="tensorrt-rtx", max_seq_len=16)
+    )
     version = engine.manifest["backend"]["version"]
     check_plan(engine.path, engine.manifest, version=version, capability="8.9")
     for options, says in (({"version": "1.0"}, "build it again"), ({"capability": "9.0"}, "--compute-capability 9.0")):
@@ -160,7 +198,12 @@ def test_a_plan_is_refused_before_it_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"), [(["m.txt", "e.engine"], "no .onnx file"), (["a.onnx", "b.onnx", "c.engine"], "no .onnx file"), (["e.engine"], "no .onnx")]
+    ("arguments", "says"),
+    [
+        (["m.txt", "e.engine"], "no .onnx file"),
+        (["a.onnx", "b.onnx", "c.engine"], "no .onnx file"),
+        (["e.engine"], "no .onnx"),
+    ],
 )
 def test_arguments_that_name_no_model(arguments: list[str], says: str) -> None:
     assert says in refuse("build", *arguments, code=2)
@@ -202,7 +245,9 @@ def test_a_manifest_that_somebody_changed_is_refused_or_built_anew(key: str, val
 
 def test_files_of_others_are_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"precious": 1}')
-    assert "is no manifest of an engine" in refuse("build", linear(tmp_path / "m.onnx"), tmp_path / "config", *SMALL, code=2)
+    assert "is no manifest of an engine" in refuse(
+        "build", linear(tmp_path / "m.onnx"), tmp_path / "config", *SMALL, code=2
+    )
     assert (tmp_path / "config.json").read_text() == '{"precious": 1}'
 
 
@@ -214,4 +259,6 @@ def test_what_does_not_go_together_is_said(tmp_path: Path) -> None:
     assert "no such file" in refuse("inspect", tmp_path / "absent.engine")
     assert "named twice" in refuse("build", source, source, code=2)
     assert "no such file" in refuse("build", source, tmp_path / "x.engine", *SMALL, "--plugins", "absent.so")
-    assert "POOL:SIZE" in refuse("build", source, tmp_path / "x.engine", *SMALL, "--mem-pool-size", "workspace:0", code=2)
+    assert "POOL:SIZE" in refuse(
+        "build", source, tmp_path / "x.engine", *SMALL, "--mem-pool-size", "workspace:0", code=2
+    )

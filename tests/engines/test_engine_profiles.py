@@ -17,7 +17,14 @@ from onnxtools.ir.model import Model
 from tests.engines.graphs import FIXTURES, HALF, INT64, helper, linear, random, tensor, weights, write
 from tests.support import refuse, succeed
 
-SHAPES = ("--min-shapes", "input_ids:1x1,position_ids:1x1", "--opt-shapes", "input_ids:1x2,position_ids:1x2", "--max-shapes", "input_ids:1x4,position_ids:1x4")
+SHAPES = (
+    "--min-shapes",
+    "input_ids:1x1,position_ids:1x1",
+    "--opt-shapes",
+    "input_ids:1x2,position_ids:1x2",
+    "--max-shapes",
+    "input_ids:1x4,position_ids:1x4",
+)
 
 
 def decoder(path: Path, cache: bool, names: tuple[str, str, str] = ("batch", "sequence", "past_sequence")) -> Model:
@@ -65,7 +72,9 @@ def test_static_graph_has_no_profile(tmp_path: Path) -> None:
 
 
 def test_graph_without_cache_has_one_profile(tmp_path: Path) -> None:
-    (profile,) = derive_profiles(decoder(tmp_path / "m.onnx", cache=False), EngineSpec(max_batch_size=4, max_seq_len=64))
+    (profile,) = derive_profiles(
+        decoder(tmp_path / "m.onnx", cache=False), EngineSpec(max_batch_size=4, max_seq_len=64)
+    )
     assert spans(profile) == {"input_ids": ((1, 1), (4, 32), (4, 64))}
 
 
@@ -105,7 +114,10 @@ def test_token_ids_need_no_names(tmp_path: Path) -> None:
 
 
 def test_unknown_dimension_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(JobError, match=r"axis 1 \(height\) of input 'x' \[batch, height, 64\] is not batch, sequence, past or total; give --min-shapes"):
+    with pytest.raises(
+        JobError,
+        match=r"axis 1 \(height\) of input 'x' \[batch, height, 64\] is not batch, sequence, past or total; give --min-shapes",
+    ):
         derive_profiles(Model.load(linear(tmp_path / "m.onnx", ("batch", "height", 64))), EngineSpec())
 
 
@@ -133,7 +145,10 @@ X = "x:1x1x64"
     [
         ((X, "x:1x8x64", "x:1x4x64"), "profile 0: axis 1 of input 'x': min 1, opt 8, max 4 must not decrease"),
         (("x:1x1x32", "x:1x8x64", "x:1x8x64"), "profile 0: axis 2 of input 'x' is 64 in the graph, not 32 to 64"),
-        (("x:1x64", "x:1x8x64", "x:1x8x64"), "profile 0: min shape 1x64 has rank 2, but input 'x' is [batch, sequence, 64]"),
+        (
+            ("x:1x64", "x:1x8x64", "x:1x8x64"),
+            "profile 0: min shape 1x64 has rank 2, but input 'x' is [batch, sequence, 64]",
+        ),
         (("X:1x1x64", X, X), "--min-shapes: no input is named 'X'; the inputs are x"),
         (("x:1x1x64,past.*:1", X, X), "--min-shapes: no input is named 'past.*'; the inputs are x"),
         (("x*:1x1x64,*x:1x2x64", X, X), "--min-shapes: '*x' gives input 'x' a second shape; name the input itself"),
@@ -147,7 +162,9 @@ def test_written_profiles_are_checked(tmp_path: Path, shapes: tuple[str, str, st
 
 def test_every_dynamic_input_is_covered_and_close_names_are_listed(tmp_path: Path) -> None:
     model = decoder(tmp_path / "m.onnx", True)
-    with pytest.raises(UsageError, match=r"profile 0: dynamic input 'attention_mask' \[batch, total_sequence\] has no shapes"):
+    with pytest.raises(
+        UsageError, match=r"profile 0: dynamic input 'attention_mask' \[batch, total_sequence\] has no shapes"
+    ):
         written(model, "input_ids:1x1", "input_ids:1x1", "input_ids:1x1")
     with pytest.raises(UsageError, match="--max-shapes does not give input 'input_ids'"):
         written(model, "input_ids:1x1", "input_ids:1x1", "attention_mask:1x1")
@@ -179,7 +196,9 @@ def test_one_dimension_has_one_size(tmp_path: Path) -> None:
     shapes = ("--min-shapes", "a:1x4,b:1x4", "--opt-shapes", "a:2x4,b:3x4", "--max-shapes", "a:4x4,b:8x4")
     told = refuse("build", source, tmp_path / "e.engine", *shapes, code=2)
     assert "'n' is one dimension" in told and "1, 2, 4 on axis 0 of input 'a' and 1, 3, 8 on axis 0 of 'b'" in told
-    succeed("build", source, tmp_path / "e.engine", *shapes[:3], "a:2x4,b:2x4", *shapes[4:], "--backend", "tensorrt-rtx")
+    succeed(
+        "build", source, tmp_path / "e.engine", *shapes[:3], "a:2x4,b:2x4", *shapes[4:], "--backend", "tensorrt-rtx"
+    )
 
 
 @pytest.mark.parametrize(("flags", "says"), [
@@ -193,11 +212,15 @@ def test_one_dimension_has_one_size(tmp_path: Path) -> None:
 def test_options_that_would_be_ignored(flags: list[str], says: str, tmp_path: Path) -> None:
     """The graph has no word of its exporter on positions: its table has 64 rows."""
     source = FIXTURES / "te_style/gpt_fp16_fp8.onnx"
-    told = refuse("build", source, tmp_path / "e.engine", *(str(source) if flag == "MODEL" else flag for flag in flags), code=2)
+    told = refuse(
+        "build", source, tmp_path / "e.engine", *(str(source) if flag == "MODEL" else flag for flag in flags), code=2
+    )
     assert says in told
 
 
-@pytest.mark.parametrize(("name", "rows"), [("rope_no_fp8", 64), ("ts_gpt_fp16", 64), ("gpt_bf16_fp8", 64), ("attention_op", None)])
+@pytest.mark.parametrize(
+    ("name", "rows"), [("rope_no_fp8", 64), ("ts_gpt_fp16", 64), ("gpt_bf16_fp8", 64), ("attention_op", None)]
+)
 def test_derived_profiles_end_where_the_tables_of_positions_do(name: str, rows: int | None, tmp_path: Path) -> None:
     """Sizes of the tables as their exporter's configuration has them."""
     succeed("convert", FIXTURES / f"te_style/{name}.onnx", tmp_path / "m.onnx", "--no-check")
@@ -226,9 +249,18 @@ def test_profiles_of_a_file_are_those_of_the_options(tmp_path: Path) -> None:
 ])  # fmt: skip
 def test_a_file_of_profiles_that_does_not_fit(text: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "p.yaml").write_text(text)
-    told = refuse("build", FIXTURES / "te_style/gpt_fp16_fp8.onnx", tmp_path / "e.engine", "--profiles", tmp_path / "p.yaml", code=2)
+    told = refuse(
+        "build",
+        FIXTURES / "te_style/gpt_fp16_fp8.onnx",
+        tmp_path / "e.engine",
+        "--profiles",
+        tmp_path / "p.yaml",
+        code=2,
+    )
     assert says in told and "p.yaml" in told
-    assert "cannot be read" in refuse("build", FIXTURES / "te_style/gpt_fp16_fp8.onnx", tmp_path / "e.engine", "--profiles", tmp_path / "absent")
+    assert "cannot be read" in refuse(
+        "build", FIXTURES / "te_style/gpt_fp16_fp8.onnx", tmp_path / "e.engine", "--profiles", tmp_path / "absent"
+    )
 
 
 def lookup(path: Path, index: list[Any], table: tuple[int, ...], how: str) -> Model:
@@ -241,7 +273,15 @@ def lookup(path: Path, index: list[Any], table: tuple[int, ...], how: str) -> Mo
         helper.make_node(how, ["table", "i"] if how == "Gather" else ["table", "starts", "ends", "axes"], ["t"]),
         helper.make_node("ReduceMax", ["t"], ["m"], keepdims=0), helper.make_node("Add", ["h", "m"], ["y"]),
     ]  # fmt: skip
-    return Model.load(write(path, nodes, [tensor("input_ids", ["batch", "sequence"], INT64)], [tensor("y", ["batch", "sequence", 8])], stored))
+    return Model.load(
+        write(
+            path,
+            nodes,
+            [tensor("input_ids", ["batch", "sequence"], INT64)],
+            [tensor("y", ["batch", "sequence", 8])],
+            stored,
+        )
+    )
 
 
 COUNT = [helper.make_node("Range", ["zero", "n", "one"], ["c"])]
@@ -257,12 +297,22 @@ COUNT = [helper.make_node("Range", ["zero", "n", "one"], ["c"])]
     ([helper.make_node("Identity", ["origin"], ["starts"]), helper.make_node("Concat", ["last", "length"], ["ends"], axis=0),
       helper.make_node("Identity", ["both"], ["axes"])], (1, 1, 512), "Slice", 512),
 ])  # fmt: skip
-def test_only_what_counts_positions_limits_them(index: list[Any], table: tuple[int, ...], how: str, rows: int | None, tmp_path: Path) -> None:
+def test_only_what_counts_positions_limits_them(
+    index: list[Any], table: tuple[int, ...], how: str, rows: int | None, tmp_path: Path
+) -> None:
     assert positions(lookup(tmp_path / "m.onnx", index, table, how)) == rows
 
 
 def test_a_slice_of_an_old_opset_is_no_table(tmp_path: Path) -> None:
     node = helper.make_node("Slice", ["w"], ["s"], axes=[0], starts=[0], ends=[2])
     nodes = [node, helper.make_node("Gather", ["s", "input_ids"], ["y"])]
-    source = write(tmp_path / "m.onnx", nodes, [tensor("input_ids", ["batch", "sequence"], INT64)], [tensor("y", None)], weights(w=random(4, 8)), opset=9, ir=8)
+    source = write(
+        tmp_path / "m.onnx",
+        nodes,
+        [tensor("input_ids", ["batch", "sequence"], INT64)],
+        [tensor("y", None)],
+        weights(w=random(4, 8)),
+        opset=9,
+        ir=8,
+    )
     assert positions(Model.load(source)) is None

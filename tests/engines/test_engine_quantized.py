@@ -18,7 +18,9 @@ SIZES = "--family llama --n-layer 1 --n-embd 128 --n-head 4 --n-kv-head 2 --n-in
 def made(folder: Path, command: list[str], form: str = "concat") -> Path:
     succeed("export", "--random", *SIZES.split(), "--kv-cache", form, "-o", folder / "m.onnx")
     generator = np.random.default_rng(5)
-    (folder / "c.jsonl").write_text("".join(json.dumps({"text": generator.integers(0, 97, 12).tolist()}) + "\n" for _ in range(4)))
+    (folder / "c.jsonl").write_text(
+        "".join(json.dumps({"text": generator.integers(0, 97, 12).tolist()}) + "\n" for _ in range(4))
+    )
     calib = ["--calib", folder / "c.jsonl"] if command[0] == "quantize" else []
     succeed(command[0], folder / "m.onnx", folder / "q.onnx", *command[1:], *calib)
     return folder / "q.onnx"

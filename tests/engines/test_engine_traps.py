@@ -11,7 +11,21 @@ import tensorrt_rtx as trt
 from onnxtools.base.errors import JobError
 from onnxtools.engines.tensorrt.network import attentions, mend_attention
 from tests.engines.conftest import Build
-from tests.engines.graphs import BOOL, FIXTURES, FLOAT, HALF, INT64, attention, helper, manifest, random, tensor, two_of_four, weights, write
+from tests.engines.graphs import (
+    BOOL,
+    FIXTURES,
+    FLOAT,
+    HALF,
+    INT64,
+    attention,
+    helper,
+    manifest,
+    random,
+    tensor,
+    two_of_four,
+    weights,
+    write,
+)
 from tests.support import succeed
 
 
@@ -40,13 +54,17 @@ def test_nonpad_kv_seqlen_is_refused(tmp_path: Path, make: Build) -> None:
     source = attention(tmp_path / "m.onnx", extra=[(6, LENGTHS)])
     (layer,) = attentions(trt, parse(source)[0])
     assert layer.key_value_lengths is None
-    assert refusal(make, source).startswith("node '/attn/Attention' (Attention): TensorRT's parser drops its nonpad_kv_seqlen input")
+    assert refusal(make, source).startswith(
+        "node '/attn/Attention' (Attention): TensorRT's parser drops its nonpad_kv_seqlen input"
+    )
 
 
 def test_causal_on_other_lengths_is_refused(tmp_path: Path, make: Build) -> None:
     for keys in ("total_sequence", 32):
         message = refusal(make, attention(tmp_path / "m.onnx", keys=keys, is_causal=1))
-        assert message.startswith("node '/attn/Attention' (Attention): is_causal=1 on other lengths of queries and keys")
+        assert message.startswith(
+            "node '/attn/Attention' (Attention): is_causal=1 on other lengths of queries and keys"
+        )
         assert "`onnxtools decompose-attention IN OUT` writes an explicit mask" in message
 
 
@@ -66,7 +84,9 @@ def test_causal_on_equal_lengths_builds_as_it_is(tmp_path: Path, make: Build) ->
         ({"outputs": 3}, "takes an Attention with one output only"),
     ],
 )
-def test_attention_that_tensorrt_cannot_take(tmp_path: Path, make: Build, options: dict[str, Any], message: str) -> None:
+def test_attention_that_tensorrt_cannot_take(
+    tmp_path: Path, make: Build, options: dict[str, Any], message: str
+) -> None:
     assert message in refusal(make, attention(tmp_path / "m.onnx", **options))
 
 
@@ -96,7 +116,11 @@ def test_boolean_mask_takes_the_fused_kernel(tmp_path: Path, make: Build) -> Non
 
 def scatter(path: Path, rank: int = 4, **attributes: Any) -> Path:
     heads: list[int | str] = [4] if rank == 4 else []
-    dims = [tensor("cache", ["batch", *heads, 64, 32]), tensor("new", ["batch", *heads, "sequence", 32]), tensor("at", ["batch"], INT64)]
+    dims = [
+        tensor("cache", ["batch", *heads, 64, 32]),
+        tensor("new", ["batch", *heads, "sequence", 32]),
+        tensor("at", ["batch"], INT64),
+    ]
     node = helper.make_node("TensorScatter", ["cache", "new", "at"], ["y"], name="/cache/TensorScatter", **attributes)
     return write(path, [node], dims, [tensor("y", None)])
 
@@ -107,7 +131,9 @@ def test_tensor_scatter(tmp_path: Path, make: Build) -> None:
     assert make(scatter(tmp_path / "m.onnx"), **shapes).path.exists()
     for source in (scatter(tmp_path / "m.onnx", rank=3), scatter(tmp_path / "c.onnx", mode="circular")):
         message = refusal(make, source)
-        assert message.startswith("node '/cache/TensorScatter' (TensorScatter): TensorRT takes rank 4, axis -2 and mode linear, not rank")
+        assert message.startswith(
+            "node '/cache/TensorScatter' (TensorScatter): TensorRT takes rank 4, axis -2 and mode linear, not rank"
+        )
 
 
 def test_foreign_operator_with_an_onnx_name(tmp_path: Path, make: Build) -> None:
@@ -144,7 +170,10 @@ def test_sparsity_counts(tmp_path: Path, make: Build) -> None:
     assert [(one["node"], one["op"], one["k"], one["n"], one["is_2_4"], one["kernel"]) for one in found["sparsity"]["layers"]] == [
         ("first", "MatMul", 64, 64, True, ""), ("second", "Gemm", 64, 64, False, ""), ("third", "MatMul", 64, 64, True, ""),
     ]  # fmt: skip
-    assert "below 256" in found["sparsity"]["layers"][0]["reason"] and "of 1024 groups of four are dense" in found["sparsity"]["layers"][1]["reason"]
+    assert (
+        "below 256" in found["sparsity"]["layers"][0]["reason"]
+        and "of 1024 groups of four are dense" in found["sparsity"]["layers"][1]["reason"]
+    )
 
 
 def test_sparsity_without_sparse_weights(tmp_path: Path, make: Build) -> None:
@@ -168,7 +197,9 @@ def test_sparse_along_the_wrong_axis_does_not_count(tmp_path: Path, make: Build)
 @pytest.mark.parametrize(("name", "operator", "remedy"), [
     ("attention_op", "ReduceMean", []), ("padding_mask", "ReduceMean", []), ("gpt_mxfp8", "TRT_MXFP8DequantizeLinear", ["--keep-mx", "--no-check"]),
 ])  # fmt: skip
-def test_what_the_parser_would_refuse_is_named_before_and_the_remedy_helps(name: str, operator: str, remedy: list[str], tmp_path: Path, make: Build) -> None:
+def test_what_the_parser_would_refuse_is_named_before_and_the_remedy_helps(
+    name: str, operator: str, remedy: list[str], tmp_path: Path, make: Build
+) -> None:
     source = FIXTURES / "te_style" / f"{name}.onnx"
     with pytest.raises(JobError, match=rf"{operator}\): .*onnxtools convert"):
         make(source)

@@ -62,7 +62,9 @@ def standard(proto: onnx.ModelProto) -> onnx.ModelProto:
             gelu, bias = given["activation"] == b"GELU", len(node.input) > 2
             last = f"{name}/sum" if gelu else name
             nodes.append(helper.make_node("Transpose", [node.input[1]], [f"{name}/w"]))
-            nodes.append(helper.make_node("MatMul", [node.input[0], f"{name}/w"], [f"{name}/product" if bias else last]))
+            nodes.append(
+                helper.make_node("MatMul", [node.input[0], f"{name}/w"], [f"{name}/product" if bias else last])
+            )
             if bias:
                 nodes.append(helper.make_node("Add", [f"{name}/product", node.input[2]], [last]))
             if gelu:
@@ -70,11 +72,20 @@ def standard(proto: onnx.ModelProto) -> onnx.ModelProto:
         elif node.op_type == "LastToken":
             nodes += last_token(name, *node.input)
         elif node.op_type == "GroupQueryAttention":
-            nodes.append(helper.make_node(node.op_type, [node.input[0], "", "", *node.input[1:]], out, domain="com.microsoft", **given))
+            nodes.append(
+                helper.make_node(
+                    node.op_type, [node.input[0], "", "", *node.input[1:]], out, domain="com.microsoft", **given
+                )
+            )
         elif node.input[1]:
-            nodes.append(helper.make_node(node.op_type, node.input, [out[0], "", "", *out[1:]], domain="com.microsoft", **given))
+            nodes.append(
+                helper.make_node(node.op_type, node.input, [out[0], "", "", *out[1:]], domain="com.microsoft", **given)
+            )
         else:
-            plain = {"SkipLayerNormalization": "LayerNormalization", "SkipSimplifiedLayerNormalization": "RMSNormalization"}[node.op_type]
+            plain = {
+                "SkipLayerNormalization": "LayerNormalization",
+                "SkipSimplifiedLayerNormalization": "RMSNormalization",
+            }[node.op_type]
             nodes.append(helper.make_node(plain, [node.input[0], *node.input[2:]], out, axis=-1, **given))
     del proto.graph.node[:]
     proto.graph.node.extend(nodes)
@@ -124,7 +135,9 @@ def logits(proto: onnx.ModelProto, feeds: dict[str, np.ndarray], folder: Path) -
         (LLAMA, "concat", {"products": 15, "norms": 5}),
     ],
 )
-def test_our_operators_compute_what_the_graph_did(tmp_path: Path, config: dict[str, object], form: str, made: dict[str, int]) -> None:
+def test_our_operators_compute_what_the_graph_did(
+    tmp_path: Path, config: dict[str, object], form: str, made: dict[str, int]
+) -> None:
     cache, _, kept = form.partition(" ")
     path = exported(tmp_path, config, dtype="fp16", kv_cache=cache, logits=kept or "all")
     model = Model.load(path)
@@ -148,7 +161,10 @@ def test_what_our_kernels_do_not_take_stays(tmp_path: Path) -> None:
     path = exported(tmp_path, odd, dtype="fp16", kv_cache="gqa")
     model = Model.load(path)
     assert use_kernels(model) == Counter({"attentions": 2, "norms": 5})
-    assert {node.op_type for node in model.graph if node.domain == DOMAIN} == {"GroupQueryAttention", "SkipSimplifiedLayerNormalization"}
+    assert {node.op_type for node in model.graph if node.domain == DOMAIN} == {
+        "GroupQueryAttention",
+        "SkipSimplifiedLayerNormalization",
+    }
     full = tmp_path / "full"
     full.mkdir()
     assert not use_kernels(Model.load(exported(full, LLAMA, dtype="fp32", kv_cache="gqa", logits="last")))
@@ -158,11 +174,15 @@ F16 = np.float16
 WIDE, ONES = np.ones((64, 64), F16), np.ones(64, F16)
 
 
-def graph_of(folder: Path, nodes: list[onnx.NodeProto], shapes: dict[str, list[int | str]], **stored: np.ndarray) -> Model:
+def graph_of(
+    folder: Path, nodes: list[onnx.NodeProto], shapes: dict[str, list[int | str]], **stored: np.ndarray
+) -> Model:
     """`nodes`, whose last output is the graph's, with fp16 inputs of `shapes` and stored arrays."""
     inputs = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT16, shape) for name, shape in shapes.items()]
     out = helper.make_tensor_value_info(nodes[-1].output[0], onnx.TensorProto.FLOAT16, None)
-    graph = helper.make_graph(nodes, "odd", inputs, [out], [onnx.numpy_helper.from_array(array, name) for name, array in stored.items()])
+    graph = helper.make_graph(
+        nodes, "odd", inputs, [out], [onnx.numpy_helper.from_array(array, name) for name, array in stored.items()]
+    )
     opsets = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
     onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=11), folder / "odd.onnx")
     return Model.load(folder / "odd.onnx")
@@ -173,7 +193,11 @@ def graph_of(folder: Path, nodes: list[onnx.NodeProto], shapes: dict[str, list[i
     [
         # A shift that is not a vector of the width, or computed: our kernel fetches it ahead.
         ([("LayerNormalization", "x scale shift", "y", {})], {"x": [2, 64]}, {"scale": ONES, "shift": ONES[:1]}),
-        ([("Add", "b b", "shift", {}), ("LayerNormalization", "x scale shift", "y", {})], {"x": [2, 64], "b": [64]}, {"scale": ONES}),
+        (
+            [("Add", "b b", "shift", {}), ("LayerNormalization", "x scale shift", "y", {})],
+            {"x": [2, 64], "b": [64]},
+            {"scale": ONES},
+        ),
         ([("RMSNormalization", "x scale", "y", {})], {"x": [2, 64]}, {"scale": np.array(1, F16)}),
         ([("LayerNormalization", "x scale", "y", {"axis": 0})], {"x": [2, 64]}, {"scale": np.ones((2, 64), F16)}),
         # A product of another kind.
@@ -183,7 +207,9 @@ def graph_of(folder: Path, nodes: list[onnx.NodeProto], shapes: dict[str, list[i
         ([("Gemm", "x w", "y", {"transB": 1})], {"x": [2, 32]}, {"w": WIDE[:, :32].copy()}),
     ],
 )
-def test_what_only_looks_alike_stays(tmp_path: Path, nodes: list[Any], shapes: dict[str, Any], stored: dict[str, np.ndarray]) -> None:
+def test_what_only_looks_alike_stays(
+    tmp_path: Path, nodes: list[Any], shapes: dict[str, Any], stored: dict[str, np.ndarray]
+) -> None:
     made = [helper.make_node(op, inputs.split(), [output], **attributes) for op, inputs, output, attributes in nodes]
     assert not use_kernels(graph_of(tmp_path, made, shapes, **stored))
 
@@ -221,7 +247,9 @@ def replace(node: ir.Node, *inputs: ir.Value) -> None:
         ("an int32 mask", lambda n: setattr(n["Slice"].inputs[0], "dtype", ir.DataType.INT32)),
     ],
 )
-def test_another_index_than_the_last_tokens_is_not_picked(tmp_path: Path, what: str, change: Callable[[dict[str, ir.Node]], None]) -> None:
+def test_another_index_than_the_last_tokens_is_not_picked(
+    tmp_path: Path, what: str, change: Callable[[dict[str, ir.Node]], None]
+) -> None:
     path = exported(tmp_path, LLAMA, dtype="fp16", kv_cache="gqa", logits="last")
     assert use_kernels(Model.load(path))["picks"] == 2
     model = Model.load(path)
@@ -246,7 +274,11 @@ def test_steps_that_feed_each_other_find_the_tokens_of_steps_by_the_host(tmp_pat
     prompts, new = [[5, 9, 30, 31, 77], [3, 8]], 6
     expected = [
         best[0].token_ids
-        for best in generate(open_runtime("onnxrt", path, RuntimeOptions(device="cpu")), prompts, GenerationOptions(max_new_tokens=new, ignore_eos=True))
+        for best in generate(
+            open_runtime("onnxrt", path, RuntimeOptions(device="cpu")),
+            prompts,
+            GenerationOptions(max_new_tokens=new, ignore_eos=True),
+        )
     ]
     model = Model.load(path)
     add_next_token(model, ahead=True, kernel=False)
@@ -258,19 +290,44 @@ def test_steps_that_feed_each_other_find_the_tokens_of_steps_by_the_host(tmp_pat
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = prompt
     mask = (np.arange(slots if form == "scatter" else 5) < lengths[:, None]).astype(np.int64)
-    feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": np.broadcast_to(np.arange(5), (2, 5)), PAST_TOKENS: np.zeros((2, 1), np.int64)}
+    feeds = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "position_ids": np.broadcast_to(np.arange(5), (2, 5)),
+        PAST_TOKENS: np.zeros((2, 1), np.int64),
+    }
     feeds |= {"write_indices": np.zeros(2, np.int64)} if form == "scatter" else {}
-    feeds |= {i.name: np.zeros([2, i.shape[1], slots, i.shape[3]], np.float32) for i in session.get_inputs() if i.name.startswith("past_key")}
+    feeds |= {
+        i.name: np.zeros([2, i.shape[1], slots, i.shape[3]], np.float32)
+        for i in session.get_inputs()
+        if i.name.startswith("past_key")
+    }
     wanted = {i.name for i in session.get_inputs()}
-    found = dict(zip([o.name for o in session.get_outputs()], session.run(None, {k: v for k, v in feeds.items() if k in wanted}), strict=True))
+    found = dict(
+        zip(
+            [o.name for o in session.get_outputs()],
+            session.run(None, {k: v for k, v in feeds.items() if k in wanted}),
+            strict=True,
+        )
+    )
     first = found[NEXT][np.arange(2), lengths - 1]
     state = {
         "input_ids": first[:, None], "attention_mask": (np.arange(slots) <= lengths[:, None]).astype(np.int64), "position_ids": lengths[:, None],
         "write_indices": lengths, PAST_TOKENS: np.zeros((2, slots), np.int64),
     }  # fmt: skip
     for _ in range(new - 1):
-        caches = {name.replace("present", "past_key_values"): value for name, value in found.items() if name.startswith("present")}
-        found = dict(zip([o.name for o in session.get_outputs()], session.run(None, {k: v for k, v in (state | caches).items() if k in wanted}), strict=True))
+        caches = {
+            name.replace("present", "past_key_values"): value
+            for name, value in found.items()
+            if name.startswith("present")
+        }
+        found = dict(
+            zip(
+                [o.name for o in session.get_outputs()],
+                session.run(None, {k: v for k, v in (state | caches).items() if k in wanted}),
+                strict=True,
+            )
+        )
         state = {name: found[f"{AHEAD}.{name}"] for name in state if f"{AHEAD}.{name}" in found} | {
             "input_ids": found[NEXT], PAST_TOKENS: found[f"{AHEAD}.tokens"],
         }  # fmt: skip
@@ -289,7 +346,9 @@ def nvcc() -> str:
     return found
 
 
-def test_the_library_compiles_once_and_onnxruntime_takes_it(tmp_path: Path, nvcc: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_library_compiles_once_and_onnxruntime_takes_it(
+    tmp_path: Path, nvcc: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     path = kernel_library(nvcc, 90)
     made = path.stat().st_mtime_ns
@@ -314,9 +373,13 @@ def cpu_refusal(op_type: str, library: Path | None = None) -> str:
     return str(caught.value)
 
 
-def test_a_library_that_does_not_compile_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_that_does_not_compile_is_one_line_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fake = tmp_path / "nvcc"
-    fake.write_text('#!/bin/sh\n[ "$1" = --version ] && echo 13 && exit 0\necho "linear.cu(1): error: no" >&2\nexit 2\n')
+    fake.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && echo 13 && exit 0\necho "linear.cu(1): error: no" >&2\nexit 2\n'
+    )
     fake.chmod(0o755)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with pytest.raises(JobError, match=r"cannot compile our kernels: linear.cu\(1\): error: no"):

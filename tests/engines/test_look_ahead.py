@@ -36,7 +36,9 @@ class Ahead(OrtRuntime):
         add_next_token(model, ahead=True, kernel=False)
         settings = ort.SessionOptions()
         settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
-        self.session = ort.InferenceSession(model.proto().SerializeToString(), settings, providers=["CPUExecutionProvider"])
+        self.session = ort.InferenceSession(
+            model.proto().SerializeToString(), settings, providers=["CPUExecutionProvider"]
+        )
         self.looks_ahead = self.takes_tokens = True
         self.results = [self.io.logits.name, NEXT]
         self.chunks: list[int] = []
@@ -68,16 +70,26 @@ def path(request: pytest.FixtureRequest) -> Path:
 def test_the_tokens_are_those_of_single_steps_whatever_came_before(path: Path) -> None:
     plain, ahead = open_runtime("onnxrt", path, CPU), Ahead(path)
     for prompts in (PROMPTS, [row[::-1] for row in PROMPTS], PROMPTS):  # the second uses the buffers of the first
-        assert tokens(ahead, prompts, max_new_tokens=24, ignore_eos=True) == tokens(plain, prompts, max_new_tokens=24, ignore_eos=True)
+        assert tokens(ahead, prompts, max_new_tokens=24, ignore_eos=True) == tokens(
+            plain, prompts, max_new_tokens=24, ignore_eos=True
+        )
     assert ahead.chunks == [23, 23, 23]  # nothing may end the text
     for new in (1, 2, 3):
-        assert tokens(ahead, PROMPTS, max_new_tokens=new, ignore_eos=True) == tokens(plain, PROMPTS, max_new_tokens=new, ignore_eos=True)
-    assert tokens(ahead, PROMPTS, max_new_tokens=9, num_beams=3) == tokens(plain, PROMPTS, max_new_tokens=9, num_beams=3)
-    assert tokens(ahead, PROMPTS, max_new_tokens=24, ignore_eos=True) == tokens(plain, PROMPTS, max_new_tokens=24, ignore_eos=True)
+        assert tokens(ahead, PROMPTS, max_new_tokens=new, ignore_eos=True) == tokens(
+            plain, PROMPTS, max_new_tokens=new, ignore_eos=True
+        )
+    assert tokens(ahead, PROMPTS, max_new_tokens=9, num_beams=3) == tokens(
+        plain, PROMPTS, max_new_tokens=9, num_beams=3
+    )
+    assert tokens(ahead, PROMPTS, max_new_tokens=24, ignore_eos=True) == tokens(
+        plain, PROMPTS, max_new_tokens=24, ignore_eos=True
+    )
 
 
 @pytest.mark.parametrize("form", ["gqa", "scatter"])
-def test_prompts_are_captured_when_their_length_comes_twice_in_a_row(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_are_captured_when_their_length_comes_twice_in_a_row(
+    form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Captures(Ahead):
         """A session on the CPU takes the number of a graph and runs as ever."""
 
@@ -126,7 +138,12 @@ def test_a_row_that_ends_within_a_chunk_ends_there(path: Path) -> None:
 
 def test_a_token_seen_as_it_comes_takes_single_steps(path: Path) -> None:
     ahead, seen = Ahead(path), []
-    generate(ahead, PROMPTS, GenerationOptions(max_new_tokens=5, ignore_eos=True), on_token=lambda row, token: bool(seen.append((row, token))))
+    generate(
+        ahead,
+        PROMPTS,
+        GenerationOptions(max_new_tokens=5, ignore_eos=True),
+        on_token=lambda row, token: bool(seen.append((row, token))),
+    )
     assert len(seen) == 15 and not ahead.chunks
 
 
@@ -171,7 +188,9 @@ def test_our_kernels_want_a_card_and_a_compiler(tmp_path: Path, monkeypatch: pyt
 def test_a_library_that_does_not_load_is_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "broken.so").write_text("no library")
     monkeypatch.setattr("onnxtools.engines.runtimes.onnxrt.ort_session.device_capability", lambda: 90)
-    monkeypatch.setattr("onnxtools.engines.runtimes.onnxrt.ort_session.kernel_library", lambda nvcc, capability: tmp_path / "broken.so")
+    monkeypatch.setattr(
+        "onnxtools.engines.runtimes.onnxrt.ort_session.kernel_library", lambda nvcc, capability: tmp_path / "broken.so"
+    )
     monkeypatch.setattr("onnxtools.engines.runtimes.onnxrt.ort_session.find_nvcc", lambda: "nvcc")
     notes: list[str] = []
     assert register_kernels(ort.SessionOptions(), RuntimeOptions(), notes) is False and "broken.so" in notes[0]

@@ -130,7 +130,9 @@ def test_a_fixed_batch_refuses_others(tmp_path: Path) -> None:
         generate(runtime, TEXTS, GenerationOptions(max_new_tokens=3))
 
 
-@pytest.mark.parametrize(("change", "names"), [(odd_input, "pixel_values"), (no_ids, "tokens"), (no_present, "past_key_values.1.value")])
+@pytest.mark.parametrize(
+    ("change", "names"), [(odd_input, "pixel_values"), (no_ids, "tokens"), (no_present, "past_key_values.1.value")]
+)
 def test_graphs_that_cannot_be_run_are_refused_by_the_input(change: object, names: str, tmp_path: Path) -> None:
     with pytest.raises(JobError, match=names):
         OrtRuntime(edited(tmp_path, change), CPU)
@@ -163,13 +165,18 @@ def test_a_cache_added_to_a_full_graph_runs(name: str, tmp_path: Path) -> None:
     runtime = OrtRuntime(tmp_path / "kv.onnx", CPU)
     assert runtime.io.kind == "concat" and runtime.io.caches[0].axis == (2 if name == "hf" else 0)
     found = generate(runtime, [TEXTS[0]], GenerationOptions(max_new_tokens=12))[0][0].token_ids
-    expected = generate(OrtRuntime(exported("llama", "concat"), CPU), [TEXTS[0]], GenerationOptions(max_new_tokens=12))[0][0].token_ids
+    expected = generate(OrtRuntime(exported("llama", "concat"), CPU), [TEXTS[0]], GenerationOptions(max_new_tokens=12))[
+        0
+    ][0].token_ids
     assert found == expected
 
 
 def test_bf16_on_the_cpu_says_what_helps(tmp_path: Path) -> None:
     succeed("precision", exported("llama", "concat"), tmp_path / "m.onnx", "--to", "bf16", "--no-check")
-    with pytest.raises(JobError, match=r"is bf16, for which ONNX Runtime has no kernels on the CPU; use --device cuda, or `onnxtools precision --to fp16`"):
+    with pytest.raises(
+        JobError,
+        match=r"is bf16, for which ONNX Runtime has no kernels on the CPU; use --device cuda, or `onnxtools precision --to fp16`",
+    ):
         OrtRuntime(tmp_path / "m.onnx", CPU)
 
 

@@ -36,7 +36,12 @@ def test_ports_of_the_manifest_are_those_of_the_graph(engine: Path) -> None:
 
 def shapes(rows: int, tokens: int, past: int) -> dict[str, list[int]]:
     cache = [rows, 2, past, 16]
-    return {"input_ids": [rows, tokens], "attention_mask": [rows, past + tokens], "position_ids": [rows, tokens], "past_key_values.0.key": cache}
+    return {
+        "input_ids": [rows, tokens],
+        "attention_mask": [rows, past + tokens],
+        "position_ids": [rows, tokens],
+        "past_key_values.0.key": cache,
+    }
 
 
 def test_the_context_and_each_step_find_their_profile(engine: Path) -> None:

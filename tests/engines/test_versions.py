@@ -76,7 +76,9 @@ def test_trtexec_lines_are_the_golden_ones(name: str, models: dict[str, Path]) -
     version, options = LINES[name]
     source = models["none" if version == "8.6" else "concat"]
     spec = EngineSpec(**options)
-    line = trtexec_line(Path("gpt.onnx"), Path("gpt.engine"), spec, profiles(source, spec), version_of(version), mixed=True)
+    line = trtexec_line(
+        Path("gpt.onnx"), Path("gpt.engine"), spec, profiles(source, spec), version_of(version), mixed=True
+    )
     assert line.replace(" --", " \\\n  --") + "\n" == (HERE / f"golden/{name}.txt").read_text()
 
 
@@ -86,7 +88,11 @@ def test_profile_and_its_shapes_stand_together_and_no_input_is_lost(models: dict
     at = [index for index, word in enumerate(words) if word.startswith("--profile=")]
     assert [words[index] for index in at] == ["--profile=0", "--profile=1"]
     for index in at:
-        assert [word.split("=")[0] for word in words[index + 1 : index + 4]] == ["--minShapes", "--optShapes", "--maxShapes"]
+        assert [word.split("=")[0] for word in words[index + 1 : index + 4]] == [
+            "--minShapes",
+            "--optShapes",
+            "--maxShapes",
+        ]
     names = {entry.rsplit(":", 1)[0] for entry in words[at[0] + 1].split("=", 1)[1].split(",")}
     assert names == {"input_ids", "attention_mask", "position_ids", "past_key_values.*.key", "past_key_values.*.value"}
 
@@ -98,7 +104,9 @@ def test_trtexec_8_6_takes_one_profile(models: dict[str, Path]) -> None:
 
 
 def test_print_trtexec_is_a_command(models: dict[str, Path], tmp_path: Path) -> None:
-    line = succeed("build", models["concat"], tmp_path / "e.engine", "--print-trtexec", "--tensorrt-version", "11.4", "--no-tf32").out
+    line = succeed(
+        "build", models["concat"], tmp_path / "e.engine", "--print-trtexec", "--tensorrt-version", "11.4", "--no-tf32"
+    ).out
     assert "--noTF32" in line and "--profile=1" in line and not (tmp_path / "e.engine").exists()
 
 
@@ -106,7 +114,9 @@ def test_print_trtexec_is_a_command(models: dict[str, Path], tmp_path: Path) -> 
     (["--tensorrt-version", "10.13"], "opset 24, but trtexec reads up to 22"), (["--tensorrt-version", "12.0"], "8.6 to 11"), (["--fp8"], "no QuantizeLinear"),
     (["--sparsity"], "prune them"), (["--max-seq-len", "512"], "has 256 positions"), (["--max-seq-len", "99999999999"], "positions"),
 ])  # fmt: skip
-def test_what_is_printed_is_checked_as_what_is_built(options: list[str], says: str, models: dict[str, Path], tmp_path: Path) -> None:
+def test_what_is_printed_is_checked_as_what_is_built(
+    options: list[str], says: str, models: dict[str, Path], tmp_path: Path
+) -> None:
     result = run("build", models["concat"], tmp_path / "e.engine", "--print-trtexec", *options)
     assert result.code in (1, 2) and says in result.err and not result.out
 
@@ -131,7 +141,14 @@ def test_what_a_version_lacks_is_refused(options: dict[str, Any], version: tuple
         check_options(EngineSpec(**options), "trtexec", version)
 
 
-@pytest.mark.parametrize("options", [{"version_compatible": True}, {"hardware_compatibility_level": "ampere+"}, {"tactic_sources": "+JIT_CONVOLUTIONS"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"version_compatible": True},
+        {"hardware_compatibility_level": "ampere+"},
+        {"tactic_sources": "+JIT_CONVOLUTIONS"},
+    ],
+)
 def test_what_tensorrt_rtx_lacks_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="TensorRT-RTX has none"):
         check_options(EngineSpec(**options), "tensorrt-rtx", (1, 7))
@@ -139,8 +156,15 @@ def test_what_tensorrt_rtx_lacks_is_refused(options: dict[str, Any]) -> None:
 
 def test_typing_follows_graph_and_version(models: dict[str, Path]) -> None:
     spec = EngineSpec()
-    assert [is_strongly_typed(spec, "tensorrt", version, True) for version in ((8, 6), (9, 3), (10, 13), (11, 4))] == [False, True, True, True]
-    assert not is_strongly_typed(spec, "tensorrt", (10, 13), False) and is_strongly_typed(spec, "tensorrt-rtx", (1, 7), False)
+    assert [is_strongly_typed(spec, "tensorrt", version, True) for version in ((8, 6), (9, 3), (10, 13), (11, 4))] == [
+        False,
+        True,
+        True,
+        True,
+    ]
+    assert not is_strongly_typed(spec, "tensorrt", (10, 13), False) and is_strongly_typed(
+        spec, "tensorrt-rtx", (1, 7), False
+    )
     assert not is_strongly_typed(EngineSpec(strongly_typed=False), "tensorrt", (10, 13), True)
     assert is_mixed(Model.load(models["concat"])), "fp16 weights, fp32 norms and logits"
 
@@ -149,7 +173,10 @@ def test_ceilings() -> None:
     assert [ceilings(version)[0] for version in ((8, 6), (9, 3), (10, 13), (11, 4))] == [17, 19, 22, 24]
 
 
-@pytest.mark.parametrize(("text", "size"), [("workspace:1", 1 << 20), ("workspace:4G", 4 << 30), ("dlaSRAM:1.5K", 1536), ("tacticSharedMem:7B", 7)])
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("workspace:1", 1 << 20), ("workspace:4G", 4 << 30), ("dlaSRAM:1.5K", 1536), ("tacticSharedMem:7B", 7)],
+)
 def test_pool_sizes(text: str, size: int) -> None:
     assert pool_size(text)[1] == size
 
@@ -165,7 +192,10 @@ def test_options_that_contradict_each_other(options: dict[str, Any]) -> None:
 
 
 def test_lengths_of_derived_profiles(models: dict[str, Path]) -> None:
-    context, generation = profiles(models["concat"], EngineSpec(max_batch_size=4, opt_batch_size=2, max_input_len=24, max_output_len=8, opt_seq_len=16))
+    context, generation = profiles(
+        models["concat"],
+        EngineSpec(max_batch_size=4, opt_batch_size=2, max_input_len=24, max_output_len=8, opt_seq_len=16),
+    )
     assert context.as_json()["inputs"]["input_ids"] == {"min": [1, 1], "opt": [2, 16], "max": [4, 24]}
     key = "past_key_values.0.key"
     assert generation.as_json()["inputs"][key] == {"min": [1, 2, 1, 16], "opt": [2, 2, 16, 16], "max": [4, 2, 31, 16]}
@@ -184,7 +214,9 @@ class Recorded:
     def __getattr__(self, name: str) -> Any:
         if name not in self._members:
             raise AttributeError(name)
-        return lambda *args, **options: self.calls.append((name, *args)) or (0 if name == "add_optimization_profile" else True)
+        return lambda *args, **options: (
+            self.calls.append((name, *args)) or (0 if name == "add_optimization_profile" else True)
+        )
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in self._members:
@@ -194,7 +226,11 @@ class Recorded:
 
 def module(version: str) -> Any:
     """The names of `tensorrt`; enum members are their own names."""
-    enums = {kind: SimpleNamespace(**{name: name for name in members}) for kind, members in API[version].items() if members[0].isupper()}
+    enums = {
+        kind: SimpleNamespace(**{name: name for name in members})
+        for kind, members in API[version].items()
+        if members[0].isupper()
+    }
     registry = SimpleNamespace(load_library=lambda path: None)
     return SimpleNamespace(**enums, ILogger=object, get_plugin_registry=lambda: registry)
 
@@ -216,8 +252,12 @@ def test_builder_settings_exist_under_their_names(version: str) -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("version", "strong", "flags"), [("10.13", False, ["FP16", "FP8"]), ("10.13", True, []), ("11.4", True, [])])
-def test_tensorrt_gets_precision_flags_only_where_it_has_them(version: str, strong: bool, flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("version", "strong", "flags"), [("10.13", False, ["FP16", "FP8"]), ("10.13", True, []), ("11.4", True, [])]
+)
+def test_tensorrt_gets_precision_flags_only_where_it_has_them(
+    version: str, strong: bool, flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import sys
 
     trt = module(version)
@@ -295,7 +335,12 @@ def test_inspector_layers_of_tensorrt_8() -> None:
     ]  # fmt: skip
     assert layers[1].tactic.startswith("volta_int8x4") and not layers[1].sparse
     found = summary(layers, {})
-    assert found["source"] == "engine inspector" and holds(found, "int8") and holds(found, "fp16") and not holds(found, "fp8")
+    assert (
+        found["source"] == "engine inspector"
+        and holds(found, "int8")
+        and holds(found, "fp16")
+        and not holds(found, "fp8")
+    )
 
 
 def test_inspector_layers_of_tensorrt_10_name_their_onnx_nodes() -> None:
@@ -305,8 +350,14 @@ def test_inspector_layers_of_tensorrt_10_name_their_onnx_nodes() -> None:
 
 def test_sparse_kernels_are_known_by_their_tactic() -> None:
     """A name from NVIDIA's UNet report; the weights' own flag says nothing of the kernel."""
-    entry = {"Name": "a", "TacticName": "sm80_xmma_fprop_sparse_conv_f16f16_f16f32_f32_nhwckrsc_nhwc_tilesize128x128x64_sptensor16x8x32", "HasSparseWeights": 0}
-    assert read_layers({"Layers": [entry, {"Name": "b", "TacticName": "sm80_xmma_gemm", "HasSparseWeights": 1}]})[0].sparse
+    entry = {
+        "Name": "a",
+        "TacticName": "sm80_xmma_fprop_sparse_conv_f16f16_f16f32_f32_nhwckrsc_nhwc_tilesize128x128x64_sptensor16x8x32",
+        "HasSparseWeights": 0,
+    }
+    assert read_layers({"Layers": [entry, {"Name": "b", "TacticName": "sm80_xmma_gemm", "HasSparseWeights": 1}]})[
+        0
+    ].sparse
     assert not read_layers({"Layers": [{"Name": "b", "TacticName": "sm80_xmma_gemm", "HasSparseWeights": 1}]})[0].sparse
     assert read_layers({"Layers": ["a name alone"]}) == []
 
@@ -315,10 +366,21 @@ def test_sparsity_by_product_says_which_kernel_was_taken(tmp_path: Path) -> None
     """The engine's layers are in the inspector's form: several ONNX nodes in one, a node that is not named, one in two layers."""
     wide, plain = two_of_four(random(256, 256, dtype=np.float32), axis=0), random(256, 256, dtype=np.float32)
     stored = weights(a=wide, b=wide, c=plain, d=plain[:, :6], q=(9 * wide).astype(np.int8), s=np.float32(1))
-    nodes = [helper.make_node("MatMul", ["x", "a"], ["h0"], name="taken"), helper.make_node("MatMul", ["h0", "b"], ["h1"], name="beaten")]
-    nodes += [helper.make_node("MatMul", ["h1", "c"], ["h2"], name="whole"), helper.make_node("DequantizeLinear", ["q", "s"], ["w"], name="dq")]
-    nodes += [helper.make_node("MatMul", ["h2", "w"], ["h3"], name="coded"), helper.make_node("MatMul", ["h3", "d"], ["y"], name="narrow")]
-    model = Model.load(write(tmp_path / "m.onnx", nodes, [tensor("x", [4, 256], FLOAT)], [tensor("y", [4, 6], FLOAT)], stored))
+    nodes = [
+        helper.make_node("MatMul", ["x", "a"], ["h0"], name="taken"),
+        helper.make_node("MatMul", ["h0", "b"], ["h1"], name="beaten"),
+    ]
+    nodes += [
+        helper.make_node("MatMul", ["h1", "c"], ["h2"], name="whole"),
+        helper.make_node("DequantizeLinear", ["q", "s"], ["w"], name="dq"),
+    ]
+    nodes += [
+        helper.make_node("MatMul", ["h2", "w"], ["h3"], name="coded"),
+        helper.make_node("MatMul", ["h3", "d"], ["y"], name="narrow"),
+    ]
+    model = Model.load(
+        write(tmp_path / "m.onnx", nodes, [tensor("x", [4, 256], FLOAT)], [tensor("y", [4, 6], FLOAT)], stored)
+    )
     engine = read_layers({"Layers": [
         {"Name": "1", "TacticName": "sm80_xmma_gemm_sparse_f16", "Metadata": "[ONNX Layer: taken]\u001e[ONNX Layer: other]"},
         {"Name": "2", "TacticName": "sm80_xmma_gemm", "Metadata": "[ONNX Layer: beaten]"},
@@ -334,7 +396,12 @@ def test_sparsity_by_product_says_which_kernel_was_taken(tmp_path: Path) -> None
 
 def test_a_parsed_network_stands_in_and_says_so() -> None:
     found = summary(None, {"float8_e4m3fn": 3, "float16": 9})
-    assert found["source"] == "parsed network" and holds(found, "fp8") and holds(found, "fp16") and not holds(found, "int8")
+    assert (
+        found["source"] == "parsed network"
+        and holds(found, "fp8")
+        and holds(found, "fp16")
+        and not holds(found, "int8")
+    )
 
 
 LOG = """[03/23/2021-00:14:05] [I] [TRT] (Sparsity) Layers eligible for sparse math: conv1, conv2, conv3
@@ -349,11 +416,18 @@ def test_a_log_is_read() -> None:
     log = read_log(LOG.splitlines())
     assert (log.eligible, log.picked, log.seconds, log.passed) == (3, 2, 12.5, True)
     assert log.notes() == ["trtexec built it in 12.5 s", "sparsity: 2 of 3 eligible layers took a sparse kernel"]
-    assert log.warnings == ["Tactic Device request: 4096MB Available: 307MB. Device memory is insufficient to use tactic."]
+    assert log.warnings == [
+        "Tactic Device request: 4096MB Available: 307MB. Device memory is insufficient to use tactic."
+    ]
     newer = read_log(["[01/01/2026-00:00:00] [I] [TRT] (Sparsity) Found 39 layer(s) eligible to use sparse tactics",
                       "[01/01/2026-00:00:00] [I] [TRT] (Sparsity) Chose 0 layer(s) using sparse tactics"])  # fmt: skip
     assert (newer.eligible, newer.picked) == (39, 0)
-    failed = read_log(["[10/05/2025-10:46:31] [E] Unknown option: --workspace 2048", "&&&& FAILED TensorRT.trtexec [TensorRT v100300] # x"])
+    failed = read_log(
+        [
+            "[10/05/2025-10:46:31] [E] Unknown option: --workspace 2048",
+            "&&&& FAILED TensorRT.trtexec [TensorRT v100300] # x",
+        ]
+    )
     assert failed.errors == ["Unknown option: --workspace 2048"] and not failed.passed
 
 

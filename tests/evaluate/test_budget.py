@@ -29,7 +29,9 @@ def model(tmp_path: Path) -> Path:
     words.save(str(tmp_path / "m/tokenizer.json"))
     generator = np.random.default_rng(0)
     rows = [[f"w{i}" for i in generator.integers(0, 97, 9)] for _ in range(40)]
-    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"context": " ".join(row[:-1]), "continuation": row[-1]}) + "\n" for row in rows))
+    (tmp_path / "d.jsonl").write_text(
+        "".join(json.dumps({"context": " ".join(row[:-1]), "continuation": row[-1]}) + "\n" for row in rows)
+    )
     return tmp_path / "m" / exported("llama", "concat").name
 
 
@@ -37,7 +39,9 @@ def loss(model: Path, other: Path, data: Path) -> float:
     """Per cent of perplexity a token."""
     found: dict[str, Any] = {}
     for path in (model, other):
-        found[path.name] = json.loads(succeed("accuracy", path, "--dataset", data, "--json").out)["models"]["onnxrt"]["ppl_token"]
+        found[path.name] = json.loads(succeed("accuracy", path, "--dataset", data, "--json").out)["models"]["onnxrt"][
+            "ppl_token"
+        ]
     return 100 * (found[other.name] / found[model.name] - 1)
 
 
@@ -47,7 +51,19 @@ def test_the_budget_is_kept_with_as_few_layers_as_halving_finds(model: Path, tmp
     succeed("quantize", model, model.with_name("all.onnx"), *flags)
     limit = loss(model, model.with_name("all.onnx"), data) / 2
     assert limit > 0.5, "the case shows nothing: nothing is lost"
-    told = json.loads(succeed("quantize", model, model.with_name("q.onnx"), *flags, "--budget", f"{limit:.4f}%", "--budget-data", data, "--json").out)
+    told = json.loads(
+        succeed(
+            "quantize",
+            model,
+            model.with_name("q.onnx"),
+            *flags,
+            "--budget",
+            f"{limit:.4f}%",
+            "--budget-data",
+            data,
+            "--json",
+        ).out
+    )
     losses = {trial["excluded"]: trial["loss"] for trial in told["trials"]}
     written = yaml.safe_load(Path(told["recipe"]).read_text())["passes"][0]["quantize"]["exclude_worst"]
     assert losses[written] <= limit < losses[written - 1] and losses[0] == pytest.approx(2 * limit, rel=1e-3)
@@ -56,7 +72,9 @@ def test_the_budget_is_kept_with_as_few_layers_as_halving_finds(model: Path, tmp
 
     succeed("pipeline", told["recipe"], "--output", model.with_name("again.onnx"))
     first, again = (onnx.load(model.with_name(name)) for name in ("q.onnx", "again.onnx"))
-    assert [t.SerializeToString() for t in first.graph.initializer] == [t.SerializeToString() for t in again.graph.initializer]
+    assert [t.SerializeToString() for t in first.graph.initializer] == [
+        t.SerializeToString() for t in again.graph.initializer
+    ]
 
 
 def test_a_budget_that_is_kept_leaves_nothing_out(model: Path, tmp_path: Path) -> None:
@@ -79,5 +97,7 @@ def test_a_budget_that_is_kept_leaves_nothing_out(model: Path, tmp_path: Path) -
 def test_refusals(flags: list[str], says: str, model: Path, tmp_path: Path) -> None:
     calib = [] if "--int4-rtn" in flags else ["--calib", calibration_file(tmp_path)]
     given = [str(tmp_path / flag) if flag.endswith("d.jsonl") else flag for flag in flags]
-    assert says in refuse("quantize", model, tmp_path / "q.onnx", *given, *calib, code=1 if "absent.jsonl" in flags else 2)
+    assert says in refuse(
+        "quantize", model, tmp_path / "q.onnx", *given, *calib, code=1 if "absent.jsonl" in flags else 2
+    )
     assert not (tmp_path / "q.onnx").exists()

@@ -46,7 +46,9 @@ def concat(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reference() -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(GGUF.parent, gguf_file=GGUF.name, dtype=torch.float32).eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        GGUF.parent, gguf_file=GGUF.name, dtype=torch.float32
+    ).eval()
 
 
 def said(*args: str | Path) -> Any:
@@ -57,45 +59,76 @@ def said(*args: str | Path) -> Any:
 
 
 @pytest.mark.parametrize("form", ["gqa", "concat"])
-def test_64_greedy_tokens_of_20_prompts_equal_transformers(form: str, model: Path, concat: Path, reference: Any) -> None:
+def test_64_greedy_tokens_of_20_prompts_equal_transformers(
+    form: str, model: Path, concat: Path, reference: Any
+) -> None:
     path = model if form == "gqa" else concat
     flags = [part for prompt in PROMPTS for part in ("--prompt", prompt)]
     found = said("run", path, *flags, "--max-new-tokens", "64", "--ignore-eos")["runtimes"]["onnxrt"][0]["token_ids"]
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(path.parent / "tokenizer.json"), pad_token="<|im_end|>", padding_side="left")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(path.parent / "tokenizer.json"), pad_token="<|im_end|>", padding_side="left"
+    )
     batch = tokenizer(list(PROMPTS), return_tensors="pt", padding=True, return_token_type_ids=False)
     with torch.no_grad():
-        out = reference.generate(**batch, max_new_tokens=64, min_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=2)
+        out = reference.generate(
+            **batch, max_new_tokens=64, min_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=2
+        )
     expected = [row[-64:] for row in out.tolist()]
     assert [row[-64:] for row in found] == expected
 
 
 def test_run_says_paris_while_it_generates(model: Path) -> None:
-    assert succeed("run", model, "--prompt", "The capital of France is", "--max-new-tokens", "4").out.startswith("The capital of France is Paris.")
+    assert succeed("run", model, "--prompt", "The capital of France is", "--max-new-tokens", "4").out.startswith(
+        "The capital of France is Paris."
+    )
 
 
 def test_run_prints_what_the_demo_printed(model: Path) -> None:
     [found] = said("run", model, "--prompt", "The capital of France is", "--max-new-tokens", "3")["runtimes"]["onnxrt"]
     assert set(found) >= {"sentences", "tokens", "logprob", "token_ids", "offsets"}
-    [sentence], [tokens], [ids], [offsets], [logprob] = (found[k] for k in ("sentences", "tokens", "token_ids", "offsets", "logprob"))
+    [sentence], [tokens], [ids], [offsets], [logprob] = (
+        found[k] for k in ("sentences", "tokens", "token_ids", "offsets", "logprob")
+    )
     assert sentence.startswith("The capital of France is Paris") and tokens[:2] == ["The", "Ġcapital"]
     assert len(tokens) == len(ids) == len(offsets) == 8 and len(logprob) == 3 and max(logprob) <= 0
-    assert [sentence[a:b] for a, b in zip(offsets, [*offsets[1:], None], strict=True)] == [t.replace("Ġ", " ").replace("Ċ", "\n") for t in tokens]
+    assert [sentence[a:b] for a, b in zip(offsets, [*offsets[1:], None], strict=True)] == [
+        t.replace("Ġ", " ").replace("Ċ", "\n") for t in tokens
+    ]
 
 
 def test_beams_are_printed_by_number(model: Path) -> None:
-    out = succeed("run", model, "--prompt", "The capital of France is", "--num-beams", "3", "--num-return-sequences", "2", "--max-new-tokens", "5").out
+    out = succeed(
+        "run",
+        model,
+        "--prompt",
+        "The capital of France is",
+        "--num-beams",
+        "3",
+        "--num-return-sequences",
+        "2",
+        "--max-new-tokens",
+        "5",
+    ).out
     assert "beam 0 result" in out and "beam 1 result" in out and "Paris" in out
 
 
 def test_a_stop_text_cuts_the_text(model: Path) -> None:
-    [found] = said("run", model, "--prompt", "The capital of France is", "--stop", ".", "--max-new-tokens", "9")["runtimes"]["onnxrt"]
+    [found] = said("run", model, "--prompt", "The capital of France is", "--stop", ".", "--max-new-tokens", "9")[
+        "runtimes"
+    ]["onnxrt"]
     assert found["sentences"] == ["The capital of France is Paris"] and found["finish"] == ["stop"]
 
 
 def test_a_stop_text_of_several_tokens_is_not_shown(model: Path) -> None:
     """Paris. and what follows: the beginning of the stop text is held back until it is whole."""
-    assert succeed("run", model, "--prompt", "The capital of France is", "--stop", "ris.", "--max-new-tokens", "9").out == "The capital of France is Pa\n"
-    assert succeed("run", model, "--prompt", "The capital of France is", "--stop", ".zzz", "--max-new-tokens", "2").out == "The capital of France is Paris.\n"
+    assert (
+        succeed("run", model, "--prompt", "The capital of France is", "--stop", "ris.", "--max-new-tokens", "9").out
+        == "The capital of France is Pa\n"
+    )
+    assert (
+        succeed("run", model, "--prompt", "The capital of France is", "--stop", ".zzz", "--max-new-tokens", "2").out
+        == "The capital of France is Paris.\n"
+    )
 
 
 def test_a_word_after_the_prompt_keeps_its_space() -> None:
@@ -117,7 +150,18 @@ def test_characters_of_several_tokens_are_shown_whole(model: Path) -> None:
 
 def test_runtimes_side_by_side(model: Path) -> None:
     found = said(
-        "run", model, "--prompt", "Hello", "--runtime", "onnxrt", "--runtime", "frameworks:eager:nocache", "--checkpoint", GGUF, "--max-new-tokens", "5"
+        "run",
+        model,
+        "--prompt",
+        "Hello",
+        "--runtime",
+        "onnxrt",
+        "--runtime",
+        "frameworks:eager:nocache",
+        "--checkpoint",
+        GGUF,
+        "--max-new-tokens",
+        "5",
     )
     one, other = found["runtimes"]["onnxrt"], found["runtimes"]["frameworks:eager:nocache"]
     assert one[0]["token_ids"] == other[0]["token_ids"]
@@ -183,7 +227,9 @@ def test_work_counts_the_bytes_and_operations_of_the_model(model: Path) -> None:
     (["--batch-size", "0"], "batch-size is 0", 2), (["--iterations", "0"], "iterations is 0", 2), (["--input-seq-len", "8190"], "8192 positions", 1),
     (["--iterations", "1", "--warmup", "0", "--input-seq-len", "2", "--output-seq-len", "1", "--plot", "p.doc"], ".doc", 2),
 ])  # fmt: skip
-def test_benchmark_refuses(arguments: list[str], names: str, code: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_benchmark_refuses(
+    arguments: list[str], names: str, code: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     result = refuse_last("benchmark", model, *arguments, code=code)
     assert names in result and not (tmp_path / "p.doc").exists()
@@ -193,7 +239,9 @@ def refuse_last(*args: str | Path, code: int) -> str:
     """As `refuse`, after notes."""
     result = run(*args)
     *notes, line = result.err.splitlines()
-    assert result.code == code and line.startswith("error: ") and all(note.startswith("note: ") for note in notes), result.err
+    assert result.code == code and line.startswith("error: ") and all(note.startswith("note: ") for note in notes), (
+        result.err
+    )
     return line
 
 
@@ -204,7 +252,18 @@ def test_lambada_equals_transformers(model: Path, tmp_path: Path) -> None:
     journal = tmp_path / "rows.jsonl"
     lambada = present(LAMBADA)
     # A journal is of one way of running, so that the second run repeats every flag of the first.
-    common = ["--limit", "24", "--runtime", "onnxrt", "--runtime", "frameworks", "--checkpoint", GGUF, "--resume", journal]
+    common = [
+        "--limit",
+        "24",
+        "--runtime",
+        "onnxrt",
+        "--runtime",
+        "frameworks",
+        "--checkpoint",
+        GGUF,
+        "--resume",
+        journal,
+    ]
     found = said("accuracy", model, "--dataset", "lambada", "--path", lambada, *common)
     ours, theirs = found["models"]["onnxrt"], found["models"]["frameworks"]
     assert ours["n"] == 24 and 0 < ours["acc"] < 1
@@ -219,12 +278,17 @@ def test_lambada_equals_transformers(model: Path, tmp_path: Path) -> None:
 
 
 def test_wikitext_equals_transformers(concat: Path, reference: Any) -> None:
-    found = said("accuracy", concat, "--dataset", "wikitext", "--path", present(WIKITEXT), "--max-length", "256", "--limit", "2")["models"]["onnxrt"]
+    found = said(
+        "accuracy", concat, "--dataset", "wikitext", "--path", present(WIKITEXT), "--max-length", "256", "--limit", "2"
+    )["models"]["onnxrt"]
     from tokenizers import Tokenizer
 
     ids = Tokenizer.from_file(str(concat.parent / "tokenizer.json")).encode(WIKITEXT.read_text()).ids[:512]
     with torch.no_grad():
-        losses = [reference(torch.tensor([ids[i : i + 256]]), labels=torch.tensor([ids[i : i + 256]])).loss.item() for i in (0, 256)]
+        losses = [
+            reference(torch.tensor([ids[i : i + 256]]), labels=torch.tensor([ids[i : i + 256]])).loss.item()
+            for i in (0, 256)
+        ]
     assert found["ppl_token"] == pytest.approx(math.exp(np.mean(losses)), rel=1e-3) and found["n"] == 510
 
 
@@ -244,16 +308,37 @@ def test_a_model_compared_with_itself_differs_by_nothing(model: Path, tmp_path: 
     one = said("accuracy", model, "--dataset", tmp_path / "d.jsonl", "--limit", "1")
     assert [m["ppl_last_token_ci95"] for m in one["models"].values()] == [[None, None]]  # JSON knows no NaN
     (tmp_path / "t.txt").write_text("One two three four five six seven eight nine ten. " * 8)
-    text = said("accuracy", model, "--dataset", tmp_path / "t.txt", "--max-length", "16", "--stride", "8", "--limit", "3", "--compare", model)
-    assert {m["windows"] for m in text["models"].values()} == {3} and [c["ppl_token_factor"] for c in text["compared"].values()] == [1]
+    text = said(
+        "accuracy",
+        model,
+        "--dataset",
+        tmp_path / "t.txt",
+        "--max-length",
+        "16",
+        "--stride",
+        "8",
+        "--limit",
+        "3",
+        "--compare",
+        model,
+    )
+    assert {m["windows"] for m in text["models"].values()} == {3} and [
+        c["ppl_token_factor"] for c in text["compared"].values()
+    ] == [1]
 
 
 def test_a_journal_is_of_one_tokenizer_and_one_dataset(model: Path, tmp_path: Path) -> None:
-    rows = ['{"text": "The capital of France is Paris"}\n', '{"text": "Two and two are four"}\n', '{"text": "He said yes"}\n']
+    rows = [
+        '{"text": "The capital of France is Paris"}\n',
+        '{"text": "Two and two are four"}\n',
+        '{"text": "He said yes"}\n',
+    ]
     (tmp_path / "a.jsonl").write_text("".join(rows))
     (tmp_path / "b.jsonl").write_text("".join([rows[0], rows[2], rows[2]]))
     succeed("accuracy", model, "--dataset", tmp_path / "a.jsonl", "--resume", tmp_path / "j.jsonl")
-    assert "another model" in refuse("accuracy", model, "--dataset", tmp_path / "b.jsonl", "--resume", tmp_path / "j.jsonl")
+    assert "another model" in refuse(
+        "accuracy", model, "--dataset", tmp_path / "b.jsonl", "--resume", tmp_path / "j.jsonl"
+    )
 
 
 # --- summarize ------------------------------------------------------------------------------------------------------------
@@ -262,13 +347,19 @@ def test_a_journal_is_of_one_tokenizer_and_one_dataset(model: Path, tmp_path: Pa
 def test_summaries_are_scored_with_rouge(model: Path) -> None:
     from rouge_score.rouge_scorer import RougeScorer
 
-    found = said("summarize", model, "--dataset", ARTICLES, "--limit", "2", "--max-new-tokens", "24", "--batch-size", "2")["runtimes"]["onnxrt"]
+    found = said(
+        "summarize", model, "--dataset", ARTICLES, "--limit", "2", "--max-new-tokens", "24", "--batch-size", "2"
+    )["runtimes"]["onnxrt"]
     rows = [json.loads(line) for line in ARTICLES.read_text().splitlines()[:2]]
     scorer = RougeScorer(["rouge1", "rougeLsum"], use_stemmer=True)
     scores = [scorer.score(row["highlights"], text) for row, text in zip(rows, found["summaries"], strict=True)]
     for name in ("rouge1", "rougeLsum"):
         assert found[name] == pytest.approx(100 * np.mean([s[name].fmeasure for s in scores]))
-    assert found["rouge1"] > 5 and found["output_tokens"] <= 48 and found["tokens_per_s"] == pytest.approx(found["output_tokens"] / found["total_latency_s"])
+    assert (
+        found["rouge1"] > 5
+        and found["output_tokens"] <= 48
+        and found["tokens_per_s"] == pytest.approx(found["output_tokens"] / found["total_latency_s"])
+    )
 
 
 def test_the_prompt_is_the_article_and_tldr_and_fits_the_room() -> None:
@@ -285,7 +376,18 @@ def test_the_prompt_is_the_article_and_tldr_and_fits_the_room() -> None:
 
 
 def test_a_threshold_decides_the_exit_code(model: Path) -> None:
-    arguments = ["summarize", model, "--dataset", ARTICLES, "--limit", "1", "--max-new-tokens", "8", "--check-accuracy", "--rouge1-threshold"]
+    arguments = [
+        "summarize",
+        model,
+        "--dataset",
+        ARTICLES,
+        "--limit",
+        "1",
+        "--max-new-tokens",
+        "8",
+        "--check-accuracy",
+        "--rouge1-threshold",
+    ]
     assert run(*arguments, "0").code == 0
     failed = run(*arguments, "99")
     assert failed.code == 1 and "is below 99" in failed.out
@@ -295,4 +397,6 @@ def test_summarize_refuses_other_fields_and_templates(model: Path, tmp_path: Pat
     (tmp_path / "d.jsonl").write_text('{"text": "x"}\n')
     assert "'text'" in refuse("summarize", model, "--dataset", tmp_path / "d.jsonl")
     assert "{article}" in refuse("summarize", model, "--dataset", ARTICLES, "--template", "Sum up:", code=2)
-    assert "2 times" in refuse("summarize", model, "--dataset", ARTICLES, "--template", "{article} and {article}:", code=2)
+    assert "2 times" in refuse(
+        "summarize", model, "--dataset", ARTICLES, "--template", "{article} and {article}:", code=2
+    )

@@ -24,11 +24,17 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     """Ours and theirs; the tokenizer has a token a byte."""
     folder = tmp_path_factory.mktemp("tokenizer")
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())[:90]
-    tokenizer = Tokenizer(models.BPE(vocab={"<pad>": 0, "<s>": 1, "</s>": 2, **{c: i + 3 for i, c in enumerate([*letters, "Ġ"])}}, merges=[]))
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab={"<pad>": 0, "<s>": 1, "</s>": 2, **{c: i + 3 for i, c in enumerate([*letters, "Ġ"])}}, merges=[]
+        )
+    )
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     tokenizer.save(str(folder / "tokenizer.json"))
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-    ours = get_model("onnxtools")(model=str(exported("llama", "concat")), tokenizer=str(folder), batch_size=3, device="cpu", max_length=32)
+    ours = get_model("onnxtools")(
+        model=str(exported("llama", "concat")), tokenizer=str(folder), batch_size=3, device="cpu", max_length=32
+    )
     theirs = HFLM(pretrained=reference("llama"), tokenizer=fast, batch_size=1, max_length=32, device="cpu")
     return ours, theirs
 
@@ -38,8 +44,17 @@ def requests(kind: str, *arguments: tuple[Any, ...]) -> list[Instance]:
 
 
 def test_loglikelihoods(both: tuple[Any, Any]) -> None:
-    asked = requests("loglikelihood", ("The cat sat on", " the mat"), ("A", " B"), ("The cat sat on ", "it"), ("", "alone"), ("A", " C"))
-    for (ours, greedy), (theirs, is_greedy) in zip(both[0].loglikelihood(asked), both[1].loglikelihood(asked), strict=True):
+    asked = requests(
+        "loglikelihood",
+        ("The cat sat on", " the mat"),
+        ("A", " B"),
+        ("The cat sat on ", "it"),
+        ("", "alone"),
+        ("A", " C"),
+    )
+    for (ours, greedy), (theirs, is_greedy) in zip(
+        both[0].loglikelihood(asked), both[1].loglikelihood(asked), strict=True
+    ):
         assert ours == pytest.approx(theirs, abs=2e-3) and greedy == is_greedy
 
 

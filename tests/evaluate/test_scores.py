@@ -18,7 +18,15 @@ from onnxtools.base.errors import JobError
 from onnxtools.checkpoints.tokenizer import Tokenizer
 from onnxtools.engines.runtimes.onnxrt.ort_runtime import OrtRuntime
 from onnxtools.evaluate import lambada
-from onnxtools.evaluate.lambada import Journal, Passage, PassageResult, compare_lambada, read_lambada, score_lambada, summarize_lambada
+from onnxtools.evaluate.lambada import (
+    Journal,
+    Passage,
+    PassageResult,
+    compare_lambada,
+    read_lambada,
+    score_lambada,
+    summarize_lambada,
+)
 from onnxtools.evaluate.scores import mean_interval, score_texts, share_interval
 from onnxtools.evaluate.wikitext import score_wikitext
 from onnxtools.generation.runtime import RuntimeOptions
@@ -73,7 +81,10 @@ def test_a_text_of_one_token_cannot_be_scored() -> None:
 
 # --- LAMBADA --------------------------------------------------------------------------------------------------------------
 
-PASSAGES = [Passage(GENERATOR.integers(0, 97, int(c)).tolist(), GENERATOR.integers(0, 97, int(w)).tolist()) for c, w in GENERATOR.integers(1, 6, (40, 2))]
+PASSAGES = [
+    Passage(GENERATOR.integers(0, 97, int(c)).tolist(), GENERATOR.integers(0, 97, int(w)).tolist())
+    for c, w in GENERATOR.integers(1, 6, (40, 2))
+]
 
 
 def definition() -> dict[str, float]:
@@ -104,7 +115,9 @@ def test_lambadas_figures_are_the_definitions() -> None:
     # Words of the model's own choice, so that some are hit.
     for passage in PASSAGES[::3]:
         passage.word[0] = int(logprobs([*passage.context, 0])[-1].argmax())
-    found = score_lambada(OrtRuntime(exported("llama", "concat"), CPU), PASSAGES, batch_size=7, known={}, done=lambda *_: None)
+    found = score_lambada(
+        OrtRuntime(exported("llama", "concat"), CPU), PASSAGES, batch_size=7, known={}, done=lambda *_: None
+    )
     figures, expected = summarize_lambada(found), definition()
     assert expected["acc_top5"] > expected["acc_top1"] > 0
     for name, value in expected.items():
@@ -120,7 +133,11 @@ def test_the_paired_difference() -> None:
     a = [result(i % 2 == 0, -1.0) for i in range(100)]
     b = [result(i % 4 == 0, -1.5) for i in range(100)]
     found = compare_lambada(a, b)
-    assert found["acc_difference"] == pytest.approx(-0.25) and found["only_first_right"] == 25 and found["only_second_right"] == 0
+    assert (
+        found["acc_difference"] == pytest.approx(-0.25)
+        and found["only_first_right"] == 25
+        and found["only_second_right"] == 0
+    )
     assert found["acc_difference_half_ci95"] == pytest.approx(1.96 * np.std([-1.0] * 25 + [0.0] * 75, ddof=1) / 10)
     assert found["ppl_last_token_factor"] == pytest.approx(math.exp(0.5))
 
@@ -164,7 +181,9 @@ def test_unknown_fields_and_damaged_rows_are_errors(text: str, names: str, tmp_p
 
 
 def test_a_line_separator_inside_a_string_ends_no_row(tmp_path: Path) -> None:
-    (tmp_path / "d.jsonl").write_text(json.dumps({"context": "one\u2028two", "continuation": "x"}, ensure_ascii=False) + "\n", encoding="utf-8-sig")
+    (tmp_path / "d.jsonl").write_text(
+        json.dumps({"context": "one\u2028two", "continuation": "x"}, ensure_ascii=False) + "\n", encoding="utf-8-sig"
+    )
     assert read_lambada(tmp_path / "d.jsonl") == [("one\u2028two", "x")]
 
 
@@ -219,9 +238,18 @@ def test_a_word_without_a_token_of_its_own_is_named() -> None:
 
 def test_one_run_writes_a_journal(tmp_path: Path) -> None:
     """The second is refused by name and changes nothing; the lock goes with the process, however it ends."""
-    path, code = tmp_path / "j.jsonl", "import sys, time; from pathlib import Path; from onnxtools.evaluate.lambada import Journal"
+    path, code = (
+        tmp_path / "j.jsonl",
+        "import sys, time; from pathlib import Path; from onnxtools.evaluate.lambada import Journal",
+    )
     with subprocess.Popen(
-        [sys.executable, "-c", f"{code}; j = Journal(Path(sys.argv[1]), {{'model': 'm'}}); print(1, flush=True); time.sleep(60)", path], stdout=subprocess.PIPE
+        [
+            sys.executable,
+            "-c",
+            f"{code}; j = Journal(Path(sys.argv[1]), {{'model': 'm'}}); print(1, flush=True); time.sleep(60)",
+            path,
+        ],
+        stdout=subprocess.PIPE,
     ) as run:
         assert run.stdout is not None and run.stdout.readline() == b"1\n"
         content = path.read_bytes()
@@ -264,7 +292,15 @@ def test_perplexity_is_that_of_transformers_guide(length: int, stride: int) -> N
         previous = end
         if end == len(tokens):
             break
-    found = score_wikitext(OrtRuntime(exported("llama", "concat"), CPU), tokens, 10, length=length, stride=stride, batch_size=3, done=lambda: None).figures
+    found = score_wikitext(
+        OrtRuntime(exported("llama", "concat"), CPU),
+        tokens,
+        10,
+        length=length,
+        stride=stride,
+        batch_size=3,
+        done=lambda: None,
+    ).figures
     assert found["n"] == count
     assert found["ppl_token"] == pytest.approx(math.exp(total / count), rel=1e-4)
     assert found["ppl_word"] == pytest.approx(math.exp(total / 10), rel=1e-4)

@@ -38,8 +38,16 @@ class Driver:
         positions = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, self.done :]
         if self.kind == "scatter":
             mask = np.pad(mask, ((0, 0), (0, self.inputs["attention_mask"].shape[1] - end)))
-        feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "write_indices": np.full(len(ids), self.done), **self.past}
-        found = dict(zip(self.outputs, self.session.run(None, {name: feeds[name] for name in self.inputs}), strict=True))
+        feeds = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "position_ids": positions,
+            "write_indices": np.full(len(ids), self.done),
+            **self.past,
+        }
+        found = dict(
+            zip(self.outputs, self.session.run(None, {name: feeds[name] for name in self.inputs}), strict=True)
+        )
         self.past = {name: found[name.replace("past_key_values", "present")] for name in self.past}
         self.done = end
         return found["logits"]

@@ -14,7 +14,15 @@ _LLAMA = {
     "vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 112,
     "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-_GPT2 = {"vocab_size": 97, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2}
+_GPT2 = {
+    "vocab_size": 97,
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 _LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
 }  # fmt: skip
@@ -28,10 +36,20 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", _LLAMA),
     "llama_tied_biased": ("Llama", {**_LLAMA, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
     "llama_head_dim": ("Llama", {**_LLAMA, "head_dim": 32, "rms_norm_eps": 1e-5}),
-    "llama_linear": ("Llama", {**_LLAMA, "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}}),
+    "llama_linear": (
+        "Llama",
+        {**_LLAMA, "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}},
+    ),
     "llama_llama3": ("Llama", {**_LLAMA, "rope_parameters": _LLAMA3}),
     "llama_yarn": ("Llama", {**_LLAMA, "rope_parameters": _YARN}),
-    "nemotron": ("Nemotron", {**_LLAMA, "head_dim": 32, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}}),
+    "nemotron": (
+        "Nemotron",
+        {
+            **_LLAMA,
+            "head_dim": 32,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        },
+    ),
 }
 
 
@@ -53,5 +71,10 @@ def logits(model: Any, ids: Array, mask: Array) -> Array:
     model.set_attn_implementation("eager")
     positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
     with torch.no_grad():
-        out = model(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask), position_ids=torch.tensor(positions), use_cache=False)
+        out = model(
+            input_ids=torch.tensor(ids),
+            attention_mask=torch.tensor(mask),
+            position_ids=torch.tensor(positions),
+            use_cache=False,
+        )
     return out.logits.float().numpy()

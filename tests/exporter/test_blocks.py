@@ -40,7 +40,10 @@ def config(*blocks: Block) -> DecoderConfig:
 
 def weights(c: DecoderConfig) -> dict[str, np.ndarray[Any, Any]]:
     generator = np.random.default_rng(11)
-    return {name: generator.normal(1.0 if len(shape) == 1 else 0.0, 0.2, shape).astype(np.float32) for name, shape in weight_shapes(c).items()}
+    return {
+        name: generator.normal(1.0 if len(shape) == 1 else 0.0, 0.2, shape).astype(np.float32)
+        for name, shape in weight_shapes(c).items()
+    }
 
 
 def expected(c: DecoderConfig, w: dict[str, np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
@@ -54,9 +57,15 @@ def expected(c: DecoderConfig, w: dict[str, np.ndarray[Any, Any]]) -> np.ndarray
             hidden_size=HIDDEN, num_attention_heads=b.attention.heads, num_key_value_heads=b.attention.kv_heads, head_dim=16,
             intermediate_size=b.mlp.size, rms_norm_eps=EPS, attn_implementation="eager",
         )  # fmt: skip
-        own = {name.removeprefix(f"model.layers.{n}."): tensor for name, tensor in t.items() if name.startswith(f"model.layers.{n}.")}
+        own = {
+            name.removeprefix(f"model.layers.{n}."): tensor
+            for name, tensor in t.items()
+            if name.startswith(f"model.layers.{n}.")
+        }
         attention, mlp = llama.LlamaAttention(settings, 0).eval(), llama.LlamaMLP(settings).eval()
-        attention.load_state_dict({name.removeprefix("self_attn."): v for name, v in own.items() if name.startswith("self_attn.")})
+        attention.load_state_dict(
+            {name.removeprefix("self_attn."): v for name, v in own.items() if name.startswith("self_attn.")}
+        )
         mlp.load_state_dict({name.removeprefix("mlp."): v for name, v in own.items() if name.startswith("mlp.")})
         rotation = llama.LlamaRotaryEmbedding(settings)(x, places)
 
@@ -109,7 +118,9 @@ def test_the_last_logits_alone(stack: tuple[str, ...], tmp_path: Path) -> None:
     c = config(*map(block, stack))
     arrays = weights(c)
     tensors = {name: ir.Tensor(array, name=name) for name, array in arrays.items()}
-    build_decoder(c, ExportOptions(kv_cache="none", logits="last"), Weights(tensors), ir.DataType.FLOAT).save(tmp_path / "m.onnx")
+    build_decoder(c, ExportOptions(kv_cache="none", logits="last"), Weights(tensors), ir.DataType.FLOAT).save(
+        tmp_path / "m.onnx"
+    )
     found = Driver(tmp_path / "m.onnx", "none", np.ones_like(IDS)).step(IDS)
     np.testing.assert_allclose(found[:, -1], expected(c, arrays)[:, -1], atol=2e-4)
 

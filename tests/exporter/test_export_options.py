@@ -36,7 +36,9 @@ def mask(*, left: int = 0, right: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("kind", ["none", "concat", "scatter", "gqa"])
 @pytest.mark.parametrize("padding", [{}, {"left": 3}, {"right": 4}])
-def test_last_logits_are_those_of_the_last_real_token(llama: tuple[Path, Any], tmp_path: Path, kind: Any, padding: dict[str, int]) -> None:
+def test_last_logits_are_those_of_the_last_real_token(
+    llama: tuple[Path, Any], tmp_path: Path, kind: Any, padding: dict[str, int]
+) -> None:
     if kind == "gqa" and "left" in padding:
         pytest.skip("GroupQueryAttention takes padding on the right only")
     folder, model = llama
@@ -97,7 +99,9 @@ def test_names_shapes_and_types_of_inputs_and_outputs(llama: tuple[Path, Any], t
 @pytest.mark.parametrize("kind", ["none", "concat", "scatter", "gqa"])
 @pytest.mark.parametrize("opset", [19, 20, 21, 23, 24])
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-def test_every_graph_passes_the_checker_with_shape_inference(llama: tuple[Path, Any], tmp_path: Path, kind: Any, opset: int, dtype: Any) -> None:
+def test_every_graph_passes_the_checker_with_shape_inference(
+    llama: tuple[Path, Any], tmp_path: Path, kind: Any, opset: int, dtype: Any
+) -> None:
     if kind == "scatter" and opset < 24:
         pytest.skip("TensorScatter is of opset 24")
     export(llama[0], tmp_path / "m.onnx", ExportOptions(kv_cache=kind, opset=opset, dtype=dtype))
@@ -156,7 +160,11 @@ def test_onnxtools_json_and_the_files_beside(llama: tuple[Path, Any], tmp_path: 
     info = json.loads((tmp_path / "onnxtools.json").read_text())
     assert (tmp_path / "tokenizer.json").read_text() == '{"a": 1}'
     assert (tmp_path / "generation_config.json").is_file()
-    assert info["model"]["family"] == "llama" and info["model"]["num_key_value_heads"] == 2 and info["tokens"]["eos_token_ids"] == [2]
+    assert (
+        info["model"]["family"] == "llama"
+        and info["model"]["num_key_value_heads"] == 2
+        and info["tokens"]["eos_token_ids"] == [2]
+    )
     assert info["kv_cache"] == {
         "kind": "scatter", "dtype": "fp16", "layout": "bnsh", "past": "past_key_values.{n}.{kind}", "present": "present.{n}.{kind}",
         "length": 48, "layers": 2, "heads": 2, "head_dim": 16,
@@ -170,7 +178,20 @@ def test_onnxtools_json_and_the_files_beside(llama: tuple[Path, Any], tmp_path: 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_bigcode", "llama", "nemotron", "megatron"])
 def test_random_weights_of_every_family_run(family: str, tmp_path: Path) -> None:
-    sizes = ["--n-layer", "2", "--n-embd", "64", "--n-head", "4", "--n-inner", "96", "--n-positions", "32", "--vocab-size", "97"]
+    sizes = [
+        "--n-layer",
+        "2",
+        "--n-embd",
+        "64",
+        "--n-head",
+        "4",
+        "--n-inner",
+        "96",
+        "--n-positions",
+        "32",
+        "--vocab-size",
+        "97",
+    ]
     for name in ("a.onnx", "b.onnx"):
         succeed("export", "--random", "--family", family, *sizes, "--dtype", "fp32", "-o", tmp_path / name)
     found = [decode(tmp_path / name, "concat", IDS, mask(), (5, 1, 6)) for name in ("a.onnx", "b.onnx")]
@@ -192,7 +213,19 @@ def test_random_weights_do_not_depend_on_slabs() -> None:
 
 
 def test_175b_without_weights_is_a_graph_alone(tmp_path: Path) -> None:
-    said = succeed("export", "--random", "--n-layer", "96", "--n-embd", "12288", "--n-head", "96", "--no-weights", "-o", tmp_path / "gpt.onnx").out
+    said = succeed(
+        "export",
+        "--random",
+        "--n-layer",
+        "96",
+        "--n-embd",
+        "12288",
+        "--n-head",
+        "96",
+        "--no-weights",
+        "-o",
+        tmp_path / "gpt.onnx",
+    ).out
     assert "no weights written: gpt.onnx.data would hold" in said
     assert {file.name for file in tmp_path.iterdir()} == {"gpt.onnx", "onnxtools.json"}
     graph = onnx.load(tmp_path / "gpt.onnx", load_external_data=False).graph
@@ -201,13 +234,19 @@ def test_175b_without_weights_is_a_graph_alone(tmp_path: Path) -> None:
 
 
 def test_options_from_yaml_and_set(llama: tuple[Path, Any], tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text(f"source: {llama[0]}\noutput: m.onnx\nkv_cache: none\nopset: 19\ndtype: fp16\n")
+    (tmp_path / "config.yaml").write_text(
+        f"source: {llama[0]}\noutput: m.onnx\nkv_cache: none\nopset: 19\ndtype: fp16\n"
+    )
     succeed("export", "--config", tmp_path / "config.yaml", "--set", "opset=20", "--dtype", "fp32")
     made = onnx.load(tmp_path / "m.onnx", load_external_data=False)
     assert made.opset_import[0].version == 20
     assert not any(value.name.startswith("past") for value in made.graph.input)
     assert {t.data_type for t in made.graph.initializer if "proj" in t.name} == {onnx.TensorProto.FLOAT}
-    for setting, words in (("opsett=20", "unknown option 'opsett'"), ("opset=x", "opset is 'x'; it takes int"), ("opset", "takes key=value")):
+    for setting, words in (
+        ("opsett=20", "unknown option 'opsett'"),
+        ("opset=x", "opset is 'x'; it takes int"),
+        ("opset", "takes key=value"),
+    ):
         assert words in refuse("export", "--config", tmp_path / "config.yaml", "--set", setting, code=2)
 
 
@@ -227,7 +266,9 @@ def test_options_from_yaml_and_set(llama: tuple[Path, Any], tmp_path: Path) -> N
         (["--random", "--family", "t5", "-o", "m.onnx"], 2, "no family is named 't5'"),
     ],
 )  # fmt: skip
-def test_wrong_commands(arguments: list[str], code: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_commands(
+    arguments: list[str], code: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert words in refuse("export", *arguments, code=code)
     assert not list(tmp_path.iterdir())

@@ -41,7 +41,9 @@ def inputs(side: str) -> tuple[np.ndarray, np.ndarray]:
     [("none", 24, "left"), ("none", 19, "left"), ("concat", 24, "left"), ("concat", 24, "right"), ("concat", 19, "left"), ("concat", 20, "none"),
      ("scatter", 24, "left"), ("scatter", 24, "right"), ("gqa", 24, "none"), ("gqa", 19, "none")],
 )  # fmt: skip
-def test_logits_equal_transformers(checkpoint: tuple[Path, Any], tmp_path: Path, kind: str, opset: int, side: str) -> None:
+def test_logits_equal_transformers(
+    checkpoint: tuple[Path, Any], tmp_path: Path, kind: str, opset: int, side: str
+) -> None:
     folder, model = checkpoint
     export(folder, tmp_path / "m.onnx", ExportOptions(kv_cache=kind, opset=opset))  # type: ignore[arg-type]
     ids, mask = inputs(side)

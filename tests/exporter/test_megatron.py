@@ -56,7 +56,9 @@ SPELLINGS: dict[str, tuple[Spelling, dict[str, Any], tuple[str, ...]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("spelling", "name"), [(spelling, name) for spelling, (_, _, names) in SPELLINGS.items() for name in names])
+@pytest.mark.parametrize(
+    ("spelling", "name"), [(spelling, name) for spelling, (_, _, names) in SPELLINGS.items() for name in names]
+)
 def test_other_spellings(spelling: str, name: str, tmp_path: Path) -> None:
     _, state, expected = model(name)
     change, says, _ = SPELLINGS[spelling]
@@ -80,7 +82,12 @@ def test_swiglu_of_core_is_gated_shard_by_shard_without_the_word_fast(tmp_path: 
 
 def test_megatron_legacy_rows_are_ordered_within_each_shard(tmp_path: Path) -> None:
     _, state, expected = model("gpt")
-    source = m.write_nemo(tmp_path / "m.nemo", m.model_config(m.CASES["gpt"], megatron_legacy=True), m.megatron_legacy_qkv(state, m.CASES["gpt"]), tp=2)
+    source = m.write_nemo(
+        tmp_path / "m.nemo",
+        m.model_config(m.CASES["gpt"], megatron_legacy=True),
+        m.megatron_legacy_qkv(state, m.CASES["gpt"]),
+        tp=2,
+    )
     assert np.abs(exported(source, tmp_path) - expected).max() <= 1e-4
 
 
@@ -135,7 +142,11 @@ def fp8_logits(name: str, scales: dict[str, tuple[float, float]]) -> Array:
             pair = next((pair for part, pair in scales.items() if module_name.endswith(part)), None)
             if pair is not None:
                 module.weight.copy_(fake_fp8(module.weight, pair[1]))
-                hooks.append(module.register_forward_pre_hook(lambda _, inputs, scale=pair[0]: (fake_fp8(inputs[0], scale), *inputs[1:])))
+                hooks.append(
+                    module.register_forward_pre_hook(
+                        lambda _, inputs, scale=pair[0]: (fake_fp8(inputs[0], scale), *inputs[1:])
+                    )
+                )
     found = m.logits(made, IDS)
     for hook in hooks:
         hook.remove()
@@ -148,19 +159,31 @@ def fp8_logits(name: str, scales: dict[str, tuple[float, float]]) -> Array:
 def test_fp8_scales_become_quantize_and_dequantize(spelling: str, kind: Any, tmp_path: Path) -> None:
     """TransformerEngine's extra state; LayerNormMLP holds the scales of both its products."""
     _, state, plain = model("gpt")
-    scales = {"linear_qkv": (100.0, 400.0), "linear_proj": (130.0, 350.0), "linear_fc1": (90.0, 420.0), "linear_fc2": (60.0, 300.0)}
+    scales = {
+        "linear_qkv": (100.0, 400.0),
+        "linear_proj": (130.0, 350.0),
+        "linear_fc1": (90.0, 420.0),
+        "linear_fc2": (60.0, 300.0),
+    }
     state = m.te_norm_names(state) if spelling == "core" else m.legacy_te(state, m.CASES["gpt"])
     for n in range(2):
         layer = f"model.decoder.layers.{n}" if spelling == "core" else f"model.language_model.encoder.layers.{n}"
         if spelling == "core":
-            modules = {f"{'self_attention' if 'fc' not in part else 'mlp'}.{part}": [*pair, 1.0] for part, pair in scales.items()}
+            modules = {
+                f"{'self_attention' if 'fc' not in part else 'mlp'}.{part}": [*pair, 1.0]
+                for part, pair in scales.items()
+            }
         else:
             modules = {
                 "self_attention.layernorm_qkv": [*scales["linear_qkv"], 1.0], "self_attention.proj": [*scales["linear_proj"], 1.0],
                 "layernorm_mlp": [*scales["linear_fc1"], 1.0, *scales["linear_fc2"], 1.0],
             }  # fmt: skip
         state |= {f"{layer}.{module}._extra_state": m.extra_state(kind, values) for module, values in modules.items()}
-    source = m.write_nemo(tmp_path / "m.nemo", m.model_config(m.CASES["gpt"], transformer_engine=True, fp8=True, mcore_gpt=spelling == "core"), state)
+    source = m.write_nemo(
+        tmp_path / "m.nemo",
+        m.model_config(m.CASES["gpt"], transformer_engine=True, fp8=True, mcore_gpt=spelling == "core"),
+        state,
+    )
     expected = fp8_logits("gpt", scales)
     found = exported(source, tmp_path)
     assert rel_l2(found, expected) <= 2e-3 < 1e-2 < rel_l2(plain, expected)
@@ -179,7 +202,10 @@ def test_what_is_not_supported_is_named(tmp_path: Path) -> None:
     for key, value in bad.items():
         source = m.write_nemo(tmp_path / f"{key}.nemo", m.model_config(m.CASES["gpt"], **{key: value}), state)
         assert str(value) in refuse("export", source, "-o", tmp_path / "m.onnx")
-    for name, member, words in (("new", "weights/x.distcp", "NeMo 2"), ("dist", "model_weights/metadata.json", "distributed checkpoint")):
+    for name, member, words in (
+        ("new", "weights/x.distcp", "NeMo 2"),
+        ("dist", "model_weights/metadata.json", "distributed checkpoint"),
+    ):
         folder = tmp_path / name
         (folder / member).parent.mkdir(parents=True)
         (folder / member).write_bytes(b"{}")
@@ -195,4 +221,6 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     _, state, _ = model("gpt")
     folder = m.write_nemo(tmp_path / "m", m.model_config(m.CASES["gpt"]), state, tp=2, pp=2, folder=True)
     (folder / "tp_rank_01_pp_rank_000" / "model_weights.ckpt").unlink()
-    assert "the shard of pipeline rank 0, tensor rank 1 is missing" in refuse("export", folder, "-o", tmp_path / "m.onnx")
+    assert "the shard of pipeline rank 0, tensor rank 1 is missing" in refuse(
+        "export", folder, "-o", tmp_path / "m.onnx"
+    )

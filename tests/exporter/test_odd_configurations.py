@@ -31,10 +31,17 @@ def edited(folder: Path, name: str, changes: dict[str, Any]) -> Path:
 
 
 EQUAL: dict[str, tuple[str, dict[str, Any]]] = {
-    "rope_scaling wins over rope_parameters": ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}}),
+    "rope_scaling wins over rope_parameters": (
+        "llama",
+        {"rope_scaling": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}},
+    ),
     "original length beside llama3": (
         "llama",
-        {"rope_parameters": "absent", "rope_scaling": {**LLAMA3, "rope_theta": 1e4}, "original_max_position_embeddings": 8},
+        {
+            "rope_parameters": "absent",
+            "rope_scaling": {**LLAMA3, "rope_theta": 1e4},
+            "original_max_position_embeddings": 8,
+        },
     ),
     "no scaling of the scores": ("gpt2", {"scale_attn_weights": False}),
     "a norm's epsilon": ("llama", {"rms_norm_eps": 0.25}),
@@ -49,7 +56,11 @@ def test_equals_transformers(case: str, tmp_path: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     expected = hf.logits(model, IDS, MASK)
     assert max_abs(decode(tmp_path / "m.onnx", "concat", IDS, MASK, [20]), expected) <= 1e-4
-    plain = hf.logits(transformers.AutoModelForCausalLM.from_pretrained(hf_plain(tmp_path, name), dtype=torch.float32).eval(), IDS, MASK)
+    plain = hf.logits(
+        transformers.AutoModelForCausalLM.from_pretrained(hf_plain(tmp_path, name), dtype=torch.float32).eval(),
+        IDS,
+        MASK,
+    )
     assert max_abs(plain, expected) > 1e-3  # the change matters, so that ignoring it would be seen
 
 
@@ -84,7 +95,11 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("bigcode_mqa", {"add_cross_attention": True}, "add_cross_attention"),
     ("gpt2", {"num_attention_heads": 2}, "n_head is 4 and num_attention_heads is 2"),
     ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-    ("nemotron", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0}}, "partial_rotary_factor"),
+    (
+        "nemotron",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0}},
+        "partial_rotary_factor",
+    ),
     ("llama", {"rope_parameters": {**LLAMA3, "rope_theta": 1e4, "low_freq_factor": 8.0}}, "low_freq_factor"),
     ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, "rope_theta"),
     ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 0}}, "factor"),
@@ -103,7 +118,11 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "changes", "names"), REFUSED, ids=[next(iter(changes)) + f"-{i}" for i, (_, changes, _) in enumerate(REFUSED)])
+@pytest.mark.parametrize(
+    ("name", "changes", "names"),
+    REFUSED,
+    ids=[next(iter(changes)) + f"-{i}" for i, (_, changes, _) in enumerate(REFUSED)],
+)
 def test_refused_by_name(name: str, changes: dict[str, Any], names: str, tmp_path: Path) -> None:
     folder = edited(tmp_path / "hf", name, changes)
     (tmp_path / "out").mkdir()
@@ -120,7 +139,9 @@ def test_a_value_beyond_fp16_is_an_error(tmp_path: Path) -> None:
         model.model.layers[1].mlp.up_proj.weight[0, 0] = 1e5
     model.save_pretrained(tmp_path / "hf")
     (tmp_path / "out").mkdir()
-    assert "model.layers.1.mlp.up_proj.weight" in refuse("export", tmp_path / "hf", "-o", tmp_path / "out/m.onnx", "--dtype", "fp16")
+    assert "model.layers.1.mlp.up_proj.weight" in refuse(
+        "export", tmp_path / "hf", "-o", tmp_path / "out/m.onnx", "--dtype", "fp16"
+    )
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -142,7 +163,9 @@ def test_a_negated_tensor_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("options", [["--n-layer", "3"], ["--family", "llama"], ["--no-weights", "--copy-weights"]])
 def test_options_that_would_be_ignored_are_refused(options: list[str], tmp_path: Path) -> None:
     hf.make("llama", tmp_path / "hf")
-    assert options[0].removeprefix("--no-") in refuse("export", tmp_path / "hf", "-o", tmp_path / "m.onnx", *options, code=2)
+    assert options[0].removeprefix("--no-") in refuse(
+        "export", tmp_path / "hf", "-o", tmp_path / "m.onnx", *options, code=2
+    )
 
 
 def test_the_command_line_wins_over_the_files_own_output(tmp_path: Path) -> None:

@@ -35,7 +35,9 @@ def test_factors_divide_the_frequencies_also_of_scaled_ones() -> None:
     np.testing.assert_allclose(scaled, np.sin(position * frequencies / factors / 4), rtol=1e-12)
 
 
-@pytest.mark.parametrize("factors", [(1.0,) * 7, (1.0,) * 9, (1.0,) * 7 + (0.0,), (1.0,) * 7 + (float("nan"),), (1.0,) * 7 + (-2.0,)])
+@pytest.mark.parametrize(
+    "factors", [(1.0,) * 7, (1.0,) * 9, (1.0,) * 7 + (0.0,), (1.0,) * 7 + (float("nan"),), (1.0,) * 7 + (-2.0,)]
+)
 def test_factors_that_are_none_are_refused(factors: tuple[float, ...]) -> None:
     with pytest.raises(ModelError, match="must be 8 positive numbers"):
         rope(_rope_factors=factors)
@@ -48,9 +50,13 @@ def test_yarn_is_that_of_transformers(attention: float) -> None:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     parameters = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 32}
-    config = transformers.LlamaConfig(hidden_size=64, num_attention_heads=4, max_position_embeddings=256, rope_parameters=parameters)
+    config = transformers.LlamaConfig(
+        hidden_size=64, num_attention_heads=4, max_position_embeddings=256, rope_parameters=parameters
+    )
     frequencies, factor = ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")
-    made = rope(scaling__type="yarn", scaling__factor=8.0, scaling__original_context_length=32, scaling__attn_factor=attention)
+    made = rope(
+        scaling__type="yarn", scaling__factor=8.0, scaling__original_context_length=32, scaling__attn_factor=attention
+    )
     cos, sin = made.tables(20)
     np.testing.assert_allclose(cos[19], np.cos(19 * frequencies.double().numpy()) * factor * attention, atol=1e-5)
     np.testing.assert_allclose(sin[19], np.sin(19 * frequencies.double().numpy()) * factor * attention, atol=1e-5)

@@ -32,7 +32,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_logits_equal_transformers_own_reading_of_the_file(model: Path) -> None:
-    reference = transformers.AutoModelForCausalLM.from_pretrained(GGUF.parent, gguf_file=GGUF.name, dtype=torch.float32).eval()
+    reference = transformers.AutoModelForCausalLM.from_pretrained(
+        GGUF.parent, gguf_file=GGUF.name, dtype=torch.float32
+    ).eval()
     ids = np.random.default_rng(0).integers(0, 49152, (2, 18))
     mask = np.ones_like(ids)
     mask[1, :4] = 0

@@ -103,10 +103,14 @@ class Batch:
         return None
 
 
-def run(names: list[str], executions: int, jobs: int, start: int = 0) -> tuple[Counter[tuple[str, str]], list[str], float]:
+def run(
+    names: list[str], executions: int, jobs: int, start: int = 0
+) -> tuple[Counter[tuple[str, str]], list[str], float]:
     """All executions, spread over the targets; counts, faults, and the largest process in GB."""
     each = -(-executions // len(names))
-    waiting = [(name, start + first, min(BATCH, each - first)) for first in range(0, each, BATCH) for name in names][::-1]
+    waiting = [(name, start + first, min(BATCH, each - first)) for first in range(0, each, BATCH) for name in names][
+        ::-1
+    ]
     running: list[Batch] = []
     counts: Counter[tuple[str, str]] = Counter()
     faults: list[str] = []
@@ -164,7 +168,9 @@ def main() -> None:
         make()  # once, before the processes fork
     began = time.monotonic()
     counts, faults, peak = run(names, args.executions, args.jobs, args.start)
-    print(f"{date.today()}, Python {platform.python_version()}, {args.jobs} processes, {time.monotonic() - began:.0f} s, largest process {peak:.2f} GB\n")
+    print(
+        f"{date.today()}, Python {platform.python_version()}, {args.jobs} processes, {time.monotonic() - began:.0f} s, largest process {peak:.2f} GB\n"
+    )
     print("| target | executions | answered | refused | faults |\n| --- | ---: | ---: | ---: | ---: |")
     for name in names:
         found = [counts[name, kind] for kind in ("answered", "refused", "fault")]

@@ -29,8 +29,24 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-EVENTS = {"os.rename", "os.remove", "os.truncate", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.chmod", "shutil.rmtree", "tempfile.mkdtemp"}
-OTHERS = {"notes.txt": b"mine", "o.onnx.bak": b"a copy of mine", "other.onnx.data": b"weights of another", ".o.onnx.swp": b"an editor's"}
+EVENTS = {
+    "os.rename",
+    "os.remove",
+    "os.truncate",
+    "os.mkdir",
+    "os.rmdir",
+    "os.link",
+    "os.symlink",
+    "os.chmod",
+    "shutil.rmtree",
+    "tempfile.mkdtemp",
+}
+OTHERS = {
+    "notes.txt": b"mine",
+    "o.onnx.bak": b"a copy of mine",
+    "other.onnx.data": b"weights of another",
+    ".o.onnx.swp": b"an editor's",
+}
 _CALIB = "".join(json.dumps({"text": list(range(1, 20))}) + "\n" for _ in range(3))
 _SMALL = ("--random", "--n-layer", "1", "--n-embd", "64", "--n-head", "4", "--vocab-size", "200", "--n-positions", "32")
 
@@ -45,23 +61,46 @@ class Job:
 
 
 JOBS = {
-    "prune": Job(("prune", "m.onnx", "o.onnx", "--no-check", "--copy-weights"), ("precision", "m.onnx", "o.onnx", "--to", "fp16", "--no-check")),
-    "in place": Job(("prune", "o.onnx", "o.onnx", "--force", "--no-check"), ("precision", "m.onnx", "o.onnx", "--to", "fp16", "--no-check")),
-    "graph alone": Job(("add-kv-cache", "m.onnx", "o.onnx", "--no-check"), ("quantize", "m.onnx", "o.onnx", "--int4-rtn", "--no-check")),
-    "export": Job(("export", *_SMALL, "--dtype", "fp16", "-o", "o.onnx"), ("export", *_SMALL, "--dtype", "fp32", "-o", "o.onnx")),
+    "prune": Job(
+        ("prune", "m.onnx", "o.onnx", "--no-check", "--copy-weights"),
+        ("precision", "m.onnx", "o.onnx", "--to", "fp16", "--no-check"),
+    ),
+    "in place": Job(
+        ("prune", "o.onnx", "o.onnx", "--force", "--no-check"),
+        ("precision", "m.onnx", "o.onnx", "--to", "fp16", "--no-check"),
+    ),
+    "graph alone": Job(
+        ("add-kv-cache", "m.onnx", "o.onnx", "--no-check"), ("quantize", "m.onnx", "o.onnx", "--int4-rtn", "--no-check")
+    ),
+    "export": Job(
+        ("export", *_SMALL, "--dtype", "fp16", "-o", "o.onnx"), ("export", *_SMALL, "--dtype", "fp32", "-o", "o.onnx")
+    ),
     "pipeline": Job(("pipeline", "recipe.yaml"), ("precision", "m.onnx", "o.onnx", "--to", "fp16", "--no-check")),
     "calibrated": Job(
-        ("quantize", "m.onnx", "o.onnx", "--fp8", "--calib", "c.jsonl", "--no-check"), ("precision", "m.onnx", "o.onnx", "--to", "fp16", "--no-check")
+        ("quantize", "m.onnx", "o.onnx", "--fp8", "--calib", "c.jsonl", "--no-check"),
+        ("precision", "m.onnx", "o.onnx", "--to", "fp16", "--no-check"),
     ),
     "build": Job(
-        ("build", "m.onnx", "o.engine", "--sparsity", "force", "--max-seq-len", "16"), ("build", "m.onnx", "o.engine", "--max-seq-len", "8"), "o.engine"
+        ("build", "m.onnx", "o.engine", "--sparsity", "force", "--max-seq-len", "16"),
+        ("build", "m.onnx", "o.engine", "--max-seq-len", "8"),
+        "o.engine",
     ),
 }
 
 
-def call(args: tuple[str, ...], where: Path, *, before: int = 0, after: float = 0.0, number: int = signal.SIGKILL, count: Any = None) -> int:
+def call(
+    args: tuple[str, ...],
+    where: Path,
+    *,
+    before: int = 0,
+    after: float = 0.0,
+    number: int = signal.SIGKILL,
+    count: Any = None,
+) -> int:
     """The exit code of `onnxtools args` in `where`, in a forked process that is ended before its n-th change, or after so many seconds."""
-    process = multiprocessing.get_context("fork").Process(target=_called, args=(args, where, before, after, number, count))
+    process = multiprocessing.get_context("fork").Process(
+        target=_called, args=(args, where, before, after, number, count)
+    )
     process.start()
     process.join(120)
     if process.exitcode is None:
@@ -80,7 +119,11 @@ def _called(args: tuple[str, ...], where: Path, before: int, after: float, numbe
     def watch(event: str, given: tuple[Any, ...]) -> None:
         nonlocal seen
         opens = event == "open" and isinstance(given[2], int) and given[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-        if (not opens and event not in EVENTS) or str(given[0]).startswith(("/proc", "/dev", "/sys")) or "__pycache__" in str(given[0]):
+        if (
+            (not opens and event not in EVENTS)
+            or str(given[0]).startswith(("/proc", "/dev", "/sys"))
+            or "__pycache__" in str(given[0])
+        ):
             return
         seen += 1
         if count is not None:
@@ -102,15 +145,21 @@ def prepared(folder: Path) -> None:
     for name, data in OTHERS.items():
         (folder / name).write_bytes(data)
     (folder / "c.jsonl").write_text(_CALIB)
-    (folder / "recipe.yaml").write_text("input: m.onnx\noutput: o.onnx\npasses:\n  - prune: {}\n  - quantize: {scheme: int4-rtn}\n")
-    assert call(("export", *_SMALL, "--kv-cache", "none", "--opset", "21", "--dtype", "fp32", "-o", "m.onnx"), folder) == 0
+    (folder / "recipe.yaml").write_text(
+        "input: m.onnx\noutput: o.onnx\npasses:\n  - prune: {}\n  - quantize: {scheme: int4-rtn}\n"
+    )
+    assert (
+        call(("export", *_SMALL, "--kv-cache", "none", "--opset", "21", "--dtype", "fp32", "-o", "m.onnx"), folder) == 0
+    )
     shutil.copyfile(folder / "m.onnx", folder / "backup.onnx")
 
 
 def state(path: Path) -> str:
     """Of what the output holds, with all its weights; a graph that cannot be loaded raises."""
     if path.suffix != ".onnx":
-        manifest = json.loads(path.with_name(f"{path.name}.json").read_text()) if path.exists() else {"engine": {"sha256": ""}}
+        manifest = (
+            json.loads(path.with_name(f"{path.name}.json").read_text()) if path.exists() else {"engine": {"sha256": ""}}
+        )
         return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else str(manifest["engine"]["sha256"])
     from onnxtools.ir.model import Model
 
@@ -123,7 +172,11 @@ def state(path: Path) -> str:
 
 def names(folder: Path) -> set[str]:
     """Of all files; the token in the name of a data file is left out, and ONNX Runtime's own `.ses`."""
-    return {re.sub(r"\.[0-9a-f]{8}(?=\.data$)", "", str(path.relative_to(folder))) for path in folder.rglob("*") if path.is_file() and path.name != ".ses"}
+    return {
+        re.sub(r"\.[0-9a-f]{8}(?=\.data$)", "", str(path.relative_to(folder)))
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != ".ses"
+    }
 
 
 class Trial:
@@ -138,9 +191,15 @@ class Trial:
         count = multiprocessing.get_context("fork").Value("i", 0)
         assert call(self.job.run, clean, count=count) == 0, self.job.run
         self.changes, self.seconds = int(count.value), time.monotonic() - began
-        self.old, self.new, self.names = state(self.start / self.job.output), state(clean / self.job.output), names(clean)
+        self.old, self.new, self.names = (
+            state(self.start / self.job.output),
+            state(clean / self.job.output),
+            names(clean),
+        )
         self.kept = {
-            path.name: path.read_bytes() for path in self.start.iterdir() if path.is_file() and not path.name.startswith(("o.", "onnxtools.json"))
+            path.name: path.read_bytes()
+            for path in self.start.iterdir()
+            if path.is_file() and not path.name.startswith(("o.", "onnxtools.json"))
         } | OTHERS
 
     def kill(self, folder: Path, random: Random, before: int, number: int) -> str:
@@ -157,7 +216,11 @@ class Trial:
         exact = self.name != "build"  # two builds of the same differ in their bytes
         if exact and found not in (self.old, self.new):
             return "the output is neither the old nor the new one"
-        lost = [name for name, data in self.kept.items() if not (folder / name).is_file() or (folder / name).read_bytes() != data]
+        lost = [
+            name
+            for name, data in self.kept.items()
+            if not (folder / name).is_file() or (folder / name).read_bytes() != data
+        ]
         if lost:
             return f"files of others are lost: {lost}"
         if self.name == "in place" and found == self.new:
@@ -166,7 +229,11 @@ class Trial:
             return "the next run fails"
         if exact and state(folder / self.job.output) != self.new:
             return "the next run gives something else"
-        left = (names(folder) ^ self.names) if not (self.name == "in place" and found == self.new) else set(_hidden(folder))
+        left = (
+            (names(folder) ^ self.names)
+            if not (self.name == "in place" and found == self.new)
+            else set(_hidden(folder))
+        )
         return f"after the next run the files differ: {sorted(left)}" if left else ""
 
 
@@ -186,7 +253,9 @@ def run(chosen: list[str], kills: int, seed: int = 0) -> tuple[Counter[tuple[str
             trial = Trial(name, base, Path(root) / name.replace(" ", "-"))
             each = -(-kills // len(chosen))
             for index in range(each):
-                before = 1 + (index // 2 * trial.changes // max(1, (each + 1) // 2)) % trial.changes if index % 2 == 0 else 0
+                before = (
+                    1 + (index // 2 * trial.changes // max(1, (each + 1) // 2)) % trial.changes if index % 2 == 0 else 0
+                )
                 number = signal.SIGTERM if index % 5 == 4 else signal.SIGKILL
                 folder = Path(root) / "x"
                 wrong = trial.kill(folder, random, before, number)

@@ -10,11 +10,47 @@ from typing import Any
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
-ODD_NUMBERS = (0, 1, -1, 2, 3, 7, 127, 128, 255, 256, 65535, 1 << 31, (1 << 31) - 1, -(1 << 31), 1 << 32, (1 << 63) - 1, -(1 << 63), 1 << 40, 10**12)
+ODD_NUMBERS = (
+    0,
+    1,
+    -1,
+    2,
+    3,
+    7,
+    127,
+    128,
+    255,
+    256,
+    65535,
+    1 << 31,
+    (1 << 31) - 1,
+    -(1 << 31),
+    1 << 32,
+    (1 << 63) - 1,
+    -(1 << 63),
+    1 << 40,
+    10**12,
+)
 ODD_TEXTS = ("", "a", "/etc/passwd", "../../x", "\0", "é", "\U0001f600", "x" * 3000, "%s%n", "{}", "[1", "-1", "nan", "MatMul", "Add", "If", "Loop",
 "ai.onnx", "trt",
              "com.microsoft", "input_ids", "x", "y", "external", "location", "model.onnx.data")  # fmt: skip
-ODD_VALUES: tuple[Any, ...] = (None, True, False, 0, -1, 1e308, float("nan"), float("inf"), 10**30, "", [], {}, [[]], {"a": {}}, *ODD_TEXTS[:8])
+ODD_VALUES: tuple[Any, ...] = (
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1e308,
+    float("nan"),
+    float("inf"),
+    10**30,
+    "",
+    [],
+    {},
+    [[]],
+    {"a": {}},
+    *ODD_TEXTS[:8],
+)
 
 
 def mutated_bytes(random: Random, data: bytes) -> bytes:
@@ -34,7 +70,9 @@ def mutated_bytes(random: Random, data: bytes) -> bytes:
             made[at : at + size] = random.randbytes(size)
         elif kind == 4:
             width = random.choice((1, 2, 4, 8))
-            made[at : at + width] = (random.choice(ODD_NUMBERS) & ((1 << 8 * width) - 1)).to_bytes(width, random.choice(("little", "big")))
+            made[at : at + width] = (random.choice(ODD_NUMBERS) & ((1 << 8 * width) - 1)).to_bytes(
+                width, random.choice(("little", "big"))
+            )
         else:
             del made[at:]
     return bytes(made)
@@ -88,7 +126,11 @@ def mutate_message(random: Random, message: Message) -> None:
 def _inner(random: Random, message: Message) -> Message:
     """The message or one at a random depth; of a thousand weights few are chosen."""
     while random.random() < 0.85:
-        inside = [(field, value) for field, value in message.ListFields() if field.type == FieldDescriptor.TYPE_MESSAGE and (not _many(field) or len(value))]
+        inside = [
+            (field, value)
+            for field, value in message.ListFields()
+            if field.type == FieldDescriptor.TYPE_MESSAGE and (not _many(field) or len(value))
+        ]
         if not inside:
             break
         field, value = random.choice(inside)
@@ -113,7 +155,9 @@ def _mutate_field(random: Random, message: Message) -> None:
         elif kind == 2 and len(values) > 1:
             chosen = list(values)
             random.shuffle(chosen)
-            chosen = [type(one).FromString(one.SerializeToString()) if isinstance(one, Message) else one for one in chosen]
+            chosen = [
+                type(one).FromString(one.SerializeToString()) if isinstance(one, Message) else one for one in chosen
+            ]
             del values[:]
             values.extend(chosen)
         elif field.type == FieldDescriptor.TYPE_MESSAGE:
@@ -141,7 +185,11 @@ def _value(random: Random, field: Any, old: Any = None) -> Any:
         return random.choice((0.0, -1.0, 1e-40, 1e30, float("nan"), float("inf")))
     if kind == FieldDescriptor.TYPE_ENUM:
         return random.choice(field.enum_type.values).number
-    number = random.choice(ODD_NUMBERS) if random.random() < 0.6 or not isinstance(old, int) else old + random.choice((-1, 1))
+    number = (
+        random.choice(ODD_NUMBERS)
+        if random.random() < 0.6 or not isinstance(old, int)
+        else old + random.choice((-1, 1))
+    )
     wide = kind in (FieldDescriptor.TYPE_INT64, FieldDescriptor.TYPE_UINT64, FieldDescriptor.TYPE_SINT64)
     low, high = (
         (0, 1 << (64 if wide else 32))

@@ -51,7 +51,13 @@ def graphs() -> tuple[onnx.ModelProto, ...]:
 
 def decoder(form: str, opset: int) -> onnx.ModelProto:
     path = folder() / f"{form}.onnx"
-    export(None, path, ExportOptions(random=True, n_layer=1, n_embd=16, n_head=2, vocab_size=32, n_positions=16, kv_cache=form, opset=opset))  # type: ignore[arg-type]
+    export(
+        None,
+        path,
+        ExportOptions(
+            random=True, n_layer=1, n_embd=16, n_head=2, vocab_size=32, n_positions=16, kv_cache=form, opset=opset
+        ),
+    )  # type: ignore[arg-type]
     return onnx.load(path)
 
 
@@ -59,10 +65,14 @@ def _weight(*shape: int) -> np.ndarray[Any, Any]:
     return np.random.default_rng(sum(shape)).standard_normal(shape).astype(np.float32)
 
 
-def _model(nodes: list[onnx.NodeProto], inputs: dict[str, list[Any]], outputs: list[str], opset: int = 21, **arrays: Any) -> onnx.ModelProto:
+def _model(
+    nodes: list[onnx.NodeProto], inputs: dict[str, list[Any]], outputs: list[str], opset: int = 21, **arrays: Any
+) -> onnx.ModelProto:
     ports = [helper.make_tensor_value_info(name, FLOAT, shape) for name, shape in inputs.items()]
     results = [helper.make_tensor_value_info(name, FLOAT, None) for name in outputs]
-    graph = helper.make_graph(nodes, "g", ports, results, [numpy_helper.from_array(np.asarray(array), name) for name, array in arrays.items()])
+    graph = helper.make_graph(
+        nodes, "g", ports, results, [numpy_helper.from_array(np.asarray(array), name) for name, array in arrays.items()]
+    )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
 
 
@@ -74,7 +84,9 @@ def quantized() -> onnx.ModelProto:
         name="r"),
     ]  # fmt: skip
     codes = np.arange(16 * 8, dtype=np.int8).reshape(16, 8)
-    return _model(nodes, {"x": ["n", 16]}, ["y"], s=np.float32(0.1), z=np.int8(0), w=codes, ws=np.full(8, 0.02, np.float32))
+    return _model(
+        nodes, {"x": ["n", 16]}, ["y"], s=np.float32(0.1), z=np.int8(0), w=codes, ws=np.full(8, 0.02, np.float32)
+    )
 
 
 def control_flow() -> onnx.ModelProto:
@@ -136,7 +148,14 @@ def attention() -> onnx.ModelProto:
             i = Sub (one, m) l = Mul (i, low) u = Unsqueeze (l, axis) t = Shape (q) n = Gather (t, axis) r = Expand (one, n) a = Add (s, u)
             p = Softmax <axis = -1> (a) o = MatMul (p, e) logits = MatMul (o, head)
         }""")
-    arrays = {"table": _weight(32, 16), "wq": _weight(16, 16), "head": _weight(16, 32), "one": np.float32(1), "low": np.float32(-1e4), "axis": np.array([1])}
+    arrays = {
+        "table": _weight(32, 16),
+        "wq": _weight(16, 16),
+        "head": _weight(16, 32),
+        "one": np.float32(1),
+        "low": np.float32(-1e4),
+        "axis": np.array([1]),
+    }
     made.graph.initializer.extend(numpy_helper.from_array(np.asarray(array), name) for name, array in arrays.items())
     return made  # type: ignore[no-any-return]
 
@@ -145,14 +164,24 @@ def attention() -> onnx.ModelProto:
 def gguf_file() -> bytes:
     path = folder() / "seed.gguf"
     writer = gguf.GGUFWriter(path, "llama")
-    for name, number in {"block_count": 1, "embedding_length": 32, "feed_forward_length": 64, "attention.head_count": 2, "context_length": 32}.items():
+    for name, number in {
+        "block_count": 1,
+        "embedding_length": 32,
+        "feed_forward_length": 64,
+        "attention.head_count": 2,
+        "context_length": 32,
+    }.items():
         writer.add_uint32(f"llama.{name}", number)
     writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
     writer.add_string("tokenizer.ggml.model", "gpt2")
     writer.add_array("tokenizer.ggml.tokens", ["a", "b", "ab", "<s>"])
     writer.add_array("tokenizer.ggml.merges", ["a b"])
     writer.add_array("tokenizer.ggml.token_type", [1, 1, 1, 3])
-    for name, shape in {"token_embd.weight": (4, 32), "blk.0.attn_q.weight": (32, 32), "output_norm.weight": (32,)}.items():
+    for name, shape in {
+        "token_embd.weight": (4, 32),
+        "blk.0.attn_q.weight": (32, 32),
+        "output_norm.weight": (32,),
+    }.items():
         writer.add_tensor(name, _weight(*shape))
     writer.add_tensor("blk.0.attn_k.weight", np.zeros((32, 34), np.uint8), raw_dtype=gguf.GGMLQuantizationType.Q8_0)
     writer.write_header_to_file()
@@ -257,8 +286,14 @@ def nemo_tar() -> bytes:
 def manifest() -> bytes:
     """Of an engine, with every key that is read."""
     spec: dict[str, Any] = {"backend": "auto", "sparsity": "disable"}
-    io_ = [{"name": "input_ids", "dtype": "int64", "shape": [-1, -1]}, {"name": "past_key_values.0.key", "dtype": "float32", "shape": [-1, 2, -1, 8]}]
-    out = [{"name": "logits", "dtype": "float32", "shape": [-1, -1, 32]}, {"name": "present.0.key", "dtype": "float32", "shape": [-1, 2, -1, 8]}]
+    io_ = [
+        {"name": "input_ids", "dtype": "int64", "shape": [-1, -1]},
+        {"name": "past_key_values.0.key", "dtype": "float32", "shape": [-1, 2, -1, 8]},
+    ]
+    out = [
+        {"name": "logits", "dtype": "float32", "shape": [-1, -1, 32]},
+        {"name": "present.0.key", "dtype": "float32", "shape": [-1, 2, -1, 8]},
+    ]
     return json.dumps({
         "format": "onnxtools.engine/1", "onnxtools": "0", "backend": {"name": "tensorrt-rtx", "version": "1.7"}, "engine": {"file": "e", "bytes": 1,
         "sha256": ""},

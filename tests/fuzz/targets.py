@@ -108,7 +108,12 @@ def passing(*passes: Pass) -> Target:
     return target
 
 
-def reading(name: str, seed: Callable[[], bytes], read: Callable[[Path], object], change: Callable[[Random, bytes], bytes] = mutated_bytes) -> Target:
+def reading(
+    name: str,
+    seed: Callable[[], bytes],
+    read: Callable[[Path], object],
+    change: Callable[[Random, bytes], bytes] = mutated_bytes,
+) -> Target:
     """A file called `name`, changed, and what reads it."""
 
     def target(random: Random, where: Path) -> None:

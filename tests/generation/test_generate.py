@@ -21,13 +21,22 @@ CPU = RuntimeOptions(device="cpu", threads=2)
 
 
 def runtime_of(name: str, form: str, *flags: str) -> Runtime:
-    return open_runtime("frameworks:eager", checkpoint(name), CPU) if form == "frameworks" else open_runtime("onnxrt", exported(name, form, *flags), CPU)
+    return (
+        open_runtime("frameworks:eager", checkpoint(name), CPU)
+        if form == "frameworks"
+        else open_runtime("onnxrt", exported(name, form, *flags), CPU)
+    )
 
 
 def theirs(name: str, prompt: list[int], **settings: Any) -> list[list[int]]:
     """New tokens of each returned sequence, without the padding behind an end-of-text token."""
     with torch.no_grad():
-        out = reference(name).generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), do_sample=False, **settings)
+        out = reference(name).generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            do_sample=False,
+            **settings,
+        )
     found = []
     for row in out.tolist():
         new = row[len(prompt) :]
@@ -62,14 +71,19 @@ def test_beams_that_end_early_equal_transformers() -> None:
     """A model whose end-of-text token is likely: beams finish at different lengths and the stopping rules decide."""
     model = reference("gpt2")
     runtime = runtime_of("gpt2", "concat")
-    common = max(range(97), key=lambda token: sum(row.count(token) for p in PROMPTS for row in theirs("gpt2", p, max_new_tokens=24)))
+    common = max(
+        range(97),
+        key=lambda token: sum(row.count(token) for p in PROMPTS for row in theirs("gpt2", p, max_new_tokens=24)),
+    )
     ends = model.generation_config.eos_token_id
     try:
         model.generation_config.eos_token_id = common
         object.__setattr__(runtime.info, "eos_token_ids", (common,))
         finished = set()
         for early in (False, True):
-            options = GenerationOptions(max_new_tokens=20, num_beams=4, num_return_sequences=4, early_stopping="yes" if early else "no")
+            options = GenerationOptions(
+                max_new_tokens=20, num_beams=4, num_return_sequences=4, early_stopping="yes" if early else "no"
+            )
             for prompt in PROMPTS:
                 found = generate(runtime, [prompt], options)[0]
                 with torch.no_grad():
@@ -90,7 +104,9 @@ def test_beams_that_end_early_equal_transformers() -> None:
 def test_penalty_and_minimum_equal_transformers(form: str) -> None:
     settings = {"repetition_penalty": 1.3, "min_new_tokens": 9}
     found = generate(runtime_of("llama", form), PROMPTS, GenerationOptions(max_new_tokens=15, **settings))  # type: ignore[arg-type]
-    assert [beams[0].token_ids for beams in found] == [theirs("llama", prompt, max_new_tokens=15, **settings)[0] for prompt in PROMPTS]
+    assert [beams[0].token_ids for beams in found] == [
+        theirs("llama", prompt, max_new_tokens=15, **settings)[0] for prompt in PROMPTS
+    ]
 
 
 def test_rows_end_at_the_end_of_text_each_for_itself() -> None:
@@ -112,13 +128,17 @@ def test_a_model_without_a_mask_runs_prompts_of_different_lengths(form: str) -> 
     runtime = runtime_of("llama", form, "--use-one-input")
     assert not runtime.pads
     found = generate(runtime, PROMPTS, GenerationOptions(max_new_tokens=12))
-    assert [beams[0].token_ids for beams in found] == [theirs("llama", prompt, max_new_tokens=12)[0] for prompt in PROMPTS]
+    assert [beams[0].token_ids for beams in found] == [
+        theirs("llama", prompt, max_new_tokens=12)[0] for prompt in PROMPTS
+    ]
 
 
 @pytest.mark.parametrize("form", ["concat", "scatter", "gqa"])
 def test_last_logits_alone_give_the_same_tokens(form: str) -> None:
     found = generate(runtime_of("llama", form, "--logits", "last"), PROMPTS, GenerationOptions(max_new_tokens=12))
-    assert [beams[0].token_ids for beams in found] == [theirs("llama", prompt, max_new_tokens=12)[0] for prompt in PROMPTS]
+    assert [beams[0].token_ids for beams in found] == [
+        theirs("llama", prompt, max_new_tokens=12)[0] for prompt in PROMPTS
+    ]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -127,11 +147,15 @@ def test_a_runtime_serves_one_batch_after_another(form: str) -> None:
     runtime = runtime_of("llama", form)
     for prompts in (PROMPTS, PROMPTS[:1], [PROMPTS[2], PROMPTS[0], PROMPTS[1]], PROMPTS):
         found = generate(runtime, prompts, GenerationOptions(max_new_tokens=6))
-        assert [beams[0].token_ids for beams in found] == [theirs("llama", prompt, max_new_tokens=6)[0] for prompt in prompts]
+        assert [beams[0].token_ids for beams in found] == [
+            theirs("llama", prompt, max_new_tokens=6)[0] for prompt in prompts
+        ]
 
 
 def test_log_probabilities_are_the_models() -> None:
-    found = generate(runtime_of("llama", "concat"), PROMPTS[:1], GenerationOptions(max_new_tokens=8), logprobs=True)[0][0]
+    found = generate(runtime_of("llama", "concat"), PROMPTS[:1], GenerationOptions(max_new_tokens=8), logprobs=True)[0][
+        0
+    ]
     text = torch.tensor([PROMPTS[0] + found.token_ids])
     with torch.no_grad():
         expected = torch.log_softmax(reference("llama")(text).logits[0].float(), -1)
@@ -143,7 +167,9 @@ def test_sampling_is_repeated_by_its_seed_and_differs_without() -> None:
     runtime = runtime_of("llama", "gqa")
 
     def sample(seed: int) -> list[int]:
-        return generate(runtime, PROMPTS[:1], GenerationOptions(max_new_tokens=16, temperature=2.0, top_k=40, seed=seed))[0][0].token_ids
+        return generate(
+            runtime, PROMPTS[:1], GenerationOptions(max_new_tokens=16, temperature=2.0, top_k=40, seed=seed)
+        )[0][0].token_ids
 
     assert sample(1) == sample(1) != sample(2)
     greedy = generate(runtime, PROMPTS[:1], GenerationOptions(max_new_tokens=16))[0][0].token_ids
@@ -157,7 +183,9 @@ def test_a_token_callback_sees_every_token_and_may_stop_a_row() -> None:
         seen.append((row, token))
         return row == 1 and sum(r == 1 for r, _ in seen) == 4
 
-    found = generate(runtime_of("llama", "concat"), PROMPTS, GenerationOptions(max_new_tokens=7), on_token=stop_row_1_at_4)
+    found = generate(
+        runtime_of("llama", "concat"), PROMPTS, GenerationOptions(max_new_tokens=7), on_token=stop_row_1_at_4
+    )
     assert [len(beams[0].token_ids) for beams in found] == [7, 4, 7] and found[1][0].finish == "stop"
     assert [token for row, token in seen if row == 2] == found[2][0].token_ids
 

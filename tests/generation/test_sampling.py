@@ -22,7 +22,11 @@ TEXTS = [[1, 2, 2, 7], [0], [49, 3]]
 ])  # fmt: skip
 def test_filters_equal_transformers(settings: dict[str, float]) -> None:
     expected = torch.tensor(LOGITS)
-    for name, make in (("temperature", theirs.TemperatureLogitsWarper), ("top_k", theirs.TopKLogitsWarper), ("top_p", theirs.TopPLogitsWarper)):
+    for name, make in (
+        ("temperature", theirs.TemperatureLogitsWarper),
+        ("top_k", theirs.TopKLogitsWarper),
+        ("top_p", theirs.TopPLogitsWarper),
+    ):
         if name in settings:
             expected = make(settings[name])(None, expected)
     found = filtered(LOGITS, GenerationOptions(**settings))  # type: ignore[arg-type]
@@ -32,7 +36,9 @@ def test_filters_equal_transformers(settings: dict[str, float]) -> None:
 @pytest.mark.parametrize("penalty", [1.0, 1.3, 0.5])
 def test_penalty_equals_transformers(penalty: float) -> None:
     for row, text in enumerate(TEXTS):
-        expected = theirs.RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([text]), torch.tensor(LOGITS[row : row + 1]))
+        expected = theirs.RepetitionPenaltyLogitsProcessor(penalty)(
+            torch.tensor([text]), torch.tensor(LOGITS[row : row + 1])
+        )
         np.testing.assert_allclose(penalized(LOGITS, TEXTS, penalty)[row], expected.numpy()[0], rtol=1e-6)
 
 
@@ -63,4 +69,8 @@ def test_a_temperature_of_0_is_greedy(others: dict[str, float]) -> None:
     """As in vLLM, llama.cpp and OpenAI's interface; without the others it is what no temperature is."""
     options = GenerationOptions(temperature=0.0, **others)  # type: ignore[arg-type]
     assert not options.samples
-    assert not GenerationOptions().samples and GenerationOptions(temperature=0.5).samples and GenerationOptions(top_k=5).samples
+    assert (
+        not GenerationOptions().samples
+        and GenerationOptions(temperature=0.5).samples
+        and GenerationOptions(top_k=5).samples
+    )

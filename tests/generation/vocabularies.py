@@ -26,13 +26,25 @@ def prefixes(start: str) -> list[tuple[str, str]]:
 def sentencepiece() -> Tokenizer:
     """As Llama 2's: a word mark in front of every text, bytes for what is unknown, <s> before a text."""
     merges = prefixes(MARK)
-    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), MARK, *sorted({c for w in WORDS for c in w}), *(a + b for a, b in merges)]
+    names = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        MARK,
+        *sorted({c for w in WORDS for c in w}),
+        *(a + b for a, b in merges),
+    ]
     vocab = {name: i for i, name in enumerate(dict.fromkeys(names))}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(MARK), normalizers.Replace(" ", MARK)])
-    tokenizer.decoder = decoders.Sequence([decoders.Replace(MARK, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(MARK, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
+    )
     return tokenizer
 
 
@@ -45,7 +57,17 @@ def byte_level() -> Tokenizer:
 
 
 def byte_level_parts(*special: str) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    merges = [*prefixes("Ġ"), ("i", "n"), ("o", "l"), ("ol", "d"), ("1", "2"), ("3", "4"), ("\u010a", "\u010a"), ("l", "l"), ("'", "s")]
+    merges = [
+        *prefixes("Ġ"),
+        ("i", "n"),
+        ("o", "l"),
+        ("ol", "d"),
+        ("1", "2"),
+        ("3", "4"),
+        ("\u010a", "\u010a"),
+        ("l", "l"),
+        ("'", "s"),
+    ]
     names = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in merges), *special]
     return {name: i for i, name in enumerate(dict.fromkeys(names))}, merges
 

@@ -19,7 +19,9 @@ from onnxtools.ir.model import Model
 from tests.support import Session, external, info, linear, normal, refuse, stored, succeed, write
 
 
-def outside(path: Path, location: str, *, offset: int = 0, length: int | None = None, dims: tuple[int, int] = (64, 128)) -> Path:
+def outside(
+    path: Path, location: str, *, offset: int = 0, length: int | None = None, dims: tuple[int, int] = (64, 128)
+) -> Path:
     """A linear model whose weight lies at `location`, as written (onnx's own saver would refuse some of these)."""
     linear(path)
     proto = onnx.load(path)
@@ -85,7 +87,9 @@ def a_folder(folder: Path) -> Path:
     return folder / "in.onnx"
 
 
-def small(folder: Path, nodes: list[onnx.NodeProto], change: Callable[[onnx.ModelProto], object] = lambda proto: None) -> Path:
+def small(
+    folder: Path, nodes: list[onnx.NodeProto], change: Callable[[onnx.ModelProto], object] = lambda proto: None
+) -> Path:
     path = write(folder / "in.onnx", nodes, [info("x", [4])], [info("y", [4])], stored(k=np.ones(4, np.float32)))
     proto = onnx.load(path)
     change(proto)
@@ -146,13 +150,19 @@ def test_inspect_and_validate_refuse_it_too(kind: str, tmp_path: Path) -> None:
     refuse("validate", path, path)
 
 
-@pytest.mark.parametrize(("nodes", "named"), [([node("Add", "x ghost", "y", "a")], "ghost"), ([node("Neg", "x", "z", "a")], "'y'")], ids=["input", "output"])
+@pytest.mark.parametrize(
+    ("nodes", "named"),
+    [([node("Add", "x ghost", "y", "a")], "ghost"), ([node("Neg", "x", "z", "a")], "'y'")],
+    ids=["input", "output"],
+)
 def test_a_value_that_nothing_defines_is_named(nodes: list[onnx.NodeProto], named: str, tmp_path: Path) -> None:
     assert named in refuse("convert", small(tmp_path, nodes), tmp_path / "out.onnx")
 
 
 def test_nodes_that_share_a_name_get_their_own(tmp_path: Path) -> None:
-    path = small(tmp_path, [node("Neg", "x", "a", "same"), node("Abs", "a", "b", "same"), node("Neg", "b", "y", "same")])
+    path = small(
+        tmp_path, [node("Neg", "x", "a", "same"), node("Abs", "a", "b", "same"), node("Neg", "b", "y", "same")]
+    )
     result = succeed("cleanup", path, tmp_path / "out.onnx")
     assert "2 nodes shared a name" in result.out
     assert len({n.name for n in onnx.load(tmp_path / "out.onnx").graph.node}) == 3
@@ -167,7 +177,15 @@ def test_nodes_out_of_order_are_sorted(tmp_path: Path) -> None:
 
 
 def test_a_cycle_names_a_node_on_it(tmp_path: Path) -> None:
-    path = small(tmp_path, [node("Neg", "x", "q", "before"), node("Add", "q b", "a", "first"), node("Neg", "a", "b", "second"), node("Abs", "b", "y", "after")])
+    path = small(
+        tmp_path,
+        [
+            node("Neg", "x", "q", "before"),
+            node("Add", "q b", "a", "first"),
+            node("Neg", "a", "b", "second"),
+            node("Abs", "b", "y", "after"),
+        ],
+    )
     message = refuse("convert", path, tmp_path / "out.onnx")
     assert "'first'" in message or "'second'" in message
 
@@ -194,5 +212,14 @@ def test_a_model_error_is_raised_in_python(tmp_path: Path) -> None:
 
 def test_external_data_of_a_packed_type_loads(tmp_path: Path) -> None:
     tensor = helper.make_tensor("w", TensorProto.INT4, [7], b"\x21\x43\x65\x07", raw=True)
-    path = external(write(tmp_path / "in.onnx", [helper.make_node("Cast", ["w"], ["y"], to=TensorProto.FLOAT)], [], [info("y", [7])], [tensor], opset=21))
+    path = external(
+        write(
+            tmp_path / "in.onnx",
+            [helper.make_node("Cast", ["w"], ["y"], to=TensorProto.FLOAT)],
+            [],
+            [info("y", [7])],
+            [tensor],
+            opset=21,
+        )
+    )
     assert next(Model.load(path).external_tensors()).nbytes == 4

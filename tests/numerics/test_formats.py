@@ -82,7 +82,9 @@ def test_scales_of_zeros_and_of_next_to_nothing_divide(dtype: ir.DataType) -> No
 def test_nothing_is_read_before_it_is_written(tmp_path: Path) -> None:
     """A weight whose file is gone by then fails when it is written, not when it is quantized."""
     WEIGHT.tofile(tmp_path / "w.bin")
-    tensor = ir.ExternalTensor("w.bin", 0, WEIGHT.nbytes, ir.DataType.FLOAT, shape=ir.Shape([48, 64]), name="w", base_dir=tmp_path)
+    tensor = ir.ExternalTensor(
+        "w.bin", 0, WEIGHT.nbytes, ir.DataType.FLOAT, shape=ir.Shape([48, 64]), name="w", base_dir=tmp_path
+    )
     made = quantized(tensor, INT8, np.array(0.1, np.float32), 1)
     (tmp_path / "w.bin").unlink()
     with pytest.raises(OSError):

@@ -117,7 +117,12 @@ def test_current_scaling_prefill_is_equal_and_decoding_is_warned_of(converted: M
     case = Case(CURRENT)
     result = succeed("add-kv-cache", converted(CURRENT), tmp_path / "kv.onnx")
     assert "warning" in result.out and "current scaling" in result.out
-    assert max_abs(decode(Session(tmp_path / "kv.onnx"), case.feeds, [case.sequence]), full(converted(CURRENT), case.feeds)) <= TOLERANCE
+    assert (
+        max_abs(
+            decode(Session(tmp_path / "kv.onnx"), case.feeds, [case.sequence]), full(converted(CURRENT), case.feeds)
+        )
+        <= TOLERANCE
+    )
 
 
 def test_a_window_really_hides_old_keys(cached: Make) -> None:
@@ -152,7 +157,11 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("flags", OPTIONS, ids=" ".join)
-@pytest.mark.parametrize("case", ["te_gpt_fp8_ds_dyn", "rms_swiglu_gqa_rope", "mqa_srelu_zcg", "padding_mask", "ts_swiglu_rms_fp32", *STATIC], indirect=True)
+@pytest.mark.parametrize(
+    "case",
+    ["te_gpt_fp8_ds_dyn", "rms_swiglu_gqa_rope", "mqa_srelu_zcg", "padding_mask", "ts_swiglu_rms_fp32", *STATIC],
+    indirect=True,
+)
 def test_layouts_policies_and_names(case: Case, flags: list[str], converted: Make, cached: Make) -> None:
     path = cached(case.name, *flags)
     expected = kept(case, full(converted(case.name), case.feeds))
@@ -173,14 +182,23 @@ KV = {
 
 @pytest.mark.parametrize(("name", "kv"), KV.items())
 def test_the_cache_holds_kv_heads(name: str, kv: tuple[int, int], cached: Make) -> None:
-    expected = {f"past_key_values.{layer}.{kind}": (FLOAT, ["batch", kv[0], "past_sequence", kv[1]]) for layer in range(2) for kind in ("key", "value")}
+    expected = {
+        f"past_key_values.{layer}.{kind}": (FLOAT, ["batch", kv[0], "past_sequence", kv[1]])
+        for layer in range(2)
+        for kind in ("key", "value")
+    }
     assert caches(cached(name)) == expected
 
 
 def test_names_and_shapes_of_every_option(cached: Make) -> None:
     name = "rms_swiglu_gqa_rope"
     whole = ["batch", 2, "total_sequence", 16]
-    assert list(caches(cached(name), "output")) == ["present.0.key", "present.0.value", "present.1.key", "present.1.value"]
+    assert list(caches(cached(name), "output")) == [
+        "present.0.key",
+        "present.0.value",
+        "present.1.key",
+        "present.1.value",
+    ]
     assert caches(cached(name), "output")["present.1.key"] == (FLOAT, whole)
     new = cached(name, "--policy", "new", "--layout", "sbnh", "--naming", "nemo")
     assert caches(new)["past_key_values.1.decoder.value"] == (FLOAT, ["past_sequence", "batch", 2, 16])
@@ -192,7 +210,9 @@ def test_names_and_shapes_of_every_option(cached: Make) -> None:
 @pytest.mark.parametrize("policy", ["concat", "new"])
 @pytest.mark.parametrize(("dtype", "element", "numpy_type"), [("fp8", E4M3, FP8), ("fp16", HALF, np.float16)])
 @pytest.mark.parametrize("case", ["te_gpt_none_dyn", "rope_no_fp8", "gpt_fp16_fp8"], indirect=True)
-def test_stored_element_types(case: Case, dtype: str, element: int, numpy_type: type, policy: str, converted: Make, cached: Make) -> None:
+def test_stored_element_types(
+    case: Case, dtype: str, element: int, numpy_type: type, policy: str, converted: Make, cached: Make
+) -> None:
     """Every split gives what the prefill gives: old and new tokens are rounded alike. Rounding costs what the type costs."""
     path = cached(case.name, "--dtype", dtype, "--policy", policy)
     assert {kind for kind, _ in (*caches(path).values(), *caches(path, "output").values())} == {element}
@@ -200,15 +220,23 @@ def test_stored_element_types(case: Case, dtype: str, element: int, numpy_type: 
     prefill = decode(session, case.feeds, [case.sequence])
     assert rel_l2(prefill, expected) <= (0.12 if dtype == "fp8" else max(2e-3, case.tolerance * 2))
     for steps in splits(case.sequence)[1:]:
-        assert rel_l2(decode(session, case.feeds, steps), prefill) <= max(1e-5, case.tolerance * (case.name in HALF_PRECISION)), steps
+        assert rel_l2(decode(session, case.feeds, steps), prefill) <= max(
+            1e-5, case.tolerance * (case.name in HALF_PRECISION)
+        ), steps
 
 
 def test_an_fp8_cache_holds_the_rounded_keys(cached: Make) -> None:
     """Stored bits = the fp32 cache, divided by the scale and rounded by ml_dtypes."""
     case, scale = Case("rope_no_fp8"), 0.125
-    empty = {f"past_key_values.{layer}.{kind}": np.zeros((2, 2, 0, 16), np.float32) for layer in range(2) for kind in ("key", "value")}
+    empty = {
+        f"past_key_values.{layer}.{kind}": np.zeros((2, 2, 0, 16), np.float32)
+        for layer in range(2)
+        for kind in ("key", "value")
+    }
     wide = Session(cached("rope_no_fp8"))({**case.feeds, **empty})
-    narrow = Session(cached("rope_no_fp8", "--dtype", "fp8", "--kv-scale", str(scale)))({**case.feeds, **{k: v.astype(FP8) for k, v in empty.items()}})
+    narrow = Session(cached("rope_no_fp8", "--dtype", "fp8", "--kv-scale", str(scale)))(
+        {**case.feeds, **{k: v.astype(FP8) for k, v in empty.items()}}
+    )
     expected = np.clip(wide["present.0.key"] / np.float32(scale), -448, 448).astype(FP8)
     assert narrow["present.0.key"].tobytes() == expected.tobytes()
 
@@ -233,7 +261,10 @@ def test_the_graph_passes_the_checker(case: Case, cached: Make) -> None:
 
 
 def test_all_layers_are_reported(converted: Make, tmp_path: Path) -> None:
-    assert "2 attention blocks found, 2 kv heads of 16" in succeed("add-kv-cache", converted("rms_swiglu_gqa_rope"), tmp_path / "kv.onnx").out
+    assert (
+        "2 attention blocks found, 2 kv heads of 16"
+        in succeed("add-kv-cache", converted("rms_swiglu_gqa_rope"), tmp_path / "kv.onnx").out
+    )
 
 
 # --- what must be refused ---------------------------------------------------------------------------------------------
@@ -254,7 +285,13 @@ def attention_model(
         nodes += [
             helper.make_node("MatMul", ["h", f"w{name}"], [f"{name}2"], f"{name}_proj"),
             helper.make_node("Reshape", [f"{name}2", "split"], [f"{name}3"], f"{name}_split"),
-            helper.make_node("Transpose", [f"{name}3"], [f"{name}4"], f"{name}_heads", perm=[0, 2, 3, 1] if name == "k" else [0, 2, 1, 3]),
+            helper.make_node(
+                "Transpose",
+                [f"{name}3"],
+                [f"{name}4"],
+                f"{name}_heads",
+                perm=[0, 2, 3, 1] if name == "k" else [0, 2, 1, 3],
+            ),
         ]
     nodes.append(helper.make_node("MatMul", ["q4", "k4"], ["scores"], "qk"))
     masked = mask(nodes) or "scores"
@@ -290,12 +327,21 @@ def lengths(nodes: list[onnx.NodeProto]) -> None:
     ]
 
 
-NUMBERS = {"zero": np.array(0), "one": np.array(1), "one_axis": np.array([1]), "low": np.float32(-1e4), "none": np.float32(0)}
+NUMBERS = {
+    "zero": np.array(0),
+    "one": np.array(1),
+    "one_axis": np.array([1]),
+    "low": np.float32(-1e4),
+    "none": np.float32(0),
+}
 
 
 def causal(nodes: list[onnx.NodeProto]) -> str:
     lengths(nodes)
-    nodes += [helper.make_node("Greater", ["j", "i"], ["hide"]), helper.make_node("Where", ["hide", "low", "scores"], ["masked"], "mask")]
+    nodes += [
+        helper.make_node("Greater", ["j", "i"], ["hide"]),
+        helper.make_node("Where", ["hide", "low", "scores"], ["masked"], "mask"),
+    ]
     return "masked"
 
 
@@ -326,7 +372,10 @@ def alibi(nodes: list[onnx.NodeProto]) -> str:
 
 def anticausal(nodes: list[onnx.NodeProto]) -> str:
     lengths(nodes)
-    nodes += [helper.make_node("Less", ["j", "i"], ["hide"]), helper.make_node("Where", ["hide", "low", "scores"], ["masked"], "reversed_mask")]
+    nodes += [
+        helper.make_node("Less", ["j", "i"], ["hide"]),
+        helper.make_node("Where", ["hide", "low", "scores"], ["masked"], "reversed_mask"),
+    ]
     return "masked"
 
 
@@ -354,7 +403,9 @@ BAD_MASKS = [
 
 
 @pytest.mark.parametrize(("mask", "named"), BAD_MASKS, ids=["blocks", "alibi", "anticausal", "weak", "none"])
-def test_a_mask_that_is_not_causal_is_refused_by_name(mask: Callable[[list[onnx.NodeProto]], str | None], named: str, tmp_path: Path) -> None:
+def test_a_mask_that_is_not_causal_is_refused_by_name(
+    mask: Callable[[list[onnx.NodeProto]], str | None], named: str, tmp_path: Path
+) -> None:
     path = attention_model(tmp_path / "in.onnx", mask, **NUMBERS, three=np.array(3), minus=np.float32(-1))
     assert named in refuse("add-kv-cache", path, tmp_path / "kv.onnx", "--no-check")
     assert [p.name for p in tmp_path.iterdir()] == ["in.onnx"]
@@ -405,7 +456,9 @@ MIXERS: dict[str, list[onnx.NodeProto]] = {
 
 @pytest.mark.parametrize("kind", MIXERS)
 def test_tokens_that_meet_outside_attention_are_refused(kind: str, tmp_path: Path) -> None:
-    path = attention_model(tmp_path / "in.onnx", lambda nodes: before(nodes, *MIXERS[kind]), **NUMBERS, positions=normal(256, HEADS * SIZE))
+    path = attention_model(
+        tmp_path / "in.onnx", lambda nodes: before(nodes, *MIXERS[kind]), **NUMBERS, positions=normal(256, HEADS * SIZE)
+    )
     message = refuse("add-kv-cache", path, tmp_path / "kv.onnx")
     assert ("'pe'" if kind == "positions from the end" else "'mixer'") in message
 
@@ -466,7 +519,9 @@ def test_ways_to_write_a_causal_mask(kind: str, tmp_path: Path) -> None:
         return "masked"
 
     extra = {"triangle": np.triu(np.ones((64, 64), bool), 1), "zero_axis": np.array([0]), "five": np.float32(5)}
-    path = attention_model(tmp_path / "in.onnx", mask, **NUMBERS, **extra, per_head=np.array([1, 2], np.float32).reshape(1, 2, 1, 1))
+    path = attention_model(
+        tmp_path / "in.onnx", mask, **NUMBERS, **extra, per_head=np.array([1, 2], np.float32).reshape(1, 2, 1, 1)
+    )
     succeed("add-kv-cache", path, tmp_path / "kv.onnx")
     feeds = {"input_ids": np.random.default_rng(0).integers(0, VOCABULARY, (3, 11))}
     expected = full(path, feeds)
@@ -510,7 +565,10 @@ def test_positions_counted_from_the_mask_are_right_or_refused(tmp_path: Path) ->
     extra = [info("attention_mask", ["batch", "sequence"], INT64)]
     arrays = {"positions": normal(64, HEADS * SIZE, seed=5), "middle": np.array([1, 2])}
     path = attention_model(tmp_path / "in.onnx", mask, extra=extra, **NUMBERS, **arrays)
-    feeds = {"input_ids": np.random.default_rng(0).integers(0, VOCABULARY, (2, 7)), "attention_mask": np.ones((2, 7), np.int64)}
+    feeds = {
+        "input_ids": np.random.default_rng(0).integers(0, VOCABULARY, (2, 7)),
+        "attention_mask": np.ones((2, 7), np.int64),
+    }
     expected = full(path, feeds)
     if run("add-kv-cache", path, tmp_path / "kv.onnx").code:
         refuse("add-kv-cache", path, tmp_path / "kv.onnx")
@@ -524,9 +582,16 @@ def test_no_token_input_is_refused(case: Case, converted: Make, tmp_path: Path) 
 
 
 def test_no_attention_is_refused(tmp_path: Path) -> None:
-    nodes = [helper.make_node("Gather", ["table", "input_ids"], ["h"]), helper.make_node("MatMul", ["h", "w"], ["logits"])]
+    nodes = [
+        helper.make_node("Gather", ["table", "input_ids"], ["h"]),
+        helper.make_node("MatMul", ["h", "w"], ["logits"]),
+    ]
     path = write(
-        tmp_path / "in.onnx", nodes, [info("input_ids", ["b", "s"], INT64)], [info("logits", ["b", "s", 8])], stored(table=normal(8, 4), w=normal(4, 8))
+        tmp_path / "in.onnx",
+        nodes,
+        [info("input_ids", ["b", "s"], INT64)],
+        [info("logits", ["b", "s", 8])],
+        stored(table=normal(8, 4), w=normal(4, 8)),
     )
     assert "no attention" in refuse("add-kv-cache", path, tmp_path / "kv.onnx")
     assert not (tmp_path / "kv.onnx").exists()
@@ -539,7 +604,16 @@ def test_a_cached_model_is_refused(flags: list[str], cached: Make, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "flags", [["--kv-scale", "0"], ["--kv-scale", "-1"], ["--kv-scale", "nan"], ["--kv-scale", "inf"], ["--dtype", "int8"], ["--layout", "x"]], ids=" ".join
+    "flags",
+    [
+        ["--kv-scale", "0"],
+        ["--kv-scale", "-1"],
+        ["--kv-scale", "nan"],
+        ["--kv-scale", "inf"],
+        ["--dtype", "int8"],
+        ["--layout", "x"],
+    ],
+    ids=" ".join,
 )
 def test_wrong_options_are_usage_errors(flags: list[str], converted: Make, tmp_path: Path) -> None:
     refuse("add-kv-cache", converted("rms_swiglu_gqa_rope"), tmp_path / "kv.onnx", *flags, code=2)
@@ -556,4 +630,7 @@ def test_a_raw_export_can_be_cached(name: str, tmp_path: Path) -> None:
     case = Case(name)
     result = succeed("add-kv-cache", case.path, tmp_path / "kv.onnx")
     assert "2 attention blocks" in result.out
-    assert rel_l2(kept(case, decode(Session(tmp_path / "kv.onnx"), case.feeds, [4, *[1] * 8])), kept(case, case.expected)) <= 1e-6
+    assert (
+        rel_l2(kept(case, decode(Session(tmp_path / "kv.onnx"), case.feeds, [4, *[1] * 8])), kept(case, case.expected))
+        <= 1e-6
+    )

@@ -58,10 +58,26 @@ def tokens(kind: str) -> Array:
 
 def layer(path: Path, weight: Array, x: Array) -> Path:
     """x times gains, as behind a norm, then the product: its scales go into the gains."""
-    nodes = [helper.make_node("Mul", ["x", "gain"], ["h"], name="gain"), helper.make_node("MatMul", ["h", "w"], ["y"], name="layer")]
-    stored = [numpy_helper.from_array(np.ones(K, np.float32), "gain"), numpy_helper.from_array(np.ascontiguousarray(weight.T), "w")]
-    ports = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", K]), helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", N])]
-    onnx.save(helper.make_model(helper.make_graph(nodes, "g", ports[:1], ports[1:], stored), opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
+    nodes = [
+        helper.make_node("Mul", ["x", "gain"], ["h"], name="gain"),
+        helper.make_node("MatMul", ["h", "w"], ["y"], name="layer"),
+    ]
+    stored = [
+        numpy_helper.from_array(np.ones(K, np.float32), "gain"),
+        numpy_helper.from_array(np.ascontiguousarray(weight.T), "w"),
+    ]
+    ports = [
+        helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", K]),
+        helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", N]),
+    ]
+    onnx.save(
+        helper.make_model(
+            helper.make_graph(nodes, "g", ports[:1], ports[1:], stored),
+            opset_imports=[helper.make_opsetid("", 21)],
+            ir_version=10,
+        ),
+        path,
+    )
     np.savez(path.with_suffix(".npz"), x=x)
     return path
 
@@ -79,7 +95,11 @@ def lost(found: Array, exact: Array) -> float:
 @pytest.mark.parametrize("kind", ["large channels", "long rows", "both"])
 def test_a_layer_is_as_good_as_by_the_paper_and_never_worse_than_rounding(kind: str, tmp_path: Path) -> None:
     x = tokens(kind)
-    weight = (np.random.default_rng(6).standard_normal((N, K)) * np.exp(0.5 * np.random.default_rng(7).standard_normal((N, 1))) / 16).astype(np.float32)
+    weight = (
+        np.random.default_rng(6).standard_normal((N, K))
+        * np.exp(0.5 * np.random.default_rng(7).standard_normal((N, 1)))
+        / 16
+    ).astype(np.float32)
     source = layer(tmp_path / "m.onnx", weight, x)
     flags = ("--block-size", str(BLOCK), "--lm-head", "--no-check")
     succeed("quantize", source, tmp_path / "awq.onnx", "--int4-awq", "--calib", source.with_suffix(".npz"), *flags)

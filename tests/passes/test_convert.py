@@ -34,7 +34,11 @@ from tests.support import (
 )
 
 STANDARD = [name for name in (*TE, *STYLE) if name not in MX]
-QUANTIZED = [name for name in STANDARD if name not in ("te_gpt_none_dyn", "attention_op", "padding_mask", "rope_no_fp8", "sdpa_gqa")]
+QUANTIZED = [
+    name
+    for name in STANDARD
+    if name not in ("te_gpt_none_dyn", "attention_op", "padding_mask", "rope_no_fp8", "sdpa_gqa")
+]
 REFUSED_BY_TENSORRT = {"SplitToSequence", "SequenceAt", "CastLike", "Identity", "Constant", "Dropout"}
 
 
@@ -79,14 +83,18 @@ def test_zero_points_are_fp8_initializers(case: Case, converted: Make) -> None:
 def test_no_quantized_value_is_recorded_as_uint8(case: Case, converted: Make) -> None:
     proto = onnx.load(converted(case.name))
     quantized = {node.output[0] for node in proto.graph.node if node.op_type == "QuantizeLinear"}
-    recorded = {value.name: value.type.tensor_type.elem_type for value in proto.graph.value_info if value.name in quantized}
+    recorded = {
+        value.name: value.type.tensor_type.elem_type for value in proto.graph.value_info if value.name in quantized
+    }
     assert set(recorded.values()) <= {E4M3}
 
 
 @pytest.mark.parametrize("case", [*STANDARD, *MX], indirect=True)
 def test_opset_is_raised_and_never_lowered(case: Case, converted: Make) -> None:
     flags = ["--keep-mx"] if case.name in MX else []
-    assert opsets(converted(case.name, *flags))[""] == {"attention_op": 23, "gpt_mxfp8": 24, "mxfp8_linear": 24}.get(case.name, 19)
+    assert opsets(converted(case.name, *flags))[""] == {"attention_op": 23, "gpt_mxfp8": 24, "mxfp8_linear": 24}.get(
+        case.name, 19
+    )
 
 
 @pytest.mark.parametrize(("flag", "opset"), [("--opset=21", 21), ("--opset=24", 24), ("--opset19", 19)])
@@ -135,7 +143,11 @@ def test_quantized_weights_take_a_quarter(case: Case, converted: Make) -> None:
     before = initializers(case.path).values()
     saved = sum(a.nbytes - a.size for a in before if a.shape in shapes and a.ndim == 2 and a.dtype.itemsize > 1)
     tables = {(512, 128), (128, 64), (64, 64)}  # embeddings have these shapes too and stay
-    saved -= sum(a.nbytes - a.size for a in initializers(converted(case.name)).values() if a.shape in shapes and a.shape in tables and a.dtype != FP8)
+    saved -= sum(
+        a.nbytes - a.size
+        for a in initializers(converted(case.name)).values()
+        if a.shape in shapes and a.shape in tables and a.dtype != FP8
+    )
     assert converted(case.name).stat().st_size < case.path.stat().st_size - 0.9 * saved
 
 
@@ -174,7 +186,9 @@ def test_gelu_keeps_its_opset(tmp_path: Path) -> None:
         onnx.helper.make_node("Gelu", ["g"], ["y"], "gelu", approximate="tanh"),
     ]
     stored = [numpy_helper.from_array(weight, "w"), numpy_helper.from_array(scale, "s")]
-    path = write(tmp_path / "in.onnx", nodes, [info("x", [4, 16])], [info("y", [4, 32])], stored, opset=20, domains=["trt"])
+    path = write(
+        tmp_path / "in.onnx", nodes, [info("x", [4, 16])], [info("y", [4, 32])], stored, opset=20, domains=["trt"]
+    )
     succeed("convert", path, tmp_path / "out.onnx", "--opset19")
     assert opsets(tmp_path / "out.onnx") == {"": 20}
     x = normal(4, 16, seed=1)

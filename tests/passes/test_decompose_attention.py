@@ -42,11 +42,18 @@ def model(
         names += ["mask" if mask is not None else "", "past_k", "past_v"]
     elif mask is not None:
         names.append("mask")
-    inputs = [info(n, ["batch", *a.shape[1:]] if n != "mask" else list(a.shape), TensorProto.BOOL if a.dtype == bool else FLOAT) for n, a in feeds.items()]
+    inputs = [
+        info(
+            n, ["batch", *a.shape[1:]] if n != "mask" else list(a.shape), TensorProto.BOOL if a.dtype == bool else FLOAT
+        )
+        for n, a in feeds.items()
+    ]
     made = ["y", "present_k", "present_v", "qk"][:outputs]
     shape = ["batch", LENGTH, HEADS * SIZE] if flat else ["batch", HEADS, LENGTH, SIZE]
     results = [info("y", shape), *(info(n, ["batch", kv_heads, None, SIZE]) for n in made[1:])]
-    return write(path, [helper.make_node("Attention", names, made, "attn", **attributes)], inputs, results, opset=23), feeds
+    return write(
+        path, [helper.make_node("Attention", names, made, "attn", **attributes)], inputs, results, opset=23
+    ), feeds
 
 
 def check(path: Path, feeds: Feeds, *flags: str) -> None:
@@ -71,7 +78,12 @@ def test_heads_layouts_and_causality(kv_heads: int, flat: bool, causal: int, tmp
 
 @pytest.mark.parametrize(
     "mask",
-    [BOOLEAN, ADDED, np.broadcast_to(BOOLEAN, (2, 1, LENGTH, LENGTH)).copy(), np.broadcast_to(ADDED, (1, HEADS, LENGTH, LENGTH)).copy()],
+    [
+        BOOLEAN,
+        ADDED,
+        np.broadcast_to(BOOLEAN, (2, 1, LENGTH, LENGTH)).copy(),
+        np.broadcast_to(ADDED, (1, HEADS, LENGTH, LENGTH)).copy(),
+    ],
     ids=["bool", "float", "bool 4d", "float 4d"],
 )
 @pytest.mark.parametrize("causal", [0, 1])
@@ -91,7 +103,9 @@ def test_keys_of_another_length(tmp_path: Path) -> None:
     check(*model(tmp_path / "in.onnx", keys=7))
 
 
-@pytest.mark.parametrize(("options", "named"), [({"softcap": 5.0}, "softcap"), ({"past": True}, "input"), ({"outputs": 3}, "output")])
+@pytest.mark.parametrize(
+    ("options", "named"), [({"softcap": 5.0}, "softcap"), ({"past": True}, "input"), ({"outputs": 3}, "output")]
+)
 def test_what_has_no_rule_is_refused_by_name(options: dict[str, Any], named: str, tmp_path: Path) -> None:
     path, _ = model(tmp_path / "in.onnx", **options)
     message = refuse("decompose-attention", path, tmp_path / "out.onnx", "--no-check")

@@ -14,7 +14,9 @@ from onnx.reference import ReferenceEvaluator
 from tests.support import FLOAT, INT64, Array, Session, dims, info, initializers, normal, ops, stored, succeed, write
 
 
-def check(path: Path, command: str = "fold-constants", *flags: str, shapes: Sequence[tuple[int, ...]] = ((4, 6), (3, 6))) -> Path:
+def check(
+    path: Path, command: str = "fold-constants", *flags: str, shapes: Sequence[tuple[int, ...]] = ((4, 6), (3, 6))
+) -> Path:
     """Outputs equal those of the input at several sizes of a dynamic axis (onnx.reference)."""
     out = path.with_name("out.onnx")
     succeed(command, path, out, *flags)
@@ -25,7 +27,10 @@ def check(path: Path, command: str = "fold-constants", *flags: str, shapes: Sequ
         x = normal(*shape)
         expected = ReferenceEvaluator(str(path)).run(None, {"x": x})
         result = Session(out)({"x": x})
-        assert all(np.allclose(result[value.name], array, rtol=1e-6, atol=1e-6) for value, array in zip(before, expected, strict=True))
+        assert all(
+            np.allclose(result[value.name], array, rtol=1e-6, atol=1e-6)
+            for value, array in zip(before, expected, strict=True)
+        )
     return out
 
 
@@ -69,7 +74,11 @@ def test_shape_arithmetic_of_a_dynamic_axis_stays(tmp_path: Path) -> None:
 
 
 def test_results_beyond_the_limit_stay(tmp_path: Path) -> None:
-    nodes = [helper.make_node("Add", ["a", "a"], ["b"]), helper.make_node("ReduceMax", ["b"], ["m"], keepdims=0), helper.make_node("Mul", ["x", "m"], ["y"])]
+    nodes = [
+        helper.make_node("Add", ["a", "a"], ["b"]),
+        helper.make_node("ReduceMax", ["b"], ["m"], keepdims=0),
+        helper.make_node("Mul", ["x", "m"], ["y"]),
+    ]
     big = normal(40, 40)
     assert ops(check(graph(tmp_path / "a.onnx", nodes, a=big))) == ["Mul"]
     keep = [helper.make_node("Add", ["a", "a"], ["b"]), helper.make_node("MatMul", ["x", "b"], ["y"])]
@@ -83,22 +92,31 @@ def test_what_grows_from_nothing_is_not_stored(make: str, tmp_path: Path) -> Non
     first = {
         "Range": helper.make_node("Range", ["zero", "n", "one"], ["big"]),
         "Expand": helper.make_node("Expand", ["one", "shape"], ["big"]),
-        "ConstantOfShape": helper.make_node("ConstantOfShape", ["shape"], ["big"], value=helper.make_tensor("", INT64, [1], [3])),
+        "ConstantOfShape": helper.make_node(
+            "ConstantOfShape", ["shape"], ["big"], value=helper.make_tensor("", INT64, [1], [3])
+        ),
     }[make]
     nodes = [first, helper.make_node("Cast", ["big"], ["f"], to=FLOAT), helper.make_node("Add", ["x", "f"], ["y"])]
-    out = check(graph(tmp_path / "in.onnx", nodes, zero=np.array(0), n=np.array(6), one=np.array(1), shape=np.array([6])))
+    out = check(
+        graph(tmp_path / "in.onnx", nodes, zero=np.array(0), n=np.array(6), one=np.array(1), shape=np.array([6]))
+    )
     assert make in ops(out)
     assert all(array.size == 1 for array in initializers(out).values())
 
 
 @pytest.mark.parametrize(
-    ("op", "number", "dropped"), [("Add", 0, True), ("Mul", 1, True), ("Add", 1, False), ("Mul", 0, False), ("Sub", 0, False), ("Div", 1, False)]
+    ("op", "number", "dropped"),
+    [("Add", 0, True), ("Mul", 1, True), ("Add", 1, False), ("Mul", 0, False), ("Sub", 0, False), ("Div", 1, False)],
 )
 @pytest.mark.parametrize("first", [True, False])
 def test_neutral_operands(op: str, number: int, dropped: bool, first: bool, tmp_path: Path) -> None:
     """x + 0 and x * 1 go; x * 0 stays for NaN and infinity; Sub and Div may stay (they do not commute)."""
     nodes = [helper.make_node(op, ["k", "a"] if first else ["a", "k"], ["b"]), helper.make_node("Abs", ["b"], ["y"])]
-    out = check(graph(tmp_path / "in.onnx", [helper.make_node("Exp", ["x"], ["a"]), *nodes], k=np.full((1, 6), number, np.float32)))
+    out = check(
+        graph(
+            tmp_path / "in.onnx", [helper.make_node("Exp", ["x"], ["a"]), *nodes], k=np.full((1, 6), number, np.float32)
+        )
+    )
     assert (op in ops(out)) != dropped
 
 
@@ -165,18 +183,30 @@ def test_cleanup_merges_equal_nodes_and_drops_the_unused(tmp_path: Path) -> None
 
 def test_cleanup_keeps_equal_outputs_apart(tmp_path: Path) -> None:
     nodes = [helper.make_node("Exp", ["x"], ["y"]), helper.make_node("Exp", ["x"], ["z"])]
-    check(write(tmp_path / "in.onnx", nodes, [info("x", ["n", 6])], [info("y", ["n", 6]), info("z", ["n", 6])]), "cleanup")
+    check(
+        write(tmp_path / "in.onnx", nodes, [info("x", ["n", 6])], [info("y", ["n", 6]), info("z", ["n", 6])]), "cleanup"
+    )
 
 
 def test_cleanup_keeps_random_nodes_apart(tmp_path: Path) -> None:
-    nodes = [helper.make_node("RandomNormalLike", ["x"], ["a"]), helper.make_node("RandomNormalLike", ["x"], ["b"]), helper.make_node("Sub", ["a", "b"], ["y"])]
+    nodes = [
+        helper.make_node("RandomNormalLike", ["x"], ["a"]),
+        helper.make_node("RandomNormalLike", ["x"], ["b"]),
+        helper.make_node("Sub", ["a", "b"], ["y"]),
+    ]
     path = graph(tmp_path / "in.onnx", nodes)
     succeed("cleanup", path, tmp_path / "out.onnx", "--no-check")
     assert np.abs(Session(tmp_path / "out.onnx")({"x": normal(4, 6)})["y"]).max() > 0
 
 
 def test_cleanup_drops_unused_domains(tmp_path: Path) -> None:
-    path = write(tmp_path / "in.onnx", [helper.make_node("Neg", ["x"], ["y"])], [info("x", ["n", 6])], [info("y", ["n", 6])], domains=["trt", "com.microsoft"])
+    path = write(
+        tmp_path / "in.onnx",
+        [helper.make_node("Neg", ["x"], ["y"])],
+        [info("x", ["n", 6])],
+        [info("y", ["n", 6])],
+        domains=["trt", "com.microsoft"],
+    )
     out = check(path, "cleanup")
     assert {entry.domain for entry in onnx.load(out).opset_import} == {""}
 

@@ -24,10 +24,17 @@ from tests.support import Session, rel_l2
 def run(path: Path) -> np.ndarray:
     ids = np.random.default_rng(2).integers(0, 97, (2, 9))
     session = Session(path)
-    feeds = {"input_ids": ids, "attention_mask": np.ones((2, 9), np.int64), "position_ids": np.arange(9)[None].repeat(2, axis=0)}
+    feeds = {
+        "input_ids": ids,
+        "attention_mask": np.ones((2, 9), np.int64),
+        "position_ids": np.arange(9)[None].repeat(2, axis=0),
+    }
     for name, value in session.inputs.items():
         if name.startswith("past"):
-            shape = [2 if d.dim_param == "batch" else 0 if d.dim_param else d.dim_value for d in value.type.tensor_type.shape.dim]
+            shape = [
+                2 if d.dim_param == "batch" else 0 if d.dim_param else d.dim_value
+                for d in value.type.tensor_type.shape.dim
+            ]
             feeds[name] = np.zeros(shape, onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type))
         elif name == "write_indices":
             feeds[name] = np.zeros(2, np.int64)

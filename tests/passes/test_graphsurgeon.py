@@ -15,7 +15,22 @@ from onnxtools.ir.model import Model
 from onnxtools.passes.graphsurgeon import GraphSurgeonPass
 from onnxtools.pipeline.manager import PassManager
 from tests.conftest import Make
-from tests.support import Case, Session, e4m3, external, info, initializers, linear, normal, ops, refuse, rel_l2, stored, succeed, write
+from tests.support import (
+    Case,
+    Session,
+    e4m3,
+    external,
+    info,
+    initializers,
+    linear,
+    normal,
+    ops,
+    refuse,
+    rel_l2,
+    stored,
+    succeed,
+    write,
+)
 
 SURGERY = """
 def relu_after(graph):
@@ -69,7 +84,11 @@ def test_untouched_external_weights_stay_where_they_are(surgery: str, tmp_path: 
     path = external(linear(tmp_path / "in.onnx"))
     result = succeed("graphsurgeon", path, tmp_path / "out.onnx", "--function", f"{surgery}:relu_after")
     assert "weights.bin" in result.out
-    assert sorted(p.name for p in tmp_path.iterdir() if p.suffix not in (".py", "")) == ["in.onnx", "out.onnx", "weights.bin"]
+    assert sorted(p.name for p in tmp_path.iterdir() if p.suffix not in (".py", "")) == [
+        "in.onnx",
+        "out.onnx",
+        "weights.bin",
+    ]
     assert np.array_equal(initializers(tmp_path / "out.onnx")["w"], normal(64, 128))
 
 
@@ -89,7 +108,11 @@ def test_metadata_survives(surgery: str, tmp_path: Path) -> None:
     onnx.save(proto, tmp_path / "in.onnx")
     succeed("graphsurgeon", tmp_path / "in.onnx", tmp_path / "out.onnx", "--function", f"{surgery}:nothing")
     after = onnx.load(tmp_path / "out.onnx")
-    assert (after.graph.node[0].doc_string, after.doc_string, after.producer_name) == ("the node", "the model", "a test")
+    assert (after.graph.node[0].doc_string, after.doc_string, after.producer_name) == (
+        "the node",
+        "the model",
+        "a test",
+    )
     assert [(p.key, p.value) for p in after.graph.node[0].metadata_props] == [("k", "v")]
     assert ("model", "data") in [(p.key, p.value) for p in after.metadata_props]
 
@@ -114,8 +137,21 @@ def test_custom_and_bf16_values_pass_through(surgery: str, tmp_path: Path) -> No
     """GraphSurgeon has no FP8; an FP8 initializer and its dequantize survive."""
     weight = e4m3(normal(64, 8))
     tensor = helper.make_tensor("wq", onnx.TensorProto.FLOAT8E4M3FN, [64, 8], weight.tobytes(), raw=True)
-    nodes = [helper.make_node("DequantizeLinear", ["wq", "s"], ["wd"], "dq"), helper.make_node("MatMul", ["x", "wd"], ["y"], "mm")]
-    path = write(tmp_path / "in.onnx", nodes, [info("x", [4, 64])], [info("y", [4, 8])], [tensor, *stored(s=np.float32(0.5))], opset=19)
+    nodes = [
+        helper.make_node("DequantizeLinear", ["wq", "s"], ["wd"], "dq"),
+        helper.make_node("MatMul", ["x", "wd"], ["y"], "mm"),
+    ]
+    path = write(
+        tmp_path / "in.onnx",
+        nodes,
+        [info("x", [4, 64])],
+        [info("y", [4, 8])],
+        [tensor, *stored(s=np.float32(0.5))],
+        opset=19,
+    )
     succeed("graphsurgeon", path, tmp_path / "out.onnx", "--function", f"{surgery}:relu_after")
     x = normal(4, 64, seed=2)
-    assert rel_l2(Session(tmp_path / "out.onnx")({"x": x})["y"], np.maximum(x @ (weight.astype(np.float32) / 2), 0)) <= 1e-6
+    assert (
+        rel_l2(Session(tmp_path / "out.onnx")({"x": x})["y"], np.maximum(x @ (weight.astype(np.float32) / 2), 0))
+        <= 1e-6
+    )

@@ -40,7 +40,13 @@ def test_an_instance_in_a_chain(tmp_path: Path) -> None:
 
 
 def test_on_the_command_line(tmp_path: Path) -> None:
-    succeed("ir-pass", model(tmp_path / "m.onnx"), tmp_path / "o.onnx", "--transform", "onnx_ir.passes.common:IdentityEliminationPass")
+    succeed(
+        "ir-pass",
+        model(tmp_path / "m.onnx"),
+        tmp_path / "o.onnx",
+        "--transform",
+        "onnx_ir.passes.common:IdentityEliminationPass",
+    )
     assert ops(tmp_path / "o.onnx") == ["Relu"]
 
 

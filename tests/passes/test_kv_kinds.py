@@ -12,7 +12,22 @@ from onnx import TensorProto, helper
 
 from onnxtools.analysis.cache import settle_sizes
 from onnxtools.ir.model import Model
-from tests.support import FLOAT, INT64, Array, Feeds, Session, decode, info, normal, refuse, rel_l2, run, stored, succeed, write
+from tests.support import (
+    FLOAT,
+    INT64,
+    Array,
+    Feeds,
+    Session,
+    decode,
+    info,
+    normal,
+    refuse,
+    rel_l2,
+    run,
+    stored,
+    succeed,
+    write,
+)
 
 N = helper.make_node
 HEADS, SIZE, VOCABULARY, LAYERS = 2, 8, 32, 2
@@ -170,12 +185,19 @@ def renamed(path: Path, output: Path, names: dict[str, str]) -> Path:
 def test_a_mask_as_long_as_past_and_new_tokens(total: str, tmp_path: Path) -> None:
     source = causal(tmp_path / "m.onnx")
     succeed("add-kv-cache", source, tmp_path / "kv.onnx")
-    names = {"batch": "batch_size", "sequence": "sequence_length", "past_sequence": "past_sequence_length", "total_sequence": total}
+    names = {
+        "batch": "batch_size",
+        "sequence": "sequence_length",
+        "past_sequence": "past_sequence_length",
+        "total_sequence": total,
+    }
     other = renamed(tmp_path / "kv.onnx", tmp_path / "optimum.onnx", names)
     told = succeed("validate", source, other).out
     assert "steps" in told and "FAIL" not in told
     broken = onnx.load(other)
-    next(tensor for tensor in broken.graph.initializer if tensor.name == "wk1").raw_data = normal(WIDTH, WIDTH, seed=99).tobytes()
+    next(tensor for tensor in broken.graph.initializer if tensor.name == "wk1").raw_data = normal(
+        WIDTH, WIDTH, seed=99
+    ).tobytes()
     onnx.save(broken, tmp_path / "broken.onnx")
     assert run("validate", source, tmp_path / "broken.onnx").code == 1
 
@@ -188,21 +210,35 @@ def test_a_head_size_that_is_a_name(name: str, tmp_path: Path) -> None:
     succeed("validate", source, other)
     loaded = Model.load(other)
     settle_sizes(loaded)
-    sizes = [value.shape[3] for value in (*loaded.graph.inputs, *loaded.graph.outputs) if value.shape is not None and len(value.shape) == 4]
+    sizes = [
+        value.shape[3]
+        for value in (*loaded.graph.inputs, *loaded.graph.outputs)
+        if value.shape is not None and len(value.shape) == 4
+    ]
     assert sizes == [SIZE] * (4 * LAYERS)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["separate", "packed"])
 def test_the_head_size_of_grouped_query_attention(packed: bool, tmp_path: Path) -> None:
     heads, shared, size = 4, 2, 16
-    widths = {"q": (heads + 2 * shared) * size} if packed else {"q": heads * size, "k": shared * size, "v": shared * size}
+    widths = (
+        {"q": (heads + 2 * shared) * size} if packed else {"q": heads * size, "k": shared * size, "v": shared * size}
+    )
     nodes = [N("Gather", ["emb", "input_ids"], ["x"]), *(N("MatMul", ["x", f"w{n}"], [n]) for n in widths)]
     nodes.append(N("GroupQueryAttention", ["q", "" if packed else "k", "" if packed else "v", "past_key_values.0.key", "past_key_values.0.value",
         "lens", "total"],
                    ["logits", "present.0.key", "present.0.value"], domain="com.microsoft", num_heads=heads, kv_num_heads=shared))  # fmt: skip
     arrays: dict[str, Array] = {"emb": normal(9, 32), **{f"w{n}": normal(32, width) for n, width in widths.items()}}
-    cache = [info(f"past_key_values.0.{kind}", ["batch", shared, "past_sequence", "kv_cache_dim"]) for kind in ("key", "value")]
-    inputs = [info("input_ids", ["batch", "sequence"], INT64), info("lens", ["batch"], TensorProto.INT32), info("total", [], TensorProto.INT32), *cache]
+    cache = [
+        info(f"past_key_values.0.{kind}", ["batch", shared, "past_sequence", "kv_cache_dim"])
+        for kind in ("key", "value")
+    ]
+    inputs = [
+        info("input_ids", ["batch", "sequence"], INT64),
+        info("lens", ["batch"], TensorProto.INT32),
+        info("total", [], TensorProto.INT32),
+        *cache,
+    ]
     outputs = [
         info("logits", ["batch", "sequence", heads * size]),
         *(info(f"present.0.{kind}", ["batch", shared, "total", "kv_cache_dim"]) for kind in ("key", "value")),
@@ -210,4 +246,6 @@ def test_the_head_size_of_grouped_query_attention(packed: bool, tmp_path: Path) 
     path = write(tmp_path / "m.onnx", nodes, inputs, outputs, stored(**arrays), domains=["com.microsoft"])
     loaded = Model.load(path)
     settle_sizes(loaded)
-    assert [value.shape[3] for value in (*loaded.graph.inputs[3:], *loaded.graph.outputs[1:]) if value.shape is not None] == [size] * 4
+    assert [
+        value.shape[3] for value in (*loaded.graph.inputs[3:], *loaded.graph.outputs[1:]) if value.shape is not None
+    ] == [size] * 4

@@ -46,13 +46,23 @@ def pieces(split: Sequence[str], indices: Sequence[int], **attributes: int) -> l
 def test_split_to_sequence(sizes: list[int] | int, widths: list[int], axis: int, tmp_path: Path) -> None:
     nodes = pieces(["sizes"], range(len(widths)), axis=axis)
     outputs = [info(f"y{i}", [4, w]) for i, w in enumerate(widths)]
-    out = check(write(tmp_path / "in.onnx", nodes, [info("x", [4, 6])], outputs, stored(sizes=np.array(sizes, dtype=np.int64))))
+    out = check(
+        write(tmp_path / "in.onnx", nodes, [info("x", [4, 6])], outputs, stored(sizes=np.array(sizes, dtype=np.int64)))
+    )
     assert not [op for op in ops(out) if "Sequence" in op]
 
 
 def test_pieces_counted_from_the_end_or_left_unused(tmp_path: Path) -> None:
     outputs = [info("y0", [4, 3]), info("y1", [4, 1])]
-    check(write(tmp_path / "in.onnx", pieces(["sizes"], [-1, 0], axis=1), [info("x", [4, 6])], outputs, stored(sizes=np.array([1, 2, 3]))))
+    check(
+        write(
+            tmp_path / "in.onnx",
+            pieces(["sizes"], [-1, 0], axis=1),
+            [info("x", [4, 6])],
+            outputs,
+            stored(sizes=np.array([1, 2, 3])),
+        )
+    )
 
 
 @pytest.mark.parametrize("keepdims", [0, 1])
@@ -62,11 +72,22 @@ def test_split_into_single_rows(keepdims: int, tmp_path: Path) -> None:
 
 
 def test_keepdims_means_nothing_where_sizes_are_given(tmp_path: Path) -> None:
-    check(write(tmp_path / "in.onnx", pieces(["sizes"], [0], axis=1, keepdims=0), [info("x", [4, 6])], [info("y0", [4, 2])], stored(sizes=np.array([2, 4]))))
+    check(
+        write(
+            tmp_path / "in.onnx",
+            pieces(["sizes"], [0], axis=1, keepdims=0),
+            [info("x", [4, 6])],
+            [info("y0", [4, 2])],
+            stored(sizes=np.array([2, 4])),
+        )
+    )
 
 
 def test_a_sequence_with_a_computed_index_is_refused_by_name(tmp_path: Path) -> None:
-    nodes = [helper.make_node("SplitToSequence", ["x"], ["seq"], "cut", axis=0), helper.make_node("SequenceAt", ["seq", "i"], ["y"], "pick")]
+    nodes = [
+        helper.make_node("SplitToSequence", ["x"], ["seq"], "cut", axis=0),
+        helper.make_node("SequenceAt", ["seq", "i"], ["y"], "pick"),
+    ]
     path = write(tmp_path / "in.onnx", nodes, [info("x", [4, 6]), info("i", [], INT64)], [info("y", [1, 6])])
     assert "pick" in refuse("legalize", path, tmp_path / "out.onnx")
     assert not (tmp_path / "out.onnx").exists()
@@ -89,14 +110,26 @@ def test_cast_like_becomes_cast(tmp_path: Path) -> None:
         helper.make_node("CastLike", ["x", "x"], ["z0"]),
         helper.make_node("Neg", ["z0"], ["z"]),
     ]
-    out = check(write(tmp_path / "in.onnx", nodes, [info("x", [4, 6])], [info("y", [4, 6]), info("z", [4, 6])], stored(like=np.float16(0))))
+    out = check(
+        write(
+            tmp_path / "in.onnx",
+            nodes,
+            [info("x", [4, 6])],
+            [info("y", [4, 6]), info("z", [4, 6])],
+            stored(like=np.float16(0)),
+        )
+    )
     assert sorted(ops(out)) == ["Cast", "Cast", "Neg"]
 
 
 @pytest.mark.parametrize("op", ["Identity", "Dropout", "Cast"])
 def test_nodes_without_effect_go(op: str, tmp_path: Path) -> None:
     attributes = {"to": FLOAT} if op == "Cast" else {}
-    nodes = [helper.make_node("Neg", ["x"], ["a"]), helper.make_node(op, ["a"], ["b"], **attributes), helper.make_node("Abs", ["b"], ["y"])]
+    nodes = [
+        helper.make_node("Neg", ["x"], ["a"]),
+        helper.make_node(op, ["a"], ["b"], **attributes),
+        helper.make_node("Abs", ["b"], ["y"]),
+    ]
     assert ops(check(write(tmp_path / "in.onnx", nodes, [info("x", [4, 6])], [info("y", [4, 6])]))) == ["Neg", "Abs"]
 
 
@@ -109,7 +142,9 @@ def test_a_graph_output_keeps_its_name_and_type(op: str, tmp_path: Path) -> None
 
 def test_cast_like_that_makes_a_graph_output(tmp_path: Path) -> None:
     nodes = [helper.make_node("CastLike", ["x", "like"], ["y"])]
-    check(write(tmp_path / "in.onnx", nodes, [info("x", [4, 6])], [info("y", [4, 6], HALF)], stored(like=np.float16(0))))
+    check(
+        write(tmp_path / "in.onnx", nodes, [info("x", [4, 6])], [info("y", [4, 6], HALF)], stored(like=np.float16(0)))
+    )
 
 
 def test_an_output_that_is_an_input_stays(tmp_path: Path) -> None:
@@ -119,7 +154,13 @@ def test_an_output_that_is_an_input_stays(tmp_path: Path) -> None:
 
 def test_dropout_in_training_mode_stays(tmp_path: Path) -> None:
     nodes = [helper.make_node("Dropout", ["x", "ratio", "training"], ["d"]), helper.make_node("Abs", ["d"], ["y"])]
-    path = write(tmp_path / "in.onnx", nodes, [info("x", [4, 6])], [info("y", [4, 6])], stored(ratio=np.float32(0.5), training=np.array(True)))
+    path = write(
+        tmp_path / "in.onnx",
+        nodes,
+        [info("x", [4, 6])],
+        [info("y", [4, 6])],
+        stored(ratio=np.float32(0.5), training=np.array(True)),
+    )
     succeed("legalize", path, tmp_path / "out.onnx", "--no-check")
     assert ops(tmp_path / "out.onnx") == ["Dropout", "Abs"]
 
@@ -131,7 +172,9 @@ def test_a_reshaped_scalar_becomes_unsqueeze(target: list[int], tmp_path: Path) 
         helper.make_node("Reshape", ["m", "t"], ["r"]),
         helper.make_node("Mul", ["x", "r"], ["y"]),
     ]
-    assert "Reshape" not in ops(check(write(tmp_path / "in.onnx", nodes, [info("x", [4, 6])], [info("y", [4, 6])], stored(t=np.array(target)))))
+    assert "Reshape" not in ops(
+        check(write(tmp_path / "in.onnx", nodes, [info("x", [4, 6])], [info("y", [4, 6])], stored(t=np.array(target))))
+    )
 
 
 def test_functions_are_inlined(tmp_path: Path) -> None:

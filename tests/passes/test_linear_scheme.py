@@ -30,7 +30,9 @@ def test_a_percentile_leaves_one_in_ten_thousand_above() -> None:
     histogram.add(np.arange(1, 1_000_001, dtype=np.float32).reshape(-1, 1))
     assert largest(histogram, "percentile", INT8) == pytest.approx(999_900, rel=2**-8)
     few = Histogram()
-    few.add(np.r_[np.ones(99_980, np.float32), np.full(20, 50.0, np.float32)].reshape(-1, 1))  # 0.02% is more than one in ten thousand
+    few.add(
+        np.r_[np.ones(99_980, np.float32), np.full(20, 50.0, np.float32)].reshape(-1, 1)
+    )  # 0.02% is more than one in ten thousand
     assert largest(few, "percentile", INT8) == pytest.approx(50, rel=2**-8)
     rare = Histogram()
     rare.add(np.r_[np.ones(99_995, np.float32), np.full(5, 50.0, np.float32)].reshape(-1, 1))
@@ -42,5 +44,8 @@ def test_max_is_the_largest_magnitude_and_mse_cuts_a_lonely_one() -> None:
     histogram = Histogram()
     histogram.add(values)
     found = largest(histogram, "mse", INT8)
-    rounding = {amax: np.square(values - np.clip(np.rint(values / (amax / 127)), -128, 127) * amax / 127).sum() for amax in (found, 1.0, 8.0)}
+    rounding = {
+        amax: np.square(values - np.clip(np.rint(values / (amax / 127)), -128, 127) * amax / 127).sum()
+        for amax in (found, 1.0, 8.0)
+    }
     assert rounding[found] < rounding[1.0] and rounding[found] < rounding[8.0]

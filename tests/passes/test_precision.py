@@ -34,7 +34,9 @@ def test_fp16_is_near_and_its_caches_and_weights_are_fp16(name: str, form: str, 
     path = narrowed(tmp_path, "--to", "fp16", name=name, form=form)
     assert 1e-6 < rel_l2(run(path), hf.logits(reference(name), IDS, np.ones((2, 9), np.int64))) < 5e-3
     model = onnx.load(path)
-    assert all(t.data_type != TensorProto.FLOAT for t in model.graph.initializer if len(t.dims) == 2 and "rope" not in t.name)
+    assert all(
+        t.data_type != TensorProto.FLOAT for t in model.graph.initializer if len(t.dims) == 2 and "rope" not in t.name
+    )
     types = {value.name: value.type.tensor_type.elem_type for value in (*model.graph.input, *model.graph.output)}
     assert types["logits"] == TensorProto.FLOAT and all(t == TensorProto.FLOAT16 for n, t in types.items() if "." in n)
 
@@ -47,7 +49,9 @@ def test_norms_softmax_and_rope_stay_wide(opset: str, to: str, tmp_path: Path) -
     succeed("precision", tmp_path / "m.onnx", tmp_path / "n.onnx", "--to", to)
     model = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "n.onnx"), strict_mode=True, check_type=True)
     onnx.checker.check_model(model, full_check=True)
-    types = {v.name: v.type.tensor_type.elem_type for v in (*model.graph.value_info, *model.graph.input, *model.graph.output)}
+    types = {
+        v.name: v.type.tensor_type.elem_type for v in (*model.graph.value_info, *model.graph.input, *model.graph.output)
+    }
     types |= {t.name: t.data_type for t in model.graph.initializer}
     seen = set()
     for node in model.graph.node:
@@ -60,7 +64,10 @@ def test_norms_softmax_and_rope_stay_wide(opset: str, to: str, tmp_path: Path) -
             assert helper.get_node_attr_value(node, "softmax_precision") == TensorProto.FLOAT
     assert seen == ({"Softmax", "ReduceMean", "Sqrt"} if opset == "19" else {"RotaryEmbedding"})
     casts = {node.output[0]: node for node in model.graph.node if node.op_type == "Cast"}
-    assert not any(node.input[0] in casts and types[casts[node.input[0]].input[0]] == types[node.output[0]] for node in casts.values())
+    assert not any(
+        node.input[0] in casts and types[casts[node.input[0]].input[0]] == types[node.output[0]]
+        for node in casts.values()
+    )
 
 
 def hf_folder() -> Path:
@@ -75,11 +82,17 @@ def test_weights_are_rounded_to_nearest(tmp_path: Path) -> None:
         for name, parameter in reference("llama").named_parameters():
             if name.endswith("proj.weight"):
                 expected = parameter.detach().numpy().astype(dtype)
-                np.testing.assert_array_equal(found[f"{name}_{'float16' if to == 'fp16' else 'bfloat16'}"].view(np.uint16), expected.view(np.uint16))
+                np.testing.assert_array_equal(
+                    found[f"{name}_{'float16' if to == 'fp16' else 'bfloat16'}"].view(np.uint16),
+                    expected.view(np.uint16),
+                )
 
 
 def test_inputs_and_outputs_keep_their_types_when_asked(tmp_path: Path) -> None:
-    before, after = onnx.load(exported("llama", "concat")).graph, onnx.load(narrowed(tmp_path, "--to", "fp16", "--keep-io")).graph
+    before, after = (
+        onnx.load(exported("llama", "concat")).graph,
+        onnx.load(narrowed(tmp_path, "--to", "fp16", "--keep-io")).graph,
+    )
     for old, new in zip((*before.input, *before.output), (*after.input, *after.output), strict=True):
         assert (old.name, old.type.tensor_type.elem_type) == (new.name, new.type.tensor_type.elem_type)
     assert rel_l2(run(tmp_path / "n.onnx"), hf.logits(reference("llama"), IDS, np.ones((2, 9), np.int64))) < 5e-3
@@ -103,9 +116,13 @@ def test_values_that_fp16_cannot_hold_are_named_by_calibration(tmp_path: Path) -
         if "layers.1.mlp.up_proj" in tensor.name or "layers.1.post_attention" in tensor.name:
             tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(1000), tensor.name))
     onnx.save(model, tmp_path / "m.onnx")
-    out = succeed("precision", tmp_path / "m.onnx", tmp_path / "n.onnx", "--calib", calibration_file(tmp_path), "--no-check").out
+    out = succeed(
+        "precision", tmp_path / "m.onnx", tmp_path / "n.onnx", "--calib", calibration_file(tmp_path), "--no-check"
+    ).out
     assert "exceed fp16's 65504" in out and "layers.1/mlp" in out
-    out = succeed("precision", exported("llama", "concat"), tmp_path / "o.onnx", "--calib", calibration_file(tmp_path)).out
+    out = succeed(
+        "precision", exported("llama", "concat"), tmp_path / "o.onnx", "--calib", calibration_file(tmp_path)
+    ).out
     assert "nothing exceeds fp16's 65504" in out and "values exceed" not in out
 
 
@@ -118,7 +135,9 @@ def test_a_damaged_weight_is_named(to: str, value: float, tmp_path: Path) -> Non
     array[3, 5] = value
     tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
     onnx.save(model, tmp_path / "m.onnx")
-    assert "layers.1.mlp.up_proj.weight' has infinite or NaN" in refuse("precision", tmp_path / "m.onnx", tmp_path / "n.onnx", "--to", to, "--no-check")
+    assert "layers.1.mlp.up_proj.weight' has infinite or NaN" in refuse(
+        "precision", tmp_path / "m.onnx", tmp_path / "n.onnx", "--to", to, "--no-check"
+    )
     assert not list(tmp_path.glob("n.onnx*"))
     told = app("validate", tmp_path / "m.onnx", tmp_path / "m.onnx")
     assert told.code == 1 and "is NaN or infinite; look for a damaged weight" in " ".join(told.out.split())

@@ -34,12 +34,21 @@ def onnxruntime(path: Path, feeds: Feeds) -> Array:
     options.log_severity_level = 4
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    wanted = {value.name: np.float16 if value.type == "tensor(float16)" else feeds[value.name].dtype for value in session.get_inputs()}
+    wanted = {
+        value.name: np.float16 if value.type == "tensor(float16)" else feeds[value.name].dtype
+        for value in session.get_inputs()
+    }
     return session.run(["y"], {name: feeds[name].astype(kind) for name, kind in wanted.items()})[0]  # type: ignore[no-any-return]
 
 
 def difference(
-    tmp_path: Path, nodes: list[onnx.NodeProto], feeds: Feeds, arrays: Feeds | None = None, *, opset: int = 18, flags: tuple[str, ...] = ()
+    tmp_path: Path,
+    nodes: list[onnx.NodeProto],
+    feeds: Feeds,
+    arrays: Feeds | None = None,
+    *,
+    opset: int = 18,
+    flags: tuple[str, ...] = (),
 ) -> float:
     """Relative L2 between y of the fp32 graph and of the narrowed one, both on ONNX Runtime; NaN and infinity fail."""
     known = {**ARRAYS, **(arrays or {})}
@@ -47,7 +56,14 @@ def difference(
         name for node in nodes for a in node.attribute if a.HasField("g") for inner in a.g.node for name in inner.input
     }
     inputs = [info(name, array.shape, helper.np_dtype_to_tensor_dtype(array.dtype)) for name, array in feeds.items()]
-    write(tmp_path / "m.onnx", nodes, inputs, [info("y", None)], stored(**{name: array for name, array in known.items() if name in read}), opset=opset)
+    write(
+        tmp_path / "m.onnx",
+        nodes,
+        inputs,
+        [info("y", None)],
+        stored(**{name: array for name, array in known.items() if name in read}),
+        opset=opset,
+    )
     succeed("precision", tmp_path / "m.onnx", tmp_path / "n.onnx", "--no-check", *flags)
     expected, found = onnxruntime(tmp_path / "m.onnx", feeds), onnxruntime(tmp_path / "n.onnx", feeds)
     assert np.isfinite(expected).all() and np.isfinite(found.astype(np.float32)).all()
@@ -82,7 +98,13 @@ ANGLES: dict[str, list[onnx.NodeProto]] = {
 
 @pytest.mark.parametrize("how", ANGLES)
 def test_angles_are_those_of_fp32_at_position_4000(how: str, tmp_path: Path) -> None:
-    arrays = {"table": TABLE, "from": np.array([3990]), "to": np.array([4010]), "len": np.array([20]), "pi2": np.float32(2 * np.pi)}
+    arrays = {
+        "table": TABLE,
+        "from": np.array([3990]),
+        "to": np.array([4010]),
+        "len": np.array([20]),
+        "pi2": np.float32(2 * np.pi),
+    }
     assert difference(tmp_path, [*ANGLES[how], *LAST], {"x": X, "places": PLACES}, arrays) < 3e-3
 
 
@@ -92,10 +114,24 @@ def test_positions_may_be_floats_or_be_counted(kind: str, tmp_path: Path) -> Non
     x = normal(length, 64, seed=4)
     counted = {
         "float input": [N("Identity", ["floats"], ["p"])],
-        "Range": [N("Shape", ["x"], ["s"], end=1), N("Squeeze", ["s"], ["n"]), N("Range", ["start", "n", "step"], ["i"]), N("Cast", ["i"], ["p"], to=FLOAT)],
+        "Range": [
+            N("Shape", ["x"], ["s"], end=1),
+            N("Squeeze", ["s"], ["n"]),
+            N("Range", ["start", "n", "step"], ["i"]),
+            N("Cast", ["i"], ["p"], to=FLOAT),
+        ],
         "CumSum": [N("Cast", ["ones"], ["f"], to=FLOAT), N("CumSum", ["f", "first"], ["p"])],
     }[kind]
-    feeds = {"x": x, **({"floats": PLACES.astype(np.float32)} if kind == "float input" else {"ones": np.ones(length, np.int64)} if kind == "CumSum" else {})}
+    feeds = {
+        "x": x,
+        **(
+            {"floats": PLACES.astype(np.float32)}
+            if kind == "float input"
+            else {"ones": np.ones(length, np.int64)}
+            if kind == "CumSum"
+            else {}
+        ),
+    }
     nodes = [*counted, N("Unsqueeze", ["p", "axes"], ["column"]), N("Mul", ["column", "inv_freq"], ["angle"]), *LAST]
     assert difference(tmp_path, nodes, feeds) < 3e-3
 
@@ -150,7 +186,11 @@ def test_masked_tokens_stay_masked(how: str, lowest: float, tmp_path: Path) -> N
          "high": np.float32(-lowest),
               "zeros": np.array([0, 0]), "sizes": np.array([20, 20]), "twenty": np.array([20]), "k1": np.array(1)}  # fmt: skip
     mask, join = MASKS[how]
-    mask = [N("ConstantOfShape", ["sizes"], ["mask"], value=helper.make_tensor("v", FLOAT, [1], [lowest])), *mask[1:]] if how == "of a shape" else mask
+    mask = (
+        [N("ConstantOfShape", ["sizes"], ["mask"], value=helper.make_tensor("v", FLOAT, [1], [lowest])), *mask[1:]]
+        if how == "of a shape"
+        else mask
+    )
     assert difference(tmp_path, attention(mask, join), {"x": X, "places": np.arange(20)}, arrays) < 5e-3
 
 
@@ -163,8 +203,18 @@ def test_a_table_of_embeddings_is_no_mask(tmp_path: Path) -> None:
     """Both are looked up and added; a number beyond fp16 in an embedding must not be cut without a word."""
     table = normal(64, 64)
     table[5, 5] = -1e6
-    nodes = [N("Gather", ["table", "ids"], ["e"]), N("Add", ["e", "x"], ["s"]), N("MatMul", ["s", "W"], ["y"], name="mm")]
-    write(tmp_path / "m.onnx", nodes, [info("x", [20, 64]), info("ids", [20], INT64)], [info("y", [20, 64])], stored(table=table, W=W))
+    nodes = [
+        N("Gather", ["table", "ids"], ["e"]),
+        N("Add", ["e", "x"], ["s"]),
+        N("MatMul", ["s", "W"], ["y"], name="mm"),
+    ]
+    write(
+        tmp_path / "m.onnx",
+        nodes,
+        [info("x", [20, 64]), info("ids", [20], INT64)],
+        [info("y", [20, 64])],
+        stored(table=table, W=W),
+    )
     assert "'table'" in refuse("precision", tmp_path / "m.onnx", tmp_path / "n.onnx", "--no-check")
 
 
@@ -227,7 +277,11 @@ INSIDE: dict[str, list[onnx.NodeProto]] = {
 @pytest.mark.parametrize("flags", [(), ("--keep-io",)], ids=["", "keep-io"])
 @pytest.mark.parametrize("kind", INSIDE)
 def test_values_that_graphs_inside_nodes_capture(kind: str, flags: tuple[str, ...], tmp_path: Path) -> None:
-    arrays = {"three": np.array(3), "start_row": np.zeros(64, np.float32), "gain": np.linspace(0.5, 2, 64, dtype=np.float32)}
+    arrays = {
+        "three": np.array(3),
+        "start_row": np.zeros(64, np.float32),
+        "gain": np.linspace(0.5, 2, 64, dtype=np.float32),
+    }
     nodes = [HIDDEN, *INSIDE[kind], N("MatMul", ["z", "V"], ["y"], name="mm2")]
     assert difference(tmp_path, nodes, {"x": X}, {**ARRAYS, **arrays}, flags=flags) < 5e-3
 
@@ -238,7 +292,9 @@ def test_values_that_graphs_inside_nodes_capture(kind: str, flags: tuple[str, ..
 @pytest.mark.parametrize("opset", [9, 12, 13, 18, 21])
 def test_bf16_is_refused_below_opset_13_and_right_above(opset: int, tmp_path: Path) -> None:
     nodes = [HIDDEN, N("Relu", ["h"], ["r"]), N("MatMul", ["r", "V"], ["y"], name="mm2")]
-    write(tmp_path / "m.onnx", nodes, [info("x", [20, 64])], [info("y", [20, 64])], stored(W=W, V=W.T.copy()), opset=opset)
+    write(
+        tmp_path / "m.onnx", nodes, [info("x", [20, 64])], [info("y", [20, 64])], stored(W=W, V=W.T.copy()), opset=opset
+    )
     args = ("precision", tmp_path / "m.onnx", tmp_path / "n.onnx", "--to", "bf16", "--no-check")
     if opset < 13:
         assert "opset 13" in refuse(*args)
@@ -247,5 +303,7 @@ def test_bf16_is_refused_below_opset_13_and_right_above(opset: int, tmp_path: Pa
     model = onnx.load(tmp_path / "n.onnx")
     onnx.checker.check_model(model, full_check=True)
     assert {t.data_type for t in model.graph.initializer} == {TensorProto.BFLOAT16}
-    found = np.asarray(ReferenceEvaluator(model).run(None, {"x": X.astype(helper.tensor_dtype_to_np_dtype(TensorProto.BFLOAT16))})[0]).astype(np.float32)
+    found = np.asarray(
+        ReferenceEvaluator(model).run(None, {"x": X.astype(helper.tensor_dtype_to_np_dtype(TensorProto.BFLOAT16))})[0]
+    ).astype(np.float32)
     assert 1e-4 < rel_l2(found, np.maximum(X @ W, 0) @ W.T) < 1e-2

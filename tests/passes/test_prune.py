@@ -11,7 +11,23 @@ import pytest
 from onnx import TensorProto, helper
 
 from tests.conftest import Make
-from tests.support import FLOAT, FP8, INT64, Array, Case, Session, e4m3, external, info, initializers, linear, normal, stored, succeed, write
+from tests.support import (
+    FLOAT,
+    FP8,
+    INT64,
+    Array,
+    Case,
+    Session,
+    e4m3,
+    external,
+    info,
+    initializers,
+    linear,
+    normal,
+    stored,
+    succeed,
+    write,
+)
 
 
 def reference(weight: Array, axis: int) -> Array:
@@ -55,14 +71,23 @@ def test_the_summed_axis_is_pruned(kind: str, outside: bool, tmp_path: Path) -> 
     assert same(prune(path), "w", reference(weight, axis))
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, FP8, ml_dtypes.float8_e5m2], ids=lambda d: np.dtype(d).name)
+@pytest.mark.parametrize(
+    "dtype", [np.float32, np.float16, ml_dtypes.bfloat16, FP8, ml_dtypes.float8_e5m2], ids=lambda d: np.dtype(d).name
+)
 @pytest.mark.parametrize("transposed", [0, 1])
 def test_every_type(dtype: type, transposed: int, tmp_path: Path) -> None:
     """Many equal magnitudes and both zeros, so that ties decide."""
-    numbers = np.random.default_rng(0).integers(-3, 4, (64, 64)).astype(np.float32) * np.random.default_rng(1).choice([-0.5, 0.5], (64, 64))
+    numbers = np.random.default_rng(0).integers(-3, 4, (64, 64)).astype(np.float32) * np.random.default_rng(1).choice(
+        [-0.5, 0.5], (64, 64)
+    )
     weight = numbers.astype(dtype)
-    tensor = helper.make_tensor("w", helper.np_dtype_to_tensor_dtype(weight.dtype), weight.shape, weight.tobytes(), raw=True)
-    nodes = [helper.make_node("Cast", ["w"], ["wide"], to=FLOAT), helper.make_node("Gemm", ["x", "wide"], ["y"], transB=transposed)]
+    tensor = helper.make_tensor(
+        "w", helper.np_dtype_to_tensor_dtype(weight.dtype), weight.shape, weight.tobytes(), raw=True
+    )
+    nodes = [
+        helper.make_node("Cast", ["w"], ["wide"], to=FLOAT),
+        helper.make_node("Gemm", ["x", "wide"], ["y"], transB=transposed),
+    ]
     path = write(tmp_path / "in.onnx", nodes, [info("x", [4, 64])], [info("y", [4, 64])], [tensor], opset=19)
     assert same(prune(path), "w", reference(weight, transposed))
 
@@ -79,7 +104,9 @@ def test_a_weight_of_many_slabs_is_pruned_as_one(axis: int, tmp_path: Path) -> N
     """36 MB, read in slabs of 8 MB whose bounds fall inside no group."""
     weight = normal(3000, 3000)
     node = helper.make_node("Gemm", ["x", "w"], ["y"], transB=axis)
-    path = external(write(tmp_path / "in.onnx", [node], [info("x", [1, 3000])], [info("y", [1, 3000])], stored(w=weight)))
+    path = external(
+        write(tmp_path / "in.onnx", [node], [info("x", [1, 3000])], [info("y", [1, 3000])], stored(w=weight))
+    )
     assert same(prune(path), "w", reference(weight, axis))
 
 
@@ -141,7 +168,10 @@ def test_an_axis_that_is_no_multiple_of_four_is_reported(tmp_path: Path) -> None
 
 
 def test_a_weight_summed_along_two_axes_is_left_and_said(tmp_path: Path) -> None:
-    nodes = [helper.make_node("MatMul", ["x", "w"], ["a"], "first"), helper.make_node("Gemm", ["a", "w"], ["y"], "second", transB=1)]
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["a"], "first"),
+        helper.make_node("Gemm", ["a", "w"], ["y"], "second", transB=1),
+    ]
     path = write(tmp_path / "in.onnx", nodes, [info("x", [4, 16])], [info("y", [4, 16])], stored(w=normal(16, 16)))
     assert "summed along two different axes" in succeed("prune", path, tmp_path / "out.onnx").out
     assert np.array_equal(initializers(tmp_path / "out.onnx")["w"], normal(16, 16))
@@ -170,7 +200,9 @@ def test_bf16_and_unsupported_types_are_told_apart(tmp_path: Path) -> None:
         stored(w=weight),
     )
     assert "DOUBLE cannot be pruned" in succeed("prune", path, tmp_path / "out.onnx").out
-    assert onnx.load(path).graph.initializer[0].raw_data == onnx.load(tmp_path / "out.onnx").graph.initializer[0].raw_data
+    assert (
+        onnx.load(path).graph.initializer[0].raw_data == onnx.load(tmp_path / "out.onnx").graph.initializer[0].raw_data
+    )
 
 
 def test_a_weight_folded_in_the_same_run_is_pruned_after_rounding(tmp_path: Path) -> None:

@@ -79,7 +79,15 @@ def test_dead_channels_are_dropped_without_a_fuss() -> None:
 def test_wanda_in_the_first_layer_is_the_papers_metric(tmp_path: Path) -> None:
     """|W| times the norm of the input channel; the first layer's inputs are those of the dense model."""
     seen = by_hooks(reference("llama"), tokens())
-    succeed("prune", exported("llama", "concat"), tmp_path / "p.onnx", "--method", "wanda", "--calib", calibration_file(tmp_path))
+    succeed(
+        "prune",
+        exported("llama", "concat"),
+        tmp_path / "p.onnx",
+        "--method",
+        "wanda",
+        "--calib",
+        calibration_file(tmp_path),
+    )
     found = initializers(tmp_path / "p.onnx")
     for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
         key = f"model.layers.0.self_attn.{name}"
@@ -93,7 +101,16 @@ def test_later_layers_see_what_the_pruned_ones_hand_on(tmp_path: Path) -> None:
     """The norms of layer 1 are those of a PyTorch model whose layer 0 holds our pruned weights."""
     import torch
 
-    succeed("prune", exported("llama", "concat"), tmp_path / "p.onnx", "--method", "sparsegpt", "--calib", calibration_file(tmp_path), "--no-check")
+    succeed(
+        "prune",
+        exported("llama", "concat"),
+        tmp_path / "p.onnx",
+        "--method",
+        "sparsegpt",
+        "--calib",
+        calibration_file(tmp_path),
+        "--no-check",
+    )
     found = initializers(tmp_path / "p.onnx")
     model = make("llama", tmp_path / "copy")
     with torch.no_grad():
@@ -110,9 +127,21 @@ def test_later_layers_see_what_the_pruned_ones_hand_on(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 def test_weights_in_matmul_layout(method: str, tmp_path: Path) -> None:
-    succeed("prune", exported("gpt2", "concat"), tmp_path / "p.onnx", "--method", method, "--calib", calibration_file(tmp_path))
+    succeed(
+        "prune",
+        exported("gpt2", "concat"),
+        tmp_path / "p.onnx",
+        "--method",
+        method,
+        "--calib",
+        calibration_file(tmp_path),
+    )
     found = initializers(tmp_path / "p.onnx")
-    assert all(is_2_4(found[f"model.layers.{n}.mlp.{part}.weight"], axis=0) for n in (0, 1) for part in ("up_proj", "down_proj"))
+    assert all(
+        is_2_4(found[f"model.layers.{n}.mlp.{part}.weight"], axis=0)
+        for n in (0, 1)
+        for part in ("up_proj", "down_proj")
+    )
 
 
 def test_a_stopped_run_ends_as_one_that_was_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,14 +158,21 @@ def test_a_stopped_run_ends_as_one_that_was_not(tmp_path: Path, monkeypatch: pyt
         original(self, *args)
 
     monkeypatch.setattr(module.Calibration, "through", stopped)
-    assert run("prune", exported("llama", "concat"), tmp_path / "b.onnx", *flags, "--calib-cache", str(tmp_path / "cache")).code == 130
+    assert (
+        run(
+            "prune", exported("llama", "concat"), tmp_path / "b.onnx", *flags, "--calib-cache", str(tmp_path / "cache")
+        ).code
+        == 130
+    )
     monkeypatch.setattr(module.Calibration, "through", original)
     succeed("prune", exported("llama", "concat"), tmp_path / "b.onnx", *flags, "--calib-cache", str(tmp_path / "cache"))
     a, b = initializers(tmp_path / "a.onnx"), initializers(tmp_path / "b.onnx")
     assert all(np.array_equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize(("flags", "names"), [(["--method", "wanda"], "--calib"), (["--calib", "{calib}"], "need no --calib")])
+@pytest.mark.parametrize(
+    ("flags", "names"), [(["--method", "wanda"], "--calib"), (["--calib", "{calib}"], "need no --calib")]
+)
 def test_bad_input(flags: list[str], names: str, tmp_path: Path) -> None:
     given = [flag.format(calib=calibration_file(tmp_path)) for flag in flags]
     assert names in refuse("prune", exported("llama", "concat"), tmp_path / "p.onnx", *given, code=2)
@@ -144,5 +180,7 @@ def test_bad_input(flags: list[str], names: str, tmp_path: Path) -> None:
 
 def test_the_report_names_the_method(tmp_path: Path) -> None:
     flags = ["--method", "wanda", "--calib", calibration_file(tmp_path), "--json"]
-    notes = json.loads(succeed("prune", exported("llama", "concat"), tmp_path / "p.onnx", *flags).out)["steps"][0]["result"]["notes"]
+    notes = json.loads(succeed("prune", exported("llama", "concat"), tmp_path / "p.onnx", *flags).out)["steps"][0][
+        "result"
+    ]["notes"]
     assert any("wanda" in note for note in notes) and not any("magnitude" in note for note in notes)

@@ -77,9 +77,13 @@ def test_activation_scales_are_what_pytorch_sees(tmp_path: Path) -> None:
         if node.op_type == "Gemm" and "_proj" in node.name:
             weight = producers[node.input[1]].input[0].removesuffix(".weight_float8e4m3fn")
             assert producers[node.input[0]].op_type == "DequantizeLinear"
-            assert values[producers[node.input[0]].input[1]] == pytest.approx(np.abs(seen[weight]).max() / 448, rel=1e-5)
+            assert values[producers[node.input[0]].input[1]] == pytest.approx(
+                np.abs(seen[weight]).max() / 448, rel=1e-5
+            )
             checked += 1
-    assert checked == 14 and sum(node.op_type == "QuantizeLinear" for node in model.graph.node) == 8  # layers that share their input share the pair
+    assert (
+        checked == 14 and sum(node.op_type == "QuantizeLinear" for node in model.graph.node) == 8
+    )  # layers that share their input share the pair
 
 
 def test_int8_per_channel_is_numpys(tmp_path: Path) -> None:
@@ -91,13 +95,18 @@ def test_int8_per_channel_is_numpys(tmp_path: Path) -> None:
 
 
 def test_int4_rounded_to_nearest_is_numpys(tmp_path: Path) -> None:
-    found, weights = stored(quantized(tmp_path, "--int4-rtn", "--block-size", "16", calibrated=False)), torch_weights("llama")
+    found, weights = (
+        stored(quantized(tmp_path, "--int4-rtn", "--block-size", "16", calibrated=False)),
+        torch_weights("llama"),
+    )
     for key in (key for key in weights if key.endswith("_proj.weight")):
         rows, columns = weights[key].shape
         blocks = weights[key].reshape(rows, columns // 16, 16)
         scale = np.abs(blocks).max(axis=2) / np.float32(7)
         np.testing.assert_array_equal(found[f"{key}_scale"], scale)
-        np.testing.assert_array_equal(found[f"{key}_int4"], np.rint(blocks / scale[..., None]).clip(-8, 7).reshape(rows, columns))
+        np.testing.assert_array_equal(
+            found[f"{key}_int4"], np.rint(blocks / scale[..., None]).clip(-8, 7).reshape(rows, columns)
+        )
 
 
 @pytest.mark.parametrize(("flags", "limit"), [
@@ -106,7 +115,9 @@ def test_int4_rounded_to_nearest_is_numpys(tmp_path: Path) -> None:
     (["--fp8", "--gptq"], 0.15), (["--int4-awq", "--gptq"], 0.3), (["--smoothquant", "0.5", "--gptq", "--per-channel", "--all-layers"], 0.1),
     (["--kv-cache", "int8"], 0.02), (["--kv-cache", "fp8"], 0.06), (["--fp8", "--kv-cache", "fp8"], 0.2),
 ])  # fmt: skip
-@pytest.mark.parametrize(("name", "form"), [("llama", "concat"), ("llama", "scatter"), ("gpt2", "concat"), ("llama", "gqa")])
+@pytest.mark.parametrize(
+    ("name", "form"), [("llama", "concat"), ("llama", "scatter"), ("gpt2", "concat"), ("llama", "gqa")]
+)
 def test_the_result_runs_and_is_near(flags: list[str], limit: float, name: str, form: str, tmp_path: Path) -> None:
     if form == "gqa" and "fp8" in flags[1:]:
         pytest.skip("ONNX Runtime's GroupQueryAttention takes an FP8 cache on CUDA alone")
@@ -126,7 +137,9 @@ def test_smoothing_adds_no_node_and_helps_where_channels_differ(tmp_path: Path) 
         for name, parameter in model.named_parameters():
             if "layernorm" in name:
                 parameter[[3, 17]] *= 40
-            elif name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "up_proj.weight", "gate_proj.weight")):
+            elif name.endswith(
+                ("q_proj.weight", "k_proj.weight", "v_proj.weight", "up_proj.weight", "gate_proj.weight")
+            ):
                 parameter[:, [3, 17]] /= 40
     model.save_pretrained(folder)
     succeed("export", folder, "-o", tmp_path / "m.onnx")
@@ -151,9 +164,15 @@ def test_awq_is_better_than_rounding_to_nearest(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("form", "flags", "whole"), [
     ("concat", [], {"q_proj", "k_proj"}), ("none", [], {"q_proj", "k_proj"}), ("gqa", [], {"qkv_proj"}), ("concat", ["--gptq"], set()),
 ])  # fmt: skip
-def test_awq_does_not_clip_what_queries_and_keys_come_from(form: str, flags: list[str], whole: set[str], tmp_path: Path) -> None:
+def test_awq_does_not_clip_what_queries_and_keys_come_from(
+    form: str, flags: list[str], whole: set[str], tmp_path: Path
+) -> None:
     """Rounding to nearest with amax / 7 never gives -8; a clipped block that has a large negative number does."""
-    codes = {key.split(".")[-2]: codes for key, codes in stored(quantized(tmp_path, "--int4-awq", *flags, form=form)).items() if key.endswith("weight_int4")}
+    codes = {
+        key.split(".")[-2]: codes
+        for key, codes in stored(quantized(tmp_path, "--int4-awq", *flags, form=form)).items()
+        if key.endswith("weight_int4")
+    }
     assert whole < set(codes)
     assert {name for name, found in codes.items() if found.min() > -8} == whole
 
@@ -162,8 +181,19 @@ def test_gptq_makes_up_for_its_rounding(tmp_path: Path) -> None:
     """The errors of the outputs on the calibration texts themselves, layer by layer."""
     calib, errors = calibration_file(tmp_path, tokens(count=40)), []
     for flags in ([], ["--gptq"]):
-        out = succeed("quantize", exported("llama", "concat"), tmp_path / "q.onnx", "--int4-awq", *flags, "--calib", calib, "--json").out
-        errors.append([row["error"] for row in json.loads(out)["steps"][0]["result"]["table"] if row["error"] is not None])
+        out = succeed(
+            "quantize",
+            exported("llama", "concat"),
+            tmp_path / "q.onnx",
+            "--int4-awq",
+            *flags,
+            "--calib",
+            calib,
+            "--json",
+        ).out
+        errors.append(
+            [row["error"] for row in json.loads(out)["steps"][0]["result"]["table"] if row["error"] is not None]
+        )
     assert len(errors[0]) == 12 and np.mean(errors[1]) < 0.9 * np.mean(errors[0])
 
 
@@ -171,7 +201,9 @@ def test_gptq_makes_up_for_its_rounding(tmp_path: Path) -> None:
 def test_lowered_to_matmulnbits_the_outputs_stay(form: str, tmp_path: Path) -> None:
     quantized(tmp_path, "--int4-rtn", calibrated=False, form=form)
     succeed("lower-ort", tmp_path / "q.onnx", tmp_path / "o.onnx")
-    assert sum(node.op_type == "MatMulNBits" for node in onnx.load(tmp_path / "o.onnx").graph.node) == (8 if form == "gqa" else 12)
+    assert sum(node.op_type == "MatMulNBits" for node in onnx.load(tmp_path / "o.onnx").graph.node) == (
+        8 if form == "gqa" else 12
+    )
     assert rel_l2(run(tmp_path / "o.onnx"), run(tmp_path / "q.onnx")) < 1e-4
     succeed("quantize", exported("llama", form), tmp_path / "d.onnx", "--int4-rtn", "--lower", "ort")
     np.testing.assert_array_equal(run(tmp_path / "d.onnx"), run(tmp_path / "o.onnx"))
@@ -179,7 +211,15 @@ def test_lowered_to_matmulnbits_the_outputs_stay(form: str, tmp_path: Path) -> N
 
 def test_the_worst_layers_are_left_and_named(tmp_path: Path) -> None:
     out = succeed(
-        "quantize", exported("llama", "concat"), tmp_path / "q.onnx", "--fp8", "--exclude-worst", "3", "--calib", calibration_file(tmp_path), "--json"
+        "quantize",
+        exported("llama", "concat"),
+        tmp_path / "q.onnx",
+        "--fp8",
+        "--exclude-worst",
+        "3",
+        "--calib",
+        calibration_file(tmp_path),
+        "--json",
     )
     table = json.loads(out.out)["steps"][0]["result"]["table"]
     measured = [row for row in table if row["error"] is not None]
@@ -215,9 +255,22 @@ def test_bad_input_is_one_line(flags: list[str], names: str, code: int, tmp_path
 
 def test_a_quantized_model_is_not_quantized_again(tmp_path: Path) -> None:
     quantized(tmp_path, "--fp8")
-    assert "quantized already" in refuse("quantize", tmp_path / "q.onnx", tmp_path / "r.onnx", "--int8", "--calib", calibration_file(tmp_path))
+    assert "quantized already" in refuse(
+        "quantize", tmp_path / "q.onnx", tmp_path / "r.onnx", "--int8", "--calib", calibration_file(tmp_path)
+    )
     quantized(tmp_path, "--kv-cache", "int8")
-    assert "int8 already" in refuse("quantize", tmp_path / "q.onnx", tmp_path / "r.onnx", "--kv-cache", "fp8", "--calib", calibration_file(tmp_path)).lower()
+    assert (
+        "int8 already"
+        in refuse(
+            "quantize",
+            tmp_path / "q.onnx",
+            tmp_path / "r.onnx",
+            "--kv-cache",
+            "fp8",
+            "--calib",
+            calibration_file(tmp_path),
+        ).lower()
+    )
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -228,8 +281,12 @@ def test_a_damaged_weight_is_named(value: float, tmp_path: Path) -> None:
     array[3, 3] = value
     tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
     onnx.save(model, tmp_path / "m.onnx")
-    assert "model.layers.1.mlp.up_proj.weight" in refuse("quantize", tmp_path / "m.onnx", tmp_path / "q.onnx", "--int4-rtn")
-    assert "while calibrating" in refuse("quantize", tmp_path / "m.onnx", tmp_path / "q.onnx", "--fp8", "--calib", calibration_file(tmp_path))
+    assert "model.layers.1.mlp.up_proj.weight" in refuse(
+        "quantize", tmp_path / "m.onnx", tmp_path / "q.onnx", "--int4-rtn"
+    )
+    assert "while calibrating" in refuse(
+        "quantize", tmp_path / "m.onnx", tmp_path / "q.onnx", "--fp8", "--calib", calibration_file(tmp_path)
+    )
 
 
 def test_a_channel_that_is_always_zero_is_harmless(tmp_path: Path) -> None:
@@ -248,12 +305,17 @@ def test_a_channel_that_is_always_zero_is_harmless(tmp_path: Path) -> None:
 
 def test_weights_in_matmul_layout_are_quantized_along_k(tmp_path: Path) -> None:
     """GPT-2 stores [in, out]."""
-    found, weights = stored(quantized(tmp_path, "--int4-rtn", "--block-size", "32", name="gpt2", calibrated=False)), torch_weights("gpt2")
+    found, weights = (
+        stored(quantized(tmp_path, "--int4-rtn", "--block-size", "32", name="gpt2", calibrated=False)),
+        torch_weights("gpt2"),
+    )
     fc = weights["transformer.h.0.mlp.c_fc.weight"]
     blocks = fc.reshape(2, 32, fc.shape[1])
     scale = np.abs(blocks).max(axis=1) / np.float32(7)
     np.testing.assert_array_equal(found["model.layers.0.mlp.up_proj.weight_scale"], scale)
-    np.testing.assert_array_equal(found["model.layers.0.mlp.up_proj.weight_int4"], np.rint(blocks / scale[:, None]).clip(-8, 7).reshape(fc.shape))
+    np.testing.assert_array_equal(
+        found["model.layers.0.mlp.up_proj.weight_int4"], np.rint(blocks / scale[:, None]).clip(-8, 7).reshape(fc.shape)
+    )
 
 
 def test_nemotrons_flags_are_ours(tmp_path: Path) -> None:
@@ -266,20 +328,37 @@ def test_nemotrons_flags_are_ours(tmp_path: Path) -> None:
             succeed("quantize", exported("llama", "concat"), tmp_path / f"{name}.onnx", *flags, *calib)
         a, b = stored(tmp_path / "a.onnx"), stored(tmp_path / "b.onnx")
         assert list(a) == list(b) and all(np.array_equal(a[key], b[key]) for key in a)
-    succeed("quantize", exported("llama", "concat"), tmp_path / "h.onnx", "--qformat", "fp8", "--dtype", "float16", *calib)
-    kinds = {t.data_type for t in onnx.load(tmp_path / "h.onnx").graph.initializer if len(t.dims) == 2 and "rope" not in t.name}
+    succeed(
+        "quantize", exported("llama", "concat"), tmp_path / "h.onnx", "--qformat", "fp8", "--dtype", "float16", *calib
+    )
+    kinds = {
+        t.data_type
+        for t in onnx.load(tmp_path / "h.onnx").graph.initializer
+        if len(t.dims) == 2 and "rope" not in t.name
+    }
     assert kinds == {onnx.TensorProto.FLOAT8E4M3FN, onnx.TensorProto.FLOAT16}
     assert 1e-4 < logits_error(tmp_path / "h.onnx") < 0.15
-    assert "contradict" in refuse("quantize", exported("llama", "concat"), tmp_path / "c.onnx", "--qformat", "fp8", "--int8", *calib, code=2)
+    assert "contradict" in refuse(
+        "quantize", exported("llama", "concat"), tmp_path / "c.onnx", "--qformat", "fp8", "--int8", *calib, code=2
+    )
 
 
 def test_the_summary_is_a_row_a_kind_of_layer(tmp_path: Path) -> None:
-    out = succeed("quantize", exported("llama", "concat"), tmp_path / "q.onnx", "--fp8", "--calib", calibration_file(tmp_path)).out
+    out = succeed(
+        "quantize", exported("llama", "concat"), tmp_path / "q.onnx", "--fp8", "--calib", calibration_file(tmp_path)
+    ).out
     assert "/model/layers.*/mlp/up_proj/Gemm" in out and "SNR dB" in out
 
 
 def test_what_was_used_and_what_matched_nothing_is_said(tmp_path: Path) -> None:
-    command = ("quantize", exported("llama", "concat"), tmp_path / "q.onnx", "--fp8", "--calib", calibration_file(tmp_path, tokens(count=3)))
+    command = (
+        "quantize",
+        exported("llama", "concat"),
+        tmp_path / "q.onnx",
+        "--fp8",
+        "--calib",
+        calibration_file(tmp_path, tokens(count=3)),
+    )
     out = " ".join(succeed(*command, "--exclude", "*.mlp.*", "--exclude", "nosuch").out.split())
     assert "warning: calibrated on 3 texts" in out and "fewer than --calib-size 128" in out
     assert "nothing matches --exclude nosuch" in out and "--exclude *.mlp" not in out
@@ -304,7 +383,10 @@ def test_fp8_products_become_gemm_float8(dtype: str, tmp_path: Path) -> None:
     """The operator has a CUDA kernel alone, so here its definition in numpy: scaleA * scaleB * A @ B^T, and the Gemm's bias behind it."""
     source = exported("llama", "none", "--dtype", dtype)
     succeed("quantize", source, tmp_path / "q.onnx", "--fp8", "--calib", calibration_file(tmp_path))
-    assert "14 products became GemmFloat8" in succeed("lower-ort", tmp_path / "q.onnx", tmp_path / "g.onnx", "--fp8", "--no-check").out
+    assert (
+        "14 products became GemmFloat8"
+        in succeed("lower-ort", tmp_path / "q.onnx", tmp_path / "g.onnx", "--fp8", "--no-check").out
+    )
     before, after = onnx.load(tmp_path / "q.onnx"), onnx.load(tmp_path / "g.onnx")
     made = {o: n for n in before.graph.node for o in n.output}
     old = {n.output[0]: n for n in before.graph.node if n.op_type == "Gemm"}
@@ -316,7 +398,9 @@ def test_fp8_products_become_gemm_float8(dtype: str, tmp_path: Path) -> None:
         }
         activation, weight, bias, *scales = node.input
         assert (
-            not bias and [weights[s].data_type for s in scales] == [onnx.TensorProto.FLOAT] * 2 and weights[weight].data_type == onnx.TensorProto.FLOAT8E4M3FN
+            not bias
+            and [weights[s].data_type for s in scales] == [onnx.TensorProto.FLOAT] * 2
+            and weights[weight].data_type == onnx.TensorProto.FLOAT8E4M3FN
         )
         gemm = old.pop(node.output[0])
         dequantize = [made[name] for name in gemm.input[:2]]

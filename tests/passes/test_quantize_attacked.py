@@ -39,7 +39,9 @@ def chain(path: Path, arrays: dict[str, Array], *, relu: bool = True) -> Path:
             nodes.append(helper.make_node("Relu", [value], [f"r{index}"], name=f"r{index}"))
             value = f"r{index}"
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["tokens", 64]) for name in "xy")
-    graph = helper.make_graph(nodes, "g", [x], [y], [numpy_helper.from_array(array, name) for name, array in arrays.items()])
+    graph = helper.make_graph(
+        nodes, "g", [x], [y], [numpy_helper.from_array(array, name) for name, array in arrays.items()]
+    )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
     np.savez(path.with_suffix(".npz"), x=X)
     return path
@@ -68,7 +70,16 @@ def test_products_without_a_language_model_around(count: int, head: list[str], f
     arrays = weights(count)
     source = chain(tmp_path / "m.onnx", arrays)
     told = succeed(
-        "quantize", source, tmp_path / "q.onnx", *flags.split(), *head, "--calib", source.with_suffix(".npz"), "--inputs", source.with_suffix(".npz"), "--json"
+        "quantize",
+        source,
+        tmp_path / "q.onnx",
+        *flags.split(),
+        *head,
+        "--calib",
+        source.with_suffix(".npz"),
+        "--inputs",
+        source.with_suffix(".npz"),
+        "--json",
     ).out
     assert 1e-4 < relative(told) < 0.35
     assert rel_l2(expected(arrays, X), X) > 0.5, "the case shows something"
@@ -76,20 +87,34 @@ def test_products_without_a_language_model_around(count: int, head: list[str], f
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 def test_pruning_reaches_the_last_product(method: str, tmp_path: Path) -> None:
-    succeed("prune", exported("llama", "concat"), tmp_path / "p.onnx", "--method", method, "--lm-head", "--calib", calibration_file(tmp_path), "--no-check")
+    succeed(
+        "prune",
+        exported("llama", "concat"),
+        tmp_path / "p.onnx",
+        "--method",
+        method,
+        "--lm-head",
+        "--calib",
+        calibration_file(tmp_path),
+        "--no-check",
+    )
     found = {t.name: numpy_helper.to_array(t) for t in onnx.load(tmp_path / "p.onnx").graph.initializer}
     head = next(array for name, array in found.items() if "lm_head" in name)
     assert ((head.reshape(-1, 4) == 0).sum(axis=1) >= 2).all()
 
 
-@pytest.mark.parametrize("flags", ["--fp8", "--fp8 --gptq", "--int4-awq", "--int4-awq --lower ort", "--smoothquant 0.5 --all-layers"])
+@pytest.mark.parametrize(
+    "flags", ["--fp8", "--fp8 --gptq", "--int4-awq", "--int4-awq --lower ort", "--smoothquant 0.5 --all-layers"]
+)
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("which", ["w0", "w2"])
 def test_a_damaged_weight_is_named_whatever_the_scheme(which: str, value: float, flags: str, tmp_path: Path) -> None:
     arrays = weights(3)
     arrays[which][3, 5] = value
     source = chain(tmp_path / "m.onnx", arrays)
-    told = refuse("quantize", source, tmp_path / "q.onnx", *flags.split(), "--lm-head", "--calib", source.with_suffix(".npz"))
+    told = refuse(
+        "quantize", source, tmp_path / "q.onnx", *flags.split(), "--lm-head", "--calib", source.with_suffix(".npz")
+    )
     assert "infinite or NaN" in told and (which in told or which == "w0") and not (tmp_path / "q.onnx").exists()
 
 
@@ -99,15 +124,42 @@ def test_a_cache_folder_keeps_what_is_not_ours(tmp_path: Path) -> None:
         folder = tmp_path / name
         folder.mkdir()
         (folder / "calibration.json").write_text(note)
-        told = refuse("quantize", exported("llama", "concat"), tmp_path / "q.onnx", "--fp8", "--calib", calib, "--calib-cache", folder)
+        told = refuse(
+            "quantize",
+            exported("llama", "concat"),
+            tmp_path / "q.onnx",
+            "--fp8",
+            "--calib",
+            calib,
+            "--calib-cache",
+            folder,
+        )
         assert "--calib-cache" in told and (folder / "calibration.json").read_text() == note
     (tmp_path / "a/precious.txt").write_text("keep")
-    assert "precious.txt" in refuse("quantize", exported("llama", "concat"), tmp_path / "q.onnx", "--fp8", "--calib", calib, "--calib-cache", tmp_path / "a")
+    assert "precious.txt" in refuse(
+        "quantize",
+        exported("llama", "concat"),
+        tmp_path / "q.onnx",
+        "--fp8",
+        "--calib",
+        calib,
+        "--calib-cache",
+        tmp_path / "a",
+    )
     assert (tmp_path / "a/precious.txt").read_text() == "keep"
 
 
 def test_a_damaged_part_of_the_cache_is_named(tmp_path: Path) -> None:
-    arguments = ("quantize", exported("llama", "concat"), tmp_path / "q.onnx", "--fp8", "--gptq", "--calib", calibration_file(tmp_path), "--calib-cache")
+    arguments = (
+        "quantize",
+        exported("llama", "concat"),
+        tmp_path / "q.onnx",
+        "--fp8",
+        "--gptq",
+        "--calib",
+        calibration_file(tmp_path),
+        "--calib-cache",
+    )
     folder = tmp_path / "cache"
     succeed(*arguments, folder)
     part = folder / "0001.npz"
@@ -136,15 +188,33 @@ def test_arrays_that_are_not_the_input(array: Array, says: str, tmp_path: Path) 
     assert "bad.npz" in told and "'x'" in told and says in told
 
 
-@pytest.mark.parametrize("flags", ["--kv-cache int8", "--kv-cache fp8", "--smoothquant 0.5 --per-token --per-channel --all-layers"])
+@pytest.mark.parametrize(
+    "flags", ["--kv-cache int8", "--kv-cache fp8", "--smoothquant 0.5 --per-token --per-channel --all-layers"]
+)
 def test_the_check_compares_what_is_computed_not_how_the_cache_is_stored(flags: str, tmp_path: Path) -> None:
-    told = succeed("quantize", exported("llama", "concat"), tmp_path / "q.onnx", *flags.split(), "--calib", calibration_file(tmp_path), "--json").out
+    told = succeed(
+        "quantize",
+        exported("llama", "concat"),
+        tmp_path / "q.onnx",
+        *flags.split(),
+        "--calib",
+        calibration_file(tmp_path),
+        "--json",
+    ).out
     assert 1e-5 < relative(told) < 0.1
 
 
 def test_an_fp8_cache_of_grouped_query_attention_is_written_unchecked(tmp_path: Path) -> None:
     """ONNX Runtime has its kernel on CUDA alone."""
-    succeed("quantize", exported("llama", "gqa"), tmp_path / "q.onnx", "--kv-cache", "fp8", "--calib", calibration_file(tmp_path))
+    succeed(
+        "quantize",
+        exported("llama", "gqa"),
+        tmp_path / "q.onnx",
+        "--kv-cache",
+        "fp8",
+        "--calib",
+        calibration_file(tmp_path),
+    )
     assert not list(tmp_path.glob("*.crash"))
 
 
@@ -152,14 +222,26 @@ def test_an_fp8_cache_of_grouped_query_attention_is_written_unchecked(tmp_path: 
     ("--fp8 --int8", "leave one out"), ("--qformat fp8 --kv-cache int8 --kv-cache-dtype fp8", "contradict each other"),
 ])  # fmt: skip
 def test_options_that_contradict_each_other(flags: str, says: str, tmp_path: Path) -> None:
-    told = refuse("quantize", exported("llama", "concat"), tmp_path / "q.onnx", *flags.split(), "--calib", calibration_file(tmp_path), code=2)
+    told = refuse(
+        "quantize",
+        exported("llama", "concat"),
+        tmp_path / "q.onnx",
+        *flags.split(),
+        "--calib",
+        calibration_file(tmp_path),
+        code=2,
+    )
     assert says in told
 
 
-@pytest.mark.parametrize(("row", "says"), [([True, False], "neither text nor a list of tokens"), ([1.5], "[1.5]"), ([], "[]")])
+@pytest.mark.parametrize(
+    ("row", "says"), [([True, False], "neither text nor a list of tokens"), ([1.5], "[1.5]"), ([], "[]")]
+)
 def test_rows_that_are_no_tokens(row: list[Any], says: str, tmp_path: Path) -> None:
     (tmp_path / "c.jsonl").write_text(json.dumps({"text": row}))
-    assert says in refuse("quantize", exported("llama", "concat"), tmp_path / "q.onnx", "--fp8", "--calib", tmp_path / "c.jsonl", code=2)
+    assert says in refuse(
+        "quantize", exported("llama", "concat"), tmp_path / "q.onnx", "--fp8", "--calib", tmp_path / "c.jsonl", code=2
+    )
 
 
 def test_a_weight_beyond_fp16_is_an_error(tmp_path: Path) -> None:
@@ -170,7 +252,12 @@ def test_a_weight_beyond_fp16_is_an_error(tmp_path: Path) -> None:
 def test_a_graph_inside_a_node_is_named(tmp_path: Path) -> None:
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
     branches = {
-        key: helper.make_graph([helper.make_node("MatMul", ["x", weight], ["z"])], key, [], [helper.make_tensor_value_info("z", TensorProto.FLOAT, None)])
+        key: helper.make_graph(
+            [helper.make_node("MatMul", ["x", weight], ["z"])],
+            key,
+            [],
+            [helper.make_tensor_value_info("z", TensorProto.FLOAT, None)],
+        )
         for key, weight in (("then_branch", "w0"), ("else_branch", "w1"))
     }
     nodes = [helper.make_node("ReduceMax", ["x"], ["m"], keepdims=0), helper.make_node("Cast", ["m"], ["c"], to=TensorProto.BOOL),
@@ -178,10 +265,14 @@ def test_a_graph_inside_a_node_is_named(tmp_path: Path) -> None:
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["tokens", 64])
     nodes.append(helper.make_node("MatMul", ["x", "w0"], ["o"]))
     o = helper.make_tensor_value_info("o", TensorProto.FLOAT, ["tokens", 64])
-    graph = helper.make_graph(nodes, "g", [x], [y, o], [numpy_helper.from_array(array, name) for name, array in weights(2).items()])
+    graph = helper.make_graph(
+        nodes, "g", [x], [y, o], [numpy_helper.from_array(array, name) for name, array in weights(2).items()]
+    )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), tmp_path / "m.onnx")
     np.savez(tmp_path / "c.npz", x=X)
-    told = refuse("quantize", tmp_path / "m.onnx", tmp_path / "q.onnx", "--fp8", "--lm-head", "--calib", tmp_path / "c.npz")
+    told = refuse(
+        "quantize", tmp_path / "m.onnx", tmp_path / "q.onnx", "--fp8", "--lm-head", "--calib", tmp_path / "c.npz"
+    )
     assert "'choice' (If)" in told
 
 
@@ -195,7 +286,11 @@ def test_a_weight_without_elements_is_left(tmp_path: Path) -> None:
     model.graph.output.append(helper.make_tensor_value_info("o", TensorProto.FLOAT, ["tokens", 64]))
     onnx.save(model, source)
     told = succeed("prune", source, tmp_path / "p.onnx", "--lm-head", "--no-check", "--json").out
-    assert [row["reason"] if "reason" in row else row.get("left") for row in json.loads(told)["steps"][0]["result"]["table"] if row["weight"] == "none"]
+    assert [
+        row["reason"] if "reason" in row else row.get("left")
+        for row in json.loads(told)["steps"][0]["result"]["table"]
+        if row["weight"] == "none"
+    ]
 
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")
@@ -208,5 +303,16 @@ def test_values_whose_squares_exceed_fp32(flags: str, limit: float, tmp_path: Pa
     arrays["w0"], arrays["w1"] = arrays["w0"] * np.float32(1e25), arrays["w1"] * np.float32(1e-25)
     source = chain(tmp_path / "m.onnx", arrays)
     data = source.with_suffix(".npz")
-    told = succeed("quantize", source, tmp_path / "q.onnx", *flags.split(), "--lm-head", "--calib", data, "--inputs", data, "--json").out
+    told = succeed(
+        "quantize",
+        source,
+        tmp_path / "q.onnx",
+        *flags.split(),
+        "--lm-head",
+        "--calib",
+        data,
+        "--inputs",
+        data,
+        "--json",
+    ).out
     assert 1e-4 < relative(told) < limit

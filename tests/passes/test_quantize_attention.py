@@ -31,13 +31,18 @@ def projections() -> dict[str, Array]:
         for kind in ("query", "key", "value"):
             module = getattr(block.self_attn, f"{kind[0]}_proj")
             keep = found.setdefault(f"{layer}.{kind}", [])
-            hooks.append(module.register_forward_hook(lambda _m, _i, out, keep=keep: keep.append(out.detach().numpy()[0])))
+            hooks.append(
+                module.register_forward_hook(lambda _m, _i, out, keep=keep: keep.append(out.detach().numpy()[0]))
+            )
     with torch.no_grad():
         for text in tokens():
             model(torch.tensor([text]))
     for hook in hooks:
         hook.remove()
-    return {name: np.concatenate(parts).reshape(-1, parts[0].shape[-1] // model.config.head_dim, model.config.head_dim) for name, parts in found.items()}
+    return {
+        name: np.concatenate(parts).reshape(-1, parts[0].shape[-1] // model.config.head_dim, model.config.head_dim)
+        for name, parts in found.items()
+    }
 
 
 def test_scales_cover_every_rotation(tmp_path: Path) -> None:
@@ -64,7 +69,9 @@ def test_the_result_is_near(name: str, form: str, flags: tuple[str, ...], tmp_pa
     path = quantized(tmp_path, "--fp8", "--attention", *flags, name=name, form=form)
     assert 1e-4 < logits_error(path, name) < 0.2
     pairs = Counter(node.op_type for node in onnx.load(path).graph.node)["QuantizeLinear"]
-    plain = Counter(node.op_type for node in onnx.load(quantized(tmp_path, "--fp8", *flags, name=name, form=form)).graph.node)["QuantizeLinear"]
+    plain = Counter(
+        node.op_type for node in onnx.load(quantized(tmp_path, "--fp8", *flags, name=name, form=form)).graph.node
+    )["QuantizeLinear"]
     assert pairs - plain == (2 if flags else 6)  # keys and values of a quantized cache are FP8 already
 
 
@@ -75,8 +82,12 @@ def test_attention_of_matmul_and_softmax(tmp_path: Path) -> None:
     feeds = np.load(source.with_suffix(".npz"))
     names = [value.name for value in onnx.load(tmp_path / "m.onnx", load_external_data=False).graph.input]
     np.savez(tmp_path / "c.npz", **{name: feeds[name] for name in names})
-    told = succeed("quantize", tmp_path / "m.onnx", tmp_path / "q.onnx", "--fp8", "--attention", "--calib", tmp_path / "c.npz").out
-    layers = Counter(node.op_type for node in onnx.load(tmp_path / "m.onnx", load_external_data=False).graph.node)["Softmax"]
+    told = succeed(
+        "quantize", tmp_path / "m.onnx", tmp_path / "q.onnx", "--fp8", "--attention", "--calib", tmp_path / "c.npz"
+    ).out
+    layers = Counter(node.op_type for node in onnx.load(tmp_path / "m.onnx", load_external_data=False).graph.node)[
+        "Softmax"
+    ]
     assert layers and re.search(rf"{4 * layers}: FP8 E4M3 attention", told)
     values = {t.name: numpy_helper.to_array(t) for t in onnx.load(tmp_path / "q.onnx").graph.initializer}
     scales = [float(value) for name, value in values.items() if "probabilities" in name and name.endswith("_scale")]
@@ -85,5 +96,9 @@ def test_attention_of_matmul_and_softmax(tmp_path: Path) -> None:
 
 def test_refusals(tmp_path: Path) -> None:
     calib = calibration_file(tmp_path)
-    assert "GroupQueryAttention takes no Q/DQ" in refuse("quantize", exported("llama", "gqa"), tmp_path / "q.onnx", "--fp8", "--attention", "--calib", calib)
-    assert "--attention is for FP8" in refuse("quantize", exported("llama", "concat"), tmp_path / "q.onnx", "--int8", "--attention", "--calib", calib, code=2)
+    assert "GroupQueryAttention takes no Q/DQ" in refuse(
+        "quantize", exported("llama", "gqa"), tmp_path / "q.onnx", "--fp8", "--attention", "--calib", calib
+    )
+    assert "--attention is for FP8" in refuse(
+        "quantize", exported("llama", "concat"), tmp_path / "q.onnx", "--int8", "--attention", "--calib", calib, code=2
+    )

@@ -18,13 +18,20 @@ from tests.support import refuse
 
 
 @pytest.mark.parametrize(("kind", "top"), [("int8", 127), ("fp8", 448)])
-def test_scales_of_values_are_of_values_and_those_of_keys_cover_every_rotation(kind: str, top: int, tmp_path: Path) -> None:
+def test_scales_of_values_are_of_values_and_those_of_keys_cover_every_rotation(
+    kind: str, top: int, tmp_path: Path
+) -> None:
     model = onnx.load(quantized(tmp_path, "--kv-cache", kind))
     stored = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
     seen = projections()
     for layer in range(2):
         scales = {
-            c: next(float(v) for n, v in stored.items() if n.startswith(f"past_key_values.{layer}.{c}/") and n.endswith("_scale")) for c in ("key", "value")
+            c: next(
+                float(v)
+                for n, v in stored.items()
+                if n.startswith(f"past_key_values.{layer}.{c}/") and n.endswith("_scale")
+            )
+            for c in ("key", "value")
         }
         assert scales["value"] == pytest.approx(np.abs(seen[f"{layer}.value"]).max() / top, rel=1e-5)
         keys = seen[f"{layer}.key"]

@@ -50,10 +50,18 @@ def literal(path: Path, feeds: Feeds) -> Feeds:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     names = [value.name for value in session.get_outputs()]
-    return dict(zip(names, session.run(None, {value.name: feeds[value.name] for value in session.get_inputs()}), strict=True))
+    return dict(
+        zip(names, session.run(None, {value.name: feeds[value.name] for value in session.get_inputs()}), strict=True)
+    )
 
 
-def graph(path: Path, nodes: list[onnx.NodeProto], arrays: Feeds, outputs: tuple[str, ...] = ("y",), feeds: Feeds | None = None) -> Feeds:
+def graph(
+    path: Path,
+    nodes: list[onnx.NodeProto],
+    arrays: Feeds,
+    outputs: tuple[str, ...] = ("y",),
+    feeds: Feeds | None = None,
+) -> Feeds:
     """Write a graph and its calibration data; inputs are `feeds`, by default x. Returns them."""
     feeds = {"x": X} if feeds is None else feeds
     inputs = [info(name, array.shape, helper.np_dtype_to_tensor_dtype(array.dtype)) for name, array in feeds.items()]
@@ -105,7 +113,9 @@ def test_other_readers_of_a_weight_see_what_they_saw(kind: str, how: str, tmp_pa
     case = SHARED[kind]
     path = tmp_path / "m.onnx"
     arrays = {"W": case.stored, **NORM} if kind != "a Constant node" else NORM
-    feeds = graph(path, [norm(), *case.product, *case.other], arrays, case.outputs, {"x": X, "ids": IDS, "cond": np.array(True)})
+    feeds = graph(
+        path, [norm(), *case.product, *case.other], arrays, case.outputs, {"x": X, "ids": IDS, "cond": np.array(True)}
+    )
     command, *flags = how.split()
     if kind == "in a branch" and command == "quantize":
         flags = ["--int4-rtn", "--lm-head"]  # calibration refuses graphs inside nodes
@@ -118,7 +128,9 @@ def test_other_readers_of_a_weight_see_what_they_saw(kind: str, how: str, tmp_pa
 
 def test_a_tied_weight_is_pruned_for_its_table_only_when_asked(tmp_path: Path) -> None:
     case = SHARED["tied"]
-    feeds = graph(tmp_path / "m.onnx", [norm(), *case.product, *case.other], {"W": W, **NORM}, case.outputs, {"x": X, "ids": IDS})
+    feeds = graph(
+        tmp_path / "m.onnx", [norm(), *case.product, *case.other], {"W": W, **NORM}, case.outputs, {"x": X, "ids": IDS}
+    )
     succeed("prune", tmp_path / "m.onnx", tmp_path / "o.onnx", "--lm-head", "--embeddings", "--no-check")
     after = literal(tmp_path / "o.onnx", feeds)
     assert ((initializers(tmp_path / "o.onnx")["W"].reshape(16, 4, 64) == 0).sum(1) == 2).all()
@@ -149,7 +161,12 @@ def test_the_error_of_a_layer_is_what_both_files_compute(layer: str, scheme: str
     nodes, arrays = LAYERS[layer]
     uses_w = any("W" in node.input for node in nodes)
     made = {name for node in nodes for name in node.output}
-    feeds = graph(tmp_path / "m.onnx", [norm(), *nodes], {**({"W": W} if uses_w else {}), **NORM, **arrays}, ("y", "z") if "z" in made else ("y",))
+    feeds = graph(
+        tmp_path / "m.onnx",
+        [norm(), *nodes],
+        {**({"W": W} if uses_w else {}), **NORM, **arrays},
+        ("y", "z") if "z" in made else ("y",),
+    )
     flags = [*scheme.split(), "--lm-head", "--calib", tmp_path / "m.npz", "--no-check", "--json"]
     told = json.loads(succeed("quantize", tmp_path / "m.onnx", tmp_path / "o.onnx", *flags).out)
     rows = {row["layer"]: row for row in told["steps"][0]["result"]["table"]}
@@ -163,17 +180,34 @@ def test_the_error_of_a_layer_is_what_both_files_compute(layer: str, scheme: str
 
 
 @pytest.mark.parametrize("alpha, beta", [(1.0, 1.0), (0.5, 2.0), (-2.0, 0.25)])
-@pytest.mark.parametrize("scheme", ["--int4-rtn --lower ort", "--int8 --all-layers --per-token", "--int8 --all-layers --gptq", "--int4-awq --lower ort"])
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        "--int4-rtn --lower ort",
+        "--int8 --all-layers --per-token",
+        "--int8 --all-layers --gptq",
+        "--int4-awq --lower ort",
+    ],
+)
 def test_alpha_and_beta_of_a_gemm_stay(scheme: str, alpha: float, beta: float, tmp_path: Path) -> None:
-    graph(tmp_path / "m.onnx", [norm(), N("Gemm", ["h", "W", "bias"], ["y"], alpha=alpha, beta=beta, name="fc")], {"W": W, "bias": BIAS, **NORM})
+    graph(
+        tmp_path / "m.onnx",
+        [norm(), N("Gemm", ["h", "W", "bias"], ["y"], alpha=alpha, beta=beta, name="fc")],
+        {"W": W, "bias": BIAS, **NORM},
+    )
     data = [] if "rtn" in scheme else ["--calib", tmp_path / "m.npz"]
     succeed("quantize", tmp_path / "m.onnx", tmp_path / "o.onnx", *scheme.split(), "--lm-head", *data)
     hidden = (X - X.mean(1, keepdims=True)) / np.sqrt(X.var(1, keepdims=True) + 1e-5) * GAIN + NORM["b"]
     assert rel_l2(literal(tmp_path / "o.onnx", {"x": X})["y"], alpha * (hidden @ W) + beta * BIAS) < 0.2
 
 
-@pytest.mark.parametrize("node, weight", [(N("MatMul", ["w", "x"], ["y"], name="fc"), W), (N("Gemm", ["w", "x"], ["y"], transA=1, name="fc"), W.T.copy())])
-def test_a_weight_that_comes_first_is_summed_along_its_own_axis(node: onnx.NodeProto, weight: Array, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "node, weight",
+    [(N("MatMul", ["w", "x"], ["y"], name="fc"), W), (N("Gemm", ["w", "x"], ["y"], transA=1, name="fc"), W.T.copy())],
+)
+def test_a_weight_that_comes_first_is_summed_along_its_own_axis(
+    node: onnx.NodeProto, weight: Array, tmp_path: Path
+) -> None:
     x = normal(64, 20, seed=2)
     feeds = graph(tmp_path / "m.onnx", [node], {"w": weight}, feeds={"x": x})
     succeed("prune", tmp_path / "m.onnx", tmp_path / "p.onnx", "--lm-head", "--no-check")
@@ -234,17 +268,33 @@ CHAINS: dict[str, tuple[list[onnx.NodeProto], Feeds]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("scheme", ["--smoothquant 0.5 --all-layers --per-channel", "--smoothquant 0.5 --all-layers", "--int4-awq"])
+@pytest.mark.parametrize(
+    "scheme", ["--smoothquant 0.5 --all-layers --per-channel", "--smoothquant 0.5 --all-layers", "--int4-awq"]
+)
 @pytest.mark.parametrize("chain", CHAINS)
 def test_folds_into_a_product_before_are_no_worse_with_gptq(chain: str, scheme: str, tmp_path: Path) -> None:
     """A factor that is folded after the weight was rounded (GPTQ) must reach its codes or their scales."""
     nodes, arrays = CHAINS[chain]
     uses = {name for node in nodes for name in node.input}
     uneven = {"W": W * np.geomspace(0.1, 10, 64, dtype=np.float32), "V": normal(64, 64, seed=2) / np.float32(8)}
-    feeds = graph(tmp_path / "m.onnx", [norm(), *nodes], {**{name: array for name, array in uneven.items() if name in uses}, **NORM, **arrays})
+    feeds = graph(
+        tmp_path / "m.onnx",
+        [norm(), *nodes],
+        {**{name: array for name, array in uneven.items() if name in uses}, **NORM, **arrays},
+    )
     expected, errors = literal(tmp_path / "m.onnx", feeds)["y"], []
     for more in ([], ["--gptq"]):
-        succeed("quantize", tmp_path / "m.onnx", tmp_path / "o.onnx", *scheme.split(), *more, "--lm-head", "--calib", tmp_path / "m.npz", "--no-check")
+        succeed(
+            "quantize",
+            tmp_path / "m.onnx",
+            tmp_path / "o.onnx",
+            *scheme.split(),
+            *more,
+            "--lm-head",
+            "--calib",
+            tmp_path / "m.npz",
+            "--no-check",
+        )
         errors.append(rel_l2(literal(tmp_path / "o.onnx", feeds)["y"], expected))
     assert errors[0] < 0.25, errors
     assert errors[1] < 1.5 * errors[0] + 0.02, errors
@@ -271,7 +321,16 @@ def test_weights_whose_names_differ_in_a_slash_keep_apart(tmp_path: Path) -> Non
     nodes = [norm(), *(N("MatMul", ["h", name], [f"y{i}"], name=f"fc{i}") for i, name in enumerate(names))]
     arrays = {name: np.roll(W, 7 * i, axis=1) * np.float32(10.0**i) for i, name in enumerate(names)}
     feeds = graph(tmp_path / "m.onnx", nodes, {**arrays, **NORM}, ("y0", "y1", "y2"))
-    flags = ["--int8", "--all-layers", "--gptq", "--lm-head", "--calib", tmp_path / "m.npz", "--calib-cache", tmp_path / "cache"]
+    flags = [
+        "--int8",
+        "--all-layers",
+        "--gptq",
+        "--lm-head",
+        "--calib",
+        tmp_path / "m.npz",
+        "--calib-cache",
+        tmp_path / "cache",
+    ]
     succeed("quantize", tmp_path / "m.onnx", tmp_path / "o.onnx", *flags)
     before, after = literal(tmp_path / "m.onnx", feeds), literal(tmp_path / "o.onnx", feeds)
     assert max(rel_l2(after[name], before[name]) for name in before) < 0.05
@@ -301,12 +360,24 @@ class Edit(Pass):
 @pytest.mark.parametrize("what", ["row 0", "row 21", "row 63", "alpha 7"])
 def test_a_calibration_cache_is_not_used_after_another_pass(what: str, tmp_path: Path) -> None:
     """Whatever the pass before changed, the cache of a run without it gives the same file as no cache."""
-    nodes = [norm(), N("Gemm", ["h", "W"], ["y"], name="fc"), norm("y", "h2", "2"), N("MatMul", ["h2", "V"], ["z"], name="fc2")]
+    nodes = [
+        norm(),
+        N("Gemm", ["h", "W"], ["y"], name="fc"),
+        norm("y", "h2", "2"),
+        N("MatMul", ["h2", "V"], ["z"], name="fc2"),
+    ]
     arrays = {"W": W, "V": W.T.copy(), **NORM, "g2": GAIN.copy(), "b2": BIAS}
     graph(tmp_path / "m.onnx", nodes, arrays, ("z",))
 
     def made(name: str, passes: list[Pass], cache: str) -> dict[str, Array]:
-        quantize = Quantize(scheme="int8", gptq=True, all_layers=True, lm_head=True, calib=str(tmp_path / "m.npz"), calib_cache=str(tmp_path / cache))
+        quantize = Quantize(
+            scheme="int8",
+            gptq=True,
+            all_layers=True,
+            lm_head=True,
+            calib=str(tmp_path / "m.npz"),
+            calib_cache=str(tmp_path / cache),
+        )
         model = Model.load(tmp_path / "m.onnx")
         PassManager([*passes, quantize]).run(model)
         model.save(tmp_path / name, copy_weights=True)
@@ -322,7 +393,10 @@ def test_a_calibration_cache_is_not_used_after_another_pass(what: str, tmp_path:
 @pytest.mark.parametrize("where", ["main", "If", "Loop"])
 def test_constant_nodes_are_weights_wherever_they_are(where: str, tmp_path: Path) -> None:
     """What is said to be pruned is pruned in the file, and what is not pruned computes as before."""
-    constant, product = N("Constant", [], ["C"], value=numpy_helper.from_array(W, "C")), N("MatMul", ["h", "C"], ["p"], name="fc")
+    constant, product = (
+        N("Constant", [], ["C"], value=numpy_helper.from_array(W, "C")),
+        N("MatMul", ["h", "C"], ["p"], name="fc"),
+    )
     if where == "main":
         nodes = [norm(), constant, product]
     elif where == "If":
@@ -330,14 +404,27 @@ def test_constant_nodes_are_weights_wherever_they_are(where: str, tmp_path: Path
         nodes = [norm(), N("If", ["yes"], ["p"], then_branch=branch, else_branch=branch, name="if")]
     else:
         state = [info("i", [], TensorProto.INT64), info("go", [], TensorProto.BOOL), info("h", [ROWS, 64])]
-        body = helper.make_graph([constant, product, N("Identity", ["go"], ["go2"])], "body", state, [info("go2", [], TensorProto.BOOL), info("p", [ROWS, 64])])
+        body = helper.make_graph(
+            [constant, product, N("Identity", ["go"], ["go2"])],
+            "body",
+            state,
+            [info("go2", [], TensorProto.BOOL), info("p", [ROWS, 64])],
+        )
         nodes = [norm("x", "h0"), N("Loop", ["two", "yes", "h0"], ["p"], body=body, name="loop")]
     nodes.append(N("MatMul", ["p", "V"], ["y"], name="fc2"))
-    feeds = graph(tmp_path / "m.onnx", nodes, {"V": W.T.copy(), "yes": np.array(True), "two": np.array(2), **NORM}, ("y", "p"))
-    told = json.loads(succeed("prune", tmp_path / "m.onnx", tmp_path / "o.onnx", "--lm-head", "--no-check", "--json").out)
+    feeds = graph(
+        tmp_path / "m.onnx", nodes, {"V": W.T.copy(), "yes": np.array(True), "two": np.array(2), **NORM}, ("y", "p")
+    )
+    told = json.loads(
+        succeed("prune", tmp_path / "m.onnx", tmp_path / "o.onnx", "--lm-head", "--no-check", "--json").out
+    )
     pruned = {row["node"] for row in told["steps"][0]["result"]["table"] if not row["left"]}
     assert pruned == ({"fc", "fc2"} if where == "main" else {"fc2"})
     before, after = literal(tmp_path / "m.onnx", feeds), literal(tmp_path / "o.onnx", feeds)
-    sparse = np.where(np.argsort(np.argsort(-np.abs(W.reshape(16, 4, 64)), axis=1, kind="stable"), axis=1) < 2, W.reshape(16, 4, 64), 0).reshape(64, 64)
+    sparse = np.where(
+        np.argsort(np.argsort(-np.abs(W.reshape(16, 4, 64)), axis=1, kind="stable"), axis=1) < 2,
+        W.reshape(16, 4, 64),
+        0,
+    ).reshape(64, 64)
     hidden = (X - X.mean(1, keepdims=True)) / np.sqrt(X.var(1, keepdims=True) + 1e-5) * GAIN + NORM["b"]
     assert rel_l2(after["p"], hidden @ sparse if where == "main" else before["p"]) < 1e-5

@@ -38,8 +38,22 @@ X, W = normal(4, 16, seed=1), normal(32, 16)
 def pair(data: str, scale: str, result: str, name: str = "", **attributes: Any) -> list[onnx.NodeProto]:
     """Quantize and dequantize as TransformerEngine writes them; no node names unless given."""
     return [
-        helper.make_node("TRT_FP8QuantizeLinear", [data, scale], [f"{result}_q"], f"{name}_q" if name else "", domain="trt", **attributes),
-        helper.make_node("TRT_FP8DequantizeLinear", [f"{result}_q", scale], [result], f"{name}_dq" if name else "", domain="trt", **attributes),
+        helper.make_node(
+            "TRT_FP8QuantizeLinear",
+            [data, scale],
+            [f"{result}_q"],
+            f"{name}_q" if name else "",
+            domain="trt",
+            **attributes,
+        ),
+        helper.make_node(
+            "TRT_FP8DequantizeLinear",
+            [f"{result}_q", scale],
+            [result],
+            f"{name}_dq" if name else "",
+            domain="trt",
+            **attributes,
+        ),
     ]
 
 
@@ -96,7 +110,10 @@ def test_a_denormal_scale_is_a_warning(scale: float, tmp_path: Path) -> None:
     path = model(tmp_path / "in.onnx", [*pair("w", "s", "wd", "layer7"), gemm()], s=np.float32(scale))
     result = succeed("convert", path, tmp_path / "out.onnx")
     assert "warning" in result.out and "layer7_q" in result.out and "denormal" in result.out
-    assert rel_l2(Session(tmp_path / "out.onnx")({"x": X})["y"], X @ (np.sign(W) * np.float32(448) * np.float32(scale)).T) <= 1e-6
+    assert (
+        rel_l2(Session(tmp_path / "out.onnx")({"x": X})["y"], X @ (np.sign(W) * np.float32(448) * np.float32(scale)).T)
+        <= 1e-6
+    )
 
 
 def test_the_smallest_normal_scale_is_no_warning(tmp_path: Path) -> None:
@@ -111,13 +128,24 @@ def test_scales_of_a_pair_stay_as_given(tmp_path: Path) -> None:
     up = np.nextafter(np.float32(0.02), np.float32(1))
     out = convert(model(tmp_path / "in.onnx", [q, dq, gemm()], s=np.float32(0.02), t=up))
     assert rel_l2(Session(out)({"x": X})["y"], X @ (e4m3(W / np.float32(0.02)).astype(np.float32) * up).T) <= 1e-6
-    scales = [a for name, a in initializers(out).items() if name.startswith(("s", "t")) and a.dtype == np.float32 and a.size == 1]
+    scales = [
+        a
+        for name, a in initializers(out).items()
+        if name.startswith(("s", "t")) and a.dtype == np.float32 and a.size == 1
+    ]
     assert [a.tobytes() for a in scales] == [up.tobytes()]
 
 
 def test_a_scale_computed_from_constants_is_folded(tmp_path: Path) -> None:
     chain = [helper.make_node("Reciprocal", ["te_scale"], ["r"]), helper.make_node("Mul", ["r", "one"], ["s"])]
-    out = convert(model(tmp_path / "in.onnx", [*chain, *pair("w", "s", "wd"), gemm()], te_scale=np.array([64], np.float32), one=np.float32(1)))
+    out = convert(
+        model(
+            tmp_path / "in.onnx",
+            [*chain, *pair("w", "s", "wd"), gemm()],
+            te_scale=np.array([64], np.float32),
+            one=np.float32(1),
+        )
+    )
     assert sorted(ops(out)) == ["DequantizeLinear", "Gemm"]
     assert rel_l2(Session(out)({"x": X})["y"], X @ rounded(W, 1 / 64).T) <= 1e-6
 
@@ -132,14 +160,18 @@ def test_scale_vector(axis: int, tmp_path: Path) -> None:
 
 def test_scale_vector_of_an_ambiguous_axis_is_refused(tmp_path: Path) -> None:
     square = normal(16, 16)
-    path = model(tmp_path / "in.onnx", [*pair("w", "s", "wd", "layer7"), gemm()], w=square, s=np.full(16, 0.02, np.float32))
+    path = model(
+        tmp_path / "in.onnx", [*pair("w", "s", "wd", "layer7"), gemm()], w=square, s=np.full(16, 0.02, np.float32)
+    )
     assert "layer7_q" in refuse("convert", path, tmp_path / "out.onnx")
 
 
 @pytest.mark.parametrize("scales", [(0.02, 0.02), (0.02, 0.05)], ids=["one scale", "two scales"])
 def test_a_weight_that_two_layers_share(scales: tuple[float, float], tmp_path: Path) -> None:
     nodes = [*pair("w", "s", "wd"), *pair("w", "t", "vd"), gemm(), gemm("vd", "y1")]
-    out = convert(model(tmp_path / "in.onnx", nodes, [4, 32], [4, 32], s=np.float32(scales[0]), t=np.float32(scales[1])))
+    out = convert(
+        model(tmp_path / "in.onnx", nodes, [4, 32], [4, 32], s=np.float32(scales[0]), t=np.float32(scales[1]))
+    )
     result = Session(out)({"x": X})
     assert rel_l2(result["y"], X @ rounded(W, scales[0]).T) <= 1e-6
     assert rel_l2(result["y1"], X @ rounded(W, scales[1]).T) <= 1e-6
@@ -157,7 +189,14 @@ def test_a_weight_tied_to_an_embedding_keeps_its_table(tmp_path: Path) -> None:
 def test_a_weight_that_is_also_a_graph_input_is_not_folded(tmp_path: Path) -> None:
     """The caller may override it, so its quantize has to stay."""
     inputs = [info("x", [4, 16]), info("w", [32, 16])]
-    path = write(tmp_path / "in.onnx", [*pair("w", "s", "wd"), gemm()], inputs, [info("y", [4, 32])], stored(w=W, s=np.float32(0.02)), domains=["trt"])
+    path = write(
+        tmp_path / "in.onnx",
+        [*pair("w", "s", "wd"), gemm()],
+        inputs,
+        [info("y", [4, 32])],
+        stored(w=W, s=np.float32(0.02)),
+        domains=["trt"],
+    )
     out = convert(path)
     other = normal(32, 16, seed=9)
     assert rel_l2(Session(out)({"x": X, "w": other})["y"], X @ rounded(other, 0.02).T) <= 1e-6
@@ -177,7 +216,9 @@ def test_primary_fp8_weights_are_reinterpreted(tmp_path: Path) -> None:
 def test_primary_fp8_weights_pass_the_numeric_check(tmp_path: Path) -> None:
     """The check before and after must read uint8 bytes as FP8 too: a right conversion is not refused."""
     dequantize = helper.make_node("TRT_FP8DequantizeLinear", ["w", "s"], ["wd"], "dq", domain="trt")
-    path = model(tmp_path / "in.onnx", [dequantize, gemm()], w=e4m3(W / np.float32(0.02)).view(np.uint8), s=np.float32(0.02))
+    path = model(
+        tmp_path / "in.onnx", [dequantize, gemm()], w=e4m3(W / np.float32(0.02)).view(np.uint8), s=np.float32(0.02)
+    )
     succeed("convert", path, tmp_path / "out.onnx")
 
 
@@ -200,7 +241,14 @@ def test_values_beyond_the_range_saturate_and_nan_stays(tmp_path: Path) -> None:
     weight = W.copy()
     weight[0, :4] = [1e9, -1e9, np.inf, np.nan]
     out = convert(
-        model(tmp_path / "in.onnx", [*pair("w", "s", "wd"), helper.make_node("Neg", ["wd"], ["y"])], [32, 16], w=weight, s=np.float32(1)), "--no-check"
+        model(
+            tmp_path / "in.onnx",
+            [*pair("w", "s", "wd"), helper.make_node("Neg", ["wd"], ["y"])],
+            [32, 16],
+            w=weight,
+            s=np.float32(1),
+        ),
+        "--no-check",
     )
     assert np.array_equal(Session(out)({"x": X})["y"], -rounded(weight, 1), equal_nan=True)
     assert rounded(weight, 1)[0, :3].tolist() == [448, -448, 448]
@@ -238,7 +286,14 @@ def test_value_info_of_uint8_is_retyped(tmp_path: Path) -> None:
 
 
 def test_a_quantized_graph_output_keeps_its_name(tmp_path: Path) -> None:
-    path = write(tmp_path / "in.onnx", pair("x", "s", "y"), [info("x", [4, 16])], [info("y", [4, 16])], stored(s=np.float32(0.02)), domains=["trt"])
+    path = write(
+        tmp_path / "in.onnx",
+        pair("x", "s", "y"),
+        [info("x", [4, 16])],
+        [info("y", [4, 16])],
+        stored(s=np.float32(0.02)),
+        domains=["trt"],
+    )
     assert np.array_equal(Session(convert(path))({"x": X})["y"], rounded(X, 0.02))
 
 
@@ -247,7 +302,9 @@ def test_operators_inside_a_subgraph_are_named(tmp_path: Path) -> None:
     other = helper.make_graph([helper.make_node("Identity", ["w"], ["we"])], "else", [], [info("we", [32, 16])])
     nodes = [helper.make_node("If", ["flag"], ["wi"], "choice", then_branch=branch, else_branch=other), gemm("wi")]
     inputs = [info("x", [4, 16]), info("flag", [], onnx.TensorProto.BOOL)]
-    path = write(tmp_path / "in.onnx", nodes, inputs, [info("y", [4, 32])], stored(w=W, s=np.float32(0.02)), domains=["trt"])
+    path = write(
+        tmp_path / "in.onnx", nodes, inputs, [info("y", [4, 32])], stored(w=W, s=np.float32(0.02)), domains=["trt"]
+    )
     assert "inner_q" in refuse("convert", path, tmp_path / "out.onnx")
     assert not (tmp_path / "out.onnx").exists()
 
@@ -255,7 +312,9 @@ def test_operators_inside_a_subgraph_are_named(tmp_path: Path) -> None:
 def test_missing_scale_is_refused_by_name(tmp_path: Path) -> None:
     node = helper.make_node("TRT_FP8QuantizeLinear", ["w"], ["q"], "layer7", domain="trt")
     back = helper.make_node("TRT_FP8DequantizeLinear", ["q", "s"], ["wd"], "dq", domain="trt")
-    assert "layer7" in refuse("convert", model(tmp_path / "in.onnx", [node, back, gemm()], s=np.float32(1)), tmp_path / "out.onnx")
+    assert "layer7" in refuse(
+        "convert", model(tmp_path / "in.onnx", [node, back, gemm()], s=np.float32(1)), tmp_path / "out.onnx"
+    )
 
 
 def test_the_single_pass_says_which_opset_it_needs(tmp_path: Path) -> None:
@@ -270,7 +329,16 @@ def test_old_exporter_split_and_reduce(tmp_path: Path) -> None:
         helper.make_node("Split", ["h"], ["a", "b"], axis=1), helper.make_node("Mul", ["a", "b"], ["m"]),
         helper.make_node("ReduceSumSquare", ["m"], ["r"], axes=[-1], keepdims=1), helper.make_node("Div", ["m", "r"], ["y"]),
     ]  # fmt: skip
-    path = write(tmp_path / "in.onnx", nodes, [info("x", [4, 16])], [info("y", [4, 16])], stored(w=W), opset=17, domains=["trt"], ir_version=8)
+    path = write(
+        tmp_path / "in.onnx",
+        nodes,
+        [info("x", [4, 16])],
+        [info("y", [4, 16])],
+        stored(w=W),
+        opset=17,
+        domains=["trt"],
+        ir_version=8,
+    )
     product = X @ rounded(W, 0.02).T
     gated = product[:, :16] * product[:, 16:]
     assert rel_l2(Session(convert(path))({"x": X})["y"], gated / (gated**2).sum(-1, keepdims=True)) <= 1e-6

@@ -14,7 +14,23 @@ from onnx.reference import ReferenceEvaluator
 
 from fixtures.te_style_check import REFERENCE_OPS
 from tests.conftest import Make
-from tests.support import FP8, MX, Array, Case, e4m3, info, initializers, normal, ops, opsets, refuse, rel_l2, stored, succeed, write
+from tests.support import (
+    FP8,
+    MX,
+    Array,
+    Case,
+    e4m3,
+    info,
+    initializers,
+    normal,
+    ops,
+    opsets,
+    refuse,
+    rel_l2,
+    stored,
+    succeed,
+    write,
+)
 
 X, W = normal(4, 64, seed=1), normal(32, 64)
 
@@ -35,16 +51,27 @@ def mx(weight: Array) -> tuple[Array, Array]:
 def mx_pair(data: str, result: str, name: str, quantize: str = "TRT_MXFP8DynamicQuantize") -> list[onnx.NodeProto]:
     return [
         helper.make_node(quantize, [data], [f"{result}_q", f"{result}_s"], name, domain="trt"),
-        helper.make_node("TRT_MXFP8DequantizeLinear", [f"{result}_q", f"{result}_s"], [result], f"{name}_dq", domain="trt"),
+        helper.make_node(
+            "TRT_MXFP8DequantizeLinear", [f"{result}_q", f"{result}_s"], [result], f"{name}_dq", domain="trt"
+        ),
     ]
 
 
-def model(path: Path, *, activation: bool = False, weight: Array = W, quantize: str = "TRT_MXFP8DynamicQuantize") -> Path:
+def model(
+    path: Path, *, activation: bool = False, weight: Array = W, quantize: str = "TRT_MXFP8DynamicQuantize"
+) -> Path:
     nodes = mx_pair("w", "wd", "weight_mx", quantize)
     if activation:
         nodes += mx_pair("x", "xd", "input_mx", quantize)
     nodes.append(helper.make_node("Gemm", ["xd" if activation else "x", "wd"], ["y"], transB=1))
-    return write(path, nodes, [info("x", [4, weight.shape[1]])], [info("y", [4, weight.shape[0]])], stored(w=weight), domains=["trt"])
+    return write(
+        path,
+        nodes,
+        [info("x", [4, weight.shape[1]])],
+        [info("y", [4, weight.shape[0]])],
+        stored(w=weight),
+        domains=["trt"],
+    )
 
 
 def evaluate(path: Path, x: Array) -> Array:
@@ -69,7 +96,11 @@ def test_keep_mx_keeps_activations_only(case: Case, converted: Make) -> None:
     path = converted(case.name, "--keep-mx")
     found = ops(path)
     assert found.count("trt::TRT_MXFP8DynamicQuantize") == ops(case.path).count("trt::TRT_MXFP8DynamicQuantize") // 2
-    assert found.count("DequantizeLinear") == found.count("trt::TRT_MXFP8DequantizeLinear") == found.count("trt::TRT_MXFP8DynamicQuantize")
+    assert (
+        found.count("DequantizeLinear")
+        == found.count("trt::TRT_MXFP8DequantizeLinear")
+        == found.count("trt::TRT_MXFP8DynamicQuantize")
+    )
     assert opsets(path) == {"": 24, "trt": 1}
 
 
@@ -114,7 +145,13 @@ def test_a_weight_alone_needs_no_custom_operator(quantize: str, tmp_path: Path) 
 
 def test_keep_mx_gives_the_old_name_its_right_one(tmp_path: Path) -> None:
     out = tmp_path / "out.onnx"
-    succeed("convert", model(tmp_path / "in.onnx", activation=True, quantize="TRT_MXFP8QuantizeLinear"), out, "--keep-mx", "--no-check")
+    succeed(
+        "convert",
+        model(tmp_path / "in.onnx", activation=True, quantize="TRT_MXFP8QuantizeLinear"),
+        out,
+        "--keep-mx",
+        "--no-check",
+    )
     assert ops(out).count("trt::TRT_MXFP8DynamicQuantize") == 1 and "trt::TRT_MXFP8QuantizeLinear" not in ops(out)
 
 
@@ -133,7 +170,14 @@ def test_blocks_at_the_edges(factor: float, tmp_path: Path) -> None:
 UP = pytest.param(lambda w: np.nextafter(w, np.float32(np.inf)), id="one ulp above")
 
 
-@pytest.mark.parametrize("towards", [pytest.param(lambda w: w, id="exact"), pytest.param(lambda w: np.nextafter(w, np.float32(0)), id="one ulp below"), UP])
+@pytest.mark.parametrize(
+    "towards",
+    [
+        pytest.param(lambda w: w, id="exact"),
+        pytest.param(lambda w: np.nextafter(w, np.float32(0)), id="one ulp below"),
+        UP,
+    ],
+)
 def test_scales_around_every_power_of_two(towards: Callable[[Array], Array], tmp_path: Path) -> None:
     exponents = np.arange(-118, 118)
     weight = np.repeat(np.ldexp(np.float32(448), exponents).astype(np.float32), 32).reshape(-1, 32)
@@ -145,7 +189,9 @@ def test_scales_around_every_power_of_two(towards: Callable[[Array], Array], tmp
 
 
 def test_a_row_that_is_no_multiple_of_32_is_refused_by_name(tmp_path: Path) -> None:
-    assert "weight_mx" in refuse("convert", model(tmp_path / "in.onnx", weight=normal(32, 48)), tmp_path / "out.onnx", "--no-check")
+    assert "weight_mx" in refuse(
+        "convert", model(tmp_path / "in.onnx", weight=normal(32, 48)), tmp_path / "out.onnx", "--no-check"
+    )
     assert not (tmp_path / "out.onnx").exists()
 
 

@@ -97,7 +97,9 @@ def test_instruments_nest_around_each_pass(model: Model) -> None:
     lines: list[str] = []
     PassManager([Cleanup(), Scale()], [Diary("a", lines), Diary("b", lines)]).run(model)
     assert lines == [
-        f"{who} {when} {which}" for which in ("cleanup", "scale") for who, when in (("a", "before"), ("b", "before"), ("b", "after"), ("a", "after"))
+        f"{who} {when} {which}"
+        for which in ("cleanup", "scale")
+        for who, when in (("a", "before"), ("b", "before"), ("b", "after"), ("a", "after"))
     ]
 
 
@@ -121,7 +123,9 @@ def test_provenance_survives_in_the_file_and_accumulates(tmp_path: Path) -> None
     succeed("convert", case.path, first)
     succeed("add-kv-cache", first, second, "--layout", "sbnh")
     history = json.loads({p.key: p.value for p in onnx.load(second).metadata_props}[PROVENANCE_KEY])
-    assert [entry["input_sha256"] for entry in history] == [hashlib.sha256(path.read_bytes()).hexdigest() for path in (case.path, first)]
+    assert [entry["input_sha256"] for entry in history] == [
+        hashlib.sha256(path.read_bytes()).hexdigest() for path in (case.path, first)
+    ]
     assert [entry["input"] for entry in history] == [case.path.name, "q.onnx"]
     assert history[1]["passes"][0]["layout"] == "sbnh"
     assert history[1]["versions"]["onnxtools"] == __version__ and history[1]["versions"]["onnx"] == onnx.__version__
@@ -137,7 +141,9 @@ def test_measures(model: Model) -> None:
 def test_dump_writes_each_change(model: Model, tmp_path: Path) -> None:
     PassManager([Scale(factor=2.0), Cleanup(), Scale(factor=3.0)], [Dump(tmp_path / "dump")]).run(model)
     assert sorted(p.name for p in (tmp_path / "dump").glob("*.onnx")) == ["01-scale.onnx", "03-scale.onnx"]
-    assert np.array_equal(onnx.numpy_helper.to_array(onnx.load(tmp_path / "dump" / "01-scale.onnx").graph.initializer[0]), 2 * W)
+    assert np.array_equal(
+        onnx.numpy_helper.to_array(onnx.load(tmp_path / "dump" / "01-scale.onnx").graph.initializer[0]), 2 * W
+    )
 
 
 def test_the_checker_names_the_pass(model: Model) -> None:
@@ -145,8 +151,13 @@ def test_the_checker_names_the_pass(model: Model) -> None:
         PassManager([Break()], [Checker()]).run(model)
 
 
-@pytest.mark.parametrize(("factor", "numerics", "passes"), [(1.0, "exact", True), (1.001, "exact", False), (1.001, "rounding", False), (1.001, "lossy", True)])
-def test_the_numeric_check_judges_by_what_a_pass_claims(factor: float, numerics: Numerics, passes: bool, model: Model) -> None:
+@pytest.mark.parametrize(
+    ("factor", "numerics", "passes"),
+    [(1.0, "exact", True), (1.001, "exact", False), (1.001, "rounding", False), (1.001, "lossy", True)],
+)
+def test_the_numeric_check_judges_by_what_a_pass_claims(
+    factor: float, numerics: Numerics, passes: bool, model: Model
+) -> None:
     manager = PassManager([Scale(factor=factor, numerics=numerics)], [NumericCheck()])
     if passes:
         assert manager.run(model).steps[0].measures["rel_l2"] == pytest.approx(factor - 1, abs=1e-6)
@@ -192,7 +203,9 @@ def test_a_refusal_leaves_nothing(model: Model, tmp_path: Path) -> None:
     assert not (tmp_path / "crash").exists()
 
 
-def test_a_crash_on_the_command_line_is_one_line_with_the_way_to_repeat_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_on_the_command_line_is_one_line_with_the_way_to_repeat_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "my_crash.py").write_text("def surgery(graph):\n    raise KeyError('gone wrong')\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "my_crash", raising=False)

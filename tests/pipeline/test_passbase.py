@@ -98,7 +98,9 @@ def test_a_pass_without_apply_says_so() -> None:
 @pytest.mark.parametrize("name", sorted(registry.names()))
 def test_every_field_is_a_command_line_option_with_help(name: str) -> None:
     command = pass_command(name)
-    switches = {switch for parameter in command.params if isinstance(parameter, click.Option) for switch in parameter.opts}
+    switches = {
+        switch for parameter in command.params if isinstance(parameter, click.Option) for switch in parameter.opts
+    }
     for field in fields(load_pass(name)):
         assert f"--{field.name.replace('_', '-')}" in switches
         assert field.metadata["help"].endswith(".")

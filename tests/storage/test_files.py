@@ -19,7 +19,21 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxtools.base.errors import JobError
 from onnxtools.ir.model import Model
 from onnxtools.storage.files import OwnFolder, replacing
-from tests.support import FLOAT, Array, external, info, initializers, linear, normal, refuse, rel_l2, run, stored, succeed, write
+from tests.support import (
+    FLOAT,
+    Array,
+    external,
+    info,
+    initializers,
+    linear,
+    normal,
+    refuse,
+    rel_l2,
+    run,
+    stored,
+    succeed,
+    write,
+)
 
 UINT8 = TensorProto.UINT8
 N = helper.make_node
@@ -59,12 +73,17 @@ def test_two_writers_leave_one_whole_model(tmp_path: Path) -> None:
         proto.graph.name = str(number)
         onnx.save(proto, path, save_as_external_data=True, location="w.data", size_threshold=0)
     start = str(time.time() + 4)
-    arguments = [[sys.executable, "-c", RACE, str(tmp_path / str(number) / "m.onnx"), str(tmp_path / "out" / "m.onnx"), start] for number in (1, 2)]
+    arguments = [
+        [sys.executable, "-c", RACE, str(tmp_path / str(number) / "m.onnx"), str(tmp_path / "out" / "m.onnx"), start]
+        for number in (1, 2)
+    ]
     writers = [subprocess.Popen(argument, stderr=subprocess.PIPE, text=True) for argument in arguments]
     errors = [writer.communicate(timeout=120)[1] for writer in writers]
     assert all(writer.returncode == 0 for writer in writers), errors
     proto = onnx.load(tmp_path / "out" / "m.onnx")
-    assert {float(value) for tensor in proto.graph.initializer for value in np.unique(numpy_helper.to_array(tensor))} == {float(proto.graph.name)}
+    assert {
+        float(value) for tensor in proto.graph.initializer for value in np.unique(numpy_helper.to_array(tensor))
+    } == {float(proto.graph.name)}
     succeed("prune", tmp_path / "1" / "m.onnx", tmp_path / "out" / "m.onnx", "--lm-head", "--no-check")
     assert names(tmp_path / "out") <= {"m.onnx", *(entry.name for entry in (tmp_path / "out").glob("m.onnx*data"))}
     assert len(names(tmp_path / "out")) == 2
@@ -92,7 +111,12 @@ def test_links_planted_at_other_names_are_not_followed(kind: str, tmp_path: Path
     victim.write_text("keep")
     out = tmp_path / "out"
     out.mkdir()
-    name = {"tmp": ".o.onnx.00000000.tmp", "old": ".o.onnx.00000000.old", "data": "o.onnx.data", "pid": f".o.onnx.{os.getpid()}.tmp"}[kind]
+    name = {
+        "tmp": ".o.onnx.00000000.tmp",
+        "old": ".o.onnx.00000000.old",
+        "data": "o.onnx.data",
+        "pid": f".o.onnx.{os.getpid()}.tmp",
+    }[kind]
     (out / name).symlink_to(victim)
     succeed("prune", path, out / "o.onnx", "--no-check", "--lm-head")
     assert victim.read_text() == "keep" and (out / name).is_symlink()
@@ -200,7 +224,15 @@ def leaking(kind: str, location: str) -> onnx.ModelProto:
     elif kind == "attribute":
         nodes.insert(0, N("Constant", [], ["k"], value=outside(location)))
     elif kind.startswith("branch"):
-        nodes = [N("If", ["c"], ["y"], then_branch=(branch := _branch(location, constant="attribute" in kind)), else_branch=branch)]
+        nodes = [
+            N(
+                "If",
+                ["c"],
+                ["y"],
+                then_branch=(branch := _branch(location, constant="attribute" in kind)),
+                else_branch=branch,
+            )
+        ]
         tensors = stored(c=np.array(True))
     elif kind == "unused tensors":
         nodes = [N("Constant", [], ["k"], value=numpy_helper.from_array(np.zeros(16, np.uint8))), *nodes]
@@ -218,14 +250,26 @@ def leaking(kind: str, location: str) -> onnx.ModelProto:
             held.attribute.append(onnx.AttributeProto(name="value", ref_attr_name="v", type=onnx.AttributeProto.TENSOR))
             functions = [_function([held], (helper.make_attribute("v", outside(location)),))]
         else:
-            chosen = N("If", ["c"], ["o"], then_branch=(branch := _branch(location, constant=False)), else_branch=branch)
+            chosen = N(
+                "If", ["c"], ["o"], then_branch=(branch := _branch(location, constant=False)), else_branch=branch
+            )
             functions = [_function([N("Constant", [], ["c"], value=numpy_helper.from_array(np.array(True))), chosen])]
     graph = helper.make_graph(nodes, "g", [], [info("y", [16], UINT8)], tensors)
     opsets = [helper.make_opsetid("", 19), *([helper.make_opsetid("my", 1)] if functions else [])]
     return helper.make_model(graph, functions=functions, opset_imports=opsets, ir_version=9)
 
 
-PLACES = ("initializer", "attribute", "branch", "branch attribute", "unused tensors", "sparse", "function", "default of a function", "branch in a function")
+PLACES = (
+    "initializer",
+    "attribute",
+    "branch",
+    "branch attribute",
+    "unused tensors",
+    "sparse",
+    "function",
+    "default of a function",
+    "branch in a function",
+)
 LOCATIONS: dict[str, Callable[[Path], str]] = {
     "above": lambda folder: "../secret.bin", "absolute": lambda folder: str(folder.parent / "secret.bin"), "around": lambda folder: "sub/../../secret.bin",
     "link": lambda folder: "link.bin", "folder link": lambda folder: "up/secret.bin",
@@ -243,8 +287,12 @@ def test_nothing_outside_the_folder_is_read(kind: str, where: str, tmp_path: Pat
     (folder / "m.onnx").write_bytes(leaking(kind, LOCATIONS[where](folder)).SerializeToString())
     for command in ("inline-functions", "fold-constants", "legalize"):
         result = run(command, folder / "m.onnx", tmp_path / "out" / "o.onnx", "--no-check", "--copy-weights")
-        assert result.code in (0, 1) and "Traceback" not in result.err and "internal error" not in result.err, result.err
-        written = b"".join(file.read_bytes() for file in (tmp_path / "out").iterdir()) if (tmp_path / "out").exists() else b""
+        assert result.code in (0, 1) and "Traceback" not in result.err and "internal error" not in result.err, (
+            result.err
+        )
+        written = (
+            b"".join(file.read_bytes() for file in (tmp_path / "out").iterdir()) if (tmp_path / "out").exists() else b""
+        )
         assert SECRET not in written
         assert result.code == 1, "said to be well"
 
@@ -258,16 +306,24 @@ def test_a_hugging_face_cache_is_followed_to_its_own_blobs_alone(tmp_path: Path)
     shutil.move(path, own / "blobs" / "1")
     shutil.move(tmp_path / "w.data", own / "blobs" / "2")
     for repository in (own, other):
-        (repository / "snapshots" / "r" / "onnx" / "m.onnx").symlink_to("../../../blobs/1" if repository == own else own / "blobs" / "1")
+        (repository / "snapshots" / "r" / "onnx" / "m.onnx").symlink_to(
+            "../../../blobs/1" if repository == own else own / "blobs" / "1"
+        )
         (repository / "snapshots" / "r" / "onnx" / "w.data").symlink_to(f"../../../../{own.name}/blobs/2")
-    succeed("prune", own / "snapshots" / "r" / "onnx" / "m.onnx", tmp_path / "out" / "o.onnx", "--lm-head", "--no-check")
+    succeed(
+        "prune", own / "snapshots" / "r" / "onnx" / "m.onnx", tmp_path / "out" / "o.onnx", "--lm-head", "--no-check"
+    )
     assert pruned(tmp_path / "out" / "o.onnx")
-    assert "link" in refuse("prune", other / "snapshots" / "r" / "onnx" / "m.onnx", tmp_path / "out" / "p.onnx", "--lm-head", "--no-check")
+    assert "link" in refuse(
+        "prune", other / "snapshots" / "r" / "onnx" / "m.onnx", tmp_path / "out" / "p.onnx", "--lm-head", "--no-check"
+    )
 
 
 @pytest.mark.parametrize("flags", [(), ("--copy-weights",)], ids=["", "copied"])
 @pytest.mark.parametrize("elsewhere", [False, True])
-def test_initializers_over_the_same_bytes_keep_their_shapes(elsewhere: bool, flags: tuple[str, ...], tmp_path: Path) -> None:
+def test_initializers_over_the_same_bytes_keep_their_shapes(
+    elsewhere: bool, flags: tuple[str, ...], tmp_path: Path
+) -> None:
     data = normal(24)
     (tmp_path / "w.bin").write_bytes(data.tobytes())
 
@@ -279,13 +335,27 @@ def test_initializers_over_the_same_bytes_keep_their_shapes(elsewhere: bool, fla
             entry.key, entry.value = key, value
         return tensor
 
-    tensors = [over("A", [4, 6], FLOAT), over("B", [24], FLOAT), over("C", [6, 4], FLOAT), over("D", [24], TensorProto.INT32), over("E", [2, 6], FLOAT, 48)]
+    tensors = [
+        over("A", [4, 6], FLOAT),
+        over("B", [24], FLOAT),
+        over("C", [6, 4], FLOAT),
+        over("D", [24], TensorProto.INT32),
+        over("E", [2, 6], FLOAT, 48),
+    ]
     nodes = [N("Identity", [tensor.name], [tensor.name.lower()]) for tensor in tensors] + [N("Dropout", ["a"], ["z"])]
-    outputs = [info(tensor.name.lower(), list(tensor.dims), tensor.data_type) for tensor in tensors] + [info("z", [4, 6])]
+    outputs = [info(tensor.name.lower(), list(tensor.dims), tensor.data_type) for tensor in tensors] + [
+        info("z", [4, 6])
+    ]
     path = write(tmp_path / "m.onnx", nodes, [], outputs, tensors)
     output = tmp_path / ("out" if elsewhere else ".") / "o.onnx"
     succeed("legalize", path, output, "--no-check", *flags)
-    expected: dict[str, Array] = {"A": data.reshape(4, 6), "B": data, "C": data.reshape(6, 4), "D": data.view(np.int32), "E": data[12:].reshape(2, 6)}
+    expected: dict[str, Array] = {
+        "A": data.reshape(4, 6),
+        "B": data,
+        "C": data.reshape(6, 4),
+        "D": data.view(np.int32),
+        "E": data[12:].reshape(2, 6),
+    }
     found = initializers(output)
     for name in found:
         assert found[name].dtype == expected[name].dtype
@@ -302,9 +372,20 @@ def test_a_model_holds_no_absolute_path(tmp_path: Path) -> None:
     path = external(linear(home / "m.onnx"))
     np.savez(home / "x.npz", x=normal(4, 64))
     succeed("set-opset", path, home / "n.onnx", "--version", "21", "--no-check")
-    flags = ["--int8", "--all-layers", "--lm-head", "--calib", home / "x.npz", "--calib-cache", home / "cache", "--no-check"]
+    flags = [
+        "--int8",
+        "--all-layers",
+        "--lm-head",
+        "--calib",
+        home / "x.npz",
+        "--calib-cache",
+        home / "cache",
+        "--no-check",
+    ]
     succeed("quantize", home / "n.onnx", home / "q.onnx", *flags)
-    (home / "r.yaml").write_text(f"input: {home / 'n.onnx'}\noutput: {home / 'p.onnx'}\npasses: [{{prune: {{lm-head: true}}}}]\n")
+    (home / "r.yaml").write_text(
+        f"input: {home / 'n.onnx'}\noutput: {home / 'p.onnx'}\npasses: [{{prune: {{lm-head: true}}}}]\n"
+    )
     succeed("pipeline", home / "r.yaml")
     for name in ("q.onnx", "p.onnx"):
         assert b"home_of_somebody" not in (home / name).read_bytes(), name
@@ -312,13 +393,19 @@ def test_a_model_holds_no_absolute_path(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flags, runs", [((), False), (("--allow-code",), True)], ids=["", "allowed"])
-def test_a_recipe_runs_code_only_when_it_is_allowed(flags: tuple[str, ...], runs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recipe_runs_code_only_when_it_is_allowed(
+    flags: tuple[str, ...], runs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("onnx_graphsurgeon")
     linear(tmp_path / "in.onnx")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "edit_of_a_recipe", raising=False)
-    (tmp_path / "edit_of_a_recipe.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\ndef edit(graph):\n    return graph\n")
-    (tmp_path / "r.yaml").write_text("input: in.onnx\noutput: out.onnx\npasses:\n - graphsurgeon: {function: 'edit_of_a_recipe:edit'}\n")
+    (tmp_path / "edit_of_a_recipe.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w').close()\ndef edit(graph):\n    return graph\n"
+    )
+    (tmp_path / "r.yaml").write_text(
+        "input: in.onnx\noutput: out.onnx\npasses:\n - graphsurgeon: {function: 'edit_of_a_recipe:edit'}\n"
+    )
     result = run("pipeline", tmp_path / "r.yaml", *flags)
     assert (tmp_path / "ran").exists() == runs, result.err
     assert runs or (result.code == 2 and "--allow-code" in result.err and not (tmp_path / "out.onnx").exists())

@@ -20,7 +20,9 @@ WHOLE = np.random.default_rng(1).standard_normal((24, 6)).astype(np.float32)
 @pytest.fixture
 def stored(tmp_path: Path) -> ir.ExternalTensor:
     (tmp_path / "w.bin").write_bytes(b"head" + WHOLE.tobytes())
-    return ir.ExternalTensor("w.bin", 4, WHOLE.nbytes, ir.DataType.FLOAT, shape=ir.Shape(WHOLE.shape), name="w", base_dir=tmp_path)
+    return ir.ExternalTensor(
+        "w.bin", 4, WHOLE.nbytes, ir.DataType.FLOAT, shape=ir.Shape(WHOLE.shape), name="w", base_dir=tmp_path
+    )
 
 
 def rows(tensor: ir.TensorProtocol, step: int) -> np.ndarray:
@@ -35,10 +37,16 @@ def test_pieces(stored: ir.ExternalTensor, step: int) -> None:
     a, b = w.row_range(stored, 3, 9), w.row_range(stored, 15, 24)
     np.testing.assert_array_equal(rows(a, step), WHOLE[3:9])
     np.testing.assert_array_equal(rows(w.vstack([b, a], "x"), step), np.vstack([WHOLE[15:24], WHOLE[3:9]]))
-    np.testing.assert_array_equal(rows(w.row_range(w.vstack([b, a], "x"), 7, 12), step), np.vstack([WHOLE[15:24], WHOLE[3:9]])[7:12])
-    np.testing.assert_array_equal(rows(w.hstack([a, w.row_range(stored, 0, 6)], "x"), step), np.hstack([WHOLE[3:9], WHOLE[0:6]]))
+    np.testing.assert_array_equal(
+        rows(w.row_range(w.vstack([b, a], "x"), 7, 12), step), np.vstack([WHOLE[15:24], WHOLE[3:9]])[7:12]
+    )
+    np.testing.assert_array_equal(
+        rows(w.hstack([a, w.row_range(stored, 0, 6)], "x"), step), np.hstack([WHOLE[3:9], WHOLE[0:6]])
+    )
     np.testing.assert_array_equal(rows(w.columns(stored, 2, 5), step), WHOLE[:, 2:5])
-    np.testing.assert_array_equal(rows(w.pick_rows(stored, [(20, 22), (1, 2), (2, 4)], "x"), step), WHOLE[[20, 21, 1, 2, 3]])
+    np.testing.assert_array_equal(
+        rows(w.pick_rows(stored, [(20, 22), (1, 2), (2, 4)], "x"), step), WHOLE[[20, 21, 1, 2, 3]]
+    )
     np.testing.assert_array_equal(rows(w.plus_one(stored), step), WHOLE + 1)
     np.testing.assert_array_equal(rows(w.cast(stored, ir.DataType.BFLOAT16), step), WHOLE.astype(ml_dtypes.bfloat16))
 
@@ -96,4 +104,6 @@ def test_a_value_that_rounds_up_to_infinity_is_beyond() -> None:
     for value, target in ((3.4e38, ir.DataType.BFLOAT16), (65520.0, ir.DataType.FLOAT16)):
         with pytest.raises(ModelError, match="beyond"):
             elements(cast(ir.Tensor(np.array([value], np.float32), name="w"), target))
-    np.testing.assert_array_equal(elements(cast(ir.Tensor(np.array([65519.0], np.float32), name="w"), ir.DataType.FLOAT16)), [65504])
+    np.testing.assert_array_equal(
+        elements(cast(ir.Tensor(np.array([65519.0], np.float32), name="w"), ir.DataType.FLOAT16)), [65504]
+    )

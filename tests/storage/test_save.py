@@ -17,7 +17,21 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.external_data_helper import set_external_data
 
 from onnxtools.ir.model import Model
-from tests.support import ROOT, Array, Session, external, info, initializers, linear, normal, refuse, run, stored, succeed, write
+from tests.support import (
+    ROOT,
+    Array,
+    Session,
+    external,
+    info,
+    initializers,
+    linear,
+    normal,
+    refuse,
+    run,
+    stored,
+    succeed,
+    write,
+)
 
 W = normal(64, 128)
 
@@ -39,7 +53,10 @@ def stamp(path: Path) -> tuple[int, int, int]:
 
 def product(*weights: str) -> list[onnx.NodeProto]:
     """x through several square products; each weight is a name."""
-    return [helper.make_node("MatMul", [f"h{i}" if i else "x", w], [f"h{i + 1}" if i + 1 < len(weights) else "y"], f"mm{i}") for i, w in enumerate(weights)]
+    return [
+        helper.make_node("MatMul", [f"h{i}" if i else "x", w], [f"h{i + 1}" if i + 1 < len(weights) else "y"], f"mm{i}")
+        for i, w in enumerate(weights)
+    ]
 
 
 def square(path: Path, **weights: Array) -> Path:
@@ -75,7 +92,11 @@ def test_another_folder_gets_its_own_bytes(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     succeed("convert", path, tmp_path / "other" / "out.onnx")
     data = tmp_path / "other" / "out.onnx.data"
-    assert not data.is_symlink() and data.stat().st_nlink == 1 and data.stat().st_ino != (tmp_path / "weights.bin").stat().st_ino
+    assert (
+        not data.is_symlink()
+        and data.stat().st_nlink == 1
+        and data.stat().st_ino != (tmp_path / "weights.bin").stat().st_ino
+    )
     path.unlink()
     (tmp_path / "weights.bin").unlink()
     assert np.array_equal(initializers(tmp_path / "other" / "out.onnx")["w"], W)
@@ -119,8 +140,16 @@ def test_weights_of_odd_sizes_and_types_survive_a_copy(size: int, tmp_path: Path
         "c": np.arange(size, dtype=np.int64),
         "d": np.arange(size, dtype=np.uint8),
     }
-    four = helper.make_tensor("e", TensorProto.INT4, [size], np.random.default_rng(0).bytes((size + 1) // 2 - size % 2) + b"\x03" * (size % 2), raw=True)
-    nodes = [helper.make_node("Size", [name], [f"n_{name}"]) for name in (*arrays, "e")] + [helper.make_node("Neg", ["x"], ["y"])]
+    four = helper.make_tensor(
+        "e",
+        TensorProto.INT4,
+        [size],
+        np.random.default_rng(0).bytes((size + 1) // 2 - size % 2) + b"\x03" * (size % 2),
+        raw=True,
+    )
+    nodes = [helper.make_node("Size", [name], [f"n_{name}"]) for name in (*arrays, "e")] + [
+        helper.make_node("Neg", ["x"], ["y"])
+    ]
     path = external(
         write(
             tmp_path / "in.onnx",
@@ -135,14 +164,28 @@ def test_weights_of_odd_sizes_and_types_survive_a_copy(size: int, tmp_path: Path
     out = tmp_path / "other" / "out.onnx"
     Model.load(path).save(out)
     before, after = initializers(path), initializers(out)
-    assert {n: (a.dtype, a.shape, a.tobytes()) for n, a in after.items()} == {n: (a.dtype, a.shape, a.tobytes()) for n, a in before.items()}
+    assert {n: (a.dtype, a.shape, a.tobytes()) for n, a in after.items()} == {
+        n: (a.dtype, a.shape, a.tobytes()) for n, a in before.items()
+    }
 
 
 def test_weights_inside_nodes_move_too(tmp_path: Path) -> None:
     """onnx can store the tensor of a Constant node in a data file."""
     constant = helper.make_node("Constant", [], ["w"], "c", value=numpy_helper.from_array(W, "w"))
-    path = write(tmp_path / "in.onnx", [constant, helper.make_node("MatMul", ["x", "w"], ["y"])], [info("x", [4, 64])], [info("y", [4, 128])])
-    onnx.save(onnx.load(path), path, save_as_external_data=True, location="weights.bin", size_threshold=0, convert_attribute=True)
+    path = write(
+        tmp_path / "in.onnx",
+        [constant, helper.make_node("MatMul", ["x", "w"], ["y"])],
+        [info("x", [4, 64])],
+        [info("y", [4, 128])],
+    )
+    onnx.save(
+        onnx.load(path),
+        path,
+        save_as_external_data=True,
+        location="weights.bin",
+        size_threshold=0,
+        convert_attribute=True,
+    )
     (tmp_path / "other").mkdir()
     out = tmp_path / "other" / "out.onnx"
     succeed("cleanup", path, out)
@@ -235,7 +278,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 2 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], check=False, capture_output=True).returncode:
+    if (
+        os.geteuid()
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], check=False, capture_output=True
+        ).returncode
+    ):
         pytest.skip("mounting a small file system needs root")
     yield folder
     subprocess.run(["umount", folder], check=True)
@@ -305,7 +353,10 @@ def test_killed_at_every_step_of_a_save(tmp_path: Path) -> None:
             path.unlink()
         Model.load(external(linear(tmp_path / "old.onnx", old), "old.bin")).save(target)
         done = subprocess.run(
-            [sys.executable, "-c", KILLED_AT, str(moment), str(folder), "cleanup", str(source), str(target)], cwd=ROOT, check=False, capture_output=True
+            [sys.executable, "-c", KILLED_AT, str(moment), str(folder), "cleanup", str(source), str(target)],
+            cwd=ROOT,
+            check=False,
+            capture_output=True,
         )
         found = complete(target)
         assert np.array_equal(found, old) or np.array_equal(found, new), moment
@@ -327,7 +378,14 @@ def test_killed_in_the_middle_of_a_big_save(tmp_path: Path) -> None:
     folder.mkdir()
     target = folder / "out.onnx"
     Model.load(external(linear(tmp_path / "old.onnx", old), "old.bin")).save(target)
-    command = [sys.executable, "-c", "import sys; from onnxtools.cli.main import main; main(sys.argv[1:])", "prune", str(source), str(target)]
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from onnxtools.cli.main import main; main(sys.argv[1:])",
+        "prune",
+        str(source),
+        str(target),
+    ]
     middle = 0
     for pause in (0, 0.03, 0.1, 0.2):
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -371,27 +429,61 @@ def big_model(path: Path, data: Path, count: int = 16, quantized: bool = False) 
         tensors.append(tensor)
         weight = f"w{index}"
         if quantized:
-            nodes.append(helper.make_node("TRT_FP8QuantizeLinear", [weight, "s"], [f"q{index}"], f"q{index}", domain="trt"))
-            nodes.append(helper.make_node("TRT_FP8DequantizeLinear", [f"q{index}", "s"], [f"d{index}"], f"dq{index}", domain="trt"))
+            nodes.append(
+                helper.make_node("TRT_FP8QuantizeLinear", [weight, "s"], [f"q{index}"], f"q{index}", domain="trt")
+            )
+            nodes.append(
+                helper.make_node(
+                    "TRT_FP8DequantizeLinear", [f"q{index}", "s"], [f"d{index}"], f"dq{index}", domain="trt"
+                )
+            )
             weight = f"d{index}"
-        nodes.append(helper.make_node("MatMul", [f"h{index}" if index else "x", weight], [f"h{index + 1}" if index + 1 < count else "y"], f"mm{index}"))
+        nodes.append(
+            helper.make_node(
+                "MatMul",
+                [f"h{index}" if index else "x", weight],
+                [f"h{index + 1}" if index + 1 < count else "y"],
+                f"mm{index}",
+            )
+        )
     with open(data, "wb") as file:
         file.truncate(count * SIZE * SIZE * 4)
-    return write(path, nodes, [info("x", [1, SIZE])], [info("y", [1, SIZE])], [*tensors, *stored(s=np.float32(0.5))], domains=["trt"])
+    return write(
+        path,
+        nodes,
+        [info("x", [1, SIZE])],
+        [info("y", [1, SIZE])],
+        [*tensors, *stored(s=np.float32(0.5))],
+        domains=["trt"],
+    )
 
 
 @pytest.mark.parametrize(
     ("command", "quantized", "elsewhere"), [("convert", False, False), ("convert", False, True), ("convert", True, False), ("prune", False, False)],
     ids=["convert by reference", "convert and copy", "convert and fold", "prune"],
 )  # fmt: skip
-def test_a_gigabyte_passes_through_200_megabytes(command: str, quantized: bool, elsewhere: bool, tmp_path: Path) -> None:
+def test_a_gigabyte_passes_through_200_megabytes(
+    command: str, quantized: bool, elsewhere: bool, tmp_path: Path
+) -> None:
     path = big_model(tmp_path / "in.onnx", tmp_path / "weights.bin", quantized=quantized)
     (tmp_path / "other").mkdir()
     out = (tmp_path / "other" if elsewhere else tmp_path) / "out.onnx"
-    done = subprocess.run([sys.executable, "-c", PEAK, command, str(path), str(out), "--no-check"], cwd=ROOT, check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, command, str(path), str(out), "--no-check"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     assert int(done.stderr.split("peak")[1]) / 1024 < 200
     written = sum(p.stat().st_size for p in out.parent.glob("out.onnx.*"))
-    assert written == {"convert": SIZE * SIZE * 16 if quantized else (SIZE * SIZE * 64 if elsewhere else 0), "prune": SIZE * SIZE * 64}[command]
+    assert (
+        written
+        == {
+            "convert": SIZE * SIZE * 16 if quantized else (SIZE * SIZE * 64 if elsewhere else 0),
+            "prune": SIZE * SIZE * 64,
+        }[command]
+    )
     for leftover in tmp_path.rglob("*.data"):
         leftover.unlink()
 
@@ -403,8 +495,17 @@ def test_nothing_is_on_stderr_of_a_good_run(tmp_path: Path) -> None:
 def test_computed_weights_begin_at_a_page(tmp_path: Path) -> None:
     """So that runtimes map them and file systems share them."""
     out = tmp_path / "o.onnx"
-    nodes = [helper.make_node("MatMul", ["x", "a"], ["h"], name="one"), helper.make_node("MatMul", ["h", "b"], ["y"], name="two")]
-    write(tmp_path / "in.onnx", nodes, [info("x", [4, 60])], [info("y", [4, 128])], stored(a=normal(60, 100), b=normal(100, 128)))
+    nodes = [
+        helper.make_node("MatMul", ["x", "a"], ["h"], name="one"),
+        helper.make_node("MatMul", ["h", "b"], ["y"], name="two"),
+    ]
+    write(
+        tmp_path / "in.onnx",
+        nodes,
+        [info("x", [4, 60])],
+        [info("y", [4, 128])],
+        stored(a=normal(60, 100), b=normal(100, 128)),
+    )
     succeed("prune", external(tmp_path / "in.onnx"), out, "--no-check")
     placed = [(int(t.offset or 0), t.nbytes) for t in Model.load(out).external_tensors()]
     assert len(placed) == 2 and all(offset % 4096 == 0 for offset, _ in placed)

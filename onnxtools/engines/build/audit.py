@@ -60,7 +60,8 @@ def _layer(entry: Mapping[str, Any]) -> EngineLayer:
         outputs=tuple(_dtype(tensor) for tensor in entry.get("Outputs", [])),
         weights=_named(str(weights.get("Type", ""))) if isinstance(weights, dict) else "",
         tactic=tactic,
-        sparse=re.search(r"sparse|sptensor", tactic) is not None,  # HasSparseWeights is about the weights, not the kernel
+        sparse=re.search(r"sparse|sptensor", tactic)
+        is not None,  # HasSparseWeights is about the weights, not the kernel
         origin=tuple(re.findall(r"\[ONNX Layer: ([^\]]*)\]", str(entry.get("Metadata", "")))),
     )
 

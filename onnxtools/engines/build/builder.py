@@ -129,6 +129,8 @@ def get_builder(name: str) -> Builder:
         for candidate in ("tensorrt", "tensorrt-rtx", "trtexec"):
             with contextlib.suppress(JobError):
                 return get_builder(candidate)
-        raise JobError(f"no builder is installed; {install_line('rtx')} (builds without a GPU), or {install_line('tensorrt')}, or put trtexec on PATH")
+        raise JobError(
+            f"no builder is installed; {install_line('rtx')} (builds without a GPU), or {install_line('tensorrt')}, or put trtexec on PATH"
+        )
     builder: Builder = registry.load(name, registry.BUILDERS)()
     return builder

@@ -17,7 +17,14 @@ from onnxtools.base.version import __version__
 from onnxtools.engines.build.audit import holds, summary
 from onnxtools.engines.build.builder import Builder, Engine, get_builder
 from onnxtools.engines.build.gpus import with_capability
-from onnxtools.engines.build.manifest import FORMAT, hash_file, hash_weights, make_manifest, manifest_path, read_manifest
+from onnxtools.engines.build.manifest import (
+    FORMAT,
+    hash_file,
+    hash_weights,
+    make_manifest,
+    manifest_path,
+    read_manifest,
+)
 from onnxtools.engines.build.preflight import preflight
 from onnxtools.engines.build.profiles import profiles_for
 from onnxtools.engines.build.spec import EngineSpec
@@ -101,11 +108,24 @@ class _Build:
         spec, builder = self.spec, self.builder
         notes = [*notes, *_timing_cache_notes(spec, builder)]
         profiles = profiles_for(model, spec)
-        checked = preflight(model, spec, builder, strong=is_strongly_typed(spec, builder.name, release(builder.version()), is_mixed(model)))
-        path = os.path.relpath(origin.path, self.engine_path.parent) if origin is not None and origin.path is not None else None
+        checked = preflight(
+            model,
+            spec,
+            builder,
+            strong=is_strongly_typed(spec, builder.name, release(builder.version()), is_mixed(model)),
+        )
+        path = (
+            os.path.relpath(origin.path, self.engine_path.parent)
+            if origin is not None and origin.path is not None
+            else None
+        )
         described = origin or model
         # Both files are complete before either gets its name, and the plan gets it first. Hashing runs beside the build.
-        with replacing(manifest_path(self.engine_path)) as manifest_tmp, replacing(self.engine_path) as plan_tmp, ThreadPoolExecutor(1) as pool:
+        with (
+            replacing(manifest_path(self.engine_path)) as manifest_tmp,
+            replacing(self.engine_path) as plan_tmp,
+            ThreadPoolExecutor(1) as pool,
+        ):
             weights = pool.submit(hash_weights, described)
             started = time.monotonic()
             built = builder.build(model, source, plan_tmp, profiles, spec)
@@ -148,7 +168,9 @@ def _check_audit(model: Model, spec: EngineSpec, audit: dict[str, Any]) -> None:
     """An engine without the precision that was asked for is no success, whatever the builder says."""
     for name in spec.demanded if audit["outputs"] else ():
         if not holds(audit, name):
-            raise JobError(f"{model.path}: --{name}, but the audit ({audit['source']}) finds no {name.upper()} in what was built; see its layers with --json")
+            raise JobError(
+                f"{model.path}: --{name}, but the audit ({audit['source']}) finds no {name.upper()} in what was built; see its layers with --json"
+            )
 
 
 def check_target(engine_path: Path) -> None:
@@ -172,12 +194,21 @@ def _refuse_overwriting(model: Model, engine_path: Path, spec: EngineSpec) -> No
     manifest = manifest_path(engine_path)
     with contextlib.suppress(OSError, ValueError):
         kind = json.loads(manifest.read_text())
-        ours = isinstance(kind, dict) and (str(kind.get("format", "")).startswith(FORMAT.split("/")[0]) or {"engine", "graph", "backend"} <= set(kind))
+        ours = isinstance(kind, dict) and (
+            str(kind.get("format", "")).startswith(FORMAT.split("/")[0]) or {"engine", "graph", "backend"} <= set(kind)
+        )
         if not ours:
             raise UsageError(f"{manifest} exists and is no manifest of an engine; name another file for the engine")
-    files = {file.resolve() for file in (*map(external_path, model.external_tensors()), *([model.path] if model.path else []))}
+    files = {
+        file.resolve()
+        for file in (*map(external_path, model.external_tensors()), *([model.path] if model.path else []))
+    }
     for target in (engine_path, manifest):
         if target.resolve() in files:
             raise UsageError(f"{target} is the model or its data file; name another file for the engine")
-    if spec.timing_cache is not None and Path(spec.timing_cache).resolve() in {*files, engine_path.resolve(), manifest.resolve()}:
+    if spec.timing_cache is not None and Path(spec.timing_cache).resolve() in {
+        *files,
+        engine_path.resolve(),
+        manifest.resolve(),
+    }:
         raise UsageError(f"--timing-cache {spec.timing_cache} is the model or the engine; name another file")

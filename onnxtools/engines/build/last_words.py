@@ -50,7 +50,17 @@ def epitaph(model: Model, title: str, code: int, words: str) -> str:
     """One line for a process that ended with `code` (negative: a signal) while it built `model`."""
     name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     parsing, _, node = words.partition("Parsing node: ")
-    where = f"at node {node}" if node and not parsing else f"after it said {words!r}" if words else "before it said anything"
+    where = (
+        f"at node {node}"
+        if node and not parsing
+        else f"after it said {words!r}"
+        if words
+        else "before it said anything"
+    )
     unusual = unusual_node(model)
-    suspect = f"; the likely cause is {unusual}: `onnxtools fold-constants` may remove it, or run the graph in ONNX Runtime" if unusual else ""
+    suspect = (
+        f"; the likely cause is {unusual}: `onnxtools fold-constants` may remove it, or run the graph in ONNX Runtime"
+        if unusual
+        else ""
+    )
     return f"{model.path}: {title} crashed ({name}) {where}{suspect}"

@@ -101,7 +101,11 @@ def read_manifest(engine: Path) -> dict[str, Any]:
         found = json.loads(path.read_bytes())
         _check_shape(found)
     except OSError:
-        where = f"{path}: there is no such manifest, so {engine.name} is no engine of onnxtools" if engine.is_file() else f"{engine}: no such file"
+        where = (
+            f"{path}: there is no such manifest, so {engine.name} is no engine of onnxtools"
+            if engine.is_file()
+            else f"{engine}: no such file"
+        )
         raise JobError(f"{where}; build one with onnxtools build") from None
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise JobError(f"{path}: is no manifest of this onnxtools build ({error}); build the engine again") from None
@@ -149,11 +153,15 @@ def check_plan(engine: Path, manifest: Mapping[str, Any], *, version: str, capab
     """
     built, spec = manifest["backend"], manifest["spec"]
     if built["version"] != version and not spec.get("version_compatible"):
-        raise JobError(f"{engine}: was built by {built['name']} {built['version']} and {version} is installed; build it again, or install that one")
+        raise JobError(
+            f"{engine}: was built by {built['name']} {built['version']} and {version} is installed; build it again, or install that one"
+        )
     wanted = manifest["compute_capabilities"]
     if built["name"] == "tensorrt-rtx" and capability not in wanted:
         known = ", ".join(wanted)
-        raise JobError(f"{engine}: was built for compute capability {known}, and this GPU has {capability}; build it with --compute-capability {capability}")
+        raise JobError(
+            f"{engine}: was built for compute capability {known}, and this GPU has {capability}; build it with --compute-capability {capability}"
+        )
     check_unchanged(engine, manifest)
 
 
@@ -177,7 +185,10 @@ def check_files(engine: Path, manifest: Mapping[str, Any], graph: Path | None = 
     if model is None:
         return [*found, ("graph", "was made in memory: name the model to compare with")]
     found.append((str(model), _changed(model, {"sha256": manifest["graph"]["sha256"]})))
-    return found + [(str(model.parent / entry["file"]), _changed(model.parent / entry["file"], entry)) for entry in manifest["weights"]]
+    return found + [
+        (str(model.parent / entry["file"]), _changed(model.parent / entry["file"], entry))
+        for entry in manifest["weights"]
+    ]
 
 
 def _changed(path: Path, entry: Mapping[str, Any]) -> str:

@@ -65,7 +65,9 @@ class Outcome:
     exit_code: int = 0
 
 
-def build_many(jobs: Sequence[Job], spec: EngineSpec, *, workers: int, force: bool, done: Callable[[Outcome], None]) -> list[Outcome]:
+def build_many(
+    jobs: Sequence[Job], spec: EngineSpec, *, workers: int, force: bool, done: Callable[[Outcome], None]
+) -> list[Outcome]:
     """Build all; one that fails does not stop the others.
 
     Args:

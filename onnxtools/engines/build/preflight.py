@@ -58,13 +58,17 @@ def _check_limits(model: Model, spec: EngineSpec, builder: Reader) -> None:
     limits = builder.limits()
     unknown = [text for text in spec.compute_capability if text not in limits.capabilities]
     if unknown and limits.capabilities:
-        raise UsageError(f"--compute-capability {named(unknown[0])}: {builder.name} does not build for it; {ways_on(limits.capabilities)}")
+        raise UsageError(
+            f"--compute-capability {named(unknown[0])}: {builder.name} does not build for it; {ways_on(limits.capabilities)}"
+        )
     if model.opset > limits.opset:
         remedy = f"export it at opset {limits.opset} or older (no pass lowers an opset)"
         raise JobError(f"{model.path}: opset {model.opset}, but {builder.name} reads up to {limits.opset}; {remedy}")
     if model.ir.ir_version > limits.ir_version:
         remedy = f"`onnxtools set-opset IN OUT --ir-version {limits.ir_version}`"
-        raise JobError(f"{model.path}: IR version {model.ir.ir_version}, but {builder.name} reads up to {limits.ir_version}; run {remedy}")
+        raise JobError(
+            f"{model.path}: IR version {model.ir.ir_version}, but {builder.name} reads up to {limits.ir_version}; run {remedy}"
+        )
 
 
 def _check_fp8(graph: Graph, spec: EngineSpec) -> None:
@@ -95,7 +99,9 @@ def _check_demands(graph: Graph, spec: EngineSpec, strong: bool) -> None:
     for name, (types, remedy) in _DEMANDS.items():
         if not (strong and getattr(spec, name)):
             continue
-        values = [value for value, _ in graph.model.weights()] + [value for node in graph.nodes() for value in node.outputs]
+        values = [value for value, _ in graph.model.weights()] + [
+            value for node in graph.nodes() for value in node.outputs
+        ]
         if not any(stored_dtype(value) in types for value in values):
             lacks = f"--{name}, but nothing in the graph is {name.upper()}, and its types are what the engine has"
             raise JobError(f"{graph.model.path}: {lacks}; make it with `{remedy}` from the fp32 model")
@@ -103,7 +109,9 @@ def _check_demands(graph: Graph, spec: EngineSpec, strong: bool) -> None:
 
 def _holds_fp8(graph: Graph) -> bool:
     values = [value for value, _ in graph.model.weights()] + list(graph.model.graph.inputs)
-    return any(stored_dtype(v) in FP8_DTYPES for v in values) or any(is_op(n, "Cast") and attribute(n, "to") in FP8_DTYPES for n in graph.nodes())
+    return any(stored_dtype(v) in FP8_DTYPES for v in values) or any(
+        is_op(n, "Cast") and attribute(n, "to") in FP8_DTYPES for n in graph.nodes()
+    )
 
 
 def _check_supported(graph: Graph, builder: Reader) -> None:
@@ -159,12 +167,24 @@ def _check_zero_points(graph: Graph) -> None:
             continue
         zero = node.inputs[2] if len(node.inputs) > 2 else None
         elements = _elements(graph, zero)
-        kind = stored_dtype(zero) or stored_dtype(node.inputs[0] if node.op_type == "DequantizeLinear" else node.outputs[0])
+        kind = stored_dtype(zero) or stored_dtype(
+            node.inputs[0] if node.op_type == "DequantizeLinear" else node.outputs[0]
+        )
         advice = "quantize the fp32 model symmetrically: `onnxtools quantize --int8`, or ONNX Runtime's quantize_static with QInt8 and ActivationSymmetric"
         if elements is not None and elements.any():
-            found.append((node, f"its zero point is {elements.reshape(-1)[elements.reshape(-1) != 0][0]:g}, and TensorRT takes zero alone; {advice}"))
+            found.append(
+                (
+                    node,
+                    f"its zero point is {elements.reshape(-1)[elements.reshape(-1) != 0][0]:g}, and TensorRT takes zero alone; {advice}",
+                )
+            )
         elif kind in _UNSIGNED or node.op_type == "DynamicQuantizeLinear":
-            found.append((node, f"it quantizes to {kind.name if kind else 'UINT8'}, and TensorRT has signed integers alone; {advice}"))
+            found.append(
+                (
+                    node,
+                    f"it quantizes to {kind.name if kind else 'UINT8'}, and TensorRT has signed integers alone; {advice}",
+                )
+            )
     refuse(found)
 
 
@@ -177,7 +197,12 @@ def _check_caches(graph: Graph) -> None:
     for node in graph.nodes():
         cache = node.inputs[0] if is_op(node, "TensorScatter") else None
         if cache is not None and (not cache.is_graph_input() or stored_dtype(cache) not in _CACHE_TYPES):
-            found.append((node, "TensorRT updates a static cache in place only where it is an input in fp32, fp16 or bf16; quantize a concat cache instead"))
+            found.append(
+                (
+                    node,
+                    "TensorRT updates a static cache in place only where it is an input in fp32, fp16 or bf16; quantize a concat cache instead",
+                )
+            )
     refuse(found)
 
 
@@ -198,5 +223,7 @@ def _check_sparsity(model: Model, *, forced: bool) -> Sparsity:
     found = check_sparsity(model)
     if found.sparse == 0 and not forced:
         first = f"{found.layers[0].weight}: {found.layers[0].reason}" if found.layers else "there is no product"
-        raise JobError(f"{model.path}: --sparsity, but {found} along the summed axis ({first}); prune them with `onnxtools prune IN OUT`")
+        raise JobError(
+            f"{model.path}: --sparsity, but {found} along the summed axis ({first}); prune them with `onnxtools prune IN OUT`"
+        )
     return found

@@ -126,20 +126,29 @@ def _read_profiles(model: Model, path: Path) -> list[Profile]:
     for index, entry in enumerate(found):
         where = f"--profiles {path}: profile {index}"
         spans = entry.get("inputs") if isinstance(entry, dict) else None
-        if not isinstance(spans, dict) or not all(isinstance(span, dict) and set(span) == {"min", "opt", "max"} for span in spans.values()):
+        if not isinstance(spans, dict) or not all(
+            isinstance(span, dict) and set(span) == {"min", "opt", "max"} for span in spans.values()
+        ):
             raise UsageError(f"{where}: needs `inputs` with min, opt and max of each")
-        shapes = [{str(name): _dims(where, name, span[which]) for name, span in spans.items()} for which in ("min", "opt", "max")]
+        shapes = [
+            {str(name): _dims(where, name, span[which]) for name, span in spans.items()}
+            for which in ("min", "opt", "max")
+        ]
         profiles.append(_given(str(entry.get("name", f"profile{index}")), where, shapes, (where,) * 3, inputs))
     return profiles
 
 
 def _dims(where: str, name: Any, dims: Any) -> Shape:
-    if not isinstance(dims, list) or not all(isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in dims):
+    if not isinstance(dims, list) or not all(
+        isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in dims
+    ):
         raise UsageError(f"{where}: a shape of {shown(name)} is {shown(dims)}; write a list of numbers, as [8, 64]")
     return tuple(dims)
 
 
-def _given(name: str, where: str, shapes: Sequence[dict[str, Shape]], options: Sequence[str], inputs: Mapping[str, ir.Value]) -> Profile:
+def _given(
+    name: str, where: str, shapes: Sequence[dict[str, Shape]], options: Sequence[str], inputs: Mapping[str, ir.Value]
+) -> Profile:
     """A profile of smallest, best and largest shapes, checked."""
     found = [_resolve(given, option, inputs) for given, option in zip(shapes, options, strict=True)]
     for key in {key: None for given in found for key in given}:
@@ -187,12 +196,16 @@ def check_profile(where: str, ranges: Mapping[str, Range], inputs: Mapping[str, 
                 given = f"{label} shape {'x'.join(map(str, shape))}"
                 raise UsageError(f"{where}: {given} has rank {len(shape)}, but input {name!r} is {_text(inputs[name])}")
         if len({len(span.min), len(span.opt), len(span.max)}) > 1:
-            raise UsageError(f"{where}: min, opt and max shape of input {name!r} differ in rank; give all three the same rank")
+            raise UsageError(
+                f"{where}: min, opt and max shape of input {name!r} differ in rank; give all three the same rank"
+            )
         for axis, (low, opt, high) in enumerate(zip(span.min, span.opt, span.max, strict=True)):
             if high > _LARGEST:
                 raise UsageError(f"{where}: axis {axis} of input {name!r}: {high} is beyond TensorRT's {_LARGEST}")
             if not low <= opt <= high:
-                raise UsageError(f"{where}: axis {axis} of input {name!r}: min {low}, opt {opt}, max {high} must not decrease")
+                raise UsageError(
+                    f"{where}: axis {axis} of input {name!r}: min {low}, opt {opt}, max {high} must not decrease"
+                )
             fixed = dims[axis] if dims is not None else None
             if isinstance(fixed, int) and not low == high == fixed:
                 raise UsageError(f"{where}: axis {axis} of input {name!r} is {fixed} in the graph, not {low} to {high}")
@@ -234,7 +247,9 @@ def _longest(model: Model, spec: EngineSpec) -> int:
     if spec.longest is None:
         return min(known or _USUAL, _USUAL)
     if known is not None and spec.longest > known:
-        raise UsageError(f"{model.path}: has {known} positions, and sequences of {spec.longest} are asked for; lower --max-seq-len")
+        raise UsageError(
+            f"{model.path}: has {known} positions, and sequences of {spec.longest} are asked for; lower --max-seq-len"
+        )
     if spec.longest > _LARGEST:
         raise UsageError(f"sequences of {spec.longest} are beyond TensorRT's {_LARGEST}; lower --max-seq-len")
     return spec.longest
@@ -261,7 +276,9 @@ def derive_profiles(model: Model, spec: EngineSpec) -> list[Profile]:
         return []
     longest = _longest(model, spec)
     if spec.opt_seq_len is not None and spec.opt_seq_len > longest:
-        raise UsageError(f"--opt-seq-len {spec.opt_seq_len} is more than the longest sequence, {longest}; lower it, or give --max-seq-len")
+        raise UsageError(
+            f"--opt-seq-len {spec.opt_seq_len} is more than the longest sequence, {longest}; lower it, or give --max-seq-len"
+        )
     batch = (1, spec.opt_batch_size or spec.max_batch_size, spec.max_batch_size)
     prompt = spec.max_input_len or longest
     tuned = spec.opt_seq_len or max(1, longest // 2)
@@ -278,7 +295,9 @@ def derive_profiles(model: Model, spec: EngineSpec) -> list[Profile]:
     ]
 
 
-def _profile(name: str, inputs: Mapping[str, ir.Value], roles: Mapping[str, list[str]], spans: dict[str, Span]) -> Profile:
+def _profile(
+    name: str, inputs: Mapping[str, ir.Value], roles: Mapping[str, list[str]], spans: dict[str, Span]
+) -> Profile:
     total: list[int] = [a + b for a, b in zip(spans["past"], spans["sequence"], strict=True)]
     sizes: dict[str, list[int]] = {**{role: list(span) for role, span in spans.items()}, "total": total}
 
@@ -287,7 +306,9 @@ def _profile(name: str, inputs: Mapping[str, ir.Value], roles: Mapping[str, list
         found = roles[value.name or ""]
         return tuple(d if isinstance(d, int) else sizes[found[axis]][which] for axis, d in enumerate(value.shape))
 
-    return Profile(name, {key: Range(shape(value, 0), shape(value, 1), shape(value, 2)) for key, value in inputs.items()})
+    return Profile(
+        name, {key: Range(shape(value, 0), shape(value, 1), shape(value, 2)) for key, value in inputs.items()}
+    )
 
 
 _ROLES: list[tuple[str, Callable[[str], bool]]] = [

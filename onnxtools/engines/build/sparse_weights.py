@@ -62,7 +62,12 @@ class Sparsity:
         for layer in engine or ():
             for name in layer.origin:
                 took[name] = took.get(name, False) or layer.sparse
-        return Sparsity(tuple(replace(layer, kernel=("dense", "sparse")[took[layer.node]]) if layer.node in took else layer for layer in self.layers))
+        return Sparsity(
+            tuple(
+                replace(layer, kernel=("dense", "sparse")[took[layer.node]]) if layer.node in took else layer
+                for layer in self.layers
+            )
+        )
 
     def as_json(self) -> dict[str, Any]:
         return {"sparse": self.sparse, "total": len(self.layers), "layers": [asdict(layer) for layer in self.layers]}
@@ -81,7 +86,16 @@ def check_sparsity(model: Model) -> Sparsity:
         n = product.tensor.size // k if k else 0
         reason = read[key] or _doubt(product, k, n)
         found.append(
-            SparseLayer(product.node.name or "", product.node.op_type, product.weight.name or "", product.tensor.dtype.name, k, n, not read[key], reason)
+            SparseLayer(
+                product.node.name or "",
+                product.node.op_type,
+                product.weight.name or "",
+                product.tensor.dtype.name,
+                k,
+                n,
+                not read[key],
+                reason,
+            )
         )
     return Sparsity(tuple(found))
 
@@ -96,7 +110,11 @@ def _obstacle(tensor: ir.TensorProtocol, axis: int) -> str:
     counted = count_2_4(tensor, axis)
     if not counted.groups:
         return f"type {tensor.dtype.name} is not looked into"
-    return "" if counted.is_2_4 else f"{counted.groups - counted.sparse_groups} of {counted.groups} groups of four are dense"
+    return (
+        ""
+        if counted.is_2_4
+        else f"{counted.groups - counted.sparse_groups} of {counted.groups} groups of four are dense"
+    )
 
 
 def _doubt(product: Product, k: int, n: int) -> str:

@@ -25,7 +25,9 @@ class EngineSpec:
     backend: Literal["auto", "tensorrt", "tensorrt-rtx", "trtexec"] = option(
         "auto", "Which builder makes the engine; auto takes the first of them that is installed."
     )
-    tensorrt_version: str | None = option(None, "Version that a trtexec line is written for, as 10.13. [default: that of the trtexec found, else 11.4]")
+    tensorrt_version: str | None = option(
+        None, "Version that a trtexec line is written for, as 10.13. [default: that of the trtexec found, else 11.4]"
+    )
     fp8: bool = option(False, "Demand FP8: refuse a graph without it; weakly typed networks get the builder's flag.")
     fp16: bool = option(False, "Demand FP16, likewise.")
     bf16: bool = option(False, "Demand BF16, likewise.")
@@ -47,23 +49,40 @@ class EngineSpec:
     min_shapes: tuple[str, ...] = option((), "Smallest input shapes of a profile, in trtexec's syntax.")
     opt_shapes: tuple[str, ...] = option((), "Input shapes that a profile is tuned for.")
     max_shapes: tuple[str, ...] = option((), "Largest input shapes of a profile.")
-    profiles: str | None = option(None, "YAML or JSON file of profiles, as the manifest lists them: name, and min, opt and max of each of its inputs.")
+    profiles: str | None = option(
+        None,
+        "YAML or JSON file of profiles, as the manifest lists them: name, and min, opt and max of each of its inputs.",
+    )
     max_batch_size: int = option(8, "Largest batch of derived profiles.")
     opt_batch_size: int | None = option(None, "Batch that derived profiles are tuned for. [default: the largest]")
-    max_seq_len: int | None = option(None, "Longest sequence, cache included, of derived profiles. [default: the model's positions, at most 1024]")
+    max_seq_len: int | None = option(
+        None, "Longest sequence, cache included, of derived profiles. [default: the model's positions, at most 1024]"
+    )
     max_input_len: int | None = option(None, "Longest prompt of derived profiles. [default: --max-seq-len]")
-    max_output_len: int | None = option(None, "Most tokens generated after a prompt; with --max-input-len it decides --max-seq-len.")
+    max_output_len: int | None = option(
+        None, "Most tokens generated after a prompt; with --max-input-len it decides --max-seq-len."
+    )
     opt_seq_len: int | None = option(None, "Sequence length that derived profiles are tuned for. [default: half]")
-    builder_optimization_level: int | None = option(None, "0 (fast build) to 5 (fast engine); else the builder's default.")
-    tiling_optimization_level: Literal["none", "fast", "moderate", "full"] | None = option(None, "How long tilings over several layers are searched.")
-    mem_pool_size: tuple[str, ...] = option((), "Memory limit of the builder, trtexec's POOL:SIZE, as workspace:4G; MiB without a unit.")
-    hardware_compatibility_level: Literal["none", "ampere+", "sameComputeCapability"] = option("none", "GPUs that the engine may run on.")
+    builder_optimization_level: int | None = option(
+        None, "0 (fast build) to 5 (fast engine); else the builder's default."
+    )
+    tiling_optimization_level: Literal["none", "fast", "moderate", "full"] | None = option(
+        None, "How long tilings over several layers are searched."
+    )
+    mem_pool_size: tuple[str, ...] = option(
+        (), "Memory limit of the builder, trtexec's POOL:SIZE, as workspace:4G; MiB without a unit."
+    )
+    hardware_compatibility_level: Literal["none", "ampere+", "sameComputeCapability"] = option(
+        "none", "GPUs that the engine may run on."
+    )
     version_compatible: bool = option(False, "An engine that later minor versions of TensorRT run.")
     refit: bool = option(False, "An engine whose weights can be exchanged.")
     strip_weights: bool = option(False, "A plan without the weights that refitting brings.")
     allow_weight_streaming: bool = option(False, "An engine that may keep weights in host memory.")
     tf32: bool = option(True, "Allow TF32 in fp32 matrix products.")
-    profiling_verbosity: Literal["layer_names_only", "detailed", "none"] = option("detailed", "What the engine tells its inspector; the audit needs detailed.")
+    profiling_verbosity: Literal["layer_names_only", "detailed", "none"] = option(
+        "detailed", "What the engine tells its inspector; the audit needs detailed."
+    )
     tactic_sources: str | None = option(None, "trtexec's list, as -CUDNN,+CUBLAS.")
     plugins: tuple[str, ...] = option((), "Plugin library to load.")
     device: int = option(0, "CUDA device that TensorRT builds on.")
@@ -80,10 +99,21 @@ class EngineSpec:
                 f"--min-shapes, --opt-shapes and --max-shapes are given {counts[0]}, {counts[1]} and {counts[2]} times; give all three once for each profile"
             )
         derived = ("opt_batch_size", "max_seq_len", "max_input_len", "max_output_len", "opt_seq_len")
-        idle = next((name for name in derived if getattr(self, name) is not None), "max_batch_size" if self.max_batch_size != EngineSpec.max_batch_size else "")
-        given = "--min-shapes, --opt-shapes and --max-shapes give" if self.min_shapes else "--profiles gives" if self.profiles else ""
+        idle = next(
+            (name for name in derived if getattr(self, name) is not None),
+            "max_batch_size" if self.max_batch_size != EngineSpec.max_batch_size else "",
+        )
+        given = (
+            "--min-shapes, --opt-shapes and --max-shapes give"
+            if self.min_shapes
+            else "--profiles gives"
+            if self.profiles
+            else ""
+        )
         if self.min_shapes and self.profiles:
-            raise UsageError("--profiles and --min-shapes, --opt-shapes, --max-shapes say the same thing; leave one out")
+            raise UsageError(
+                "--profiles and --min-shapes, --opt-shapes, --max-shapes say the same thing; leave one out"
+            )
         if given and idle:
             raise UsageError(f"--{idle.replace('_', '-')} is for derived profiles, and {given} them; leave one out")
         for name in ("max_batch_size", "max_seq_len", "max_input_len", "max_output_len"):
@@ -93,17 +123,27 @@ class EngineSpec:
         if self.max_output_len is not None and self.max_input_len is None:
             raise UsageError("--max-output-len counts from a prompt of --max-input-len; give both, or --max-seq-len")
         if self.max_output_len is not None and self.max_seq_len is not None:
-            raise UsageError("--max-seq-len follows from --max-input-len and --max-output-len; leave one or the other out")
+            raise UsageError(
+                "--max-seq-len follows from --max-input-len and --max-output-len; leave one or the other out"
+            )
         if self.max_input_len is not None and self.longest is not None and self.max_input_len > self.longest:
-            raise UsageError(f"--max-input-len {self.max_input_len} is more than --max-seq-len {self.max_seq_len}; raise one, or give --max-output-len")
+            raise UsageError(
+                f"--max-input-len {self.max_input_len} is more than --max-seq-len {self.max_seq_len}; raise one, or give --max-output-len"
+            )
         if self.opt_seq_len is not None and not 1 <= self.opt_seq_len <= (self.longest or self.opt_seq_len):
-            raise UsageError(f"--opt-seq-len is {self.opt_seq_len}; it must lie between 1 and the longest sequence, {self.longest}")
+            raise UsageError(
+                f"--opt-seq-len is {self.opt_seq_len}; it must lie between 1 and the longest sequence, {self.longest}"
+            )
         if self.opt_batch_size is not None and not 1 <= self.opt_batch_size <= self.max_batch_size:
-            raise UsageError(f"--opt-batch-size is {self.opt_batch_size}; it must lie between 1 and --max-batch-size {self.max_batch_size}")
+            raise UsageError(
+                f"--opt-batch-size is {self.opt_batch_size}; it must lie between 1 and --max-batch-size {self.max_batch_size}"
+            )
         if self.error_on_cache_miss and self.timing_cache is None:
             raise UsageError("--error-on-cache-miss needs a --timing-cache to look into")
         if self.strongly_typed and self.tensorrt_version is not None and version_of(self.tensorrt_version) < (9,):
-            raise UsageError(f"--strongly-typed: TensorRT {self.tensorrt_version} has weakly typed networks alone; leave it out")
+            raise UsageError(
+                f"--strongly-typed: TensorRT {self.tensorrt_version} has weakly typed networks alone; leave it out"
+            )
         for text in self.mem_pool_size:
             pool_size(text)
         if self.builder_optimization_level is not None and not 0 <= self.builder_optimization_level <= 5:
@@ -121,7 +161,9 @@ class EngineSpec:
 
     def as_json(self) -> dict[str, Any]:
         """Field names and values as plain data, for the manifest."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items()}
+        return {
+            key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items()
+        }
 
 
 def capability(text: str) -> tuple[int, int]:
@@ -149,7 +191,9 @@ def pool_size(text: str) -> tuple[str, int]:
     pool, _, size = text.partition(":")
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([BKMG]?)", size)
     if pool not in _POOLS or match is None or not float(match[1]):
-        raise UsageError(f"--mem-pool-size {text!r}: write POOL:SIZE, as workspace:4G; the pools are {', '.join(sorted(_POOLS))}")
+        raise UsageError(
+            f"--mem-pool-size {text!r}: write POOL:SIZE, as workspace:4G; the pools are {', '.join(sorted(_POOLS))}"
+        )
     return pool, int(float(match[1]) * _UNITS[match[2] or "M"])
 
 

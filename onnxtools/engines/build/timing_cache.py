@@ -34,9 +34,13 @@ def with_cache_file(spec: EngineSpec, backend: str, version: Version) -> EngineS
     if spec.timing_cache is None or not Path(spec.timing_cache).is_dir():
         return spec
     query = ["nvidia-smi", f"--id={spec.device}", "--query-gpu=name,compute_cap", "--format=csv,noheader"]
-    told = subprocess.run(query, capture_output=True, text=True, check=False).stdout if shutil.which("nvidia-smi") else ""
+    told = (
+        subprocess.run(query, capture_output=True, text=True, check=False).stdout if shutil.which("nvidia-smi") else ""
+    )
     gpu = re.sub(r"[^A-Za-z0-9.]+", "-", told.strip()) or "no-gpu"
-    return dataclasses.replace(spec, timing_cache=str(Path(spec.timing_cache) / f"{gpu}-{backend}-{'.'.join(map(str, version))}.cache"))
+    return dataclasses.replace(
+        spec, timing_cache=str(Path(spec.timing_cache) / f"{gpu}-{backend}-{'.'.join(map(str, version))}.cache")
+    )
 
 
 def rtx_note(path: Path) -> str:
@@ -61,13 +65,19 @@ class TimingCache:
             data = path.read_bytes() if path.exists() else b""
         cache = config.create_timing_cache(data)
         if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
-            raise JobError(f"{path}: is no timing cache of this TensorRT and this GPU; name another file with --timing-cache, or remove it")
+            raise JobError(
+                f"{path}: is no timing cache of this TensorRT and this GPU; name another file with --timing-cache, or remove it"
+            )
         self._known = _entries(cache)
 
     @classmethod
     def open(cls, builder: str, config: Any, spec: EngineSpec) -> TimingCache | None:
         """None where none was asked for, and for TensorRT-RTX."""
-        return cls(config, Path(spec.timing_cache)) if spec.timing_cache is not None and builder != "tensorrt-rtx" else None
+        return (
+            cls(config, Path(spec.timing_cache))
+            if spec.timing_cache is not None and builder != "tensorrt-rtx"
+            else None
+        )
 
     def save(self) -> list[str]:
         """Merge into the file; a line for people.
@@ -80,7 +90,9 @@ class TimingCache:
             if self.path.exists():
                 whole = self._config.create_timing_cache(self.path.read_bytes())
                 if whole is None or not whole.combine(mine, ignore_mismatch=False):
-                    raise JobError(f"{self.path}: was replaced by a timing cache that does not fit; the new timings are lost, the engine is not")
+                    raise JobError(
+                        f"{self.path}: was replaced by a timing cache that does not fit; the new timings are lost, the engine is not"
+                    )
             else:
                 whole = mine
             data = bytes(memoryview(whole.serialize()))

@@ -118,7 +118,9 @@ def _attention(node: ir.Node, graph: Graph) -> str | None:
         return f"is_causal=1 with unknown sequence lengths, and TensorRT aligns that mask upper-left; {_DECOMPOSE}"
     lengths = [shape[2] if len(shape) == 4 else shape[1] for shape in (query, key)]
     if lengths[0] != lengths[1]:
-        return f"is_causal=1 on other lengths of queries and keys, and TensorRT aligns that mask upper-left; {_DECOMPOSE}"
+        return (
+            f"is_causal=1 on other lengths of queries and keys, and TensorRT aligns that mask upper-left; {_DECOMPOSE}"
+        )
     return None
 
 

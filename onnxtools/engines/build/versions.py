@@ -41,7 +41,11 @@ FEATURES = (
     Feature("strongly_typed", since=(9,)),
     Feature("error_on_cache_miss", since=(9,), rtx=False),
     Feature("tiling_optimization_level", since=(10, 8)),
-    Feature("hardware_compatibility_level", rtx=False, instead="leave it out and name every capability with --compute-capability"),
+    Feature(
+        "hardware_compatibility_level",
+        rtx=False,
+        instead="leave it out and name every capability with --compute-capability",
+    ),
     Feature("version_compatible", rtx=False),
     Feature("mem_pool_size"),
     Feature("refit"),
@@ -73,33 +77,53 @@ def check_options(spec: EngineSpec, backend: str, version: Version) -> None:
         value = getattr(spec, feature.option)
         if value == defaults[feature.option] or not value:
             continue
-        missing = not feature.rtx if rtx else version < feature.since or (feature.until is not None and version >= feature.until)
+        missing = (
+            not feature.rtx
+            if rtx
+            else version < feature.since or (feature.until is not None and version >= feature.until)
+        )
         if missing:
-            where = "TensorRT-RTX has none" if rtx else f"TensorRT {'.'.join(map(str, version))} has none ({_range(feature)})"
+            where = (
+                "TensorRT-RTX has none"
+                if rtx
+                else f"TensorRT {'.'.join(map(str, version))} has none ({_range(feature)})"
+            )
             raise UsageError(f"--{feature.option.replace('_', '-')}: {where}; {feature.instead}")
     if not rtx:
         _check_values(spec, backend, version)
     if spec.strongly_typed is False and (rtx or version >= (11,)):
-        raise UsageError("--no-strongly-typed: networks are always strongly typed here; put types into the graph with `onnxtools precision` and `quantize`")
+        raise UsageError(
+            "--no-strongly-typed: networks are always strongly typed here; put types into the graph with `onnxtools precision` and `quantize`"
+        )
 
 
 def _check_values(spec: EngineSpec, backend: str, version: Version) -> None:
     """Options that exist, but not with every value."""
     number = ".".join(map(str, version))
     if spec.hardware_compatibility_level == "sameComputeCapability" and version < (10, 9):
-        raise UsageError(f"--hardware-compatibility-level sameComputeCapability: came with TensorRT 10.9, not {number}; use ampere+ or none")
+        raise UsageError(
+            f"--hardware-compatibility-level sameComputeCapability: came with TensorRT 10.9, not {number}; use ampere+ or none"
+        )
     if any(text.startswith("tacticSharedMem") for text in spec.mem_pool_size) and version < (9,):
         raise UsageError(f"--mem-pool-size tacticSharedMem: TensorRT {number} has no such pool; leave it out")
     gone = re.search(r"CUBLAS(_LT)?|CUDNN", spec.tactic_sources or "", re.IGNORECASE)
     if gone and version >= (11,):
-        raise UsageError(f"--tactic-sources {gone[0]}: TensorRT 11 has EDGE_MASK_CONVOLUTIONS and JIT_CONVOLUTIONS alone; leave it out")
+        raise UsageError(
+            f"--tactic-sources {gone[0]}: TensorRT 11 has EDGE_MASK_CONVOLUTIONS and JIT_CONVOLUTIONS alone; leave it out"
+        )
     if spec.fp8 and spec.int8 and version < (11,) and spec.strongly_typed is False:
         raise UsageError("--fp8 and --int8: weakly typed networks take one of them; drop --no-strongly-typed, or one")
     if spec.allow_weight_streaming and spec.strongly_typed is False:
         raise UsageError("--allow-weight-streaming: takes a strongly typed network; drop --no-strongly-typed")
 
 
-_CEILINGS: tuple[tuple[Version, int, int], ...] = (((8, 6), 17, 8), ((9,), 19, 9), ((10,), 20, 10), ((10, 9), 22, 10), ((11,), 24, 12))
+_CEILINGS: tuple[tuple[Version, int, int], ...] = (
+    ((8, 6), 17, 8),
+    ((9,), 19, 9),
+    ((10,), 20, 10),
+    ((10, 9), 22, 10),
+    ((11,), 24, 12),
+)
 """First TensorRT, newest opset and ONNX IR that its parser reads (onnx-tensorrt's operators.md of that version)."""
 
 
@@ -113,7 +137,12 @@ def is_mixed(model: Model) -> bool:
     """Whether the graph says types itself: it has Q/DQ, or more than one floating-point type."""
     if any(is_op(node, "QuantizeLinear", "DequantizeLinear") for node in model.graph.all_nodes()):
         return True
-    kinds = {value.dtype for node in model.graph.all_nodes() for value in node.outputs if value.dtype is not None and value.dtype.is_floating_point()}
+    kinds = {
+        value.dtype
+        for node in model.graph.all_nodes()
+        for value in node.outputs
+        if value.dtype is not None and value.dtype.is_floating_point()
+    }
     return len(kinds | {tensor.dtype for _, tensor in model.weights() if tensor.dtype.is_floating_point()}) > 1
 
 

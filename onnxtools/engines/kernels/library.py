@@ -38,7 +38,9 @@ def device_capability() -> int:
 def find_nvcc() -> str | None:
     """Of the path, else of CUDA_HOME, else of where CUDA is usually installed."""
     folders = [folder for folder in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if folder]
-    return shutil.which("nvcc") or next((found for folder in folders if (found := shutil.which("nvcc", path=f"{folder}/bin"))), None)
+    return shutil.which("nvcc") or next(
+        (found for folder in folders if (found := shutil.which("nvcc", path=f"{folder}/bin"))), None
+    )
 
 
 def kernel_library(nvcc: str, capability: int) -> Path:
@@ -75,7 +77,9 @@ def _check_own(path: Path) -> None:
     """
     status = path.lstat()
     if status.st_uid != os.geteuid() or status.st_mode & 0o022 or stat.S_ISLNK(status.st_mode):
-        raise JobError(f"{path}: our compiled kernels may lie only where you alone can write; `chown` it to you and `chmod go-w` it, or set XDG_CACHE_HOME")
+        raise JobError(
+            f"{path}: our compiled kernels may lie only where you alone can write; `chown` it to you and `chmod go-w` it, or set XDG_CACHE_HOME"
+        )
 
 
 def _compile(nvcc: str, capability: int, sources: list[str], path: Path) -> None:
@@ -84,7 +88,11 @@ def _compile(nvcc: str, capability: int, sources: list[str], path: Path) -> None
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             said = next(
-                (line for line in (done.stdout + done.stderr).splitlines() if "error" in line.lower() or "fatal" in line.lower()),
+                (
+                    line
+                    for line in (done.stdout + done.stderr).splitlines()
+                    if "error" in line.lower() or "fatal" in line.lower()
+                ),
                 f"exit code {done.returncode}",
             )
             raise JobError(f"{nvcc} cannot compile our kernels: {said[:200]}")

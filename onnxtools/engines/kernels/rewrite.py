@@ -20,7 +20,14 @@ from onnxtools.storage.lazy import shape_of
 
 DOMAIN = "onnxtools"
 _TYPES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-_GQA_DEFAULTS = {"local_window_size": -1, "softcap": 0.0, "smooth_softmax": 0, "qk_output": 0, "k_quant_type": "NONE", "v_quant_type": "NONE"}
+_GQA_DEFAULTS = {
+    "local_window_size": -1,
+    "softcap": 0.0,
+    "smooth_softmax": 0,
+    "qk_output": 0,
+    "k_quant_type": "NONE",
+    "v_quant_type": "NONE",
+}
 _NORMS = ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization")
 _PLAIN_NORMS = {"LayerNormalization": _NORMS[0], "RMSNormalization": _NORMS[1]}
 _EPSILON = dict.fromkeys(_NORMS, 1e-12) | dict.fromkeys(_PLAIN_NORMS, 1e-5)
@@ -52,7 +59,11 @@ def use_kernels(model: Model) -> Counter[str]:
             made["norms"] += 1
         elif (mask := _mask_of_last(node)) is not None:
             build.before = node
-            _replace(build, node.outputs, [build.op("LastToken", [node.inputs[0], mask], f"{node.name}/LastToken", domain=DOMAIN)])
+            _replace(
+                build,
+                node.outputs,
+                [build.op("LastToken", [node.inputs[0], mask], f"{node.name}/LastToken", domain=DOMAIN)],
+            )
             made["picks"] += 1
     if made:
         model.graph.opset_imports[DOMAIN] = 1
@@ -62,11 +73,19 @@ def use_kernels(model: Model) -> Counter[str]:
 
 def _is_linear(product: Product) -> bool:
     node, tensor = product.node, product.tensor
-    plain = is_op(node, "Gemm") and not product.path and product.index == 1 and product.axis == 1 and not attribute(node, "transA", 0)
+    plain = (
+        is_op(node, "Gemm")
+        and not product.path
+        and product.index == 1
+        and product.axis == 1
+        and not attribute(node, "transA", 0)
+    )
     if not plain or tensor.dtype not in _TYPES or len(tensor.shape) != 2 or shape_of(tensor)[1] % 64:
         return False
     bias = node.inputs[2] if len(node.inputs) > 2 else None
-    return attribute(node, "alpha", 1.0) == attribute(node, "beta", 1.0) == 1.0 and (bias is None or _is_bias(bias, shape_of(tensor)[0]))
+    return attribute(node, "alpha", 1.0) == attribute(node, "beta", 1.0) == 1.0 and (
+        bias is None or _is_bias(bias, shape_of(tensor)[0])
+    )
 
 
 def _is_bias(value: ir.Value | None, size: int) -> bool:
@@ -86,8 +105,18 @@ def _to_linear(build: Builder, product: Product) -> None:
         end, activation = gelu, "GELU"
     # Queries, keys and values: the bias is added once they are shaped [batch, sequence, size], and can be added before.
     shaped = _only_user(node) if end is node and bias is None else None
-    later = _only_user(shaped) if shaped is not None and is_op(shaped, "Reshape") and _last_of(shaped.inputs[1]) == size else None
-    if shaped is not None and later is not None and is_op(later, "Add") and later.inputs[0] is shaped.outputs[0] and _is_bias(later.inputs[1], size):
+    later = (
+        _only_user(shaped)
+        if shaped is not None and is_op(shaped, "Reshape") and _last_of(shaped.inputs[1]) == size
+        else None
+    )
+    if (
+        shaped is not None
+        and later is not None
+        and is_op(later, "Add")
+        and later.inputs[0] is shaped.outputs[0]
+        and _is_bias(later.inputs[1], size)
+    ):
         bias = later.inputs[1]
         rename_or_bypass(build.graph, later.outputs[0], shaped.outputs[0])
     build.before = end
@@ -125,7 +154,9 @@ def _is_packed(node: ir.Node) -> bool:
         return False
     if past.dtype not in _TYPES or node.inputs[1] is not None or node.inputs[2] is not None or more:
         return False
-    return len(node.outputs) == 3 and all(attribute(node, name, default) == default for name, default in _GQA_DEFAULTS.items())
+    return len(node.outputs) == 3 and all(
+        attribute(node, name, default) == default for name, default in _GQA_DEFAULTS.items()
+    )
 
 
 def _to_attention(build: Builder, node: ir.Node) -> None:
@@ -146,17 +177,28 @@ def _to_attention(build: Builder, node: ir.Node) -> None:
 def _is_norm(node: ir.Node, constants: Sequence[ir.Value | None]) -> bool:
     """Whether `constants`, scale and what may follow it, are stored vectors that our kernel can fetch ahead, and statistics are not asked for."""
     scale = constant_tensor(constants[0])
-    if scale is None or len(scale.shape) != 1 or any(value.uses() or value.is_graph_output() for value in node.outputs[1:3]):
+    if (
+        scale is None
+        or len(scale.shape) != 1
+        or any(value.uses() or value.is_graph_output() for value in node.outputs[1:3])
+    ):
         return False
     width = shape_of(scale)[0]
-    return 0 < width <= 16384 and width % 16 == 0 and all(value is None or _is_bias(value, width) for value in constants)
+    return (
+        0 < width <= 16384 and width % 16 == 0 and all(value is None or _is_bias(value, width) for value in constants)
+    )
 
 
 def _to_norm(build: Builder, node: ir.Node, op_type: str, inputs: Sequence[ir.Value | None]) -> None:
     build.before = node
     epsilon = float(attribute(node, "epsilon", _EPSILON[node.op_type]))
-    outputs = [node.outputs[0], *(value for value in node.outputs[3:] if value.uses() or value.is_graph_output())]  # the sum where it is asked for
-    made = build.ops(op_type, list(inputs), f"{node.name}/onnxtools", outputs=len(outputs), domain=DOMAIN, epsilon=epsilon)
+    outputs = [
+        node.outputs[0],
+        *(value for value in node.outputs[3:] if value.uses() or value.is_graph_output()),
+    ]  # the sum where it is asked for
+    made = build.ops(
+        op_type, list(inputs), f"{node.name}/onnxtools", outputs=len(outputs), domain=DOMAIN, epsilon=epsilon
+    )
     _replace(build, outputs, made)
 
 
@@ -195,7 +237,10 @@ def _inputs(value: ir.Value | None, op_type: str, *constants: int | None) -> lis
     node = value.producer() if value is not None else None
     if node is None or not is_op(node, op_type) or len(node.inputs) != 1 + len(constants):
         return []
-    fit = all(wanted is None or _only_element(given) == wanted for given, wanted in zip(node.inputs[1:], constants, strict=True))
+    fit = all(
+        wanted is None or _only_element(given) == wanted
+        for given, wanted in zip(node.inputs[1:], constants, strict=True)
+    )
     return [given for given in node.inputs if given is not None] if fit and None not in node.inputs else []
 
 

@@ -13,7 +13,19 @@ from onnxtools.base.errors import JobError
 from onnxtools.base.extras import install_line
 from onnxtools.checkpoints.model_info import ModelInfo
 from onnxtools.engines.runtimes.onnxrt.ort_session import device_name
-from onnxtools.generation.runtime import Floats, HostLogits, Ids, Logits, PickedLogits, Prompts, RuntimeOptions, check_length, check_slots, padded, positions_of
+from onnxtools.generation.runtime import (
+    Floats,
+    HostLogits,
+    Ids,
+    Logits,
+    PickedLogits,
+    Prompts,
+    RuntimeOptions,
+    check_length,
+    check_slots,
+    padded,
+    positions_of,
+)
 
 
 class TorchLogits:
@@ -44,7 +56,9 @@ class FrameworksRuntime:
             import torch
             import transformers
         except ImportError as error:
-            raise JobError(f"the runtime frameworks needs PyTorch and transformers ({error}); {install_line('torch')}") from None
+            raise JobError(
+                f"the runtime frameworks needs PyTorch and transformers ({error}); {install_line('torch')}"
+            ) from None
         self.torch = torch
         self.name, self.pads, self.has_cache = "frameworks", True, options.cache
         self.notes: list[str] = []
@@ -57,12 +71,18 @@ class FrameworksRuntime:
         transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         self.model = self._load(transformers, options.attention).to(device).eval()
         config = self.model.config
-        eos = config.eos_token_id if self.model.generation_config.eos_token_id is None else self.model.generation_config.eos_token_id
+        eos = (
+            config.eos_token_id
+            if self.model.generation_config.eos_token_id is None
+            else self.model.generation_config.eos_token_id
+        )
         ends = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
         folder = self.path if self.path.is_dir() else self.path.parent
         pad = config.pad_token_id
         limit = getattr(config, "max_position_embeddings", None)
-        self.info = ModelInfo(folder, ends, int(pad) if pad is not None else (ends[0] if ends else 0), config.bos_token_id, limit)
+        self.info = ModelInfo(
+            folder, ends, int(pad) if pad is not None else (ends[0] if ends else 0), config.bos_token_id, limit
+        )
         self.vocab_size = int(config.vocab_size)
         self.weight_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
 
@@ -76,11 +96,17 @@ class FrameworksRuntime:
                 config = transformers.AutoConfig.from_pretrained(self.path)
                 self.notes.append(f"{self.path} has no weights: the weights of frameworks are random")
                 with self.torch.device("cuda" if self.torch.cuda.is_available() else "cpu"):
-                    return transformers.AutoModelForCausalLM.from_config(config, dtype=config.dtype or self.torch.float32, attn_implementation=attention)
+                    return transformers.AutoModelForCausalLM.from_config(
+                        config, dtype=config.dtype or self.torch.float32, attn_implementation=attention
+                    )
             dtype = "auto" if self.path.is_dir() else self.torch.float32
-            return transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=dtype, attn_implementation=attention)
+            return transformers.AutoModelForCausalLM.from_pretrained(
+                **where, dtype=dtype, attn_implementation=attention
+            )
         except Exception as error:  # transformers raises whatever its dependencies raise
-            raise JobError(f"{self.path}: transformers cannot load it ({' '.join(str(error).split())[:160]}); name another with --checkpoint") from None
+            raise JobError(
+                f"{self.path}: transformers cannot load it ({' '.join(str(error).split())[:160]}); name another with --checkpoint"
+            ) from None
 
     def open(self, slots: int, length: int) -> TorchSession:
         return TorchSession(self, slots, length)
@@ -90,8 +116,13 @@ class FrameworksRuntime:
         check_length(self.info, ids.shape[1], ids.shape[1], str(self.path))
         given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions_of(mask)}
         with torch.inference_mode():
-            logits = self.model(**{name: torch.from_numpy(array).to(self.model.device) for name, array in given.items()}, use_cache=False).logits
-        return [HostLogits(logits[row, : len(prompt)].float().cpu().numpy()).array for row, prompt in enumerate(prompts)]
+            logits = self.model(
+                **{name: torch.from_numpy(array).to(self.model.device) for name, array in given.items()},
+                use_cache=False,
+            ).logits
+        return [
+            HostLogits(logits[row, : len(prompt)].float().cpu().numpy()).array for row, prompt in enumerate(prompts)
+        ]
 
     def close(self) -> None:
         self.model = None
@@ -127,7 +158,10 @@ class TorchSession:
         rows = list(range(self.slots) if slots is None else slots)
         if slots is not None:
             check_slots(self, slots)
-        given, new = np.full((self.slots, 1), self._runtime.info.pad_token_id, np.int64), np.zeros((self.slots, 1), np.int64)
+        given, new = (
+            np.full((self.slots, 1), self._runtime.info.pad_token_id, np.int64),
+            np.zeros((self.slots, 1), np.int64),
+        )
         given[rows, 0], new[rows] = ids, 1
         self._ids, self._mask = np.concatenate([self._ids, given], axis=1), np.concatenate([self._mask, new], axis=1)
         return self._picked(self._forward(given if self._runtime.has_cache else self._ids), rows)
@@ -140,11 +174,18 @@ class TorchSession:
         positions = positions_of(self._mask)[:, -ids.shape[1] :]
         tensors = {"input_ids": ids, "attention_mask": self._mask, "position_ids": positions}
         with torch.inference_mode():
-            given = {name: torch.from_numpy(np.ascontiguousarray(array)).to(runtime.model.device) for name, array in tensors.items()}
+            given = {
+                name: torch.from_numpy(np.ascontiguousarray(array)).to(runtime.model.device)
+                for name, array in tensors.items()
+            }
             try:
-                found = runtime.model(**given, past_key_values=self._past, use_cache=runtime.has_cache, logits_to_keep=1)
+                found = runtime.model(
+                    **given, past_key_values=self._past, use_cache=runtime.has_cache, logits_to_keep=1
+                )
             except torch.OutOfMemoryError:
-                raise JobError(f"{runtime.path}: out of memory with {len(ids)} rows of {self._length} tokens; use a smaller batch") from None
+                raise JobError(
+                    f"{runtime.path}: out of memory with {len(ids)} rows of {self._length} tokens; use a smaller batch"
+                ) from None
         self._past = found.past_key_values if runtime.has_cache else None
         return TorchLogits(found.logits[:, -1])
 

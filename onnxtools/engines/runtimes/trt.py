@@ -21,7 +21,18 @@ from onnxtools.base.extras import install_line
 from onnxtools.checkpoints.model_info import ModelInfo
 from onnxtools.engines.build.manifest import check_plan, read_manifest
 from onnxtools.engines.runtimes.onnxrt.ort_session import device_name
-from onnxtools.generation.runtime import Floats, HostLogits, Ids, Logits, Prompts, RuntimeOptions, check_length, check_slots, padded, positions_of
+from onnxtools.generation.runtime import (
+    Floats,
+    HostLogits,
+    Ids,
+    Logits,
+    Prompts,
+    RuntimeOptions,
+    check_length,
+    check_slots,
+    padded,
+    positions_of,
+)
 from onnxtools.ir.description import MODEL_KEY
 
 Shapes = Mapping[str, Sequence[int]]
@@ -31,7 +42,10 @@ _MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 
 def engine_io(engine: Path, manifest: Mapping[str, Any]) -> DecoderIO:
     """The decoder's ports as the manifest lists them."""
-    inputs, outputs = ([Port(t["name"], t["dtype"], tuple(d if d >= 0 else None for d in t["shape"])) for t in manifest[key]] for key in ("inputs", "outputs"))
+    inputs, outputs = (
+        [Port(t["name"], t["dtype"], tuple(d if d >= 0 else None for d in t["shape"])) for t in manifest[key]]
+        for key in ("inputs", "outputs")
+    )
     return decoder_io(engine, inputs, outputs)
 
 
@@ -48,9 +62,12 @@ def choose_profile(profiles: Sequence[Mapping[str, Any]], shapes: Shapes, engine
         if outside is None:
             return index
         problem = (
-            problem or f"{outside} of {list(shapes[outside])} is outside profile {profile['name']!r} ({ranges[outside]['min']} to {ranges[outside]['max']})"
+            problem
+            or f"{outside} of {list(shapes[outside])} is outside profile {profile['name']!r} ({ranges[outside]['min']} to {ranges[outside]['max']})"
         )
-    raise JobError(f"{engine}: no profile takes this run: {problem}; run a smaller batch or text, or build with wider shapes")
+    raise JobError(
+        f"{engine}: no profile takes this run: {problem}; run a smaller batch or text, or build with wider shapes"
+    )
 
 
 def _within(shape: Sequence[int], limits: Mapping[str, Sequence[int]]) -> bool:
@@ -66,7 +83,9 @@ class TrtRuntime:
 
     def __init__(self, path: Path, options: RuntimeOptions) -> None:
         self.name, self.path = "trt", path
-        self.notes: list[str] = ["the runtime trt has not been run on hardware by this project; check its texts against onnxrt"]
+        self.notes: list[str] = [
+            "the runtime trt has not been run on hardware by this project; check its texts against onnxrt"
+        ]
         self.manifest = read_manifest(path)
         self.io = engine_io(path, self.manifest)
         info = self.manifest["graph"].get("info")
@@ -83,9 +102,13 @@ class TrtRuntime:
             self._cuda: Any = importlib.import_module("cuda.bindings.runtime")
         except (KeyError, ImportError) as error:
             needs = f"{install_line(_EXTRAS.get(backend, 'tensorrt'))} cuda-python"
-            raise JobError(f"{path}: an engine of {backend} needs its runtime and cuda-python ({error}); {needs}") from None
+            raise JobError(
+                f"{path}: an engine of {backend} needs its runtime and cuda-python ({error}); {needs}"
+            ) from None
         if not self._cuda_ok():
-            raise JobError(f"{path}: there is no CUDA device; run the engine where its GPU is, or the ONNX model with --runtime onnxrt")
+            raise JobError(
+                f"{path}: there is no CUDA device; run the engine where its GPU is, or the ONNX model with --runtime onnxrt"
+            )
         self.device = device_name("cuda")
         self._open(options)
         self.buffers: dict[str, tuple[int, int]] = {}
@@ -100,14 +123,18 @@ class TrtRuntime:
         """A CUDA call; raises JobError with CUDA's own words."""
         error, *found = getattr(self._cuda, function)(*arguments)
         if int(error):
-            raise JobError(f"{self.path}: {function} failed: {self._cuda.cudaGetErrorString(error)[1].decode()}{self._room(function)}")
+            raise JobError(
+                f"{self.path}: {function} failed: {self._cuda.cudaGetErrorString(error)[1].decode()}{self._room(function)}"
+            )
         return found[0] if found else None
 
     def _room(self, function: str) -> str:
         if function != "cudaMalloc":
             return ""
         error, free, total = self._cuda.cudaMemGetInfo()
-        return "" if int(error) else f" ({free / 1e9:.1f} of {total / 1e9:.1f} GB are free); run a smaller batch or text"
+        return (
+            "" if int(error) else f" ({free / 1e9:.1f} of {total / 1e9:.1f} GB are free); run a smaller batch or text"
+        )
 
     def _capability(self) -> str:
         kind = self._cuda.cudaDeviceAttr
@@ -120,11 +147,15 @@ class TrtRuntime:
         self._stream = self._call("cudaStreamCreate")
         engine = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine(self.path.read_bytes())
         if engine is None:
-            raise JobError(f"{self.path}: the plan does not load here (another GPU, or another version of {self.manifest['backend']['name']}); build it here")
+            raise JobError(
+                f"{self.path}: the plan does not load here (another GPU, or another version of {self.manifest['backend']['name']}); build it here"
+            )
         self._engine = engine
         self._cache_file: Path | None = None
         config: list[Any] = []
-        if hasattr(engine, "create_runtime_config"):  # TensorRT-RTX compiles its kernels at the first run and keeps them in this file
+        if hasattr(
+            engine, "create_runtime_config"
+        ):  # TensorRT-RTX compiles its kernels at the first run and keeps them in this file
             self._cache_file = self.path.with_name(f"{self.path.name}.runtime-cache")
             config = [engine.create_runtime_config()]
             self._runtime_cache = config[0].create_runtime_cache()
@@ -145,11 +176,15 @@ class TrtRuntime:
 
     def score(self, prompts: Prompts) -> list[Floats]:
         if not self.io.logits_all:
-            raise JobError(f"{self.path}: returns the logits of the last token alone; export with --logits all to score texts")
+            raise JobError(
+                f"{self.path}: returns the logits of the last token alone; export with --logits all to score texts"
+            )
         session = self.open(len(prompts), max(map(len, prompts)))
         ids, logits = session.prompts(prompts)
         right = self.side == "right"
-        return [logits[row, : len(p)] if right else logits[row, ids.shape[1] - len(p) :] for row, p in enumerate(prompts)]
+        return [
+            logits[row, : len(p)] if right else logits[row, ids.shape[1] - len(p) :] for row, p in enumerate(prompts)
+        ]
 
     def close(self) -> None:
         if self._cache_file is not None:
@@ -192,12 +227,17 @@ class TrtRuntime:
         given = {port.name: np.ascontiguousarray(array, port.dtype) for port, array in pairs if port is not None}
         shapes: dict[str, list[int]] = {name: list(array.shape) for name, array in given.items()}
         shapes |= {cache.past.name: cache.shape(len(ids), past) for cache in io.caches}
-        context = self._contexts[choose_profile(self.manifest["profiles"], shapes, self.path) if self.manifest["profiles"] else 0]
+        context = self._contexts[
+            choose_profile(self.manifest["profiles"], shapes, self.path) if self.manifest["profiles"] else 0
+        ]
         for name, array in given.items():
             self.copy(self.buffer(name, array.nbytes), array.ctypes.data, array.nbytes, "cudaMemcpyHostToDevice")
         addresses = {name: self.buffers[name][0] for name in given}
         for cache in io.caches:
-            one, other = self.buffers[cache.past.name][0], self.buffers[cache.present.name if io.kind == "concat" else cache.past.name][0]
+            one, other = (
+                self.buffers[cache.past.name][0],
+                self.buffers[cache.present.name if io.kind == "concat" else cache.past.name][0],
+            )
             addresses[cache.past.name], addresses[cache.present.name] = (other, one) if swapped else (one, other)
         tokens = ids.shape[1] if io.logits_all else 1
         logits = np.empty((len(ids), tokens, self.vocab_size), _dtype(io.logits.dtype))
@@ -208,7 +248,9 @@ class TrtRuntime:
         for name, address in addresses.items():
             context.set_tensor_address(name, address)
         if not context.execute_async_v3(int(self._stream)):
-            raise JobError(f"{self.path}: the engine failed on {len(ids)} rows of {ids.shape[1]} tokens after {past}; see TensorRT's log")
+            raise JobError(
+                f"{self.path}: the engine failed on {len(ids)} rows of {ids.shape[1]} tokens after {past}; see TensorRT's log"
+            )
         self.copy(logits.ctypes.data, addresses[io.logits.name], logits.nbytes, "cudaMemcpyDeviceToHost")
         self.sync()
         return logits.astype(np.float32, copy=False)
@@ -223,7 +265,9 @@ class TrtSession:
         self._runtime, self.slots, self.length, self._swapped = runtime, slots, length, False
         io = runtime.io
         if io.cache_length is not None and length > io.cache_length:
-            raise JobError(f"{runtime.path}: its cache has {io.cache_length} slots and {length} tokens are wanted; build with a longer cache")
+            raise JobError(
+                f"{runtime.path}: its cache has {io.cache_length} slots and {length} tokens are wanted; build with a longer cache"
+            )
         for cache in io.caches:
             size = int(np.prod(cache.shape(slots, length))) * _dtype(cache.past.dtype).itemsize
             runtime.buffer(cache.past.name, size)
@@ -284,4 +328,8 @@ class TrtSession:
 
 def _dtype(name: str) -> np.dtype[Any]:
     """numpy's type of ONNX's or numpy's name."""
-    return np.dtype(getattr(ml_dtypes, name)) if hasattr(ml_dtypes, name) else np.dtype({"float": "float32"}.get(name, name))
+    return (
+        np.dtype(getattr(ml_dtypes, name))
+        if hasattr(ml_dtypes, name)
+        else np.dtype({"float": "float32"}.get(name, name))
+    )

@@ -26,9 +26,16 @@ def lowered(model: Model) -> tuple[bytes, list[str]] | None:
     scales = {
         node.inputs[1].name
         for node in nodes
-        if node.op_type == "DequantizeLinear" and len(node.inputs) > 1 and node.inputs[1] is not None and _is_e8m0(node.inputs[1])
+        if node.op_type == "DequantizeLinear"
+        and len(node.inputs) > 1
+        and node.inputs[1] is not None
+        and _is_e8m0(node.inputs[1])
     }
-    softmax = {node.name for node in nodes if node.op_type == "Attention" and attribute(node, "softmax_precision") == ir.DataType.FLOAT}
+    softmax = {
+        node.name
+        for node in nodes
+        if node.op_type == "Attention" and attribute(node, "softmax_precision") == ir.DataType.FLOAT
+    }
     if not scales and not softmax:
         return None
     proto = model.proto()

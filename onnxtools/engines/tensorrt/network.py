@@ -48,7 +48,9 @@ def check_io(model: Model, inputs: list[TensorInfo], outputs: list[TensorInfo]) 
         wanted = {value.name or "": value.dtype for value in values}
         for name in sorted(set(types) ^ set(wanted)):
             where = "the graph" if name in wanted else "the parsed network"
-            raise JobError(f"{model.path}: {kind} {name!r} is only in {where}; simplify the graph around it and report this")
+            raise JobError(
+                f"{model.path}: {kind} {name!r} is only in {where}; simplify the graph around it and report this"
+            )
         for name, dtype in wanted.items():
             if dtype is not None and types[name] != _graph_name(dtype):
                 both = f"{_graph_name(dtype)} in the graph but {types[name]} for TensorRT"
@@ -78,7 +80,9 @@ def refuse_shape_inputs(model: Model, network: Any) -> None:
     """
     for tensor in map(network.get_input, range(network.num_inputs)):
         if tensor.is_shape_tensor:
-            raise JobError(f"{model.path}: the values of input {tensor.name!r} decide shapes; compute them in the graph instead")
+            raise JobError(
+                f"{model.path}: the values of input {tensor.name!r} decide shapes; compute them in the graph instead"
+            )
 
 
 def attentions(trt: Any, network: Any) -> list[Any]:
@@ -113,7 +117,9 @@ def mend_attention(trt: Any, network: Any) -> list[str]:
     for attention in attentions(trt, network):
         name, query = attention.name, attention.get_input(0).dtype
         if not attention.decomposable or (attention.mask is not None and attention.mask.dtype != query):
-            raise JobError(f"node {name!r} (Attention): TensorRT loses its mended mask; run `onnxtools decompose-attention`")
+            raise JobError(
+                f"node {name!r} (Attention): TensorRT loses its mended mask; run `onnxtools decompose-attention`"
+            )
     mends = [f"{len(decomposed)} Attention nodes marked decomposable"] if decomposed else []
     return mends + ([f"{len(additive)} boolean attention masks made additive"] if additive else [])
 

@@ -67,7 +67,9 @@ class PlanFile:
     def __enter__(self) -> PlanFile:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._writing.shutdown()
         self._hashing.shutdown()
         self._file.close()

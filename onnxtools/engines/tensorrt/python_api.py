@@ -79,7 +79,9 @@ class ApiBuilder:
         with _monitor(self._tools) as monitor:
             return self._build(model, source, plan, profiles, spec, monitor)
 
-    def _build(self, model: Model, source: Path, plan: Path, profiles: Sequence[Profile], spec: EngineSpec, monitor: Any) -> Built:
+    def _build(
+        self, model: Model, source: Path, plan: Path, profiles: Sequence[Profile], spec: EngineSpec, monitor: Any
+    ) -> Built:
         logger, strong = self._tools.logger, self.strong(model, spec)
         logger.clear()
         builder = self.trt.Builder(logger)
@@ -126,7 +128,9 @@ class ApiBuilder:
         if spec.builder_optimization_level is not None:
             config.builder_optimization_level = spec.builder_optimization_level
         if spec.tiling_optimization_level is not None:
-            config.tiling_optimization_level = getattr(trt.TilingOptimizationLevel, spec.tiling_optimization_level.upper())
+            config.tiling_optimization_level = getattr(
+                trt.TilingOptimizationLevel, spec.tiling_optimization_level.upper()
+            )
         for text in spec.mem_pool_size:
             pool, size = pool_size(text)
             config.set_memory_pool_limit(getattr(trt.MemoryPoolType, pool_type(pool)), size)
@@ -142,7 +146,9 @@ class ApiBuilder:
                 raise JobError(f"profile {profile.name!r} is refused: {self._tools.logger.reason()}; change the shapes")
         return config
 
-    def _serialize(self, model: Model, builder: Any, network: Any, config: Any, plan: PlanFile, spec: EngineSpec, monitor: Any) -> None:
+    def _serialize(
+        self, model: Model, builder: Any, network: Any, config: Any, plan: PlanFile, spec: EngineSpec, monitor: Any
+    ) -> None:
         if hasattr(config, "progress_monitor"):
             config.progress_monitor = monitor
         if hasattr(builder, "build_serialized_network_to_stream"):
@@ -156,12 +162,16 @@ class ApiBuilder:
         logger = self._tools.logger
         unfit = [line for _, text in logger.messages if re.search(_UNFIT, line := _plain(text))]
         if unfit:
-            raise JobError(f"{model.path}: the graph cannot run in its profiles: {unfit[0]}; lower --max-seq-len or the shapes")
+            raise JobError(
+                f"{model.path}: the graph cannot run in its profiles: {unfit[0]}; lower --max-seq-len or the shapes"
+            )
         if (not done or plan.size == 0) and (spec.refit or spec.strip_weights) and "Myelin" in logger.reason():
             needs = f"{self.title} makes a refittable engine on a machine with a GPU alone"
             raise JobError(f"{model.path}: {needs}; build it there, or leave --refit and --strip-weights out")
         if not done or plan.size == 0:
-            raise JobError(f"{model.path}: {self.title} cannot build it: {logger.reason()}; see the graph with `onnxtools inspect`")
+            raise JobError(
+                f"{model.path}: {self.title} cannot build it: {logger.reason()}; see the graph with `onnxtools inspect`"
+            )
 
     def _parser_error(self, model: Model, parser: Any) -> str:
         """One line for a single error, else a heading and one line for each."""

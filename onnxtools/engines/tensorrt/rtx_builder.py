@@ -20,7 +20,9 @@ class TensorRTRTXBuilder(ApiBuilder):
         super().__init__(trt)
 
     def limits(self) -> Limits:
-        capabilities = [f"{name[2:-1]}.{name[-1]}" for name in trt.ComputeCapability.__members__ if name.startswith("SM")]
+        capabilities = [
+            f"{name[2:-1]}.{name[-1]}" for name in trt.ComputeCapability.__members__ if name.startswith("SM")
+        ]
         return Limits(opset=25, ir_version=13, capabilities=tuple(sorted(capabilities, key=float)))
 
     def configure(self, config: Any, spec: EngineSpec, *, strong: bool) -> None:

@@ -25,7 +25,9 @@ class TensorRTBuilder(ApiBuilder):
 
     def __init__(self) -> None:
         if not hasattr(trt, "Builder"):  # stubs alone make an empty package
-            raise JobError("builder 'tensorrt' needs the library of TensorRT, of which only stubs are installed; install it")
+            raise JobError(
+                "builder 'tensorrt' needs the library of TensorRT, of which only stubs are installed; install it"
+            )
         super().__init__(trt)
 
     def limits(self) -> Limits:
@@ -48,7 +50,9 @@ class TensorRTBuilder(ApiBuilder):
         for name in () if strong else spec.demanded:
             config.set_flag(getattr(trt.BuilderFlag, name.upper()))
         if spec.hardware_compatibility_level != "none":
-            level = {"ampere+": "AMPERE_PLUS", "sameComputeCapability": "SAME_COMPUTE_CAPABILITY"}[spec.hardware_compatibility_level]
+            level = {"ampere+": "AMPERE_PLUS", "sameComputeCapability": "SAME_COMPUTE_CAPABILITY"}[
+                spec.hardware_compatibility_level
+            ]
             config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, level)
         if spec.tactic_sources is not None:
             config.set_tactic_sources(_sources(config.get_tactic_sources(), spec.tactic_sources))
@@ -60,7 +64,9 @@ def _choose_device(device: int) -> None:
     try:
         from cuda.bindings import runtime
     except ImportError as error:
-        raise JobError(f"--device {device} needs cuda-python ({error}); pip install cuda-python, or set CUDA_VISIBLE_DEVICES={device}") from None
+        raise JobError(
+            f"--device {device} needs cuda-python ({error}); pip install cuda-python, or set CUDA_VISIBLE_DEVICES={device}"
+        ) from None
     (status,) = runtime.cudaSetDevice(device)
     if int(status):
         raise JobError(f"--device {device}: {runtime.cudaGetErrorString(status)[1].decode()}; see nvidia-smi")

@@ -21,7 +21,9 @@ _WORDS: dict[str, Callable[[Any], list[str]]] = {
     "error_on_cache_miss": lambda _: ["--errorOnTimingCacheMiss"],
     "mem_pool_size": lambda value: [f"--memPoolSize={','.join(_mebibytes(text) for text in value)}"],
     "builder_optimization_level": lambda value: [f"--builderOptimizationLevel={value}"],
-    "tiling_optimization_level": lambda value: [f"--tilingOptimizationLevel={['none', 'fast', 'moderate', 'full'].index(value)}"],
+    "tiling_optimization_level": lambda value: [
+        f"--tilingOptimizationLevel={['none', 'fast', 'moderate', 'full'].index(value)}"
+    ],
     "hardware_compatibility_level": lambda value: [f"--hardwareCompatibilityLevel={value}"],
     "version_compatible": lambda _: ["--versionCompatible"],
     "refit": lambda _: ["--refit"],
@@ -34,10 +36,24 @@ _WORDS: dict[str, Callable[[Any], list[str]]] = {
     "device": lambda value: [f"--device={value}"],
 }
 """Options by the field of `EngineSpec`, written where they are not as trtexec has them by default."""
-_QUIET = {"sparsity": "disable", "hardware_compatibility_level": "none", "profiling_verbosity": "layer_names_only", "device": 0, "tf32": True}
+_QUIET = {
+    "sparsity": "disable",
+    "hardware_compatibility_level": "none",
+    "profiling_verbosity": "layer_names_only",
+    "device": 0,
+    "tf32": True,
+}
 
 
-def trtexec_line(model_path: Path, engine_path: Path, spec: EngineSpec, profiles: Sequence[Profile], version: Version = NEWEST, *, mixed: bool = True) -> str:
+def trtexec_line(
+    model_path: Path,
+    engine_path: Path,
+    spec: EngineSpec,
+    profiles: Sequence[Profile],
+    version: Version = NEWEST,
+    *,
+    mixed: bool = True,
+) -> str:
     """One shell command for trtexec of `version`.
 
     trtexec builds for the GPU it runs on, so `--compute-capability` leaves no trace. What we mend on the parsed network, trtexec does not.
@@ -63,11 +79,15 @@ def trtexec_words(
             words += say(value)
     if len(profiles) > 1 and version < (9,):
         names = ", ".join(profile.name for profile in profiles)
-        raise UsageError(f"trtexec {'.'.join(map(str, version))} builds one profile, not {names}; use --backend tensorrt, or one of --min-shapes")
+        raise UsageError(
+            f"trtexec {'.'.join(map(str, version))} builds one profile, not {names}; use --backend tensorrt, or one of --min-shapes"
+        )
     for index, profile in enumerate(profiles):  # --profile and its shapes must stand together, and count from 0
         words += [f"--profile={index}"] if len(profiles) > 1 else []
         for which in ("min", "opt", "max"):
-            shapes = (f"{name}:{'x'.join(map(str, shape))}" for name, shape in _shapes(profile.shapes, which, version).items())
+            shapes = (
+                f"{name}:{'x'.join(map(str, shape))}" for name, shape in _shapes(profile.shapes, which, version).items()
+            )
             words.append(f"--{which}Shapes={','.join(shapes)}")
     return words
 
@@ -96,6 +116,12 @@ def _shapes(shapes: Mapping[str, Range], which: str, version: Version) -> dict[s
             patterns.setdefault(re.sub(r"\d+", "*", name), []).append((name, getattr(span, which)))
     for pattern, members in patterns.items():
         meant = [name for name in shapes if re.fullmatch(re.escape(pattern).replace(r"\*", ".*"), name)]
-        same = len({shape for _, shape in members}) == 1 and len(members) > 1 and len(meant) == len(members) and pattern.count("*") == 1 and version >= (9,)
+        same = (
+            len({shape for _, shape in members}) == 1
+            and len(members) > 1
+            and len(meant) == len(members)
+            and pattern.count("*") == 1
+            and version >= (9,)
+        )
         found.update({pattern: members[0][1]} if same else dict(members))
     return found

@@ -48,7 +48,9 @@ class TrtexecBuilder(OnPaper):
     def __init__(self) -> None:
         found = shutil.which("trtexec")
         if found is None:
-            raise JobError("trtexec is not on PATH; install TensorRT, or print the line with --print-trtexec and run it where it is")
+            raise JobError(
+                "trtexec is not on PATH; install TensorRT, or print the line with --print-trtexec and run it where it is"
+            )
         self._program = found
         told = subprocess.run([found, "--help"], capture_output=True, text=True, check=False).stdout
         super().__init__(read_version(told) or NEWEST)
@@ -58,7 +60,9 @@ class TrtexecBuilder(OnPaper):
 
     def build(self, model: Model, source: Path, plan: Path, profiles: Sequence[Profile], spec: EngineSpec) -> Built:
         words = trtexec_words(source, plan, spec, profiles, self._number, mixed=is_mixed(model))
-        process = subprocess.Popen([self._program, *words[1:]], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        process = subprocess.Popen(
+            [self._program, *words[1:]], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         assert process.stdout is not None
         try:
             log = read_log(process.stdout)
@@ -68,7 +72,9 @@ class TrtexecBuilder(OnPaper):
             process.wait()
             raise
         if code or not plan.is_file() or not plan.stat().st_size:
-            raise JobError(f"{source}: trtexec failed (exit code {code}): {'; '.join(log.errors[:3]) or 'it gave no reason'}; run the line of --print-trtexec")
+            raise JobError(
+                f"{source}: trtexec failed (exit code {code}): {'; '.join(log.errors[:3]) or 'it gave no reason'}; run the line of --print-trtexec"
+            )
         written = hash_file(plan)
         inputs, outputs = ([_info(value) for value in values] for values in (model.graph.inputs, model.graph.outputs))
         return Built(
@@ -81,7 +87,11 @@ def _info(value: object) -> TensorInfo:
     import onnx_ir as ir
 
     assert isinstance(value, ir.Value) and value.dtype is not None and value.shape is not None
-    return TensorInfo(value.name or "", str(value.dtype.numpy().name), tuple(dim if isinstance(dim, int) else -1 for dim in value.shape))
+    return TensorInfo(
+        value.name or "",
+        str(value.dtype.numpy().name),
+        tuple(dim if isinstance(dim, int) else -1 for dim in value.shape),
+    )
 
 
 @dataclass
@@ -131,7 +141,9 @@ def read_log(lines: Iterable[str]) -> Log:
     return log
 
 
-_ELIGIBLE = re.compile(r"\(Sparsity\) (?:Found (?P<count>\d+) layer\(s\) eligible to use sparse tactics|Layers eligible for sparse math):? ?(?P<names>.*)")
+_ELIGIBLE = re.compile(
+    r"\(Sparsity\) (?:Found (?P<count>\d+) layer\(s\) eligible to use sparse tactics|Layers eligible for sparse math):? ?(?P<names>.*)"
+)
 _PICKED = re.compile(
     r"\(Sparsity\) (?:Chose (?P<count>\d+) layer\(s\) using sparse tactics|TRT inference plan picked sparse implementation for layers):? ?(?P<names>.*)"
 )

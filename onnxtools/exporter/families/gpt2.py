@@ -32,9 +32,16 @@ def config(raw: Mapping[str, Any], family: str = "gpt2") -> DecoderConfig:
     hidden, heads = integer(raw, family, "n_embd", "hidden_size"), integer(raw, family, "n_head", "num_attention_heads")
     head_dim = head_dim_of(family, hidden, heads)
     scale = head_dim**-0.5 if flag(raw, family, "scale_attn_weights", True) else 1.0
-    size, activation = integer(raw, family, "n_inner", default=4 * hidden), activation_of(raw, family, "activation_function", "gelu_new")
+    size, activation = (
+        integer(raw, family, "n_inner", default=4 * hidden),
+        activation_of(raw, family, "activation_function", "gelu_new"),
+    )
     norm = Norm("layer_norm", number(raw, family, "layer_norm_epsilon", default=1e-5), bias=True)
-    block = Block(SelfAttention(heads, heads, head_dim, scale, bias=True, output_bias=True), Mlp(size, activation, bias=True), norm)
+    block = Block(
+        SelfAttention(heads, heads, head_dim, scale, bias=True, output_bias=True),
+        Mlp(size, activation, bias=True),
+        norm,
+    )
     return DecoderConfig(
         family=family, vocab_size=integer(raw, family, "vocab_size"), hidden_size=hidden,
         max_position_embeddings=integer(raw, family, "n_positions", "max_position_embeddings"),
@@ -52,17 +59,26 @@ def weights(c: DecoderConfig, source: Source) -> dict[str, Tensor]:
         "model.embed_positions.weight": source.take(f"{root}wpe.weight", c.max_position_embeddings, h),
     }
     found |= source.head(c, "lm_head.weight", found["model.embed_tokens.weight"])
-    parts = [("self_attn.o_proj", "attn.c_proj", h, h), ("mlp.up_proj", "mlp.c_fc", h, inner), ("mlp.down_proj", "mlp.c_proj", inner, h)]
+    parts = [
+        ("self_attn.o_proj", "attn.c_proj", h, h),
+        ("mlp.up_proj", "mlp.c_fc", h, inner),
+        ("mlp.down_proj", "mlp.c_proj", inner, h),
+    ]
     for n in range(len(c.blocks)):
         to, of = f"model.layers.{n}", f"{root}h.{n}"
-        qkv = {"weight": source.take(f"{of}.attn.c_attn.weight", h, 3 * h), "bias": source.take(f"{of}.attn.c_attn.bias", 3 * h)}
+        qkv = {
+            "weight": source.take(f"{of}.attn.c_attn.weight", h, 3 * h),
+            "bias": source.take(f"{of}.attn.c_attn.bias", 3 * h),
+        }
         for index, name in enumerate("qkv"):
             for kind, tensor in qkv.items():
                 found[f"{to}.self_attn.{name}_proj.{kind}"] = columns(tensor, index * h, (index + 1) * h)
         for name, theirs, inputs, outputs in parts:
             found[f"{to}.{name}.weight"] = source.take(f"{of}.{theirs}.weight", inputs, outputs)
             found[f"{to}.{name}.bias"] = source.take(f"{of}.{theirs}.bias", outputs)
-        found |= _norm(source, f"{to}.input_layernorm", f"{of}.ln_1", h) | _norm(source, f"{to}.post_attention_layernorm", f"{of}.ln_2", h)
+        found |= _norm(source, f"{to}.input_layernorm", f"{of}.ln_1", h) | _norm(
+            source, f"{to}.post_attention_layernorm", f"{of}.ln_2", h
+        )
     return found | _norm(source, "model.norm", f"{root}ln_f", h)
 
 

@@ -28,7 +28,11 @@ def weights(c: DecoderConfig, source: Source) -> dict[str, Tensor]:
         "model.embed_positions.weight": source.take("transformer.wpe.weight", c.max_position_embeddings, h),
     }
     found |= source.head(c, "lm_head.weight", found["model.embed_tokens.weight"])
-    parts = [("self_attn.o_proj", "attn.c_proj", h, h), ("mlp.up_proj", "mlp.c_fc", inner, h), ("mlp.down_proj", "mlp.c_proj", h, inner)]
+    parts = [
+        ("self_attn.o_proj", "attn.c_proj", h, h),
+        ("mlp.up_proj", "mlp.c_fc", inner, h),
+        ("mlp.down_proj", "mlp.c_proj", h, inner),
+    ]
     norms = [("input_layernorm", "ln_1"), ("post_attention_layernorm", "ln_2")]
     for n in range(len(c.blocks)):
         to, of = f"model.layers.{n}", f"transformer.h.{n}"
@@ -50,7 +54,10 @@ def _split(fused: Tensor, c: SelfAttention) -> list[Tensor]:
         ends = (0, c.q_size, c.q_size + c.kv_size, c.q_size + 2 * c.kv_size)
         return [row_range(fused, start, stop) for start, stop in itertools.pairwise(ends)]
     d = c.head_dim
-    return [pick_rows(fused, [((3 * head + i) * d, (3 * head + i + 1) * d) for head in range(c.heads)], "qkv"[i]) for i in range(3)]
+    return [
+        pick_rows(fused, [((3 * head + i) * d, (3 * head + i + 1) * d) for head in range(c.heads)], "qkv"[i])
+        for i in range(3)
+    ]
 
 
 FAMILY = Family(

@@ -10,7 +10,18 @@ import numpy as np
 from onnxtools.base.errors import ModelError
 from onnxtools.base.inputs import shown
 from onnxtools.checkpoints.gguf import ROPE_FACTORS
-from onnxtools.exporter.config import Block, DecoderConfig, Mlp, Norm, SelfAttention, head_dim_of, integer, number, repeated, weight_shapes
+from onnxtools.exporter.config import (
+    Block,
+    DecoderConfig,
+    Mlp,
+    Norm,
+    SelfAttention,
+    head_dim_of,
+    integer,
+    number,
+    repeated,
+    weight_shapes,
+)
 from onnxtools.exporter.family import Family, Source
 from onnxtools.exporter.rope import Rope, yarn_magnitude
 from onnxtools.storage.lazy import Tensor, half_rotation
@@ -32,7 +43,11 @@ def config(raw: Mapping[str, Any]) -> DecoderConfig:
         return number(raw, "llama-gguf", f"llama.{name}", default=default)
 
     hidden, heads = whole("embedding_length"), whole("attention.head_count")
-    head_dim = whole("attention.key_length") if "llama.attention.key_length" in raw else head_dim_of("llama-gguf", hidden, heads)
+    head_dim = (
+        whole("attention.key_length")
+        if "llama.attention.key_length" in raw
+        else head_dim_of("llama-gguf", hidden, heads)
+    )
     tokens = raw.get("tokenizer.ggml.tokens") or []
     attention = SelfAttention(
         heads, whole("attention.head_count_kv", heads), head_dim, head_dim**-0.5,
@@ -59,7 +74,9 @@ def _rope(raw: Mapping[str, Any], dim: int, positions: int) -> Rope:
         raise ModelError(f"llama-gguf: the rope scaling {shown(kind)} is not supported; none, linear and yarn are")
     for name in _OTHER_YARN:
         if real(f"scaling.{name}", 1.0) != 1 and (kind != "yarn" or name != "attn_factor"):
-            raise ModelError(f"llama-gguf: rope.scaling.{name} is {raw[f'llama.rope.scaling.{name}']} with the scaling {kind}; only 1 is supported")
+            raise ModelError(
+                f"llama-gguf: rope.scaling.{name} is {raw[f'llama.rope.scaling.{name}']} with the scaling {kind}; only 1 is supported"
+            )
     theta, factors = real("freq_base", 10000.0), raw.get("_rope_factors", ())
     factor = number(raw, "llama-gguf", "llama.rope.scaling.factor", "llama.rope.scale_linear", default=1.0)
     if kind == "none" or factor == 1:

@@ -9,7 +9,18 @@ from onnxtools.base.errors import ModelError
 from onnxtools.base.inputs import shown
 from onnxtools.checkpoints.checkpoint import nested
 from onnxtools.checkpoints.te_extra_state import forward_scales
-from onnxtools.exporter.config import Activation, Block, DecoderConfig, Mlp, Norm, SelfAttention, head_dim_of, integer, number, repeated
+from onnxtools.exporter.config import (
+    Activation,
+    Block,
+    DecoderConfig,
+    Mlp,
+    Norm,
+    SelfAttention,
+    head_dim_of,
+    integer,
+    number,
+    repeated,
+)
 from onnxtools.exporter.family import Family, FP8Scales, Source
 from onnxtools.exporter.rope import Rope
 from onnxtools.storage.lazy import Tensor, flatten, pick_rows, plus_one, row_range
@@ -36,24 +47,41 @@ _LAYER_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 _GATED = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}
-_UNSUPPORTED = {"headscale": True, "qk_layernorm": True, "num_moe_experts": None, "multi_query_attention": True, "rotary_interleaved": True}
+_UNSUPPORTED = {
+    "headscale": True,
+    "qk_layernorm": True,
+    "num_moe_experts": None,
+    "multi_query_attention": True,
+    "rotary_interleaved": True,
+}
 
 
 def config(raw: Mapping[str, Any]) -> DecoderConfig:
     hidden, heads = integer(raw, "megatron", "hidden_size"), integer(raw, "megatron", "num_attention_heads")
-    head_dim = head_dim_of("megatron", hidden, heads) if raw.get("kv_channels") is None else integer(raw, "megatron", "kv_channels")
+    head_dim = (
+        head_dim_of("megatron", hidden, heads)
+        if raw.get("kv_channels") is None
+        else integer(raw, "megatron", "kv_channels")
+    )
     for key, value in _UNSUPPORTED.items():
         if raw.get(key) and (value is None or raw[key] == value):
             raise ModelError(f"megatron: {key}={shown(raw[key])} is not supported; only dense decoders without it are")
     if raw.get("transformer_block_type", "pre_ln") != "pre_ln":
-        raise ModelError(f"megatron: transformer_block_type is {shown(raw['transformer_block_type'])}; only pre_ln is supported")
-    known = next((name for name in ("max_position_embeddings", "encoder_seq_length") if raw.get(name) is not None), "max_position_embeddings")
+        raise ModelError(
+            f"megatron: transformer_block_type is {shown(raw['transformer_block_type'])}; only pre_ln is supported"
+        )
+    known = next(
+        (name for name in ("max_position_embeddings", "encoder_seq_length") if raw.get(name) is not None),
+        "max_position_embeddings",
+    )
     positions = integer(raw, "megatron", known)
     activation, gated = _activation(raw)
     bias = bool(raw.get("bias", True))
     normalization = str(raw.get("normalization", "layernorm")).lower()
     if normalization not in ("layernorm", "layernorm1p", "rmsnorm"):
-        raise ModelError(f"megatron: normalization {shown(normalization)} is not supported; layernorm, layernorm1p and rmsnorm are")
+        raise ModelError(
+            f"megatron: normalization {shown(normalization)} is not supported; layernorm, layernorm1p and rmsnorm are"
+        )
     norm = Norm(
         "rms_norm" if normalization == "rmsnorm" else "layer_norm", number(raw, "megatron", "layernorm_epsilon", default=1e-5),
         bias=normalization != "rmsnorm",
@@ -84,7 +112,9 @@ def _activation(raw: Mapping[str, Any]) -> tuple[Activation, bool]:
         return ("gelu_tanh" if tanh else "gelu"), gated
     if name in ("silu", "relu", "relu2"):
         return name, gated  # type: ignore[return-value]
-    raise ModelError(f"megatron: the activation {shown(raw.get('activation'))} is not supported; gelu, squared-relu, relu, swiglu, geglu and reglu are")
+    raise ModelError(
+        f"megatron: the activation {shown(raw.get('activation'))} is not supported; gelu, squared-relu, relu, swiglu, geglu and reglu are"
+    )
 
 
 def _rope(raw: Mapping[str, Any], head_dim: int) -> Rope | None:
@@ -92,7 +122,9 @@ def _rope(raw: Mapping[str, Any], head_dim: int) -> Rope | None:
     if kind == "learned_absolute":
         return None
     if kind != "rope":
-        raise ModelError(f"megatron: position_embedding_type {shown(kind)} is not supported; learned_absolute and rope are")
+        raise ModelError(
+            f"megatron: position_embedding_type {shown(kind)} is not supported; learned_absolute and rope are"
+        )
     dim = int(head_dim * number(raw, "megatron", "rotary_percentage", default=1.0))
     theta = number(raw, "megatron", "rotary_base", default=10000.0)
     factor = number(raw, "megatron", "seq_len_interpolation_factor", default=1.0)
@@ -112,24 +144,39 @@ def weights(c: DecoderConfig, source: Source) -> dict[str, Tensor]:
 class _Reader:
     def __init__(self, c: DecoderConfig, source: Source) -> None:
         self.c, self.source = c, source
-        roots = [name.removesuffix("embedding.word_embeddings.weight") for name in source.tensors if name.endswith("embedding.word_embeddings.weight")]
+        roots = [
+            name.removesuffix("embedding.word_embeddings.weight")
+            for name in source.tensors
+            if name.endswith("embedding.word_embeddings.weight")
+        ]
         self.root = roots[0] if roots else "model."
         self.kind = "legacy" if any(".encoder.layers." in f".{name}" for name in source.tensors) else "core"
         self.stack = f"{self.root}{'encoder' if self.kind == 'legacy' else 'decoder'}"
-        one = str(source.config.get("normalization", "")).lower() == "layernorm1p" or source.config.get("layernorm_zero_centered_gamma")
+        one = str(source.config.get("normalization", "")).lower() == "layernorm1p" or source.config.get(
+            "layernorm_zero_centered_gamma"
+        )
         self.centred = bool(one)
 
     def read(self) -> dict[str, Tensor]:
         c, take = self.c, self.source.take
-        found = {"model.embed_tokens.weight": take(f"{self.root}embedding.word_embeddings.weight", c.vocab_size, c.hidden_size)}
+        found = {
+            "model.embed_tokens.weight": take(
+                f"{self.root}embedding.word_embeddings.weight", c.vocab_size, c.hidden_size
+            )
+        }
         if c.rope is None:
-            found["model.embed_positions.weight"] = take(f"{self.root}embedding.position_embeddings.weight", c.max_position_embeddings, c.hidden_size)
+            found["model.embed_positions.weight"] = take(
+                f"{self.root}embedding.position_embeddings.weight", c.max_position_embeddings, c.hidden_size
+            )
         if c.tie_word_embeddings:
             self.source.skip("model.word_embeddings.weight")
         found |= self.source.head(c, f"{self.root}output_layer.weight", found["model.embed_tokens.weight"])
         for n in range(len(c.blocks)):
             found |= self._layer(n)
-        found |= {f"model.norm.{kind}": self._gain(kind, take(f"{self.stack}.final_layernorm.{kind}", c.hidden_size)) for kind in self._norm_kinds()}
+        found |= {
+            f"model.norm.{kind}": self._gain(kind, take(f"{self.stack}.final_layernorm.{kind}", c.hidden_size))
+            for kind in self._norm_kinds()
+        }
         return found
 
     def _norm_kinds(self) -> tuple[str, ...]:
@@ -148,7 +195,9 @@ class _Reader:
         attention, mlp, found = block.attention, block.mlp, dict[str, Tensor]()
         for kind in self._norm_kinds():
             found[f"{to}.input_layernorm.{kind}"] = self._gain(kind, self._take(n, "norm1", kind, c.hidden_size))
-            found[f"{to}.post_attention_layernorm.{kind}"] = self._gain(kind, self._take(n, "norm2", kind, c.hidden_size))
+            found[f"{to}.post_attention_layernorm.{kind}"] = self._gain(
+                kind, self._take(n, "norm2", kind, c.hidden_size)
+            )
         for kind in ("weight", "bias") if attention.bias else ("weight",):
             wide = (c.hidden_size,) if kind == "weight" else ()
             fused = self._take(n, "qkv", kind, attention.q_size + 2 * attention.kv_size, *wide)
@@ -156,9 +205,13 @@ class _Reader:
                 found[f"{to}.self_attn.{name}_proj.{kind}"] = pick_rows(fused, ranges, name)
         for kind in ("weight", "bias") if mlp.bias else ("weight",):
             wide = (c.hidden_size,) if kind == "weight" else ()
-            found[f"{to}.self_attn.o_proj.{kind}"] = self._take(n, "out", kind, c.hidden_size, *((attention.q_size,) if kind == "weight" else ()))
+            found[f"{to}.self_attn.o_proj.{kind}"] = self._take(
+                n, "out", kind, c.hidden_size, *((attention.q_size,) if kind == "weight" else ())
+            )
             found |= {f"{to}.mlp.{name}.{kind}": tensor for name, tensor in self._fc1(n, kind, mlp, wide).items()}
-            found[f"{to}.mlp.down_proj.{kind}"] = self._take(n, "fc2", kind, c.hidden_size, *((mlp.size,) if kind == "weight" else ()))
+            found[f"{to}.mlp.down_proj.{kind}"] = self._take(
+                n, "fc2", kind, c.hidden_size, *((mlp.size,) if kind == "weight" else ())
+            )
         return found
 
     def _fc1(self, n: int, kind: str, mlp: Mlp, wide: tuple[int, ...]) -> dict[str, Tensor]:
@@ -167,7 +220,10 @@ class _Reader:
         if not mlp.gated:
             return {"up_proj": self._take(n, "fc1", kind, size, *wide)}
         if f"{self.stack}.layers.{n}.mlp.dense_h_to_4h_2.{kind}" in self.source:
-            return {"gate_proj": self._take(n, "fc1", kind, size, *wide), "up_proj": self._take(n, "fc1_up", kind, size, *wide)}
+            return {
+                "gate_proj": self._take(n, "fc1", kind, size, *wide),
+                "up_proj": self._take(n, "fc1_up", kind, size, *wide),
+            }
         fused = self._take(n, "fc1", kind, 2 * size, *wide)
         return {"gate_proj": row_range(fused, 0, size), "up_proj": row_range(fused, size, 2 * size)}
 
@@ -209,7 +265,13 @@ def scales(c: DecoderConfig, source: Source) -> dict[str, FP8Scales]:
             if forward is None:
                 continue
             pair = FP8Scales(float(1 / forward[at]), float(1 / forward[at + 1]))
-            found.update({f"model.layers.{n}.{linear}": pair for linear in linears if c.blocks[n].mlp.gated or linear != "mlp.gate_proj"})
+            found.update(
+                {
+                    f"model.layers.{n}.{linear}": pair
+                    for linear in linears
+                    if c.blocks[n].mlp.gated or linear != "mlp.gate_proj"
+                }
+            )
     return found
 
 

@@ -29,7 +29,22 @@ from onnxtools.pipeline.passbase import Pass, PassResult
 
 _LARGEST_MASK = 4100
 
-_SCALE_OPS = {"Abs", "ReduceMax", "ReduceMin", "Max", "Min", "Div", "Mul", "Reciprocal", "Cast", "Identity", "Reshape", "Neg", "Add", "Clip"}
+_SCALE_OPS = {
+    "Abs",
+    "ReduceMax",
+    "ReduceMin",
+    "Max",
+    "Min",
+    "Div",
+    "Mul",
+    "Reciprocal",
+    "Cast",
+    "Identity",
+    "Reshape",
+    "Neg",
+    "Add",
+    "Clip",
+}
 """What computes a current-scaling factor: no operator here depends on how the tensor is laid out."""
 
 
@@ -64,10 +79,18 @@ class AddKvCache(Pass):
     numerics = "rounding"
     example = "onnxtools add-kv-cache qdq.onnx kv.onnx"
 
-    policy: Literal["concat", "new"] = option("concat", "Outputs: the whole cache (concat) or only the new keys and values (new).")
-    layout: Literal["bnsh", "sbnh"] = option("bnsh", "Cache axes: [batch, heads, sequence, channels] or [sequence, batch, heads, channels].")
-    naming: Literal["hf", "nemo"] = option("hf", "past_key_values.N.key / present.N.key, or NeMo's past_key_values.N.decoder.key.")
-    dtype: Literal["auto", "fp8", "fp16", "bf16", "fp32"] = option("auto", "Element type of the stored cache; auto is the graph's own.")
+    policy: Literal["concat", "new"] = option(
+        "concat", "Outputs: the whole cache (concat) or only the new keys and values (new)."
+    )
+    layout: Literal["bnsh", "sbnh"] = option(
+        "bnsh", "Cache axes: [batch, heads, sequence, channels] or [sequence, batch, heads, channels]."
+    )
+    naming: Literal["hf", "nemo"] = option(
+        "hf", "past_key_values.N.key / present.N.key, or NeMo's past_key_values.N.decoder.key."
+    )
+    dtype: Literal["auto", "fp8", "fp16", "bf16", "fp32"] = option(
+        "auto", "Element type of the stored cache; auto is the graph's own."
+    )
     kv_scale: float = option(1.0, "Scale of an fp8 cache; 1.0 keeps values up to 448 and is not calibrated.")
 
     def __post_init__(self) -> None:
@@ -83,9 +106,13 @@ class AddKvCache(Pass):
         if cached:
             raise JobError(f"the model already has a KV cache (input {cached[0]!r}); start from the model without one")
         if self.dtype == "fp8" and model.opset < 19:
-            raise JobError(f"an fp8 cache needs opset 19 and the model is at {model.opset}; run `onnxtools convert IN OUT --opset19` first")
+            raise JobError(
+                f"an fp8 cache needs opset 19 and the model is at {model.opset}; run `onnxtools convert IN OUT --opset19` first"
+            )
         if token_input(model) is None:
-            raise NoMatchError("no integer input of shape [batch, sequence] (input_ids) was found; a KV cache needs token inputs")
+            raise NoMatchError(
+                "no integer input of shape [batch, sequence] (input_ids) was found; a KV cache needs token inputs"
+            )
 
     def apply(self, model: Model) -> PassResult:
         notes: list[str] = []
@@ -95,13 +122,22 @@ class AddKvCache(Pass):
         if not blocks:
             einsum = next((node.name for node in model.graph if node.op_type == "Einsum"), None)
             hint = f" (node {einsum!r} is an Einsum: export attention with MatMul)" if einsum else ""
-            raise NoMatchError(f"no attention (Softmax between two MatMuls of activations) was found{hint}; nothing can be cached")
+            raise NoMatchError(
+                f"no attention (Softmax between two MatMuls of activations) was found{hint}; nothing can be cached"
+            )
         originals = set(model.graph)
         lowering = _Concat(self, model, facts)
         for index, block in enumerate(blocks):
             lowering.rewrite(index, block)
         remove_unused(model)
-        restrict_to_new_tokens(lowering.grown_inputs(), originals, lowering.wide_nodes(), lowering.past_1d, lowering.total, lowering.builder)
+        restrict_to_new_tokens(
+            lowering.grown_inputs(),
+            originals,
+            lowering.wide_nodes(),
+            lowering.past_1d,
+            lowering.total,
+            lowering.builder,
+        )
         shifted: list[str] = []
         if lowering.static:
             notes += make_dynamic(model, lowering.tokens, lowering.past_1d, lowering.total, originals, lowering.builder)
@@ -112,9 +148,13 @@ class AddKvCache(Pass):
         forget_types(output for node in model.graph for output in node.outputs if not output.is_graph_output())
         notes += lowering.notes(blocks)
         if has_dynamic_scales(model):
-            notes.append("warning: scales computed from the data (current scaling) see fewer tokens in a step than in a full run, so results differ")
+            notes.append(
+                "warning: scales computed from the data (current scaling) see fewer tokens in a step than in a full run, so results differ"
+            )
         if shifted:
-            notes.append(f"{len(shifted)} internally counted positions start at the past length ({', '.join(shifted[:3])})")
+            notes.append(
+                f"{len(shifted)} internally counted positions start at the past length ({', '.join(shifted[:3])})"
+            )
         return PassResult(True, len(blocks), notes)
 
     def ensures(self, model: Model) -> None:
@@ -145,11 +185,18 @@ def _analyse_for_masks(model: Model) -> Facts:
     for node in model.graph:
         for value in node.inputs if node.op_type in ("Where", "Add", "And", "Or") else ():
             shape = facts[value].shape
-            if value is not None and facts[value].value is not None and shape is not None and shape[-2:] == (size, size):
+            if (
+                value is not None
+                and facts[value].value is not None
+                and shape is not None
+                and shape[-2:] == (size, size)
+            ):
                 numbers |= mask_constants(value, facts)
     for number in sorted((n for n in numbers if n >= size), reverse=True):
         if number > _LARGEST_MASK:
-            raise JobError(f"a mask is computed from the constant {number}; windows beyond {_LARGEST_MASK} positions cannot be checked")
+            raise JobError(
+                f"a mask is computed from the constant {number}; windows beyond {_LARGEST_MASK} positions cannot be checked"
+            )
         longer = prime_above(number + 1)
         longer_facts = analyse(model, {name: longer if value == size else value for name, value in facts.dims.items()})
         if all(longer_facts[o].shape is not None for node in model.graph for o in node.outputs):
@@ -172,16 +219,28 @@ def _read_lengths_from_ids(model: Model) -> None:
             if user.op_type == "Shape":
                 builder.before = user
                 part = slice(user.attributes.get_int("start", 0), user.attributes.get_int("end", len(dims)))
-                rename_or_bypass(model.graph, user.outputs[0], _lengths_of(value, range(len(dims))[part], shape, facts, tokens, builder))
+                rename_or_bypass(
+                    model.graph,
+                    user.outputs[0],
+                    _lengths_of(value, range(len(dims))[part], shape, facts, tokens, builder),
+                )
 
 
-def _lengths_of(value: ir.Value, axes: range, shape: tuple[int, ...], facts: Facts, tokens: Tokens, builder: Builder) -> ir.Value:
+def _lengths_of(
+    value: ir.Value, axes: range, shape: tuple[int, ...], facts: Facts, tokens: Tokens, builder: Builder
+) -> ir.Value:
     """The sizes of `axes` of an input, shape [len(axes)], read from the token ids where they are the same dimension."""
     sizes = facts[value].shape
     assert sizes is not None
     parts = []
     for axis in axes:
-        same = tokens.axis if sizes[axis] == shape[tokens.axis] else tokens.batch_axis if sizes[axis] == shape[tokens.batch_axis] else None
+        same = (
+            tokens.axis
+            if sizes[axis] == shape[tokens.axis]
+            else tokens.batch_axis
+            if sizes[axis] == shape[tokens.batch_axis]
+            else None
+        )
         source, at = (value, axis) if same is None else (tokens.value, same)
         parts.append(builder.op("Shape", [source], "/model/kv/shape", start=at, end=at + 1))
     return parts[0] if len(parts) == 1 else builder.op("Concat", parts, "/model/kv/shapes", axis=0)
@@ -195,7 +254,9 @@ def _name_dimensions(model: Model, tokens: Tokens) -> None:
     names = {dim.value: name for dim, name in dims if isinstance(dim, ir.SymbolicDim)}
     for value in (*model.graph.inputs, *model.graph.outputs):
         if value.shape is not None:
-            value.shape = ir.Shape([names.get(d.value, d.value) if isinstance(d, ir.SymbolicDim) else d for d in value.shape])
+            value.shape = ir.Shape(
+                [names.get(d.value, d.value) if isinstance(d, ir.SymbolicDim) else d for d in value.shape]
+            )
 
 
 class _Concat:
@@ -209,9 +270,13 @@ class _Concat:
         shape = self.tokens.value.shape
         assert shape is not None
         self.static = all(isinstance(dim, int) for dim in shape)
-        dims: tuple[Dim, Dim] = ("batch", "sequence") if self.static else (shape[self.tokens.batch_axis], shape[self.tokens.axis])
+        dims: tuple[Dim, Dim] = (
+            ("batch", "sequence") if self.static else (shape[self.tokens.batch_axis], shape[self.tokens.axis])
+        )
         self.batch_dim, self.sequence_dim = dims
-        self.cache = CacheSpec("concat", options.naming, options.policy, options.layout, self.batch_dim).declare(self.builder)
+        self.cache = CacheSpec("concat", options.naming, options.policy, options.layout, self.batch_dim).declare(
+            self.builder
+        )
         self.mask: MaskRewriter | None = None
         self._decoded: dict[ir.Value, ir.Value] = {}
         self._renewed: dict[ir.Value, ir.Value] = {}
@@ -233,11 +298,15 @@ class _Concat:
         first = blocks[0].key
         dtype = self.model.graph.inputs[-1].dtype
         heads = f"{first.head_count} kv heads of {first.head_size}"
-        lines = [f"{len(blocks)} attention blocks found, {heads}, {len(blocks) * 2} cache tensors in {dtype}, layout {self.options.layout}"]
+        lines = [
+            f"{len(blocks)} attention blocks found, {heads}, {len(blocks) * 2} cache tensors in {dtype}, layout {self.options.layout}"
+        ]
         assert self.mask is not None
         lines += self.mask.notes()
         if self.options.dtype == "fp8":
-            lines.append(f"warning: fp8 cache with the uncalibrated scale {self.options.kv_scale:g}; values beyond ±{448 * self.options.kv_scale:g} saturate")
+            lines.append(
+                f"warning: fp8 cache with the uncalibrated scale {self.options.kv_scale:g}; values beyond ±{448 * self.options.kv_scale:g} saturate"
+            )
         return lines
 
     # --- one block ---------------------------------------------------------------------------------------------------
@@ -246,9 +315,13 @@ class _Concat:
         prefix = f"/model/layers.{index}/attn"
         build = self.builder
         build.before = block.softmax if index else next(iter(self.model.graph))
-        pasts = [self._past_input(index, kind, operand) for kind, operand in (("key", block.key), ("value", block.value))]
+        pasts = [
+            self._past_input(index, kind, operand) for kind, operand in (("key", block.key), ("value", block.value))
+        ]
         for past, operand in zip(pasts, (block.key, block.value), strict=True):
-            self._decoded[past] = self._decode(past, self.facts[operand.value].dtype, self._stored_dtype(operand), f"{prefix}/past")
+            self._decoded[past] = self._decode(
+                past, self.facts[operand.value].dtype, self._stored_dtype(operand), f"{prefix}/past"
+            )
         if index == 0:
             self._lengths(self._decoded[pasts[0]])
         build.before = block.product_pv
@@ -266,7 +339,9 @@ class _Concat:
         for node, data in block.probabilities:
             probabilities = self._replay_node(probabilities, node, data, f"{prefix}/probabilities")
         context = build.op("MatMul", [probabilities, values], f"{prefix}/pv/MatMul")
-        rename_or_bypass(self.model.graph, block.output, from_bnsh(build, self.tokens, context, block, f"{prefix}/context"))
+        rename_or_bypass(
+            self.model.graph, block.output, from_bnsh(build, self.tokens, context, block, f"{prefix}/context")
+        )
 
     def _replay_node(self, value: ir.Value, node: ir.Node, data: int, prefix: str) -> ir.Value:
         """`node` on `value` in place of its data input; scales that were computed from the old data are computed from the new."""
@@ -298,7 +373,9 @@ class _Concat:
         if node.op_type not in _SCALE_OPS | _ROW_OPS or (
             node.op_type.startswith("Reduce") and rank not in (2, 4) and not _reduces_all_or_last(node, self.facts)
         ):
-            raise JobError(f"node {node.name!r} ({node.op_type}) reads the inside of attention; only quantization scales and tests of its rows may")
+            raise JobError(
+                f"node {node.name!r} ({node.op_type}) reads the inside of attention; only quantization scales and tests of its rows may"
+            )
         self._renewed[value] = self.builder.op(node.op_type, inputs, f"{prefix}/{node.op_type}", **_attributes(node))
         return self._renewed[value]
 
@@ -337,7 +414,14 @@ class _Concat:
         self.past_1d = self.cache.past_length(past, "/model/kv/past_length")
         zero = build.constant([0], "axes_0")
         self.past = build.op("Squeeze", [self.past_1d, zero], "/model/kv/past", dtype=ir.DataType.INT64, shape=[])
-        new = build.op("Shape", [self.tokens.value], "/model/kv/new_length", shape=[1], start=self.tokens.axis, end=self.tokens.axis + 1)
+        new = build.op(
+            "Shape",
+            [self.tokens.value],
+            "/model/kv/new_length",
+            shape=[1],
+            start=self.tokens.axis,
+            end=self.tokens.axis + 1,
+        )
         new = build.op("Squeeze", [new, zero], "/model/kv/new", dtype=ir.DataType.INT64, shape=[])
         self.total = build.op("Add", [self.past, new], "/model/kv/total", dtype=ir.DataType.INT64, shape=[])
         self.mask = MaskRewriter(self.model, self.facts, build, self.size, self.past, self.total)
@@ -353,7 +437,11 @@ class _Concat:
         # Everything meets in the graph's own type: Concat takes no FP8, and old and new tokens must be rounded alike.
         present = self.cache.concat(self._decoded[past], self._decode(stored_new, own, stored, f"{prefix}/new"), prefix)
         whole = self.options.policy == "concat"
-        output = (self._encode(present, own, stored, f"{prefix}/present") if stored != own else present) if whole else self._own_value(stored_new, prefix)
+        output = (
+            (self._encode(present, own, stored, f"{prefix}/present") if stored != own else present)
+            if whole
+            else self._own_value(stored_new, prefix)
+        )
         length = "total_sequence" if whole else self.sequence_dim
         output = self.cache.present(output, index, kind, operand.head_count, operand.head_size, stored, length)
         keys = output if whole and stored == own else present
@@ -384,7 +472,12 @@ class _Concat:
     def _scale(self, own: ir.DataType | None) -> list[ir.Value]:
         assert own is not None
         scale = self.builder.constant(np.array(self.options.kv_scale, dtype=own.numpy()), "kv_scale", own)
-        return [scale, self.builder.constant(np.zeros((), ir.DataType.FLOAT8E4M3FN.numpy()), "fp8_zero_point", ir.DataType.FLOAT8E4M3FN)]
+        return [
+            scale,
+            self.builder.constant(
+                np.zeros((), ir.DataType.FLOAT8E4M3FN.numpy()), "fp8_zero_point", ir.DataType.FLOAT8E4M3FN
+            ),
+        ]
 
     def _repeat(self, value: ir.Value, operand: Operand, prefix: str) -> ir.Value:
         """Copy each kv head `repeat` times, as grouped-query attention does."""

@@ -16,7 +16,9 @@ from onnxtools.ir.query import attribute, constant_tensor, is_constant_expressio
 _MOVES = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Expand"}
 
 
-def make_dynamic(model: Model, tokens: Tokens, past_1d: ir.Value, total: ir.Value, originals: set[ir.Node], builder: Builder) -> list[str]:
+def make_dynamic(
+    model: Model, tokens: Tokens, past_1d: ir.Value, total: ir.Value, originals: set[ir.Node], builder: Builder
+) -> list[str]:
     """Follow the batch and sequence axes from the token inputs through the graph and free them.
 
     Rules:
@@ -34,15 +36,21 @@ def make_dynamic(model: Model, tokens: Tokens, past_1d: ir.Value, total: ir.Valu
     tracer.name_dimensions()
     # Any other sizes will do, if past + new tokens stay within the tables of positions.
     past = 1 if tracer.sequence.size > 1 else 0
-    facts = analyse(model, {"batch": tracer.batch.size + 1, "sequence": tracer.sequence.size - past, "past_sequence": past})
+    facts = analyse(
+        model, {"batch": tracer.batch.size + 1, "sequence": tracer.sequence.size - past, "past_sequence": past}
+    )
     for node in model.graph:
         if any(facts[o].shape is None for o in node.outputs if o in tracer.layouts):
-            raise JobError(f"node {node.name!r} ({node.op_type}) works only for the static size of the export; export with dynamic batch and sequence")
+            raise JobError(
+                f"node {node.name!r} ({node.op_type}) works only for the static size of the export; export with dynamic batch and sequence"
+            )
     return tracer.notes()
 
 
 class _Tracer:
-    def __init__(self, model: Model, ids: ir.Value, past_1d: ir.Value, total: ir.Value, originals: set[ir.Node], builder: Builder) -> None:
+    def __init__(
+        self, model: Model, ids: ir.Value, past_1d: ir.Value, total: ir.Value, originals: set[ir.Node], builder: Builder
+    ) -> None:
         self.model, self.ids, self.builder, self.originals = model, ids, builder, originals
         self.past_1d, self.total = past_1d, total
         shape = tuple(d for d in ids.shape or () if isinstance(d, int))
@@ -61,7 +69,9 @@ class _Tracer:
     def notes(self) -> list[str]:
         lines = [f"static export: {self.reshapes} reshape targets made dynamic in batch and sequence"]
         if self.tables:
-            lines.append(f"{self.tables} position tables have {self.sequence.size} entries: past + new tokens cannot exceed that")
+            lines.append(
+                f"{self.tables} position tables have {self.sequence.size} entries: past + new tokens cannot exceed that"
+            )
         return lines
 
     def _fresh(self, value: ir.Value) -> Layout:
@@ -81,10 +91,14 @@ class _Tracer:
                 self.layouts[output] = self._layout(node, output)
         except LayoutError as error:
             where = f"node {node.name!r} ({node.op_type})"
-            raise JobError(f"{where}: {error}, so its static size cannot be freed; export with dynamic batch and sequence") from None
+            raise JobError(
+                f"{where}: {error}, so its static size cannot be freed; export with dynamic batch and sequence"
+            ) from None
         for atom in (self.batch, self.sequence):
             if atom.parts:
-                raise JobError(f"node {node.name!r} ({node.op_type}) splits the batch or sequence axis; export with dynamic batch and sequence")
+                raise JobError(
+                    f"node {node.name!r} ({node.op_type}) splits the batch or sequence axis; export with dynamic batch and sequence"
+                )
 
     def _layout(self, node: ir.Node, output: ir.Value) -> Layout:
         first = node.inputs[0]
@@ -122,7 +136,9 @@ class _Tracer:
         for side in sides:
             for back in range(1, len(side) + 1):
                 axis = side[-back]
-                if _size(axis) == _size(fresh[rank - back]) and (self._dynamic(axis) or not self._dynamic(result[rank - back])):
+                if _size(axis) == _size(fresh[rank - back]) and (
+                    self._dynamic(axis) or not self._dynamic(result[rank - back])
+                ):
                     result[rank - back] = axis
         return result
 
@@ -136,7 +152,14 @@ class _Tracer:
         result = self._align(len(fresh), [side for side in sides if len(side) <= len(fresh)], fresh)
         lost = [a for side in sides for axis in side for a in leaves(axis) if a in (self.batch, self.sequence)]
         kept = {id(a) for axis in result for a in leaves(axis)}
-        if any(id(a) not in kept for a in lost) and node.op_type not in ("ReduceMax", "ReduceMin", "ReduceMean", "ReduceSum", "Concat", "Slice"):
+        if any(id(a) not in kept for a in lost) and node.op_type not in (
+            "ReduceMax",
+            "ReduceMin",
+            "ReduceMean",
+            "ReduceSum",
+            "Concat",
+            "Slice",
+        ):
             raise LayoutError("a batch or sequence axis disappears")
         for index, value in enumerate(node.inputs):
             if value is not None and value not in self.layouts and len(self.facts[value].shape or ()) > 0:
@@ -147,8 +170,14 @@ class _Tracer:
         """An untraced operand with one entry a position: take those of the new tokens."""
         shape = self.facts[value].shape or ()
         for back in range(1, min(len(shape), len(result)) + 1):
-            if is_constant_expression(value) and leaves(result[-back]) == [self.sequence] and shape[-back] == self.sequence.size > 1:
-                one = self.builder.op("Unsqueeze", [self.total, self.builder.constant([0], "axes_0")], f"{node.name}/total")
+            if (
+                is_constant_expression(value)
+                and leaves(result[-back]) == [self.sequence]
+                and shape[-back] == self.sequence.size > 1
+            ):
+                one = self.builder.op(
+                    "Unsqueeze", [self.total, self.builder.constant([0], "axes_0")], f"{node.name}/total"
+                )
                 axis = self.builder.constant([len(shape) - back], "axis")
                 sliced = self.builder.op("Slice", [value, self.past_1d, one, axis], f"{node.name}/positions")
                 node.replace_input_with(index, sliced)
@@ -182,7 +211,9 @@ class _Tracer:
         self.reshapes += 1
 
     def _length(self, axis: int) -> ir.Value:
-        return self.builder.op("Shape", [self.ids], f"/model/shape_{axis}", dtype=ir.DataType.INT64, shape=[1], start=axis, end=axis + 1)
+        return self.builder.op(
+            "Shape", [self.ids], f"/model/shape_{axis}", dtype=ir.DataType.INT64, shape=[1], start=axis, end=axis + 1
+        )
 
     def name_dimensions(self) -> None:
         names = {id(self.batch): "batch", id(self.sequence): "sequence"}

@@ -46,9 +46,13 @@ def from_bnsh(build: Builder, tokens: Tokens, value: ir.Value, block: Attention,
     order = [role for group in groups for role in group]
     single = [role for role in _ORDER if role not in order]
     if len(set(order)) < len(order) or any(_constant_size(role, block) != 1 for role in single):
-        raise JobError(f"the output {block.output.name!r} of attention interleaves heads and channels; no standard layout does")
+        raise JobError(
+            f"the output {block.output.name!r} of attention interleaves heads and channels; no standard layout does"
+        )
     if single:  # one head, or one channel: the exporter had no axis for it
-        value = build.op("Squeeze", [value, build.constant([_ORDER.index(role) for role in single], "axes")], f"{prefix}/Squeeze")
+        value = build.op(
+            "Squeeze", [value, build.constant([_ORDER.index(role) for role in single], "axes")], f"{prefix}/Squeeze"
+        )
     kept = [role for role in _ORDER if role in order]
     perm = [kept.index(role) for role in order]
     if perm != list(range(len(perm))):
@@ -63,14 +67,18 @@ def from_bnsh(build: Builder, tokens: Tokens, value: ir.Value, block: Attention,
             target.append(0 if len(group) == 1 and order.index(group[0]) == position else -1)
     if target.count(-1) < 2:
         return build.op("Reshape", [value, build.constant(target, "merge_heads")], f"{prefix}/Reshape")
-    return build.op("Reshape", [value, _computed_target(build, tokens, groups, target, block, prefix)], f"{prefix}/Reshape")
+    return build.op(
+        "Reshape", [value, _computed_target(build, tokens, groups, target, block, prefix)], f"{prefix}/Reshape"
+    )
 
 
 def _constant_size(role: str, block: Attention) -> int | None:
     return {"heads": block.query.head_count, "channels": block.value.head_size}.get(role)
 
 
-def _computed_target(build: Builder, tokens: Tokens, groups: list[list[str]], target: list[int], block: Attention, prefix: str) -> ir.Value:
+def _computed_target(
+    build: Builder, tokens: Tokens, groups: list[list[str]], target: list[int], block: Attention, prefix: str
+) -> ir.Value:
     """A Reshape target in which batch and sequence are read from the token ids, such as [batch * heads, sequence, channels]."""
     parts = []
     for group, size in zip(groups, target, strict=True):
@@ -79,8 +87,13 @@ def _computed_target(build: Builder, tokens: Tokens, groups: list[list[str]], ta
             parts.append(build.op("Shape", [tokens.value], f"{prefix}/{group[0]}", start=axis, end=axis + 1))
         else:
             parts.append(build.constant([size], "size"))
-    if sum(size == -1 and group not in (["batch"], ["sequence"]) for group, size in zip(groups, target, strict=True)) > 1:
-        raise JobError(f"the output {block.output.name!r} of attention mixes batch and sequence with heads; export with [batch, sequence, hidden] outputs")
+    if (
+        sum(size == -1 and group not in (["batch"], ["sequence"]) for group, size in zip(groups, target, strict=True))
+        > 1
+    ):
+        raise JobError(
+            f"the output {block.output.name!r} of attention mixes batch and sequence with heads; export with [batch, sequence, hidden] outputs"
+        )
     return build.op("Concat", parts, f"{prefix}/shape", axis=0)
 
 
@@ -89,7 +102,15 @@ def _roles(axis: list[Atom], operand: Operand) -> list[tuple[str, int]]:
     parts: list[tuple[str, int]] = []
     heads, channels = leaves(operand.heads), leaves(operand.channels)
     for atom in axis:
-        role = "batch" if atom is operand.batch else "sequence" if atom is operand.sequence else "heads" if atom in heads else "channels"
+        role = (
+            "batch"
+            if atom is operand.batch
+            else "sequence"
+            if atom is operand.sequence
+            else "heads"
+            if atom in heads
+            else "channels"
+        )
         if role == "channels" and atom not in channels:
             raise JobError(f"an axis of {operand.value.name!r} is neither batch, sequence, heads nor channels")
         size = atom.size
@@ -108,7 +129,9 @@ def _split_target(roles: list[list[tuple[str, int]]]) -> list[int]:
             dynamic = role in ("batch", "sequence")
             target.append(size if not dynamic else 0 if len(target) == index else -1)
     if target.count(-1) > 1:
-        raise JobError("keys or values have batch and sequence behind a merged axis; export with [batch, sequence, ...] activations")
+        raise JobError(
+            "keys or values have batch and sequence behind a merged axis; export with [batch, sequence, ...] activations"
+        )
     return target
 
 
@@ -117,7 +140,15 @@ def _output_roles(axis: list[Atom], block: Attention) -> list[str]:
     heads = leaves(query.heads)
     roles: list[str] = []
     for atom in leaves(axis):
-        role = "batch" if atom is query.batch else "sequence" if atom is query.sequence else "heads" if atom in heads else "channels"
+        role = (
+            "batch"
+            if atom is query.batch
+            else "sequence"
+            if atom is query.sequence
+            else "heads"
+            if atom in heads
+            else "channels"
+        )
         if not roles or roles[-1] != role:
             roles.append(role)
     return roles

@@ -60,7 +60,14 @@ def _at(shape: tuple[int, ...] | None, axis: int) -> int | None:
     return shape[axis] if shape is not None and len(shape) >= -axis else None
 
 
-def restrict_to_new_tokens(inputs: list[ir.Value], originals: set[ir.Node], wide: set[ir.Node], past_1d: ir.Value, total: ir.Value, builder: Builder) -> int:
+def restrict_to_new_tokens(
+    inputs: list[ir.Value],
+    originals: set[ir.Node],
+    wide: set[ir.Node],
+    past_1d: ir.Value,
+    total: ir.Value,
+    builder: Builder,
+) -> int:
     """Give users of a mask input that work on tokens, not on keys, the part of the new tokens.
 
     Args:
@@ -74,7 +81,9 @@ def restrict_to_new_tokens(inputs: list[ir.Value], originals: set[ir.Node], wide
     return sum(_restrict(value, originals, wide, past_1d, total, builder) for value in inputs)
 
 
-def _restrict(value: ir.Value, originals: set[ir.Node], wide: set[ir.Node], past_1d: ir.Value, total: ir.Value, builder: Builder) -> int:
+def _restrict(
+    value: ir.Value, originals: set[ir.Node], wide: set[ir.Node], past_1d: ir.Value, total: ir.Value, builder: Builder
+) -> int:
     cuts = 0
     for user, index in list(value.uses()):
         if user not in originals or user.op_type == "Shape":

@@ -29,7 +29,9 @@ class MaskRewriter:
         past, total: int64 scalars in the graph: cache length before and after this step.
     """
 
-    def __init__(self, model: Model, facts: Facts, builder: Builder, size: int, past: ir.Value, total: ir.Value) -> None:
+    def __init__(
+        self, model: Model, facts: Facts, builder: Builder, size: int, past: ir.Value, total: ir.Value
+    ) -> None:
         self.model, self.facts, self.builder, self.size = model, facts, builder, size
         self.past, self.total = past, total
         self.anchor = builder.before
@@ -58,7 +60,9 @@ class MaskRewriter:
                 raise JobError(f"{where} {error}; it cannot be extended to a cache") from None
             masked |= hides
         if not masked:
-            raise JobError(f"attention at {block.softmax.name!r} has no causal mask: earlier tokens see later ones, so a cache would change the result")
+            raise JobError(
+                f"attention at {block.softmax.name!r} has no causal mask: earlier tokens see later ones, so a cache would change the result"
+            )
         return scores
 
     def _step(self, scores: ir.Value, node: ir.Node, data: int, prefix: str) -> tuple[ir.Value, bool]:
@@ -86,7 +90,11 @@ class MaskRewriter:
         """The other operand of a pointwise node, grown; None when the node has no effect."""
         fact = self.facts[side]
         if fact.value is None:
-            return (side, False) if fact.shape is not None and np.prod(fact.shape) == 1 else (self.extend(side), self.is_causal(side))
+            return (
+                (side, False)
+                if fact.shape is not None and np.prod(fact.shape) == 1
+                else (self.extend(side), self.is_causal(side))
+            )
         if fact.value.size == 1:
             return side, False
         if node.op_type in ("Add", "Sub") and not fact.value.any():
@@ -122,7 +130,9 @@ class MaskRewriter:
         number = float(value.reshape(-1)[0])
         if number > -1e3:
             raise MaskError(f"fills hidden places with {number:g}, which does not hide them")
-        return self.builder.op("Add", [scores, self._additive(pattern, number, self.facts[fill].dtype)], name), pattern.causal
+        return self.builder.op(
+            "Add", [scores, self._additive(pattern, number, self.facts[fill].dtype)], name
+        ), pattern.causal
 
     # --- masks from positions ----------------------------------------------------------------------------------------
 
@@ -150,7 +160,9 @@ class MaskRewriter:
             build = self.builder
             zero, one = (build.constant(np.array(n, dtype=np.int64), f"int_{n}") for n in (0, 1))
             query = build.op("Range", [self.past, self.total, one], "/model/mask/query")
-            self._made["places"] = build.op("Unsqueeze", [query, build.constant([1], "axes_1")], "/model/mask/query_column")
+            self._made["places"] = build.op(
+                "Unsqueeze", [query, build.constant([1], "axes_1")], "/model/mask/query_column"
+            )
             self._made["keys"] = build.op("Range", [zero, self.total, one], "/model/mask/keys")
         return self._made["places"], self._made["keys"]
 
@@ -224,7 +236,9 @@ class MaskRewriter:
         if inputs == list(node.inputs):
             self.kept.add(node)
             return value
-        return self.builder.op(node.op_type, inputs, f"/model/mask/{node.op_type}", **{k: a.value for k, a in node.attributes.items()})
+        return self.builder.op(
+            node.op_type, inputs, f"/model/mask/{node.op_type}", **{k: a.value for k, a in node.attributes.items()}
+        )
 
     def _extend_known(self, value: ir.Value, array: Any) -> ir.Value:
         matrix = square(array, self.size)
@@ -271,7 +285,9 @@ class MaskRewriter:
         by_row = np.array_equal(rows, np.broadcast_to(np.arange(shape[0])[:, None, None, None], rows.shape))
         if not by_row or not np.array_equal(keys, np.broadcast_to(np.arange(shape[1]), keys.shape)):
             raise MaskError(f"picks elements by node {node.name!r} (GatherND)")
-        return self.builder.op("Unsqueeze", [self.extend(data), self.builder.constant([1, 2], "axes")], "/model/mask/Unsqueeze")
+        return self.builder.op(
+            "Unsqueeze", [self.extend(data), self.builder.constant([1, 2], "axes")], "/model/mask/Unsqueeze"
+        )
 
     def _extend_unsqueeze(self, source: ir.Value, shape: tuple[int, ...], node: ir.Node) -> ir.Value:
         """A Reshape or Unsqueeze that only adds axes of one."""
@@ -285,7 +301,11 @@ class MaskRewriter:
                 left.pop(0)
             else:
                 axes.append(index)
-        return self.builder.op("Unsqueeze", [grown, self.builder.constant(axes, "axes")], "/model/mask/Unsqueeze") if axes else grown
+        return (
+            self.builder.op("Unsqueeze", [grown, self.builder.constant(axes, "axes")], "/model/mask/Unsqueeze")
+            if axes
+            else grown
+        )
 
 
 def _hides_later(array: Any, size: int) -> bool:
@@ -307,7 +327,18 @@ def _hides_later(array: Any, size: int) -> bool:
     return False
 
 
-_SHAPE_ARGUMENTS = {"Reshape", "Expand", "Slice", "Tile", "ConstantOfShape", "Unsqueeze", "Squeeze", "Split", "Pad", "Resize"}
+_SHAPE_ARGUMENTS = {
+    "Reshape",
+    "Expand",
+    "Slice",
+    "Tile",
+    "ConstantOfShape",
+    "Unsqueeze",
+    "Squeeze",
+    "Split",
+    "Pad",
+    "Resize",
+}
 
 
 def check_positions_follow_past(model: Model) -> None:
@@ -323,7 +354,10 @@ def check_positions_follow_past(model: Model) -> None:
     if tokens is None or past is None or (shape := step[tokens.value].shape) is None:
         return
     size = shape[tokens.axis]
-    whole = analyse(model, {name: 0 if is_past_length(name) else past + size if value == size else value for name, value in sizes.items()})
+    whole = analyse(
+        model,
+        {name: 0 if is_past_length(name) else past + size if value == size else value for name, value in sizes.items()},
+    )
     for node in model.graph:
         if any(step[o].value is not None for o in node.outputs):
             continue
@@ -340,5 +374,7 @@ def _is_tail(step: Any, whole: Any, past: int) -> bool:
     """Whether `step` is `whole` without its first `past` entries along every axis on which it is that much shorter."""
     if step.ndim != whole.ndim:
         return False
-    index = tuple(slice(past, None) if b == a + past else slice(None) for a, b in zip(step.shape, whole.shape, strict=True))
+    index = tuple(
+        slice(past, None) if b == a + past else slice(None) for a, b in zip(step.shape, whole.shape, strict=True)
+    )
     return np.array_equal(whole[index], step)

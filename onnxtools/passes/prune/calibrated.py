@@ -76,7 +76,9 @@ class CalibratedPruner:
                 found[product.node.name or ""] = np.sqrt(observed.mean_square)
             else:
                 made = sparsegpt(matrix(product), observed.value)
-                stored = (made if product.axis == 1 else np.ascontiguousarray(made.T)).astype(product.tensor.dtype.numpy())
+                stored = (made if product.axis == 1 else np.ascontiguousarray(made.T)).astype(
+                    product.tensor.dtype.numpy()
+                )
                 calibration.store(product.weight.name or "", stored)
                 found[product.node.name or ""] = np.array(index)
         for product in products:

@@ -49,7 +49,9 @@ class Prune(Selected, Calibrated):
     numerics = "lossy"
     example = "onnxtools prune kv.onnx sparse.onnx"
 
-    method: Literal["magnitude", "wanda", "sparsegpt"] = option("magnitude", "How the two of four are chosen; wanda and sparsegpt need --calib.")
+    method: Literal["magnitude", "wanda", "sparsegpt"] = option(
+        "magnitude", "How the two of four are chosen; wanda and sparsegpt need --calib."
+    )
     embeddings: bool = option(False, "Prune weights that are also read as an embedding table.")
 
     def __post_init__(self) -> None:
@@ -64,7 +66,9 @@ class Prune(Selected, Calibrated):
     def apply(self, model: Model) -> PassResult:
         head, products = head_product(model), list(weight_products(model))
         if not products:
-            raise NoMatchError(f"{model.path}: has no MatMul, Gemm or Conv with a stored weight, so there is nothing to prune; see it with `onnxtools inspect`")
+            raise NoMatchError(
+                f"{model.path}: has no MatMul, Gemm or Conv with a stored weight, so there is nothing to prune; see it with `onnxtools inspect`"
+            )
         wanted = {product.node for product in products if not self.reason_excluded(product, head)}
         chosen: list[Product] = []
         table: list[dict[str, Any]] = []
@@ -74,11 +78,23 @@ class Prune(Selected, Calibrated):
         for weight, those in sharing.items():
             product = next((p for p in those if p.node in wanted), those[0])
             several = len({p.axis for p in those}) > 1
-            reason = "summed along two different axes" if several else self._reason(product, head) or self._shared(weight, wanted)
+            reason = (
+                "summed along two different axes"
+                if several
+                else self._reason(product, head) or self._shared(weight, wanted)
+            )
             if not reason:
                 chosen += those[:1] if self.method == "magnitude" else those
             shape = "x".join(str(d) for d in product.tensor.shape.numpy())
-            table.append({"weight": weight.name, "node": product.node.name, "dtype": product.tensor.dtype.name, "shape": shape, "left": reason})
+            table.append(
+                {
+                    "weight": weight.name,
+                    "node": product.node.name,
+                    "dtype": product.tensor.dtype.name,
+                    "shape": shape,
+                    "left": reason,
+                }
+            )
         self._prune(model, chosen)
         pruned = [row for row in table if not row["left"]]
         return PassResult(bool(pruned), len(pruned), self._notes(table, pruned), table)
@@ -90,7 +106,9 @@ class Prune(Selected, Calibrated):
                 return "also an output of the graph"
             if reader.node not in wanted and not (self.embeddings and is_embedding(weight)):
                 return (
-                    "also an embedding table (--embeddings prunes it)" if is_embedding(weight) else f"also read by {reader.node.op_type} {reader.node.name!r}"
+                    "also an embedding table (--embeddings prunes it)"
+                    if is_embedding(weight)
+                    else f"also read by {reader.node.op_type} {reader.node.name!r}"
                 )
         return ""
 
@@ -105,7 +123,9 @@ class Prune(Selected, Calibrated):
 
     def _notes(self, table: list[dict[str, Any]], pruned: list[dict[str, Any]]) -> list[str]:
         notes = [f"{len(pruned)} of {len(table)} weights pruned to 2:4 along K by {self.method}"]
-        notes += [f"{count} left: {reason}" for reason, count in Counter(row["left"] for row in table if row["left"]).items()]
+        notes += [
+            f"{count} left: {reason}" for reason, count in Counter(row["left"] for row in table if row["left"]).items()
+        ]
         notes = [*self.unmatched(table), *notes]
         if pruned:
             notes.append(
@@ -123,7 +143,9 @@ class Prune(Selected, Calibrated):
         tensor = product.tensor
         if tensor.dtype not in _DTYPES:
             return f"type {tensor.dtype.name} cannot be pruned"
-        if self.method != "magnitude" and (product.node.op_type == "Conv" or len(tensor.shape) != 2 or tensor.dtype.itemsize < 2 or product.path):
+        if self.method != "magnitude" and (
+            product.node.op_type == "Conv" or len(tensor.shape) != 2 or tensor.dtype.itemsize < 2 or product.path
+        ):
             return f"{self.method} takes matrices in fp32, fp16 or bf16 that a MatMul or Gemm reads directly"
         if self.method != "magnitude" and product.obstacle:
             return product.obstacle
@@ -140,6 +162,8 @@ def _prune(product: Product) -> None:
     def rows(block: Array, start: int) -> Array:
         return prune_2_4(block, axis, out=block)
 
-    pruned = StreamedTensor(tensor, rows, dtype=tensor.dtype, name=product.weight.name or "", row_multiple=4 if axis == 0 else 1)
+    pruned = StreamedTensor(
+        tensor, rows, dtype=tensor.dtype, name=product.weight.name or "", row_multiple=4 if axis == 0 else 1
+    )
     product.weight.const_value = pruned
     product.weight.metadata_props["onnxtools.sparsity"] = "2:4"

@@ -56,7 +56,9 @@ def operands(model: Model, facts: Facts) -> list[Operand]:
     """
     places = [place for place in _places(model, facts) if not is_op(place[0], *_FUSED, domain="com.microsoft")]
     if not places:
-        raise JobError(f"{model.path}: has no Attention, or Softmax between MatMuls, to quantize (GroupQueryAttention takes no Q/DQ); leave --attention out")
+        raise JobError(
+            f"{model.path}: has no Attention, or Softmax between MatMuls, to quantize (GroupQueryAttention takes no Q/DQ); leave --attention out"
+        )
     return [made for node, index, kind in places if (made := _operand(node, index, kind, model, facts)) is not None]
 
 
@@ -68,7 +70,9 @@ def _places(model: Model, facts: Facts) -> list[tuple[ir.Node, int, str]]:
     places: list[tuple[ir.Node, int, str]] = []
     for node in model.graph:
         if is_op(node, "Attention") or is_op(node, *_FUSED, domain="com.microsoft"):
-            places += [(node, index, kind) for index, kind in enumerate(("query", "key", "value")) if index < len(node.inputs)]
+            places += [
+                (node, index, kind) for index, kind in enumerate(("query", "key", "value")) if index < len(node.inputs)
+            ]
     for block in find_attention(model, facts):
         qk, pv = block.product_qk, block.product_pv
         places += [(qk, 0, "query"), (qk, 1, "key"), (pv, 0, "probabilities"), (pv, 1, "value")]
@@ -80,7 +84,12 @@ def score_products(model: Model, facts: Facts) -> set[ir.Node]:
     products = {product.node for product in weight_products(model)}
     with contextlib.suppress(JobError):  # attention of another kind
         places = _places(model, facts)
-        return {found for node, index, kind in places if kind in ("query", "key") for found in products_behind(node.inputs[index], products)}
+        return {
+            found
+            for node, index, kind in places
+            if kind in ("query", "key")
+            for found in products_behind(node.inputs[index], products)
+        }
     return set()
 
 
@@ -91,7 +100,11 @@ def _operand(node: ir.Node, index: int, kind: str, model: Model, facts: Facts) -
     if dtype is None or dtype not in COMPUTED:
         return None
     shape = facts[value].shape
-    turned = rotation(value, facts, model) if kind in ("query", "key") and shape is not None and len(shape) == 4 else (0, False)
+    turned = (
+        rotation(value, facts, model)
+        if kind in ("query", "key") and shape is not None and len(shape) == 4
+        else (0, False)
+    )
     return Operand(node, index, value, kind, dtype, *turned)
 
 
@@ -116,7 +129,11 @@ class AttentionScheme:
         }
 
     def conclude(self, seen: dict[ir.Value, tuple[Any, ...]]) -> Findings:
-        return {f"attention.{o.value.name}": np.array(np.max(seen[o.value][-1].amax)) for o in self.operands if o.value in seen}
+        return {
+            f"attention.{o.value.name}": np.array(np.max(seen[o.value][-1].amax))
+            for o in self.operands
+            if o.value in seen
+        }
 
     def emit(self, build: QdqBuilder, found: Findings, operand: Operand) -> dict[str, Any]:
         """The nodes of one operand; its row of the table."""

@@ -61,12 +61,18 @@ def caches(model: Model, facts: Facts) -> list[Cache]:
     found = [made for value in model.graph.inputs if (made := _cache(value, facts, model)) is not None]
     stored = next((value for value in cache_inputs(model) if value.dtype not in COMPUTED), None)
     if not found and stored is not None:
-        raise JobError(f"{model.path}: its cache {stored.name!r} is {stored.dtype} already; start from the model in its own precision")
+        raise JobError(
+            f"{model.path}: its cache {stored.name!r} is {stored.dtype} already; start from the model in its own precision"
+        )
     if not found:
-        raise JobError(f"{model.path}: has no KV cache to quantize; run `onnxtools add-kv-cache`, or export with --kv-cache concat, scatter or gqa")
+        raise JobError(
+            f"{model.path}: has no KV cache to quantize; run `onnxtools add-kv-cache`, or export with --kv-cache concat, scatter or gqa"
+        )
     other = next((cache for cache in found if cache.past.dtype not in COMPUTED), None)
     if other is not None:
-        raise JobError(f"{model.path}: its cache {other.past.name!r} is {other.past.dtype} already; start from the model in its own precision")
+        raise JobError(
+            f"{model.path}: its cache {other.past.name!r} is {other.past.dtype} already; start from the model in its own precision"
+        )
     return found
 
 
@@ -83,7 +89,13 @@ def _cache(past: ir.Value, facts: Facts, model: Model) -> Cache | None:
             table = facts[node.inputs[7]].shape if len(node.inputs) > 7 and attribute(node, "do_rotary", 0) else None
             rotated = 2 * table[1] if table is not None and kind == "key" else 0
             return Cache(
-                past, node.outputs[_SLOTS[kind][1]], node, kind, past.dtype or ir.DataType.FLOAT, rotated, bool(attribute(node, "rotary_interleaved", 0))
+                past,
+                node.outputs[_SLOTS[kind][1]],
+                node,
+                kind,
+                past.dtype or ir.DataType.FLOAT,
+                rotated,
+                bool(attribute(node, "rotary_interleaved", 0)),
             )
     return None
 
@@ -114,15 +126,27 @@ class KvScheme:
 
     def watch(self, values: set[ir.Value]) -> dict[ir.Value, tuple[Observer, ...]]:
         """Observers of the caches among `values`."""
-        return {cache.present: (RotationRange(cache.rotated, cache.neighbours),) for cache in self.caches if cache.present in values}
+        return {
+            cache.present: (RotationRange(cache.rotated, cache.neighbours),)
+            for cache in self.caches
+            if cache.present in values
+        }
 
     def conclude(self, seen: dict[ir.Value, tuple[Any, ...]]) -> Findings:
-        return {f"kv.{cache.past.name}": np.array(float(seen[cache.present][0].amax.max())) for cache in self.caches if cache.present in seen}
+        return {
+            f"kv.{cache.past.name}": np.array(float(seen[cache.present][0].amax.max()))
+            for cache in self.caches
+            if cache.present in seen
+        }
 
     def notes(self) -> list[str]:
         """Where the result cannot go."""
         kinds = {cache.node.op_type for cache in self.caches}
-        notes = ["TensorRT updates static caches in fp32, fp16 and bf16 alone: this file is for ONNX Runtime"] if "TensorScatter" in kinds else []
+        notes = (
+            ["TensorRT updates static caches in fp32, fp16 and bf16 alone: this file is for ONNX Runtime"]
+            if "TensorScatter" in kinds
+            else []
+        )
         if "GroupQueryAttention" in kinds and self.form is FP8:
             notes.append("ONNX Runtime's GroupQueryAttention has an FP8 cache on CUDA alone")
         return notes
@@ -167,7 +191,14 @@ class KvScheme:
         outputs[list(outputs).index(present)] = stored
         self._read(build, stored, readers, scale, cache)
 
-    def _read(self, build: QdqBuilder, stored: ir.Value, readers: Sequence[tuple[ir.Node, int]], scale: np.ndarray, cache: Cache) -> None:
+    def _read(
+        self,
+        build: QdqBuilder,
+        stored: ir.Value,
+        readers: Sequence[tuple[ir.Node, int]],
+        scale: np.ndarray,
+        cache: Cache,
+    ) -> None:
         if readers:
             build.build.before = readers[0][0]
             wide = build.dequantized(stored, self.form, scale, f"{cache.past.name}/read")

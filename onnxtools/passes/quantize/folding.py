@@ -71,7 +71,9 @@ class Fold:
 
 def _has_one_use(value: ir.Value) -> bool:
     """Whether a constant can be changed for its one reader."""
-    return value.is_initializer() and len(value.uses()) == 1 and not value.is_graph_output() and not value.is_graph_input()
+    return (
+        value.is_initializer() and len(value.uses()) == 1 and not value.is_graph_output() and not value.is_graph_input()
+    )
 
 
 class Folder:
@@ -88,14 +90,22 @@ class Folder:
 
     def _walk(self, value: ir.Value | None, users: set[ir.Node], size: int) -> Fold | None:
         node = value.producer() if value is not None else None
-        if value is None or node is None or value.is_graph_output() or any(user not in users and not is_op(user, "Shape", "Size") for user, _ in value.uses()):
+        if (
+            value is None
+            or node is None
+            or value.is_graph_output()
+            or any(user not in users and not is_op(user, "Shape", "Size") for user, _ in value.uses())
+        ):
             return None
         if node in self._products:
             product = self._products[node]
             found = self._of_product(product)  # one channel may be broadcast to `size` behind it
             return found if found is not None and int(product.tensor.shape.numpy()[1 - product.axis]) == size else None
         if node.op_type in _NORMS and value is node.outputs[0]:
-            return self._of_constants([node.inputs[i] for i in _NORMS[node.op_type] if i < len(node.inputs) and node.inputs[i] is not None], size)
+            return self._of_constants(
+                [node.inputs[i] for i in _NORMS[node.op_type] if i < len(node.inputs) and node.inputs[i] is not None],
+                size,
+            )
         if is_op(node, "Cast", "Identity", "Relu"):
             return self._walk(node.inputs[0], {node}, size)
         if is_op(node, "Reshape"):
@@ -122,13 +132,22 @@ class Folder:
 
     def _of_product(self, product: Product) -> Fold | None:
         """Rows of the weight, and the bias of a Gemm."""
-        if not is_read_by_alone(product.weight, [product.node]) or len(product.tensor.shape) != 2 or product.quantized or product.obstacle:
+        if (
+            not is_read_by_alone(product.weight, [product.node])
+            or len(product.tensor.shape) != 2
+            or product.quantized
+            or product.obstacle
+        ):
             return None
         bias = product.node.inputs[2] if is_op(product.node, "Gemm") and len(product.node.inputs) > 2 else None
         places = [(product.weight, 1 - product.axis)]
         if bias is not None:
             tensor = constant_tensor(bias)
-            if tensor is None or not _has_one_use(bias) or tensor.size != product.tensor.shape.numpy()[1 - product.axis]:
+            if (
+                tensor is None
+                or not _has_one_use(bias)
+                or tensor.size != product.tensor.shape.numpy()[1 - product.axis]
+            ):
                 return None
             places.append((bias, len(tensor.shape) - 1))
         return Fold(tuple(places), "product", weight=product.weight)
@@ -150,7 +169,9 @@ class Folder:
             gain = self._of_constants([value], size)
             if gain is not None:
                 return gain
-        return next((found for found in (self._walk(value, {node}, size) for value in node.inputs) if found is not None), None)
+        return next(
+            (found for found in (self._walk(value, {node}, size) for value in node.inputs) if found is not None), None
+        )
 
     def _of_context(self, node: ir.Node, size: int) -> Fold | None:
         """[..., heads, head_dim] flattened behind attention: the projection of the values."""
@@ -182,7 +203,9 @@ class Folder:
                     return None
                 step = node.inputs[0]
             elif node in self._products:
-                found = self._of_product(self._products[node]) if all(user is reader for user, _ in value.uses()) else None
+                found = (
+                    self._of_product(self._products[node]) if all(user is reader for user, _ in value.uses()) else None
+                )
                 return self._shared(found, size)
             else:
                 return None

@@ -52,7 +52,13 @@ def group(model: Model, chosen: Sequence[Product], facts: Facts) -> list[Group]:
     for product in chosen:
         by_activation.setdefault(product.activation, []).append(product)
     return [
-        Group(index, value, tuple(products), folder.find(value, [p.node for p in products]), facts[value].dtype or products[0].tensor.dtype)
+        Group(
+            index,
+            value,
+            tuple(products),
+            folder.find(value, [p.node for p in products]),
+            facts[value].dtype or products[0].tensor.dtype,
+        )
         for index, (value, products) in enumerate(by_activation.items())
     ]
 
@@ -65,7 +71,9 @@ def matrix(product: Product) -> Array:
     """
     whole = elements(product.tensor).astype(np.float32)
     if not np.isfinite(whole).all():
-        raise ModelError(f"weight {product.weight.name!r} has infinite or NaN elements; restore it, or leave it out with --exclude")
+        raise ModelError(
+            f"weight {product.weight.name!r} has infinite or NaN elements; restore it, or leave it out with --exclude"
+        )
     return whole if product.axis == 1 else np.ascontiguousarray(whole.T)
 
 

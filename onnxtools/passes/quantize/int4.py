@@ -55,7 +55,12 @@ class Int4Scheme(Scheme):
         found: dict[ir.Value, tuple[Observer, ...]] = {}
         for group in groups:
             grams: tuple[Observer, ...] = (BlockGram(self._block(group)), BlockGram(self._block(group), equal=True))
-            found[group.activation] = (ChannelRange(), TokenSample(ROWS, self.tokens), *grams, *([Gram()] if self.keep is not None else []))
+            found[group.activation] = (
+                ChannelRange(),
+                TokenSample(ROWS, self.tokens),
+                *grams,
+                *([Gram()] if self.keep is not None else []),
+            )
         return found
 
     def conclude(self, groups: Sequence[Group], seen: dict[ir.Value, tuple[Any, ...]]) -> Findings:
@@ -64,20 +69,33 @@ class Int4Scheme(Scheme):
         grams = {group.index: (seen[group.activation][2].value, seen[group.activation][3].value) for group in groups}
         for group in groups:
             if self.may_fold(group, groups):
-                found[f"{group.index}.factors"] = self._factors(group, seen[group.activation][0].mean, grams[group.index])
+                found[f"{group.index}.factors"] = self._factors(
+                    group, seen[group.activation][0].mean, grams[group.index]
+                )
                 if self.is_late(group, groups):
                     found[f"{group.index}.late"] = np.array(1)
         for group in groups:
             _, sample, _, _, *whole = seen[group.activation]
             for product in group.products:
-                self._product(product, group, groups, sample.rows, grams[group.index], whole[0] if whole else None, found)
+                self._product(
+                    product, group, groups, sample.rows, grams[group.index], whole[0] if whole else None, found
+                )
         return found
 
     def _block(self, group: Group) -> int:
         """The same for all products of a group: they have the same K."""
         return self.blocks[group.products[0].node.name or ""]
 
-    def _product(self, product: Product, group: Group, groups: Sequence[Group], rows: Array, grams: Grams, gram: Gram | None, found: Findings) -> None:
+    def _product(
+        self,
+        product: Product,
+        group: Group,
+        groups: Sequence[Group],
+        rows: Array,
+        grams: Grams,
+        gram: Gram | None,
+        found: Findings,
+    ) -> None:
         factors, block = found.get(f"{group.index}.factors"), self._block(group)
         weight, inputs = self.folded(product, group, groups, found), rows
         if factors is not None:
@@ -130,7 +148,9 @@ def _errors(difference: Array, blocks: Array) -> Array:
     The rounding errors of two blocks are independent, so what they do together is the sum.
     """
     cut = difference.reshape(len(difference), len(blocks), -1).transpose(1, 0, 2)
-    with np.errstate(over="ignore", invalid="ignore"):  # of weights above 1e19: then nothing is better than to leave them as they are
+    with np.errstate(
+        over="ignore", invalid="ignore"
+    ):  # of weights above 1e19: then nothing is better than to leave them as they are
         return np.asarray(np.einsum("bni,bni->nb", cut @ blocks, cut))
 
 

@@ -44,8 +44,14 @@ class LinearScheme(Scheme):
         return self.per_channel
 
     def watch(self, groups: Sequence[Group]) -> dict[ir.Value, tuple[Observer, ...]]:
-        wanted: list[type[Histogram] | type[Gram]] = [*([Histogram] if self.method != "max" else []), *([Gram] if self.keep is not None else [])]
-        return {group.activation: (ChannelRange(), TokenSample(ROWS, self.tokens), *(kind() for kind in wanted)) for group in groups}
+        wanted: list[type[Histogram] | type[Gram]] = [
+            *([Histogram] if self.method != "max" else []),
+            *([Gram] if self.keep is not None else []),
+        ]
+        return {
+            group.activation: (ChannelRange(), TokenSample(ROWS, self.tokens), *(kind() for kind in wanted))
+            for group in groups
+        }
 
     def conclude(self, groups: Sequence[Group], seen: dict[ir.Value, tuple[Any, ...]]) -> Findings:
         """Also the range of each activation after smoothing, and its factors."""
@@ -54,7 +60,11 @@ class LinearScheme(Scheme):
             ranges, _, *others = seen[group.activation]
             factors = self._factors(group, ranges.amax) if self.may_fold(group, groups) else None
             histogram = next((other for other in others if isinstance(other, Histogram)), None)
-            amax = largest(histogram, self.method, self.form) if histogram else (ranges.amax / (1 if factors is None else factors)).max()
+            amax = (
+                largest(histogram, self.method, self.form)
+                if histogram
+                else (ranges.amax / (1 if factors is None else factors)).max()
+            )
             found[f"{group.index}.amax"] = np.asarray(amax, np.float64)
             if factors is not None:
                 found[f"{group.index}.factors"] = factors
@@ -102,12 +112,18 @@ class LinearScheme(Scheme):
         for product in group.products:
             name = product.node.name or ""
             given = found.get(f"{group.index}.{name}.scale")
-            scale = weight_scale(product, self.form, per_channel=self.per_channel) if given is None else given.astype(product.tensor.dtype.numpy())
+            scale = (
+                weight_scale(product, self.form, per_channel=self.per_channel)
+                if given is None
+                else given.astype(product.tensor.dtype.numpy())
+            )
             build.weight(product, self.form, scale, codes=self.codes(product))
             scales[name] = shown(scale)
         activation = group.products[0].activation  # an earlier group may have put a node behind what made it
         if self.per_token:
             build.activation_per_token(activation, group.products, self.form, group.dtype)
         else:
-            build.activation(activation, group.products, self.form, scale_of(found[f"{group.index}.amax"], self.form, group.dtype))
+            build.activation(
+                activation, group.products, self.form, scale_of(found[f"{group.index}.amax"], self.form, group.dtype)
+            )
         return scales

@@ -67,16 +67,26 @@ class Quantize(Selected, Calibrated):
     per_token: bool = option(False, "INT8 activations get a scale for each token, computed in the graph.")
     per_channel: bool = option(False, "Weights of FP8 and INT8 get a scale for each output channel.")
     all_layers: bool = option(False, "INT8 also behind attention and in FC2, not only behind norms.")
-    block_size: int | None = option(None, "Elements along K that share an INT4 scale; without it 128, or 64 or 32 where K is no multiple.")
-    calib_method: Literal["max", "percentile", "mse"] = option("max", "Range of an activation: largest magnitude, 99.99th percentile, or least squared error.")
+    block_size: int | None = option(
+        None, "Elements along K that share an INT4 scale; without it 128, or 64 or 32 where K is no multiple."
+    )
+    calib_method: Literal["max", "percentile", "mse"] = option(
+        "max", "Range of an activation: largest magnitude, 99.99th percentile, or least squared error."
+    )
     kv_cache: Literal["none", "fp8", "int8"] = option("none", "Store keys and values of the cache in 8 bits.")
     attention: bool = option(False, "FP8 also for what attention multiplies: queries, keys, probabilities and values.")
-    lower: Literal["none", "ort"] = option("none", "ort: go on with lower-ort, for a file that only ONNX Runtime reads.")
-    gptq: bool = option(False, "Round each weight so that it makes up for the rounding before it (GPTQ), instead of to the nearest.")
+    lower: Literal["none", "ort"] = option(
+        "none", "ort: go on with lower-ort, for a file that only ONNX Runtime reads."
+    )
+    gptq: bool = option(
+        False, "Round each weight so that it makes up for the rounding before it (GPTQ), instead of to the nearest."
+    )
     qformat: Literal["full_prec", "fp8", "int4_awq", "int8_sq"] | None = option(
         None, "Nemotron's quantize.py: what to quantize to; int8_sq is SmoothQuant 0.5."
     )
-    dtype: Literal["bfloat16", "float16", "float32"] | None = option(None, "Nemotron's quantize.py: the type of what is not quantized, by `precision`.")
+    dtype: Literal["bfloat16", "float16", "float32"] | None = option(
+        None, "Nemotron's quantize.py: the type of what is not quantized, by `precision`."
+    )
     kv_cache_dtype: Literal["none", "fp8", "int8"] | None = option(None, "Nemotron's quantize.py: same as --kv-cache.")
     exclude_worst: int = option(0, "Leave the N products with the largest output error in their own precision.")
 
@@ -90,7 +100,9 @@ class Quantize(Selected, Calibrated):
         if self.qformat is not None and (self.scheme != "none" or self.smoothquant is not None):
             raise UsageError("quantize: --qformat and the scheme's own option contradict each other; leave one out")
         if self.kind == "none" and self.kv_kind == "none" and self.dtype in (None, "float32"):
-            raise UsageError("quantize: nothing to do; say --fp8, --smoothquant ALPHA, --int8, --int4-awq, --int4-rtn or --kv-cache")
+            raise UsageError(
+                "quantize: nothing to do; say --fp8, --smoothquant ALPHA, --int8, --int4-awq, --int4-rtn or --kv-cache"
+            )
         int8, int4 = self.kind == "int8", self.kind.startswith("int4")
         rules = (
             (self.per_token and not int8, "--per-token is for INT8"), (self.per_channel and int4, "--per-channel is for FP8 and INT8"),
@@ -132,7 +144,11 @@ class Quantize(Selected, Calibrated):
         return {"fp8": FP8, "int8": INT8, "none": FP8 if self.kv_kind == "fp8" else INT8}.get(self.kind, INT4)
 
     def expand(self) -> list[Pass]:
-        narrow: list[Pass] = [Precision(to="bf16" if self.dtype == "bfloat16" else "fp16")] if self.dtype in ("bfloat16", "float16") else []
+        narrow: list[Pass] = (
+            [Precision(to="bf16" if self.dtype == "bfloat16" else "fp16")]
+            if self.dtype in ("bfloat16", "float16")
+            else []
+        )
         if self.kind == "none" and self.kv_kind == "none":
             return narrow
         own = {"scheme": self.kind, "smoothquant": self.alpha, "kv_cache": self.kv_kind}
@@ -145,7 +161,9 @@ class Quantize(Selected, Calibrated):
 
     def requires(self, model: Model) -> None:
         if model.opset < self.form.opset:
-            raise JobError(f"{self.form.name} needs opset {self.form.opset} and the model is at {model.opset}; raise it with `onnxtools set-opset`")
+            raise JobError(
+                f"{self.form.name} needs opset {self.form.opset} and the model is at {model.opset}; raise it with `onnxtools set-opset`"
+            )
 
     def apply(self, model: Model) -> PassResult:
         chosen, table = self._choose(model) if self.kind != "none" else ([], [])
@@ -153,7 +171,9 @@ class Quantize(Selected, Calibrated):
         kv = KvScheme(FP8 if self.kv_kind == "fp8" else INT8, caches(model, facts)) if self.kv_kind != "none" else None
         attention = AttentionScheme(FP8, operands(model, facts)) if self.attention else None
         if self.kind != "none" and not table:
-            raise NoMatchError(f"{model.path}: has no MatMul or Gemm with a stored weight, so there is nothing to quantize; see it with `onnxtools inspect`")
+            raise NoMatchError(
+                f"{model.path}: has no MatMul or Gemm with a stored weight, so there is nothing to quantize; see it with `onnxtools inspect`"
+            )
         if not chosen and kv is None and attention is None:
             return PassResult(False, 0, self._notes(table), table)
         groups, extra = group(model, chosen, facts), list[str]()
@@ -169,10 +189,14 @@ class Quantize(Selected, Calibrated):
             record_dtypes(model, cache=self.kv_kind)
             extra = kv.notes()
         if attention is not None:
-            table += [attention.emit(build, found, operand) for operand in attention.operands if not operand.is_quantized()]
+            table += [
+                attention.emit(build, found, operand) for operand in attention.operands if not operand.is_quantized()
+            ]
         model.graph.sort()
         remove_unused(model)
-        return PassResult(True, sum(not row["left"] for row in table), self._notes(table) + extra, table, _summary(table))
+        return PassResult(
+            True, sum(not row["left"] for row in table), self._notes(table) + extra, table, _summary(table)
+        )
 
     # --- what to quantize --------------------------------------------------------------------------------------------
 
@@ -181,7 +205,9 @@ class Quantize(Selected, Calibrated):
         products = [p for p in weight_products(model) if p.node.op_type != "Conv"]
         rest = [p for p in products if p.node is not head]
         if rest and all(map(is_quantized, rest)):
-            raise JobError(f"{model.path}: its products are quantized already; start from the model in its own precision")
+            raise JobError(
+                f"{model.path}: its products are quantized already; start from the model in its own precision"
+            )
         for product in products:
             reason = self._reason(product, head)
             table.append(
@@ -228,7 +254,9 @@ class Quantize(Selected, Calibrated):
         kept = [g for g in groups if g.fold is not None and g.fold.kind == "norm"]
         if not kept:
             raise JobError("no product reads the output of a norm alone; --all-layers quantizes all products")
-        self._leave(table, [p for g in groups if g not in kept for p in g.products], "not behind a norm (--all-layers takes it)")
+        self._leave(
+            table, [p for g in groups if g not in kept for p in g.products], "not behind a norm (--all-layers takes it)"
+        )
         return kept
 
     def _leave(self, table: list[dict[str, Any]], products: Sequence[Product], reason: str) -> None:
@@ -239,8 +267,14 @@ class Quantize(Selected, Calibrated):
 
     # --- calibration -------------------------------------------------------------------------------------------------
 
-    def _calibrated(self, model: Model, facts: Facts, groups: list[Group], inner: Sequence[KvScheme | AttentionScheme]) -> tuple[Scheme, Findings]:
-        blocks = {p.node.name or "": block_size(g.channels, self.block_size) for g in groups for p in g.products} if self.form is INT4 else {}
+    def _calibrated(
+        self, model: Model, facts: Facts, groups: list[Group], inner: Sequence[KvScheme | AttentionScheme]
+    ) -> tuple[Scheme, Findings]:
+        blocks = (
+            {p.node.name or "": block_size(g.channels, self.block_size) for g in groups for p in g.products}
+            if self.form is INT4
+            else {}
+        )
         weights = frozenset(product.weight for g in groups for product in g.products)
         if self.kind == "int4-rtn" and not inner:
             return Int4Scheme(INT4, 0, None, weights, blocks), {}
@@ -269,8 +303,12 @@ class Quantize(Selected, Calibrated):
         self, blocks: dict[str, int], tokens: int, keep: Calibration | None, weights: frozenset[ir.Value], model: Model, facts: Facts
     ) -> Scheme:  # fmt: skip
         if self.form is INT4:
-            return Int4Scheme(INT4, tokens, keep, weights, blocks, unclipped=() if self.gptq else score_products(model, facts))
-        return LinearScheme(self.form, tokens, keep, weights, self.alpha, self.per_token, self.per_channel, self.calib_method)
+            return Int4Scheme(
+                INT4, tokens, keep, weights, blocks, unclipped=() if self.gptq else score_products(model, facts)
+            )
+        return LinearScheme(
+            self.form, tokens, keep, weights, self.alpha, self.per_token, self.per_channel, self.calib_method
+        )
 
     def _drop_worst(self, groups: list[Group], found: Findings, table: list[dict[str, Any]]) -> None:
         """Put the errors into the table, and leave the products that lose most."""
@@ -279,14 +317,20 @@ class Quantize(Selected, Calibrated):
             for product in g.products:
                 errors = found.get(f"{g.index}.{product.node.name}")
                 if errors is not None:
-                    rows[product.node.name or ""].update(snr_db=round(float(errors[0]), 2), error=round(float(errors[1]), 6))
-        worst = sorted((row for row in table if row["error"] is not None), key=lambda row: -row["error"])[: self.exclude_worst]
+                    rows[product.node.name or ""].update(
+                        snr_db=round(float(errors[0]), 2), error=round(float(errors[1]), 6)
+                    )
+        worst = sorted((row for row in table if row["error"] is not None), key=lambda row: -row["error"])[
+            : self.exclude_worst
+        ]
         for row in worst:
             row["left"] = f"among the {self.exclude_worst} worst (--exclude-worst)"
 
     # --- the graph ---------------------------------------------------------------------------------------------------
 
-    def _write(self, groups: list[Group], found: Findings, scheme: Scheme, table: list[dict[str, Any]], build: QdqBuilder) -> None:
+    def _write(
+        self, groups: list[Group], found: Findings, scheme: Scheme, table: list[dict[str, Any]], build: QdqBuilder
+    ) -> None:
         rows = {row["layer"]: row for row in table}
         scheme.fold(groups, found)
         for g in groups:
@@ -300,7 +344,12 @@ class Quantize(Selected, Calibrated):
     def _title(self, g: Group) -> str:
         if self.form is INT4:
             return f"INT4 W4A16, block {block_size(g.channels, self.block_size)}{', GPTQ' if self.gptq else ''}"
-        parts = [f"{self.form.name} W8A8", "per channel" if self.per_channel else "", "per token" if self.per_token else "", "GPTQ" if self.gptq else ""]
+        parts = [
+            f"{self.form.name} W8A8",
+            "per channel" if self.per_channel else "",
+            "per token" if self.per_token else "",
+            "GPTQ" if self.gptq else "",
+        ]
         return ", ".join(part for part in parts if part)
 
     def _notes(self, table: list[dict[str, Any]]) -> list[str]:
@@ -310,7 +359,9 @@ class Quantize(Selected, Calibrated):
         notes += [f"{count}: {scheme}" for scheme, count in schemes.items()]
         if self.form is INT4 and self.block_size is None and any("block 128" not in scheme for scheme in schemes):
             notes.append("smaller blocks where K is no multiple of 128")
-        return notes + [f"{count} left: {reason}" for reason, count in Counter(row["left"] for row in table if row["left"]).items()]
+        return notes + [
+            f"{count} left: {reason}" for reason, count in Counter(row["left"] for row in table if row["left"]).items()
+        ]
 
 
 def _together(parts: Sequence[dict[ir.Value, tuple[Observer, ...]]]) -> dict[ir.Value, tuple[Observer, ...]]:

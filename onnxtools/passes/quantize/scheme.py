@@ -60,7 +60,9 @@ class Scheme:
     def is_late(self, group: Group, groups: Sequence[Group]) -> bool:
         """Whether the factors go into a weight that is quantized, and was looked at before the layer of `groups`."""
         target = group.fold.weight if group.fold is not None else None
-        return target in self.weights and not any(product.weight is target for other in groups for product in other.products)
+        return target in self.weights and not any(
+            product.weight is target for other in groups for product in other.products
+        )
 
     @property
     def rows_have_scales(self) -> bool:
@@ -69,7 +71,9 @@ class Scheme:
 
     def fold(self, groups: Sequence[Group], found: Findings) -> None:
         """Divide each activation by its factors, and multiply the weights behind it."""
-        keys = {product.weight: f"{group.index}.{product.node.name}.scale" for group in groups for product in group.products}
+        keys = {
+            product.weight: f"{group.index}.{product.node.name}.scale" for group in groups for product in group.products
+        }
         for group in groups:
             factors = found.get(f"{group.index}.factors")
             if factors is None or group.fold is None:
@@ -94,7 +98,9 @@ class Scheme:
                 divisors = divisors * other.fold.producers(given).astype(np.float32)
         return weight / divisors[:, None]
 
-    def rounded(self, weight: Array, scale: Array, block: int, product: Product, gram: Gram | None, factors: Array | None) -> Array:
+    def rounded(
+        self, weight: Array, scale: Array, block: int, product: Product, gram: Gram | None, factors: Array | None
+    ) -> Array:
         """The weight after quantization, [N, K]; GPTQ's is stored for `codes`."""
         if gram is None or self.keep is None:
             return rounded(weight, self.form, scale, block)

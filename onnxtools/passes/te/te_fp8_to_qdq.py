@@ -46,7 +46,9 @@ class TeFp8ToQdq(Pass):
 
     def requires(self, model: Model) -> None:
         if model.opset < 19 and any(is_op(node, Q, DQ, domain="trt") for node in model.graph.all_nodes()):
-            remedy = "raise it with `onnxtools set-opset IN OUT --version 19`, or in `onnxtools convert` with --opset 19"
+            remedy = (
+                "raise it with `onnxtools set-opset IN OUT --version 19`, or in `onnxtools convert` with --opset 19"
+            )
             raise JobError(f"FP8 Q/DQ needs opset 19 and the model is at {model.opset}; {remedy}")
 
     def apply(self, model: Model) -> PassResult:
@@ -57,7 +59,9 @@ class TeFp8ToQdq(Pass):
         nodes = [node for node in model.graph if is_op(node, Q, DQ, domain="trt")]
         for node in nodes:
             rewriter.rewrite(node)
-        folded = sum(rewriter.fold(node) for node in list(model.graph) if self.fold_weights and is_op(node, "QuantizeLinear"))
+        folded = sum(
+            rewriter.fold(node) for node in list(model.graph) if self.fold_weights and is_op(node, "QuantizeLinear")
+        )
         if not nodes and not folded:
             return PassResult(False, 0, [_NOTHING])
         remove_unused(model)
@@ -67,7 +71,9 @@ class TeFp8ToQdq(Pass):
     def ensures(self, model: Model) -> None:
         for node in model.graph.all_nodes():
             if is_op(node, Q, DQ, domain="trt"):
-                raise JobError(f"node {node.name!r} ({node.op_type}) lies inside a subgraph, where it cannot be rewritten; inline the subgraph first")
+                raise JobError(
+                    f"node {node.name!r} ({node.op_type}) lies inside a subgraph, where it cannot be rewritten; inline the subgraph first"
+                )
 
 
 class _Rewriter:
@@ -80,20 +86,26 @@ class _Rewriter:
     def notes(self) -> list[str]:
         notes = [f"{self.dynamic} scales are computed from the data and stay dynamic"] if self.dynamic else []
         if self.denormal:
-            notes.append(f"warning: scale of {self.denormal[0]} is denormal ({len(self.denormal)} such); hardware that flushes denormals divides by zero there")
+            notes.append(
+                f"warning: scale of {self.denormal[0]} is denormal ({len(self.denormal)} such); hardware that flushes denormals divides by zero there"
+            )
         return notes
 
     def rewrite(self, node: ir.Node) -> None:
         """One TE node to its standard twin, in place of it."""
         self.builder.before = node
         if len(node.inputs) < 2 or node.inputs[1] is None:
-            raise JobError(f"node {node.name!r} ({node.op_type}) has no scale input; re-export the model with TransformerEngine 1.11 or later")
+            raise JobError(
+                f"node {node.name!r} ({node.op_type}) has no scale input; re-export the model with TransformerEngine 1.11 or later"
+            )
         data, scale = node.inputs[0], self._scale(node)
         zero = self._zero_point(scale)
         op_type = "QuantizeLinear" if node.op_type == Q else "DequantizeLinear"
         wide = self.facts[scale].dtype or ir.DataType.FLOAT
         data = self._as_type(data, wide, node) if op_type == "QuantizeLinear" else self._as_fp8(data)
-        new = self.builder.op(op_type, [data, scale, zero], node.name or op_type, dtype=_FP8 if op_type == "QuantizeLinear" else wide)
+        new = self.builder.op(
+            op_type, [data, scale, zero], node.name or op_type, dtype=_FP8 if op_type == "QuantizeLinear" else wide
+        )
         axis = self._axis(node, scale)
         if axis is not None:
             new.producer().attributes["axis"] = ir.AttrInt64("axis", axis)  # type: ignore[union-attr]
@@ -111,7 +123,9 @@ class _Rewriter:
         if given is None:
             fits = [a for a, d in enumerate(data_shape or ()) if d == shape[0]]
             if len(fits) != 1:
-                raise JobError(f"node {node.name!r}: a scale of shape {list(shape)} fits no single axis of {list(data_shape or ())}; add an axis attribute")
+                raise JobError(
+                    f"node {node.name!r}: a scale of shape {list(shape)} fits no single axis of {list(data_shape or ())}; add an axis attribute"
+                )
             given = fits[0]
         return int(given)
 
@@ -125,7 +139,9 @@ class _Rewriter:
         if array is None:
             self.dynamic += node.op_type == Q
             if self.facts[value].shape is None:
-                raise JobError(f"node {node.name!r}: the shape of its scale {value.name!r} is unknown; run onnx shape inference first")
+                raise JobError(
+                    f"node {node.name!r}: the shape of its scale {value.name!r} is unknown; run onnx shape inference first"
+                )
             return value
         self._check_scale(node, array)
         array = array.reshape(()) if array.size == 1 else array
@@ -142,7 +158,9 @@ class _Rewriter:
                 f"node {node.name!r} ({node.op_type}): its scale is {kind}, so quantization would give NaN or infinity and TensorRT refuses it;"
                 " calibrate that tensor again and re-export"
             )
-        if numbers.min() < _DENORMAL or (array.dtype == np.float16 and numbers.min() < float(np.finfo(np.float16).tiny)):
+        if numbers.min() < _DENORMAL or (
+            array.dtype == np.float16 and numbers.min() < float(np.finfo(np.float16).tiny)
+        ):
             self.denormal.append(f"node {node.name!r}")
 
     def _zero_point(self, scale: ir.Value) -> ir.Value:
@@ -188,12 +206,20 @@ def _weight(value: ir.Value | None) -> ir.Value | None:
             return None
         value = node.inputs[0]
     tensor = constant_tensor(value)
-    return value if tensor is not None and tensor.dtype.is_floating_point() and tensor.dtype.itemsize in (2, 4) else None
+    return (
+        value if tensor is not None and tensor.dtype.is_floating_point() and tensor.dtype.itemsize in (2, 4) else None
+    )
 
 
 def _reinterpret(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
     if isinstance(tensor, ir.ExternalTensor):
         return ir.ExternalTensor(
-            tensor.location, tensor.offset, tensor.length, _FP8, shape=ir.Shape(list(tensor.shape.numpy())), name=tensor.name or "", base_dir=tensor.base_dir
+            tensor.location,
+            tensor.offset,
+            tensor.length,
+            _FP8,
+            shape=ir.Shape(list(tensor.shape.numpy())),
+            name=tensor.name or "",
+            base_dir=tensor.base_dir,
         )
     return ir.Tensor(tensor.numpy().view(ml_dtypes.float8_e4m3fn), dtype=_FP8, name=tensor.name)

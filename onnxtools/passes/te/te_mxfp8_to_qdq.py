@@ -59,12 +59,16 @@ class TeMxfp8ToQdq(Pass):
             shape = facts[node.inputs[0]].shape
             assert shape is not None
             if shape[-1] % MX_BLOCK:
-                raise JobError(f"node {node.name!r}: the last axis of the weight has {shape[-1]} elements, no multiple of {MX_BLOCK}; pad the weight")
+                raise JobError(
+                    f"node {node.name!r}: the last axis of the weight has {shape[-1]} elements, no multiple of {MX_BLOCK}; pad the weight"
+                )
             self._fold(node, shape, builder)
         remove_unused(model)
         notes.append(f"{len(nodes) - len(dynamic)} weights stored as MXFP8 (FP8 data, E8M0 scales)")
         if dynamic:
-            notes.append(f"{len(dynamic)} dynamic quantizations kept as trt:: operators: TensorRT runs them, ONNX Runtime does not")
+            notes.append(
+                f"{len(dynamic)} dynamic quantizations kept as trt:: operators: TensorRT runs them, ONNX Runtime does not"
+            )
         return PassResult(True, len(nodes), notes)
 
     def _strip(self, node: ir.Node) -> None:
@@ -84,13 +88,24 @@ class TeMxfp8ToQdq(Pass):
         data = StreamedTensor(tensor, mx_data_rows, dtype=ir.DataType.FLOAT8E4M3FN, name="data")
         scale_shape = (*shape[:-1], shape[-1] // MX_BLOCK)
         scale = StreamedTensor(tensor, mx_scale_rows, dtype=ir.DataType.FLOAT8E8M0, name="scale", shape=scale_shape)
-        stored = [builder.initializer(data, f"{weight.name}_mxfp8"), builder.initializer(scale, f"{weight.name}_mx_scale")]
+        stored = [
+            builder.initializer(data, f"{weight.name}_mxfp8"),
+            builder.initializer(scale, f"{weight.name}_mx_scale"),
+        ]
         for user, _ in list(node.outputs[0].uses()):
             if not is_op(user, DEQUANTIZE, domain="trt"):
-                raise JobError(f"node {user.name!r} ({user.op_type}) uses MXFP8 data without {DEQUANTIZE}; no standard form exists")
+                raise JobError(
+                    f"node {user.name!r} ({user.op_type}) uses MXFP8 data without {DEQUANTIZE}; no standard form exists"
+                )
             builder.before = user
             to = attribute(user, "output_dtype", ir.DataType.FLOAT.value)
             new = builder.op(
-                "DequantizeLinear", stored, user.name or "DequantizeLinear", dtype=ir.DataType(to), axis=len(shape) - 1, block_size=MX_BLOCK, output_dtype=to
+                "DequantizeLinear",
+                stored,
+                user.name or "DequantizeLinear",
+                dtype=ir.DataType(to),
+                axis=len(shape) - 1,
+                block_size=MX_BLOCK,
+                output_dtype=to,
             )
             rename_or_bypass(builder.graph, user.outputs[0], new)

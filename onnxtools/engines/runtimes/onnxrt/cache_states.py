@@ -65,9 +65,15 @@ class Growing:
         ops, total = self.r.ops, max(self.mask.shape[1], mask.shape[1])
         order = taking(slots, self.slots)
         missing = [total - self.mask.shape[1], total - mask.shape[1]]
-        pads = [self._empty(rows, count) if count else None for rows, count in zip((self.slots, len(slots)), missing, strict=True)]
+        pads = [
+            self._empty(rows, count) if count else None
+            for rows, count in zip((self.slots, len(slots)), missing, strict=True)
+        ]
         for index, c in enumerate(self.r.io.caches):
-            sides = [(pad[index], part) if pad else (part,) for pad, part in zip(pads, (self.caches[index], caches[index]), strict=True)]
+            sides = [
+                (pad[index], part) if pad else (part,)
+                for pad, part in zip(pads, (self.caches[index], caches[index]), strict=True)
+            ]
             wide = [ops.joined(side, c.axis) if len(side) > 1 else side[0] for side in sides]
             self.caches[index] = ops.picked(ops.joined(wide, batch_axis(c)), order, batch_axis(c))
         wider = [np.pad(rows, ((0, 0), (count, 0))) for rows, count in zip((self.mask, mask), missing, strict=True)]
@@ -98,7 +104,10 @@ class Growing:
 
     def reorder(self, rows: Ids) -> None:
         self.mask, self.next = self.mask[rows], self.next[rows]
-        self.caches = [self.r.ops.picked(cache, rows, batch_axis(c)) for c, cache in zip(self.r.io.caches, self.caches, strict=True)]
+        self.caches = [
+            self.r.ops.picked(cache, rows, batch_axis(c))
+            for c, cache in zip(self.r.io.caches, self.caches, strict=True)
+        ]
 
 
 class Static:
@@ -109,10 +118,18 @@ class Static:
         self.rows = rows
         self.slots = r.io.cache_length or length
         if length > self.slots:
-            raise JobError(f"{r.path}: its cache has {self.slots} slots and {length} tokens are wanted; export with a larger --cache-length")
+            raise JobError(
+                f"{r.path}: its cache has {self.slots} slots and {length} tokens are wanted; export with a larger --cache-length"
+            )
         self.buffers = [r.ops.zeros(c.shape(rows, self.slots), c.past.dtype) for c in r.io.caches]
-        self.ids, self.positions = _Input(r.ops, np.zeros((rows, 1), np.int64)), _Input(r.ops, np.zeros((rows, 1), np.int64))
-        self.mask, self.write = _Input(r.ops, np.zeros((rows, self.slots), np.int64)), _Input(r.ops, np.zeros(rows, np.int64))
+        self.ids, self.positions = (
+            _Input(r.ops, np.zeros((rows, 1), np.int64)),
+            _Input(r.ops, np.zeros((rows, 1), np.int64)),
+        )
+        self.mask, self.write = (
+            _Input(r.ops, np.zeros((rows, self.slots), np.int64)),
+            _Input(r.ops, np.zeros(rows, np.int64)),
+        )
         self.reset()
         self._bind()
 
@@ -122,7 +139,9 @@ class Static:
         self.mask.array[:] = 0
 
     def fits(self, rows: int, length: int) -> bool:
-        return rows == self.rows and (length == self.slots or (self.r.io.cache_length is not None and length <= self.slots))
+        return rows == self.rows and (
+            length == self.slots or (self.r.io.cache_length is not None and length <= self.slots)
+        )
 
     def _bind(self) -> None:
         """The step's bindings: fixed inputs, buffers and logits, so that a captured graph finds them where they were.
@@ -131,16 +150,29 @@ class Static:
         other reads, so steps can be queued without the host.
         """
         r, io = self.r, self.r.io
-        pairs = ((io.ids, self.ids), (io.mask, self.mask), (io.positions, self.positions), (io.write_indices, self.write))
+        pairs = (
+            (io.ids, self.ids),
+            (io.mask, self.mask),
+            (io.positions, self.positions),
+            (io.write_indices, self.write),
+        )
         self.inputs = [(port.name, given) for port, given in pairs if port is not None]
         count = 2 if r.looks_ahead else 1
-        places = [{name: given.value if at == 0 else r.ops.value(given.array.copy()) for name, given in self.inputs} for at in range(count)]
+        places = [
+            {name: given.value if at == 0 else r.ops.value(given.array.copy()) for name, given in self.inputs}
+            for at in range(count)
+        ]
         self.tokens = [r.ops.value(np.zeros((self.rows, self.slots), np.int64)) for _ in places]
         self._prompt: tuple[int, dict[str, Any], _Side] | None = None
         self.sides = []
         for place, other, past, tokens in zip(places, places[::-1], self.tokens, self.tokens[::-1], strict=True):
-            outputs = {f"{AHEAD}.{name}": value for name, value in other.items() if name != io.ids.name} | {NEXT: other[io.ids.name], f"{AHEAD}.tokens": tokens}
-            self.sides.append(_Side(self, place | ({PAST_TOKENS: past} if r.takes_tokens else {}), outputs if count > 1 else {}))
+            outputs = {f"{AHEAD}.{name}": value for name, value in other.items() if name != io.ids.name} | {
+                NEXT: other[io.ids.name],
+                f"{AHEAD}.tokens": tokens,
+            }
+            self.sides.append(
+                _Side(self, place | ({PAST_TOKENS: past} if r.takes_tokens else {}), outputs if count > 1 else {})
+            )
 
     def admit(self, slots: Sequence[int], prompts: Prompts) -> Logits:
         r = self.r
@@ -148,7 +180,9 @@ class Static:
         wide = np.zeros((len(slots), self.slots), np.int64)
         wide[:, : mask.shape[1]] = mask
         # gqa takes a mask as long as the text, scatter one as long as the buffer.
-        feeds = r.feeds(ids, wide if r.io.kind == "scatter" else mask, positions_of(mask), np.zeros(len(slots), np.int64))
+        feeds = r.feeds(
+            ids, wide if r.io.kind == "scatter" else mask, positions_of(mask), np.zeros(len(slots), np.int64)
+        )
         if is_all(slots, self.rows):
             self.lengths, self.mask.array[:] = mask.sum(axis=1), wide
             for side in self.sides:  # what comes is a sequence of steps, until the rows are reordered
@@ -227,7 +261,10 @@ class Static:
         self.lengths[slot], self.mask.array[slot] = 0, 0
 
     def reorder(self, rows: Ids) -> None:
-        self.buffers = [self.r.ops.picked(buffer, rows, batch_axis(c)) for c, buffer in zip(self.r.io.caches, self.buffers, strict=True)]
+        self.buffers = [
+            self.r.ops.picked(buffer, rows, batch_axis(c))
+            for c, buffer in zip(self.r.io.caches, self.buffers, strict=True)
+        ]
         self.lengths, self.mask.array[:] = self.lengths[rows], self.mask.array[rows]
         self._bind()  # without a graph: a beam search binds anew for each step, and to capture takes two
 

@@ -39,7 +39,9 @@ def add_next_token(model: Model, *, ahead: bool, kernel: bool) -> None:
     past = ir.Value(name=PAST_TOKENS, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([None, None]))
     model.graph.inputs.append(past)
     if kernel and logits.dtype == ir.DataType.FLOAT:
-        found, longer, tokens = build.ops("NextToken", [logits, mask, past], f"{NEXT}/NextToken", outputs=3, domain=DOMAIN)
+        found, longer, tokens = build.ops(
+            "NextToken", [logits, mask, past], f"{NEXT}/NextToken", outputs=3, domain=DOMAIN
+        )
         model.graph.opset_imports[DOMAIN] = 1
     else:
         found = _best(build, logits)
@@ -61,7 +63,9 @@ def _output(model: Model, value: ir.Value, name: str, dims: list[Any] | None) ->
 def _best(build: Builder, logits: ir.Value) -> ir.Value:
     best = build.op("ArgMax", [logits], f"{NEXT}/best", axis=-1, keepdims=1)
     logit = build.op("GatherElements", [logits, best], f"{NEXT}/logit", axis=-1)
-    bad = build.op("IsNaN", [build.op("Sub", [logit, logit], f"{NEXT}/zero")], f"{NEXT}/bad")  # infinity - infinity is NaN too
+    bad = build.op(
+        "IsNaN", [build.op("Sub", [logit, logit], f"{NEXT}/zero")], f"{NEXT}/bad"
+    )  # infinity - infinity is NaN too
     checked = build.op("Where", [bad, build.constant(np.array(-1), f"{NEXT}/none"), best], f"{NEXT}/checked")
     return build.op("Squeeze", [checked, build.constant([-1], f"{NEXT}/axis")], f"{NEXT}/found")
 
@@ -74,7 +78,11 @@ def _appended(build: Builder, mask: ir.Value, past: ir.Value, found: ir.Value) -
 
     axis = build.constant([1], f"{AHEAD}/axis")
     slots = op("Squeeze", [op("Shape", [mask], "slots", start=1)], "count")
-    place = op("Range", [build.constant(np.array(0), f"{AHEAD}/zero"), slots, build.constant(np.array(1), f"{AHEAD}/one")], "place")
+    place = op(
+        "Range",
+        [build.constant(np.array(0), f"{AHEAD}/zero"), slots, build.constant(np.array(1), f"{AHEAD}/one")],
+        "place",
+    )
     length = op("ReduceSum", [mask, axis], "length", keepdims=1)
     longer = op("Cast", [op("LessOrEqual", [place, length], "inside")], "mask", to=ir.DataType.INT64.value)
     one = op("ReduceMax", [found, axis], "token", keepdims=1)  # a prefill finds several, and nobody reads on

@@ -58,11 +58,17 @@ class OrtModel:
         self.path, self._device = path, choose_device(options.device, self.notes)
         self.device = device_name(self._device)
         if self.io.kind == "gqa" and self._device == "cuda" and self.io.caches[0].past.dtype == "float":
-            raise JobError(f"{path}: ONNX Runtime has no CUDA kernel for fp32 GroupQueryAttention; export with --dtype fp16 or bf16, or --kv-cache concat")
+            raise JobError(
+                f"{path}: ONNX Runtime has no CUDA kernel for fp32 GroupQueryAttention; export with --dtype fp16 or bf16, or --kv-cache concat"
+            )
         static = self.io.kind in ("scatter", "gqa")
-        self.session, self.captures = open_decoder(model, options, self._device, self.notes, graph=options.cuda_graph and static)
+        self.session, self.captures = open_decoder(
+            model, options, self._device, self.notes, graph=options.cuda_graph and static
+        )
         if not self.has_cache:
-            self.notes.append("the model has no KV cache: every token runs the whole text again; use add-kv-cache, or export --kv-cache concat")
+            self.notes.append(
+                "the model has no KV cache: every token runs the whole text again; use add-kv-cache, or export --kv-cache concat"
+            )
         self.graphs = 0  # captured so far
         self.takes_tokens = any(value.name == PAST_TOKENS for value in self.session.get_inputs())
         self.looks_ahead = self.captures and self.takes_tokens
@@ -88,7 +94,11 @@ class OrtModel:
         """Of those inputs that the graph has, beside the caches."""
         io = self.io
         pairs = ((io.ids, ids), (io.mask, mask), (io.positions, positions), (io.write_indices, write))
-        found = {port.name: np.ascontiguousarray(array, port.dtype) for port, array in pairs if port is not None and array is not None}
+        found = {
+            port.name: np.ascontiguousarray(array, port.dtype)
+            for port, array in pairs
+            if port is not None and array is not None
+        }
         if self.takes_tokens:
             found[PAST_TOKENS] = np.zeros((len(ids), 1), np.int64)  # nobody reads what is made of it
         return found

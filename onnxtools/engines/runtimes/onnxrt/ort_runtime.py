@@ -41,7 +41,9 @@ class OrtRuntime(OrtModel):
 
     def score(self, prompts: Prompts) -> list[Floats]:
         if not self.io.logits_all:
-            raise JobError(f"{self.path}: returns the logits of the last token alone; export with --logits all to score texts")
+            raise JobError(
+                f"{self.path}: returns the logits of the last token alone; export with --logits all to score texts"
+            )
         longest = max(map(len, prompts))
         check_length(self.info, longest, longest, str(self.path))
         if not self.pads and min(map(len, prompts)) != longest:
@@ -52,12 +54,17 @@ class OrtRuntime(OrtModel):
         with self.guarded(len(prompts), longest):
             logits = whole.run(*padded(prompts, self.info.pad_token_id, side))  # type: ignore[arg-type]
         ends = [longest if side == "left" else len(prompt) for prompt in prompts]
-        return [logits[row, end - len(prompt) : end].astype(np.float32, copy=False) for row, (prompt, end) in enumerate(zip(prompts, ends, strict=True))]
+        return [
+            logits[row, end - len(prompt) : end].astype(np.float32, copy=False)
+            for row, (prompt, end) in enumerate(zip(prompts, ends, strict=True))
+        ]
 
     def _check_rows(self, rows: int) -> None:
         limit = self.io.batch_limit
         if limit is not None and rows != limit:
-            raise JobError(f"{self.path}: its batch is fixed to {limit} and {rows} rows are wanted; use --batch-size {limit}, or export with a dynamic batch")
+            raise JobError(
+                f"{self.path}: its batch is fixed to {limit} and {rows} rows are wanted; use --batch-size {limit}, or export with a dynamic batch"
+            )
 
     def close(self) -> None:
         self._idle = None
@@ -82,7 +89,11 @@ class OrtRuntime(OrtModel):
         memory = device_memory() if self._device == "cuda" else None
         room = int(0.9 * memory[1]) - self.weight_bytes if memory else available_bytes()
         fits = f"; a batch of about {max(room // row, 0)} would fit" if room is not None else ""
-        advice = "; --logits last at export saves most of it" if self.io.logits_all and length > 1 and row > 4 * cache else ""
+        advice = (
+            "; --logits last at export saves most of it"
+            if self.io.logits_all and length > 1 and row > 4 * cache
+            else ""
+        )
         return JobError(f"{self.path}: out of memory with {rows} rows of {length} tokens{fits}{advice}")
 
 

@@ -36,7 +36,9 @@ def choose_device(wanted: str, notes: list[str]) -> str:
     if has:
         _preload(ort)
     elif wanted == "cuda":
-        raise JobError(f"this ONNX Runtime has no CUDA provider; {install_line('gpu')}, or run on the CPU with --device cpu")
+        raise JobError(
+            f"this ONNX Runtime has no CUDA provider; {install_line('gpu')}, or run on the CPU with --device cpu"
+        )
     if wanted == "auto" and not (has and _cuda_devices()):
         if has:
             notes.append("ONNX Runtime has a CUDA provider and finds no device: runs on the CPU")
@@ -56,7 +58,13 @@ def _preload(ort: Any) -> None:
 def _cuda_devices() -> tuple[str, ...]:
     """Names of the cards, of nvidia-smi."""
     try:
-        found = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, timeout=20, check=False)
+        found = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=False,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return ()
     return tuple(line.strip() for line in found.stdout.splitlines() if line.strip()) if found.returncode == 0 else ()
@@ -75,7 +83,9 @@ def device_memory() -> tuple[int, int] | None:
     return int(used) << 20, int(total) << 20
 
 
-def open_decoder(model: Model, options: RuntimeOptions, device: str, notes: list[str], *, graph: bool) -> tuple[Any, bool]:
+def open_decoder(
+    model: Model, options: RuntimeOptions, device: str, notes: list[str], *, graph: bool
+) -> tuple[Any, bool]:
     """A session of `model`, and whether its runs can be captured as CUDA graphs.
 
     Raises:
@@ -88,7 +98,10 @@ def open_decoder(model: Model, options: RuntimeOptions, device: str, notes: list
     ours = register_kernels(settings, options, notes)
     if ours:
         made = use_kernels(model)
-        notes.append("our kernels: " + (", ".join(f"{count} {name}" for name, count in made.items()) or "none of the model's operators"))
+        notes.append(
+            "our kernels: "
+            + (", ".join(f"{count} {name}" for name, count in made.items()) or "none of the model's operators")
+        )
     add_next_token(model, ahead=graph, kernel=ours)
     data = model.proto().SerializeToString()
     for captured in (True, False) if graph else (False,):
@@ -108,7 +121,9 @@ def open_decoder(model: Model, options: RuntimeOptions, device: str, notes: list
                 raise JobError(f"{error} (with our kernels: run with --no-kernels to see whether it is they)") from None
             raise
         if session.get_providers()[0] != "CUDAExecutionProvider":
-            raise JobError("ONNX Runtime's CUDA provider does not start (are CUDA and cuDNN of its version installed?); run with --device cpu")
+            raise JobError(
+                "ONNX Runtime's CUDA provider does not start (are CUDA and cuDNN of its version installed?); run with --device cpu"
+            )
         return session, captured
     raise AssertionError
 
@@ -135,11 +150,15 @@ def _session(source: str | bytes, settings: Any, providers: Sequence[Any], model
         return open_session(source, providers, settings, qdq_as_written=any(map(is_fp8_qdq, model.graph)))
     except Exception as error:
         if is_out_of_memory(error):
-            raise JobError(f"{model.path}: out of memory while loading {model.weight_bytes() / 1e9:.1f} GB of weights; use a larger device") from None
+            raise JobError(
+                f"{model.path}: out of memory while loading {model.weight_bytes() / 1e9:.1f} GB of weights; use a larger device"
+            ) from None
         bf16 = any(value.dtype == ir.DataType.BFLOAT16 for node in model.graph for value in node.outputs)
         if "NOT_IMPLEMENTED" in str(error) and bf16 and providers is CPU:
             advice = "use --device cuda, or `onnxtools precision --to fp16` of the fp32 model"
-            raise JobError(f"{model.path}: is bf16, for which ONNX Runtime has no kernels on the CPU; {advice}") from None
+            raise JobError(
+                f"{model.path}: is bf16, for which ONNX Runtime has no kernels on the CPU; {advice}"
+            ) from None
         raise JobError(f"{model.path}: ONNX Runtime cannot load the graph: {one_line(error)}") from None
 
 
@@ -172,7 +191,15 @@ def _heads_alone(model: Model) -> bool:
 def is_out_of_memory(error: BaseException) -> bool:
     text = str(error)
     return isinstance(error, MemoryError) or any(
-        sign in text for sign in ("out of memory", "Failed to allocate memory", "bad allocation", "std::bad_alloc", "Available memory of", "Unable to allocate")
+        sign in text
+        for sign in (
+            "out of memory",
+            "Failed to allocate memory",
+            "bad allocation",
+            "std::bad_alloc",
+            "Available memory of",
+            "Unable to allocate",
+        )
     )
 
 
