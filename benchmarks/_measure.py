@@ -37,7 +37,9 @@ class Run:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table; `seconds` is the median of the runs, `peak_mb` their maximum; `moved`: the weights were read."""
+    """One line of a table; `seconds` is the median of the runs, `peak_mb` their maximum; `moved`: the weights were
+    read.
+    """
 
     what: str
     gigabytes: float
@@ -188,7 +190,10 @@ def machine(folder: Path) -> str:
         "unknown CPU",
     )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{os.cpu_count()} cores ({cpu}), {memory:.0f} GiB, {platform.system()} {platform.release()}, {_file_system(folder)}"
+    return (
+        f"{os.cpu_count()} cores ({cpu}), {memory:.0f} GiB, {platform.system()} {platform.release()}, "
+        f"{_file_system(folder)}"
+    )
 
 
 def _file_system(folder: Path) -> str:
@@ -213,7 +218,8 @@ def report(name: str, title: str, rows: Sequence[Row], notes: Sequence[str], opt
         f"|{' --- |' * len(columns)}",
         *(f"| {' | '.join(_cells(r))} |" for r in rows),
         "",
-        f"- Whole processes, {options.runs} runs each, interleaved (A B, B A), medians; the ratio to `cp` is of the fastest runs; the peak is VmHWM.",
+        f"- Whole processes, {options.runs} runs each, interleaved (A B, B A), medians; the ratio to `cp` is of the "
+        "fastest runs; the peak is VmHWM.",
         "- Page cache warm: the data file is read once before each timed run.",
         *(f"- {note}" for note in notes),
     ]

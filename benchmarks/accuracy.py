@@ -1,7 +1,7 @@
 """SmolLM2-135M (fp32, CPU) in ONNX Runtime against transformers: greedy tokens of 20 prompts, and the LAMBADA figures.
 
-Targets: the same 64 tokens on all 20 prompts; LAMBADA's first 500 rows within 0.2 points, and perplexities equal to the third digit.
-The prompts are the first words of LAMBADA's passages. Data: --path lambada_openai.jsonl.
+Targets: the same 64 tokens on all 20 prompts; LAMBADA's first 500 rows within 0.2 points, and perplexities equal to the
+third digit. The prompts are the first words of LAMBADA's passages. Data: --path lambada_openai.jsonl.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def main() -> None:
     tokens = [found[0]["token_ids"] for found in texts["runtimes"].values()]  # type: ignore[attr-defined]
     same = sum(a == b for a, b in zip(*tokens, strict=True))
     print(
-        f"{date.today()}; onnxruntime {version('onnxruntime')}, transformers {version('transformers')}, torch {version('torch')}; --kv-cache {options.kv_cache}"
+        f"{date.today()}; onnxruntime {version('onnxruntime')}, transformers {version('transformers')}, torch "
+        f"{version('torch')}; --kv-cache {options.kv_cache}"
     )
     print(f"\ngreedy, 64 tokens: {same} of {len(prompts)} prompts give the same tokens as transformers\n")
     print(f"LAMBADA, first {options.limit} rows\n\n| | {' | '.join(FIGURES)} |\n| --- |{' ---: |' * len(FIGURES)}")

@@ -1,7 +1,8 @@
 """Whatever the calibration texts, AWQ must beat rounding to nearest: SmolLM2-135M, INT4, LAMBADA.
 
-Texts: 128 contexts of LAMBADA from outside the rows that are scored, and 32 pieces of WikiText-2. Targets: perplexity and accuracy better than
-those of rounding to nearest with both (outside use found 22.3% against 23.7% with LAMBADA's texts on 300 rows).
+Texts: 128 contexts of LAMBADA from outside the rows that are scored, and 32 pieces of WikiText-2. Targets: perplexity
+and accuracy better than those of rounding to nearest with both (outside use found 22.3% against 23.7% with LAMBADA's
+texts on 300 rows).
 """
 
 from __future__ import annotations
@@ -45,10 +46,12 @@ def run() -> None:
             "AWQ, WikiText-2": ["--int4-awq", *CALIB],
         }
         print(
-            f"{date.today()}, onnxruntime {onnxruntime.__version__}, CPU; SmolLM2-135M, first {len(rows)} rows of LAMBADA\n"
+            f"{date.today()}, onnxruntime {onnxruntime.__version__}, CPU; SmolLM2-135M, first {len(rows)} rows of "
+            "LAMBADA\n"
         )
         print(
-            "| scheme | acc (whole word) | difference, points | top1 | difference | ppl(token) | weights MB | seconds to make |"
+            "| scheme | acc (whole word) | difference, points | top1 | difference | ppl(token) | weights MB | seconds "
+            "to make |"
         )
         print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |", flush=True)
         reference, _ = score(source, rows)

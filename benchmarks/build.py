@@ -50,7 +50,8 @@ def main() -> None:
             size = make(source, gigabytes)
             commands: dict[str, Command] = {
                 "TensorRT-RTX's interface": [sys.executable, str(raw), str(source), str(out / "raw.engine")],
-                "onnxtools build": [tool("onnxtools"), "build", str(source), str(out / "gpt.engine"), *["--backend", "tensorrt-rtx", "--max-seq-len", "256"]],
+                "onnxtools build": [tool("onnxtools"), "build", str(source), str(out / "gpt.engine"),
+                    *["--backend", "tensorrt-rtx", "--max-seq-len", "256"]],
             }  # fmt: skip
 
             def before(out: Path = out, source: Path = source) -> None:
@@ -61,7 +62,10 @@ def main() -> None:
             theirs, ours = found.values()
             peak = max(r.peak_mb for r in ours) / max(r.peak_mb for r in theirs)
             rows.append(row("TensorRT-RTX's interface", size, theirs))
-            ratio = f"{1 / times_faster(theirs, ours):.2f} x the time, {peak:.2f} x the memory, {max(r.peak_mb for r in ours) * 1e6 / size:.2f} x the weights"
+            ratio = (
+                f"{1 / times_faster(theirs, ours):.2f} x the time, {peak:.2f} x the memory, "
+                f"{max(r.peak_mb for r in ours) * 1e6 / size:.2f} x the weights"
+            )
             rows.append(row("onnxtools build", size, ours, ratio, "<= 1.05 x, <= 1.10 x; <= 2 x the weights at 2.5 GB"))
             weights_path(source).unlink()
     report(

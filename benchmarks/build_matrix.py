@@ -1,6 +1,8 @@
-"""Which of our models TensorRT-RTX builds: every fixture, and SmolLM2 in every precision and cache, for 8.9 and 12.0 in one plan.
+"""Which of our models TensorRT-RTX builds: every fixture, and SmolLM2 in every precision and cache, for 8.9 and 12.0 in
+one plan.
 
-Each is built, or refused before the parser sees it with the name of a node (issue 6); a failure inside the parser or builder is an error here.
+Each is built, or refused before the parser sees it with the name of a node (issue 6); a failure inside the parser or
+builder is an error here.
 """
 
 from __future__ import annotations
@@ -23,8 +25,10 @@ STEPS = {
     "fp32": [], "fp16": [["precision", "--to", "fp16"]], "bf16": [["precision", "--to", "bf16"]], "2:4": [["prune"]],
     "FP8": [["precision", "--to", "fp16"], ["quantize", "--fp8", *CALIB]],
     "FP8 attention": [["precision", "--to", "fp16"], ["quantize", "--fp8", "--attention", *CALIB]],
-    "INT8": [["quantize", "--smoothquant", "0.5", *CALIB]], "INT8 per token": [["quantize", "--int8", "--per-token", "--per-channel", "--all-layers", *CALIB]],
-    "INT4": [["precision", "--to", "fp16"], ["quantize", "--int4-awq", *CALIB]], "KV FP8": [["quantize", "--kv-cache", "fp8", *CALIB]],
+    "INT8": [["quantize", "--smoothquant", "0.5", *CALIB]],
+    "INT8 per token": [["quantize", "--int8", "--per-token", "--per-channel", "--all-layers", *CALIB]],
+    "INT4": [["precision", "--to", "fp16"], ["quantize", "--int4-awq", *CALIB]],
+    "KV FP8": [["quantize", "--kv-cache", "fp8", *CALIB]],
     "KV INT8": [["quantize", "--kv-cache", "int8", *CALIB]],
 }  # fmt: skip
 BUILD = [
@@ -59,7 +63,10 @@ def built(source: Path, folder: Path) -> str:
             else f"refused: {line}"
         )
     found = json.loads(done.stdout)
-    return f"{found['engine']['bytes'] / 1e6:.1f} MB in {found['build_seconds']:.1f} s, peak {found['peak_rss_mib']:.0f} MiB"
+    return (
+        f"{found['engine']['bytes'] / 1e6:.1f} MB in {found['build_seconds']:.1f} s, peak {found['peak_rss_mib']:.0f} "
+        "MiB"
+    )
 
 
 def fixtures(folder: Path) -> None:

@@ -1,7 +1,9 @@
-"""Decoding SmolLM2-135M (fp32) on the CPU: our loop against ONNX Runtime GenAI on the same ONNX file, transformers eager, and the bare session.
+"""Decoding SmolLM2-135M (fp32) on the CPU: our loop against ONNX Runtime GenAI on the same ONNX file, transformers
+eager, and the bare session.
 
-Targets: >= 1.0 x GenAI, >= 2 x transformers eager, our loop's overhead over `session.run` alone <= 5%. All take turns in one process
-(in random order), greedy, batch 1, the same random prompt; figures are medians. GenAI: `pip install --no-deps onnxruntime-genai`.
+Targets: >= 1.0 x GenAI, >= 2 x transformers eager, our loop's overhead over `session.run` alone <= 5%. All take turns
+in one process (in random order), greedy, batch 1, the same random prompt; figures are medians. GenAI: `pip install
+--no-deps onnxruntime-genai`.
 """
 
 from __future__ import annotations
@@ -78,17 +80,21 @@ def genai(path: Path, prompt: np.ndarray, new: int, threads: int) -> Run:
     info = json.loads((path.parent / "onnxtools.json").read_text())
     c = info["model"]
     decoder = {
-        "session_options": {"log_id": "genai", "intra_op_num_threads": threads, "provider_options": []}, "filename": path.name, "head_size": c["head_dim"],
-        "hidden_size": c["hidden_size"], "num_attention_heads": c["num_attention_heads"], "num_hidden_layers": c["num_hidden_layers"],
+        "session_options": {"log_id": "genai", "intra_op_num_threads": threads, "provider_options": []},
+        "filename": path.name, "head_size": c["head_dim"],
+        "hidden_size": c["hidden_size"], "num_attention_heads": c["num_attention_heads"],
+        "num_hidden_layers": c["num_hidden_layers"],
         "num_key_value_heads": c["num_key_value_heads"],
         "inputs": {
             "input_ids": "input_ids", "attention_mask": "attention_mask", "past_key_names": "past_key_values.%d.key",
             "past_value_names": "past_key_values.%d.value",
         },
-        "outputs": {"logits": "logits", "present_key_names": "present.%d.key", "present_value_names": "present.%d.value"},
+        "outputs": {"logits": "logits", "present_key_names": "present.%d.key",
+            "present_value_names": "present.%d.value"},
     }  # fmt: skip
     config = {
-        "model": {"type": "llama", "vocab_size": c["vocab_size"], "context_length": c["max_position_embeddings"], "bos_token_id": 1, "eos_token_id": 2,
+        "model": {"type": "llama", "vocab_size": c["vocab_size"], "context_length": c["max_position_embeddings"],
+            "bos_token_id": 1, "eos_token_id": 2,
                   "pad_token_id": 2, "decoder": decoder},
         "search": {"past_present_share_buffer": True, "do_sample": False, "max_length": len(prompt) + new},
     }  # fmt: skip
@@ -128,7 +134,8 @@ def main() -> None:
             export(gguf(), files[kind], ExportOptions(kv_cache=kind, dtype="fp32"))
         given = (prompt, options.output_len, options.threads)
         runs: dict[str, Run] = {
-            "onnxtools gqa": runtime("onnxrt", files["gqa"], *given), "onnxtools concat": runtime("onnxrt", files["concat"], *given),
+            "onnxtools gqa": runtime("onnxrt", files["gqa"], *given),
+            "onnxtools concat": runtime("onnxrt", files["concat"], *given),
             "bare session, gqa": bare(files["gqa"], *given), "GenAI, same gqa file": genai(files["gqa"], *given),
             "transformers eager": runtime("frameworks:eager", gguf(), *given),
         }  # fmt: skip
@@ -150,10 +157,12 @@ def _report(found: dict[str, list[tuple[list[int], float, list[float]]]], option
     total = {name: statistics.median(f + sum(s) for _, f, s in results) for name, results in found.items()}
     names = ("onnxruntime", "onnxruntime-genai", "transformers", "torch")
     print(
-        f"{date.today()}, {platform.processor() or platform.machine()}, {options.threads} threads; {', '.join(f'{n} {_version(n)}' for n in names)}"
+        f"{date.today()}, {platform.processor() or platform.machine()}, {options.threads} threads; "
+        f"{', '.join(f'{n} {_version(n)}' for n in names)}"
     )
     print(
-        f"SmolLM2-135M fp32, batch 1, {options.input_len} in, {options.output_len} out, {options.runs} interleaved runs, medians\n"
+        f"SmolLM2-135M fp32, batch 1, {options.input_len} in, {options.output_len} out, {options.runs} interleaved "
+        "runs, medians\n"
     )
     print(
         "| | prefill ms | step ms | all ms | step: times as fast as this | all: times as fast as this | same tokens |"
@@ -169,7 +178,8 @@ def _report(found: dict[str, list[tuple[list[int], float, list[float]]]], option
             else f"first {_common(results[0][0], tokens)} of {len(tokens)}"
         )
         print(
-            f"| {name} | {1e3 * first[name]:.1f} | {1e3 * steps[name]:.2f} | {1e3 * total[name]:.0f} | {steps[name] / steps[base]:.2f} |"
+            f"| {name} | {1e3 * first[name]:.1f} | {1e3 * steps[name]:.2f} | {1e3 * total[name]:.0f} | "
+            f"{steps[name] / steps[base]:.2f} |"
             f" {total[name] / total[base]:.2f} | {same} |"
         )
     print(f"\noverhead of the loop over the session alone: {100 * (steps[base] / steps['bare session, gqa'] - 1):.1f}%")

@@ -1,8 +1,9 @@
-"""`export` as a whole process: against `cp` of the same safetensors file, and against torch.onnx.export and optimum on SmolLM2-135M.
+"""`export` as a whole process: against `cp` of the same safetensors file, and against torch.onnx.export and optimum on
+SmolLM2-135M.
 
-Targets: >= 70% of `cp`, peak <= 1.2 x the largest tensor + 300 MB on a 5 GB checkpoint; >= 10 times as fast as the exporters
-that trace, in a quarter of their memory. The peers need `transformers` and `optimum-onnx` beside this Python, or in the one
-that --peer-python names.
+Targets: >= 70% of `cp`, peak <= 1.2 x the largest tensor + 300 MB on a 5 GB checkpoint; >= 10 times as fast as the
+exporters that trace, in a quarter of their memory. The peers need `transformers` and `optimum-onnx` beside this Python,
+or in the one that --peer-python names.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ import numpy as np
 from _measure import Row, against_cp, empty, interleave, parser, report, row, scratch, times_faster, tool
 
 LLAMA = {
-    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 32000, "hidden_size": 4096, "num_attention_heads": 32,
-    "num_key_value_heads": 8, "intermediate_size": 14336, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 32000, "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8, "intermediate_size": 14336, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
     "tie_word_embeddings": False, "torch_dtype": "float16",
 }  # fmt: skip
 
@@ -39,7 +42,8 @@ model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=tor
 model.set_attn_implementation("eager"); model.config.use_cache = False
 ids = torch.zeros((1, 8), dtype=torch.int64)
 axes = {"input_ids": {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}}
-torch.onnx.export(model, (ids,), sys.argv[2] + "/torch.onnx", dynamo=True, external_data=True, dynamic_shapes=(axes["input_ids"],), input_names=["input_ids"])
+torch.onnx.export(model, (ids,), sys.argv[2] + "/torch.onnx", dynamo=True, external_data=True,
+                  dynamic_shapes=(axes["input_ids"],), input_names=["input_ids"])
 """
 
 

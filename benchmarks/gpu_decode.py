@@ -1,12 +1,15 @@
-"""GPT-5B's shape (24 layers, 4096 hidden, 32 heads, ffn 16384, vocabulary 51200, fp16, random weights) on a GPU, and whether the GPU is right.
+"""GPT-5B's shape (24 layers, 4096 hidden, 32 heads, ffn 16384, vocabulary 51200, fp16, random weights) on a GPU, and
+whether the GPU is right.
 
-Target: >= 3500 tokens/s at batch 16, 128 in, 20 out with ONNX Runtime's CUDA provider. Measured on an H200 before this code, with a naive
-loop: 2298 tokens/s (139 ms: prefill 35.6, step 5.45). Floor: 73 ms (10.1 GB of weights a step at
-4.3 TB/s, 2.06e13 operations of the prefill at 790 TFLOP/s; the printed one is of the rates that the benchmark measures beside it).
+Target: >= 3500 tokens/s at batch 16, 128 in, 20 out with ONNX Runtime's CUDA provider. Measured on an H200 before this
+code, with a naive loop: 2298 tokens/s (139 ms: prefill 35.6, step 5.45). Floor: 73 ms (10.1 GB of weights a step at
+4.3 TB/s, 2.06e13 operations of the prefill at 790 TFLOP/s; the printed one is of the rates that the benchmark measures
+beside it).
 
-1. Tiny models in every form of the cache, fp32 (gqa: fp16, with our kernels): the GPU's tokens, greedy and of beams, are those of transformers on the CPU.
-2. `onnxtools benchmark` of onnxrt alone, then interleaved with itself without our kernels, transformers eager and SDPA, and eager without a
-   cache. Interleaved, the card is hotter and its clocks lower.
+1. Tiny models in every form of the cache, fp32 (gqa: fp16, with our kernels): the GPU's tokens, greedy and of beams,
+   are those of transformers on the CPU.
+2. `onnxtools benchmark` of onnxrt alone, then interleaved with itself without our kernels, transformers eager and SDPA,
+   and eager without a cache. Interleaved, the card is hotter and its clocks lower.
 
 --small runs all of it on any machine, to try the script.
 """
@@ -72,8 +75,10 @@ def shape(folder: Path, size: dict[str, int], dtype: str) -> tuple[Path, Path]:
         str(folder / "gpt/model.onnx"),
     )
     config = {
-        "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_layer": size["layers"], "n_embd": size["hidden"], "n_inner": size["ffn"],
-        "n_head": size["heads"], "vocab_size": size["vocab"], "n_positions": 2048, "dtype": {"fp16": "float16", "fp32": "float32"}[dtype],
+        "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_layer": size["layers"], "n_embd": size["hidden"],
+        "n_inner": size["ffn"],
+        "n_head": size["heads"], "vocab_size": size["vocab"], "n_positions": 2048,
+        "dtype": {"fp16": "float16", "fp32": "float32"}[dtype],
         "bos_token_id": 0, "eos_token_id": 0,
     }  # fmt: skip
     (folder / "hf/config.json").write_text(json.dumps(config))
@@ -90,7 +95,9 @@ def theirs(model: Any, prompt: list[int], **settings: Any) -> list[int]:
 
 
 def check_tokens(folder: Path, device: str) -> list[str]:
-    """Tokens of a tiny Llama and GPT-2 on the device against transformers' generate on the CPU, prompts of several lengths together."""
+    """Tokens of a tiny Llama and GPT-2 on the device against transformers' generate on the CPU, prompts of several
+    lengths together.
+    """
     import torch
     import transformers
 
@@ -99,7 +106,9 @@ def check_tokens(folder: Path, device: str) -> list[str]:
     from onnxtools.generation.runtime import RuntimeOptions, open_runtime
 
     def greedy(runtime: Any, prompts: list[list[int]], expected: list[list[int]]) -> str:
-        """Prompts plain, then captured with others of the same padded length, then replayed, where they are; steps are captured from the first."""
+        """Prompts plain, then captured with others of the same padded length, then replayed, where they are; steps are
+        captured from the first.
+        """
         same = True
         for step in (1, -1, 1):
             found = [
@@ -185,7 +194,8 @@ def check_tokens(folder: Path, device: str) -> list[str]:
                 captures = "yes" if runtime.captures else "no"  # type: ignore[attr-defined]
                 found = greedy(runtime, long, expected)
                 lines.append(
-                    f"| {name}, prompts of 600 and 560 | {form} | {logits} | {found} | | | {captures} | {'; '.join(runtime.notes)} |"
+                    f"| {name}, prompts of 600 and 560 | {form} | {logits} | {found} | | | {captures} | "
+                    f"{'; '.join(runtime.notes)} |"
                 )
                 runtime.close()
     return lines
@@ -202,7 +212,8 @@ def main() -> None:
         folder = Path(name)
         tokens = check_tokens(folder, device)
         print(
-            "| model | cache | logits | greedy | 135 rows | 3 beams | CUDA graph | notes |\n| --- | --- | --- | --- | --- | --- | --- | --- |",
+            "| model | cache | logits | greedy | 135 rows | 3 beams | CUDA graph | notes |\n| --- | --- | --- | --- | "
+            "--- | --- | --- | --- |",
             *tokens,
             sep="\n",
             flush=True,
@@ -247,7 +258,8 @@ def report(found: dict[str, Any]) -> None:
 
     blocks = found["runtimes"]
     print(
-        f"\n{date.today()}, {next(iter(blocks.values()))['device']}; onnxruntime {onnxruntime.__version__}, {packages}; {found['options']}\n"
+        f"\n{date.today()}, {next(iter(blocks.values()))['device']}; onnxruntime {onnxruntime.__version__}, "
+        f"{packages}; {found['options']}\n"
     )
     print("| | all ms (median) | best | tokens/s | prefill ms | step ms | times as fast as this |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
@@ -260,14 +272,16 @@ def report(found: dict[str, Any]) -> None:
             block["time_per_output_token_s"],
         )
         print(
-            f"| {name} | {1e3 * whole['median_s']:.2f} | {1e3 * whole['best_s']:.2f} | {tokens / whole['median_s']:.0f} | {1e3 * first:.2f} |"
+            f"| {name} | {1e3 * whole['median_s']:.2f} | {1e3 * whole['best_s']:.2f} | "
+            f"{tokens / whole['median_s']:.0f} | {1e3 * first:.2f} |"
             f" {1e3 * step:.3f} | {whole['median_s'] / base:.2f} |"
         )
     limit = blocks["onnxrt"].get("limits")
     if limit:
         print(
             f"\nlimit: {limit['bytes_per_s'] / 1e12:.2f} TB/s, {limit['flops_per_s'] / 1e12:.0f} TFLOP/s; floor"
-            f" {1e3 * (limit['prefill_floor_s'] + 19 * limit['step_floor_s']):.1f} ms; onnxrt reaches {limit['prefill_share']:.0%} of it in the prefill,"
+            f" {1e3 * (limit['prefill_floor_s'] + 19 * limit['step_floor_s']):.1f} ms; onnxrt reaches "
+            f"{limit['prefill_share']:.0%} of it in the prefill,"
             f" {limit['step_share']:.0%} in a step, {limit['share']:.0%} in all"
         )
 

@@ -1,7 +1,8 @@
-"""Are our CUDA kernels right? Each operator of the domain `onnxtools` on a GPU against NumPy in float64, over types, shapes and options.
+"""Are our CUDA kernels right? Each operator of the domain `onnxtools` on a GPU against NumPy in float64, over types,
+shapes and options.
 
-The relative error ‖out - reference‖ / ‖reference‖ must stay under 1e-3 in fp16 and 8e-3 in bf16: some roundings of the result. Outputs are
-filled with NaN before each run, inputs are drawn anew. Exits with 1 where one is off.
+The relative error ‖out - reference‖ / ‖reference‖ must stay under 1e-3 in fp16 and 8e-3 in bf16: some roundings of the
+result. Outputs are filled with NaN before each run, inputs are drawn anew. Exits with 1 where one is off.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ class Case:
             helper.make_tensor_value_info(name, kinds.get(value.data_type(), self.onnx), [None] * len(value.shape()))
             for name, value in self.values.items()
         ]
-        # ONNX Runtime hands out no bf16 to NumPy: fp32 beside it, and the node's own outputs where they share memory with an input.
+        # ONNX Runtime hands out no bf16 to NumPy: fp32 beside it, and the node's own outputs where they share memory
+        # with an input.
         casts = [helper.make_node("Cast", [name], [f"{name}_fp32"], to=onnx.TensorProto.FLOAT) for name in outputs]
         results = [
             helper.make_tensor_value_info(name, self.onnx, [None] * len(shape)) for name, shape in outputs.items()
@@ -149,7 +151,9 @@ def rotate(x: Array, positions: Array, cos: Array, sin: Array, interleaved: bool
 def attention(
     library: str, dtype: str, batch: int, tokens: int, heads: int, kv: int, size: int, rope: str, slots: int
 ) -> float:
-    """One token after caches of random lengths, or prompts from the beginning; caches must hold old and new keys and values."""
+    """One token after caches of random lengths, or prompts from the beginning; caches must hold old and new keys and
+    values.
+    """
     width, decode = (heads + 2 * kv) * size, tokens == 1
     qkv = rounded(dtype, batch, tokens, width)
     past = RANDOM.integers(0, slots, batch) if decode else np.zeros(batch, np.int64)
@@ -163,7 +167,8 @@ def attention(
     if rope:
         inputs |= {"cos": cos, "sin": sin}
     case = Case(
-        library, "GroupQueryAttention", dtype, inputs, {"y": (batch, tokens, heads * size), "key": keys.shape, "value": values.shape}, num_heads=heads,
+        library, "GroupQueryAttention", dtype, inputs,
+        {"y": (batch, tokens, heads * size), "key": keys.shape, "value": values.shape}, num_heads=heads,
         kv_num_heads=kv, do_rotary=int(bool(rope)), rotary_interleaved=int(rope == "interleaved"), scale=size**-0.5,
     )  # fmt: skip
     y, new_keys, new_values = case.run({"key": "past_key", "value": "past_value"})
@@ -300,7 +305,8 @@ def main() -> None:
     shapes = [(1, 1, 7, 9), (16, 1, 51200, 148), (3, 5, 1000, 2000), (2, 1, 128256, 33)]
     wrong = [(shape, spoilt) for shape in shapes for spoilt in (False, True) if next_token(library, *shape, spoilt)]
     print(
-        f"NextToken, {2 * len(shapes)} cases: {'WRONG: ' + str(wrong) if wrong else 'the same tokens, masks and histories as NumPy'}\n"
+        f"NextToken, {2 * len(shapes)} cases: "
+        f"{'WRONG: ' + str(wrong) if wrong else 'the same tokens, masks and histories as NumPy'}\n"
     )
     print("| operator | cases | worst error, fp16 | bf16 | |\n| --- | ---: | ---: | ---: | --- |")
     good = not wrong

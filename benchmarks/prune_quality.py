@@ -1,4 +1,5 @@
-"""What 2:4 costs SmolLM2-135M: perplexity of WikiText-2 after each method, in one run. Calibration: contexts of LAMBADA.
+"""What 2:4 costs SmolLM2-135M: perplexity of WikiText-2 after each method, in one run. Calibration: contexts of
+LAMBADA.
 
 Target (issue 5): SparseGPT better than Wanda better than magnitude, by clear factors.
 """

@@ -2,8 +2,9 @@
 
 bf16 needs `--device cuda`: ONNX Runtime's CPU provider has no bf16 kernels.
 
-Targets (issue 5), of the greedy first piece (`top1`) and the whole word (`acc`), in points against fp32: fp16 and bf16 0.2, FP8 0.5, SmoothQuant INT8
-per token and channel 1.0 and better than without smoothing, INT4 AWQ block 64 4.0 and better than rounding to nearest, KV cache 0.3.
+Targets (issue 5), of the greedy first piece (`top1`) and the whole word (`acc`), in points against fp32: fp16 and bf16
+0.2, FP8 0.5, SmoothQuant INT8 per token and channel 1.0 and better than without smoothing, INT4 AWQ block 64 4.0 and
+better than rounding to nearest, KV cache 0.3.
 Calibration: WikiText-2, the scores: LAMBADA; neither sees the other.
 """
 
@@ -84,7 +85,8 @@ def line(name: str, results: list[PassageResult], reference: list[PassageResult]
     s, d = summarize_lambada(results), compare_lambada(reference, results)
     top1 = 100 * (s["acc_top1"] - summarize_lambada(reference)["acc_top1"])
     return (
-        f"| {name} | {s['acc']:.4f} | {100 * d['acc_difference']:+.2f} +- {100 * d['acc_difference_half_ci95']:.2f} | {s['acc_top1']:.4f} | {top1:+.2f} |"
+        f"| {name} | {s['acc']:.4f} | {100 * d['acc_difference']:+.2f} +- {100 * d['acc_difference_half_ci95']:.2f} | "
+        f"{s['acc_top1']:.4f} | {top1:+.2f} |"
         f" {s['ppl_token']:.3f} | {size:.0f} | {seconds:.0f} |"
     )
 
@@ -106,11 +108,13 @@ def run() -> None:
             onnxtools("export", gguf(), "-o", source, "--dtype", "fp32")
         rows = read_lambada(SHARED / "lambada_openai.jsonl", args.rows)
         print(
-            f"{date.today()}, onnxruntime {onnxruntime.__version__}, {args.device}; SmolLM2-135M, first {len(rows)} rows of LAMBADA;"
+            f"{date.today()}, onnxruntime {onnxruntime.__version__}, {args.device}; SmolLM2-135M, first {len(rows)} "
+            "rows of LAMBADA;"
             " calibration: 32 texts of 512 tokens of WikiText-2\n"
         )
         print(
-            "| scheme | acc (whole word) | difference, points | top1 | difference | ppl(token) | weights MB | seconds to make |"
+            "| scheme | acc (whole word) | difference, points | top1 | difference | ppl(token) | weights MB | seconds "
+            "to make |"
         )
         print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |", flush=True)
         reference, _ = score(source, rows, args.device)

@@ -1,6 +1,7 @@
 """`quantize` as a whole process: INT4 without calibration against `cp`, and the peak memory of FP8 with calibration.
 
-Targets (issue 5): weights alone at >= 50% of `cp` a core; FP8 with calibration of 5 GB of fp16 within 1.5 GB and one layer's activations.
+Targets (issue 5): weights alone at >= 50% of `cp` a core; FP8 with calibration of 5 GB of fp16 within 1.5 GB and one
+layer's activations.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""nvidia-modelopt on the model and the texts of `benchmarks/quantize.py`, in PyTorch (its quantization is simulated there).
+"""nvidia-modelopt on the model and the texts of `benchmarks/quantize.py`, in PyTorch (its quantization is simulated
+there).
 
-Needs an environment of its own: `pip install torch==2.13.0 nvidia-modelopt transformers accelerate gguf`. Its rows are compared with PyTorch's
-fp32 on the same passages; tokens and scores are those of `onnxtools.evaluate.lambada`, so the differences can be laid beside ours.
+Needs an environment of its own: `pip install torch==2.13.0 nvidia-modelopt transformers accelerate gguf`. Its rows are
+compared with PyTorch's fp32 on the same passages; tokens and scores are those of `onnxtools.evaluate.lambada`, so the
+differences can be laid beside ours.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""INT8 and INT4 of ONNX Runtime's own tools, on the model and the texts of `benchmarks/quantize.py`: what they cost, and how long they take.
+"""INT8 and INT4 of ONNX Runtime's own tools, on the model and the texts of `benchmarks/quantize.py`: what they cost,
+and how long they take.
 
-Their static INT8 calibrates with the same texts (MinMax, one scale for each channel of a weight, activations UINT8, QDQ). Their MatMulNBits takes MatMul alone
-and our export has Gemm, so it gets the same model with MatMul of transposed weights; `ours` beside it are the rows of our own tool in the same run.
+Their static INT8 calibrates with the same texts (MinMax, one scale for each channel of a weight, activations UINT8,
+QDQ). Their MatMulNBits takes MatMul alone and our export has Gemm, so it gets the same model with MatMul of transposed
+weights; `ours` beside it are the rows of our own tool in the same run.
 """
 
 from __future__ import annotations
@@ -58,7 +60,8 @@ def head(source: Path) -> list[str]:
 def with_matmul(source: Path, target: Path) -> None:
     """Gemm(x, W, transB=1) as MatMul(x, W^T), what MatMulNBitsQuantizer looks for.
 
-    The head becomes MatMul(x, Transpose(W)): quantize_dynamic transposes a Gemm's weight in place, and the embedding is the same tensor.
+    The head becomes MatMul(x, Transpose(W)): quantize_dynamic transposes a Gemm's weight in place, and the embedding is
+    the same tensor.
     """
     model = onnx.load(source)
     tensors, left = {t.name: t for t in model.graph.initializer}, head(source)
@@ -83,8 +86,10 @@ def with_matmul(source: Path, target: Path) -> None:
 
 def static_int8(source: Path, target: Path, count: int) -> None:
     quantize_static(
-        source, target, Texts(source, count), quant_format=QuantFormat.QDQ, per_channel=True, activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"], calibrate_method=CalibrationMethod.MinMax, use_external_data_format=True,
+        source, target, Texts(source, count), quant_format=QuantFormat.QDQ, per_channel=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"], calibrate_method=CalibrationMethod.MinMax,
+        use_external_data_format=True,
         nodes_to_exclude=head(source),
         extra_options={"WeightSymmetric": True},
     )  # fmt: skip
@@ -159,7 +164,8 @@ def run() -> None:
             f"{date.today()}, onnxruntime {version('onnxruntime')}; SmolLM2-135M, first {len(rows)} rows of LAMBADA\n"
         )
         print(
-            "| tool | acc (whole word) | difference, points | top1 | difference | ppl(token) | weights MB | seconds to make | seconds to score |"
+            "| tool | acc (whole word) | difference, points | top1 | difference | ppl(token) | weights MB | seconds to "
+            "make | seconds to score |"
         )
         print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |", flush=True)
         reference, seconds = score(sources["model"], rows)

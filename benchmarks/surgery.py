@@ -30,7 +30,10 @@ from synthetic import make, weights_path
 _SAVE = "save_as_external_data=True, location='peer.data'"
 PEERS = {
     "onnx load + save": f"import onnx; onnx.save_model(onnx.load(a), b, {_SAVE})",
-    "GraphSurgeon import + export": f"import onnx, onnx_graphsurgeon as gs; onnx.save_model(gs.export_onnx(gs.import_onnx(onnx.load(a))), b, {_SAVE})",
+    "GraphSurgeon import + export": (
+        "import onnx, onnx_graphsurgeon as gs; "
+        f"onnx.save_model(gs.export_onnx(gs.import_onnx(onnx.load(a))), b, {_SAVE})"
+    ),
     "onnx_ir load + save": "import onnx_ir as ir; ir.save(ir.load(a), b, external_data='peer.data')",
 }
 

@@ -162,7 +162,9 @@ def make(path: Path, gigabytes: float, *, fp8: bool = False, dtype: int = Tensor
 
 
 def _fill(data: Path, size: int, dtype: int) -> None:
-    """Random weights of scale 0.02 from one block, each copy with its own low mantissa bits so that no two weights are equal."""
+    """Random weights of scale 0.02 from one block, each copy with its own low mantissa bits so that no two weights are
+    equal.
+    """
     values = np.random.default_rng(0).standard_normal(8 << 20, dtype=np.float32) * np.float32(0.02)
     block = values.view(np.uint32) if dtype == TensorProto.FLOAT else values.astype(np.float16).view(np.uint16)
     with open(data, "wb", buffering=0) as file:

@@ -1,4 +1,6 @@
-"""Surgery: a pass that removes Dropout, which does nothing at inference, run by the manager and checked by ONNX Runtime."""
+"""Surgery: a pass that removes Dropout, which does nothing at inference, run by the manager and checked by ONNX
+Runtime.
+"""
 
 import sys
 from dataclasses import dataclass

@@ -1,4 +1,6 @@
-"""From weights to an engine: export, a KV cache by a pass, validation step by step, and TensorRT-RTX for a GPU that need not be here."""
+"""From weights to an engine: export, a KV cache by a pass, validation step by step, and TensorRT-RTX for a GPU that
+need not be here.
+"""
 
 import sys
 from pathlib import Path

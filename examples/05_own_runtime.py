@@ -1,6 +1,7 @@
 """An own runtime: a model that is no ONNX file behind `Runtime` and `Session`. It counts: the token after n is n + 1.
 
-A package names it in the entry-point group `onnxtools.runtimes`; then `onnxtools run --runtime counter`, the benchmark and the scores take it.
+A package names it in the entry-point group `onnxtools.runtimes`; then `onnxtools run --runtime counter`, the benchmark
+and the scores take it.
 """
 
 import sys

@@ -1,7 +1,7 @@
 """onnxtools: ONNX graph surgery and engine building for language models.
 
-The names in `__all__` are the library; the command line is made of the same. A name is imported when it is used, so `import onnxtools`
-costs nothing.
+The names in `__all__` are the library; the command line is made of the same. A name is imported when it is used, so
+`import onnxtools` costs nothing.
 
     model = onnxtools.load("model.onnx")
     onnxtools.PassManager([onnxtools.load_pass("prune")()]).run(model)
@@ -56,9 +56,12 @@ _HOMES = {
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "Builder", "Engine", "EngineSpec", "ExportOptions", "Exported", "Generated", "GenerationOptions", "Instrument", "JobError", "Model",
-    "ModelError", "NoMatchError", "OnnxtoolsError", "Pass", "PassManager", "PassResult", "Report", "Runtime", "RuntimeOptions", "SaveReport",
-    "Session", "Step", "UsageError", "Verdict", "__version__", "build", "export", "generate", "load", "load_pass", "open_runtime", "option",
+    "Builder", "Engine", "EngineSpec", "ExportOptions", "Exported", "Generated", "GenerationOptions", "Instrument",
+    "JobError", "Model",
+    "ModelError", "NoMatchError", "OnnxtoolsError", "Pass", "PassManager", "PassResult", "Report", "Runtime",
+    "RuntimeOptions", "SaveReport",
+    "Session", "Step", "UsageError", "Verdict", "__version__", "build", "export", "generate", "load", "load_pass",
+    "open_runtime", "option",
     "validate",
 ]  # fmt: skip
 

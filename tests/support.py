@@ -1,4 +1,6 @@
-"""What several test modules share: the fixtures, ONNX Runtime and a decoder without the product's code, the command line."""
+"""What several test modules share: the fixtures, ONNX Runtime and a decoder without the product's code, the command
+line.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ STYLE = tuple(sorted(path.stem for path in (FIXTURES / "te_style").glob("*.onnx"
 MX = ("gpt_mxfp8", "mxfp8_linear")
 STATIC = ("te_gpt_fp8_ds", "gpt_static_arange")
 HALF_PRECISION = ("gpt_fp16_fp8", "gpt_bf16_fp8", "ts_gpt_fp16")
-"""16-bit models: a rounding that falls the other way moves an FP8 value by 6%, so they agree only within their `noise`."""
+"""16-bit models: a rounding that falls the other way moves an FP8 value by 6%, so they agree only within their
+`noise`.
+"""
 NO_ATTENTION = ("te_linear_fp8_ds", "te_lnmlp_fp8_ds", "mxfp8_linear")
 
 
@@ -225,10 +229,17 @@ def stored(**arrays: Array) -> list[onnx.TensorProto]:
 
 
 def write(
-    path: Path, nodes: Sequence[onnx.NodeProto], inputs: Sequence[onnx.ValueInfoProto], outputs: Sequence[onnx.ValueInfoProto],
-    initializers: Sequence[onnx.TensorProto] = (), *, opset: int = 18, domains: Sequence[str] = (), ir_version: int = 10,
+    path: Path,
+    nodes: Sequence[onnx.NodeProto],
+    inputs: Sequence[onnx.ValueInfoProto],
+    outputs: Sequence[onnx.ValueInfoProto],
+    initializers: Sequence[onnx.TensorProto] = (),
+    *,
+    opset: int = 18,
+    domains: Sequence[str] = (),
+    ir_version: int = 10,
     value_info: Sequence[onnx.ValueInfoProto] = (),
-) -> Path:  # fmt: skip
+) -> Path:
     """A model file; `domains` come first in opset_import, as some exporters write them."""
     imports = [*(helper.make_opsetid(domain, 1) for domain in domains), helper.make_opsetid("", opset)]
     graph = helper.make_graph(

@@ -15,8 +15,10 @@ from tests.support import ROOT, ops
 EXAMPLES = ROOT / "examples"
 SAYS = {
     "01_own_pass.py": ["1 Dropout nodes removed", "the same outputs"],
-    "02_checkpoint_to_engine.py": ["wrote full.onnx", "step-by-step decoding agree", "built model.engine with profiles context, generation"],
-    "03_quantize_and_score.py": ["14 of 15 places quantized", "largest difference of the logits: 0.", "8 tokens after the prompt: ["],
+    "02_checkpoint_to_engine.py": ["wrote full.onnx", "step-by-step decoding agree",
+        "built model.engine with profiles context, generation"],
+    "03_quantize_and_score.py": ["14 of 15 places quantized", "largest difference of the logits: 0.",
+        "8 tokens after the prompt: ["],
     "05_own_runtime.py": ["[[8, 9, 10, 11, 12], [98, 99, 0, 1, 2]]"],
 }  # fmt: skip
 

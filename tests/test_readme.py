@@ -24,8 +24,9 @@ ROWS = 6
 """How many rows of LAMBADA: the commands are tried, not the model."""
 FIRST_ON_SMALL = "onnxtools precision model.onnx fp16.onnx --to fp16"
 SMALL = "onnxtools export --random --family llama --n-layer 2 --n-embd 128 --n-head 4 --vocab-size 49152 -o model.onnx"
-"""From FIRST_ON_SMALL on model.onnx is a small model beside SmolLM2's tokenizer: GPTQ, AWQ and SparseGPT of SmolLM2 itself take
-ten minutes on two cores. ONNXTOOLS_README_WHOLE=1 takes SmolLM2 to the end."""
+"""From FIRST_ON_SMALL on model.onnx is a small model beside SmolLM2's tokenizer: GPTQ, AWQ and SparseGPT of SmolLM2
+itself take ten minutes on two cores. ONNXTOOLS_README_WHOLE=1 takes SmolLM2 to the end.
+"""
 
 
 def commands() -> list[str]:

@@ -31,7 +31,10 @@ def test_sleeps(n):
 def test_a_signal_to_make_ends_all_processes(number: signal.Signals, workers: str, tmp_path: Path) -> None:
     (tmp_path / "conftest.py").write_text('pytest_plugins = ("tests.signals",)\n')
     (tmp_path / "test_it.py").write_text(TEST)
-    pytest_line = f"cd {tmp_path} && PYTHONPATH={ROOT} exec {sys.executable} -m pytest -p no:cacheprovider -n {workers} test_it.py"
+    pytest_line = (
+        f"cd {tmp_path} && PYTHONPATH={ROOT} exec {sys.executable} -m pytest -p no:cacheprovider -n {workers} "
+        "test_it.py"
+    )
     (tmp_path / "Makefile").write_text(f"test:\n\t{pytest_line}\n")
     leader = psutil.Popen(
         ["make", "-C", str(tmp_path), "test"],

@@ -1,1 +1,3 @@
-"""What can be said of a graph without running it: shapes, axes, attention, masks, positions, caches, matrix products."""
+"""What can be said of a graph without running it: shapes, axes, attention, masks, positions, caches, matrix
+products.
+"""

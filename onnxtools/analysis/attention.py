@@ -114,7 +114,8 @@ def _block(softmax: ir.Node, facts: Facts) -> Attention | None:
         return None  # a router over experts, not over tokens
     if up is None:
         raise JobError(
-            f"node {softmax.name!r} (Softmax) feeds the product {product_pv.name!r}, but no query-key MatMul was found before it; is it an Einsum?"
+            f"node {softmax.name!r} (Softmax) feeds the product {product_pv.name!r}, but no query-key MatMul was found "
+            "before it; is it an Einsum?"
         )
     product_qk, scores = up
     try:
@@ -126,7 +127,8 @@ def _block(softmax: ir.Node, facts: Facts) -> Attention | None:
         block.output, block.output_layout = _output(product_pv, query, value, facts)
     except LayoutError as error:
         raise JobError(
-            f"attention at node {softmax.name!r} (Softmax): {error}; export the model with plain MatMul-Softmax-MatMul attention"
+            f"attention at node {softmax.name!r} (Softmax): {error}; export the model with plain MatMul-Softmax-MatMul "
+            "attention"
         ) from None
     return block
 
@@ -301,7 +303,9 @@ def _share_heads(query: Operand, key: Operand, value: Operand) -> None:
 
 
 def _output(product: ir.Node, query: Operand, value: Operand, facts: Facts) -> tuple[ir.Value, Layout]:
-    """The last value after the product that is only a rearrangement of it, and its layout in (batch, head, sequence, channel) atoms."""
+    """The last value after the product that is only a rearrangement of it, and its layout in (batch, head, sequence,
+    channel) atoms.
+    """
     current = product.outputs[0]
     shape = facts[current].shape
     if shape is None:

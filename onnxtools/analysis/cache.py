@@ -53,7 +53,9 @@ def kind_of(name: str | None) -> Kind:
 
 
 def present_of(past: str, outputs: Container[str]) -> tuple[str, bool] | None:
-    """The output that carries on the input `past`, and whether it holds the new tokens alone (--policy new); None where there is none."""
+    """The output that carries on the input `past`, and whether it holds the new tokens alone (--policy new); None where
+    there is none.
+    """
     rest = past.removeprefix(_PAST)
     for prefix in (*_PRESENT, _NEW):
         if prefix + rest in outputs:
@@ -82,8 +84,10 @@ class CacheSpec:
     """The KV cache of a graph. Nothing else looks at the names of its inputs and outputs.
 
     Attributes:
-        kind: `concat`: outputs are longer than inputs; `scatter`, `gqa`: buffers of a fixed length that are written in place.
-        naming: `hf`: past_key_values.N.key / present.N.key; `nemo`: past_key_values.N.decoder.key / present_key_values.N.decoder.key.
+        kind: `concat`: outputs are longer than inputs; `scatter`, `gqa`: buffers of a fixed length that are written in
+        place.
+        naming: `hf`: past_key_values.N.key / present.N.key; `nemo`: past_key_values.N.decoder.key /
+        present_key_values.N.decoder.key.
         policy: `concat`: outputs hold the whole cache; `new`: only the new tokens (new_key_values.N.key).
         layout: `bnsh` [batch, kv_heads, sequence, head_dim]; `sbnh` [sequence, batch, kv_heads, head_dim].
         batch: size or name of the batch axis.
@@ -106,7 +110,9 @@ class CacheSpec:
 
     @classmethod
     def find(cls, model: Model) -> CacheSpec | None:
-        """The cache of `model`, whose sizes are written into its shapes where they were called by a name; None where it has none."""
+        """The cache of `model`, whose sizes are written into its shapes where they were called by a name; None where it
+        has none.
+        """
         pasts = cache_inputs(model)
         if not pasts:
             return None
@@ -127,14 +133,18 @@ class CacheSpec:
         fixed = length if isinstance(length, int) else None
         gqa = any(is_op(node, "GroupQueryAttention", domain="com.microsoft") for node in model.graph)
         return cls(
-            "gqa" if gqa else "scatter" if fixed is not None else "concat", policy="new" if True in policies else "concat",
-            layout="bnsh" if first.axis else "sbnh", layers=len({t.past.removesuffix(kind_of(t.past)) for t in tensors}),
+            "gqa" if gqa else "scatter" if fixed is not None else "concat",
+            policy="new" if True in policies else "concat",
+            layout="bnsh" if first.axis else "sbnh",
+            layers=len({t.past.removesuffix(kind_of(t.past)) for t in tensors}),
             heads=heads if isinstance(heads, int) else 0, head_dim=size if isinstance(size, int) else 0,
             dtype=first.dtype, length=fixed, tensors=tuple(tensors),
         )  # fmt: skip
 
     def feeds(self, rows: int, length: int = 0) -> dict[str, np.ndarray[Any, Any]]:
-        """Zeros for every input: `rows` sequences with room for `length` tokens; bfloat16, which numpy lacks, as float32."""
+        """Zeros for every input: `rows` sequences with room for `length` tokens; bfloat16, which numpy lacks, as
+        float32.
+        """
         feeds = {}
         for tensor in self.tensors:
             shape = [
@@ -230,13 +240,17 @@ class CacheWriter:
 
 
 def token_axis(shape: Sequence[Dim]) -> int:
-    """The axis of tokens: the dynamic one called past... or cache..., else the third, as in [batch, heads, tokens, channels]."""
+    """The axis of tokens: the dynamic one called past... or cache..., else the third, as in [batch, heads, tokens,
+    channels].
+    """
     named = (axis for axis, dim in enumerate(shape) if isinstance(dim, str) and ("past" in dim or "cache" in dim))
     return next(named, 2)
 
 
 def settle_sizes(model: Model) -> None:
-    """Write the head size of caches into their shapes where it is called by a name, as ONNX Runtime GenAI does; the graph knows it."""
+    """Write the head size of caches into their shapes where it is called by a name, as ONNX Runtime GenAI does; the
+    graph knows it.
+    """
     named = [
         value
         for value in model.graph.inputs
@@ -291,9 +305,11 @@ def positions(model: Model) -> int | None:
 
 
 def rotation(keys: ir.Value | None, facts: Facts, model: Model) -> tuple[int, bool]:
-    """How rotary embedding turned `keys` (or queries) [batch, heads, sequence, head_dim]: rotated channels, and whether pairs are neighbours.
+    """How rotary embedding turned `keys` (or queries) [batch, heads, sequence, head_dim]: rotated channels, and whether
+    pairs are neighbours.
 
-    Of the RotaryEmbedding before them, through a cache too; else of what the model says of itself; (0, False) where nothing is known.
+    Of the RotaryEmbedding before them, through a cache too; else of what the model says of itself; (0, False) where
+    nothing is known.
     """
     node = keys.producer() if keys is not None else None
     while node is not None and is_op(node, "Cast", "Transpose", "Identity", "Concat", "TensorScatter"):

@@ -94,13 +94,15 @@ def decoder_io(path: Path, inputs: Sequence[Port], outputs: Sequence[Port], *, g
     if ids is None or named:
         odd = next(iter(named), None)
         raise JobError(
-            f"{path}: {f'input {odd!r} cannot be fed' if odd else 'has no input input_ids'}; a model to run takes input_ids, and attention_mask,"
+            f"{path}: {f'input {odd!r} cannot be fed' if odd else 'has no input input_ids'}; a model to run takes "
+            "input_ids, and attention_mask,"
             " position_ids, write_indices and past_key_values.* at most"
         )
     mask = tokens["attention_mask"]
     if mask is not None and (len(mask.shape) != 2 or "int" not in mask.dtype):
         raise JobError(
-            f"{path}: attention_mask is {mask.dtype} of {len(mask.shape)} dimensions; only a mask of tokens, int64 [batch, length], can be fed"
+            f"{path}: attention_mask is {mask.dtype} of {len(mask.shape)} dimensions; only a mask of tokens, int64 "
+            "[batch, length], can be fed"
         )
     by_name = {port.name: port for port in outputs}
     caches = tuple(CachePort(past, _present(path, past, by_name), _axis(path, past)) for past in pasts)
@@ -122,7 +124,8 @@ def decoder_io(path: Path, inputs: Sequence[Port], outputs: Sequence[Port], *, g
     )
     if kind == "scatter" and tokens["write_indices"] is None:
         raise JobError(
-            f"{path}: its cache has a fixed length and there is no input write_indices; export with --kv-cache scatter or concat"
+            f"{path}: its cache has a fixed length and there is no input write_indices; export with --kv-cache scatter "
+            "or concat"
         )
     return DecoderIO(
         ids, mask, tokens["position_ids"], tokens["write_indices"], caches, logits, kind, logits.shape[1] != 1
@@ -133,7 +136,8 @@ def _present(path: Path, past: Port, outputs: dict[str, Port]) -> Port:
     found = present_of(past.name, outputs)
     if found is None:
         raise JobError(
-            f"{path}: input {past.name!r} has no output that carries it on (present...); add the cache again with add-kv-cache"
+            f"{path}: input {past.name!r} has no output that carries it on (present...); add the cache again with "
+            "add-kv-cache"
         )
     if found[1]:
         raise JobError(

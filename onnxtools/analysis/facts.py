@@ -68,7 +68,8 @@ def _constant_fact(tensor: ir.TensorProtocol) -> Fact:
 
 
 _WHOLE_TYPES = {
-    ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE, ir.DataType.BOOL, ir.DataType.INT8, ir.DataType.INT16,
+    ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE, ir.DataType.BOOL,
+    ir.DataType.INT8, ir.DataType.INT16,
     ir.DataType.INT32, ir.DataType.INT64, ir.DataType.UINT8, ir.DataType.UINT16, ir.DataType.UINT32, ir.DataType.UINT64,
 }  # fmt: skip
 
@@ -77,8 +78,8 @@ def stand_ins(model: Model, above: int = 10) -> dict[str, int]:
     """A prime for every symbolic dimension of the inputs; unnamed ones are called `<input>:<axis>`.
 
     In integer inputs of rank 2 (token ids, position ids, attention masks) axis 0 is one batch and axis 1 one sequence
-    whatever names the exporter chose, since they meet in the same broadcasts; a mask over a growing cache is as long as past
-    and new tokens together. All are larger than `above`.
+    whatever names the exporter chose, since they meet in the same broadcasts; a mask over a growing cache is as long as
+    past and new tokens together. All are larger than `above`.
     """
     constants = {int(d) for _, tensor in model.weights() for d in tensor.shape.numpy() if d}
     primes = _primes(constants, above)
@@ -111,7 +112,9 @@ def stand_ins(model: Model, above: int = 10) -> dict[str, int]:
 
 
 def dim_terms(name: str) -> list[int | str]:
-    """The terms of a dimension that is called a sum, such as optimum's `past_sequence_length + sequence_length`; of another its name alone."""
+    """The terms of a dimension that is called a sum, such as optimum's `past_sequence_length + sequence_length`; of
+    another its name alone.
+    """
     terms = [term.strip() for term in name.split("+")]
     return [int(term) if term.isdigit() else term for term in terms] if all(terms) else [name]
 
@@ -152,7 +155,9 @@ _BESIDE_TOKENS = ("mask", "position", "type", "segment")
 
 
 def token_input(model: Model) -> Tokens | None:
-    """The first integer input of rank 2: [batch, sequence], or [sequence, batch] where its dimensions are named so; masks and the like come last."""
+    """The first integer input of rank 2: [batch, sequence], or [sequence, batch] where its dimensions are named so;
+    masks and the like come last.
+    """
     for value in sorted(
         model.graph.inputs, key=lambda v: any(part in (v.name or "").lower() for part in _BESIDE_TOKENS)
     ):
@@ -257,8 +262,10 @@ def infer_node(node: ir.Node, facts: Facts, model: Model) -> None:
     _infer_by_schema(node, inputs, facts, model)
 
 
-_OPAQUE = {"MaxPool", "RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial", "If", "Loop", "Scan",
-           "SplitToSequence", "SequenceAt", "SequenceConstruct", "ConcatFromSequence", "QuantizeLinear", "DequantizeLinear"}  # fmt: skip
+_OPAQUE = {"MaxPool", "RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli",
+    "Multinomial", "If", "Loop", "Scan",
+           "SplitToSequence", "SequenceAt", "SequenceConstruct", "ConcatFromSequence", "QuantizeLinear",
+           "DequantizeLinear"}  # fmt: skip
 """Random, or better left: onnx's reference counts MaxPool's indices wrongly."""
 
 
@@ -273,7 +280,9 @@ def _infer_te(node: ir.Node, inputs: list[Fact], facts: Facts) -> None:
 
 
 def _infer_contributed(node: ir.Node, inputs: list[Fact], facts: Facts) -> None:
-    """ONNX Runtime's own operators that `export --kv-cache gqa` and `lower-ort` write: most outputs are like the first input."""
+    """ONNX Runtime's own operators that `export --kv-cache gqa` and `lower-ort` write: most outputs are like the first
+    input.
+    """
     first = inputs[0]
     shapes = [first.shape] * len(node.outputs)
     if node.op_type == "GroupQueryAttention" and first.shape is not None and inputs[3].shape is not None:
@@ -375,7 +384,9 @@ _REFERENCE_LIMIT = 1 << 18
 
 
 def _is_small(node: ir.Node, inputs: list[Fact], typed: list[Fact], limit: int) -> bool:
-    """Whether the reference kernel can be run: what goes in and what comes out is bounded before anything is computed."""
+    """Whether the reference kernel can be run: what goes in and what comes out is bounded before anything is
+    computed.
+    """
     if sum(i.value.size for i in inputs if i.value is not None) > _REFERENCE_LIMIT or not typed:
         return False
     if node.op_type in _FILTERS:
@@ -406,7 +417,8 @@ def _reference(node: ir.Node, inputs: list[Fact], model: Model) -> list[Array]:
     assert isinstance(proto, onnx.NodeProto)
     names = [v.name if v is not None else "" for v in node.inputs]
     graph = onnx.helper.make_graph(
-        [proto], "one", [onnx.helper.make_tensor_value_info(n, i.dtype.value, i.shape) for n, i in zip(names, inputs, strict=True) if n and i.dtype],
+        [proto], "one", [onnx.helper.make_tensor_value_info(n, i.dtype.value, i.shape) for n, i in zip(names, inputs,
+            strict=True) if n and i.dtype],
         [onnx.ValueInfoProto(name=v.name) for v in node.outputs if v.name],
     )  # fmt: skip
     evaluator = ReferenceEvaluator(
@@ -424,7 +436,9 @@ def _infer_by_schema(node: ir.Node, inputs: list[Fact], facts: Facts, model: Mod
 
 
 def _by_schema(node: ir.Node, inputs: list[Fact], model: Model) -> list[Fact]:
-    """Types and, where they follow, shapes of the outputs by onnx's schema; nothing where an operator or an input type is unknown."""
+    """Types and, where they follow, shapes of the outputs by onnx's schema; nothing where an operator or an input type
+    is unknown.
+    """
     try:
         version = model.ir.opset_imports.get(node.domain, 1)
         schema = onnx.defs.get_schema(node.op_type, version, node.domain)

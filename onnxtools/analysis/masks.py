@@ -12,7 +12,9 @@ from onnxtools.analysis.facts import Facts
 
 Array = np.ndarray[Any, Any]
 BLOCKING = -1e3
-"""An added value at or below this takes a key out of the softmax; exporters write -1e4, -65504, the lowest float or -inf."""
+"""An added value at or below this takes a key out of the softmax; exporters write -1e4, -65504, the lowest float or
+-inf.
+"""
 
 
 class MaskError(Exception):
@@ -34,7 +36,9 @@ class Pattern:
 
 
 def square(array: Array, size: int) -> Array | None:
-    """The one [size, size] matrix that a broadcast mask [..., size, size] consists of, or None if it is no such mask."""
+    """The one [size, size] matrix that a broadcast mask [..., size, size] consists of, or None if it is no such
+    mask.
+    """
     if array.ndim < 2 or array.shape[-2:] != (size, size):
         return None
     flat = array.reshape(-1, size, size)

@@ -1,4 +1,6 @@
-"""Operators in numpy, for `infer`: the elements that one makes of known elements, and the shape and type where elements are not known."""
+"""Operators in numpy, for `infer`: the elements that one makes of known elements, and the shape and type where elements
+are not known.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +76,9 @@ class Disputed(ValueError):
 
 
 def _slice_index(node: ir.Node, shape: Sequence[int], arrays: Sequence[Any]) -> tuple[slice, ...]:
-    """The part of an array of `shape` that a Slice takes; bounds are clamped as ONNX's Slice-13 says, which for negative steps is not numpy's way."""
+    """The part of an array of `shape` that a Slice takes; bounds are clamped as ONNX's Slice-13 says, which for
+    negative steps is not numpy's way.
+    """
     starts, ends = arrays[1].tolist(), arrays[2].tolist()
     axes = arrays[3].tolist() if len(arrays) > 3 and arrays[3] is not None else list(range(len(starts)))
     steps = arrays[4].tolist() if len(arrays) > 4 and arrays[4] is not None else [1] * len(starts)
@@ -125,7 +129,8 @@ def _cast_like(node: ir.Node, arrays: Sequence[Any]) -> Array:
 
 
 def _as(array: Array, dtype: np.dtype[Any], saturate: bool) -> Array:
-    """`array` as `dtype` by ONNX's Cast: numbers beyond a float8 become its largest, infinity too, unless `saturate` is off.
+    """`array` as `dtype` by ONNX's Cast: numbers beyond a float8 become its largest, infinity too, unless `saturate` is
+    off.
 
     Raises:
         ValueError: floats that the integer type cannot hold; ONNX leaves open what they become.
@@ -176,27 +181,36 @@ def _ufunc(function: Callable[..., Any]) -> Callable[[ir.Node, Sequence[Any]], A
 
 
 _BINARY: dict[str, Callable[..., Any]] = {
-    "Add": np.add, "Sub": np.subtract, "Mul": np.multiply, "And": np.logical_and, "Or": np.logical_or, "Xor": np.logical_xor,
-    "Equal": np.equal, "Less": np.less, "LessOrEqual": np.less_equal, "Greater": np.greater, "GreaterOrEqual": np.greater_equal,
+    "Add": np.add, "Sub": np.subtract, "Mul": np.multiply, "And": np.logical_and, "Or": np.logical_or,
+    "Xor": np.logical_xor,
+    "Equal": np.equal, "Less": np.less, "LessOrEqual": np.less_equal, "Greater": np.greater,
+    "GreaterOrEqual": np.greater_equal,
     "Pow": np.power, "Where": np.where,
 }  # fmt: skip
 _UNARY: dict[str, Callable[..., Any]] = {
-    "Not": np.logical_not, "Neg": np.negative, "Sqrt": np.sqrt, "Abs": np.abs, "Floor": np.floor, "Ceil": np.ceil, "Exp": np.exp, "Log": np.log,
-    "Cos": np.cos, "Sin": np.sin, "Identity": lambda x: x, "Reciprocal": lambda x: (1 / x).astype(x.dtype), "Sign": np.sign,
+    "Not": np.logical_not, "Neg": np.negative, "Sqrt": np.sqrt, "Abs": np.abs, "Floor": np.floor, "Ceil": np.ceil,
+    "Exp": np.exp, "Log": np.log,
+    "Cos": np.cos, "Sin": np.sin, "Identity": lambda x: x, "Reciprocal": lambda x: (1 / x).astype(x.dtype),
+    "Sign": np.sign,
 }  # fmt: skip
 _SAME_SHAPE_ONLY = {
-    "Tanh", "Erf", "Sigmoid", "Relu", "Gelu", "Softmax", "LogSoftmax", "Clip", "LayerNormalization", "RMSNormalization", "Trilu", "QuantizeLinear",
-    "DequantizeLinear", "Dropout", "CumSum", "Swish", "IsNaN", "Elu", "LeakyRelu", "Softplus", "HardSwish", "BitwiseNot",
+    "Tanh", "Erf", "Sigmoid", "Relu", "Gelu", "Softmax", "LogSoftmax", "Clip", "LayerNormalization", "RMSNormalization",
+    "Trilu", "QuantizeLinear",
+    "DequantizeLinear", "Dropout", "CumSum", "Swish", "IsNaN", "Elu", "LeakyRelu", "Softplus", "HardSwish",
+    "BitwiseNot",
 }  # fmt: skip
 _BROADCAST_ONLY = {"Div", "Max", "Min", "Mod", "PRelu", "BitwiseAnd", "BitwiseOr", "Sum", "Mean"}
 
 VALUE_RULES: dict[str, Callable[[ir.Node, Sequence[Any]], Any]] = {
     **{name: _ufunc(function) for name, function in (_BINARY | _UNARY).items()},
     "Div": _divide, "Cast": _cast, "CastLike": _cast_like, "Reshape": _reshape, "Unsqueeze": _unsqueeze,
-    "Squeeze": _squeeze, "Concat": lambda n, a: np.concatenate(a, attribute(n, "axis")), "Transpose": lambda n, a: np.transpose(a[0], attribute(n, "perm")),
-    "Gather": lambda n, a: np.take(a[0], a[1], axis=attribute(n, "axis", 0)), "Slice": lambda n, a: a[0][_slice_index(n, a[0].shape, a)],
+    "Squeeze": _squeeze, "Concat": lambda n, a: np.concatenate(a, attribute(n, "axis")), "Transpose": lambda n,
+    a: np.transpose(a[0], attribute(n, "perm")),
+    "Gather": lambda n, a: np.take(a[0], a[1], axis=attribute(n, "axis", 0)), "Slice": lambda n,
+    a: a[0][_slice_index(n, a[0].shape, a)],
     "Split": _split, "Range": _range, "ConstantOfShape": _constant_of_shape, "Expand": _expand, "Trilu": _trilu,
-    "Size": lambda n, a: np.int64(a[0].size), "Flatten": lambda n, a: a[0].reshape(math.prod(a[0].shape[: attribute(n, "axis", 1)]), -1),
+    "Size": lambda n, a: np.int64(a[0].size), "Flatten": lambda n,
+    a: a[0].reshape(math.prod(a[0].shape[: attribute(n, "axis", 1)]), -1),
     "Tile": lambda n, a: np.tile(a[0], a[1]),
 }  # fmt: skip
 
@@ -295,13 +309,16 @@ def _broadcast(node: ir.Node, i: list[Fact]) -> Shapes:
 SHAPE_RULES: dict[str, Callable[[ir.Node, list[Fact]], Shapes]] = {
     **dict.fromkeys([*_BINARY, *_BROADCAST_ONLY], _broadcast),
     **{name: lambda n, i: [_shape(i[0])] for name in (*_UNARY, *_SAME_SHAPE_ONLY, "Cast", "CastLike")},
-    "MatMul": _matmul_shape, "Gemm": _gemm_shape, "Reshape": _reshape_shape, "Concat": _concat_shape, "Gather": _gather_shape,
+    "MatMul": _matmul_shape, "Gemm": _gemm_shape, "Reshape": _reshape_shape, "Concat": _concat_shape,
+    "Gather": _gather_shape,
     "Split": _split_shape, "Slice": _slice_shape, "Unsqueeze": _by_numpy, "Squeeze": _by_numpy,
     "Transpose": lambda n, i: [tuple(_shape(i[0])[p] for p in attribute(n, "perm", range(len(_shape(i[0])))[::-1]))],
     "Expand": lambda n, i: [np.broadcast_shapes(_shape(i[0]), tuple(_value(i[1])))],
     "ConstantOfShape": lambda n, i: [tuple(_value(i[0]))],
-    "Flatten": lambda n, i: [(math.prod(_shape(i[0])[: attribute(n, "axis", 1)]), math.prod(_shape(i[0])[attribute(n, "axis", 1) :]))],
-    **dict.fromkeys(["ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceSumSquare", "ReduceL2", "ReduceProd"], _reduce_shape),
+    "Flatten": lambda n, i: [(math.prod(_shape(i[0])[: attribute(n, "axis", 1)]), math.prod(_shape(i[0])[attribute(n,
+        "axis", 1) :]))],
+    **dict.fromkeys(["ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceSumSquare", "ReduceL2", "ReduceProd"],
+        _reduce_shape),
     "Tile": lambda n, i: [tuple(a * b for a, b in zip(_shape(i[0]), _value(i[1]), strict=True))],
 }  # fmt: skip
 

@@ -28,7 +28,8 @@ _REDUCE = {
 
 
 def reach_opset(model: Model, version: int) -> tuple[int, str]:
-    """Let `model` have opset `version` at least, and an IR version that may carry it; how many nodes were rewritten, and a line on it.
+    """Let `model` have opset `version` at least, and an IR version that may carry it; how many nodes were rewritten,
+    and a line on it.
 
     Raises:
         JobError: an opset before 11, or a node that has no form of the same meaning; it names the node.
@@ -98,14 +99,17 @@ def _split(node: ir.Node, builder: Builder) -> int:
 
 
 _SEMANTICS_CHANGED = {
-    "Softmax": 13, "LogSoftmax": 13, "Hardmax": 13, "BatchNormalization": 14, "GroupNormalization": 21, "Resize": 13, "Upsample": 10,
+    "Softmax": 13, "LogSoftmax": 13, "Hardmax": 13, "BatchNormalization": 14, "GroupNormalization": 21, "Resize": 13,
+    "Upsample": 10,
     "GridSample": 20, "Dropout": 12, "DFT": 20, "Clip": 11, "Pad": 11,
 }  # fmt: skip
 """Operators whose new version does something else, and from which opset on."""
 
 
 def _batch_normalization(node: ir.Node, builder: Builder, facts: Facts) -> int | None:
-    """With one output it normalizes by the stored statistics in every version; further outputs are those of training."""
+    """With one output it normalizes by the stored statistics in every version; further outputs are those of
+    training.
+    """
     return (
         0
         if not any(output.uses() or output.is_graph_output() for output in node.outputs[1:]) and len(node.outputs) == 1
@@ -146,7 +150,8 @@ def _dropout(node: ir.Node, builder: Builder, facts: Facts) -> int | None:
 
 
 _RULES: dict[str, Callable[[ir.Node, Builder, Facts], int | None]] = {
-    "BatchNormalization": _batch_normalization, "Softmax": _softmax, "LogSoftmax": _softmax, "Hardmax": _softmax, "Resize": _resize,
+    "BatchNormalization": _batch_normalization, "Softmax": _softmax, "LogSoftmax": _softmax, "Hardmax": _softmax,
+    "Resize": _resize,
     "GridSample": _grid_sample, "Dropout": _dropout,
 }  # fmt: skip
 """What makes a node mean the same in the new version: how many nodes were changed; None where nothing does."""
@@ -168,6 +173,7 @@ def _check_same_meaning(node: ir.Node, old: int, new: int) -> None:
     if changed or lost or needed or after.deprecated:
         what = f"attribute {(lost or needed)[0]!r}" if lost or needed else "meaning"
         raise JobError(
-            f"node {node.name!r} ({node.op_type}): its {what} changed between opset {old} and {new} and there is no rule for it;"
+            f"node {node.name!r} ({node.op_type}): its {what} changed between opset {old} and {new} and there is no "
+            "rule for it;"
             f" export the model at opset {new}"
         )

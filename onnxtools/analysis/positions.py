@@ -12,7 +12,8 @@ from onnxtools.ir.query import attribute, constant_tensor, is_constant_expressio
 
 
 def table_rows(model: Model) -> int | None:
-    """Positions that the graph's tables have: Gather by what is counted or by an input called position, Slice as long as the sequence.
+    """Positions that the graph's tables have: Gather by what is counted or by an input called position, Slice as long
+    as the sequence.
 
     A longer sequence has no row, or a shape that does not fit. None where there is no such table, or nothing says so.
     """
@@ -37,7 +38,9 @@ def table_rows(model: Model) -> int | None:
 
 
 def _first_row(index: ir.Value | None, facts: Facts, length: int) -> list[int]:
-    """The row of position 0, where `index` counts `length` positions or is an input called position, perhaps plus a constant; else none."""
+    """The row of position 0, where `index` counts `length` positions or is an input called position, perhaps plus a
+    constant; else none.
+    """
     known = facts[index].value
     if known is not None:
         rows = np.unique(known)

@@ -53,7 +53,9 @@ class Product:
 
     @property
     def obstacle(self) -> str:
-        """Why the rows of the activation are not its tokens, so that nothing can be learnt of its channels; empty where they are."""
+        """Why the rows of the activation are not its tokens, so that nothing can be learnt of its channels; empty where
+        they are.
+        """
         if self.index == 0 and self.node.op_type != "Conv":
             return "the weight is the first operand of the product"
         return (

@@ -1,7 +1,8 @@
 """Who reads a stored weight, and through what: a weight is not a product.
 
 A pass may change a stored weight in place only where all that reads it wants the change. `own_weights` gives a product
-that shares its weight an initializer of its own, with what lies between; the bytes are shared until somebody changes them.
+that shares its weight an initializer of its own, with what lies between; the bytes are shared until somebody changes
+them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from onnxtools.ir.model import Model
 from onnxtools.ir.query import constant_tensor, is_op
 
 _PASSED_ON = {
-    "Cast", "CastLike", "Identity", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "QuantizeLinear", "DequantizeLinear",
+    "Cast", "CastLike", "Identity", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "QuantizeLinear",
+    "DequantizeLinear",
     "TRT_FP8QuantizeLinear", "TRT_FP8DequantizeLinear",
 }  # fmt: skip
 """Operators whose first input is still the weight when it comes out."""
@@ -57,7 +59,9 @@ def readers(weight: ir.Value) -> list[Reader]:
 
 
 def stored_weight(value: ir.Value | None) -> ir.TensorProtocol | None:
-    """The stored tensor that `value` is, through casts, transpositions, reshapes and Q/DQ; None where it is computed."""
+    """The stored tensor that `value` is, through casts, transpositions, reshapes and Q/DQ; None where it is
+    computed.
+    """
     while value is not None:
         if (tensor := constant_tensor(value)) is not None:
             return tensor

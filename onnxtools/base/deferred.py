@@ -1,7 +1,7 @@
 """Modules of others that are imported when something of them is used, and not before.
 
-`importlib.util.LazyLoader` does not help with a module that others import at their top: `import x` itself asks the module for its
-`__spec__` and so loads it (Python 3.11).
+`importlib.util.LazyLoader` does not help with a module that others import at their top: `import x` itself asks the
+module for its `__spec__` and so loads it (Python 3.11).
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ from importlib import metadata
 def install_line(extra: str) -> str:
     """`pip install ...` of what the extra of pyproject.toml names; it works without a source tree.
 
-    onnxruntime-gpu has the files of onnxruntime, so one goes before the other comes: installing both leaves whichever was last.
+    onnxruntime-gpu has the files of onnxruntime, so one goes before the other comes: installing both leaves whichever
+    was last.
     """
     try:
         wanted = metadata.requires("onnxtools") or []

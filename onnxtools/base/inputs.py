@@ -1,4 +1,6 @@
-"""What comes from outside: regular files alone, YAML whose aliases are bounded, and values that are shown short in messages."""
+"""What comes from outside: regular files alone, YAML whose aliases are bounded, and values that are shown short in
+messages.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,8 @@ _KINDS = (
 
 
 def check_regular(path: Path, error: type[OnnxtoolsError]) -> None:
-    """Refuse what is no regular file, without opening it: a pipe may never answer, a device never end. Links are followed.
+    """Refuse what is no regular file, without opening it: a pipe may never answer, a device never end. Links are
+    followed.
 
     Raises:
         error: it is a folder, a pipe, a socket or a device.
@@ -41,7 +44,8 @@ def check_regular(path: Path, error: type[OnnxtoolsError]) -> None:
     kind = next((name for holds, name in _KINDS if holds(mode)), None)
     if kind is not None:
         raise error(
-            f"{path}: is {kind}, not a file; {'name a file in it' if kind == 'a folder' else 'save what it gives to a file and name that'}"
+            f"{path}: is {kind}, not a file; "
+            f"{'name a file in it' if kind == 'a folder' else 'save what it gives to a file and name that'}"
         )
 
 
@@ -50,11 +54,16 @@ def absent(path: Path) -> str:
     name = str(path)
     if not _HUB_NAME.fullmatch(name) or path.parent.exists():
         return name
-    return f"{name} (of the Hugging Face hub? then `hf download {name} --local-dir {path.name}` first, and name that folder)"
+    return (
+        f"{name} (of the Hugging Face hub? then `hf download {name} --local-dir {path.name}` first, and name that "
+        "folder)"
+    )
 
 
 def shown(value: Any) -> str:
-    """`repr(value)` for a message: the first items of the first two levels, in about 100 characters, however large it is."""
+    """`repr(value)` for a message: the first items of the first two levels, in about 100 characters, however large it
+    is.
+    """
     try:
         text = _SHORT.repr(value)
     except (ValueError, RecursionError):  # an integer of thousands of digits
@@ -70,7 +79,8 @@ def parse_yaml(text: str | bytes) -> Any:
     """Plain data of one YAML document.
 
     Raises:
-        ValueError: not YAML, more than data, too large, or larger than it looks through aliases; the message is one short line.
+        ValueError: not YAML, more than data, too large, or larger than it looks through aliases; the message is one
+        short line.
     """
     if len(text) > MAX_YAML_BYTES:
         raise ValueError(f"{len(text)} bytes are more than the {MAX_YAML_BYTES} that are read")

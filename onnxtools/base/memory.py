@@ -29,7 +29,9 @@ def peak_mib() -> float:
 
 
 def available_bytes() -> int | None:
-    """Bytes that a new allocation can have: what the kernel calls available, and what a limit on the address space leaves. None where neither is known."""
+    """Bytes that a new allocation can have: what the kernel calls available, and what a limit on the address space
+    leaves. None where neither is known.
+    """
     found = []
     meminfo, statm = Path("/proc/meminfo"), Path("/proc/self/statm")
     if meminfo.exists():
@@ -46,10 +48,11 @@ def available_bytes() -> int | None:
 
 @contextlib.contextmanager
 def releasing_pages(files: Iterable[Path]) -> Iterator[None]:
-    """Give pages of the mapped `files` back 20 times a second, whoever mapped them: a library that reads each weight once keeps them all.
+    """Give pages of the mapped `files` back 20 times a second, whoever mapped them: a library that reads each weight
+    once keeps them all.
 
-    Only mappings that are there at the beginning, and must stay until the end, and that nobody can write to are touched: a page used again
-    is read again, from the page cache. Linux only; elsewhere this does nothing.
+    Only mappings that are there at the beginning, and must stay until the end, and that nobody can write to are
+    touched: a page used again is read again, from the page cache. Linux only; elsewhere this does nothing.
     """
     spans, done = list(_read_only_spans({bytes(file.resolve()) for file in files})), threading.Event()
     if not spans:

@@ -1,4 +1,6 @@
-"""Options as dataclass fields: their help texts and switches, and plain data (YAML, the command line) as their values."""
+"""Options as dataclass fields: their help texts and switches, and plain data (YAML, the command line) as their
+values.
+"""
 
 from __future__ import annotations
 

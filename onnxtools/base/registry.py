@@ -1,4 +1,5 @@
-"""Passes, engine builders, model families and runtimes are found through Python entry points, so that other packages can add theirs.
+"""Passes, engine builders, model families and runtimes are found through Python entry points, so that other packages
+can add theirs.
 
 [project.entry-points."onnxtools.passes"]
 my-pass = "my_package.module:MyPass"
@@ -48,7 +49,8 @@ def load(name: str, group: str = PASSES) -> Any:
         distribution = known[name].dist
         package = distribution.name if distribution is not None else known[name].value
         raise UsageError(
-            f"{_KIND[group]} {name!r} of package {package!r} cannot be imported ({error}); repair or uninstall the package"
+            f"{_KIND[group]} {name!r} of package {package!r} cannot be imported ({error}); repair or uninstall the "
+            "package"
         ) from error
 
 

@@ -52,7 +52,8 @@ def read_samples(model: Model, options: Calibrated) -> Samples:
     """
     if options.calib is None:
         raise UsageError(
-            f"{options.name}: needs calibration data; name texts with --calib FILE (.jsonl, .txt), or the graph's inputs (.npz)"
+            f"{options.name}: needs calibration data; name texts with --calib FILE (.jsonl, .txt), or the graph's "
+            "inputs (.npz)"
         )
     path = Path(options.calib)
     if path.suffix == ".npz":
@@ -76,7 +77,8 @@ def read_samples(model: Model, options: Calibrated) -> Samples:
     size = vocabulary(tokens.value)
     if size is None:
         model.notes.append(
-            f"warning: no table that {tokens.value.name!r} looks up was found, so the vocabulary is unknown and token ids are not checked"
+            f"warning: no table that {tokens.value.name!r} looks up was found, so the vocabulary is unknown and token "
+            "ids are not checked"
         )
     else:
         _check_range(path, texts, size)
@@ -136,7 +138,8 @@ def _check_array(path: Path, value: ir.Value, array: np.ndarray[Any, Any]) -> No
         )
     if not same:
         raise JobError(
-            f"{path}: {value.name!r} is {array.dtype} {list(array.shape)}, but the graph's input is {wanted}; write it so"
+            f"{path}: {value.name!r} is {array.dtype} {list(array.shape)}, but the graph's input is {wanted}; write it "
+            "so"
         )
     if not array.size and not may_be_past(value.name):
         raise JobError(f"{path}: {value.name!r} is empty; write one text or more")
@@ -149,7 +152,8 @@ def _check_range(path: Path, texts: Sequence[Sequence[int]], size: int) -> None:
         worst = max(text) if max(text) >= size else min(text)
         if not 0 <= worst < size:
             raise JobError(
-                f"{path}: text {number} holds token {worst}, but the vocabulary has {size}; calibrate with the model's own tokenizer"
+                f"{path}: text {number} holds token {worst}, but the vocabulary has {size}; calibrate with the model's "
+                "own tokenizer"
             )
 
 

@@ -86,9 +86,11 @@ _GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
 
 def fingerprint(model: Model) -> str:
-    """Of the model as it is in memory, which a pass may have changed: nodes with their attributes, and each weight that is not in a file.
+    """Of the model as it is in memory, which a pass may have changed: nodes with their attributes, and each weight that
+    is not in a file.
 
-    Of a weight that is computed while it is read, the first and middle rows: its recipe is the pass's, whatever the row.
+    Of a weight that is computed while it is read, the first and middle rows: its recipe is the pass's, whatever the
+    row.
     """
     digest = hashlib.sha256()
     for node in (
@@ -129,7 +131,9 @@ class Layer:
         self._ran = False
 
     def observe(self, observers: Mapping[ir.Value, Sequence[Observer]]) -> None:
-        """Run all texts through the segment; each observer sees its value, as float32 [tokens, channels] or as it is where the rank is not 2 or 3."""
+        """Run all texts through the segment; each observer sees its value, as float32 [tokens, channels] or as it is
+        where the rank is not 2 or 3.
+        """
         self._calibration.through(self.segment, observers)
         self._ran = True
 
@@ -202,7 +206,8 @@ class Calibration:
             ]
             if strangers or not note.is_file():
                 raise JobError(
-                    f"{self._folder}: holds other files ({strangers[0] if strangers else 'no calibration.json'}); name an empty folder with --calib-cache"
+                    f"{self._folder}: holds other files ({strangers[0] if strangers else 'no calibration.json'}); name "
+                    "an empty folder with --calib-cache"
                 )
             try:
                 known = json.loads(note.read_text())
@@ -212,7 +217,8 @@ class Calibration:
                 return
             if not isinstance(known, dict) or set(known) != set(self._key):
                 raise JobError(
-                    f"{note}: is no note of a calibration, or damaged; name an empty folder with --calib-cache, or remove this one"
+                    f"{note}: is no note of a calibration, or damaged; name an empty folder with --calib-cache, or "
+                    "remove this one"
                 )
             shutil.rmtree(self._folder)
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -259,7 +265,8 @@ class Calibration:
                 return {name: archive[name] for name in archive.files}
         except (OSError, ValueError, zipfile.BadZipFile, EOFError, KeyError) as error:
             raise JobError(
-                f"{path}: this part of the calibration cache is damaged ({error}); remove the folder {str(self._folder)!r}"
+                f"{path}: this part of the calibration cache is damaged ({error}); remove the folder "
+                f"{str(self._folder)!r}"
             ) from None
 
     def store(self, weight: str, array: Array) -> None:
@@ -322,7 +329,8 @@ def _rows(array: Array | None, value: ir.Value) -> Array:
     array = array.astype(np.float32, copy=False)
     if not np.isfinite(array).all():
         raise JobError(
-            f"value {value.name!r} is infinite or NaN while calibrating; look for damaged weights before it with `onnxtools validate`"
+            f"value {value.name!r} is infinite or NaN while calibrating; look for damaged weights before it with "
+            "`onnxtools validate`"
         )
     return array if array.ndim == 4 else array.reshape(-1, array.shape[-1])
 

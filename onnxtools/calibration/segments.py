@@ -1,15 +1,15 @@
 """Cutting a graph where little flows, so that it can be run a piece at a time.
 
-A node is *heavy* when it looks up the token embedding, reads hidden states, is a product with a stored weight, or comes after
-such a node. Everything else (masks, positions, shapes) is cheap and is computed again in each segment that wants it.
-Between two segments only values of heavy nodes are handed on; a cut is made wherever the number of floating-point ones
-among them is small, and a product has been seen: in a decoder behind attention and behind the MLP, where the residual
-stream is all there is.
+A node is *heavy* when it looks up the token embedding, reads hidden states, is a product with a stored weight, or comes
+after such a node. Everything else (masks, positions, shapes) is cheap and is computed again in each segment that wants
+it. Between two segments only values of heavy nodes are handed on; a cut is made wherever the number of floating-point
+ones among them is small, and a product has been seen: in a decoder behind attention and behind the MLP, where the
+residual stream is all there is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -59,7 +59,8 @@ def segments(model: Model) -> list[Segment]:
     )
     if branching is not None:
         raise JobError(
-            f"{model.path}: node {branching.name!r} ({branching.op_type}) has a graph inside, which calibration does not cut; inline one branch"
+            f"{model.path}: node {branching.name!r} ({branching.op_type}) has a graph inside, which calibration does "
+            "not cut; inline one branch"
         )
     products = {product.node: product for product in weight_products(model)}
     heavy = _heavy(model, set(products))
@@ -75,12 +76,8 @@ def segments(model: Model) -> list[Segment]:
     found, start = [], 0
     for stop in _cuts(heavy, last, set(products)):
         part = heavy[start:stop]
-        received = _unique(
-            v
-            for node in part
-            for v in node.inputs
-            if v is not None and v.producer() in places and places[v.producer()] < start
-        )  # type: ignore[index]
+        inputs = (value for node in part for value in node.inputs if value is not None)
+        received = _unique(value for value in inputs if _place(value, places, start) < start)
         kept = tuple(value for node in heavy[:stop] for value in node.outputs if last.get(value, -1) >= stop)
         found.append(
             Segment(
@@ -150,7 +147,8 @@ def _cuts(heavy: list[ir.Node], last: dict[ir.Value, int], products: set[ir.Node
     chosen = [len(heavy)]
     for limit in sorted({count for count in counts[:-1] if 0 < count <= _MOST_ALIVE}):
         cuts = _cuts_at(counts, limit, heavy, products)
-        # Allow one more live value only if it makes the largest segment 8 times smaller: graphs with fused residual norms always carry two.
+        # Allow one more live value only if it makes the largest segment 8 times smaller: graphs with fused residual
+        # norms always carry two.
         if _largest(cuts, heavy, products) * 8 <= _largest(chosen, heavy, products) or (
             chosen == [len(heavy)] and len(cuts) > 1
         ):
@@ -195,6 +193,12 @@ def _with_cheap(part: list[ir.Node], places: dict[ir.Node, int], model: Model) -
                 needed.add(producer)
                 todo.append(producer)
     return tuple(node for node in model.graph if node in needed)
+
+
+def _place(value: ir.Value, places: Mapping[ir.Node, int], otherwise: int) -> int:
+    """The place of the node that computes `value`, or `otherwise`."""
+    node = value.producer()
+    return otherwise if node is None else places.get(node, otherwise)
 
 
 def _unique(values: Iterable[ir.Value]) -> tuple[ir.Value, ...]:

@@ -31,7 +31,9 @@ _SMALL = 4096
 
 
 class SegmentSession:
-    """Runs `segment`; `received_types` are the ONNX element types of what it receives, `wanted` the values to return."""
+    """Runs `segment`; `received_types` are the ONNX element types of what it receives, `wanted` the values to
+    return.
+    """
 
     def __init__(
         self, model: Model, segment: Segment, received_types: Mapping[ir.Value, int], wanted: Sequence[ir.Value]
@@ -81,7 +83,8 @@ class SegmentSession:
             results = self._session.run_with_ort_values([value.name for value in self.wanted], values)
         except Exception as error:
             raise JobError(
-                f"ONNX Runtime failed on a part of the graph that begins at node {self._segment.nodes[0].name!r}: {one_line(error)}"
+                f"ONNX Runtime failed on a part of the graph that begins at node {self._segment.nodes[0].name!r}: "
+                f"{one_line(error)}"
             ) from error
         return {value: to_numpy(result) for value, result in zip(self.wanted, results, strict=True)}
 

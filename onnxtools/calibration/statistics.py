@@ -13,7 +13,9 @@ class Observer(Protocol):
     """Sees an activation once for every text."""
 
     def add(self, x: Array) -> None:
-        """float32 [tokens, channels]; [batch, heads, sequence, head_dim] of keys, values and what attention computes."""
+        """float32 [tokens, channels]; [batch, heads, sequence, head_dim] of keys, values and what attention
+        computes.
+        """
 
 
 class ChannelRange:
@@ -102,8 +104,9 @@ class TokenSample:
 def equal_tokens(x: Array) -> Array:
     """Rows of length 1, so that an error counts relative to its token.
 
-    The first token of a text is often a hundred times as long as the others (attention sinks, arXiv 2309.17453; massive activations,
-    arXiv 2402.17762). A least-squares fit would serve it alone: INT4 with GPTQ of SmolLM2 had perplexity 31.9 so, and 26.5 with equal tokens.
+    The first token of a text is often a hundred times as long as the others (attention sinks, arXiv 2309.17453; massive
+    activations, arXiv 2402.17762). A least-squares fit would serve it alone: INT4 with GPTQ of SmolLM2 had perplexity
+    31.9 so, and 26.5 with equal tokens.
     """
     norms = np.sqrt(np.einsum("tk,tk->t", x, x, dtype=np.float64))[:, None].astype(
         np.float32
@@ -155,7 +158,8 @@ class BlockGram:
 
 
 class RotationRange:
-    """Largest magnitude that rotary embedding could give each channel of keys [batch, heads, sequence, head_dim]: the length of its pair.
+    """Largest magnitude that rotary embedding could give each channel of keys [batch, heads, sequence, head_dim]: the
+    length of its pair.
 
     A rotation turns the pair (x_i, x_j) by an angle that grows with the position, so at some position the whole length
     sqrt(x_i^2 + x_j^2) lies on either channel; calibration texts show only the positions they have.

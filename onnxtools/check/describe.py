@@ -109,7 +109,9 @@ def _sparsity(model: Model) -> list[dict[str, Any]]:
 
 
 def differences(a: Model, b: Model) -> dict[str, list[dict[str, Any]]]:
-    """What `b` has that `a` has not, and the other way round: operators, inputs and outputs, weights by type, opsets."""
+    """What `b` has that `a` has not, and the other way round: operators, inputs and outputs, weights by type,
+    opsets.
+    """
     x, y = describe(a), describe(b)
     return {
         "opsets": _changes(x["opsets"], y["opsets"]),
@@ -131,7 +133,9 @@ def differences(a: Model, b: Model) -> dict[str, list[dict[str, Any]]]:
 
 
 def engine_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Of two manifests: builder, graph and options, inputs and outputs, profiles, types of layer outputs, layers, size."""
+    """Of two manifests: builder, graph and options, inputs and outputs, profiles, types of layer outputs, layers,
+    size.
+    """
 
     def io(m: Mapping[str, Any]) -> dict[str, str]:
         return {
@@ -148,7 +152,8 @@ def engine_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, 
         }
 
     parts: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
-        "made": made, "options": lambda m: m["spec"], "io": io, "profiles": lambda m: {p["name"]: p["inputs"] for p in m["profiles"]},
+        "made": made, "options": lambda m: m["spec"], "io": io,
+        "profiles": lambda m: {p["name"]: p["inputs"] for p in m["profiles"]},
         "types": lambda m: m["audit"]["outputs"], "layers": lambda m: m["layers"]["types"],
     }  # fmt: skip
     return {title: _changes(of(a), of(b)) for title, of in parts.items()}

@@ -40,7 +40,9 @@ class Probe:
     real: Array | None = None
 
     def of_real(self, array: Array) -> Array:
-        """What of an output belongs to real tokens: [tokens, ...] of [batch, sequence, ...] or [batch, heads, sequence, ...]."""
+        """What of an output belongs to real tokens: [tokens, ...] of [batch, sequence, ...] or [batch, heads, sequence,
+        ...].
+        """
         if self.real is None:
             return array
         if array.shape[:2] == self.real.shape:
@@ -53,7 +55,8 @@ class Probe:
 def probes(
     model: Model, batch: int = BATCH, sequence: int = SEQUENCE, seed: int = 0, rows: int | None = None
 ) -> tuple[list[Probe], list[str]]:
-    """Plain inputs; the same with a left-padded row, and at positions from 4096 on, where the model has such inputs. And what could not be made, a line each.
+    """Plain inputs; the same with a left-padded row, and at positions from 4096 on, where the model has such inputs.
+    And what could not be made, a line each.
 
     Args:
         rows: token ids are drawn from the first so many rows of the table.
@@ -73,7 +76,9 @@ def probes(
 
 
 _LARGEST, _TOTAL, _OPERATIONS = 512 << 20, 8 << 30, 5e10
-"""Bytes of one value and of all, and operations in products with weights, that a check which nobody asked for may cost: some seconds."""
+"""Bytes of one value and of all, and operations in products with weights, that a check which nobody asked for may cost:
+some seconds.
+"""
 
 
 def sizes_of(model: Model, feeds: Feeds) -> dict[str, int]:
@@ -113,7 +118,9 @@ def _named(model: Model, part: str, feeds: Feeds, also: ir.DataType | None = Non
 
 
 def _padded(model: Model, plain: Feeds) -> Probe | None:
-    """The last row begins with padding: its mask is 0 there, and its positions are counted from the first real token, as transformers does."""
+    """The last row begins with padding: its mask is 0 there, and its positions are counted from the first real token,
+    as transformers does.
+    """
     mask, place = _named(model, "mask", plain, ir.DataType.BOOL), _named(model, "position", plain)
     tokens = token_input(model)
     rows, length = plain[mask].shape if mask is not None else (0, 0)
@@ -148,7 +155,9 @@ def _far(model: Model, plain: Feeds) -> Probe | None:
 
 
 def long_probe(model: Model, seed: int = 0) -> Probe | None:
-    """One row of more than 4096 tokens, for a graph that counts positions itself; None where it has an input for them, a fixed length or fewer positions."""
+    """One row of more than 4096 tokens, for a graph that counts positions itself; None where it has an input for them,
+    a fixed length or fewer positions.
+    """
     tokens = token_input(model)
     counted = not any(is_ids_like(value) and "position" in (value.name or "").lower() for value in model.graph.inputs)
     if tokens is None or not counted or any(isinstance(dim, int) for dim in tokens.value.shape or ()):
@@ -161,8 +170,9 @@ def long_probe(model: Model, seed: int = 0) -> Probe | None:
 def random_feeds(
     model: Model, batch: int = BATCH, sequence: int = SEQUENCE, seed: int = 0, rows: int | None = None
 ) -> Feeds:
-    """Inputs by rule: token ids all over the vocabulary (or its first `rows`), positions 0.., causal 4-D masks, other masks that keep all,
-    empty or zero caches, normal floats."""
+    """Inputs by rule: token ids all over the vocabulary (or its first `rows`), positions 0.., causal 4-D masks, other
+    masks that keep all, empty or zero caches, normal floats.
+    """
     settle_sizes(model)
     generator = np.random.default_rng(seed)
     return {value.name or "": _feed(value, batch, sequence, generator, rows) for value in model.graph.inputs}
@@ -176,7 +186,8 @@ def _feed(value: ir.Value, batch: int, sequence: int, generator: np.random.Gener
     shape = [_dim(dim, axis, value, batch, sequence) for axis, dim in enumerate(value.shape)]
     if math.prod(shape) * value.dtype.bitwidth > 8 * MAX_BYTES or min(shape, default=0) < 0:
         raise JobError(
-            f"input {value.name!r} of shape {shape} has more than {MAX_BYTES >> 30} GiB; give data with --inputs, or say --no-check"
+            f"input {value.name!r} of shape {shape} has more than {MAX_BYTES >> 30} GiB; give data with --inputs, or "
+            "say --no-check"
         )
     name = (value.name or "").lower()
     dtype = np.dtype(np.float32) if value.dtype == ir.DataType.BFLOAT16 else value.dtype.numpy()
@@ -204,7 +215,9 @@ def _feed(value: ir.Value, batch: int, sequence: int, generator: np.random.Gener
 
 
 def _true_hides(mask: ir.Value) -> bool:
-    """Whether True takes a key out (NeMo: Where(mask, -10000, scores)) or keeps it (the Attention operator, Where(mask, scores, ...))."""
+    """Whether True takes a key out (NeMo: Where(mask, -10000, scores)) or keeps it (the Attention operator, Where(mask,
+    scores, ...)).
+    """
     for node, index in mask.uses():
         if node.op_type == "Attention":
             return False

@@ -1,4 +1,7 @@
-"""Running a graph on ONNX Runtime (CPU) to judge a transform. Speed is not the aim; see `onnxtools.engines` for that."""
+"""Running a graph on ONNX Runtime (CPU) to judge a transform.
+
+Speed is not the aim; see `onnxtools.engines` for that.
+"""
 
 from __future__ import annotations
 
@@ -144,7 +147,9 @@ def to_numpy(value: Any) -> Array:
 
 
 def _map_foreign(options: Any, proto: onnx.ModelProto, model: Model) -> list[Array]:
-    """Give ONNX Runtime the weights that lie in other folders than the graph (a Hugging Face cache) from memory: it looks into one folder."""
+    """Give ONNX Runtime the weights that lie in other folders than the graph (a Hugging Face cache) from memory: it
+    looks into one folder.
+    """
 
     folder = model.path.parent.resolve() if model.path is not None else None
     wanted = {tensor.name for tensor in proto.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL}
@@ -166,7 +171,9 @@ def _map_foreign(options: Any, proto: onnx.ModelProto, model: Model) -> list[Arr
 def _runnable(
     model: Model, notes: list[str], only: Sequence[str] | None = None, rows: int | None = None
 ) -> onnx.ModelProto:
-    """A proto that ONNX Runtime takes: functions for `trt::`, no stale types, float32 for bfloat16; of the values `only` where they are named."""
+    """A proto that ONNX Runtime takes: functions for `trt::`, no stale types, float32 for bfloat16; of the values
+    `only` where they are named.
+    """
     if only is not None:
         proto = part(model, only, rows=rows)
         return _as_it_runs(proto, model, notes)

@@ -9,7 +9,10 @@ from typing import Any
 CPU = ("CPUExecutionProvider",)
 CUDA = ("CUDAExecutionProvider", "CPUExecutionProvider")
 _BROKEN_OPTIMIZERS = ["ReluQuantRewrite", "ClipQuantRewrite"]
-"""These remove a Relu or Clip before QuantizeLinear when the zero point is 0. That is right for uint8 only; with FP8 it changes the result."""
+"""These remove a Relu or Clip before QuantizeLinear when the zero point is 0.
+
+That is right for uint8 only; with FP8 it changes the result.
+"""
 
 
 def session_options(*, threads: int = 0, folder: Path | None = None, spinning: bool = True) -> Any:
@@ -18,7 +21,8 @@ def session_options(*, threads: int = 0, folder: Path | None = None, spinning: b
     Args:
         threads: of one operator on the CPU; 0 for all cores.
         folder: where the data files of a graph in memory lie.
-        spinning: whether threads wait for work by spinning, which is faster and takes the cores from numpy between runs.
+        spinning: whether threads wait for work by spinning, which is faster and takes the cores from numpy between
+        runs.
     """
     import onnxruntime as ort
 
@@ -38,7 +42,8 @@ def open_session(
     """An onnxruntime.InferenceSession of a file's path or of a serialized graph; raises what ONNX Runtime raises.
 
     Args:
-        qdq_as_written: compute QuantizeLinear and DequantizeLinear as nodes of their own. ONNX Runtime's fusions take FP8 for INT8
+        qdq_as_written: compute QuantizeLinear and DequantizeLinear as nodes of their own. ONNX Runtime's fusions take
+        FP8 for INT8
             (FACTS-te-nemo, 1.7).
     """
     import onnxruntime as ort

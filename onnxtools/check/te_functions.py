@@ -31,7 +31,8 @@ TRT_FP8DequantizeLinear (x, scale) => (y)
 }
 """  # fmt: skip
 
-# The scale is the smallest power of two >= amax / 448; Log alone may miss exact powers by a rounding, hence the two corrections.
+# The scale is the smallest power of two >= amax / 448; Log alone may miss exact powers by a rounding, hence the two
+# corrections.
 _MX = """
 <domain: "trt", opset_import: ["" : 19]>
 TRT_MXFP8DynamicQuantize (x) => (y, scale)

@@ -1,4 +1,7 @@
-"""Does a transformed model still compute the same? Full runs, incremental decoding, and the first value that differs."""
+"""Does a transformed model still compute the same?
+
+Full runs, incremental decoding, and the first value that differs.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +85,8 @@ class Verdict:
     def add(self, check: str, output: str, a: Array, b: Array, tolerance: float | None = None) -> None:
         if a.shape != b.shape:
             raise JobError(
-                f"output {output!r} has the shape {list(b.shape)}, the reference {list(a.shape)}; compare models with the same inputs"
+                f"output {output!r} has the shape {list(b.shape)}, the reference {list(a.shape)}; compare models with "
+                "the same inputs"
             )
         difference = Difference.of(a, b)
         limit = self.tolerance if tolerance is None else tolerance
@@ -106,7 +110,8 @@ class Verdict:
 
 
 def default_tolerance(model: Model) -> float:
-    """Relative L2 that rounding alone may cause: float32 1e-5, float16 1e-2, bfloat16, 16-bit FP8 graphs and FP8 caches 0.1.
+    """Relative L2 that rounding alone may cause: float32 1e-5, float16 1e-2, bfloat16, 16-bit FP8 graphs and FP8 caches
+    0.1.
 
     FP8 rounds to 3 bits, so one 16-bit rounding before it can flip a value by 6%; a few layers make percents of that.
     """
@@ -154,7 +159,8 @@ def validate(
     if is_cached(model) and has_dynamic_scales(model) and tolerance is None:
         steps_tolerance = STEP_TOLERANCE
         verdict.notes.append(
-            f"scales are computed from the data (current scaling): a step sees fewer tokens than the full run, so steps may differ by {STEP_TOLERANCE:g}"
+            "scales are computed from the data (current scaling): a step sees fewer tokens than the full run, so "
+            f"steps may differ by {STEP_TOLERANCE:g}"
         )
     for probe in [Probe("", feeds)] if feeds is not None else _probes(reference, batch, sequence, seed, verdict.notes):
         try:
@@ -176,7 +182,8 @@ def validate(
             _compare(verdict, probe.title or "full", expected, run_b(probe.feeds), probe)
     if not verdict.passed and is_quantized(model) and not is_quantized(reference):
         verdict.notes.append(
-            "only the model is quantized: percents of difference are its rounding; `onnxtools accuracy --compare` says what it costs"
+            "only the model is quantized: percents of difference are its rounding; `onnxtools accuracy --compare` says "
+            "what it costs"
         )
     return verdict
 
@@ -198,8 +205,13 @@ def is_quantized(model: Model) -> bool:
 
 
 def _compare(
-    verdict: Verdict, check: str, expected: Mapping[str, Array], actual: Mapping[str, Array], probe: Probe, tolerance: float | None = None
-) -> None:  # fmt: skip
+    verdict: Verdict,
+    check: str,
+    expected: Mapping[str, Array],
+    actual: Mapping[str, Array],
+    probe: Probe,
+    tolerance: float | None = None,
+) -> None:
     """Add one row for each shared output, and a note for each that only one model has."""
     shared = [name for name in expected if name in actual]
     if not shared:
@@ -250,7 +262,9 @@ def split_points(sequence: int) -> list[list[int]]:
 
 
 def decode(model: Model, run: Runner, feeds: Feeds, steps: Sequence[int]) -> dict[str, Array]:
-    """Feed `steps` tokens at a time, carrying the cache; outputs other than the cache, joined along the sequence (axis 1)."""
+    """Feed `steps` tokens at a time, carrying the cache; outputs other than the cache, joined along the sequence (axis
+    1).
+    """
     batch, _ = _token_shape(model, feeds)
     spec = CacheSpec.find(model) or CacheSpec()
     cache, carried = spec.feeds(batch), spec.carried()
@@ -278,7 +292,9 @@ def decode(model: Model, run: Runner, feeds: Feeds, steps: Sequence[int]) -> dic
 
 
 def _sequence_axis(model: Model, output: str) -> int | None:
-    """The axis of an output along which steps are joined; None where each step replaces the one before (last-token logits)."""
+    """The axis of an output along which steps are joined; None where each step replaces the one before (last-token
+    logits).
+    """
     value = next(v for v in model.graph.outputs if v.name == output)
     names = [d.value if isinstance(d, ir.SymbolicDim) else None for d in value.shape or ()]
     if (new := _new_tokens(model)) in names:
@@ -316,13 +332,19 @@ def _part(name: str, array: Array, model: Model, done: int, step: int) -> Array:
 
 
 def _validate_decoding(
-    verdict: Verdict, expected: Mapping[str, Array], model: Model, run: Runner, probe: Probe, tolerance: float | None,
+    verdict: Verdict,
+    expected: Mapping[str, Array],
+    model: Model,
+    run: Runner,
+    probe: Probe,
+    tolerance: float | None,
     own: Callable[[Sequence[int]], Mapping[str, Array]] | None,
-) -> None:  # fmt: skip
+) -> None:
     """At once and in steps: in all ways on the plain inputs, in one way on others.
 
     Args:
-        own: what a reference that has a cache too gives in the same steps. Where neither it nor the model gives in steps what the reference
+        own: what a reference that has a cache too gives in the same steps. Where neither it nor the model gives in
+        steps what the reference
             gives at once (its attention is not causal), the steps of both must be the same.
     """
     _, sequence = _token_shape(model, probe.feeds)
@@ -335,7 +357,10 @@ def _validate_decoding(
             theirs = own(steps)
             if not _worst(expected, theirs, probe) <= limit:
                 wanted = theirs
-                note = "the reference's own steps differ from its full run (its attention is not causal?): they are what the model's are compared with"
+                note = (
+                    "the reference's own steps differ from its full run (its attention is not causal?): they are what "
+                    "the model's are compared with"
+                )
                 verdict.notes += [note] if note not in verdict.notes else []
         _compare(verdict, label, wanted, found, probe, tolerance if len(steps) > 1 else None)
 

@@ -1,4 +1,6 @@
-"""A folder is a model: the tokenizer and what else lies beside a graph travels with it, and no model takes that of another."""
+"""A folder is a model: the tokenizer and what else lies beside a graph travels with it, and no model takes that of
+another.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,8 @@ def check_beside(path: Path, known: Mapping[str, str]) -> None:
         file = path.parent / name
         if name != INFO_FILE and file.is_file() and sha256(file) != digest:
             raise JobError(
-                f"{file}: is not the file that {path.name} was written with (another model's?); bring it back, or keep each model in its own folder"
+                f"{file}: is not the file that {path.name} was written with (another model's?); bring it back, or keep "
+                "each model in its own folder"
             )
 
 
@@ -70,7 +73,8 @@ def check_folder(path: Path, files: Beside) -> None:
         if owner or own.get(name) != found:
             whose = f"belongs to {owner}" if owner else f"was not written with {path.name}"
             raise JobError(
-                f"{target}: {whose} and differs from this model's; write into a folder of its own, or move that file away"
+                f"{target}: {whose} and differs from this model's; write into a folder of its own, or move that file "
+                "away"
             )
 
 

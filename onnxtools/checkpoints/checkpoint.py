@@ -78,11 +78,13 @@ class Region:
             size *= extent
         if offset < 0 or min(shape, default=0) < 0 or offset + size > self.size:
             raise ModelError(
-                f"{self.label}: tensor {shown(name)} needs bytes {shown(offset)} to {shown(offset + int(size))} of {self.size};"
+                f"{self.label}: tensor {shown(name)} needs bytes {shown(offset)} to {shown(offset + int(size))} of "
+                f"{self.size};"
                 " the file is truncated or damaged, fetch it again"
             )
         return ir.ExternalTensor(
-            self.path.name, self.start + offset, int(size), dtype, shape=ir.Shape(shape), name=name, base_dir=self.path.parent,
+            self.path.name, self.start + offset, int(size), dtype, shape=ir.Shape(shape), name=name,
+            base_dir=self.path.parent,
         )  # fmt: skip
 
 
@@ -102,9 +104,9 @@ def read_json(path: Path) -> dict[str, Any]:
 def member(folder: Path, name: str) -> Path:
     """The file `name` of a checkpoint's folder, behind any link.
 
-    Links are followed within the folder, and from a snapshot of the Hugging Face cache to the blobs of its own repository
-    (huggingface_hub's guide "Understand caching": REPOSITORY/snapshots/REVISION/FILE -> REPOSITORY/blobs/HASH). Any other link could
-    hand out a file that the checkpoint's author has never had.
+    Links are followed within the folder, and from a snapshot of the Hugging Face cache to the blobs of its own
+    repository (huggingface_hub's guide "Understand caching": REPOSITORY/snapshots/REVISION/FILE ->
+    REPOSITORY/blobs/HASH). Any other link could hand out a file that the checkpoint's author has never had.
 
     Raises:
         ModelError: a link that leads elsewhere, or in a circle.

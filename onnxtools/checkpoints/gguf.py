@@ -35,7 +35,8 @@ class QuantizedRows(RowTensor):
         block, size = GGML_QUANT_SIZES[kind]
         if not shape or shape[-1] % block:
             raise ModelError(
-                f"{region.label}: tensor {shown(name)} is {list(shape)}, its rows no multiple of {kind.name}'s block of {block}; fetch the file again"
+                f"{region.label}: tensor {shown(name)} is {list(shape)}, its rows no multiple of {kind.name}'s block "
+                f"of {block}; fetch the file again"
             )
         rows = math.prod(shape[:-1])
         self._bytes = region.tensor(name, ir.DataType.UINT8, (rows, shape[-1] // block * size), offset)
@@ -95,7 +96,8 @@ def _kind(region: Region, entry: TensorEntry) -> Any:
     if kind is None or kind.name not in (*_RAW, *_QUANTIZED):
         name = kind.name if kind is not None else f"of the unknown type {entry.kind}"
         raise ModelError(
-            f"{region.label}: tensor {shown(entry.name)} is {name}; {', '.join((*_RAW, *_QUANTIZED))} can be read, convert the file to one of them"
+            f"{region.label}: tensor {shown(entry.name)} is {name}; {', '.join((*_RAW, *_QUANTIZED))} can be read, "
+            "convert the file to one of them"
         )
     return kind
 
@@ -107,12 +109,15 @@ def _tensor(region: Region, entry: TensorEntry, kind: Any) -> ir.TensorProtocol:
 
 
 def _rope_factors(region: Region, tensors: Mapping[str, ir.TensorProtocol]) -> tuple[float, ...]:
-    """What each rotary frequency is divided by: `rope_freqs.weight`, which llama.cpp writes of Llama 3.1 and later; () where it is absent."""
+    """What each rotary frequency is divided by: `rope_freqs.weight`, which llama.cpp writes of Llama 3.1 and later; ()
+    where it is absent.
+    """
     tensor = tensors.get(ROPE_FACTORS)
     if tensor is None:
         return ()
     if tensor.nbytes > _MAX_FACTORS:
         raise ModelError(
-            f"{region.label}: {ROPE_FACTORS} has {tensor.nbytes} bytes; it holds a number for each pair of channels of a head, fetch the file again"
+            f"{region.label}: {ROPE_FACTORS} has {tensor.nbytes} bytes; it holds a number for each pair of channels of "
+            "a head, fetch the file again"
         )
     return tuple(elements(tensor).astype(np.float64).reshape(-1).tolist())

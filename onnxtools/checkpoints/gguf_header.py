@@ -1,6 +1,7 @@
 """The header of a GGUF file: metadata and the table of tensors (format: ggml's docs/gguf.md, versions 2 and 3).
 
-The `gguf` package's reader believes what a file says of itself; here every size is held against the file before anything is made.
+The `gguf` package's reader believes what a file says of itself; here every size is held against the file before
+anything is made.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from onnxtools.checkpoints.checkpoint import Region
 
 MAX_KEYS, MAX_TENSORS, MAX_RANK = 1 << 16, 1 << 17, 8
 MAX_ELEMENTS = 1 << 22
-"""Elements of all arrays together; a vocabulary of 262,144 tokens with its types, scores and merges has about 1.3 million."""
+"""Elements of all arrays together; a vocabulary of 262,144 tokens with its types, scores and merges has about 1.3
+million.
+"""
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
@@ -25,7 +28,9 @@ _STRING, _ARRAY = 8, 9
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One row of the table of tensors; `offset` is from the beginning of the file, `shape` has the slowest axis first."""
+    """One row of the table of tensors; `offset` is from the beginning of the file, `shape` has the slowest axis
+    first.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -78,7 +83,8 @@ class _Reader:
     def take(self, size: int) -> bytes:
         if size > self._left:
             raise ModelError(
-                f"{self._label}: not a GGUF file, or a truncated one: it needs {size} bytes where {self._left} are left; fetch it again"
+                f"{self._label}: not a GGUF file, or a truncated one: it needs {size} bytes where {self._left} are "
+                "left; fetch it again"
             )
         self._left -= size
         return self._file.read(size)

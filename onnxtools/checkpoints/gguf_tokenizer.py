@@ -1,7 +1,8 @@
 """The tokenizer inside a GGUF file's metadata as the files that Hugging Face's `tokenizers` and `transformers` read.
 
-The text is written here, without the `tokenizers` package. What each name in `tokenizer.ggml.pre` means, and what holds where
-a key is absent, is llama.cpp's (src/llama-vocab.cpp); the shapes are those of the published tokenizer.json of each family.
+The text is written here, without the `tokenizers` package. What each name in `tokenizer.ggml.pre` means, and what holds
+where a key is absent, is llama.cpp's (src/llama-vocab.cpp); the shapes are those of the published tokenizer.json of
+each family.
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, str]:
         raise JobError("the metadata has no tokenizer.ggml.model; take the tokenizer's files from the original model")
     if kind not in ("gpt2", "llama"):
         raise JobError(
-            f"tokenizer.ggml.model {kind!r} is not supported (known: gpt2, llama); take the tokenizer's files from the original model"
+            f"tokenizer.ggml.model {kind!r} is not supported (known: gpt2, llama); take the tokenizer's files from the "
+            "original model"
         )
     types = _types(metadata)
     names = _names(metadata, types, kind)
@@ -154,7 +156,9 @@ def _types(metadata: Mapping[str, Any]) -> list[int]:
 
 
 def _names(metadata: Mapping[str, Any], types: list[int], kind: str) -> list[str]:
-    """The tokens' texts; SentencePiece's user-defined tokens are matched in the plain text, so theirs has plain spaces."""
+    """The tokens' texts; SentencePiece's user-defined tokens are matched in the plain text, so theirs has plain
+    spaces.
+    """
     tokens = _list(metadata, "tokens", str)
     names = [
         name.replace(_SPACE, " ") if kind == "llama" and types[i] == _USER_DEFINED else name
@@ -185,7 +189,8 @@ def _byte_level_bpe(metadata: Mapping[str, Any], vocab: Mapping[str, int]) -> di
     pre = _get(metadata, "pre", "default")
     if pre not in _PRE:
         raise JobError(
-            f"tokenizer.ggml.pre {pre!r} is not supported (known: {', '.join(sorted(_PRE))}); take the tokenizer's files from the original model"
+            f"tokenizer.ggml.pre {pre!r} is not supported (known: {', '.join(sorted(_PRE))}); take the tokenizer's "
+            "files from the original model"
         )
     merges = []
     for merge in _list(metadata, "merges", str):
@@ -197,7 +202,8 @@ def _byte_level_bpe(metadata: Mapping[str, Any], vocab: Mapping[str, int]) -> di
                 f"tokenizer.ggml.merges has {merge!r}, whose parts or result are no tokens; fetch the file again"
             )
         merges.append([left, right])
-    # Without unk_token a byte that is no token is dropped, as by the original (SmolLM2 lacks 21: rare control characters, bytes of unassigned planes).
+    # Without unk_token a byte that is no token is dropped, as by the original (SmolLM2 lacks 21: rare control
+    # characters, bytes of unassigned planes).
     return {
         "normalizer": {"type": "NFC"} if _PRE[pre] is _QWEN2 else None,
         "pre_tokenizer": _PRE[pre],
@@ -218,7 +224,9 @@ def bpe(merges: list[list[str]], **settings: Any) -> dict[str, Any]:
 
 
 def _sentencepiece(metadata: Mapping[str, Any], names: list[str], types: list[int], unknown: str) -> dict[str, Any]:
-    """SentencePiece's BPE as Llama 2's tokenizer.json has it: no words, spaces as U+2581, unknown characters as bytes."""
+    """SentencePiece's BPE as Llama 2's tokenizer.json has it: no words, spaces as U+2581, unknown characters as
+    bytes.
+    """
     prefix = _get(metadata, "add_space_prefix", True)
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     decoders: list[dict[str, Any]] = [
@@ -240,10 +248,12 @@ def _sentencepiece(metadata: Mapping[str, Any], names: list[str], types: list[in
 
 
 def _merges_by_score(metadata: Mapping[str, Any], names: list[str], types: list[int]) -> list[list[str]]:
-    """Every split of a piece into two others, best score first: SentencePiece joins the neighbours whose union scores best.
+    """Every split of a piece into two others, best score first: SentencePiece joins the neighbours whose union scores
+    best.
 
     Raises:
-        JobError: two pieces score the same. SentencePiece then joins the leftmost, and a list of merges cannot say that;
+        JobError: two pieces score the same. SentencePiece then joins the leftmost, and a list of merges cannot say
+        that;
             in practice the scores are placeholders of a conversion that lost them.
     """
     scores = _list(metadata, "scores", (float, int))
@@ -258,7 +268,8 @@ def _merges_by_score(metadata: Mapping[str, Any], names: list[str], types: list[
         other = by_score.setdefault(pieces[name], name)
         if other != name:
             raise JobError(
-                f"tokenizer.ggml.scores gives {other!r} and {name!r} the same score, so the order of merges is not known; take the original model's files"
+                f"tokenizer.ggml.scores gives {other!r} and {name!r} the same score, so the order of merges is not "
+                "known; take the original model's files"
             )
     return [pair for name in sorted(splits, key=lambda name: -pieces[name]) for pair in splits[name]]
 
@@ -267,11 +278,13 @@ def _pairs(name: str, pieces: Mapping[str, float]) -> list[list[str]]:
     """Every cut of a piece into two.
 
     Raises:
-        JobError: it is longer than any vocabulary's (SentencePiece stops at 16 characters by default): the cuts take quadratic time.
+        JobError: it is longer than any vocabulary's (SentencePiece stops at 16 characters by default): the cuts take
+        quadratic time.
     """
     if len(name) > _LONGEST:
         raise JobError(
-            f"tokenizer.ggml.tokens has a piece of {len(name)} characters, beginning with {name[:20]!r}; fetch the file again"
+            f"tokenizer.ggml.tokens has a piece of {len(name)} characters, beginning with {name[:20]!r}; fetch the "
+            "file again"
         )
     return [[name[:cut], name[cut:]] for cut in range(1, len(name)) if name[:cut] in pieces and name[cut:] in pieces]
 

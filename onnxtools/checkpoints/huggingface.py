@@ -12,7 +12,8 @@ from onnxtools.checkpoints.safetensors import read_safetensors, read_sharded
 from onnxtools.checkpoints.torch_file import read_torch
 
 BESIDE = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "vocab.json", "merges.txt",
+    "vocab.txt",
     "added_tokens.json", "generation_config.json", "chat_template.jinja",
 )  # fmt: skip
 """Files that are copied beside the exported model."""
@@ -46,7 +47,8 @@ def _weights(folder: Path) -> dict[str, ir.TensorProtocol]:
         if member(folder, f"{name}.index.json").is_file():
             return read_sharded(folder, f"{name}.index.json", read)
     raise ModelError(
-        f"{folder}: has a config.json but neither model.safetensors nor pytorch_model.bin; fetch the weights (an unfetched LFS pointer has another name)"
+        f"{folder}: has a config.json but neither model.safetensors nor pytorch_model.bin; fetch the weights (an "
+        "unfetched LFS pointer has another name)"
     )
 
 

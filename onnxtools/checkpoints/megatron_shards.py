@@ -1,4 +1,6 @@
-"""Merging the shards of tensor- and pipeline-parallel Megatron checkpoints, lazily (rules: FACTS 6.5, Megatron's layers)."""
+"""Merging the shards of tensor- and pipeline-parallel Megatron checkpoints, lazily (rules: FACTS 6.5, Megatron's
+layers).
+"""
 
 from __future__ import annotations
 
@@ -36,13 +38,15 @@ def merge(stages: Sequence[Sequence[Mapping[str, Any]]], config: Mapping[str, An
     """
     if int(config.get("virtual_pipeline_model_parallel_size") or 1) > 1:
         raise ModelError(
-            f"{label}: was trained with a virtual pipeline, whose order of layers is not supported; merge it with NeMo first"
+            f"{label}: was trained with a virtual pipeline, whose order of layers is not supported; merge it with NeMo "
+            "first"
         )
     found: dict[str, Any] = {}
     per_stage = int(config.get("num_layers") or 0) // len(stages)
     if len(stages) > 1 and per_stage * len(stages) != int(config.get("num_layers") or 0):
         raise ModelError(
-            f"{label}: {config.get('num_layers')} layers do not divide into {len(stages)} pipeline stages; check model_config.yaml"
+            f"{label}: {config.get('num_layers')} layers do not divide into {len(stages)} pipeline stages; check "
+            "model_config.yaml"
         )
     gated = str(config.get("activation", "gelu")).endswith("glu") and not any(
         ".dense_h_to_4h_2." in name for name in stages[0][0]

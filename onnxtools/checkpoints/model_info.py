@@ -1,4 +1,6 @@
-"""`ModelInfo`: what is known of a model beyond its inputs and outputs, from its own description or from the files of other exporters."""
+"""`ModelInfo`: what is known of a model beyond its inputs and outputs, from its own description or from the files of
+other exporters.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,8 @@ class ModelInfo:
 
     @classmethod
     def read(cls, path: Path, metadata: Mapping[str, str]) -> ModelInfo:
-        """Of the graph's metadata, else of the onnxtools.json beside it, else of the configurations that other exporters put there.
+        """Of the graph's metadata, else of the onnxtools.json beside it, else of the configurations that other
+        exporters put there.
 
         Raises:
             JobError: what is there cannot be read, or says what no model has.
@@ -65,9 +68,11 @@ class ModelInfo:
 
     @classmethod
     def _foreign(cls, path: Path) -> ModelInfo:
-        """Of generation_config.json, else genai_config.json (ONNX Runtime GenAI), config.json, tokenizer_config.json, each where the former are silent.
+        """Of generation_config.json, else genai_config.json (ONNX Runtime GenAI), config.json, tokenizer_config.json,
+        each where the former are silent.
 
-        They lie beside the graph, or above it where its folder is called `onnx` (Optimum's and transformers.js's layout).
+        They lie beside the graph, or above it where its folder is called `onnx` (Optimum's and transformers.js's
+        layout).
         """
         above = path.parent.name == "onnx" and not any((path.parent / name).exists() for name in FOREIGN)
         folder = path.parent.parent if above else path.parent
@@ -101,7 +106,8 @@ class ModelInfo:
             raise JobError(f"{label}: {error}") from None
         if positions is not None and (type(positions) is not int or positions < 1):
             raise JobError(
-                f"{label}: max_position_embeddings is {shown(positions)}; it must be a number of 1 or more, or be left out"
+                f"{label}: max_position_embeddings is {shown(positions)}; it must be a number of 1 or more, or be left "
+                "out"
             )
         ends, pad = ids["eos_token_ids"], ids["pad_token_id"]
         return cls(

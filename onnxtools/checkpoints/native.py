@@ -43,7 +43,8 @@ class _Kept:
 
 @contextlib.contextmanager
 def _stderr_kept() -> Iterator[BinaryIO | None]:
-    """Keep what is written to the file descriptor of stderr, and write it there afterwards; None where that is not possible.
+    """Keep what is written to the file descriptor of stderr, and write it there afterwards; None where that is not
+    possible.
 
     Rust's panic hook writes to the descriptor itself before Python learns of the panic.
     """

@@ -28,14 +28,18 @@ _MAX_TOKENIZER = 256 << 20
 _MAX_HEADER = 16 << 20
 """Bytes of one header of a tar: its longest names, not its files."""
 _MAX_RATIO, _FREE = 100, 64 << 20
-"""How many times its compressed size an archive may hold, beyond the first 64 MiB; gzip shrinks zeros 1000 times, weights 1.3 times."""
+"""How many times its compressed size an archive may hold, beyond the first 64 MiB; gzip shrinks zeros 1000 times,
+weights 1.3 times.
+"""
 _TOKENIZER = {
     ("model", ".model"): "tokenizer.model",
     ("vocab_file", ".json"): "vocab.json",
     ("vocab_file", ".txt"): "vocab.txt",
     ("merge_file", ".txt"): "merges.txt",
 }
-"""Entry of the configuration's `tokenizer`, and suffix of the file that it names in the archive, to what it is called beside the model."""
+"""Entry of the configuration's `tokenizer`, and suffix of the file that it names in the archive, to what it is called
+beside the model.
+"""
 _NEW = "; export it from NeMo with `nemo.export` or convert it to a Hugging Face folder first"
 
 
@@ -53,7 +57,9 @@ def read_nemo(path: Path, *, weights: bool = True) -> Checkpoint:
 
 
 def read_ckpt(path: Path) -> Checkpoint:
-    """Open a Lightning checkpoint: weights under `state_dict`, the configuration under `hyper_parameters`, or in a model_config.yaml beside it."""
+    """Open a Lightning checkpoint: weights under `state_dict`, the configuration under `hyper_parameters`, or in a
+    model_config.yaml beside it.
+    """
     with reading(path):
         found = read_torch(Region.of(path))
     if not isinstance(found, dict):
@@ -72,9 +78,8 @@ def _open(path: Path, members: dict[str, Region], weights: bool) -> Checkpoint:
     config_name = next((name for name in ("model_config.yaml", "config.yaml") if name in members), None)
     if config_name is None:
         new = any(name.startswith(("weights/", "context/")) for name in members)
-        raise ModelError(
-            f"{path}: {'is a NeMo 2 checkpoint (weights/ and context/), which is not supported' + _NEW if new else 'has no model_config.yaml'}"
-        )
+        unknown = "is a NeMo 2 checkpoint (weights/ and context/), which is not supported" + _NEW
+        raise ModelError(f"{path}: {unknown if new else 'has no model_config.yaml'}")
     config = _config(members[config_name])
     if not weights:
         return Checkpoint(path, "megatron", {**config, "_vocab_size": config.get("override_vocab_size")}, {}, {})
@@ -99,7 +104,8 @@ def _checkpoint(
 
 
 def _tokenizer(members: dict[str, Region], config: dict[str, Any]) -> dict[str, Path | bytes]:
-    """The tokenizer's files under the names of Hugging Face: those that the configuration names, and those that have such a name.
+    """The tokenizer's files under the names of Hugging Face: those that the configuration names, and those that have
+    such a name.
 
     An archive may hold anything; what it calls package.json does not belong beside a model.
     """
@@ -115,7 +121,8 @@ def _tokenizer(members: dict[str, Region], config: dict[str, Any]) -> dict[str, 
         if target is not None:
             if region.size > _MAX_TOKENIZER:
                 raise ModelError(
-                    f"{region.label}: has {region.size} bytes, more than a tokenizer's file has; do not trust this archive"
+                    f"{region.label}: has {region.size} bytes, more than a tokenizer's file has; do not trust this "
+                    "archive"
                 )
             found[target] = region.read(0, region.size)
     return found
@@ -158,7 +165,8 @@ def _ranks(path: Path, members: dict[str, Region]) -> list[list[Region]]:
         if len(last) == 1:
             return [last]
         raise ModelError(
-            f"{path}: has no model_weights.ckpt and no mp_rank_XX or tp_rank_XX_pp_rank_XXX folders; check that the checkpoint is whole"
+            f"{path}: has no model_weights.ckpt and no mp_rank_XX or tp_rank_XX_pp_rank_XXX folders; check that the "
+            "checkpoint is whole"
         )
     pipelines, tensors = (max(key[axis] for key in found) + 1 for axis in (0, 1))
     absent = pipelines * tensors - len(found)
@@ -176,7 +184,9 @@ def _folder_members(folder: Path) -> dict[str, Region]:
 
 
 def _archive_members(path: Path) -> dict[str, Region]:
-    """Members by name without `./`; read in place in a plain tar, extracted to a temporary folder from a compressed one."""
+    """Members by name without `./`; read in place in a plain tar, extracted to a temporary folder from a compressed
+    one.
+    """
     whole = Region.of(path)
     with open(whole.path, "rb") as file:
         try:
@@ -222,7 +232,8 @@ class _Headers(io.RawIOBase):
     def _check(self, end: int) -> None:
         if self._limit is not None and end > self._limit + tarfile.RECORDSIZE:
             raise ModelError(
-                f"{self._whole.label}: its {self._whole.size} bytes unpack to more than {self._limit}, which no weights do; do not trust this file"
+                f"{self._whole.label}: its {self._whole.size} bytes unpack to more than {self._limit}, which no "
+                "weights do; do not trust this file"
             )
 
 
@@ -242,7 +253,8 @@ def _members(whole: Region, archive: tarfile.TarFile) -> Iterator[tuple[str, tar
             )
         if not entry.isreg() or entry.issparse():
             raise ModelError(
-                f"{whole.label}: its member {shown(entry.name)} is a link, a device or sparse, no plain file; do not trust this file"
+                f"{whole.label}: its member {shown(entry.name)} is a link, a device or sparse, no plain file; do not "
+                "trust this file"
             )
         yield name.as_posix(), entry
 
@@ -250,7 +262,8 @@ def _members(whole: Region, archive: tarfile.TarFile) -> Iterator[tuple[str, tar
 def _fits(whole: Region, entry: tarfile.TarInfo) -> int:
     if entry.offset_data + entry.size > whole.size:
         raise ModelError(
-            f"{whole.label}: its member {shown(entry.name)} claims {entry.size} bytes, more than the archive has; it is truncated, fetch it again"
+            f"{whole.label}: its member {shown(entry.name)} claims {entry.size} bytes, more than the archive has; it "
+            "is truncated, fetch it again"
         )
     return entry.size
 
@@ -265,7 +278,8 @@ def _extract(whole: Region, archive: tarfile.TarFile) -> dict[str, Region]:
         room -= entry.size
         if room < 0:
             raise ModelError(
-                f"{whole.label}: unpacked it needs more than the free space of {own.path.parent}; free space there or unpack it elsewhere and name the folder"
+                f"{whole.label}: unpacked it needs more than the free space of {own.path.parent}; free space there or "
+                "unpack it elsewhere and name the folder"
             )
         source = archive.extractfile(entry)
         assert source is not None

@@ -42,7 +42,8 @@ def _open(path: Path, weights: bool) -> Checkpoint:
 
             return read_nemo(path, weights=weights)
         raise ModelError(
-            f"{path}: has neither config.json (Hugging Face) nor model_config.yaml (NeMo); name the folder of the checkpoint"
+            f"{path}: has neither config.json (Hugging Face) nor model_config.yaml (NeMo); name the folder of the "
+            "checkpoint"
         )
     if path.suffix == ".gguf":
         from onnxtools.checkpoints.gguf import read_gguf
@@ -57,5 +58,6 @@ def _open(path: Path, weights: bool) -> Checkpoint:
             f"{path}: weights alone do not say what model they are; name the folder that holds config.json too"
         )
     raise ModelError(
-        f"{path}: no reader for {path.suffix or 'a file without suffix'}; a Hugging Face folder, .nemo, .ckpt or .gguf can be read"
+        f"{path}: no reader for {path.suffix or 'a file without suffix'}; a Hugging Face folder, .nemo, .ckpt or .gguf "
+        "can be read"
     )

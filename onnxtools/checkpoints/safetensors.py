@@ -14,7 +14,8 @@ from onnxtools.checkpoints.checkpoint import MAX_JSON_BYTES, Region, json_object
 
 _DTYPES = {
     "F64": ir.DataType.DOUBLE, "F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16,
-    "F8_E4M3": ir.DataType.FLOAT8E4M3FN, "F8_E5M2": ir.DataType.FLOAT8E5M2, "I64": ir.DataType.INT64, "I32": ir.DataType.INT32,
+    "F8_E4M3": ir.DataType.FLOAT8E4M3FN, "F8_E5M2": ir.DataType.FLOAT8E5M2, "I64": ir.DataType.INT64,
+    "I32": ir.DataType.INT32,
     "I16": ir.DataType.INT16, "I8": ir.DataType.INT8, "U8": ir.DataType.UINT8, "BOOL": ir.DataType.BOOL,
 }  # fmt: skip
 
@@ -32,7 +33,8 @@ def read_safetensors(path: Path) -> dict[str, ir.TensorProtocol]:
         (length,) = struct.unpack("<Q", region.read(0, 8))
         if length > min(MAX_JSON_BYTES, region.size - 8):
             raise ModelError(
-                f"{path}: its header claims {length} bytes and the file has {region.size}; it is truncated or no safetensors file, fetch it again"
+                f"{path}: its header claims {length} bytes and the file has {region.size}; it is truncated or no "
+                "safetensors file, fetch it again"
             )
         header = json_object(region.read(8, length), f"{path}: header")
     header.pop("__metadata__", None)
@@ -43,7 +45,8 @@ def read_safetensors(path: Path) -> dict[str, ir.TensorProtocol]:
     for tensor in sorted(placed.values(), key=lambda t: (t.offset or 0, t.nbytes)):
         if tensor.offset != at:
             raise ModelError(
-                f"{path}: tensor {tensor.name!r} begins at byte {(tensor.offset or 0) - data.start}, not at {at - data.start} where the one before ends"
+                f"{path}: tensor {tensor.name!r} begins at byte {(tensor.offset or 0) - data.start}, not at "
+                f"{at - data.start} where the one before ends"
             )
         at += tensor.nbytes
     if at != data.start + data.size:
@@ -67,7 +70,8 @@ def _tensor(data: Region, name: str, entry: object) -> ir.ExternalTensor:
     tensor = data.tensor(name, _DTYPES[dtype], shape, begin)
     if end - begin != tensor.nbytes:
         raise ModelError(
-            f"{data.label}: tensor {name!r} of shape {list(shape)} needs {tensor.nbytes} bytes but its header gives {end - begin}; fetch it again"
+            f"{data.label}: tensor {name!r} of shape {list(shape)} needs {tensor.nbytes} bytes but its header gives "
+            f"{end - begin}; fetch it again"
         )
     return tensor
 
@@ -75,7 +79,8 @@ def _tensor(data: Region, name: str, entry: object) -> ir.ExternalTensor:
 def read_sharded(
     folder: Path, index_name: str, read: Callable[[Path], dict[str, ir.TensorProtocol]]
 ) -> dict[str, ir.TensorProtocol]:
-    """The tensors of all files of `folder` that the index of shards names, each opened by `read`; its map and the files must agree.
+    """The tensors of all files of `folder` that the index of shards names, each opened by `read`; its map and the files
+    must agree.
 
     Raises:
         ModelError: a file is missing or lies elsewhere, or a tensor is not where the index says.
@@ -88,14 +93,17 @@ def read_sharded(
         absent = sorted(name for name, place in places.items() if place == file and name not in tensors)
         if absent:
             raise ModelError(
-                f"{folder / file}: has no tensor {absent[0]!r}, which {index_name} places there ({len(absent)} in all); fetch both again"
+                f"{folder / file}: has no tensor {absent[0]!r}, which {index_name} places there ({len(absent)} in "
+                "all); fetch both again"
             )
         found.update({name: tensor for name, tensor in tensors.items() if places.get(name, file) == file})
     return found
 
 
 def _weight_map(path: Path, index: Path) -> dict[str, str]:
-    """Tensor name to file name, as the index of shards at `path` gives it; only files in the folder of `index`, its name, are accepted."""
+    """Tensor name to file name, as the index of shards at `path` gives it; only files in the folder of `index`, its
+    name, are accepted.
+    """
     places = read_json(path).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise ModelError(f"{index}: has no weight_map; fetch it again")

@@ -1,4 +1,5 @@
-"""What the files beside a tokenizer add to it: special tokens, and the whole of it where there are only vocab.json and merges.txt.
+"""What the files beside a tokenizer add to it: special tokens, and the whole of it where there are only vocab.json and
+merges.txt.
 
 The rules are those of transformers 5 (tokenization_utils_base.py, `_from_pretrained`).
 """
@@ -79,7 +80,9 @@ def _optional(path: Path) -> dict[str, Any]:
 
 
 def _add(found: Named, token: Any, label: str, *, special: bool) -> str:
-    """Enter a token given as text, or as an object with its flags; the first that names it decides them, but special it stays."""
+    """Enter a token given as text, or as an object with its flags; the first that names it decides them, but special it
+    stays.
+    """
     flags = token if isinstance(token, Mapping) else {"content": token}
     text = flags.get("content")
     if not isinstance(text, str) or not text:
@@ -102,7 +105,9 @@ def _id(value: Any, label: str) -> int:
 
 
 def ids_by_name(folder: Path, wanted: Sequence[str]) -> dict[str, int]:
-    """Those of `wanted` (`eos_token_id` and the like) whose token the files in `folder` name by its text, as far as they say its id too."""
+    """Those of `wanted` (`eos_token_id` and the like) whose token the files in `folder` name by its text, as far as
+    they say its id too.
+    """
     says = named(folder)
     roles = {key: says.roles[role] for role in ROLES if (key := f"{role}_token_id") in wanted and role in says.roles}
     ids = {text: entry["id"] for text, entry in says.tokens.items() if "id" in entry}
@@ -122,7 +127,9 @@ def _added_ids(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def add_named(tokenizer: Any, folder: Path) -> None:
-    """Make the special tokens that the files in `folder` name special in `tokenizer` too, as far as its vocabulary has them."""
+    """Make the special tokens that the files in `folder` name special in `tokenizer` too, as far as its vocabulary has
+    them.
+    """
     import tokenizers
 
     known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
@@ -148,7 +155,8 @@ def from_merges(vocabulary: Path, merges: Path) -> Any:
     if name not in (*_GPT2, *_QWEN2):
         raise JobError(
             f"{vocabulary.parent}: vocab.json and merges.txt are of a {shown(kind)}, whose rules they do not hold; "
-            f"write its tokenizer.json: transformers.AutoTokenizer.from_pretrained({str(vocabulary.parent)!r}).save_pretrained(...)"
+            "write its tokenizer.json: "
+            f"transformers.AutoTokenizer.from_pretrained({str(vocabulary.parent)!r}).save_pretrained(...)"
         )
     vocab, pairs = tokenizers.models.BPE.read_file(str(vocabulary), str(merges))
     for role in ("unk", "bos", "eos"):  # these classes' defaults
@@ -157,15 +165,20 @@ def from_merges(vocabulary: Path, merges: Path) -> Any:
     _number(says, vocab)
     prefix = bool(says.config.get("add_prefix_space", False))
     text = {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": sorted(says.tokens.values(), key=lambda entry: entry["id"]),
-        "normalizer": {"type": "NFC"} if name in _QWEN2 else None, "pre_tokenizer": words(ONE_DIGIT, prefix) if name in _QWEN2 else byte_level(True, prefix),
-        "post_processor": _around(says), "decoder": byte_level(True), "model": {**bpe([list(pair) for pair in pairs]), "vocab": vocab},
+        "version": "1.0", "truncation": None, "padding": None,
+        "added_tokens": sorted(says.tokens.values(), key=lambda entry: entry["id"]),
+        "normalizer": {"type": "NFC"} if name in _QWEN2 else None,
+        "pre_tokenizer": words(ONE_DIGIT, prefix) if name in _QWEN2 else byte_level(True, prefix),
+        "post_processor": _around(says), "decoder": byte_level(True),
+        "model": {**bpe([list(pair) for pair in pairs]), "vocab": vocab},
     }  # fmt: skip
     return tokenizers.Tokenizer.from_str(json.dumps(text))
 
 
 def _number(says: Named, vocab: dict[str, int]) -> None:
-    """Give every added token its id: the vocabulary's, its own, or the next free one; `vocab` gets those that it lacks."""
+    """Give every added token its id: the vocabulary's, its own, or the next free one; `vocab` gets those that it
+    lacks.
+    """
     for text, entry in says.tokens.items():
         if text in vocab:
             entry["id"] = vocab[text]

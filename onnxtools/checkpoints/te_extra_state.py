@@ -17,7 +17,8 @@ Array = np.ndarray[Any, Any]
 
 
 def forward_scales(extra: Any, label: str) -> Array | None:
-    """`scale_fwd` of a module, float32 [3 x GEMMs]: activation, weight, output of each; None where the module has no FP8 state.
+    """`scale_fwd` of a module, float32 [3 x GEMMs]: activation, weight, output of each; None where the module has no
+    FP8 state.
 
     Args:
         extra: BytesIO (TransformerEngine 1.x), a uint8 tensor (2023, and 2.x), or nothing.
@@ -49,5 +50,6 @@ def _bytes(extra: Any, label: str) -> bytes:
     if extra is None or isinstance(extra, ir.TensorProtocol):
         return b""
     raise ModelError(
-        f"the FP8 state of {label} is a {type(extra).__name__}, not the bytes that TransformerEngine writes; save the checkpoint again"
+        f"the FP8 state of {label} is a {type(extra).__name__}, not the bytes that TransformerEngine writes; save the "
+        "checkpoint again"
     )

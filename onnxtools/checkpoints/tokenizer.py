@@ -43,7 +43,8 @@ class Tokenizer:
                 inner = from_merges(vocabulary, merges)
             else:
                 raise JobError(
-                    f"{absent(path)}: there is no tokenizer; put the model's tokenizer.json there, or name one with --tokenizer"
+                    f"{absent(path)}: there is no tokenizer; put the model's tokenizer.json there, or name one with "
+                    "--tokenizer"
                 )
             inner.no_truncation()
             inner.no_padding()
@@ -67,8 +68,8 @@ class Tokenizer:
             return list(self._inner.encode(_valid(text), add_special_tokens=special).ids)
 
     def pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Tokens of a context that is not empty and of what continues it: both are encoded as one text and cut where the
-        context's own tokens end; white space at the context's end belongs to the continuation.
+        """Tokens of a context that is not empty and of what continues it: both are encoded as one text and cut where
+        the context's own tokens end; white space at the context's end belongs to the continuation.
 
         lm-eval's rule (api/model.py, `TemplateLM._encode_pair`). Encoded alone, a continuation gets the word mark that
         SentencePiece puts in front of every text.
@@ -103,12 +104,14 @@ _TAIL = 16
 
 
 _RUNS, _PATIENCE = (50, 100, 200, 400, 800, 1600), 0.5
-"""Characters of one kind that follow one another in the probes, and seconds of the processor that all may take; real tokenizers take 0.01."""
+"""Characters of one kind that follow one another in the probes, and seconds of the processor that all may take; real
+tokenizers take 0.01.
+"""
 
 
 def _probe(inner: Any, path: Path) -> None:
-    """Encode and decode runs of one character, each twice as long as the one before: there a bad pattern takes cubic or exponential
-    time, which nothing could interrupt later.
+    """Encode and decode runs of one character, each twice as long as the one before: there a bad pattern takes cubic or
+    exponential time, which nothing could interrupt later.
 
     Raises:
         JobError: it panics, or takes more than `_PATIENCE` seconds.
@@ -124,7 +127,8 @@ def _probe(inner: Any, path: Path) -> None:
                 inner.decode(ids)
             if time.thread_time() - start > _PATIENCE:
                 raise JobError(
-                    f"{path}: its patterns take too long for {length} times {character!r}; it is damaged or hostile, fetch the model's own"
+                    f"{path}: its patterns take too long for {length} times {character!r}; it is damaged or hostile, "
+                    "fetch the model's own"
                 )
 
 
@@ -139,8 +143,8 @@ def _valid(text: str) -> str:
 class Streams:
     """New text of each row as its tokens come, and the stop texts in it.
 
-    A token may hold half a character, and a text may turn out to be the beginning of a stop text: such an end is held back
-    until it is decided, or `flush`.
+    A token may hold half a character, and a text may turn out to be the beginning of a stop text: such an end is held
+    back until it is decided, or `flush`.
     """
 
     def __init__(

@@ -1,9 +1,10 @@
-"""Files of torch.save (zip format) without torch: the pickle is read by a restricted unpickler, tensors stay in the file.
+"""Files of torch.save (zip format) without torch: the pickle is read by a restricted unpickler, tensors stay in the
+file.
 
-The rules are those of `torch.load(weights_only=True)`, and narrower: a global that is not on the list below is refused by name, so no
-code of the file can run. The list: https://docs.pytorch.org/docs/stable/notes/serialization.html
-What a pickle makes takes no state, since a state may set any attribute, and keys are plain, since hash() of nested tuples takes
-exponential time or the whole stack.
+The rules are those of `torch.load(weights_only=True)`, and narrower: a global that is not on the list below is refused
+by name, so no code of the file can run. The list: https://docs.pytorch.org/docs/stable/notes/serialization.html
+What a pickle makes takes no state, since a state may set any attribute, and keys are plain, since hash() of nested
+tuples takes exponential time or the whole stack.
 """
 
 from __future__ import annotations
@@ -36,12 +37,15 @@ _LOCAL_HEADER = 30  # bytes before the name in a zip entry (APPNOTE.TXT, 4.3.7)
 _DTYPES = {
     "DoubleStorage": ir.DataType.DOUBLE, "FloatStorage": ir.DataType.FLOAT, "HalfStorage": ir.DataType.FLOAT16,
     "BFloat16Storage": ir.DataType.BFLOAT16, "LongStorage": ir.DataType.INT64, "IntStorage": ir.DataType.INT32,
-    "ShortStorage": ir.DataType.INT16, "CharStorage": ir.DataType.INT8, "ByteStorage": ir.DataType.UINT8, "BoolStorage": ir.DataType.BOOL,
+    "ShortStorage": ir.DataType.INT16, "CharStorage": ir.DataType.INT8, "ByteStorage": ir.DataType.UINT8,
+    "BoolStorage": ir.DataType.BOOL,
     "UntypedStorage": ir.DataType.UINT8,
 }  # fmt: skip
 _SCALARS = {
-    "float64": ir.DataType.DOUBLE, "float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16,
-    "int64": ir.DataType.INT64, "int32": ir.DataType.INT32, "int16": ir.DataType.INT16, "int8": ir.DataType.INT8, "uint8": ir.DataType.UINT8,
+    "float64": ir.DataType.DOUBLE, "float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+    "int64": ir.DataType.INT64, "int32": ir.DataType.INT32, "int16": ir.DataType.INT16, "int8": ir.DataType.INT8,
+    "uint8": ir.DataType.UINT8,
     "bool": ir.DataType.BOOL, "float8_e4m3fn": ir.DataType.FLOAT8E4M3FN, "float8_e5m2": ir.DataType.FLOAT8E5M2,
 }  # fmt: skip
 
@@ -80,7 +84,8 @@ def read_torch(region: Region) -> Any:
             archive = zipfile.ZipFile(window)
         except (zipfile.BadZipFile, ValueError, struct.error, NotImplementedError):
             raise ModelError(
-                f"{region.label}: not a zip archive of torch.save, or truncated; fetch it again (files of torch < 1.6 must be loaded and saved again)"
+                f"{region.label}: not a zip archive of torch.save, or truncated; fetch it again (files of torch < 1.6 "
+                "must be loaded and saved again)"
             ) from None
         entries = {info.filename: info for info in archive.infolist()}
         name = next((n for n in entries if n.endswith("/data.pkl") or n == "data.pkl"), None)
@@ -91,7 +96,8 @@ def read_torch(region: Region) -> Any:
         prefix, info = name.removesuffix("data.pkl"), entries[name]
         if info.file_size > MAX_PICKLE_BYTES or info.compress_type != zipfile.ZIP_STORED:
             raise ModelError(
-                f"{region.label}: its data.pkl claims {info.file_size} bytes, which no state dict has; do not trust this file"
+                f"{region.label}: its data.pkl claims {info.file_size} bytes, which no state dict has; do not trust "
+                "this file"
             )
         try:
             order = entries.get(f"{prefix}byteorder")
@@ -133,13 +139,15 @@ def _stored(region: Region, info: zipfile.ZipInfo) -> Region:
     """Where the bytes of an entry lie; torch never compresses them."""
     if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
         raise ModelError(
-            f"{region.label}: {info.filename!r} is compressed, which torch.save never does; save it again with torch.save"
+            f"{region.label}: {info.filename!r} is compressed, which torch.save never does; save it again with "
+            "torch.save"
         )
     name, extra = struct.unpack("<HH", region.read(info.header_offset + 26, 4))
     start = info.header_offset + _LOCAL_HEADER + name + extra
     if start + info.file_size > region.size:
         raise ModelError(
-            f"{region.label}: {info.filename!r} claims {info.file_size} bytes, more than the file has; it is truncated, fetch it again"
+            f"{region.label}: {info.filename!r} claims {info.file_size} bytes, more than the file has; it is "
+            "truncated, fetch it again"
         )
     return Region(region.path, region.start + start, info.file_size, region.label)
 
@@ -151,7 +159,8 @@ def _unpickle(payload: bytes, storage: Callable[[Any], _Storage], label: str) ->
         raise
     except Exception as error:  # a damaged pickle raises nearly anything
         raise ModelError(
-            f"{label}: its pickle is damaged ({type(error).__name__}: {' '.join(str(error).split())[:100]}); fetch it again"
+            f"{label}: its pickle is damaged ({type(error).__name__}: {' '.join(str(error).split())[:100]}); fetch it "
+            "again"
         ) from None
 
 
@@ -161,11 +170,13 @@ def _load(stream: io.BytesIO, storage: Callable[[Any], _Storage], label: str, *,
     for count, (opcode, _, _) in enumerate(pickletools.genops(stream)):
         if opcode.name in _REFUSED:
             raise ModelError(
-                f"{label}: its pickle has the opcode {opcode.name}, which no state dict needs; refused: save the state dict alone"
+                f"{label}: its pickle has the opcode {opcode.name}, which no state dict needs; refused: save the state "
+                "dict alone"
             )
         if count >= MAX_OPCODES:
             raise ModelError(
-                f"{label}: its pickle has more than {MAX_OPCODES} opcodes, which no state dict has; do not trust this file"
+                f"{label}: its pickle has more than {MAX_OPCODES} opcodes, which no state dict has; do not trust this "
+                "file"
             )
     stream.seek(start)
     return _Unpickler(stream, storage, label, nested).load()
@@ -184,7 +195,9 @@ _REFUSED = {
     "FROZENSET",
     "ADDITEMS",
 }
-"""Opcodes that make objects in other ways than calling a global, that allocate what they only claim, or that hash anything."""
+"""Opcodes that make objects in other ways than calling a global, that allocate what they only claim, or that hash
+anything.
+"""
 
 
 def _plain_key(key: Any, label: str) -> Any:
@@ -200,7 +213,8 @@ def _plain_key(key: Any, label: str) -> Any:
 class _Unpickler(pickle._Unpickler):
     """Knows tensors and plain containers; refuses every other global by name.
 
-    The reader in Python, since only there an opcode can be given another meaning; its memo is a dictionary, so an index costs nothing.
+    The reader in Python, since only there an opcode can be given another meaning; its memo is a dictionary, so an index
+    costs nothing.
     """
 
     stack: list[Any]
@@ -211,13 +225,16 @@ class _Unpickler(pickle._Unpickler):
         self._storage, self._label, self._nested = storage, label, nested
 
     def _build(self) -> None:
-        """BUILD: of a BytesIO its bytes; the state of a state dict (`_metadata`) and of objects that stand for others is dropped."""
+        """BUILD: of a BytesIO its bytes; the state of a state dict (`_metadata`) and of objects that stand for others
+        is dropped.
+        """
         state, made = self.stack.pop(), self.stack[-1]
         if isinstance(made, io.BytesIO) and isinstance(state, tuple) and state and isinstance(state[0], bytes):
             made.write(state[0])
         elif type(made) not in (OrderedDict, _Opaque):
             raise ModelError(
-                f"{self._label}: its pickle sets attributes of a {type(made).__name__}, which no state dict does; do not trust this file"
+                f"{self._label}: its pickle sets attributes of a {type(made).__name__}, which no state dict does; do "
+                "not trust this file"
             )
 
     def _set_item(self) -> None:
@@ -244,7 +261,8 @@ class _Unpickler(pickle._Unpickler):
         )
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
-        **pickle._Unpickler.dispatch, pickle.BUILD[0]: _build, pickle.SETITEM[0]: _set_item, pickle.SETITEMS[0]: _set_items,
+        **pickle._Unpickler.dispatch, pickle.BUILD[0]: _build, pickle.SETITEM[0]: _set_item,
+        pickle.SETITEMS[0]: _set_items,
         pickle.DICT[0]: _dictionary,
         # What `find_class` gives out are functions, and a new object of one of them is what it returns.
         pickle.NEWOBJ[0]: pickle._Unpickler.dispatch[pickle.REDUCE[0]],
@@ -311,7 +329,9 @@ def _rebuild_parameter(tensor: ir.TensorProtocol, *_: Any) -> ir.TensorProtocol:
 
 
 def _load_from_bytes(data: bytes) -> _Storage:
-    """A storage inside a plain pickle of a tensor: torch's older format (five pickles, then the count and the bytes)."""
+    """A storage inside a plain pickle of a tensor: torch's older format (five pickles, then the count and the
+    bytes).
+    """
     stream = io.BytesIO(data)
     kinds: dict[str, ir.DataType] = {}
 

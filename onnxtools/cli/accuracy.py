@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 _HELP = """Score MODEL on LAMBADA (the last word of a passage) or on a text's perplexity.
 
-    LAMBADA prints the NeMo demo's five figures as it defines them, and beside them the accuracy on whole words (lm-eval's acc) and
-    the perplexity per token of the word. --compare scores a second model and prints the paired difference.
+    LAMBADA prints the NeMo demo's five figures as it defines them, and beside them the accuracy on whole words
+    (lm-eval's acc) and the perplexity per token of the word. --compare scores a second model and prints the
+    paired difference.
 
     \b
     Examples:
@@ -36,9 +37,21 @@ _HUB = {"lambada": ("EleutherAI/lambada_openai", "default")}
 
 
 def _callback(
-    model: Path, dataset: str, path: Path | None, limit: int | None, batch_size: int, compare: Path | None, resume: Path | None, max_length: int,
-    stride: int | None, runtimes: tuple[str, ...], tokenizer_path: Path | None, as_json: bool, debug: bool, **given: Any,
-) -> None:  # fmt: skip
+    model: Path,
+    dataset: str,
+    path: Path | None,
+    limit: int | None,
+    batch_size: int,
+    compare: Path | None,
+    resume: Path | None,
+    max_length: int,
+    stride: int | None,
+    runtimes: tuple[str, ...],
+    tokenizer_path: Path | None,
+    as_json: bool,
+    debug: bool,
+    **given: Any,
+) -> None:
     from onnxtools.base.inputs import absent
     from onnxtools.cli.render import print_json
 
@@ -85,18 +98,27 @@ def _hub_rows(limit: int | None) -> list[tuple[str, str]]:
         rows = datasets.load_dataset(name, configuration, split="test")
     except Exception as error:  # not installed, offline, or whatever the hub answers
         raise JobError(
-            f"{name} cannot be fetched ({type(error).__name__}: {' '.join(str(error).split())[:100]}); give the data with --path"
+            f"{name} cannot be fetched ({type(error).__name__}: {' '.join(str(error).split())[:100]}); give the data "
+            "with --path"
         ) from None
     return [split_text(str(row["text"])) for row in rows][:limit]
 
 
-# --- LAMBADA ------------------------------------------------------------------------------------------------------------
+# --- LAMBADA
+# ------------------------------------------------------------------------------------------------------------
 
 
 def _lambada(
-    model: Path, compare: Path | None, file: Path | None, runtimes: Sequence[str], options: RuntimeOptions, tokenizer_path: Path | None, batch: int,
-    limit: int | None, resume: Path | None,
-) -> dict[str, Any]:  # fmt: skip
+    model: Path,
+    compare: Path | None,
+    file: Path | None,
+    runtimes: Sequence[str],
+    options: RuntimeOptions,
+    tokenizer_path: Path | None,
+    batch: int,
+    limit: int | None,
+    resume: Path | None,
+) -> dict[str, Any]:
     from onnxtools.evaluate.lambada import compare_lambada, read_lambada, summarize_lambada
 
     rows = read_lambada(file, limit) if file is not None else _hub_rows(limit)
@@ -182,13 +204,22 @@ def _of(runtime: Runtime, path: Path, options: RuntimeOptions, passages: Sequenc
     }
 
 
-# --- perplexity ----------------------------------------------------------------------------------------------------------
+# --- perplexity
+# ----------------------------------------------------------------------------------------------------------
 
 
 def _wikitext(
-    model: Path, compare: Path | None, file: Path | None, runtimes: Sequence[str], options: RuntimeOptions, tokenizer_path: Path | None, batch: int,
-    length: int, stride: int | None, limit: int | None,
-) -> dict[str, Any]:  # fmt: skip
+    model: Path,
+    compare: Path | None,
+    file: Path | None,
+    runtimes: Sequence[str],
+    options: RuntimeOptions,
+    tokenizer_path: Path | None,
+    batch: int,
+    length: int,
+    stride: int | None,
+    limit: int | None,
+) -> dict[str, Any]:
     from onnxtools.evaluate.wikitext import compare_wikitext, score_wikitext, windows
 
     assert file is not None
@@ -234,7 +265,8 @@ def _print(kind: str, result: dict[str, Any]) -> None:
     if kind == "wikitext":
         columns = ("model", "tokens", "ppl(token)", "ppl(word)", "window", "stride")
         rows = [
-            (label, s["n"], f"{s['ppl_token']:.4f}", f"{s['ppl_word']:.4f}", s["max_length"], s["stride"]) for label, s in result["models"].items()
+            (label, s["n"], f"{s['ppl_token']:.4f}", f"{s['ppl_word']:.4f}", s["max_length"], s["stride"]) for label,
+            s in result["models"].items()
         ]  # fmt: skip
         table(f"perplexity of {result['dataset']}", columns, rows, right=columns[1:])
         for label, d in result.get("compared", {}).items():
@@ -247,7 +279,8 @@ def _print(kind: str, result: dict[str, Any]) -> None:
         return
     for label, s in result["models"].items():
         console().print(
-            f"{label}: Lambada ppl(last token): {s['ppl_last_token']:.4f}, ppl(sequence): {s['ppl_sequence']:.4f}, acc(top1): {s['acc_top1']:.4f},"
+            f"{label}: Lambada ppl(last token): {s['ppl_last_token']:.4f}, ppl(sequence): {s['ppl_sequence']:.4f}, "
+            f"acc(top1): {s['acc_top1']:.4f},"
             f" acc(top3): {s['acc_top3']:.4f}, acc(top5): {s['acc_top5']:.4f}", markup=False, soft_wrap=True,
         )  # fmt: skip
     shown = ("model", "n", "acc (whole word)", "95%", "ppl(token)")
@@ -259,8 +292,10 @@ def _print(kind: str, result: dict[str, Any]) -> None:
     for label, d in result.get("compared", {}).items():
         low, high = d["ppl_last_token_factor_ci95"]
         console().print(
-            f"{label}: acc {100 * d['acc_difference']:+.2f} +- {100 * d['acc_difference_half_ci95']:.2f} points (only the first right {d['only_first_right']},"
-            f" only the second {d['only_second_right']}), ppl(last token) x {d['ppl_last_token_factor']:.4f} ({low:.4f} to {high:.4f})",
+            f"{label}: acc {100 * d['acc_difference']:+.2f} +- {100 * d['acc_difference_half_ci95']:.2f} points (only "
+            f"the first right {d['only_first_right']},"
+            f" only the second {d['only_second_right']}), ppl(last token) x {d['ppl_last_token_factor']:.4f} "
+            f"({low:.4f} to {high:.4f})",
             markup=False, soft_wrap=True,
         )  # fmt: skip
 
@@ -268,13 +303,19 @@ def _print(kind: str, result: dict[str, Any]) -> None:
 command = runtime_command(
     "accuracy", _HELP, _callback,
     extra=[
-        click.Option(["--dataset"], required=True, help="lambada, wikitext, or a file: .jsonl (LAMBADA's fields) or .txt."),
-        click.Option(["--path"], type=PATH, help="File of the data. [default for lambada: EleutherAI/lambada_openai of the Hugging Face hub]"),
+        click.Option(["--dataset"], required=True,
+            help="lambada, wikitext, or a file: .jsonl (LAMBADA's fields) or .txt."),
+        click.Option(["--path"], type=PATH,
+            help="File of the data. [default for lambada: EleutherAI/lambada_openai of the Hugging Face hub]"),
         click.Option(["--limit"], type=click.IntRange(1), help="Score the first N passages, or windows, alone."),
-        click.Option(["--batch-size"], type=click.IntRange(1), default=8, show_default=True, help="Texts scored together."),
+        click.Option(["--batch-size"], type=click.IntRange(1), default=8, show_default=True,
+            help="Texts scored together."),
         click.Option(["--compare"], type=PATH, help="A second model: print the paired difference."),
-        click.Option(["--resume"], type=PATH, help="Keep LAMBADA's results in this JSONL file, and go on from what is there."),
-        click.Option(["--max-length"], type=click.IntRange(2), default=2048, show_default=True, help="Tokens of a window of wikitext."),
-        click.Option(["--stride"], type=click.IntRange(1), help="Tokens from one window to the next. [default: --max-length]"),
+        click.Option(["--resume"], type=PATH,
+            help="Keep LAMBADA's results in this JSONL file, and go on from what is there."),
+        click.Option(["--max-length"], type=click.IntRange(2), default=2048, show_default=True,
+            help="Tokens of a window of wikitext."),
+        click.Option(["--stride"], type=click.IntRange(1),
+            help="Tokens from one window to the next. [default: --max-length]"),
     ],
 )  # fmt: skip

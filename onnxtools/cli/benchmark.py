@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 _HELP = """Time MODEL: greedy tokens after random prompts.
 
-    Several runtimes are timed by turns in one run, and their ratio is printed. The share of the limit compares with what the machine
-    was measured to copy and to multiply, just before.
+    Several runtimes are timed by turns in one run, and their ratio is printed. The share of the limit compares
+    with what the machine was measured to copy and to multiply, just before.
 
     \b
     Examples:
-      onnxtools benchmark model.onnx --batch-size 16 --input-seq-len 128 --output-seq-len 20 --warmup 10 --iterations 100
-      onnxtools benchmark model.onnx --runtime onnxrt --runtime frameworks:eager --checkpoint ./SmolLM2 --plot latency.png
+      onnxtools benchmark model.onnx --batch-size 16 --input-seq-len 128 --output-seq-len 20 --iterations 100
+      onnxtools benchmark model.onnx --runtime onnxrt --runtime frameworks --checkpoint ./SmolLM2 --plot latency.png
     """
 
 
@@ -91,14 +91,18 @@ def _result(
     return {
         "model": str(model), "options": dataclasses.asdict(options),
         "runtimes": {
-            runtime.name: {"device": runtime.device, **timing.as_json(options), "peak_memory_bytes": _peak_memory(runtime.device)}
+            runtime.name: {"device": runtime.device, **timing.as_json(options),
+                "peak_memory_bytes": _peak_memory(runtime.device)}
             for runtime, timing in zip(runtimes, found, strict=True)
         },
     }  # fmt: skip
 
 
 def _peak_memory(device: str) -> int | None:
-    """Used bytes of the card now (allocators do not give back); on the CPU the peak of the process. Of all runtimes together."""
+    """Used bytes of the card now (allocators do not give back); on the CPU the peak of the process.
+
+    Of all runtimes together.
+    """
     from onnxtools.base.memory import peak_mib
     from onnxtools.engines.runtimes.onnxrt.ort_session import device_memory
 
@@ -132,8 +136,10 @@ def _add_limits(
         rate = rates["cuda" if runtime.device.startswith("cuda") else "cpu"]
         step, prefill = needed.step_bytes / rate.bytes_per_s, needed.prefill_flops / rate.flops_per_s
         block["limits"] = {
-            "bytes_per_s": rate.bytes_per_s, "flops_per_s": rate.flops_per_s, "measured_by": rate.by, "step_bytes": needed.step_bytes,
-            "prefill_flops": needed.prefill_flops, "step_floor_s": step, "prefill_floor_s": prefill, "prefill_share": prefill / block["time_to_first_token_s"],
+            "bytes_per_s": rate.bytes_per_s, "flops_per_s": rate.flops_per_s, "measured_by": rate.by,
+            "step_bytes": needed.step_bytes,
+            "prefill_flops": needed.prefill_flops, "step_floor_s": step, "prefill_floor_s": prefill,
+            "prefill_share": prefill / block["time_to_first_token_s"],
             "step_share": step / block["time_per_output_token_s"] if block["time_per_output_token_s"] else None,
             "share": (prefill + step * (options.output_seq_len - 1)) / block["without_tokenizer"]["median_s"],
         }  # fmt: skip
@@ -142,7 +148,8 @@ def _add_limits(
 def _lines(name: str, block: Mapping[str, Any], options: BenchmarkOptions) -> list[str]:
     """The demo's block, then ours."""
     lines = [
-        f"***************************** {name} on {block['device']}: batch {options.batch_size}, {options.input_seq_len} in, {options.output_seq_len} out"
+        f"***************************** {name} on {block['device']}: batch {options.batch_size}, "
+        f"{options.input_seq_len} in, {options.output_seq_len} out"
     ]
     for title, key in (("E2E inference", "end_to_end"), ("Without tokenizer", "without_tokenizer")):
         found = block.get(key)
@@ -150,8 +157,10 @@ def _lines(name: str, block: Mapping[str, Any], options: BenchmarkOptions) -> li
             lines.append(f"[{title}] not timed: there is no tokenizer beside the model")
             continue
         lines.append(
-            f"[{title}] Total Time: {found['total_s']:.5f} s, Average Time: {found['average_s']:.5f} s, 95th Percentile Time: {found['p95_s']:.5f} s,"
-            f" 99th Percentile Time: {found['p99_s']:.5f} s, Throughput: {found['throughput_tokens_per_s']:.2f} tokens/s"
+            f"[{title}] Total Time: {found['total_s']:.5f} s, Average Time: {found['average_s']:.5f} s, 95th "
+            f"Percentile Time: {found['p95_s']:.5f} s,"
+            f" 99th Percentile Time: {found['p99_s']:.5f} s, Throughput: {found['throughput_tokens_per_s']:.2f} "
+            "tokens/s"
         )
     step = block["time_per_output_token_s"]
     lines.append(
@@ -160,20 +169,25 @@ def _lines(name: str, block: Mapping[str, Any], options: BenchmarkOptions) -> li
     )
     if block["peak_memory_bytes"]:
         lines.append(
-            f"peak memory {block['peak_memory_bytes'] / 1e9:.2f} GB ({'device in use' if block['device'] != 'cpu' else 'process'})"
+            f"peak memory {block['peak_memory_bytes'] / 1e9:.2f} GB "
+            f"({'device in use' if block['device'] != 'cpu' else 'process'})"
         )
     limit = block.get("limits")
     if limit:
         lines.append(
-            f"limit of the machine: {limit['bytes_per_s'] / 1e9:.1f} GB/s, {limit['flops_per_s'] / 1e12:.2f} TFLOP/s (best of {limit['measured_by']});"
+            f"limit of the machine: {limit['bytes_per_s'] / 1e9:.1f} GB/s, {limit['flops_per_s'] / 1e12:.2f} TFLOP/s "
+            f"(best of {limit['measured_by']});"
             f" prefill at {limit['prefill_share']:.0%} of it"
-            + (f", step at {limit['step_share']:.0%} ({limit['step_bytes'] / 1e9:.2f} GB)" if step else "") + f", all at {limit['share']:.0%}"
+            + (f", step at {limit['step_share']:.0%} ({limit['step_bytes'] / 1e9:.2f} GB)" if step else "")
+            + f", all at {limit['share']:.0%}"
         )  # fmt: skip
     return lines
 
 
 def _ratios(blocks: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """How much faster the first runtime is than each other, by the total times that stand above, then by medians: one may contradict the other."""
+    """How much faster the first runtime is than each other, by the total times that stand above, then by medians: one
+    may contradict the other.
+    """
     first, *others = blocks.items()
     lines = []
     for name, block in others:
@@ -183,8 +197,8 @@ def _ratios(blocks: Mapping[str, Mapping[str, Any]]) -> list[str]:
         prefill = block["time_to_first_token_s"] / first[1]["time_to_first_token_s"]
         steps = (block["time_per_output_token_s"], first[1]["time_per_output_token_s"])
         lines.append(
-            f"{first[0]} is {total:.2f} x as fast as {name} by average time (by medians: all {median:.2f} x, prefill {prefill:.2f} x"
-            + (f", step {steps[0] / steps[1]:.2f} x)" if all(steps) else ")")
+            f"{first[0]} is {total:.2f} x as fast as {name} by average time (by medians: all {median:.2f} x, prefill "
+            f"{prefill:.2f} x" + (f", step {steps[0] / steps[1]:.2f} x)" if all(steps) else ")")
         )
     return lines
 
@@ -199,7 +213,8 @@ def _plot(path: Path, result: Mapping[str, Any], found: Sequence[Timing]) -> Non
 command = runtime_command(
     "benchmark", _HELP, _callback, options=BenchmarkOptions,
     extra=[
-        click.Option(["--limits/--no-limits"], default=True, help="Measure the machine's limits and compare. [default: on]"),
+        click.Option(["--limits/--no-limits"], default=True,
+            help="Measure the machine's limits and compare. [default: on]"),
         click.Option(["--plot"], type=PATH, help="Draw latencies and the roofline (.png, .svg or .pdf)."),
     ],
 )  # fmt: skip

@@ -19,7 +19,8 @@ def search(
     budget_rows: int,
     as_json: bool,
 ) -> tuple[Pass, dict[str, Any]]:
-    """The pass that keeps the budget, and what was tried for `--json`; writes OUTPUT.recipe.yaml. Without a budget `pass_` itself.
+    """The pass that keeps the budget, and what was tried for `--json`; writes OUTPUT.recipe.yaml. Without a budget
+    `pass_` itself.
 
     Raises:
         UsageError: the budget cannot be read, or goes with no calibration.

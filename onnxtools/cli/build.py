@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from onnxtools.engines.build.builder import Engine
     from onnxtools.engines.build.many import Job, Outcome
 
-_HELP = """Build ENGINE from MODEL and write ENGINE.json beside it; or build several models, each to MODEL's name with .engine.
+_HELP = """Build ENGINE from MODEL and write ENGINE.json beside it; or build several models, each to MODEL's name with
+.engine.
 
-The graph is checked before the build (operators, types, 2:4 weights, shapes, TensorRT's silent traps) and the manifest says
-what the engine has: inputs and outputs, profiles, layers, hashes, versions. Without shapes, profiles are derived from the
-graph: for a model with a KV cache one for the context and one for generation. What was built before from the same graph,
-weights and options is not built again.
+The graph is checked before the build (operators, types, 2:4 weights, shapes, TensorRT's silent traps) and the
+manifest says what the engine has: inputs and outputs, profiles, layers, hashes, versions. Without shapes, profiles
+are derived from the graph: for a model with a KV cache one for the context and one for generation. What was built
+before from the same graph, weights and options is not built again.
 
 \b
 Examples:
@@ -30,9 +31,16 @@ Examples:
 
 
 def _callback(
-    paths: tuple[Path, ...], output: Path | None, workers: int, output_folder: Path | None, force: bool, print_trtexec: bool, as_json: bool, debug: bool,
+    paths: tuple[Path, ...],
+    output: Path | None,
+    workers: int,
+    output_folder: Path | None,
+    force: bool,
+    print_trtexec: bool,
+    as_json: bool,
+    debug: bool,
     **values: Any,
-) -> None:  # fmt: skip
+) -> None:
     spec = from_parameters(EngineSpec, values)
     if spec.tensorrt_version is not None and not print_trtexec:
         raise UsageError("--tensorrt-version is for --print-trtexec; a build uses the version that is installed")
@@ -169,7 +177,8 @@ def _several(jobs: list[Job], spec: EngineSpec, workers: int, force: bool, as_js
 
 def _row(outcome: Outcome) -> dict[str, Any]:
     return {
-        "model": str(outcome.job.model), "engine": str(outcome.job.engine), "bytes": outcome.manifest["engine"]["bytes"] if outcome.manifest else None,
+        "model": str(outcome.job.model), "engine": str(outcome.job.engine),
+        "bytes": outcome.manifest["engine"]["bytes"] if outcome.manifest else None,
         "seconds": round(outcome.seconds, 1), "reused": outcome.reused, "error": outcome.error or None,
     }  # fmt: skip
 
@@ -217,7 +226,10 @@ def show_manifest(engine: Engine) -> None:
     backend, capabilities = m["backend"], ", ".join(m["compute_capabilities"])
     rows = [("input", i["name"], i["dtype"], _dims(i["shape"])) for i in m["inputs"]]
     rows += [("output", i["name"], i["dtype"], _dims(i["shape"])) for i in m["outputs"]]
-    title = f"{engine.path}: {size(m['engine']['bytes'])}, {backend['name']} {backend['version']}, compute capability {capabilities}"
+    title = (
+        f"{engine.path}: {size(m['engine']['bytes'])}, {backend['name']} {backend['version']}, compute capability "
+        f"{capabilities}"
+    )
     table(f"{title} (from the {m['io_source']})", ("", "name", "type", "shape"), collapse(rows, 1))
     for index, profile in enumerate(m["profiles"]):
         spans = [
@@ -247,7 +259,9 @@ def show_manifest(engine: Engine) -> None:
 
 
 def _show_sparsity(sparsity: dict[str, Any] | None, source: str) -> None:
-    """Products alike as one row; the reason is what is known before the build, the kernel what the engine's inspector says."""
+    """Products alike as one row; the reason is what is known before the build, the kernel what the engine's inspector
+    says.
+    """
     from collections import Counter
 
     from onnxtools.cli.render import table
@@ -281,7 +295,8 @@ def show_layers(engine: Engine) -> None:
     if m["audit"]["layers"] is None:
         table("layers of the parsed network", ("type", "count"), m["layers"]["types"].items(), right=("count",))
     else:
-        kinds = Counter((one["kind"], *(", ".join(dict.fromkeys(one[k])) for k in ("inputs", "outputs")), one["weights"], one["tactic"], one["sparse"])
+        kinds = Counter((one["kind"], *(", ".join(dict.fromkeys(one[k])) for k in ("inputs", "outputs")),
+            one["weights"], one["tactic"], one["sparse"])
                         for one in m["audit"]["layers"])  # fmt: skip
         rows = [
             (kind, count, *types, tactic, "yes" if sparse else "")
@@ -294,7 +309,10 @@ def show_layers(engine: Engine) -> None:
             right=("count",),
         )
     if weights:
-        console_line = f"  {size(m['engine']['bytes'])} of plan for {size(weights)} of weights ({m['engine']['bytes'] / weights:.0%})"
+        console_line = (
+            f"  {size(m['engine']['bytes'])} of plan for {size(weights)} of weights "
+            f"({m['engine']['bytes'] / weights:.0%})"
+        )
         click.echo(console_line)
 
 

@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
 _HELP = """Write SOURCE as an ONNX model with a KV cache; no tracing, no GPU, no framework of the checkpoint's author.
 
-SOURCE is a Hugging Face folder (config.json with safetensors or .bin), a .nemo archive or its unpacked folder, a Megatron
-.ckpt, or a .gguf file. Weights go from their file to ours one piece at a time; in the folder of the checkpoint itself the
-graph refers to them where they lie. The tokenizer's files and onnxtools.json (what the model is) go beside the output.
+SOURCE is a Hugging Face folder (config.json with safetensors or .bin), a .nemo archive or its unpacked folder, a
+Megatron .ckpt, or a .gguf file. Weights go from their file to ours one piece at a time; in the folder of the
+checkpoint itself the graph refers to them where they lie. The tokenizer's files and onnxtools.json (what the model
+is) go beside the output.
 
 Every option can come from a YAML file (--config; keys as below, and `source`, `output`), and --set overrides it.
 
@@ -33,9 +34,15 @@ Examples:
 
 
 def _callback(
-    source: Path | None, output: Path | None, output_option: Path | None, config_path: Path | None, settings: tuple[str, ...], as_json: bool, debug: bool,
+    source: Path | None,
+    output: Path | None,
+    output_option: Path | None,
+    config_path: Path | None,
+    settings: tuple[str, ...],
+    as_json: bool,
+    debug: bool,
     **values: Any,
-) -> None:  # fmt: skip
+) -> None:
     from onnxtools.cli.flags import check_output
     from onnxtools.exporter.export import export
 
@@ -115,9 +122,11 @@ def _show(made: Exported, source: Path | None, as_json: bool) -> None:
     mlp = f"{m.size}, {m.activation}{', gated' if m.gated else ''}"
     positions = f"rotary, {a.rope.dim} of {a.head_dim} channels, {a.rope.kind}" if a.rope is not None else "learned"
     rows = [
-        ("family", c.family), ("layers", str(len(c.blocks))), ("hidden", str(c.hidden_size)), ("attention", attention), ("MLP", mlp),
+        ("family", c.family), ("layers", str(len(c.blocks))), ("hidden", str(c.hidden_size)), ("attention", attention),
+        ("MLP", mlp),
         ("norm", c.norm.kind), ("positions", f"{positions}, up to {c.max_position_embeddings}"),
-        ("vocabulary", f"{c.vocab_size}{', tied' if c.tie_word_embeddings else ''}"), ("weights", size(made.model.weight_bytes())),
+        ("vocabulary", f"{c.vocab_size}{', tied' if c.tie_word_embeddings else ''}"),
+        ("weights", size(made.model.weight_bytes())),
     ]  # fmt: skip
     table(f"export: {source or 'random weights'} -> {path}", ("", ""), rows)
     for line in (*made.notes, *made.saved.lines(), f"beside it: {', '.join(file.name for file in made.saved.beside)}"):

@@ -74,7 +74,9 @@ TOLERANCE = _Tolerance()
 
 
 def dataclass_options(cls: type[Any]) -> list[click.Parameter]:
-    """One click option for each field: booleans get `--x/--no-x`, Literals a choice, tuples may be given several times."""
+    """One click option for each field: booleans get `--x/--no-x`, Literals a choice, tuples may be given several
+    times.
+    """
     hints = typing.get_type_hints(cls)
     parameters: list[click.Parameter] = []
     for field in dataclasses.fields(cls):
@@ -116,7 +118,9 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> click.Option:
 
 
 def from_parameters(cls: type[Any], values: dict[str, Any], settings: Mapping[str, Any] | None = None) -> Any:
-    """Build `cls` from click's values (removed from `values`), else from `settings`; what the user did not say keeps its default."""
+    """Build `cls` from click's values (removed from `values`), else from `settings`; what the user did not say keeps
+    its default.
+    """
     given: dict[str, Any] = convert_fields(cls, "settings", settings or {})
     for field in dataclasses.fields(cls):
         value = values.pop(field.name)
@@ -126,7 +130,8 @@ def from_parameters(cls: type[Any], values: dict[str, Any], settings: Mapping[st
             if values.pop(_flag_name(field.name, flag_value)):
                 if given.get(field.name, flag_value) != flag_value:
                     raise UsageError(
-                        f"--{field.name.replace('_', '-')} is said to be {given[field.name]} and {flag_value}; leave one out"
+                        f"--{field.name.replace('_', '-')} is said to be {given[field.name]} and {flag_value}; leave "
+                        "one out"
                     )
                 given[field.name] = flag_value
     hints = typing.get_type_hints(cls)

@@ -1,4 +1,6 @@
-"""Show what a model or engine contains: operators, types, weights, inputs and outputs, quantization, sparsity, cache."""
+"""Show what a model or engine contains: operators, types, weights, inputs and outputs, quantization, sparsity,
+cache.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +80,8 @@ def _show(d: dict[str, Any]) -> None:
     )
     q = d["quantization"]
     out.print(
-        f"  quantized: {q['quantized_products']} of {q['products']} weight products, {q['weight_fraction']:.0%} of their weight elements",
+        f"  quantized: {q['quantized_products']} of {q['products']} weight products, {q['weight_fraction']:.0%} of "
+        "their weight elements",
         markup=False,
     )
     cache = d["cache"]

@@ -88,7 +88,8 @@ def short_help(name: str) -> str:
 @click.version_option(__version__, prog_name="onnxtools")
 @click.pass_context
 def cli(ctx: click.Context) -> None:
-    """From a checkpoint, or a TransformerEngine or torch ONNX export, to a TensorRT engine, one inspectable pass at a time.
+    """From a checkpoint, or a TransformerEngine or torch ONNX export, to a TensorRT engine, one inspectable pass at a
+    time.
 
     \b
     onnxtools export       ./SmolLM2 -o model.onnx
@@ -165,7 +166,8 @@ def _unexpected(error: Exception, given: list[str]) -> NoReturn:
             _fail(f"{path}: is no valid ONNX model ({why}); export it again", 1)
     notes = "; ".join(getattr(error, "__notes__", []))
     _fail(
-        f"internal error, {type(error).__name__}: {' '.join(str(error).split())[:300]}; {notes or 'run again with --debug and report it'}",
+        f"internal error, {type(error).__name__}: {' '.join(str(error).split())[:300]}; "
+        f"{notes or 'run again with --debug and report it'}",
         1,
     )
 

@@ -30,7 +30,8 @@ from onnxtools.storage.save import SaveReport
 WRITE_OPTIONS: tuple[click.Parameter, ...] = (
     click.Option(
         ["--copy-weights/--no-copy-weights"], default=None,
-        help="Make the output self-contained instead of referring to the input's data file. [default: where most weights are new]",
+        help="Make the output self-contained instead of referring to the input's data file. [default: where most "
+             "weights are new]",
     ),
     click.Option(["--force"], is_flag=True, help="Let OUTPUT replace INPUT."),
 )  # fmt: skip
@@ -38,19 +39,25 @@ RUN_OPTIONS: tuple[click.Parameter, ...] = (
     *WRITE_OPTIONS,
     click.Option(
         ["--check/--no-check"], default=None,
-        help="Compare with the input on ONNX Runtime after each pass: in full, or a part of a large model without it being said. [default: on]",
+        help="Compare with the input on ONNX Runtime after each pass: in full, or a part of a large model without it "
+             "being said. [default: on]",
     ),
-    click.Option(["--inputs"], type=PATH, help="Inputs for the check: .npz or Polygraphy JSON. [default: random by rule]"),
-    click.Option(["--tolerance"], type=TOLERANCE, help="Largest accepted relative L2 of the check. [default: by element type]"),
+    click.Option(["--inputs"], type=PATH,
+        help="Inputs for the check: .npz or Polygraphy JSON. [default: random by rule]"),
+    click.Option(["--tolerance"], type=TOLERANCE,
+        help="Largest accepted relative L2 of the check. [default: by element type]"),
     click.Option(["--dump"], type=PATH, help="Write the graph after each pass into this folder."),
     click.Option(["--json", "as_json"], is_flag=True, help="Print the result as JSON on stdout."),
     click.Option(["--debug"], is_flag=True, help="Show the traceback of an error."),
 )  # fmt: skip
 
 BUDGET_OPTIONS: tuple[click.Parameter, ...] = (
-    click.Option(["--budget"], help="Search the least --exclude-worst that loses no more: 0.5pt of LAMBADA's accuracy, or 2% of its perplexity."),
+    click.Option(["--budget"],
+        help="Search the least --exclude-worst that loses no more: 0.5pt of LAMBADA's accuracy, or 2% of its "
+        "perplexity."),
     click.Option(["--budget-data"], type=PATH, help="LAMBADA's JSONL for --budget."),
-    click.Option(["--budget-rows"], type=click.IntRange(1), default=500, show_default=True, help="Passages that --budget scores."),
+    click.Option(["--budget-rows"], type=click.IntRange(1), default=500, show_default=True,
+        help="Passages that --budget scores."),
 )  # fmt: skip
 """Of a pass that can leave out its worst layers."""
 
@@ -142,9 +149,21 @@ def write_model(model: Model, output: Path, passes: Sequence[Pass], copy_weights
 
 
 def run_passes(
-    passes: list[Pass], input_path: Path, output_path: Path, *, title: str, copy_weights: bool | None, force: bool, check: bool | None, inputs: Path | None,
-    tolerance: float | None, dump: Path | None, as_json: bool, debug: bool, extra: Mapping[str, Any] | None = None,
-) -> Model:  # fmt: skip
+    passes: list[Pass],
+    input_path: Path,
+    output_path: Path,
+    *,
+    title: str,
+    copy_weights: bool | None,
+    force: bool,
+    check: bool | None,
+    inputs: Path | None,
+    tolerance: float | None,
+    dump: Path | None,
+    as_json: bool,
+    debug: bool,
+    extra: Mapping[str, Any] | None = None,
+) -> Model:
     """Load, run, save, report; `extra` goes into the JSON."""
     check_output(output_path, input_path, force=force or check is False)
     model = Model.load(input_path)

@@ -34,7 +34,8 @@ from onnxtools.cli.flags import PATH, common_options
 @click.option(
     "--copy-weights/--no-copy-weights",
     default=None,
-    help="Make the output self-contained instead of referring to the input's data file. [default: where most weights are new]",
+    help="Make the output self-contained instead of referring to the input's data file. [default: where most weights "
+    "are new]",
 )
 @click.option("--force", is_flag=True, help="Let the output replace the input.")
 @click.option(
@@ -48,9 +49,17 @@ from onnxtools.cli.flags import PATH, common_options
 @click.option("--dump", type=PATH, help="Write the graph after each pass into this folder.")
 @common_options
 def command(
-    recipe: Path, input_path: Path | None, output_path: Path | None, copy_weights: bool | None, force: bool, allow_code: bool, check: bool | None,
-    dump: Path | None, as_json: bool, debug: bool,
-) -> None:  # fmt: skip
+    recipe: Path,
+    input_path: Path | None,
+    output_path: Path | None,
+    copy_weights: bool | None,
+    force: bool,
+    allow_code: bool,
+    check: bool | None,
+    dump: Path | None,
+    as_json: bool,
+    debug: bool,
+) -> None:
     from onnxtools.checkpoints.beside import check_folder, files_beside
     from onnxtools.cli.flags import check_output
     from onnxtools.cli.passes import instruments, show, write_model

@@ -47,7 +47,8 @@ def read_recipe(path: Path, input_path: Path | None = None, output_path: Path | 
     target = output_path or _path(path, data, "output")
     if source is None or target is None:
         raise UsageError(
-            f"{path}: no {'input' if source is None else 'output'}; add the key or use --{'input' if source is None else 'output'}"
+            f"{path}: no {'input' if source is None else 'output'}; add the key or use "
+            f"--{'input' if source is None else 'output'}"
         )
     passes = [_pass(path, entry) for entry in _list(path, data.get("passes", []))]
     check = _mapping(path, "validate", data.get("validate"), {"against", "tolerance"})

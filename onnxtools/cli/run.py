@@ -20,22 +20,29 @@ if TYPE_CHECKING:
 
 _HELP = """Continue prompts with MODEL: an ONNX file, a TensorRT engine, or a checkpoint.
 
-    Greedy search unless a temperature, top-k, top-p or beams are given. Several prompts run as one batch. --json prints sentences,
-    tokens, logprob (of the new tokens), token_ids and offsets.
+    Greedy search unless a temperature, top-k, top-p or beams are given. Several prompts run as one batch. --json
+    prints sentences, tokens, logprob (of the new tokens), token_ids and offsets.
 
     \b
     Examples:
       onnxtools run model.onnx --prompt "The capital of France is"
       echo "The capital of France is" | onnxtools run model.onnx
       onnxtools run model.onnx --prompt "Once upon a time" --temperature 0.8 --top-p 0.9 --max-new-tokens 100
-      onnxtools run model.onnx --prompt "2 + 2 =" --num-beams 4 --runtime onnxrt --runtime frameworks --checkpoint ./SmolLM2
+      onnxtools run model.onnx --prompt "2 + 2 =" --num-beams 4 --runtime frameworks --checkpoint ./SmolLM2
     """
 
 
 def _callback(
-    model: Path, prompts: tuple[str, ...], prompts_file: Path | None, batch_size: int, runtimes: tuple[str, ...], tokenizer_path: Path | None,
-    as_json: bool, debug: bool, **given: Any,
-) -> None:  # fmt: skip
+    model: Path,
+    prompts: tuple[str, ...],
+    prompts_file: Path | None,
+    batch_size: int,
+    runtimes: tuple[str, ...],
+    tokenizer_path: Path | None,
+    as_json: bool,
+    debug: bool,
+    **given: Any,
+) -> None:
     from onnxtools.cli.render import print_json
 
     texts = _prompts(prompts, prompts_file)
@@ -126,7 +133,8 @@ command = runtime_command(
     "run", _HELP, _callback, options=GenerationOptions,
     extra=[
         click.Option(["--prompt", "prompts"], multiple=True, help="A text to continue. May be given several times."),
-        click.Option(["--prompts-file"], type=PATH, help="A text file with a prompt a line; - is stdin, as is no prompt at all."),
+        click.Option(["--prompts-file"], type=PATH,
+            help="A text file with a prompt a line; - is stdin, as is no prompt at all."),
         click.Option(["--batch-size"], type=click.IntRange(0), default=0, help="Prompts run together. [default: all]"),
     ],
 )  # fmt: skip

@@ -38,9 +38,11 @@ def runtime_command(
             *(dataclass_options(options) if options is not None else []),
             click.Option(
                 ["--runtime", "runtimes"], multiple=True, metavar="NAME[:VARIANT]",
-                help="onnxrt (:cpu, :cuda, :nograph, :nokernels), trt, frameworks (:eager, :sdpa, :nocache). May be repeated. [default: by the file]",
+                help="onnxrt (:cpu, :cuda, :nograph, :nokernels), trt, frameworks (:eager, :sdpa, :nocache). May be "
+                     "repeated. [default: by the file]",
             ),
-            click.Option(["--tokenizer", "tokenizer_path"], type=PATH, help="tokenizer.json, or a folder with it. [default: beside the model]"),
+            click.Option(["--tokenizer", "tokenizer_path"], type=PATH,
+                help="tokenizer.json, or a folder with it. [default: beside the model]"),
             *dataclass_options(RuntimeOptions),
             click.Option(["--json", "as_json"], is_flag=True, help="Print the result as JSON on stdout."),
             click.Option(["--debug"], is_flag=True, help="Show the traceback of an error."),
@@ -71,7 +73,8 @@ def opened(model: Path, runtimes: Sequence[str], options: RuntimeOptions) -> Ite
         raise UsageError(f"--runtime names {max(names, key=names.count)!r} twice; name each once")
     if options.checkpoint is not None and not any(name.split(":")[0] == "frameworks" for name in names):
         raise UsageError(
-            f"--checkpoint is for --runtime frameworks, and {', '.join(names)} runs {model}; add it, or leave --checkpoint out"
+            f"--checkpoint is for --runtime frameworks, and {', '.join(names)} runs {model}; add it, or leave "
+            "--checkpoint out"
         )
     made: list[Runtime] = []
     try:

@@ -16,19 +16,30 @@ from onnxtools.generation.generation_options import GenerationOptions
 
 _HELP = """Summarize the articles of a JSONL file (fields article and highlights) with MODEL.
 
-    Prints ROUGE-1, 2, L and Lsum against the references, total latency, output tokens and tokens per second of each runtime. With
-    --check-accuracy the exit code is 1 where ROUGE-1 is below the threshold.
+    Prints ROUGE-1, 2, L and Lsum against the references, total latency, output tokens and tokens per second of
+    each runtime. With --check-accuracy the exit code is 1 where ROUGE-1 is below the threshold.
 
     \b
     Example:
-      onnxtools summarize model.onnx --dataset articles.jsonl --max-new-tokens 100 --check-accuracy --rouge1-threshold 14
+      onnxtools summarize model.onnx --dataset articles.jsonl --check-accuracy --rouge1-threshold 14
     """
 
 
 def _callback(
-    model: Path, dataset: Path, limit: int | None, batch_size: int, template: str, max_input_len: int, check_accuracy: bool, rouge1_threshold: float,
-    runtimes: tuple[str, ...], tokenizer_path: Path | None, as_json: bool, debug: bool, **given: Any,
-) -> None:  # fmt: skip
+    model: Path,
+    dataset: Path,
+    limit: int | None,
+    batch_size: int,
+    template: str,
+    max_input_len: int,
+    check_accuracy: bool,
+    rouge1_threshold: float,
+    runtimes: tuple[str, ...],
+    tokenizer_path: Path | None,
+    as_json: bool,
+    debug: bool,
+    **given: Any,
+) -> None:
     from onnxtools.cli.render import console, print_json, table
     from onnxtools.evaluate.summaries import SCORES, read_articles, summarize
 
@@ -43,7 +54,8 @@ def _callback(
             tokenizer = open_tokenizer(tokenizer_path, runtime, model)
             with counted(f"{model.name} ({runtime.name})", len(articles)) as tick:
                 result[runtime.name] = summarize(
-                    runtime, tokenizer, articles, options, batch_size=batch_size, template=template.replace("\\n", "\n"), max_input_len=max_input_len,
+                    runtime, tokenizer, articles, options, batch_size=batch_size,
+                    template=template.replace("\\n", "\n"), max_input_len=max_input_len,
                     done=tick,
                 )  # fmt: skip
     failed = [name for name, found in result.items() if check_accuracy and found["rouge1"] < rouge1_threshold]
@@ -82,9 +94,12 @@ command = runtime_command(
     extra=[
         click.Option(["--dataset"], type=PATH, required=True, help="A JSONL file with article and highlights."),
         click.Option(["--limit"], type=click.IntRange(1), help="The first N articles alone."),
-        click.Option(["--batch-size"], type=click.IntRange(1), default=1, show_default=True, help="Articles run together."),
-        click.Option(["--template"], default="{article}\\n\\nTL;DR:\\n", show_default=True, help="The prompt; \\n is a new line."),
-        click.Option(["--max-input-len"], type=click.IntRange(8), default=923, show_default=True, help="Tokens of a prompt; the article is cut."),
+        click.Option(["--batch-size"], type=click.IntRange(1), default=1, show_default=True,
+            help="Articles run together."),
+        click.Option(["--template"], default="{article}\\n\\nTL;DR:\\n", show_default=True,
+            help="The prompt; \\n is a new line."),
+        click.Option(["--max-input-len"], type=click.IntRange(8), default=923, show_default=True,
+            help="Tokens of a prompt; the article is cut."),
         click.Option(["--check-accuracy"], is_flag=True, help="Exit code 1 where ROUGE-1 is below the threshold."),
         click.Option(["--rouge1-threshold"], type=float, default=14.0, show_default=True, help="In percent."),
     ],

@@ -39,9 +39,17 @@ from onnxtools.cli.flags import PATH, TOLERANCE, common_options
 @click.option("--per-layer", is_flag=True, help="Find the first value, by name, that differs between the two graphs.")
 @common_options
 def command(
-    reference: Path, model: Path | None, inputs: Path | None, tolerance: float | None, batch: int, sequence: int, seed: int, per_layer: bool,
-    as_json: bool, debug: bool,
-) -> None:  # fmt: skip
+    reference: Path,
+    model: Path | None,
+    inputs: Path | None,
+    tolerance: float | None,
+    batch: int,
+    sequence: int,
+    seed: int,
+    per_layer: bool,
+    as_json: bool,
+    debug: bool,
+) -> None:
     from onnxtools.cli.render import console, print_json, verdict_table
 
     engines = [path for path in (reference, model) if path is not None and path.suffix != ".onnx"]
@@ -73,7 +81,8 @@ def command(
         verdict_table(verdict, f"{reference} against {model} (tolerance {verdict.tolerance:g}, relative L2)")
         if per_layer:
             line = "no value that both graphs name differs" if found is None else (
-                f"first difference: value {found.value!r} of node {found.node!r} ({found.op_type}), rel L2 {found.difference.rel_l2:.1e}"
+                f"first difference: value {found.value!r} of node {found.node!r} ({found.op_type}), rel L2 "
+                f"{found.difference.rel_l2:.1e}"
                 f", max abs {found.difference.max_abs:.1e} ({found.compared} values compared)"
             )  # fmt: skip
             console().print(f"  {line}", markup=False)

@@ -76,8 +76,9 @@ def within_budget(
 ) -> tuple[Quantize, list[Trial]]:
     """`wanted` with the least `exclude_worst` that keeps the budget, found by halving; and every model that was tried.
 
-    Layers are left out in the order of their own output error, which calibration finds once for all trials. That a model with
-    more layers left out loses less is taken for granted, and on a few hundred passages only roughly true: see `docs/quantization.md`.
+    Layers are left out in the order of their own output error, which calibration finds once for all trials. That a
+    model with more layers left out loses less is taken for granted, and on a few hundred passages only roughly true:
+    see `docs/quantization.md`.
 
     Args:
         output: trials are written beside it, and removed.

@@ -1,8 +1,8 @@
 """LAMBADA (Paperno et al., ACL 2016): the last word of a passage, from its context.
 
-The demo's five figures are as its code defines them (FACTS-te-nemo, 3.4): `ppl_last_token` is a figure a word, not a token, and its top-N
-counts a passage whose FIRST piece of the word is anywhere among the N best of ANY target position. Beside them: the whole word
-(lm-eval's `acc`) and perplexities a token.
+The demo's five figures are as its code defines them (FACTS-te-nemo, 3.4): `ppl_last_token` is a figure a word, not a
+token, and its top-N counts a passage whose FIRST piece of the word is anywhere among the N best of ANY target position.
+Beside them: the whole word (lm-eval's `acc`) and perplexities a token.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ class PassageResult:
 
 
 def read_lambada(path: Path, limit: int | None = None) -> list[tuple[str, str]]:
-    """(context, last word) of a JSONL file: fields `context` and `continuation`, or `text`, whose last word is split off.
+    """(context, last word) of a JSONL file: fields `context` and `continuation`, or `text`, whose last word is split
+    off.
 
     Raises:
         JobError: no such file, not JSONL, or other fields.
@@ -69,7 +70,8 @@ def read_lambada(path: Path, limit: int | None = None) -> list[tuple[str, str]]:
             context, word = split_text(row["text"]) if isinstance(row["text"], str) else (None, None)
         else:
             raise JobError(
-                f"{path}:{number}: has the fields {shown(list(row)) if row else 'none'}; LAMBADA's are context and continuation, or text"
+                f"{path}:{number}: has the fields {shown(list(row)) if row else 'none'}; LAMBADA's are context and "
+                "continuation, or text"
             )
         if not isinstance(context, str) or not isinstance(word, str):
             raise JobError(f"{path}:{number}: context and continuation, or text, must be text; mend the line")
@@ -101,7 +103,8 @@ def tokenized(rows: Sequence[tuple[str, str]], tokenizer: Tokenizer, longest: in
         before, pieces = tokenizer.pair(context, joint + word)
         if not pieces:
             raise JobError(
-                f"passage {number}: its last word {word.strip()[:40]!r} has no token of its own in {tokenizer.path}; remove the line"
+                f"passage {number}: its last word {word.strip()[:40]!r} has no token of its own in {tokenizer.path}; "
+                "remove the line"
             )
         if longest is not None:
             before = before[-max(longest + 1 - len(pieces), 1) :]
@@ -157,12 +160,15 @@ def summarize_lambada(results: Sequence[PassageResult]) -> dict[str, Any]:
         "n": n, **shares, "ppl_last_token": perplexity(mean), "ppl_sequence": perplexity(float(np.mean(sequences))),
         "ppl_token": perplexity(sum(words) / sum(r.pieces for r in results)),
         "ppl_token_all": perplexity(sum(r.total for r in results) / sum(r.tokens for r in results)),
-        "acc_ci95": share_interval(sum(r.exact for r in results), n), "ppl_last_token_ci95": (perplexity(mean + half), perplexity(mean - half)),
+        "acc_ci95": share_interval(sum(r.exact for r in results), n),
+        "ppl_last_token_ci95": (perplexity(mean + half), perplexity(mean - half)),
     }  # fmt: skip
 
 
 def compare_lambada(a: Sequence[PassageResult], b: Sequence[PassageResult]) -> dict[str, Any]:
-    """b minus a, passage by passage: the difference of whole-word accuracy, and the factor of the word's perplexity; each with half its 95% interval."""
+    """b minus a, passage by passage: the difference of whole-word accuracy, and the factor of the word's perplexity;
+    each with half its 95% interval.
+    """
     accuracy, half = mean_interval([float(y.exact) - float(x.exact) for x, y in zip(a, b, strict=True)])
     logs, log_half = mean_interval([x.word - y.word for x, y in zip(a, b, strict=True)])
     return {
@@ -174,7 +180,8 @@ def compare_lambada(a: Sequence[PassageResult], b: Sequence[PassageResult]) -> d
 
 
 class Journal:
-    """Results on disk as they come, so that an interrupted run goes on where it was: JSONL, the first line says of what.
+    """Results on disk as they come, so that an interrupted run goes on where it was: JSONL, the first line says of
+    what.
 
     The file is locked (flock) until `close`, or until the process ends, however it ends.
 
@@ -201,7 +208,9 @@ class Journal:
             raise
 
     def _read(self, path: Path, of: dict[str, Any]) -> None:
-        """Take over what is there; a last line that was cut off in the middle is removed, anything else that is wrong is refused."""
+        """Take over what is there; a last line that was cut off in the middle is removed, anything else that is wrong
+        is refused.
+        """
         content = path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         try:
@@ -216,7 +225,8 @@ class Journal:
             ) from None
         if header != json.loads(json.dumps(of)):
             raise JobError(
-                f"{path}: holds results of another model, dataset, tokenizer or runtime; name another file with --resume"
+                f"{path}: holds results of another model, dataset, tokenizer or runtime; name another file with "
+                "--resume"
             )
         with path.open("rb+") as file:
             file.truncate(len(whole))

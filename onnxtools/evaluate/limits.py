@@ -1,7 +1,10 @@
-"""How fast the machine could be: bytes and operations that a model cannot do without, over rates measured here by ONNX Runtime.
+"""How fast the machine could be: bytes and operations that a model cannot do without, over rates measured here by ONNX
+Runtime.
 
-A decode step reads every weight once and the cache once: its floor is those bytes over the copy bandwidth. A prefill multiplies
-every weight with every token: 2 x weights x tokens operations over the matrix rate (roofline model: Williams et al., CACM 52, 2009).
+A decode step reads every weight once and the cache once: its floor is those bytes over the copy bandwidth. A prefill
+multiplies every weight with every token: 2 x weights x tokens operations over the matrix rate (roofline model: Williams
+et al.,
+CACM 52, 2009).
 """
 
 from __future__ import annotations
@@ -52,7 +55,9 @@ class Work:
 
 @dataclass(frozen=True)
 class Rates:
-    """Measured: bytes and floating-point operations a second, and by what: a copy (read and written), a matrix product, or the model itself."""
+    """Measured: bytes and floating-point operations a second, and by what: a copy (read and written), a matrix product,
+    or the model itself.
+    """
 
     bytes_per_s: float
     flops_per_s: float
@@ -116,7 +121,8 @@ def measure_rates(device: str, dtype: str, threads: int = 0) -> Rates:
 
 
 def raised(rates: Rates, needed: Work, timings: Sequence[Timing], steps: int) -> Rates:
-    """`rates`, or what a model reached where that was more: reading alone is faster than copying, so no share of the limit is above 1.
+    """`rates`, or what a model reached where that was more: reading alone is faster than copying, so no share of the
+    limit is above 1.
 
     Args:
         timings: of the runtimes on the device; steps: that each iteration has after its first token.

@@ -51,9 +51,12 @@ class OnnxtoolsLM(LM):  # type: ignore[misc]
         path = Path(model)
         options.pop("max_batch_size", None)
         device = options.pop("device", None) or "auto"
+        device = str(device).split(":")[0]
         self.runtime = open_runtime(
-            runtime or default_runtime(path), path, RuntimeOptions(device=str(device).split(":")[0], **options)
-        )  # type: ignore[arg-type]
+            runtime or default_runtime(path),
+            path,
+            RuntimeOptions(device=device, **options),  # type: ignore[arg-type]
+        )
         self.tokens = Tokenizer.open(Path(tokenizer) if tokenizer else path if path.is_dir() else path.parent)
         self.max_length = int(max_length) or self.runtime.info.max_positions or 2048
         self.batch_size = int(batch_size) if str(batch_size).isdigit() else 8

@@ -1,4 +1,6 @@
-"""Log-probabilities of texts under a model, in batches of like length; what `accuracy` and the lm-eval adapter stand on."""
+"""Log-probabilities of texts under a model, in batches of like length; what `accuracy` and the lm-eval adapter stand
+on.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from onnxtools.generation.runtime import Floats, Ids, Runtime
 
 @dataclass(frozen=True)
 class Scored:
-    """A text's tokens under the model; every array is along the predicted positions, which are all tokens but the first.
+    """A text's tokens under the model; every array is along the predicted positions, which are all tokens but the
+    first.
 
     Attributes:
         logprobs: log-probability of each token after those before it.

@@ -40,16 +40,24 @@ def read_articles(path: Path, limit: int | None = None) -> list[Article]:
     for number, row in read_jsonl(path, limit):
         if not all(isinstance(row.get(name), str) and row[name].strip() for name in ("article", "highlights")):
             raise JobError(
-                f"{path}:{number}: has the fields {shown(list(row)) if row else 'none'}; article and highlights are wanted, with text in them"
+                f"{path}:{number}: has the fields {shown(list(row)) if row else 'none'}; article and highlights are "
+                "wanted, with text in them"
             )
         found.append(Article(row["article"], row["highlights"]))
     return found
 
 
 def summarize(
-    runtime: Runtime, tokenizer: Tokenizer, articles: Sequence[Article], options: GenerationOptions, *, batch_size: int, template: str,
-    max_input_len: int, done: Callable[[int], None],
-) -> dict[str, Any]:  # fmt: skip
+    runtime: Runtime,
+    tokenizer: Tokenizer,
+    articles: Sequence[Article],
+    options: GenerationOptions,
+    *,
+    batch_size: int,
+    template: str,
+    max_input_len: int,
+    done: Callable[[int], None],
+) -> dict[str, Any]:
     """Summaries, their mean ROUGE F-measures in percent, and how long they took.
 
     Raises:
@@ -93,7 +101,8 @@ def _room(runtime: Runtime, options: GenerationOptions, longest: int) -> int:
     room = longest if positions is None else min(longest, positions - options.max_new_tokens)
     if room < 8:
         raise JobError(
-            f"{options.max_new_tokens} new tokens leave {room} of the model's {positions} positions for an article; lower --max-new-tokens"
+            f"{options.max_new_tokens} new tokens leave {room} of the model's {positions} positions for an article; "
+            "lower --max-new-tokens"
         )
     return room
 

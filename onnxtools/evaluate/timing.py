@@ -61,18 +61,23 @@ class Timing:
         blocks = {"end_to_end": summary(self.end_to_end, tokens), "without_tokenizer": summary(self.total, tokens)}
         return {
             **{name: block for name, block in blocks.items() if block},
-            "time_to_first_token_s": statistics.median(self.first), "time_per_output_token_s": statistics.median(self.steps) if self.steps else None,
+            "time_to_first_token_s": statistics.median(self.first),
+            "time_per_output_token_s": statistics.median(self.steps) if self.steps else None,
         }  # fmt: skip
 
 
 def summary(seconds: Sequence[float], tokens: int) -> dict[str, float]:
-    """The demo's figures: percentiles are sorted[int(n * p)], throughput is generated tokens over the average (FACTS-te-nemo, 3.4)."""
+    """The demo's figures: percentiles are sorted[int(n * p)], throughput is generated tokens over the average
+    (FACTS-te-nemo, 3.4).
+    """
     if not seconds:
         return {}
     ordered, average = sorted(seconds), statistics.fmean(seconds)
     return {
-        "iterations": len(seconds), "total_s": sum(seconds), "average_s": average, "median_s": statistics.median(seconds), "best_s": ordered[0],
-        "p95_s": ordered[int(len(ordered) * 0.95)], "p99_s": ordered[int(len(ordered) * 0.99)], "throughput_tokens_per_s": tokens / average,
+        "iterations": len(seconds), "total_s": sum(seconds), "average_s": average,
+        "median_s": statistics.median(seconds), "best_s": ordered[0],
+        "p95_s": ordered[int(len(ordered) * 0.95)], "p99_s": ordered[int(len(ordered) * 0.99)],
+        "throughput_tokens_per_s": tokens / average,
     }  # fmt: skip
 
 
@@ -82,7 +87,9 @@ def time_runtimes(
     options: BenchmarkOptions,
     progress: Callable[[], None] = lambda: None,
 ) -> list[Timing]:
-    """Time all runtimes by turns (A B A B), on the same random prompts, so that what the machine does meanwhile hits all alike."""
+    """Time all runtimes by turns (A B A B), on the same random prompts, so that what the machine does meanwhile hits
+    all alike.
+    """
     generator = np.random.default_rng(options.seed)
     vocabulary = min(runtime.vocab_size for runtime in runtimes)
     prompts = generator.integers(0, vocabulary, (options.batch_size, options.input_seq_len))
@@ -121,7 +128,8 @@ def _one(
 
 
 def generate_timed(runtime: Runtime, prompts: Ids, new_tokens: int) -> tuple[Ids, list[float]]:
-    """Greedy tokens [rows, new_tokens], and when each was known on the host (those of steps taken at once: spread over them).
+    """Greedy tokens [rows, new_tokens], and when each was known on the host (those of steps taken at once: spread over
+    them).
 
     Raises:
         JobError: logits that are not numbers.

@@ -21,7 +21,8 @@ class Window:
 
 
 def windows(tokens: list[int], length: int, stride: int) -> Iterator[Window]:
-    """Windows of `length` tokens that begin every `stride`; each token is counted once, with as much before it as its window holds.
+    """Windows of `length` tokens that begin every `stride`; each token is counted once, with as much before it as its
+    window holds.
 
     Raises:
         UsageError: a stride of more than a window.
@@ -79,7 +80,9 @@ def score_wikitext(
 
 
 def compare_wikitext(a: WindowScores, b: WindowScores) -> dict[str, Any]:
-    """How many times the perplexity of `a` that of `b` is, with its 95% interval over the windows, where both cut the text alike."""
+    """How many times the perplexity of `a` that of `b` is, with its 95% interval over the windows, where both cut the
+    text alike.
+    """
     factor = b.figures["ppl_token"] / a.figures["ppl_token"]
     low = high = float("nan")
     if a.counts == b.counts:

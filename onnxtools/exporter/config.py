@@ -15,14 +15,16 @@ Activation = Literal["gelu", "gelu_tanh", "silu", "relu", "relu2"]
 """`gelu` is the exact (erf) form, `relu2` is the square of ReLU."""
 
 ACTIVATIONS: dict[str, Activation] = {
-    "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "silu": "silu", "swish": "silu",
+    "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "silu": "silu",
+    "swish": "silu",
     "relu": "relu", "relu2": "relu2",
 }  # fmt: skip
 """Hugging Face's names of activations (transformers.activations.ACT2FN)."""
 
 
 _LARGEST = {
-    "vocab_size": 1 << 27, "hidden_size": 1 << 20, "num_hidden_layers": 1 << 12, "num_attention_heads": 1 << 14, "num_key_value_heads": 1 << 14,
+    "vocab_size": 1 << 27, "hidden_size": 1 << 20, "num_hidden_layers": 1 << 12, "num_attention_heads": 1 << 14,
+    "num_key_value_heads": 1 << 14,
     "head_dim": MAX_HEAD_DIM, "intermediate_size": 1 << 24, "max_position_embeddings": 1 << 23,
 }  # fmt: skip
 """Far above any model; a damaged configuration must not fill the memory with names and tables."""
@@ -95,8 +97,10 @@ class Block:
 
     Attributes:
         norm: of all norms of the block.
-        placement: `pre`: x += attention(n1(x)); x += mlp(n2(x)) (GPT-2, Llama). `post`: x += n1(attention(x)); x += n2(mlp(x)) (OLMo 2).
-            `sandwich`: x += n2(attention(n1(x))); x += n4(mlp(n3(x))) (Gemma 2). `parallel`: x += attention(n1(x)) + mlp(n2(x)) (GPT-NeoX).
+        placement: `pre`: x += attention(n1(x)); x += mlp(n2(x)) (GPT-2, Llama). `post`: x += n1(attention(x)); x +=
+        n2(mlp(x)) (OLMo 2).
+            `sandwich`: x += n2(attention(n1(x))); x += n4(mlp(n3(x))) (Gemma 2). `parallel`: x += attention(n1(x)) +
+            mlp(n2(x)) (GPT-NeoX).
     """
 
     attention: SelfAttention
@@ -140,17 +144,24 @@ class DecoderConfig:
         return self.blocks[0].attention.rope
 
     def to_json(self) -> dict[str, Any]:
-        """As onnxtools.json has it, in Hugging Face's names: the first block's sizes, and `blocks` where they differ or are not pre-norm."""
+        """As onnxtools.json has it, in Hugging Face's names: the first block's sizes, and `blocks` where they differ or
+        are not pre-norm.
+        """
         block, attention, mlp = self.blocks[0], self.blocks[0].attention, self.blocks[0].mlp
         plain = block.placement == "pre" and all(other == block for other in self.blocks)
         return {
-            "family": self.family, "vocab_size": self.vocab_size, "hidden_size": self.hidden_size, "num_hidden_layers": len(self.blocks),
-            "num_attention_heads": attention.heads, "num_key_value_heads": attention.kv_heads, "head_dim": attention.head_dim,
-            "intermediate_size": mlp.size, "max_position_embeddings": self.max_position_embeddings, "norm": self.norm.kind,
+            "family": self.family, "vocab_size": self.vocab_size, "hidden_size": self.hidden_size,
+            "num_hidden_layers": len(self.blocks),
+            "num_attention_heads": attention.heads, "num_key_value_heads": attention.kv_heads,
+            "head_dim": attention.head_dim,
+            "intermediate_size": mlp.size, "max_position_embeddings": self.max_position_embeddings,
+            "norm": self.norm.kind,
             "norm_eps": self.norm.eps, "activation": mlp.activation, "gated_mlp": mlp.gated,
             "rope": dataclasses.asdict(attention.rope) if attention.rope is not None else None,
-            "tie_word_embeddings": self.tie_word_embeddings, "attention_scale": attention.scale, "attention_bias": attention.bias,
-            "output_bias": attention.output_bias, "mlp_bias": mlp.bias, "norm_bias": self.norm.bias, "linear_in_out": self.linear_in_out,
+            "tie_word_embeddings": self.tie_word_embeddings, "attention_scale": attention.scale,
+            "attention_bias": attention.bias,
+            "output_bias": attention.output_bias, "mlp_bias": mlp.bias, "norm_bias": self.norm.bias,
+            "linear_in_out": self.linear_in_out,
             **({} if plain else {"blocks": [dataclasses.asdict(other) for other in self.blocks]}),
         }  # fmt: skip
 
@@ -180,19 +191,22 @@ def _check_size(family: str, name: str, value: Any) -> None:
 def _check_block(family: str, block: Block) -> None:
     attention = block.attention
     sizes = {
-        "num_attention_heads": attention.heads, "num_key_value_heads": attention.kv_heads, "head_dim": attention.head_dim,
+        "num_attention_heads": attention.heads, "num_key_value_heads": attention.kv_heads,
+        "head_dim": attention.head_dim,
         "intermediate_size": block.mlp.size,
     }  # fmt: skip
     for name, value in sizes.items():
         _check_size(family, name, value)
     if attention.heads % attention.kv_heads:
         raise ModelError(
-            f"{family}: {attention.heads} heads do not divide into {attention.kv_heads} key/value heads; check the configuration"
+            f"{family}: {attention.heads} heads do not divide into {attention.kv_heads} key/value heads; check the "
+            "configuration"
         )
     rope = attention.rope
     if rope is not None and (rope.dim % 2 or not 0 < rope.dim <= attention.head_dim):
         raise ModelError(
-            f"{family}: {rope.dim} of {attention.head_dim} channels of a head are rotated; it must be an even number of them"
+            f"{family}: {rope.dim} of {attention.head_dim} channels of a head are rotated; it must be an even number "
+            "of them"
         )
 
 
@@ -205,7 +219,8 @@ def integer(config: Mapping[str, Any], family: str, *names: str, default: int | 
     found = {name: config[name] for name in names if config.get(name) is not None}
     if len({shown(value) for value in found.values()}) > 1:
         raise ModelError(
-            f"{family}: {' and '.join(f'{name} is {shown(value)}' for name, value in found.items())}; they mean the same, correct one"
+            f"{family}: {' and '.join(f'{name} is {shown(value)}' for name, value in found.items())}; they mean the "
+            "same, correct one"
         )
     if not found:
         if default is None:
@@ -257,7 +272,8 @@ def check_plain(config: Mapping[str, Any], family: str) -> None:
     """Raises: ModelError for stored quantization, cross-attention, or attention that is not causal."""
     if config.get("quantization_config"):
         raise ModelError(
-            f"{family}: has a quantization_config: its weights are stored quantized, which is not supported; export the original checkpoint"
+            f"{family}: has a quantization_config: its weights are stored quantized, which is not supported; export "
+            "the original checkpoint"
         )
     for name, value in _REFUSED.items():
         if config.get(name) is value:

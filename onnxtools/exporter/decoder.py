@@ -19,20 +19,24 @@ def build_decoder(config: DecoderConfig, options: ExportOptions, weights: Weight
     """The graph; `weights` are cast to `dtype` while they are written.
 
     Raises:
-        JobError: a cache longer than the model's positions, or `gqa` with a head size that ONNX Runtime's operator refuses.
+        JobError: a cache longer than the model's positions, or `gqa` with a head size that ONNX Runtime's operator
+        refuses.
 
-    Inputs: input_ids, attention_mask, position_ids, past_key_values.N.key / .value; outputs: logits (fp32), present.N.key / .value.
+    Inputs: input_ids, attention_mask, position_ids, past_key_values.N.key / .value; outputs: logits (fp32),
+    present.N.key / .value.
     """
     for head_dim, rotated in {
         (a.head_dim, a.rope.dim if a.rope is not None else 0) for a in (block.attention for block in config.blocks)
     }:
         if options.kv_cache == "gqa" and (head_dim % 16 or rotated % 16):
             raise JobError(
-                f"GroupQueryAttention takes head and rotary sizes that are multiples of 16, not {head_dim} and {rotated}; use --kv-cache concat"
+                f"GroupQueryAttention takes head and rotary sizes that are multiples of 16, not {head_dim} and "
+                f"{rotated}; use --kv-cache concat"
             )
     if options.cache_length and options.cache_length > config.max_position_embeddings:
         raise JobError(
-            f"the cache of {options.cache_length} is longer than the {config.max_position_embeddings} positions of the model; lower --cache-length"
+            f"the cache of {options.cache_length} is longer than the {config.max_position_embeddings} positions of the "
+            "model; lower --cache-length"
         )
     opsets = {"": options.opset, **({"com.microsoft": 1} if options.kv_cache == "gqa" else {})}
     graph = ir.Graph([], [], nodes=[], name=config.family, opset_imports=opsets)

@@ -1,4 +1,6 @@
-"""`export`: a checkpoint, or nothing but sizes, becomes an ONNX file with its tokenizer and onnxtools.json beside it."""
+"""`export`: a checkpoint, or nothing but sizes, becomes an ONNX file with its tokenizer and onnxtools.json beside
+it.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +32,15 @@ from onnxtools.storage.save import SaveReport
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _SIZES = {
-    "n_layer": ("n_layer", "num_hidden_layers", "num_layers"), "n_embd": ("n_embd", "hidden_size"), "n_head": ("n_head", "num_attention_heads"),
-    "n_kv_head": ("num_key_value_heads", "num_query_groups"), "n_inner": ("n_inner", "intermediate_size", "ffn_hidden_size"),
+    "n_layer": ("n_layer", "num_hidden_layers", "num_layers"), "n_embd": ("n_embd", "hidden_size"),
+    "n_head": ("n_head", "num_attention_heads"),
+    "n_kv_head": ("num_key_value_heads", "num_query_groups"),
+    "n_inner": ("n_inner", "intermediate_size", "ffn_hidden_size"),
     "n_positions": ("n_positions", "max_position_embeddings"), "vocab_size": ("_vocab_size", "vocab_size"),
 }  # fmt: skip
-"""Our size options to the spellings of configurations; the first that the family's example has is set, else the first."""
+"""Our size options to the spellings of configurations; the first that the family's example has is set, else the
+first.
+"""
 
 
 @dataclass
@@ -82,14 +88,16 @@ def _bound(checkpoint: Checkpoint, options: ExportOptions) -> tuple[DecoderConfi
     config = _configured(family, checkpoint.config, str(checkpoint.path))
     if len(config.blocks) > len(checkpoint.tensors):
         raise ModelError(
-            f"{checkpoint.path}: {len(config.blocks)} layers need more than its {len(checkpoint.tensors)} weights; fetch it again"
+            f"{checkpoint.path}: {len(config.blocks)} layers need more than its {len(checkpoint.tensors)} weights; "
+            "fetch it again"
         )
     source = Source(checkpoint.tensors, checkpoint.config)
     tensors = family.weights(config, source)
     if config.tie_word_embeddings and "lm_head.weight" in tensors:
         config = dataclasses.replace(config, tie_word_embeddings=False)
         checkpoint.notes.append(
-            "warning: the head is said to be the embedding, but a different one is stored; it is used, as transformers does"
+            "warning: the head is said to be the embedding, but a different one is stored; it is used, as transformers "
+            "does"
         )
     source.check(str(checkpoint.path), family.ignored)
     scales = family.scales(config, source)
@@ -192,5 +200,6 @@ def describe(config: DecoderConfig, options: ExportOptions, dtype: ir.DataType) 
         "dtype": next(name for name, value in BY_NAME.items() if value == dtype),
         "kv_cache": cache.to_json() if options.kv_cache != "none" else None,
         "logits": options.logits,
-        "options": {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if getattr(options, f.name) != f.default},
+        "options": {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if getattr(options,
+            f.name) != f.default},
     }  # fmt: skip

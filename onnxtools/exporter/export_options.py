@@ -17,7 +17,8 @@ class ExportOptions:
 
     kv_cache: Literal["concat", "scatter", "gqa", "none"] = option(
         "concat",
-        "concat: past and present, standard ONNX. scatter: static cache, TensorScatter-24. gqa: com.microsoft.GroupQueryAttention. none: no cache.",
+        "concat: past and present, standard ONNX. scatter: static cache, TensorScatter-24. gqa: "
+        "com.microsoft.GroupQueryAttention. none: no cache.",
     )
     cache_length: int | None = option(None, "Length of scatter's static cache. [default: the model's longest sequence]")
     logits: Literal["all", "last"] = option("all", "Logits of all new tokens, or of the last real one of each row.")
@@ -63,13 +64,16 @@ class ExportOptions:
             raise UsageError(f"export: opset is {self.opset}; it takes {OLDEST_OPSET} to {NEWEST_OPSET}")
         if self.kv_cache == "scatter" and self.opset < 24:
             raise UsageError(
-                f"export: --kv-cache scatter needs opset 24 (TensorScatter) and opset is {self.opset}; use --opset 24 or --kv-cache concat"
+                f"export: --kv-cache scatter needs opset 24 (TensorScatter) and opset is {self.opset}; use --opset 24 "
+                "or --kv-cache concat"
             )
         if self.cache_length is not None and (self.kv_cache != "scatter" or self.cache_length < 1):
             raise UsageError(
-                f"export: cache_length is {self.cache_length} with --kv-cache {self.kv_cache}; it is the positive length of a scatter cache"
+                f"export: cache_length is {self.cache_length} with --kv-cache {self.kv_cache}; it is the positive "
+                "length of a scatter cache"
             )
         if self.use_one_input and self.kv_cache in ("scatter", "gqa"):
             raise UsageError(
-                f"export: --kv-cache {self.kv_cache} needs to be told how full the cache is; use --use-one-input with concat or none"
+                f"export: --kv-cache {self.kv_cache} needs to be told how full the cache is; use --use-one-input with "
+                "concat or none"
             )

@@ -89,7 +89,8 @@ class Source:
         return ir.LazyTensor(_never, dtype=ir.DataType.FLOAT, shape=ir.Shape(shape), name=name)
 
     def head(self, c: DecoderConfig, name: str, table: Tensor) -> dict[str, Tensor]:
-        """`lm_head.weight`, where the model has one of its own: it is not tied, or a head that differs from the embedding is stored.
+        """`lm_head.weight`, where the model has one of its own: it is not tied, or a head that differs from the
+        embedding is stored.
 
         transformers (5.x) does not tie weights that a checkpoint holds both and different.
         """
@@ -116,7 +117,8 @@ class Source:
         problems = [f"{len(names)} weights {what}: {_few(names)}" for what, names in lists if names]
         if problems:
             raise ModelError(
-                f"{label}: {'; '.join(problems)}; check that the checkpoint is whole and that its configuration belongs to it"
+                f"{label}: {'; '.join(problems)}; check that the checkpoint is whole and that its configuration "
+                "belongs to it"
             )
 
 

@@ -1,4 +1,5 @@
-"""The layers of a decoder as ONNX nodes: embedding, norm, linear, MLP, head. Activations are [batch * sequence, hidden].
+"""The layers of a decoder as ONNX nodes: embedding, norm, linear, MLP, head. Activations are [batch * sequence,
+hidden].
 
 Linear layers are Gemm with the weight as the checkpoint stores it ([out, in] and transB=1): a weight is copied, never
 transposed, a tied head reads the embedding table, and the bias is part of the node.

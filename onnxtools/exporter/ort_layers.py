@@ -1,8 +1,10 @@
 """Layers in ONNX Runtime's own operators (domain com.microsoft), for graphs that only it runs (`--kv-cache gqa`).
 
-The residual addition, the bias before it and the norm after it are one node, and so are a bias and its GELU: on a GPU a decode
-step is a chain of small kernels, and each one less is time saved. Computed in fp32 inside, as the standard form is.
-Operators: ContribOperators.md of ONNX Runtime (SkipLayerNormalization, SkipSimplifiedLayerNormalization, BiasGelu, FastGelu).
+The residual addition, the bias before it and the norm after it are one node, and so are a bias and its GELU: on a GPU a
+decode step is a chain of small kernels, and each one less is time saved. Computed in fp32 inside, as the standard form
+is.
+Operators: ContribOperators.md of ONNX Runtime (SkipLayerNormalization, SkipSimplifiedLayerNormalization, BiasGelu,
+FastGelu).
 """
 
 from __future__ import annotations
@@ -46,10 +48,11 @@ class OrtLayers(Layers):
     def qkv(
         self, hidden: ir.Value, attention: SelfAttention, weight: str, name: str
     ) -> tuple[ir.Value, ir.Value | None] | None:
-        """[tokens, q_size + 2 kv_size], one product for queries, keys and values, and their bias; None where each has FP8 scales of its own.
+        """[tokens, q_size + 2 kv_size], one product for queries, keys and values, and their bias; None where each has
+        FP8 scales of its own.
 
-        The bias is left to be added to the three-dimensional value: as the Gemm's it would first be spread over all tokens, in a
-        kernel slower than the addition.
+        The bias is left to be added to the three-dimensional value: as the Gemm's it would first be spread over all
+        tokens, in a kernel slower than the addition.
         """
         parts = [f"{weight}.{part}_proj" for part in ("q", "k", "v")]
         if any(part in self._scales for part in parts):

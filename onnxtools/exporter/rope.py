@@ -42,7 +42,8 @@ class Rope:
             raise ModelError(f"rope: {self.dim} channels of a head are rotated; it must be 2 to {MAX_HEAD_DIM}")
         if self.factors and (len(self.factors) != self.dim // 2 or not all(map(is_positive, self.factors))):
             raise ModelError(
-                f"rope: the factors of its frequencies are {shown(self.factors)}; they must be {self.dim // 2} positive numbers"
+                f"rope: the factors of its frequencies are {shown(self.factors)}; they must be {self.dim // 2} "
+                "positive numbers"
             )
 
     def tables(self, length: int) -> tuple[Array, Array]:
@@ -53,7 +54,8 @@ class Rope:
         """
         if length * self.dim > _MAX_TABLE:
             raise ModelError(
-                f"rope: tables of {length} positions and {self.dim} channels have more than {_MAX_TABLE} numbers; lower max_position_embeddings"
+                f"rope: tables of {length} positions and {self.dim} channels have more than {_MAX_TABLE} numbers; "
+                "lower max_position_embeddings"
             )
         frequencies, factor = _KINDS[self.kind](self)
         if self.factors:
@@ -63,10 +65,12 @@ class Rope:
 
 
 def rope_of(config: Mapping[str, Any], family: str, head_dim: int, *, partial: float | None = None) -> Rope:
-    """From a Hugging Face configuration: `rope_scaling` and `rope_theta`, or `rope_parameters` (transformers 5); the former win, as there.
+    """From a Hugging Face configuration: `rope_scaling` and `rope_theta`, or `rope_parameters` (transformers 5); the
+    former win, as there.
 
     Args:
-        partial: share of the channels that is rotated where the configuration says nothing; None where the family rotates all.
+        partial: share of the channels that is rotated where the configuration says nothing; None where the family
+        rotates all.
     Raises:
         ModelError: a kind that is not supported, or parameters that are missing or no numbers.
     """
@@ -89,7 +93,8 @@ def rope_of(config: Mapping[str, Any], family: str, head_dim: int, *, partial: f
         raise ModelError(f"{family}: rope type {kind} needs {', '.join(absent)}; fetch the configuration again")
     if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
         raise ModelError(
-            f"{family}: rope's low_freq_factor {scaling['low_freq_factor']} is not below its high_freq_factor {scaling['high_freq_factor']}"
+            f"{family}: rope's low_freq_factor {scaling['low_freq_factor']} is not below its high_freq_factor "
+            f"{scaling['high_freq_factor']}"
         )
     both = {
         "partial_rotary_factor": partial or 1.0,

@@ -1,8 +1,8 @@
 """Attention and its cache: one mask and one set of positions for all layers, four ways to keep keys and values.
 
-The mask is explicit and additive, [batch, 1, new tokens, cached tokens]: TensorRT reads `is_causal` as upper-left and drops
-`nonpad_kv_seqlen`. Its low value is half the type's lowest number, so that adding a score cannot reach -infinity and a row
-without a visible token stays finite.
+The mask is explicit and additive, [batch, 1, new tokens, cached tokens]: TensorRT reads `is_causal` as upper-left and
+drops `nonpad_kv_seqlen`. Its low value is half the type's lowest number, so that adding a score cannot reach -infinity
+and a row without a visible token stays finite.
 """
 
 from __future__ import annotations
@@ -206,7 +206,9 @@ class Attention:
     # --- one layer ---------------------------------------------------------------------------------------------------
 
     def __call__(self, hidden: ir.Value, n: int, *, last_only: bool = False) -> ir.Value:
-        """[batch * sequence, hidden] to the same: projections, cache, attention, output projection; or to [batch, hidden] of the last tokens."""
+        """[batch * sequence, hidden] to the same: projections, cache, attention, output projection; or to [batch,
+        hidden] of the last tokens.
+        """
         c, weight, name = self.config.blocks[n].attention, f"model.layers.{n}.self_attn", f"/model/layers.{n}/attn"
         packed = self.layers.qkv(hidden, c, weight, name) if isinstance(self.layers, OrtLayers) else None
         if packed is not None:
@@ -231,11 +233,14 @@ class Attention:
         return self.layers.linear(flat, f"{weight}.o_proj", f"{name}/o_proj", bias=c.output_bias)
 
     def _grouped(self, projected: list[ir.Value | None], n: int, name: str) -> ir.Value:
-        """com.microsoft.GroupQueryAttention, which rotates, appends to the cache and attends; of q, k and v, or of all three in the first."""
+        """com.microsoft.GroupQueryAttention, which rotates, appends to the cache and attends; of q, k and v, or of all
+        three in the first.
+        """
         c = self.config.blocks[n].attention
         inputs = [*projected, *self._pasts[n], *self._lengths, *(self._tables or ())]
         found = self.build.ops(
-            "GroupQueryAttention", inputs, f"{name}/GroupQueryAttention", outputs=3, domain=MICROSOFT, num_heads=c.heads,
+            "GroupQueryAttention", inputs, f"{name}/GroupQueryAttention", outputs=3, domain=MICROSOFT,
+            num_heads=c.heads,
             kv_num_heads=c.kv_heads, scale=c.scale, do_rotary=int(self._tables is not None),
         )  # fmt: skip
         for kind, value in zip(("key", "value"), found[1:], strict=True):

@@ -1,7 +1,7 @@
 """Beam search, equal token for token to transformers' `_beam_search` (generation/utils.py, 5.x), in numpy.
 
-Of each prompt the `num_beams` best unfinished texts are run on; candidates that end are moved to the finished ones, by score: sum
-of log-probabilities over (new tokens to the power of `length_penalty`).
+Of each prompt the `num_beams` best unfinished texts are run on; candidates that end are moved to the finished ones, by
+score: sum of log-probabilities over (new tokens to the power of `length_penalty`).
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ class _Beams:
         self.all_stop = False
 
     def advance(self, logprobs: Floats) -> tuple[list[int], list[int]]:
-        """Take the log-probabilities [beams, vocabulary] of the next token; the tokens to run, and which beam each continues."""
+        """Take the log-probabilities [beams, vocabulary] of the next token; the tokens to run, and which beam each
+        continues.
+        """
         count, vocabulary = logprobs.shape
         total = (logprobs + self.scores[:, None]).ravel()
         keep = min(max(2, 1 + len(self.ends)) * count, total.size)
@@ -69,7 +71,8 @@ class _Beams:
         if full or not self.improvable:
             return
         made = [
-            _Finished(np.float32(scores[i] / np.float32(length**self.options.length_penalty)), texts[i], True, bool(ended[i]))
+            _Finished(np.float32(scores[i] / np.float32(length**self.options.length_penalty)), texts[i], True,
+                bool(ended[i]))
             for i in range(self.options.num_beams) if stops[i]
         ]  # fmt: skip
         self.finished = sorted([*self.finished, *made], key=lambda f: -f.score)[: self.options.num_beams]
@@ -117,7 +120,8 @@ def _search(
     while any(waiting):
         if not all(waiting):
             raise UsageError(
-                "beam search over prompts of different lengths needs a model with an attention_mask input; run them one by one"
+                "beam search over prompts of different lengths needs a model with an attention_mask input; run them "
+                "one by one"
             )
         logits = session.step(np.array([rest.pop(0) for rest in waiting]))
     for step in range(options.max_new_tokens):

@@ -1,4 +1,7 @@
-"""`GenerationOptions`: how texts are continued; the flags of `run`. Names and meanings are those of transformers' `generate`."""
+"""`GenerationOptions`: how texts are continued; the flags of `run`.
+
+Names and meanings are those of transformers' `generate`.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,9 @@ from onnxtools.base.options import option
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """Greedy search unless a temperature, top-k, top-p or beams are given; a temperature of 0 is greedy whatever else is."""
+    """Greedy search unless a temperature, top-k, top-p or beams are given; a temperature of 0 is greedy whatever else
+    is.
+    """
 
     max_new_tokens: int = option(20, "Tokens to generate at most.")
     min_new_tokens: int = option(0, "Tokens before the text may end.")
@@ -38,11 +43,16 @@ class GenerationOptions:
         rules = (
             (self.max_new_tokens >= 1, "max_new_tokens", "1 or more"),
             (0 <= self.min_new_tokens <= self.max_new_tokens, "min_new_tokens", "0 to max_new_tokens"),
-            (self.temperature in (None, 0) or 1e-4 <= self.temperature <= 1e4, "temperature", "0.0001 to 10000, or 0 for greedy search"),
-            (self.top_k is None or self.top_k >= 1, "top_k", "1 or more"), (self.top_p is None or 0 < self.top_p <= 1, "top_p", "more than 0, at most 1"),
-            (1e-3 <= self.repetition_penalty <= 1e3, "repetition_penalty", "0.001 to 1000"), (self.num_beams >= 1, "num_beams", "1 or more"),
-            (1 <= self.num_return_sequences <= self.num_beams, "num_return_sequences", "1 to num_beams"), (self.seed >= 0, "seed", "0 or more"),
-            (-10 <= self.length_penalty <= 10, "length_penalty", "-10 to 10"), (all(self.stop), "stop", "texts that are not empty"),
+            (self.temperature in (None, 0) or 1e-4 <= self.temperature <= 1e4, "temperature",
+                "0.0001 to 10000, or 0 for greedy search"),
+            (self.top_k is None or self.top_k >= 1, "top_k", "1 or more"),
+            (self.top_p is None or 0 < self.top_p <= 1, "top_p", "more than 0, at most 1"),
+            (1e-3 <= self.repetition_penalty <= 1e3, "repetition_penalty", "0.001 to 1000"),
+            (self.num_beams >= 1, "num_beams", "1 or more"),
+            (1 <= self.num_return_sequences <= self.num_beams, "num_return_sequences", "1 to num_beams"),
+            (self.seed >= 0, "seed", "0 or more"),
+            (-10 <= self.length_penalty <= 10, "length_penalty", "-10 to 10"),
+            (all(self.stop), "stop", "texts that are not empty"),
         )  # fmt: skip
         for holds, name, wanted in rules:
             if not holds:

@@ -48,15 +48,16 @@ def check_prompts(prompts: Prompts, vocab_size: int) -> None:
             raise UsageError(f"prompt {row} is empty; give at least one token of text")
         if max(prompt) >= vocab_size or min(prompt) < 0:
             raise JobError(
-                f"prompt {row} has token {max(prompt)} and the model's vocabulary ends at {vocab_size - 1}; use the tokenizer of this model"
+                f"prompt {row} has token {max(prompt)} and the model's vocabulary ends at {vocab_size - 1}; use the "
+                "tokenizer of this model"
             )
 
 
 def first_logits(session: Session, prompts: Prompts, *, pads: bool) -> tuple[Logits, list[list[int]]]:
     """Logits after the part of the prompts that can be run at once, and what of each prompt is still to be fed.
 
-    A model without an attention mask (not `pads`) cannot tell padding from text, so rows of different lengths start with
-    their common length and the rest of the longer ones is fed a token a step.
+    A model without an attention mask (not `pads`) cannot tell padding from text, so rows of different lengths start
+    with their common length and the rest of the longer ones is fed a token a step.
     """
     every, shortest = range(len(prompts)), min(map(len, prompts))
     if pads or shortest == max(map(len, prompts)):
@@ -71,7 +72,8 @@ def check_numbers(best: np.ndarray, step: int) -> None:
     if not np.isfinite(best).all():
         row = int((~np.isfinite(best)).argmax())
         raise JobError(
-            f"the logits of row {row} are NaN or infinite at step {step}; compare the model with its source: onnxtools validate"
+            f"the logits of row {row} are NaN or infinite at step {step}; compare the model with its source: onnxtools "
+            "validate"
         )
 
 
@@ -116,7 +118,9 @@ class Loop:
         return self.found
 
     def _greedy(self, ids: Ids) -> list[Generated]:
-        """The rest of a greedy search, several steps at once where the runtime can; a row's tokens after its end are dropped."""
+        """The rest of a greedy search, several steps at once where the runtime can; a row's tokens after its end are
+        dropped.
+        """
         done = 1
         most = _AHEAD if self.ends else self.options.max_new_tokens
         while self.open.any():

@@ -38,9 +38,15 @@ class Text:
 
 
 def continue_texts(
-    runtime: Runtime, tokenizer: Tokenizer, prompts: Sequence[str], options: GenerationOptions, *, batch_size: int = 0,
-    show: Callable[[int, str], None] | None = None, logprobs: bool = False,
-) -> list[list[Text]]:  # fmt: skip
+    runtime: Runtime,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    options: GenerationOptions,
+    *,
+    batch_size: int = 0,
+    show: Callable[[int, str], None] | None = None,
+    logprobs: bool = False,
+) -> list[list[Text]]:
     """Continue `prompts`, `batch_size` at a time (0: all together).
 
     Args:
@@ -52,7 +58,8 @@ def continue_texts(
     empty = next((index for index, ids in enumerate(encoded) if not ids), None)
     if empty is not None:
         raise UsageError(
-            f"prompt {empty} ({prompts[empty][:40]!r}) has no tokens in {tokenizer.path}; give other text, or the model's own tokenizer"
+            f"prompt {empty} ({prompts[empty][:40]!r}) has no tokens in {tokenizer.path}; give other text, or the "
+            "model's own tokenizer"
         )
     found: list[list[Text]] = []
     for start in range(0, max(len(prompts), 1), size):
@@ -76,7 +83,8 @@ def _text(tokenizer: Tokenizer, prompt: str, ids: list[int], found: Generated, o
     whole = [*ids, *found.token_ids]
     text, _ = cut_at(tokenizer.continuation(ids, found.token_ids), options.stop)
     return Text(
-        prompt + text, text, [tokenizer.token(token) for token in whole], [round(value, 6) for value in found.logprobs], whole,
+        prompt + text, text, [tokenizer.token(token) for token in whole], [round(value, 6) for value in found.logprobs],
+        whole,
         tokenizer.offsets(whole), found.finish, found.score,
     )  # fmt: skip
 

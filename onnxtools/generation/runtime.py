@@ -1,4 +1,7 @@
-"""`Runtime`: what generation, benchmarks and scores need of a model, wherever it runs. Implementations are in `onnxtools.engines`."""
+"""`Runtime`: what generation, benchmarks and scores need of a model, wherever it runs.
+
+Implementations are in `onnxtools.engines`.
+"""
 
 from __future__ import annotations
 
@@ -71,11 +74,13 @@ class RuntimeOptions:
     threads: int = option(0, "Threads of the CPU. [default: all cores]")
     cuda_graph: bool = option(
         True,
-        "Capture decode steps, and prompts of a length that comes again, as CUDA graphs where shapes are static (scatter, gqa).",
+        "Capture decode steps, and prompts of a length that comes again, as CUDA graphs where shapes are static "
+        "(scatter, gqa).",
     )
     kernels: bool = option(
         True,
-        "Our own CUDA kernels for decode steps and short prompts in ONNX Runtime, compiled once by nvcc; from compute capability 9.0.",
+        "Our own CUDA kernels for decode steps and short prompts in ONNX Runtime, compiled once by nvcc; from compute "
+        "capability 9.0.",
     )
     checkpoint: str | None = option(
         None, "Checkpoint of the runtime `frameworks`. [default: the MODEL, where it is a checkpoint]"
@@ -89,7 +94,8 @@ class RuntimeOptions:
 
 
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
-    "cpu": {"device": "cpu"}, "cuda": {"device": "cuda"}, "eager": {"attention": "eager"}, "sdpa": {"attention": "sdpa"}, "nocache": {"cache": False},
+    "cpu": {"device": "cpu"}, "cuda": {"device": "cuda"}, "eager": {"attention": "eager"},
+    "sdpa": {"attention": "sdpa"}, "nocache": {"cache": False},
     "nograph": {"cuda_graph": False}, "nokernels": {"kernels": False},
 }  # fmt: skip
 """Words after a runtime's name, as in `frameworks:eager:nocache`, and the options they stand for."""
@@ -186,7 +192,9 @@ class LooksAhead(Protocol):
     looks_ahead: bool
 
     def ahead(self, ids: Ids, count: int) -> Ids:
-        """`count` greedy steps of all slots, the first of `ids`; the tokens they find, [slots, count], -1 where the logits are NaN."""
+        """`count` greedy steps of all slots, the first of `ids`; the tokens they find, [slots, count], -1 where the
+        logits are NaN.
+        """
         ...
 
 
@@ -236,7 +244,8 @@ def _check_whole(made: Any, spec: str) -> None:
     )
     if missing:
         raise JobError(
-            f"runtime {spec!r} ({type(made).__module__}.{type(made).__name__}) has no {', '.join(missing)}; its package is for another onnxtools"
+            f"runtime {spec!r} ({type(made).__module__}.{type(made).__name__}) has no {', '.join(missing)}; its "
+            "package is for another onnxtools"
         )
 
 
@@ -254,12 +263,15 @@ def greedy_steps(session: Session, ids: Ids, count: int) -> tuple[Ids, Floats]:
 
 
 def check_slots(session: Session, slots: Sequence[int]) -> None:
-    """Raises: JobError for some slots alone where the session does not join; ValueError for a slot that is not there, or twice."""
+    """Raises: JobError for some slots alone where the session does not join; ValueError for a slot that is not there,
+    or twice.
+    """
     if len(set(slots)) != len(slots) or not all(0 <= slot < session.slots for slot in slots):
         raise ValueError(f"slots {list(slots)} are not different ones of 0 to {session.slots - 1}")
     if len(slots) < session.slots and not session.joins:
         raise JobError(
-            "this model runs all rows of a batch in step: it has no attention_mask input, or a fixed batch; run them together or one by one"
+            "this model runs all rows of a batch in step: it has no attention_mask input, or a fixed batch; run them "
+            "together or one by one"
         )
 
 
@@ -267,7 +279,8 @@ def check_length(info: ModelInfo, length: int, longest_prompt: int, what: str) -
     """Raises: JobError where the sequences would not fit the model's positions."""
     if info.max_positions is not None and length > info.max_positions:
         raise JobError(
-            f"{what}: a text of {longest_prompt} tokens and {length - longest_prompt} new ones exceed the model's {info.max_positions} positions;"
+            f"{what}: a text of {longest_prompt} tokens and {length - longest_prompt} new ones exceed the model's "
+            f"{info.max_positions} positions;"
             " use shorter texts, or fewer new tokens"
         )
 

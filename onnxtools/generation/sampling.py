@@ -1,4 +1,7 @@
-"""From logits to the next tokens: penalties, filters, and the draw. The order is transformers': penalty, temperature, top-k, top-p."""
+"""From logits to the next tokens: penalties, filters, and the draw.
+
+The order is transformers': penalty, temperature, top-k, top-p.
+"""
 
 from __future__ import annotations
 

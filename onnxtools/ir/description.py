@@ -1,7 +1,7 @@
 """The model's own description: `onnxtools.model` in its metadata, and onnxtools.json beside it, which say the same.
 
-This is the only place that writes it, and with `checkpoints.model_info` the only one that reads it. `exporter.export.describe` says
-what is in it.
+This is the only place that writes it, and with `checkpoints.model_info` the only one that reads it.
+`exporter.export.describe` says what is in it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def text(model: Model) -> str | None:
 
 
 def record_dtypes(model: Model, *, cache: str | None = None, compute: str | None = None) -> None:
-    """Let the description follow where the type of the model's cache or its computation has changed (fp16, fp8, ...)."""
+    """Let the description follow where the type of the model's cache or its computation has changed (fp16, fp8,
+    ...).
+    """
     for props in (model.graph.metadata_props, model.ir.metadata_props):
         info = _parsed(props)
         if info:

@@ -64,9 +64,17 @@ class Builder:
         self._constants: dict[tuple[Any, ...], ir.Value] = {}
 
     def op(
-        self, op_type: str, inputs: Sequence[ir.Value | None], name: str, *, outputs: int = 1, dtype: ir.DataType | None = None,
-        shape: Sequence[int | str | None] | None = None, domain: str = "", **attributes: Any,
-    ) -> ir.Value:  # fmt: skip
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        name: str,
+        *,
+        outputs: int = 1,
+        dtype: ir.DataType | None = None,
+        shape: Sequence[int | str | None] | None = None,
+        domain: str = "",
+        **attributes: Any,
+    ) -> ir.Value:
         """Append one node called `name`; its value is `name`/output_0. Several outputs: use `ops`."""
         value = self.ops(op_type, inputs, name, outputs=outputs, domain=domain, **attributes)[0]
         if dtype is not None:

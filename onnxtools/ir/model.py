@@ -71,7 +71,9 @@ class Model:
         return loaded
 
     def _follow_hub_links(self) -> None:
-        """Let weights behind the links of a Hugging Face cache refer to the files that these lead to: onnx_ir follows none that leave the folder."""
+        """Let weights behind the links of a Hugging Face cache refer to the files that these lead to: onnx_ir follows
+        none that leave the folder.
+        """
         for value, tensor in self.weights():
             if isinstance(tensor, ir.ExternalTensor):
                 value.const_value = _real(tensor)
@@ -79,9 +81,11 @@ class Model:
             attributes[name] = ir.AttrTensor(name, _real(tensor))
 
     def lift_constants(self) -> None:
-        """Constant nodes that hold a weight become initializers, in subgraphs too, so that all weights are in one place.
+        """Constant nodes that hold a weight become initializers, in subgraphs too, so that all weights are in one
+        place.
 
-        A weight is a tensor in a data file, or one of two or more elements in floating point, or above 1 KiB; scalars stay.
+        A weight is a tensor in a data file, or one of two or more elements in floating point, or above 1 KiB; scalars
+        stay.
         """
         for graph in self.ir.graphs():
             for node in list(graph):
@@ -107,17 +111,21 @@ class Model:
         graph.remove(node)
 
     def _drop_initializer_inputs(self) -> None:
-        """Initializers that IR < 4 forced to be inputs too become constants; in a newer model they are meant to be overridden."""
+        """Initializers that IR < 4 forced to be inputs too become constants; in a newer model they are meant to be
+        overridden.
+        """
         both = [value for value in self.ir.graph.inputs if value.name in self.ir.graph.initializers]
         if both and (self.ir.ir_version or 0) >= 4:
             self.notes.append(
-                f"{len(both)} initializers are graph inputs too ({both[0].name!r} first): callers may override them, so they are left alone"
+                f"{len(both)} initializers are graph inputs too ({both[0].name!r} first): callers may override them, "
+                "so they are left alone"
             )
         elif both:
             for value in both:
                 self.ir.graph.inputs.remove(value)
             self.notes.append(
-                f"{len(both)} initializers were listed as graph inputs (IR {self.ir.ir_version}); they are constants now"
+                f"{len(both)} initializers were listed as graph inputs (IR {self.ir.ir_version}); they are constants "
+                "now"
             )
 
     def _sort(self) -> None:
@@ -125,7 +133,8 @@ class Model:
             self.ir.graph.sort()
         except ValueError as error:
             raise ModelError(
-                f"{self.path}: the graph has a cycle through {_cycle_node(self.ir.graph)}; an ONNX graph must be acyclic"
+                f"{self.path}: the graph has a cycle through {_cycle_node(self.ir.graph)}; an ONNX graph must be "
+                "acyclic"
             ) from error
 
     @property
@@ -190,7 +199,8 @@ def _read_proto(path: Path) -> tuple[onnx.ModelProto, str]:
         check_regular(path, ModelError)
         if (size := path.stat().st_size) >= _MAX_PROTO_BYTES:
             raise ModelError(
-                f"{path}: has {size} bytes, and no ONNX graph can have more than {_MAX_PROTO_BYTES}; keep its weights in a data file"
+                f"{path}: has {size} bytes, and no ONNX graph can have more than {_MAX_PROTO_BYTES}; keep its weights "
+                "in a data file"
             )
         data = path.read_bytes()
     except FileNotFoundError:
@@ -255,7 +265,9 @@ def load(path: str | os.PathLike[str]) -> Model:
 
 
 def file_stamps(path: Path) -> list[list[str | int]]:
-    """Name, size and time of change of a model's files (hashing them would read them): of a graph and its data, or of all in a folder."""
+    """Name, size and time of change of a model's files (hashing them would read them): of a graph and its data, or of
+    all in a folder.
+    """
     files = [path]
     if path.suffix == ".onnx":
         files += sorted({external_path(tensor) for tensor in Model.load(path).external_tensors()})

@@ -25,14 +25,18 @@ _MAX_EXPANDED = 5_000_000
 """Nodes that a model may have once its functions are inlined: far above any model, and a few seconds' work."""
 _TENSOR_TYPES = set(onnx.TensorProto.DataType.values()) - {onnx.TensorProto.UNDEFINED}
 _BITS = {
-    **dict.fromkeys(("FLOAT", "INT32", "UINT32"), 32), **dict.fromkeys(("DOUBLE", "INT64", "UINT64", "COMPLEX64"), 64), "COMPLEX128": 128,
-    **dict.fromkeys(("FLOAT16", "BFLOAT16", "INT16", "UINT16"), 16), **dict.fromkeys(("INT4", "UINT4", "FLOAT4E2M1"), 4), **dict.fromkeys(("INT2", "UINT2"), 2),
+    **dict.fromkeys(("FLOAT", "INT32", "UINT32"), 32), **dict.fromkeys(("DOUBLE", "INT64", "UINT64", "COMPLEX64"), 64),
+    "COMPLEX128": 128,
+    **dict.fromkeys(("FLOAT16", "BFLOAT16", "INT16", "UINT16"), 16),
+    **dict.fromkeys(("INT4", "UINT4", "FLOAT4E2M1"), 4), **dict.fromkeys(("INT2", "UINT2"), 2),
 }  # fmt: skip
 """Width of an element; 8 where it is not listed. Strings have none."""
 _FIELDS = {
-    "int32_data": ("INT32", "INT16", "INT8", "UINT16", "UINT8", "BOOL", "FLOAT16", "BFLOAT16", "FLOAT8E4M3FN", "FLOAT8E4M3FNUZ", "FLOAT8E5M2", "FLOAT8E5M2FNUZ",
+    "int32_data": ("INT32", "INT16", "INT8", "UINT16", "UINT8", "BOOL", "FLOAT16", "BFLOAT16", "FLOAT8E4M3FN",
+        "FLOAT8E4M3FNUZ", "FLOAT8E5M2", "FLOAT8E5M2FNUZ",
                    "FLOAT8E8M0", "INT4", "UINT4", "FLOAT4E2M1", "INT2", "UINT2"),
-    "float_data": ("FLOAT", "COMPLEX64"), "double_data": ("DOUBLE", "COMPLEX128"), "int64_data": ("INT64",), "uint64_data": ("UINT64", "UINT32"),
+    "float_data": ("FLOAT", "COMPLEX64"), "double_data": ("DOUBLE", "COMPLEX128"), "int64_data": ("INT64",),
+    "uint64_data": ("UINT64", "UINT32"),
     "string_data": ("STRING",),
 }  # fmt: skip
 """The field that holds the elements of each type where they are not raw bytes (onnx.proto)."""
@@ -92,7 +96,8 @@ def _check_texts(message: Message) -> None:
 
 
 def fault(path: Path) -> str:
-    """What onnx.checker, or onnx's strict shape inference, says against the file, on one line; "" where it says nothing.
+    """What onnx.checker, or onnx's strict shape inference, says against the file, on one line; "" where it says
+    nothing.
 
     For when something went wrong with it: it reads the whole file, and takes seconds on a large one.
     """
@@ -121,7 +126,8 @@ def _check_opsets(proto: onnx.ModelProto, path: Path) -> None:
         default = entry.domain in ("", "ai.onnx")
         if entry.version < 1 or (default and entry.version > newest):
             raise ModelError(
-                f"{path}: imports version {entry.version} of operator set {entry.domain or 'ai.onnx'!r}; 1 to {newest} are known, export it again"
+                f"{path}: imports version {entry.version} of operator set {entry.domain or 'ai.onnx'!r}; 1 to {newest} "
+                "are known, export it again"
             )
 
 
@@ -187,7 +193,9 @@ def _schema(op_type: str, opset: int) -> onnx.defs.OpSchema | None:
 
 
 def _check_signature(node: onnx.NodeProto, opset: int, path: Path) -> None:
-    """The attributes have the types of ONNX's definition, none that must be there is missing, and there are as many inputs and outputs as it takes."""
+    """The attributes have the types of ONNX's definition, none that must be there is missing, and there are as many
+    inputs and outputs as it takes.
+    """
     schema = _schema(node.op_type, opset)
     if schema is None:
         return
@@ -210,13 +218,16 @@ def _check_signature(node: onnx.NodeProto, opset: int, path: Path) -> None:
     ):
         counts = f"{len(node.input)} inputs and {len(node.output)} outputs"
         raise ModelError(
-            f"{where}: has {counts}, and the operator takes {schema.min_input} and {schema.min_output} or more; export the model again"
+            f"{where}: has {counts}, and the operator takes {schema.min_input} and {schema.min_output} or more; export "
+            "the model again"
         )
 
 
 _HELD = {
-    onnx.AttributeProto.FLOAT: "f", onnx.AttributeProto.INT: "i", onnx.AttributeProto.STRING: "s", onnx.AttributeProto.TENSOR: "t",
-    onnx.AttributeProto.GRAPH: "g", onnx.AttributeProto.SPARSE_TENSOR: "sparse_tensor", onnx.AttributeProto.TYPE_PROTO: "tp",
+    onnx.AttributeProto.FLOAT: "f", onnx.AttributeProto.INT: "i", onnx.AttributeProto.STRING: "s",
+    onnx.AttributeProto.TENSOR: "t",
+    onnx.AttributeProto.GRAPH: "g", onnx.AttributeProto.SPARSE_TENSOR: "sparse_tensor",
+    onnx.AttributeProto.TYPE_PROTO: "tp",
 }  # fmt: skip
 """The field that an attribute of one value has it in; those of lists may be empty."""
 
@@ -242,7 +253,8 @@ def check_tensor(tensor: onnx.TensorProto, path: Path) -> None:
     where = f"{path}: tensor {tensor.name!r}"
     if tensor.data_type not in _TENSOR_TYPES:
         raise ModelError(
-            f"{where} has the element type {tensor.data_type}, which ONNX does not know; the file is damaged, export the model again"
+            f"{where} has the element type {tensor.data_type}, which ONNX does not know; the file is damaged, export "
+            "the model again"
         )
     count = math.prod(tensor.dims)
     if any(size < 0 for size in tensor.dims) or count > _MAX_ELEMENTS:
@@ -256,7 +268,8 @@ def check_tensor(tensor: onnx.TensorProto, path: Path) -> None:
         needed = -(-count * _BITS.get(kind, 8) // 8)
         if kind == "STRING" or len(tensor.raw_data) != needed:
             raise ModelError(
-                f"{where} has {len(tensor.raw_data)} bytes and its shape {list(tensor.dims)} needs {needed}; the file is damaged, export it again"
+                f"{where} has {len(tensor.raw_data)} bytes and its shape {list(tensor.dims)} needs {needed}; the file "
+                "is damaged, export it again"
             )
     else:
         _check_elements(tensor, where, kind, count)
@@ -286,7 +299,8 @@ def _check_elements(tensor: onnx.TensorProto, where: str, kind: str, count: int)
     given = len(getattr(tensor, field))
     if given != needed:
         raise ModelError(
-            f"{where} has {given} elements and its shape {list(tensor.dims)} needs {needed}; the file is damaged, export the model again"
+            f"{where} has {given} elements and its shape {list(tensor.dims)} needs {needed}; the file is damaged, "
+            "export the model again"
         )
 
 
@@ -333,7 +347,8 @@ def _check_expansion(proto: onnx.ModelProto, path: Path) -> None:
         ) from None
     if found > _MAX_EXPANDED:
         raise ModelError(
-            f"{path}: its functions come to more than {_MAX_EXPANDED} nodes when they are inlined; export the model again"
+            f"{path}: its functions come to more than {_MAX_EXPANDED} nodes when they are inlined; export the model "
+            "again"
         )
 
 
@@ -361,12 +376,14 @@ def _check_names(proto: onnx.ModelProto, path: Path) -> list[str]:
         domain = "" if node.domain == "ai.onnx" else node.domain
         if domain not in domains and not (domain == "" and "ai.onnx" in domains):
             raise ModelError(
-                f"{path}: node {node.name!r} is {node.domain}::{node.op_type} but the model imports no domain {node.domain!r}; add the opset import"
+                f"{path}: node {node.name!r} is {node.domain}::{node.op_type} but the model imports no domain "
+                f"{node.domain!r}; add the opset import"
             )
         for name in node.output:
             if name in defined:
                 raise ModelError(
-                    f"{path}: value {name!r} of node {node.name!r} is already defined by {defined[name]}; names must be unique"
+                    f"{path}: value {name!r} of node {node.name!r} is already defined by {defined[name]}; names must "
+                    "be unique"
                 )
             if name:
                 defined[name] = f"node {node.name!r}"
@@ -390,7 +407,8 @@ def _check_defined(graph: onnx.GraphProto, outer: set[str], path: Path) -> None:
         for name in node.input:
             if name and name not in known:
                 raise ModelError(
-                    f"{path}: node {node.name!r} ({node.op_type}) uses the value {name!r}, which nothing defines; export the model again"
+                    f"{path}: node {node.name!r} ({node.op_type}) uses the value {name!r}, which nothing defines; "
+                    "export the model again"
                 )
         for attribute in node.attribute:
             for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):

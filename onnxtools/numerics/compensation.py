@@ -14,15 +14,18 @@ DAMPING = 0.01
 _COLUMNS = 128
 
 Choose = Callable[[Array, Array, int], Array]
-"""choose(group, diagonal, column): `group` [N, <=4] are the current columns of the aligned group of four, `diagonal` [<=4] their Cholesky
-diagonal. Returns the new column, [N]."""
+"""choose(group, diagonal, column): `group` [N, <=4] are the current columns of the aligned group of four, `diagonal`
+[<=4] their Cholesky diagonal. Returns the new column, [N].
+"""
 
 
 def compensated(weight: Array, gram: Array, choose: Choose) -> Array:
-    """`weight` [N, K] with every column replaced by what `choose` says, and the columns after it changed so that the outputs X W^T change least.
+    """`weight` [N, K] with every column replaced by what `choose` says, and the columns after it changed so that the
+    outputs X W^T change least.
 
-    That is algorithm 1 of SparseGPT (arXiv 2301.00774) and of GPTQ (arXiv 2210.17323): with the upper Cholesky factor U of the inverse
-    Hessian, an error e = (w - q) / U[c, c] in column c is taken back by subtracting e U[c, c:] from the columns from c on.
+    That is algorithm 1 of SparseGPT (arXiv 2301.00774) and of GPTQ (arXiv 2210.17323): with the upper Cholesky factor U
+    of the inverse Hessian, an error e = (w - q) / U[c, c] in column c is taken back by subtracting e U[c, c:] from the
+    columns from c on.
 
     Args:
         gram: X^T X / tokens, [K, K].

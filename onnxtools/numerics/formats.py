@@ -1,7 +1,7 @@
 """Number formats of quantized values and weights, and weights that are quantized while they are written.
 
-All are symmetric: x is stored as round(x / scale) to nearest even, saturated, as QuantizeLinear defines it; the zero point
-is 0. A scale is rounded to the type it is stored in first, and the stored value is what weights are divided by.
+All are symmetric: x is stored as round(x / scale) to nearest even, saturated, as QuantizeLinear defines it; the zero
+point is 0. A scale is rounded to the type it is stored in first, and the stored value is what weights are divided by.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def scale_of(amax: Array, form: Format, dtype: ir.DataType) -> Array:
 
 
 def magnitudes(tensor: ir.TensorProtocol, axis: int, block: int = 0) -> Array:
-    """Largest magnitude, float32: of each index of the other axis where `block` is 0, else of each block of `block` along `axis`.
+    """Largest magnitude, float32: of each index of the other axis where `block` is 0, else of each block of `block`
+    along `axis`.
 
     Args:
         tensor: a matrix; read a slab a core at a time.
@@ -103,7 +104,9 @@ def magnitudes(tensor: ir.TensorProtocol, axis: int, block: int = 0) -> Array:
 
 
 def _magnitude_keys(rows: Array) -> Array:
-    """The bits without the sign, which order as the magnitudes do (IEEE 754-2019, 5.10), NaN above all; made in place."""
+    """The bits without the sign, which order as the magnitudes do (IEEE 754-2019, 5.10), NaN above all; made in
+    place.
+    """
     bits = rows.view(f"u{rows.dtype.itemsize}")
     return np.asarray(np.bitwise_and(bits, bits.dtype.type(np.iinfo(bits.dtype).max >> 1), out=bits))
 
@@ -112,7 +115,8 @@ def quantized(tensor: ir.TensorProtocol, form: Format, scale: Array, axis: int, 
     """`tensor` stored as `form`.
 
     Args:
-        scale: one element; or one for each output channel (the axis that is not `axis`); or, with `block`, of the rank of
+        scale: one element; or one for each output channel (the axis that is not `axis`); or, with `block`, of the rank
+        of
             the matrix, one for each block along `axis`.
     """
     wide = np.asarray(scale).astype(np.float32)
@@ -162,8 +166,8 @@ def _divided(rows: Array, scale: Array) -> Array:
 def _widened(rows: Array) -> Array:
     """Finite elements as float32, float16 four times as fast as by numpy, which converts one after the other.
 
-    Exponent and fraction are moved to where float32 has them; the bias differs by 127 - 15 (IEEE 754-2019, 3.4), so 2^112 makes up
-    for it, of denormals too.
+    Exponent and fraction are moved to where float32 has them; the bias differs by 127 - 15 (IEEE 754-2019, 3.4), so
+    2^112 makes up for it, of denormals too.
     """
     if rows.dtype != np.float16:
         return rows.astype(np.float32, copy=False)

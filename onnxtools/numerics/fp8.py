@@ -23,9 +23,9 @@ def to_e4m3(x: Array) -> Array:
 
     NaN stays NaN. ml_dtypes alone would turn 500 into NaN, hence the clip.
 
-    float32 goes through its upper 16 bits, the last of which is set where a lower one is (rounding to odd). What is left has 7 bits
-    of fraction, more than the 3 + 2 that make a second rounding exact (Boldo and Melquiond, IEEE TC 57, 2008), and only 65,536 values:
-    a table is four times as fast as the conversion.
+    float32 goes through its upper 16 bits, the last of which is set where a lower one is (rounding to odd). What is
+    left has 7 bits of fraction, more than the 3 + 2 that make a second rounding exact (Boldo and Melquiond, IEEE TC 57,
+    2008), and only 65,536 values: a table is four times as fast as the conversion.
     """
     if x.dtype != np.float32:
         return np.clip(x, -E4M3_MAX, E4M3_MAX).astype(ml_dtypes.float8_e4m3fn)
@@ -84,7 +84,8 @@ def _per_tensor(scale: np.float32) -> RowFunction:
 
 
 def mx_scale_rows(rows: Array, start: int) -> Array:
-    """E8M0 scales [r, K/32] of rows [r, K]: the smallest power of two >= amax/448, as TransformerEngine's kernels round.
+    """E8M0 scales [r, K/32] of rows [r, K]: the smallest power of two >= amax/448, as TransformerEngine's kernels
+    round.
 
     All-zero blocks get 2^-127, the smallest E8M0 value.
     """

@@ -25,7 +25,8 @@ class DecomposeAttention(Pass):
     """Attention-23/24 without past inputs becomes primitive operators with an explicit additive mask.
 
     Rules (ONNX operator specification, Attention):
-      - scores = (Q * scale) K^T + mask, scale = 1/sqrt(channels) by default; keys and values of grouped queries are repeated;
+      - scores = (Q * scale) K^T + mask, scale = 1/sqrt(channels) by default; keys and values of grouped queries are
+        repeated;
       - `is_causal` becomes a mask from positions, top-left aligned as the operator is without past inputs;
       - softcap, extra outputs, past inputs and `nonpad_kv_seqlen` are refused by name.
     """
@@ -53,7 +54,8 @@ def _decompose(node: ir.Node, facts: Facts, build: Builder) -> None:
     if extra or used or attribute(node, "softcap", 0.0):
         what = f"input {extra[0]}" if extra else "a second output" if used else "softcap"
         raise JobError(
-            f"node {node.name!r} (Attention) uses {what}, which add-kv-cache cannot rewrite; export full-sequence attention without a cache"
+            f"node {node.name!r} (Attention) uses {what}, which add-kv-cache cannot rewrite; export full-sequence "
+            "attention without a cache"
         )
     query, key, value = (_heads(node, i, facts, build) for i in range(3))
     shape, keys = facts[query].shape, facts[key].shape

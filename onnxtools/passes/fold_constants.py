@@ -28,8 +28,8 @@ class FoldConstants(Pass):
       - results above `max_elements` stay: folding must never make a file grow;
       - what Range, Expand and their kind make stays a node for the same reason;
       - Constant nodes become initializers, equal ones are shared;
-      - adding an all-zero tensor, multiplying by one (exporters leave `baddbmm(beta=0)` that way), and slicing, expanding
-        or reshaping to the shape that is there already, go.
+      - adding an all-zero tensor, multiplying by one (exporters leave `baddbmm(beta=0)` that way), and slicing,
+        expanding or reshaping to the shape that is there already, go.
     """
 
     name = "fold-constants"
@@ -109,7 +109,10 @@ def _remove_neutral(node: ir.Node, views: list[Facts], model: Model) -> int:
 
 
 def _neutral(view: Facts, data: ir.Value, side: ir.Value | None, result: ir.Value, neutral: int) -> bool:
-    """Whether `side` changes nothing under the sizes of `view`. Where a view was too large to evaluate, the other views decide."""
+    """Whether `side` changes nothing under the sizes of `view`.
+
+    Where a view was too large to evaluate, the other views decide.
+    """
     value, shape = view[side].value, view[data].shape
     if shape is None or shape != view[result].shape:
         return False

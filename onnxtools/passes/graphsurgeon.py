@@ -73,7 +73,9 @@ def _is_lazy(tensor: Any) -> bool:
 
 
 def _load_from_model(graph: Any, tensors: Mapping[str | None, ir.TensorProtocol]) -> None:
-    """Let lazy weights load from where the model knows them: GraphSurgeon looks for data files in the working directory."""
+    """Let lazy weights load from where the model knows them: GraphSurgeon looks for data files in the working
+    directory.
+    """
     for inner in (graph, *graph.subgraphs(recursive=True)):
         for tensor in inner.tensors().values():
             if _is_lazy(tensor) and isinstance(tensors.get(tensor.name), ir.ExternalTensor):

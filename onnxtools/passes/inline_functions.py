@@ -26,6 +26,7 @@ class InlineFunctions(Pass):
             InlinePass()(model.ir)
         except ValueError as error:  # functions of another opset, or that call themselves
             raise JobError(
-                f"{model.path}: its functions cannot be inlined ({' '.join(str(error).split())[:200]}); export the model at one opset"
+                f"{model.path}: its functions cannot be inlined ({' '.join(str(error).split())[:200]}); export the "
+                "model at one opset"
             ) from None
         return PassResult(True, count, [f"{count} functions inlined"])

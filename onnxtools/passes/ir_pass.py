@@ -19,7 +19,8 @@ class IrPass(Pass):
     """Apply an `onnx_ir.passes.PassBase` to the model.
 
     Rules:
-      - `transform` is an instance, or in a recipe and on the command line a class without arguments or an instance, as package.module:name;
+      - `transform` is an instance, or in a recipe and on the command line a class without arguments or an instance, as
+        package.module:name;
       - its preconditions and postconditions are checked; the model is the one that it returns;
       - a rule of onnxscript: IrPass(onnxscript.rewriter.RewritePass([rule])).
     """
@@ -43,7 +44,8 @@ class IrPass(Pass):
             found = transform(model.ir)
         except (ir.passes.InvariantError, ir.passes.PassError) as error:
             raise JobError(
-                f"ir-pass: {self.options()['transform']} refuses the model ({one_line(error.__cause__ or error)}); see its documentation"
+                f"ir-pass: {self.options()['transform']} refuses the model ({one_line(error.__cause__ or error)}); see "
+                "its documentation"
             ) from error
         model.ir = found.model
         note = f"{self.options()['transform']}: {before} -> {len(model.graph)} nodes"

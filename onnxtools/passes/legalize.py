@@ -20,7 +20,8 @@ class Legalize(Pass):
     """Use only operators that TensorRT's parser takes.
 
     Rules:
-      - SplitToSequence + SequenceAt (torch.split, torch.chunk) becomes Split; any other use of the sequence is an error;
+      - SplitToSequence + SequenceAt (torch.split, torch.chunk) becomes Split; any other use of the sequence is an
+        error;
       - CastLike becomes Cast; a Cast to the type that the value has goes, as do Identity and inference-mode Dropout;
       - reshaping a scalar to one element becomes Unsqueeze, which shape inference follows;
       - `transA`, `transB`, axes and other attributes keep their meaning.
@@ -49,7 +50,8 @@ class Legalize(Pass):
         for node in model.graph.all_nodes():
             if node.domain == "" and "Sequence" in node.op_type:
                 raise JobError(
-                    f"node {node.name!r} ({node.op_type}) works on a sequence of tensors, which TensorRT refuses; split with constant sizes"
+                    f"node {node.name!r} ({node.op_type}) works on a sequence of tensors, which TensorRT refuses; "
+                    "split with constant sizes"
                 )
 
 
@@ -102,11 +104,13 @@ def _split_to_sequence(node: ir.Node, facts: Facts, builder: Builder) -> str:
         if not is_op(user, "SequenceAt") or facts[user.inputs[1]].value is None:
             where = f"node {user.name!r} ({user.op_type})"
             raise JobError(
-                f"{where} uses the sequence of {node.name!r} in a way that no Split can replace; export with constant split sizes"
+                f"{where} uses the sequence of {node.name!r} in a way that no Split can replace; export with constant "
+                "split sizes"
             )
     if shape is None:
         raise JobError(
-            f"node {node.name!r} (SplitToSequence): the shape of {data.name if data else ''!r} is unknown; run onnx shape inference first"
+            f"node {node.name!r} (SplitToSequence): the shape of {data.name if data else ''!r} is unknown; run onnx "
+            "shape inference first"
         )
     sizes = sequence_sizes(node, shape[axis], facts)
     if sizes is None:
@@ -128,7 +132,9 @@ def _split_to_sequence(node: ir.Node, facts: Facts, builder: Builder) -> str:
 
 
 def _pieces(node: ir.Node, sizes: list[int], axis: int, facts: Facts, builder: Builder) -> Sequence[ir.Value]:
-    """The pieces as values: of one Split where the sizes are constant, else of a Slice each, from sizes known at run time."""
+    """The pieces as values: of one Split where the sizes are constant, else of a Slice each, from sizes known at run
+    time.
+    """
     data, given = node.inputs[0], node.inputs[1] if len(node.inputs) > 1 else None
     name = node.name or "Split"
     vector = given is not None and (known := facts[given].value) is not None and known.ndim == 1
@@ -138,7 +144,8 @@ def _pieces(node: ir.Node, sizes: list[int], axis: int, facts: Facts, builder: B
         )
     if not vector or given is None:
         raise JobError(
-            f"node {node.name!r} (SplitToSequence) cuts an axis of dynamic size into equal parts; export with constant sizes"
+            f"node {node.name!r} (SplitToSequence) cuts an axis of dynamic size into equal parts; export with constant "
+            "sizes"
         )
     start = builder.constant([0], "int_0_1d")
     pieces = []
@@ -154,7 +161,9 @@ def _pieces(node: ir.Node, sizes: list[int], axis: int, facts: Facts, builder: B
 
 
 def _static_axis(data: ir.Value | None, axis: int) -> bool:
-    """Whether the file records a fixed size for this axis; unrecorded ones are taken from the constants that made them."""
+    """Whether the file records a fixed size for this axis; unrecorded ones are taken from the constants that made
+    them.
+    """
     if data is None or data.shape is None or axis >= len(data.shape):
         return True
     return isinstance(data.shape[axis], int)

@@ -1,4 +1,6 @@
-"""INT4 weights behind DequantizeLinear to com.microsoft.MatMulNBits, FP8 products to GemmFloat8: what ONNX Runtime has kernels for."""
+"""INT4 weights behind DequantizeLinear to com.microsoft.MatMulNBits, FP8 products to GemmFloat8: what ONNX Runtime has
+kernels for.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +37,8 @@ class LowerOrt(Pass):
       - --fp8: a Gemm of an activation and a weight [N, K] behind FP8 Q/DQ with one scale each, K and N multiples of 16;
       - the result is for ONNX Runtime; build engines from the file in standard operators.
 
-    GemmFloat8 is for CUDA and many tokens at once, to score or to prefill (H200, 4096 x 16384: 2048 tokens 313 us, fp16 446, plain Q/DQ 558);
-    of a few tokens it is slower (16 tokens 117 us, fp16 37), so a decoder keeps its Q/DQ.
+    GemmFloat8 is for CUDA and many tokens at once, to score or to prefill (H200, 4096 x 16384: 2048 tokens 313 us, fp16
+    446, plain Q/DQ 558); of a few tokens it is slower (16 tokens 117 us, fp16 37), so a decoder keeps its Q/DQ.
     """
 
     name = "lower-ort"
@@ -98,7 +100,8 @@ def _rewrite(build: Builder, product: Product, dequantize: ir.Node) -> None:
     factor = build.initializer(ir.Tensor(wide, dtype=scales.dtype), f"{name}_nbits_scale")
     build.before = node
     made = build.op(
-        "MatMulNBits", [product.activation, stored, factor], f"{node.name}/MatMulNBits", domain="com.microsoft", dtype=scales.dtype,
+        "MatMulNBits", [product.activation, stored, factor], f"{node.name}/MatMulNBits", domain="com.microsoft",
+        dtype=scales.dtype,
         K=size, N=outputs, bits=4, block_size=block,
     )  # fmt: skip
     _replace(build, node, made)
@@ -184,7 +187,8 @@ def _packed(tensor: ir.TensorProtocol, start: int, stop: int) -> Array:
     rows, columns = shape_of(tensor)
     if isinstance(tensor, ir.ExternalTensor):
         flat = ir.ExternalTensor(
-            tensor.location, tensor.offset, tensor.length, ir.DataType.UINT8, shape=ir.Shape((rows, columns // 2)), name=tensor.name or "",
+            tensor.location, tensor.offset, tensor.length, ir.DataType.UINT8, shape=ir.Shape((rows, columns // 2)),
+            name=tensor.name or "",
             base_dir=tensor.base_dir,
         )  # fmt: skip
         return read_rows(flat, start, stop)

@@ -32,7 +32,8 @@ FLOAT = ir.DataType.FLOAT
 _FP16_MAX = 65504.0
 
 _WIDE = {
-    "Softmax", "LogSoftmax", "Exp", "Log", "Pow", "Sqrt", "Reciprocal", "ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2", "ReduceLogSumExp",
+    "Softmax", "LogSoftmax", "Exp", "Log", "Pow", "Sqrt", "Reciprocal", "ReduceMean", "ReduceSum", "ReduceSumSquare",
+    "ReduceL2", "ReduceLogSumExp",
     "Sin", "Cos", "CumSum", "RotaryEmbedding", "If", "Loop", "Scan",
 }  # fmt: skip
 """Operators that lose too much in 16 bits: softmax, the parts of norms, angles."""
@@ -59,8 +60,8 @@ class Precision(Calibrated):
       - logits stay fp32; caches and other inputs and outputs change their type, unless --keep-io;
       - a value is cast once for all that read it, never forth and back;
       - so do the angles of sines and cosines, back to where they are counted: in fp16 position 4001 is 4000;
-      - constants that hide masked tokens are cut to half the lowest number of the type; other constants beyond it keep their operator
-        in fp32, and a weight beyond fp16 is an error;
+      - constants that hide masked tokens are cut to half the lowest number of the type; other constants beyond it keep
+        their operator in fp32, and a weight beyond fp16 is an error;
       - what an operator takes in fp32 alone (the scales of Resize) stays, and so does all inside If, Loop and Scan;
       - with --calib the model is run in fp32, and the values that fp16 could not hold are named.
     """
@@ -81,7 +82,8 @@ class Precision(Calibrated):
             raise JobError(f"{model.path}: has TransformerEngine's operators; run `onnxtools convert` first")
         if self.to == "bf16" and model.opset < _BF16_OPSET:
             raise JobError(
-                f"{model.path}: bf16 needs opset {_BF16_OPSET} and the model is at {model.opset}; run `onnxtools set-opset` first"
+                f"{model.path}: bf16 needs opset {_BF16_OPSET} and the model is at {model.opset}; run `onnxtools "
+                "set-opset` first"
             )
 
     def apply(self, model: Model) -> PassResult:
@@ -123,7 +125,8 @@ def _warnings(table: list[dict[str, Any]]) -> list[str]:
         return [f"nothing exceeds fp16's {_FP16_MAX:.0f} while calibrating"]
     worst = max(table, key=lambda row: row["largest"])
     return [
-        f"warning: {len(table)} values exceed fp16's {_FP16_MAX:.0f} while calibrating ({worst['value']!r} reaches {worst['largest']:.4g}); use --to bf16"
+        f"warning: {len(table)} values exceed fp16's {_FP16_MAX:.0f} while calibrating ({worst['value']!r} reaches "
+        f"{worst['largest']:.4g}); use --to bf16"
     ]
 
 
@@ -189,7 +192,9 @@ class _Narrowing:
         return wide
 
     def _find_angles(self, nodes: list[ir.Node]) -> set[ir.Value]:
-        """What the angles of sines and cosines are made of, up to products with stored weights, norms and softmax; in graphs inside nodes too."""
+        """What the angles of sines and cosines are made of, up to products with stored weights, norms and softmax; in
+        graphs inside nodes too.
+        """
         ends = {
             product.node for product in weight_products(self.model) if min(product.tensor.shape.numpy(), default=1) > 1
         }
@@ -211,7 +216,9 @@ class _Narrowing:
         return found
 
     def _scales_beyond(self, node: ir.Node) -> bool:
-        """Whether a constant of the node is beyond the type and hides nothing, or would be zero: it would be another number."""
+        """Whether a constant of the node is beyond the type and hides nothing, or would be zero: it would be another
+        number.
+        """
         for value in node.inputs:
             tensor = constant_tensor(value)
             if tensor is None or tensor.dtype != FLOAT or tensor.size > _SMALL:
@@ -324,7 +331,9 @@ class _Narrowing:
         return all(is_op(node, *_HIDES) and (not looked_up or _meets_softmax(node)) for node in ends)
 
     def _narrowed_mask(self, tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
-        """A large table: what is below the type's lowest hides masked tokens; what is above its largest is an error when it is written."""
+        """A large table: what is below the type's lowest hides masked tokens; what is above its largest is an error
+        when it is written.
+        """
 
         def rows(block: np.ndarray, _: int) -> np.ndarray:
             with np.errstate(invalid="ignore"):
@@ -361,7 +370,9 @@ class _Narrowing:
 
 
 def _meets_softmax(node: ir.Node | None) -> bool:
-    """Whether nothing but further masks lies between the node and a softmax: an embedding is looked up and added, too."""
+    """Whether nothing but further masks lies between the node and a softmax: an embedding is looked up and added,
+    too.
+    """
     waiting, seen = [node] if node is not None else [], {node}
     while waiting:
         users = {user for value in waiting.pop().outputs for user, _ in value.uses()}

@@ -52,7 +52,8 @@ class QdqBuilder:
     def _zero_point(self, form: Format, scale: Array, name: str) -> list[ir.Value]:
         """Zero, which says the type too; of INT8 from opset 21 on none, and the type is an attribute.
 
-        ONNX Runtime 1.32 moves a QuantizeLinear over a Reshape and loses its zero point, and with it the type: it then refuses the graph.
+        ONNX Runtime 1.32 moves a QuantizeLinear over a Reshape and loses its zero point, and with it the type: it then
+        refuses the graph.
         """
         if form.dtype == ir.DataType.INT8 and self.build.model.opset >= 21:
             return []
@@ -101,8 +102,8 @@ class QdqBuilder:
     ) -> None:
         """Let `products` read `value` rounded with a scale for each token, which is computed in the graph.
 
-        The tokens are divided by their scale, rounded with the constant scale 1, and the products multiplied by the scale:
-        so Q and DQ have constant scales, which TensorRT demands, and the product stays one of integers.
+        The tokens are divided by their scale, rounded with the constant scale 1, and the products multiplied by the
+        scale: so Q and DQ have constant scales, which TensorRT demands, and the product stays one of integers.
         """
         self.build.before = _first(products)
         op, name = self.build.op, f"{value.name}/per_token"

@@ -71,7 +71,8 @@ _BETWEEN = {
 
 
 def head_product(model: Model) -> ir.Node | None:
-    """The product that makes a graph output, through casts, reshapes and a bias, in a model that reads an embedding table.
+    """The product that makes a graph output, through casts, reshapes and a bias, in a model that reads an embedding
+    table.
 
     A lone layer has no table, so its product is no head.
     """

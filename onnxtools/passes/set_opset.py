@@ -22,11 +22,13 @@ class SetOpset(Pass):
     Rules:
       - opset 13: Squeeze, Unsqueeze, Split and ReduceSum take axes and sizes as inputs;
       - opset 18: Split without sizes names `num_outputs`; Reduce* take axes as an input;
-      - inference keeps its meaning: BatchNormalization with one output, Softmax over the last axis, Resize, GridSample and Dropout;
+      - inference keeps its meaning: BatchNormalization with one output, Softmax over the last axis, Resize, GridSample
+        and Dropout;
       - every other operator must mean the same at both versions by its schema (inputs and attributes only grew),
         else the node is named in an error;
       - never downwards: an operator such as Gelu (20) would lose its meaning;
-      - the IR version is raised where the opset needs it; --ir-version writes an older one for an older reader (TensorRT 9 reads 9).
+      - the IR version is raised where the opset needs it; --ir-version writes an older one for an older reader
+        (TensorRT 9 reads 9).
     """
 
     name = "set-opset"
@@ -39,7 +41,8 @@ class SetOpset(Pass):
     def __post_init__(self) -> None:
         if not 13 <= self.version <= MAX_OPSET:
             raise UsageError(
-                f"set-opset: opset {self.version} is out of range; choose 13 to {MAX_OPSET} (TensorRT 11's parser stops at {MAX_OPSET})"
+                f"set-opset: opset {self.version} is out of range; choose 13 to {MAX_OPSET} (TensorRT 11's parser "
+                f"stops at {MAX_OPSET})"
             )
 
     def apply(self, model: Model) -> PassResult:

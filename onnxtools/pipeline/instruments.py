@@ -28,7 +28,10 @@ CHECK_LIMIT = 256 << 20
 PART_LIMIT = 512 << 20
 """Of larger ones, as many bytes of weights from the beginning on."""
 WARN, FAIL = 0.3, 1.0
-"""Relative L2 of a lossy pass: above the one it is said, above the other refused. At 1 the difference is as large as the outputs."""
+"""Relative L2 of a lossy pass: above the one it is said, above the other refused.
+
+At 1 the difference is as large as the outputs.
+"""
 _SECONDS = 60.0
 """A run that nobody asked for is ended after so long."""
 
@@ -79,7 +82,8 @@ class Dump(Instrument):
 
 
 class Checker(Instrument):
-    """onnx.checker with strict shape inference, on the graph without its large weights: after each pass, or once at the end.
+    """onnx.checker with strict shape inference, on the graph without its large weights: after each pass, or once at the
+    end.
 
     A pass must not break a valid graph; one that was invalid when it came (exporters record wrong shapes) may stay so
     until a pass has mended it.
@@ -168,10 +172,11 @@ class _Compared:
 class NumericCheck(Instrument):
     """Runs the graph on ONNX Runtime after each pass and compares it with the graph before (`measures['rel_l2']`).
 
-    A model of less than `CHECK_LIMIT` bytes of weights is compared in full: with token ids all over the vocabulary, a padded row, and at
-    positions beyond 4,000 where it has them. Of a larger one the first layers are, up to `PART_LIMIT` bytes; `measures['sampled']` says how
-    much that was and what it cost. A pass that declares itself exact or rounding must stay within `tolerance`; of a lossy one a difference
-    above `WARN` is said and one above `FAIL` refused, and what it made becomes the reference of the next.
+    A model of less than `CHECK_LIMIT` bytes of weights is compared in full: with token ids all over the vocabulary, a
+    padded row, and at positions beyond 4,000 where it has them. Of a larger one the first layers are, up to
+    `PART_LIMIT` bytes; `measures['sampled']` says how much that was and what it cost. A pass that declares itself exact
+    or rounding must stay within `tolerance`; of a lossy one a difference above `WARN` is said and one above `FAIL`
+    refused, and what it made becomes the reference of the next.
     """
 
     def __init__(self, feeds: Feeds | None = None, tolerance: float | None = None, *, full: bool = False) -> None:
@@ -228,7 +233,10 @@ class NumericCheck(Instrument):
             )
         run = Runner(model, names, rows=TABLE_ROWS, seconds=_SECONDS)
         values = [run({**self._complete(model, probe.feeds)}) for probe in plain]
-        self._sampled = f"the first {nodes} of {len(model.graph)} nodes ({nbytes / 1e6:.0f} MB of weights), {time.perf_counter() - started:.1f} s"
+        seconds = time.perf_counter() - started
+        self._sampled = (
+            f"the first {nodes} of {len(model.graph)} nodes ({nbytes / 1e6:.0f} MB of weights), {seconds:.1f} s"
+        )
         return _Compared(plain, names, values)
 
     @property
@@ -268,7 +276,8 @@ class NumericCheck(Instrument):
         except OnnxtoolsError as error:
             if "NOT_IMPLEMENTED" not in str(error) and self._before.names is None:
                 raise JobError(
-                    f"pass {pass_.name!r} made a graph that ONNX Runtime cannot run, while it ran before: {error} (--no-check writes it)"
+                    f"pass {pass_.name!r} made a graph that ONNX Runtime cannot run, while it ran before: {error} "
+                    "(--no-check writes it)"
                 ) from error
             self._skip = f"after {pass_.name}: {error}"
             step.measures["numeric_skipped"] = self._skip
@@ -302,7 +311,10 @@ class NumericCheck(Instrument):
         return [run(self._complete(model, probe.feeds)) for probe in self._before.probes]
 
     def _worst(self, actual: Sequence[Mapping[str, Array]], *, lossy: bool) -> tuple[float, str]:
-        """The largest difference, and of which inputs. A lossy pass may change what a cache holds; what is made of it is compared."""
+        """The largest difference, and of which inputs.
+
+        A lossy pass may change what a cache holds; what is made of it is compared.
+        """
         assert self._before is not None
         found = [(0.0, "")]
         for probe, expected, now in zip(self._before.probes, self._before.expected, actual, strict=True):
@@ -311,7 +323,8 @@ class NumericCheck(Instrument):
                     a, b = probe.of_real(array), probe.of_real(now[name])
                     if a.shape != b.shape:
                         raise JobError(
-                            f"output {name!r} has the shape {list(b.shape)} now and had {list(a.shape)}; nothing was written (--no-check writes it)"
+                            f"output {name!r} has the shape {list(b.shape)} now and had {list(a.shape)}; nothing was "
+                            "written (--no-check writes it)"
                         )
                     found.append((Difference.of(a, b).rel_l2, f" ({probe.title})" if probe.title else ""))
         return max(found, key=lambda pair: pair[0])
@@ -324,12 +337,14 @@ class NumericCheck(Instrument):
         if pass_.numerics == "lossy":
             if worst > (FAIL if self.tolerance is None else self.tolerance):
                 raise JobError(
-                    f"pass {pass_.name!r} changed the outputs by {worst:.2g} (relative L2){where}: hardly anything of the model is left; nothing was"
+                    f"pass {pass_.name!r} changed the outputs by {worst:.2g} (relative L2){where}: hardly anything of "
+                    "the model is left; nothing was"
                     " written (--tolerance allows more, --no-check skips this)"
                 )
             if worst > WARN:
                 step.result.notes.append(
-                    f"warning: the outputs changed by {worst:.2g} (relative L2){where}; measure what that costs with `onnxtools accuracy`"
+                    f"warning: the outputs changed by {worst:.2g} (relative L2){where}; measure what that costs with "
+                    "`onnxtools accuracy`"
                 )
             return
         allowed = (
@@ -340,7 +355,8 @@ class NumericCheck(Instrument):
         if worst > allowed:
             limit = f"{worst:.2e} (relative L2){where}, more than {allowed:.0e}"
             raise JobError(
-                f"pass {pass_.name!r} changed the outputs by {limit}; nothing was written (--tolerance allows more, --no-check skips this)"
+                f"pass {pass_.name!r} changed the outputs by {limit}; nothing was written (--tolerance allows more, "
+                "--no-check skips this)"
             )
 
 

@@ -81,7 +81,9 @@ class Pass:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
 
     def public_options(self) -> dict[str, Any]:
-        """`options`, of paths the last part alone: a model that is given away does not say where its author keeps things."""
+        """`options`, of paths the last part alone: a model that is given away does not say where its author keeps
+        things.
+        """
         paths = {f.name for f in dataclasses.fields(self) if f.metadata.get("path")}
         return {
             key: Path(value).name if key in paths and value is not None else value

@@ -1,4 +1,6 @@
-"""Layout of a data file, and the writing of it: source bytes are copied by the kernel, computed weights stream through."""
+"""Layout of a data file, and the writing of it: source bytes are copied by the kernel, computed weights stream
+through.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ ALIGNMENT = 4096
 
 @dataclass
 class Move:
-    """Bytes that go into the new data file at `offset`, and the initializers that they are, each of its own type and shape."""
+    """Bytes that go into the new data file at `offset`, and the initializers that they are, each of its own type and
+    shape.
+    """
 
     values: list[tuple[ir.Value, ir.TensorProtocol]]
     offset: int = 0

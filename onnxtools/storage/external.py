@@ -1,4 +1,6 @@
-"""Where the tensors of an onnx_ir model are: its initializers, and tensors that are attributes; in data files or not."""
+"""Where the tensors of an onnx_ir model are: its initializers, and tensors that are attributes; in data files or
+not.
+"""
 
 from __future__ import annotations
 
@@ -59,10 +61,12 @@ def external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
 
 
 def check_external(tensor: ir.ExternalTensor, model_path: Path) -> None:
-    """Refuse a data file that is missing, too short, no file, outside the model's folder, or a link that leads out of it.
+    """Refuse a data file that is missing, too short, no file, outside the model's folder, or a link that leads out of
+    it.
 
-    The rules are onnx's own (a data file behind a link, or outside the folder, is refused by onnx and onnx_ir); the links of a
-    Hugging Face cache lead from `snapshots/REVISION/` into the `blobs/` of the same repository and are followed.
+    The rules are onnx's own (a data file behind a link, or outside the folder, is refused by onnx and onnx_ir); the
+    links of a Hugging Face cache lead from `snapshots/REVISION/` into the `blobs/` of the same repository and are
+    followed.
     """
     location = str(tensor.location)
     where = f"{model_path}: weight {tensor.name!r} lies in external data {location!r}"
@@ -84,11 +88,13 @@ def check_external(tensor: ir.ExternalTensor, model_path: Path) -> None:
     length = tensor.length if tensor.length is not None else tensor.nbytes
     if offset < 0 or length != tensor.nbytes:
         raise ModelError(
-            f"{where} at offset {offset} with length {length}, but its shape needs {tensor.nbytes} bytes; re-export the model"
+            f"{where} at offset {offset} with length {length}, but its shape needs {tensor.nbytes} bytes; re-export "
+            "the model"
         )
     if status.st_size < offset + length:
         raise ModelError(
-            f"{where}, which ends at byte {status.st_size} but should reach {offset + length}; the file is truncated, copy it again"
+            f"{where}, which ends at byte {status.st_size} but should reach {offset + length}; the file is truncated, "
+            "copy it again"
         )
 
 

@@ -88,7 +88,8 @@ def create(path: Path, like: Path | None = None) -> int:
 
 
 class NewFile:
-    """A temporary file beside `path`, empty at first, that `commit` gives its name. It has the mode and owner of `like`, by default `path`.
+    """A temporary file beside `path`, empty at first, that `commit` gives its name. It has the mode and owner of
+    `like`, by default `path`.
 
     Attributes:
         path: its name to be; of a link, what it leads to.
@@ -150,7 +151,8 @@ def _take_after(fd: int, old: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it becomes `path` (flushed first if `path` exists), else it goes.
+    """Yield a temporary path beside `path`; on success it becomes `path` (flushed first if `path` exists), else it
+    goes.
 
     Raises:
         JobError: the folder is missing or not writable, or the disk is full.
@@ -204,8 +206,8 @@ def probe(path: Path) -> None:
 def sweep(folder: Path, names: set[str]) -> None:
     """Remove temporary files of `names` in `folder` whose process is gone.
 
-    Where a run was killed while it renamed its files, `.old` copies of those that it had replaced lie there beside a file
-    that it had not yet renamed: then the old ones come back.
+    Where a run was killed while it renamed its files, `.old` copies of those that it had replaced lie there beside a
+    file that it had not yet renamed: then the old ones come back.
     """
     runs: dict[str, list[tuple[Path, Path, str]]] = {}
     for entry in folder.iterdir():
@@ -242,7 +244,9 @@ def taken(path: Path) -> Iterator[bool]:
 
 
 def _lock_own(fd: int) -> bool:
-    """Lock a regular file or folder of this user; False where it is none, is locked, or its file system has no locks."""
+    """Lock a regular file or folder of this user; False where it is none, is locked, or its file system has no
+    locks.
+    """
     status = os.fstat(fd)
     if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)) or status.st_uid != os.geteuid():
         return False
@@ -258,7 +262,8 @@ _own: set[Path] = set()
 
 
 class OwnFolder:
-    """A temporary folder that goes with the object, or, after a kill, with the next run that makes one of the same prefix.
+    """A temporary folder that goes with the object, or, after a kill, with the next run that makes one of the same
+    prefix.
 
     Attributes:
         path: the folder.
@@ -311,7 +316,8 @@ def _remove_folder(path: Path, fd: int) -> None:
 
 @contextlib.contextmanager
 def naming(folder: Path) -> Iterator[None]:
-    """One process at a time gives files of `folder` their names; where one has stopped for good, others go on after a while.
+    """One process at a time gives files of `folder` their names; where one has stopped for good, others go on after a
+    while.
 
     A folder of our own is locked for as long as it lives, and nobody else names files in it.
     """

@@ -183,7 +183,8 @@ def cast(tensor: Tensor, dtype: ir.DataType) -> Tensor:
             if not (np.isfinite(block) | (block == -np.inf)).all():
                 raise ModelError(f"weight {tensor.name!r} has infinite or NaN elements; restore it")
             raise ModelError(
-                f"weight {tensor.name!r} has values beyond {dtype.name}; use {'fp32' if dtype == ir.DataType.BFLOAT16 else 'bf16 or fp32'}"
+                f"weight {tensor.name!r} has values beyond {dtype.name}; use "
+                f"{'fp32' if dtype == ir.DataType.BFLOAT16 else 'bf16 or fp32'}"
             )
         return result
 

@@ -29,7 +29,9 @@ _NO_GRAPHS = {
 
 
 def remove_unmentioned(data: Path) -> None:
-    """Delete a data file of ours, unless some file in the folder still mentions it: a graph, a copy of one, or one that is being written."""
+    """Delete a data file of ours, unless some file in the folder still mentions it: a graph, a copy of one, or one that
+    is being written.
+    """
     if not any(_mentions(file, data.name.encode()) for file in data.parent.iterdir() if file.name != data.name):
         with contextlib.suppress(OSError):
             data.unlink()
@@ -53,7 +55,9 @@ def _mentions(file: Path, name: bytes) -> bool:
 
 
 def remove_leftovers(path: Path, beside: Iterable[str]) -> None:
-    """What runs that were killed left of this output: temporary files, data files whose graph has no name yet, reserved names."""
+    """What runs that were killed left of this output: temporary files, data files whose graph has no name yet, reserved
+    names.
+    """
     path = real_target(path)
     data: list[Path] = []
     for tmp in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):

@@ -22,7 +22,10 @@ def sha256(path: Path) -> str:
 
 
 def recorded(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What a graph says of its files: `data`, a name or "", and `beside`, name to sha256. Empty where it says nothing sensible."""
+    """What a graph says of its files: `data`, a name or "", and `beside`, name to sha256.
+
+    Empty where it says nothing sensible.
+    """
     try:
         found = json.loads(metadata.get(FILES_KEY, "{}"))
         data, beside = found.get("data", ""), found.get("beside", {})

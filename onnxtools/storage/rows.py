@@ -118,7 +118,9 @@ def elements(tensor: ir.TensorProtocol) -> np.ndarray:
 
 
 RowFunction = Callable[[np.ndarray, int], np.ndarray]
-"""(rows, index of the first row) -> the transformed rows, made in place or new; must not depend on how rows were cut."""
+"""(rows, index of the first row) -> the transformed rows, made in place or new; must not depend on how rows were
+cut.
+"""
 
 
 class RowTensor(ir.LazyTensor):
@@ -191,7 +193,9 @@ _CACHED = 1 << 15
 
 
 def raw_bytes(array: np.ndarray) -> memoryview:
-    """The bytes of `array` in ONNX order (little endian, row-major) without a copy where it is contiguous; int4 packed, low nibble first."""
+    """The bytes of `array` in ONNX order (little endian, row-major) without a copy where it is contiguous; int4 packed,
+    low nibble first.
+    """
     if array.dtype == ml_dtypes.int4:
         flat = array.reshape(-1).view(np.uint8)
         pairs = (np.append(flat, np.uint8(0)) if flat.size % 2 else np.ascontiguousarray(flat)).view("<u2")

@@ -1,12 +1,12 @@
 """Writing models: atomic, streamed, and without copying what did not change.
 
 Invariants of every save:
-1. A reader sees the old file or the new one, never half of one: everything is written to temporary files and renamed, the
-   graph last. Where an older file is replaced, the new bytes are on the disk first, so a power cut leaves one of the two; a
-   new file is as durable as after `cp`.
+1. A reader sees the old file or the new one, never half of one: everything is written to temporary files and renamed,
+   the graph last. Where an older file is replaced, the new bytes are on the disk first, so a power cut leaves one of
+   the two; a new file is as durable as after `cp`.
 2. A data file is never overwritten: a new one takes a free name with O_EXCL, so two runs never share one. A graph says
-   which data file was written with it; that one goes when the graph is replaced, unless another file of the folder mentions
-   it. Nothing else is ever removed.
+   which data file was written with it; that one goes when the graph is replaced, unless another file of the folder
+   mentions it. Nothing else is ever removed.
 3. A weight that no pass changed is not read: in the same folder the new graph refers to the old data file, elsewhere
    the kernel copies the bytes (`copy_file_range`, which shares extents where the file system can).
 4. The tokenizer's and other side files get their names together with the graph, which records their hashes.
@@ -63,7 +63,10 @@ class SaveReport:
 
     def lines(self) -> Iterator[str]:
         if self.referenced:
-            yield f"weights stay in {', '.join(sorted(self.referenced))} (not copied; --copy-weights makes the output self-contained)"
+            yield (
+                f"weights stay in {', '.join(sorted(self.referenced))} (not copied; --copy-weights makes the output "
+                "self-contained)"
+            )
         if self.left_out is not None:
             yield f"no weights written: {self.left_out[0]} would hold {_size(self.left_out[1])}"
         if self.data_file is not None:
@@ -202,10 +205,13 @@ class _Save:
         return made
 
     def _data(self) -> tuple[NewFile | None, Path]:
-        """The data file under its temporary name, and the name that is reserved for it; no file where weights are left out."""
+        """The data file under its temporary name, and the name that is reserved for it; no file where weights are left
+        out.
+        """
         if real_target(self.path).parent.resolve() != self.path.parent.resolve():
             raise JobError(
-                f"{self.path}: is a link into another folder, where the weights would not be found; name the file itself"
+                f"{self.path}: is a link into another folder, where the weights would not be found; name the file "
+                "itself"
             )
         name = self._reserved()
         made = None
@@ -270,7 +276,9 @@ def _data_names(path: Path) -> Iterator[Path]:
 def _embed_attributes(
     model: ir.Model, folder: Path, origin: Path | None, copy_weights: bool, report: SaveReport
 ) -> None:
-    """Tensors in data files that are attributes of nodes, where they cannot be referred to: functions have no initializers."""
+    """Tensors in data files that are attributes of nodes, where they cannot be referred to: functions have no
+    initializers.
+    """
     for attributes, name, tensor in external_attributes(model):
         if not copy_weights and Path(tensor.base_dir).resolve() == folder.resolve():
             report.referenced.add(str(tensor.location))
@@ -278,7 +286,8 @@ def _embed_attributes(
         check_external(tensor, folder)
         if tensor.nbytes > INLINE_TOTAL:
             raise JobError(
-                f"{origin}: the tensor {tensor.name!r} inside a function has {tensor.nbytes} bytes; inline the function first"
+                f"{origin}: the tensor {tensor.name!r} inside a function has {tensor.nbytes} bytes; inline the "
+                "function first"
             )
         attributes[name] = ir.AttrTensor(name, ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name))
 

@@ -19,7 +19,8 @@ CHAINS: dict[str, list[tuple[str, list[int]]]] = {
     "split heads": [("Reshape", [2, 3, 4, 2]), ("Transpose", [0, 2, 1, 3])],
     "merge and cut again": [("Reshape", [6, 8]), ("Reshape", [2, 3, 2, 4]), ("Transpose", [2, 0, 1, 3])],
     "sequence first": [("Transpose", [1, 0, 2]), ("Reshape", [3, 8, 2]), ("Transpose", [1, 0, 2])],
-    "ones come and go": [("Unsqueeze", [0, 2]), ("Squeeze", [0]), ("Transpose", [3, 0, 1, 2]), ("Reshape", [2, 4, 2, 3])],
+    "ones come and go": [("Unsqueeze", [0, 2]), ("Squeeze", [0]), ("Transpose", [3, 0, 1, 2]),
+        ("Reshape", [2, 4, 2, 3])],
     "fused qkv": [("Reshape", [2, 3, 2, 2, 2]), ("Transpose", [3, 0, 2, 1, 4]), ("Reshape", [2, 4, 3, 2])],
     "flatten": [("Flatten", [2])],
 }  # fmt: skip

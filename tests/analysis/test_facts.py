@@ -111,7 +111,9 @@ def test_impossible_reshapes(shape: tuple[int, ...], target: list[int]) -> None:
 
 
 def one(path: Path, nodes: list[onnx.NodeProto], dtype: int, **arrays: Array) -> Array | None:
-    """Elements that hold for every size of x [n, 6], as the analysis sees them; checked against ONNX Runtime at two sizes."""
+    """Elements that hold for every size of x [n, 6], as the analysis sees them; checked against ONNX Runtime at two
+    sizes.
+    """
     write(path, nodes, [info("x", ["n", 6])], [info("y", None, dtype)], stored(**arrays))
     model = Model.load(path)
     agreed = constants(model)[1].get(model.graph.outputs[0])

@@ -1,4 +1,6 @@
-"""What the analysis says of a graph is what ONNX Runtime computes: types, shapes and elements of many operators on random inputs."""
+"""What the analysis says of a graph is what ONNX Runtime computes: types, shapes and elements of many operators on
+random inputs.
+"""
 
 from __future__ import annotations
 
@@ -169,30 +171,43 @@ def like(*more: Callable[[np.random.Generator, Array], Any], **attributes: Any) 
 FUZZED: dict[str, Make] = {
     "NonZero": one(np.float32, np.int64, np.int32), "ArgMax": best, "ArgMin": best, "TopK": top, "IsInf": infinite, 
     "IsNaN": lambda r: ([infinite(r)[0][0]], {}, 1),
-    "OneHot": one_hot, "EyeLike": eye, "Cast": cast, "Slice": sliced, "Split": split, "Gather": gathered, "Pad": padded, "CumSum": summed, "Unique": unique,
+    "OneHot": one_hot, "EyeLike": eye, "Cast": cast, "Slice": sliced, "Split": split, "Gather": gathered, "Pad": padded,
+    "CumSum": summed, "Unique": unique,
     **dict.fromkeys(("ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceMean"), reduced),
-    **{name: two(np.float32, np.int64, np.int32) for name in ("Add", "Sub", "Mul", "Max", "Min", "Equal", "Greater", "LessOrEqual")},
+    **{name: two(np.float32, np.int64, np.int32) for name in ("Add", "Sub", "Mul", "Max", "Min", "Equal", "Greater",
+        "LessOrEqual")},
     "Div": two(np.float32, np.int64, np.int32, nonzero=True), "Mod": two(np.int64, np.int32, nonzero=True),
     "Size": one(), "Shape": lambda r: ([some(r)], {"start": int(r.integers(-4, 4)), "end": int(r.integers(-4, 4))}, 1),
-    "Abs": one(np.float32, np.int64), "Neg": one(np.float32, np.int32), "Sign": one(np.float32, np.int64), "Floor": one(np.float32), "Ceil": one(np.float32),
-    "Round": lambda r: ([np.array([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 2.4], np.float32)], {}, 1), "Softmax": along(np.float32), "LogSoftmax": along(np.float32),
+    "Abs": one(np.float32, np.int64), "Neg": one(np.float32, np.int32), "Sign": one(np.float32, np.int64),
+    "Floor": one(np.float32), "Ceil": one(np.float32),
+    "Round": lambda r: ([np.array([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 2.4], np.float32)], {}, 1),
+    "Softmax": along(np.float32), "LogSoftmax": along(np.float32),
     "Flatten": along(), "Transpose": lambda r: ([some(r, rank=3)], {"perm": r.permutation(3).tolist()}, 1),
     "Not": lambda r: ([some(r) > 0], {}, 1), "And": lambda r: ([some(r, rank=2) > 0, np.array(True)], {}, 1),
-    "Where": like(lambda r, x: x * 2), "Expand": like(lambda r, x: np.array([2, *x.shape])), "Tile": like(lambda r, x: r.integers(0, 3, x.ndim)),
-    "Compress": like(lambda r, x: r.random(x.size) < 0.5), "Clip": like(lambda r, x: np.array(-1, x.dtype), lambda r, x: np.array(2, x.dtype)),
+    "Where": like(lambda r, x: x * 2), "Expand": like(lambda r, x: np.array([2, *x.shape])),
+    "Tile": like(lambda r, x: r.integers(0, 3, x.ndim)),
+    "Compress": like(lambda r, x: r.random(x.size) < 0.5),
+    "Clip": like(lambda r, x: np.array(-1, x.dtype), lambda r, x: np.array(2, x.dtype)),
     "Trilu": lambda r: ([some(r, rank=2), np.array(r.integers(-3, 4))], {"upper": int(r.integers(2))}, 1),
-    "Range": lambda r: ([np.array(v, k) for k in [[np.int64, np.float32][r.integers(2)]] for v in (1, r.integers(-5, 9), r.choice([1, 2, -1]))], {}, 1),
-    "ConstantOfShape": lambda r: ([r.integers(0, 4, 2)], {"value": numpy_helper.from_array(np.array([3], [np.int64, np.float32, np.bool_][r.integers(3)]))}, 1),
-    "GatherElements": like(lambda r, x: np.zeros(x.shape, np.int64)), "GatherND": like(lambda r, x: np.zeros((2, 1), np.int64)),
-    "ScatterElements": lambda r: ([(x := some(r)), np.zeros(x.shape, np.int64), x], {"axis": 0, "reduction": ["none", "add", "max"][r.integers(3)]}, 1),
-    "BitShift": lambda r: ([np.arange(4, dtype=np.uint32), np.ones(4, np.uint32)], {"direction": ["LEFT", "RIGHT"][r.integers(2)]}, 1),
+    "Range": lambda r: ([np.array(v, k) for k in [[np.int64, np.float32][r.integers(2)]] for v in (1, r.integers(-5, 9),
+        r.choice([1, 2, -1]))], {}, 1),
+    "ConstantOfShape": lambda r: ([r.integers(0, 4, 2)],
+        {"value": numpy_helper.from_array(np.array([3], [np.int64, np.float32, np.bool_][r.integers(3)]))}, 1),
+    "GatherElements": like(lambda r, x: np.zeros(x.shape, np.int64)),
+    "GatherND": like(lambda r, x: np.zeros((2, 1), np.int64)),
+    "ScatterElements": lambda r: ([(x := some(r)), np.zeros(x.shape, np.int64), x],
+        {"axis": 0, "reduction": ["none", "add", "max"][r.integers(3)]}, 1),
+    "BitShift": lambda r: ([np.arange(4, dtype=np.uint32), np.ones(4, np.uint32)],
+        {"direction": ["LEFT", "RIGHT"][r.integers(2)]}, 1),
     "BitwiseXor": lambda r: ([r.integers(-9, 9, 4), r.integers(-9, 9, 4)], {}, 1),
     "Einsum": lambda r: ([some(r, np.float32, rank=2)], {"equation": "ij->ji"}, 1),
     "MatMul": lambda r: ([(x := some(r, np.float32, rank=2)), x.T.copy()], {}, 1), 
     "CastLike": like(lambda r, x: np.array(1, np.float16)),
-    "MatMulInteger": lambda r: ([r.integers(0, 9, (2, 3)).astype(np.uint8), r.integers(-9, 9, (3, 2)).astype(np.int8)], {}, 1),
+    "MatMulInteger": lambda r: ([r.integers(0, 9, (2, 3)).astype(np.uint8), r.integers(-9, 9, (3, 2)).astype(np.int8)],
+        {}, 1),
     "MaxPool": lambda r: ([r.normal(size=(1, 1, 4, 4)).astype(np.float32)], {"kernel_shape": [2, 2]}, 2),
-    "DynamicQuantizeLinear": lambda r: ([some(r, np.float32)], {}, 3), "Det": lambda r: ([r.normal(size=(2, 3, 3)).astype(np.float32)], {}, 1),
+    "DynamicQuantizeLinear": lambda r: ([some(r, np.float32)], {}, 3),
+    "Det": lambda r: ([r.normal(size=(2, 3, 3)).astype(np.float32)], {}, 1),
 }  # fmt: skip
 
 
@@ -351,9 +366,11 @@ TEXTS = np.array(["b", "a", "b"], object)
 TEXT_GRAPHS: dict[str, list[onnx.NodeProto]] = {
     "a table": [helper.make_node("Gather", ["s", "i"], ["y"])],
     "joined": [helper.make_node("Concat", ["s", "s"], ["t"], axis=0), helper.make_node("Gather", ["t", "i"], ["y"])],
-    "in a Constant node": [helper.make_node("Constant", [], ["c"], value_strings=[b"b", b"a"]), helper.make_node("Gather", ["c", "i"], ["y"])],
+    "in a Constant node": [helper.make_node("Constant", [], ["c"], value_strings=[b"b", b"a"]),
+        helper.make_node("Gather", ["c", "i"], ["y"])],
     "computed": [helper.make_node("Unique", ["s"], ["t"]), helper.make_node("Gather", ["t", "i"], ["y"])],
-    "a label": [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("ArgMax", ["h"], ["a"], axis=1, keepdims=0),
+    "a label": [helper.make_node("MatMul", ["x", "w"], ["h"]),
+        helper.make_node("ArgMax", ["h"], ["a"], axis=1, keepdims=0),
         helper.make_node("Gather", ["s", "a"], ["y"])],
 }  # fmt: skip
 

@@ -16,7 +16,8 @@ def test_sympy_is_imported_when_a_dimension_is_computed_with() -> None:
 
 def test_sympy_is_itself_for_others() -> None:
     assert python(
-        "import onnxtools.cli, sympy.core.expr; import sympy; print(sympy.sympify('x + x'), sympy.__version__ == sympy.release.__version__)"
+        "import onnxtools.cli, sympy.core.expr; import sympy; print(sympy.sympify('x + x'), sympy.__version__ == "
+        "sympy.release.__version__)"
     ) == ("2*x True")
     assert (
         python(
@@ -31,9 +32,12 @@ def test_sympy_is_itself_for_others() -> None:
 
 
 def test_the_library_changes_nothing_outside_itself() -> None:
-    """Only the command line defers: a program that imports the library has its modules, environment and folder as they were."""
+    """Only the command line defers: a program that imports the library has its modules, environment and folder as they
+    were.
+    """
     code = (
-        "import os, sys; before = dict(os.environ), os.getcwd(); import onnxtools; onnxtools.load, onnxtools.PassManager, onnxtools.generate;"
+        "import os, sys; before = dict(os.environ), os.getcwd(); import onnxtools; onnxtools.load, "
+        "onnxtools.PassManager, onnxtools.generate;"
         "print(type(sys.modules.get('sympy', sys)).__name__, before == (dict(os.environ), os.getcwd()))"
     )
     assert python(code) == "module True"

@@ -53,7 +53,10 @@ def package(tmp_path: Path) -> Path:
     (site / "third_party-1.0.dist-info" / "METADATA").write_text(
         "Metadata-Version: 2.1\nName: third-party\nVersion: 1.0\n"
     )
-    points = "[onnxtools.passes]\nnegate = third_party:Negate\nnot-a-pass = third_party:NoPass\nbroken = third_party_absent:Pass\n"
+    points = (
+        "[onnxtools.passes]\nnegate = third_party:Negate\nnot-a-pass = third_party:NoPass\nbroken = "
+        "third_party_absent:Pass\n"
+    )
     (site / "third_party-1.0.dist-info" / "entry_points.txt").write_text(points)
     return site
 

@@ -1,4 +1,6 @@
-"""What checks look at: the whole vocabulary, padding, far positions, a part of large models, and how much a lossy pass lost."""
+"""What checks look at: the whole vocabulary, padding, far positions, a part of large models, and how much a lossy pass
+lost.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ E = normal(ROWS, 64, seed=1)
 HEAD = normal(64, ROWS, seed=2) / np.float32(8)
 LAST = N("MatMul", ["e", "head"], ["logits"], name="head")
 CONSTANTS: Feeds = {
-    "minus": np.array([-1]), "none": np.array(0), "zero": np.array([0]), "one": np.array([1]), "shift": np.array(2), "top": np.array(ROWS - 1),
+    "minus": np.array([-1]), "none": np.array(0), "zero": np.array([0]), "one": np.array([1]), "shift": np.array(2),
+    "top": np.array(ROWS - 1),
     "both": np.array([0, 0]),
     "huge": np.array([1 << 30, 1 << 30]), "like": np.array([0, 0, 64]), "depth": np.array(ROWS),
     "off_on": np.array([0, 1], np.float32), "scale": np.float32(0.02),
@@ -61,8 +64,10 @@ LOOKUPS = {
     "cast": Lookup((N("Cast", ["input_ids"], ["i"], to=INT64), GATHER), INT32),
     "cast twice": Lookup((N("Cast", ["input_ids"], ["j"], to=INT32), N("Cast", ["j"], ["i"], to=INT64), GATHER)),
     "reshaped": Lookup((*VIEW, GATHER)),
-    "reshaped and cast": Lookup((*VIEW[:2], N("Reshape", ["input_ids", "to"], ["j"]), N("Cast", ["j"], ["i"], to=INT64), GATHER), INT32),
-    "flat": Lookup((N("Reshape", ["input_ids", "minus"], ["i"]), N("Gather", ["E", "i"], ["f"]), N("Shape", ["input_ids"], ["s"]),
+    "reshaped and cast": Lookup((*VIEW[:2], N("Reshape", ["input_ids", "to"], ["j"]), N("Cast", ["j"], ["i"], to=INT64),
+        GATHER), INT32),
+    "flat": Lookup((N("Reshape", ["input_ids", "minus"], ["i"]), N("Gather", ["E", "i"], ["f"]),
+        N("Shape", ["input_ids"], ["s"]),
                     N("Concat", ["s", "minus"], ["t"], axis=0),
                     N("Reshape", ["f", "t"], ["e"]))),
     "unsqueezed": Lookup((N("Unsqueeze", ["input_ids", "zero"], ["j"]), N("Squeeze", ["j", "zero"], ["i"]), GATHER)),
@@ -74,10 +79,14 @@ LOOKUPS = {
     "elements": Lookup((N("Unsqueeze", ["input_ids", "minus"], ["i"]), N("GatherND", ["E", "i"], ["e"]))),
     "one-hot": Lookup((N("OneHot", ["input_ids", "depth", "off_on"], ["i"]), N("MatMul", ["i", "E"], ["e"]))),
     "fp16 table": Lookup((N("Cast", ["E"], ["F"], to=FLOAT), N("Gather", ["F", "input_ids"], ["e"])), stored="fp16"),
-    "cast after the table": Lookup((N("Gather", ["E", "input_ids"], ["f"]), N("Cast", ["f"], ["e"], to=FLOAT)), stored="fp16"),
-    "table along axis 1": Lookup((N("Gather", ["E", "input_ids"], ["f"], axis=1), N("Transpose", ["f"], ["e"], perm=[1, 2, 0])), stored="transposed"),
-    "transposed table": Lookup((N("Transpose", ["E"], ["F"]), N("Gather", ["F", "input_ids"], ["e"])), stored="transposed"),
-    "INT8 table": Lookup((N("DequantizeLinear", ["E", "scale", "null"], ["F"]), N("Gather", ["F", "input_ids"], ["e"])), stored="int8"),
+    "cast after the table": Lookup((N("Gather", ["E", "input_ids"], ["f"]), N("Cast", ["f"], ["e"], to=FLOAT)),
+        stored="fp16"),
+    "table along axis 1": Lookup((N("Gather", ["E", "input_ids"], ["f"], axis=1),
+        N("Transpose", ["f"], ["e"], perm=[1, 2, 0])), stored="transposed"),
+    "transposed table": Lookup((N("Transpose", ["E"], ["F"]), N("Gather", ["F", "input_ids"], ["e"])),
+        stored="transposed"),
+    "INT8 table": Lookup((N("DequantizeLinear", ["E", "scale", "null"], ["F"]), N("Gather", ["F", "input_ids"], ["e"])),
+        stored="int8"),
 }  # fmt: skip
 
 
@@ -156,8 +165,10 @@ def test_the_check_of_a_pass_sees_the_vocabulary_or_says_so(how: str, tmp_path: 
 
 def masked(path: Path, kind: int, *, ignored: bool, name: str = "attention_mask") -> Path:
     """Each token sees the sum of all that the mask keeps; or of all."""
-    nodes = [N("Gather", ["E", "input_ids"], ["w"]), N("Cast", [name], ["f"], to=FLOAT), N("Unsqueeze", ["f", "minus"], ["g"]),
-             N("Mul", ["w", "g"], ["kept"]), N("ReduceSum", ["w" if ignored else "kept", "one"], ["sum"]), N("Add", ["w", "sum"], ["e"]), LAST]  # fmt: skip
+    nodes = [N("Gather", ["E", "input_ids"], ["w"]), N("Cast", [name], ["f"], to=FLOAT),
+        N("Unsqueeze", ["f", "minus"], ["g"]),
+             N("Mul", ["w", "g"], ["kept"]), N("ReduceSum", ["w" if ignored else "kept", "one"], ["sum"]),
+             N("Add", ["w", "sum"], ["e"]), LAST]  # fmt: skip
     inputs = [info("input_ids", ["batch", "sequence"], INT64), info(name, ["batch", "sequence"], kind)]
     arrays = {"E": E, "head": HEAD, "minus": CONSTANTS["minus"], "one": CONSTANTS["one"]}
     return write(path, nodes, inputs, [info("logits", ["batch", "sequence", ROWS])], stored(**arrays))
@@ -172,7 +183,9 @@ def test_a_mask_that_is_ignored_is_seen(kind: int, tmp_path: Path) -> None:
 
 
 def positioned(path: Path, how: str, *, rounded: bool, rows: int = 0) -> Path:
-    """Cosines of positions, which an input says or the graph counts, in fp16 or not; or a table of `rows`, wrong in its last row."""
+    """Cosines of positions, which an input says or the graph counts, in fp16 or not; or a table of `rows`, wrong in its
+    last row.
+    """
     table = normal(rows, 64, seed=3) if rows else np.zeros((1, 64), np.float32)
     if rounded and rows:
         table[-1] += 1
@@ -181,10 +194,12 @@ def positioned(path: Path, how: str, *, rounded: bool, rows: int = 0) -> Path:
         N("Squeeze", ["n"], ["m"]),
         N("Range", ["start", "m", "step"], ["position"]),
     ]
-    angles = [N("Cast", ["position"], ["r"], to=HALF if rounded else FLOAT), N("Cast", ["r"], ["p"], to=FLOAT), N("Unsqueeze", ["p", "minus"], ["c"]),
+    angles = [N("Cast", ["position"], ["r"], to=HALF if rounded else FLOAT), N("Cast", ["r"], ["p"], to=FLOAT),
+        N("Unsqueeze", ["p", "minus"], ["c"]),
               N("Mul", ["c", "freq"], ["a"]), N("Cos", ["a"], ["t"])]  # fmt: skip
     found = [N("Gather", ["table", "position"], ["t"])] if rows else angles
-    nodes = [N("Gather", ["E", "input_ids"], ["w"]), *([N("Identity", ["position_ids"], ["position"])] if how == "input" else count), *found,
+    nodes = [N("Gather", ["E", "input_ids"], ["w"]),
+        *([N("Identity", ["position_ids"], ["position"])] if how == "input" else count), *found,
              N("Add", ["w", "t"], ["e"]), LAST]  # fmt: skip
     inputs = [
         info("input_ids", ["batch", "sequence"], INT64),
@@ -205,7 +220,9 @@ def positioned(path: Path, how: str, *, rounded: bool, rows: int = 0) -> Path:
 @pytest.mark.parametrize("rows", [0, 300, 6000])
 @pytest.mark.parametrize("how", ["input", "counted"])
 def test_positions_beyond_the_first_are_looked_at(how: str, rows: int, tmp_path: Path) -> None:
-    """Where the table has fewer than 4,096 rows, its last one; a table of 6,000 is looked at beyond 4,000, not to its end."""
+    """Where the table has fewer than 4,096 rows, its last one; a table of 6,000 is looked at beyond 4,000, not to its
+    end.
+    """
     sound, bad = (
         positioned(tmp_path / "m.onnx", how, rounded=False, rows=rows),
         positioned(tmp_path / "bad.onnx", how, rounded=True, rows=rows),
@@ -298,7 +315,9 @@ def test_a_lossy_pass_is_warned_of_above_30_percent_and_refused_above_100(
 
 
 def test_no_check_writes_what_a_check_refuses(tmp_path: Path) -> None:
-    """Calibrated on numbers a thousandth of those that the check uses, INT8 cuts nearly all off: warned, refused by a tolerance, written without a check."""
+    """Calibrated on numbers a thousandth of those that the check uses, INT8 cuts nearly all off: warned, refused by a
+    tolerance, written without a check.
+    """
     path = chain(tmp_path / "m.onnx", 2)
     np.savez(tmp_path / "x.npz", v0=normal(64, 64) / np.float32(1000))
     flags = ("--int8", "--all-layers", "--lm-head", "--calib", tmp_path / "x.npz")

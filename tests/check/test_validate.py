@@ -64,7 +64,8 @@ def test_difference_follows_its_definition(dtype: Any) -> None:
 
 @pytest.mark.parametrize(
     ("a", "b", "infinite"),
-    [([1, np.nan], [1, 2], True), ([1, 2], [1, np.nan], True), ([1, np.inf], [1, 2], True), ([0, 0], [0, 1], True), ([0, 0], [0, 0], False), ([], [], False),
+    [([1, np.nan], [1, 2], True), ([1, 2], [1, np.nan], True), ([1, np.inf], [1, 2], True), ([0, 0], [0, 1], True),
+        ([0, 0], [0, 0], False), ([], [], False),
      ([1, np.inf], [1, -np.inf], True), ([1, np.nan], [1, np.inf], True)],
 )  # fmt: skip
 def test_what_is_not_finite_never_passes_by_accident(a: list[float], b: list[float], infinite: bool) -> None:
@@ -277,10 +278,14 @@ def test_infinities_that_both_have_are_no_damage(tmp_path: Path) -> None:
 
 
 def test_a_model_whose_steps_are_not_its_full_run_is_still_itself(tmp_path: Path) -> None:
-    """Without a causal mask a step sees less than the full run does: a copy passes, a changed one fails, and it is said."""
+    """Without a causal mask a step sees less than the full run does: a copy passes, a changed one fails, and it is
+    said.
+    """
     nodes = [
-        helper.make_node("Gather", ["table", "input_ids"], ["x"]), helper.make_node("Concat", ["past_key_values.0.key", "x"], ["present.0.key"], axis=1),
-        helper.make_node("Transpose", ["present.0.key"], ["t"], perm=[0, 2, 1]), helper.make_node("MatMul", ["x", "t"], ["s"]),
+        helper.make_node("Gather", ["table", "input_ids"], ["x"]),
+        helper.make_node("Concat", ["past_key_values.0.key", "x"], ["present.0.key"], axis=1),
+        helper.make_node("Transpose", ["present.0.key"], ["t"], perm=[0, 2, 1]),
+        helper.make_node("MatMul", ["x", "t"], ["s"]),
         helper.make_node("Softmax", ["s"], ["p"]), helper.make_node("MatMul", ["p", "present.0.key"], ["logits"]),
     ]  # fmt: skip
     inputs = [

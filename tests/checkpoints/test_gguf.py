@@ -1,4 +1,6 @@
-"""GGUF files written by the `gguf` package: every weight type, read in rows, equals the package's own de-quantization of the whole."""
+"""GGUF files written by the `gguf` package: every weight type, read in rows, equals the package's own de-quantization
+of the whole.
+"""
 
 from __future__ import annotations
 
@@ -51,15 +53,19 @@ def test_what_is_not_supported_is_named(tmp_path: Path) -> None:
     assert "no llama.embedding_length" in refuse("export", tmp_path / "m.gguf", "-o", tmp_path / "m.onnx")
 
 
-# --- the header -------------------------------------------------------------------------------------------------------------
+# --- the header
+# -------------------------------------------------------------------------------------------------------------
 
 
 def every_kind(path: Path) -> None:
     writer = gguf.GGUFWriter(path, "llama")
     for add, name, value in (
-        ("uint8", "a", 200), ("int8", "b", -100), ("uint16", "c", 60_000), ("int16", "d", -30_000), ("uint32", "e", 2**32 - 1), ("int32", "f", -(2**31)),
-        ("float32", "g", 0.1), ("uint64", "h", 2**64 - 1), ("int64", "i", -(2**63)), ("float64", "j", 0.1), ("bool", "k", True), ("string", "l", "é▁"),
-        ("array", "m", ["x", "", "é"]), ("array", "n", [1, -2]), ("array", "o", [0.5, 0.1]), ("array", "p", [True, False]), ("array", "q", b"\x00\xff"),
+        ("uint8", "a", 200), ("int8", "b", -100), ("uint16", "c", 60_000), ("int16", "d", -30_000),
+        ("uint32", "e", 2**32 - 1), ("int32", "f", -(2**31)),
+        ("float32", "g", 0.1), ("uint64", "h", 2**64 - 1), ("int64", "i", -(2**63)), ("float64", "j", 0.1),
+        ("bool", "k", True), ("string", "l", "é▁"),
+        ("array", "m", ["x", "", "é"]), ("array", "n", [1, -2]), ("array", "o", [0.5, 0.1]),
+        ("array", "p", [True, False]), ("array", "q", b"\x00\xff"),
     ):  # fmt: skip
         getattr(writer, f"add_{add}")(name, value)
     writer.add_custom_alignment(4096)
@@ -97,22 +103,32 @@ def header(*values: bytes, tensors: int = 0, keys: int | None = None, version: i
 HOSTILE = {
     "an endless array": header(array(0, 2**63)), "a longer array than the file": header(array(0, 1000, b"\0" * 999)),
     "texts without end": header(array(8, 2**40)),
-    "arrays of arrays": header(array(9, 1, array(0, 1, b"\0")[4:])), "millions of elements": header(array(0, 1 << 23, b"\0" * (1 << 23))),
-    "keys without end": header(keys=2**40), "tensors without end": header(tensors=2**62), "a long text": header(struct.pack("<IQ", 8, 2**63)),
-    "an unknown type": header(struct.pack("<II", 99, 0)), "an array of unknown type": header(array(13, 0)), "another version": header(version=1),
-    "big-endian": b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "a key twice": b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + (string("k") + struct.pack("<IB", 0, 1)) * 2,
-    "no UTF-8": header(struct.pack("<IQ", 8, 1) + b"\xff"), "ranks": header(tensors=1) + string("w") + struct.pack("<I", 2**31) + bytes(40),
+    "arrays of arrays": header(array(9, 1, array(0, 1, b"\0")[4:])),
+    "millions of elements": header(array(0, 1 << 23, b"\0" * (1 << 23))),
+    "keys without end": header(keys=2**40), "tensors without end": header(tensors=2**62),
+    "a long text": header(struct.pack("<IQ", 8, 2**63)),
+    "an unknown type": header(struct.pack("<II", 99, 0)), "an array of unknown type": header(array(13, 0)),
+    "another version": header(version=1),
+    "big-endian": b"GGUF" + struct.pack(">IQQ", 3, 0, 0),
+    "a key twice": b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + (string("k") + struct.pack("<IB", 0, 1)) * 2,
+    "no UTF-8": header(struct.pack("<IQ", 8, 1) + b"\xff"),
+    "ranks": header(tensors=1) + string("w") + struct.pack("<I", 2**31) + bytes(40),
     "one tensor twice": header(tensors=2) + (string("w") + struct.pack("<IQIQ", 1, 1, 0, 0)) * 2 + bytes(40),
     "nothing": b"", "another format": b"PK\x03\x04" * 9,
-    "an alignment of nothing": b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + string("general.alignment") + struct.pack("<II", 4, 0),
-    "an architecture that is no name": b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + string("general.architecture") + struct.pack("<II", 4, 7),
+    "an alignment of nothing": b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + string("general.alignment") + struct.pack("<II",
+        4, 0),
+    "an architecture that is no name": b"GGUF" + struct.pack("<IQQ", 3, 0,
+        1) + string("general.architecture") + struct.pack("<II", 4, 7),
 }  # fmt: skip
 
 
 SAID = {
-    "an endless array": "its arrays claim 9223372036854775808 elements", "a longer array than the file": "it needs 1000 bytes where 999 are left",
-    "texts without end": "its arrays claim", "arrays of arrays": "an array holds arrays", "millions of elements": "its arrays claim 8388608 elements",
-    "keys without end": "it claims 1099511627776 keys", "tensors without end": "it claims 4611686018427387904 tensors", "ranks": "has 2147483648 axes",
+    "an endless array": "its arrays claim 9223372036854775808 elements",
+    "a longer array than the file": "it needs 1000 bytes where 999 are left",
+    "texts without end": "its arrays claim", "arrays of arrays": "an array holds arrays",
+    "millions of elements": "its arrays claim 8388608 elements",
+    "keys without end": "it claims 1099511627776 keys", "tensors without end": "it claims 4611686018427387904 tensors",
+    "ranks": "has 2147483648 axes",
     "a long text": "it needs 9223372036854775808 bytes",
 }  # fmt: skip
 

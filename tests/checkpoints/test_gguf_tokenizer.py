@@ -1,4 +1,6 @@
-"""GGUF metadata to tokenizer files: SmolLM2's ids by a plain byte-level BPE and as published, SentencePiece's by sentencepiece itself."""
+"""GGUF metadata to tokenizer files: SmolLM2's ids by a plain byte-level BPE and as published, SentencePiece's by
+sentencepiece itself.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,9 @@ def bytes_to_unicode() -> dict[int, str]:
 
 
 def plain_bpe(metadata: dict[str, Any]) -> Callable[[str], list[int]]:
-    """SmolLM2's encoding from its definition: digits one by one, GPT-2's regex, bytes, then the best merge until there is none."""
+    """SmolLM2's encoding from its definition: digits one by one, GPT-2's regex, bytes, then the best merge until there
+    is none.
+    """
     regex = pytest.importorskip("regex", reason="GPT-2's regex needs Unicode classes")
     pattern = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
     ids = {token: i for i, token in enumerate(metadata[f"{G}tokens"])}
@@ -195,7 +199,8 @@ def test_named_chat_templates_are_kept() -> None:
     assert config["chat_template"] == [{"name": "default", "template": "A"}, {"name": "tool_use", "template": "B"}]
 
 
-# The pieces of a model of 390 tokens that sentencepiece 0.2.3 trained (BPE, byte_fallback, identity normalization, <tag> user-defined), best first.
+# The pieces of a model of 390 tokens that sentencepiece 0.2.3 trained (BPE, byte_fallback, identity normalization,
+# <tag> user-defined), best first.
 BEST_FIRST = """
 ▁▁ ▁▁▁▁ ▁▁▁▁▁ ▁i or de on at ▁▁▁▁▁▁▁▁▁ en se st pe ▁= ▁a re "" al ▁f in ▁t ▁n ▁in er ode ut ro ra ue he me ha ce alue one le ct \""" ▁s ame ▁o value it ar
 ur ype hape nd es ▁N -- ens ▁None ▁_ ▁c ▁▁▁▁▁▁▁▁▁▁▁▁▁ mp ▁- odel ensor ot ▁l ▁m as ▁" ▁d def ▁b an ▁is sel urn self to ret ▁the return ▁w

@@ -89,7 +89,8 @@ def test_a_linked_cache_folder(tmp_path: Path) -> None:
     assert all(Path(t.base_dir) == real.resolve() for t in read_folder(links).tensors.values())  # type: ignore[union-attr]
 
 
-# --- which of several files ---------------------------------------------------------------------------------------------------
+# --- which of several files
+# ---------------------------------------------------------------------------------------------------
 
 
 def in_every_form(folder: Path) -> dict[str, Any]:

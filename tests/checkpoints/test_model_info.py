@@ -95,10 +95,12 @@ def test_nothing_beside(tmp_path: Path) -> None:
 
 
 ODD = (
-    "{", "5", "[]", "null", "[" * 100_000, '{"model": 3}', '{"tokens": [], "model": {}}', '{"tokens": {}, "model": {"max_position_embeddings": "x"}}',
+    "{", "5", "[]", "null", "[" * 100_000, '{"model": 3}', '{"tokens": [], "model": {}}',
+        '{"tokens": {}, "model": {"max_position_embeddings": "x"}}',
     '{"tokens": {"eos_token_ids": {"a": 1}}, "model": {"max_position_embeddings": 4}}',
     '{"tokens": {"pad_token_id": 1e400}, "model": {"max_position_embeddings": 4}}',
-    '{"tokens": {"bos_token_id": true}, "model": {"max_position_embeddings": 4}}', '{"tokens": {}, "model": {"max_position_embeddings": -4}}', "1" * 5000,
+    '{"tokens": {"bos_token_id": true}, "model": {"max_position_embeddings": 4}}',
+    '{"tokens": {}, "model": {"max_position_embeddings": -4}}', "1" * 5000,
     '{"tokens": {"_generation": 5, "eos_token_ids": [-7]}, "model": {"max_position_embeddings": 4}}', "\ud800",
 )  # fmt: skip
 

@@ -32,7 +32,8 @@ def archive(path: Path, members: dict[str, bytes], mode: str = "w") -> Path:
     return path
 
 
-# --- side files -----------------------------------------------------------------------------------------------------------
+# --- side files
+# -----------------------------------------------------------------------------------------------------------
 
 HASH = "0123456789abcdef" * 2
 
@@ -48,7 +49,8 @@ def regions(folder: Path, *names: str) -> dict[str, Region]:
 
 def test_only_the_tokenizers_files_are_taken(tmp_path: Path) -> None:
     names = (
-        "requirements.txt", "package.json", "pyproject.toml", "..json", "config.json", "onnxtools.json", "notes.vocab", "x.model", "sub/tokenizer.json",
+        "requirements.txt", "package.json", "pyproject.toml", "..json", "config.json", "onnxtools.json", "notes.vocab",
+        "x.model", "sub/tokenizer.json",
         "model_config.yaml", "model.onnx", "tokenizer.json", f"{HASH}_merges.txt", f"{HASH}_tokenizer.model",
     )  # fmt: skip
     found = nemo._tokenizer(regions(tmp_path, *names), {})
@@ -60,7 +62,9 @@ def test_only_the_tokenizers_files_are_taken(tmp_path: Path) -> None:
 
 
 def test_files_that_the_configuration_names_get_the_names_of_hugging_face(tmp_path: Path) -> None:
-    """So that what a hostile archive calls package.json cannot be written under that name, and gpt2-vocab.json is found."""
+    """So that what a hostile archive calls package.json cannot be written under that name, and gpt2-vocab.json is
+    found.
+    """
     config = {
         "tokenizer": {
             "model": f"nemo:{HASH}_mixture_256k.model",
@@ -71,13 +75,15 @@ def test_files_that_the_configuration_names_get_the_names_of_hugging_face(tmp_pa
     members = regions(tmp_path, f"{HASH}_mixture_256k.model", "package.json", "gpt2-merges.txt", "setup.py")
     found = nemo._tokenizer(members, config)
     assert {name: bytes(content) for name, content in found.items()} == {  # type: ignore[arg-type]
-        "tokenizer.model": f"{HASH}_mixture_256k.model".encode(), "vocab.json": b"package.json", "merges.txt": b"gpt2-merges.txt",
+        "tokenizer.model": f"{HASH}_mixture_256k.model".encode(), "vocab.json": b"package.json",
+        "merges.txt": b"gpt2-merges.txt",
     }  # fmt: skip
     for odd in ({"tokenizer": []}, {"tokenizer": {"model": ["nemo:setup.py"], "vocab_file": "nemo:setup.py"}}):
         assert nemo._tokenizer(regions(tmp_path, "setup.py"), odd) == {}
 
 
-# --- ranks ------------------------------------------------------------------------------------------------------------------
+# --- ranks
+# ------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -91,7 +97,8 @@ def test_a_rank_that_is_claimed_is_missed_at_once(name: str, tmp_path: Path) -> 
     assert time.monotonic() - start < 2
 
 
-# --- archives ---------------------------------------------------------------------------------------------------------------
+# --- archives
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def bomb(path: Path, header: bytes, zeros: int) -> Path:
@@ -145,7 +152,10 @@ def test_a_pipe_is_no_archive(tmp_path: Path) -> None:
 def test_what_a_killed_run_unpacked_is_removed_by_the_next(tmp_path: Path) -> None:
     path = archive(tmp_path / "m.nemo", {"model_config.yaml": CONFIG, "model_weights.ckpt": b"x" * 1000}, "w:gz")
     (tmp_path / "tmp").mkdir()
-    code = "import sys, time; from pathlib import Path; from onnxtools.checkpoints import nemo; nemo._archive_members(Path(sys.argv[1])); print(1, flush=True)"
+    code = (
+        "import sys, time; from pathlib import Path; from onnxtools.checkpoints import nemo; "
+        "nemo._archive_members(Path(sys.argv[1])); print(1, flush=True)"
+    )
     environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp")}
     with subprocess.Popen(
         [sys.executable, "-c", f"{code}; time.sleep(60)", path], env=environment, stdout=subprocess.PIPE

@@ -1,4 +1,6 @@
-"""Tokenizers against transformers, lm-eval and `tokenizers`; broken ones against one rule: a JobError, and nothing on stderr."""
+"""Tokenizers against transformers, lm-eval and `tokenizers`; broken ones against one rule: a JobError, and nothing on
+stderr.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ def saved(tokenizer: Native, folder: Path) -> Tokenizer:
     return Tokenizer.open(folder)
 
 
-# --- context and continuation --------------------------------------------------------------------------------------------
+# --- context and continuation
+# --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [v.sentencepiece, v.byte_level])
@@ -63,7 +66,8 @@ def test_a_word_after_a_byte_level_context_is_what_it_is_alone(tmp_path: Path) -
             assert ours.pair(context, f" {word}") == (ours.encode(context), ours.pieces(f" {word}"))
 
 
-# --- what a file keeps of its training, and what lies beside it -------------------------------------------------------------
+# --- what a file keeps of its training, and what lies beside it
+# -------------------------------------------------------------
 
 
 def cut(tokenizer: Native) -> None:
@@ -89,13 +93,17 @@ END = "<|endoftext|>"
 FOLDERS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "nothing but the two files": ((END,), {}),
     "the end of text is not in the vocabulary": ((), {}),
-    "named in the configuration": ((END,), {"tokenizer_config": {"tokenizer_class": "GPT2Tokenizer", "eos_token": END, "bos_token": END, "unk_token": END}}),
+    "named in the configuration": ((END,),
+        {"tokenizer_config": {"tokenizer_class": "GPT2Tokenizer", "eos_token": END, "bos_token": END,
+            "unk_token": END}}),
     "another end, and a beginning of every text": (
         ("<s>", "</s>", "<pad>"),
         {
-            "tokenizer_config": {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "</s>"},
+            "tokenizer_config": {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True, "bos_token": "<s>",
+                "eos_token": "</s>", "unk_token": "</s>"},
             "special_tokens_map": {
-                "bos_token": "<s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": {"content": "<pad>", "lstrip": False, "rstrip": True},
+                "bos_token": "<s>", "eos_token": "</s>", "unk_token": "</s>",
+                "pad_token": {"content": "<pad>", "lstrip": False, "rstrip": True},
             },
         },
     ),
@@ -112,18 +120,22 @@ FOLDERS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
             "tokenizer_config": lambda size: {
                 "tokenizer_class": "GPT2Tokenizer", "eos_token": "<|im_end|>",
                 "added_tokens_decoder": {
-                    str(size): {"content": "<|im_end|>", "lstrip": True, "rstrip": False, "normalized": False, "single_word": False, "special": True},
-                    str(size + 1): {"content": "<think>", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": False},
+                    str(size): {"content": "<|im_end|>", "lstrip": True, "rstrip": False, "normalized": False,
+                        "single_word": False, "special": True},
+                    str(size + 1): {"content": "<think>", "lstrip": False, "rstrip": False, "normalized": False,
+                        "single_word": False, "special": False},
                 },
             },
             "special_tokens_map": {"eos_token": "in"},
         },
     ),
     "a space in front": ((END,), {"tokenizer_config": {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}}),
-    "Qwen 2": ((END, "<|im_start|>"), {"tokenizer_config": {"tokenizer_class": "Qwen2Tokenizer", "additional_special_tokens": ["<|im_start|>"]}}),
+    "Qwen 2": ((END, "<|im_start|>"),
+        {"tokenizer_config": {"tokenizer_class": "Qwen2Tokenizer", "additional_special_tokens": ["<|im_start|>"]}}),
 }  # fmt: skip
 TEXTS = (
-    f"in which the{END}old ship", "the <|user|>old <tool> ship", "old ship <|im_end|>night<think> in", "</s>the<pad> old<s>",
+    f"in which the{END}old ship", "the <|user|>old <tool> ship", "old ship <|im_end|>night<think> in",
+    "</s>the<pad> old<s>",
     "1234 it's 'LL\n\nthe  old é", "e\u0301", "<|im_start|>the", " the", "",
 )  # fmt: skip
 
@@ -166,7 +178,8 @@ def test_special_tokens_named_beside_a_tokenizer_json_are_special(tmp_path: Path
     assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
 
 
-# --- broken ones ------------------------------------------------------------------------------------------------------------
+# --- broken ones
+# ------------------------------------------------------------------------------------------------------------
 
 _SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
 BROKEN: dict[str, dict[str, Any]] = {

@@ -33,7 +33,8 @@ def test_what_torch_and_transformer_engine_write_is_read() -> None:
     """Modules' state dicts carry `_metadata` as a state; a BytesIO carries its bytes so."""
     module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.LayerNorm(2))
     value = {
-        "state": module.state_dict(), "extra": io.BytesIO(b"scales"), "ids": {0: [1, 2], (1, "a"): None}, "size": torch.Size([4, 5]), "kind": torch.bfloat16,
+        "state": module.state_dict(), "extra": io.BytesIO(b"scales"), "ids": {0: [1, 2], (1, "a"): None},
+        "size": torch.Size([4, 5]), "kind": torch.bfloat16,
         "ordered": OrderedDict(b=1, a=2), "bytes": b"\xff\x00", "parameter": torch.nn.Parameter(torch.arange(3.0)),
     }  # fmt: skip
     for protocol in (2, 3, 4, 5):
@@ -58,7 +59,8 @@ def test_a_plain_pickle_of_a_tensor_is_read() -> None:
     np.testing.assert_array_equal(found["scale_fwd"].numpy(), np.arange(6.0).reshape(2, 3))
 
 
-# --- a pickle written by hand --------------------------------------------------------------------------------------------------
+# --- a pickle written by hand
+# --------------------------------------------------------------------------------------------------
 
 START = b"\x80\x02"
 
@@ -74,8 +76,10 @@ def the(module: str, name: str) -> bytes:
 STATE = b"}(" + text("_location") + text("/etc/passwd") + text("_value_") + b"K\x07u"
 SLOTS = b"N" + STATE + b"\x86"
 OBJECTS = {
-    "a type": the("torch", "float32"), "a kind of storage": the("torch", "FloatStorage"), "a function": the("torch._utils", "_rebuild_tensor_v2"),
-    "a text": text("a"), "a list": b"]", "a plain dictionary": b"}", "a size": the("torch", "Size") + b"(K\x01K\x02t\x85R",
+    "a type": the("torch", "float32"), "a kind of storage": the("torch", "FloatStorage"),
+    "a function": the("torch._utils", "_rebuild_tensor_v2"),
+    "a text": text("a"), "a list": b"]", "a plain dictionary": b"}",
+    "a size": the("torch", "Size") + b"(K\x01K\x02t\x85R",
     "a buffer": the("_io", "BytesIO") + b")\x81",
 }  # fmt: skip
 
@@ -133,13 +137,15 @@ BOMBS: dict[str, Callable[[], bytes]] = {
     "nested keys, many at once": lambda: b"}(" + b")" + b"\x85" * 300_000 + b"K\x01u.",
     "nested keys of a built dictionary": lambda: b"(" + b")" + b"\x85" * 300_000 + b"K\x01d.",
     "doubled keys": lambda: b"}" + doubled(60) + b"K\x01s.",
-    "doubled keys of an ordered dictionary": lambda: the("collections", "OrderedDict") + b"(((" + doubled(60) + b"K\x01tttR.",
+    "doubled keys of an ordered dictionary": lambda: the("collections",
+        "OrderedDict") + b"(((" + doubled(60) + b"K\x01tttR.",
     "a set of doubled tuples": lambda: b"\x80\x04\x8f(" + doubled(60) + b"\x90.",
     "a frozen set of doubled tuples": lambda: b"\x80\x04(" + doubled(60) + b"\x91.",
     "claimed bytes": lambda: b"\x80\x05\x96" + (1 << 34).to_bytes(8, "little") + b".",
     "many operations": lambda: b"N0" * 3_000_000 + b"N.",
     "marks without end": lambda: b"(" * 20_000_000 + b".",
-    "a doubled shape": lambda: the("torch._utils", "_rebuild_tensor_v2") + b"(NK\x00" + doubled(60) + doubled(60) + b"\x89Nt" + b"R.",
+    "a doubled shape": lambda: the("torch._utils",
+        "_rebuild_tensor_v2") + b"(NK\x00" + doubled(60) + doubled(60) + b"\x89Nt" + b"R.",
 }  # fmt: skip
 
 

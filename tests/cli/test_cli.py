@@ -36,7 +36,8 @@ def test_help_lists_every_command_with_a_line() -> None:
 def test_help_imports_no_heavy_package(args: list[str]) -> None:
     code = (
         "import sys\nfrom onnxtools.cli.main import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit: pass\n"
-        "print(sorted({'onnx', 'numpy', 'onnx_ir', 'onnxruntime', 'ml_dtypes', 'polygraphy', 'rich', 'yaml'} & set(sys.modules)), file=sys.stderr)"
+        "print(sorted({'onnx', 'numpy', 'onnx_ir', 'onnxruntime', 'ml_dtypes', 'polygraphy', 'rich', 'yaml'} & "
+        "set(sys.modules)), file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code, *args], cwd=ROOT, check=True, capture_output=True, text=True)
     assert done.stderr.splitlines()[-1] == "[]"
@@ -195,7 +196,10 @@ def test_a_closed_pipe_is_no_traceback(tmp_path: Path) -> None:
 
 
 def test_sigterm_leaves_no_temporary_files(tmp_path: Path) -> None:
-    code = "import os, signal, tempfile\nfrom onnxtools.cli import main as m\ndef work(**_):\n    with tempfile.TemporaryDirectory(dir='.'):\n"
+    code = (
+        "import os, signal, tempfile\nfrom onnxtools.cli import main as m\ndef work(**_):\n    with "
+        "tempfile.TemporaryDirectory(dir='.'):\n"
+    )
     code += "        os.kill(os.getpid(), signal.SIGTERM)\n        os.read(0, 1)\nm.cli.main = work\nm.main([])"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, stdin=subprocess.PIPE, capture_output=True, text=True, timeout=60

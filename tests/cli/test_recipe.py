@@ -26,7 +26,8 @@ def test_a_recipe_is_read(tmp_path: Path) -> None:
         recipe(
             tmp_path,
             HEAD
-            + "passes:\n - convert: {opset: 21, fold-weights: false}\n - add-kv-cache\nvalidate: {against: a.onnx, tolerance: 1}\n",
+            + "passes:\n - convert: {opset: 21, fold-weights: false}\n - add-kv-cache\nvalidate: {against: a.onnx, "
+            "tolerance: 1}\n",
         )
     )
     assert (
@@ -43,7 +44,10 @@ def test_a_recipe_is_read(tmp_path: Path) -> None:
 
 def test_the_chain_runs_and_is_validated(tmp_path: Path) -> None:
     case = Case("rms_swiglu_gqa_rope")
-    text = f"input: {case.path}\noutput: kv.onnx\npasses: [convert, {{add-kv-cache: {{policy: new}}}}]\nvalidate: {{against: {case.path}}}\n"
+    text = (
+        f"input: {case.path}\noutput: kv.onnx\npasses: [convert, {{add-kv-cache: {{policy: new}}}}]\nvalidate: "
+        f"{{against: {case.path}}}\n"
+    )
     result = succeed("pipeline", recipe(tmp_path, text))
     assert "prefill" in result.out and "FAIL" not in result.out
     assert max_abs(decode(Session(tmp_path / "kv.onnx"), case.feeds, [3, *[1] * 9]), case.expected) <= 1e-5
@@ -115,7 +119,8 @@ def test_an_output_that_is_not_onnx_is_a_usage_error(output: str, tmp_path: Path
 
 
 @pytest.mark.parametrize(("build", "says"), [
-    ("{engine: e.engine, compute_capability: 8.9}", "quote it, as '8.9'"), ("{engine: e.engine, sparsity: true}", "disable, enable, force; YAML reads"),
+    ("{engine: e.engine, compute_capability: 8.9}", "quote it, as '8.9'"),
+    ("{engine: e.engine, sparsity: true}", "disable, enable, force; YAML reads"),
 ])  # fmt: skip
 def test_what_yaml_reads_as_something_else_is_explained(build: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(f"input: a.onnx\noutput: b.onnx\npasses: []\nbuild: {build}\n")

@@ -1,4 +1,6 @@
-"""What every command says and how it ends: the table of exit codes, help, logs, lines without a terminal, prompts from stdin, what to install."""
+"""What every command says and how it ends: the table of exit codes, help, logs, lines without a terminal, prompts from
+stdin, what to install.
+"""
 
 from __future__ import annotations
 
@@ -29,10 +31,12 @@ from onnxtools.pipeline.passbase import Pass, PassResult
 from tests.support import ROOT, linear, refuse, run, succeed
 
 ABSENT = {
-    "a model": ["convert", "no.onnx", "o.onnx"], "a model to run": ["run", "no.onnx", "--prompt", "x"], "a model to build": ["build", "no.onnx", "o.engine"],
+    "a model": ["convert", "no.onnx", "o.onnx"], "a model to run": ["run", "no.onnx", "--prompt", "x"],
+    "a model to build": ["build", "no.onnx", "o.engine"],
     "a checkpoint": ["export", "no", "-o", "o.onnx"], "a recipe": ["pipeline", "no.yaml"], 
     "calibration data": ["quantize", "a.onnx", "o.onnx", "--fp8", "--calib", "no.jsonl"],
-    "prompts": ["run", "a.onnx", "--prompts-file", "no.txt"], "a data set": ["accuracy", "a.onnx", "--dataset", "no.jsonl"], 
+    "prompts": ["run", "a.onnx", "--prompts-file", "no.txt"],
+    "a data set": ["accuracy", "a.onnx", "--dataset", "no.jsonl"], 
     "inputs": ["validate", "a.onnx", "a.onnx", "--inputs", "no.npz"],
     "profiles": ["build", "a.onnx", "o.engine", "--profiles", "no.yaml"], "an engine": ["inspect", "no.engine"],
 }  # fmt: skip
@@ -55,8 +59,14 @@ def test_the_name_alone_is_a_question_for_help() -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_is_128_and_its_number(number: signal.Signals, code: int, tmp_path: Path) -> None:
     """Before a file of a name that the run writes to appears, and while it waits for its prompt."""
-    code_line = f"import signal; signal.signal({int(number)}, signal.default_int_handler if {int(number)} == 2 else signal.SIG_DFL)"
-    started = f"{code_line}\nimport sys, onnxtools.cli.main as m, time\nm.cli.main = lambda **k: (print('on', flush=True), time.sleep(60))\nm.main([])"
+    code_line = (
+        f"import signal; signal.signal({int(number)}, signal.default_int_handler if {int(number)} == 2 else "
+        "signal.SIG_DFL)"
+    )
+    started = (
+        f"{code_line}\nimport sys, onnxtools.cli.main as m, time\nm.cli.main = lambda **k: (print('on', flush=True), "
+        "time.sleep(60))\nm.main([])"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", started], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -198,7 +208,8 @@ def test_advice_leads_somewhere(tmp_path: Path) -> None:
     source = linear(tmp_path / "a.onnx")
     assert "onnxtools build" in refuse("run", source, "--prompt", "x", "--runtime", "trt", code=2)
     assert "--runtime onnxrt runs" in refuse("run", tmp_path, "--prompt", "x", "--runtime", "onnxrt", code=2)
-    text = '<ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]> g (float[2, 64] x) => (float[2, 64] y) { y = com.microsoft.QuickGelu (x) }'
+    text = """<ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]>
+        g (float[2, 64] x) => (float[2, 64] y) { y = com.microsoft.QuickGelu (x) }"""
     onnx.save(parser.parse_model(text), tmp_path / "ms.onnx")
     told = refuse("build", tmp_path / "ms.onnx", tmp_path / "e.engine")
     assert "ONNX Runtime's own" in told and "onnxtools convert" not in told, "convert does not replace it"

@@ -86,9 +86,16 @@ def fp8_linear(path: Path, scale: float = 0.5) -> Path:
 
 
 def attention(
-    path: Path, *, dtype: int = HALF, keys: int | str = "sequence", queries: int | str = "sequence", mask: int | None = None,
-    extra: Sequence[tuple[int, onnx.ValueInfoProto]] = (), outputs: int = 1, **attributes: Any,
-) -> Path:  # fmt: skip
+    path: Path,
+    *,
+    dtype: int = HALF,
+    keys: int | str = "sequence",
+    queries: int | str = "sequence",
+    mask: int | None = None,
+    extra: Sequence[tuple[int, onnx.ValueInfoProto]] = (),
+    outputs: int = 1,
+    **attributes: Any,
+) -> Path:
     """One Attention, 4 heads of 32; `extra` puts graph inputs at further input positions."""
     inputs = [tensor("q", ["batch", 4, queries, 32], dtype), *(tensor(n, ["batch", 4, keys, 32], dtype) for n in "kv")]
     names = ["q", "k", "v"]

@@ -162,7 +162,8 @@ def test_cast_to_fp8_needs_ada_too(tmp_path: Path, make: Build) -> None:
 def test_unknown_capability(tmp_path: Path, make: Build) -> None:
     message = refused(make, tmp_path, linear(tmp_path / "m.onnx"), compute_capability=("9.0",))
     assert message.startswith(
-        "--compute-capability 9.0 (H100, H200, GH200): tensorrt-rtx does not build for it; --compute-capability names another of 7.5"
+        "--compute-capability 9.0 (H100, H200, GH200): tensorrt-rtx does not build for it; --compute-capability names "
+        "another of 7.5"
     )
     assert "--print-trtexec prints the line" in message and "--backend tensorrt" in message
 
@@ -252,15 +253,19 @@ def test_builder_error_is_one_line(tmp_path: Path, make: Build) -> None:
     text = {"min_shapes": ("a:2,b:3",), "opt_shapes": ("a:2,b:3",), "max_shapes": ("a:2,b:3",)}
     message = refused(make, tmp_path, source, **text)
     assert message.endswith(
-        "cannot build it: API Usage Error (IElementWiseLayer sum: broadcast dimensions must be conformable); see the graph with `onnxtools inspect`"
+        "cannot build it: API Usage Error (IElementWiseLayer sum: broadcast dimensions must be conformable); see the "
+        "graph with `onnxtools inspect`"
     )
 
 
 @pytest.mark.parametrize("longest", [16, 64])
 def test_profile_that_no_run_can_have(tmp_path: Path, make: Build, longest: int) -> None:
-    """TensorRT only warns when the largest shapes contradict a constant of the graph, and builds an engine that fails."""
+    """TensorRT only warns when the largest shapes contradict a constant of the graph, and builds an engine that
+    fails.
+    """
     source = write(tmp_path / "m.onnx", [helper.make_node("Add", ["x", "table"], ["y"], name="positions")],
-                   [tensor("x", ["sequence", 64])], [tensor("y", ["sequence", 64])], weights(table=random(12, 64)))  # fmt: skip
+                   [tensor("x", ["sequence", 64])], [tensor("y", ["sequence", 64])],
+                   weights(table=random(12, 64)))  # fmt: skip
     message = refused(make, tmp_path, source, max_seq_len=longest, opt_seq_len=12 if longest == 16 else None)
     assert "the graph cannot run in its profiles" in message and "lower --max-seq-len" in message
 
@@ -371,6 +376,8 @@ def test_trtexec_line(tmp_path: Path) -> None:
     assert line == (
         "trtexec --onnx=m.onnx --saveEngine=gpt.engine --skipInference --sparsity=enable '--timingCacheFile=t c'"
         " --builderOptimizationLevel=4 --noTF32 --profilingVerbosity=detailed"
-        " --profile=0 --minShapes=x:1x1x64,past_key:1x0x64 --optShapes=x:1x4x64,past_key:1x0x64 --maxShapes=x:1x8x64,past_key:1x0x64"
-        " --profile=1 --minShapes=x:1x1x64,past_key:1x1x64 --optShapes=x:1x1x64,past_key:1x4x64 --maxShapes=x:1x1x64,past_key:1x7x64"
+        " --profile=0 --minShapes=x:1x1x64,past_key:1x0x64 --optShapes=x:1x4x64,past_key:1x0x64 "
+        "--maxShapes=x:1x8x64,past_key:1x0x64"
+        " --profile=1 --minShapes=x:1x1x64,past_key:1x1x64 --optShapes=x:1x1x64,past_key:1x4x64 "
+        "--maxShapes=x:1x1x64,past_key:1x7x64"
     )

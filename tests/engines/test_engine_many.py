@@ -1,4 +1,6 @@
-"""Several builds at once, builds that need not be done again, and what can be asked about an engine afterwards: real builds."""
+"""Several builds at once, builds that need not be done again, and what can be asked about an engine afterwards: real
+builds.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,10 @@ def listen() -> None:
 
 def four_builds(folder: Path) -> subprocess.Popen[str]:
     """Of models that take seconds, two at a time, in a process group of their own."""
-    sizes = "--family llama --n-layer 12 --n-embd 256 --n-head 4 --n-inner 512 --vocab-size 997 --n-positions 64 --dtype fp16"
+    sizes = (
+        "--family llama --n-layer 12 --n-embd 256 --n-head 4 --n-inner 512 --vocab-size 997 --n-positions 64 --dtype "
+        "fp16"
+    )
     for name in "abcd":
         succeed("export", "--random", *sizes.split(), "-o", folder / f"{name}.onnx")
     command = [
@@ -152,7 +157,8 @@ def test_an_engine_path_that_is_no_file_is_left_alone(
 
 
 @pytest.mark.parametrize(("flag", "says"), [
-    ("--int8", "quantize --int8"), ("--bf16", "precision --to bf16"), ("--int4", "quantize --int4-awq"), ("--fp8", "no QuantizeLinear"),
+    ("--int8", "quantize --int8"), ("--bf16", "precision --to bf16"), ("--int4", "quantize --int4-awq"),
+    ("--fp8", "no QuantizeLinear"),
 ])  # fmt: skip
 def test_a_precision_that_the_graph_lacks_is_refused(flag: str, says: str, tmp_path: Path) -> None:
     assert says in refuse("build", linear(tmp_path / "m.onnx"), tmp_path / "e.engine", *SMALL, flag)
@@ -230,7 +236,8 @@ def test_processes_end_with_their_parent(number: signal.Signals, tmp_path: Path)
 
 
 @pytest.mark.parametrize(("key", "value"), [
-    ("engine", 7), ("graph", []), ("spec", "x"), ("format", "onnxtools.engine/99"), ("audit", None), ("weights", [5]), ("peak_rss_mib", "many"),
+    ("engine", 7), ("graph", []), ("spec", "x"), ("format", "onnxtools.engine/99"), ("audit", None), ("weights", [5]),
+    ("peak_rss_mib", "many"),
 ])  # fmt: skip
 def test_a_manifest_that_somebody_changed_is_refused_or_built_anew(key: str, value: Any, tmp_path: Path) -> None:
     source, engine = linear(tmp_path / "m.onnx"), tmp_path / "e.engine"

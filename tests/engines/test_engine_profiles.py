@@ -102,7 +102,8 @@ def test_exporters_names_of_dimensions(tmp_path: Path) -> None:
     assert context.shapes["past_key_values.0.key"].max == (1, 2, 0, 8)
     plus = write(
         tmp_path / "p.onnx", [helper.make_node("Identity", ["m"], ["y"])],
-        [tensor("m", ["b", "past_sequence_length + sequence_length"], INT64), tensor("past", [1, "past_len"])], [tensor("y", None, INT64)],
+        [tensor("m", ["b", "past_sequence_length + sequence_length"], INT64), tensor("past", [1, "past_len"])],
+        [tensor("y", None, INT64)],
     )  # fmt: skip
     _, generation = derive_profiles(Model.load(plus), EngineSpec(max_batch_size=1, max_seq_len=8))
     assert generation.shapes["m"].max == (1, 8)
@@ -116,7 +117,8 @@ def test_token_ids_need_no_names(tmp_path: Path) -> None:
 def test_unknown_dimension_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(
         JobError,
-        match=r"axis 1 \(height\) of input 'x' \[batch, height, 64\] is not batch, sequence, past or total; give --min-shapes",
+        match=r"axis 1 \(height\) of input 'x' \[batch, height, 64\] is not batch, sequence, past or total; give "
+        r"--min-shapes",
     ):
         derive_profiles(Model.load(linear(tmp_path / "m.onnx", ("batch", "height", 64))), EngineSpec())
 
@@ -241,11 +243,13 @@ def test_profiles_of_a_file_are_those_of_the_options(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("text", "says"), [
-    ("{", "not YAML"), ("{}", "is no list of profiles"), ("[]", "is no list of profiles"), ("[1]", "profile 0: needs `inputs`"),
+    ("{", "not YAML"), ("{}", "is no list of profiles"), ("[]", "is no list of profiles"),
+        ("[1]", "profile 0: needs `inputs`"),
     ("[{inputs: {input_ids: {min: [1, 1]}}}]", "needs `inputs` with min, opt and max"),
     ("[{inputs: {input_ids: {min: [1, 1], opt: [1, x], max: [1, 4]}}}]", "is [1, 'x']; write a list of numbers"),
     ("[{inputs: {inputids: {min: [1, 1], opt: [1, 1], max: [1, 4]}}}]", "did you mean input_ids"),
-    ("[{inputs: {input_ids: {min: [1, 1], opt: [1, 1], max: [1, 4]}}}]", "'position_ids' [batch, sequence] has no shapes"),
+    ("[{inputs: {input_ids: {min: [1, 1], opt: [1, 1], max: [1, 4]}}}]",
+        "'position_ids' [batch, sequence] has no shapes"),
 ])  # fmt: skip
 def test_a_file_of_profiles_that_does_not_fit(text: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "p.yaml").write_text(text)
@@ -264,12 +268,16 @@ def test_a_file_of_profiles_that_does_not_fit(text: str, says: str, tmp_path: Pa
 
 
 def lookup(path: Path, index: list[Any], table: tuple[int, ...], how: str) -> Model:
-    """Ids, their embedding, and a table that is looked up by what `index` computes from the shape of the ids, or cut."""
-    stored = weights(words=random(97, 8), table=random(*table), zero=np.array(0), one=np.array(1), last=np.array([1]), axis=np.array([0]),
+    """Ids, their embedding, and a table that is looked up by what `index` computes from the shape of the ids, or
+    cut.
+    """
+    stored = weights(words=random(97, 8), table=random(*table), zero=np.array(0), one=np.array(1), last=np.array([1]),
+        axis=np.array([0]),
                      two=np.array(2), first=np.array([0]), both=np.array([0, 2]), origin=np.array([0, 0]))  # fmt: skip
     nodes = [
         helper.make_node("Gather", ["words", "input_ids"], ["h"]), helper.make_node("Shape", ["input_ids"], ["shape"]),
-        helper.make_node("Gather", ["shape", "last"], ["length"]), helper.make_node("Squeeze", ["length"], ["n"]), *index,
+        helper.make_node("Gather", ["shape", "last"], ["length"]), helper.make_node("Squeeze", ["length"], ["n"]),
+        *index,
         helper.make_node(how, ["table", "i"] if how == "Gather" else ["table", "starts", "ends", "axes"], ["t"]),
         helper.make_node("ReduceMax", ["t"], ["m"], keepdims=0), helper.make_node("Add", ["h", "m"], ["y"]),
     ]  # fmt: skip
@@ -294,7 +302,8 @@ COUNT = [helper.make_node("Range", ["zero", "n", "one"], ["c"])]
     ([*COUNT, helper.make_node("Min", ["c", "two"], ["i"])], (4, 8), "Gather", None),  # buckets
     ([helper.make_node("Identity", ["first"], ["starts"]), helper.make_node("Identity", ["length"], ["ends"]),
       helper.make_node("Identity", ["axis"], ["axes"])], (64, 8), "Slice", 64),
-    ([helper.make_node("Identity", ["origin"], ["starts"]), helper.make_node("Concat", ["last", "length"], ["ends"], axis=0),
+    ([helper.make_node("Identity", ["origin"], ["starts"]),
+        helper.make_node("Concat", ["last", "length"], ["ends"], axis=0),
       helper.make_node("Identity", ["both"], ["axes"])], (1, 1, 512), "Slice", 512),
 ])  # fmt: skip
 def test_only_what_counts_positions_limits_them(

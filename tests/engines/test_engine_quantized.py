@@ -12,7 +12,10 @@ from onnxtools.base.errors import JobError
 from tests.engines.conftest import Build
 from tests.support import succeed
 
-SIZES = "--family llama --n-layer 1 --n-embd 128 --n-head 4 --n-kv-head 2 --n-inner 256 --vocab-size 97 --n-positions 64 --dtype fp32"
+SIZES = (
+    "--family llama --n-layer 1 --n-embd 128 --n-head 4 --n-kv-head 2 --n-inner 256 --vocab-size 97 --n-positions 64 "
+    "--dtype fp32"
+)
 
 
 def made(folder: Path, command: list[str], form: str = "concat") -> Path:
@@ -28,7 +31,8 @@ def made(folder: Path, command: list[str], form: str = "concat") -> Path:
 
 @pytest.mark.parametrize("form", ["concat", "scatter"])
 @pytest.mark.parametrize("command", [
-    "quantize --fp8", "quantize --fp8 --per-channel --gptq", "quantize --smoothquant 0.5", "quantize --int8 --per-token --per-channel --all-layers",
+    "quantize --fp8", "quantize --fp8 --per-channel --gptq", "quantize --smoothquant 0.5",
+    "quantize --int8 --per-token --per-channel --all-layers",
     "quantize --fp8 --attention", "quantize --int4-awq --block-size 128", "precision --to fp16", "precision --to bf16",
 ])  # fmt: skip
 def test_quantized_graphs_build(command: str, form: str, tmp_path: Path, make: Build) -> None:

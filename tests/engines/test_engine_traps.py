@@ -167,8 +167,10 @@ def test_sparsity_counts(tmp_path: Path, make: Build) -> None:
     assert found["notes"] == ["sparsity: 3 of 3 products have 2:4 weights"]
     found = manifest(make(products(tmp_path / "m.onnx", (True, False, True)), sparsity="enable"))
     assert found["notes"] == ["sparsity: 2 of 3 products have 2:4 weights; dense: b"]
-    assert [(one["node"], one["op"], one["k"], one["n"], one["is_2_4"], one["kernel"]) for one in found["sparsity"]["layers"]] == [
-        ("first", "MatMul", 64, 64, True, ""), ("second", "Gemm", 64, 64, False, ""), ("third", "MatMul", 64, 64, True, ""),
+    assert [(one["node"], one["op"], one["k"], one["n"], one["is_2_4"],
+        one["kernel"]) for one in found["sparsity"]["layers"]] == [
+        ("first", "MatMul", 64, 64, True, ""), ("second", "Gemm", 64, 64, False, ""),
+        ("third", "MatMul", 64, 64, True, ""),
     ]  # fmt: skip
     assert (
         "below 256" in found["sparsity"]["layers"][0]["reason"]
@@ -180,7 +182,8 @@ def test_sparsity_without_sparse_weights(tmp_path: Path, make: Build) -> None:
     source = products(tmp_path / "m.onnx", (False, False, False))
     with pytest.raises(
         JobError,
-        match=r"0 of 3 products have 2:4 weights along the summed axis \(a: .* groups of four are dense\); prune them with `onnxtools prune IN OUT`",
+        match=r"0 of 3 products have 2:4 weights along the summed axis \(a: .* groups of four are dense\); prune them "
+        r"with `onnxtools prune IN OUT`",
     ):
         make(source, sparsity="enable")
     assert manifest(make(source))["sparsity"] is None
@@ -195,7 +198,8 @@ def test_sparse_along_the_wrong_axis_does_not_count(tmp_path: Path, make: Build)
 
 
 @pytest.mark.parametrize(("name", "operator", "remedy"), [
-    ("attention_op", "ReduceMean", []), ("padding_mask", "ReduceMean", []), ("gpt_mxfp8", "TRT_MXFP8DequantizeLinear", ["--keep-mx", "--no-check"]),
+    ("attention_op", "ReduceMean", []), ("padding_mask", "ReduceMean", []),
+    ("gpt_mxfp8", "TRT_MXFP8DequantizeLinear", ["--keep-mx", "--no-check"]),
 ])  # fmt: skip
 def test_what_the_parser_would_refuse_is_named_before_and_the_remedy_helps(
     name: str, operator: str, remedy: list[str], tmp_path: Path, make: Build

@@ -66,7 +66,8 @@ def test_the_last_line_of_build_says_whom_it_is_for(tmp_path: Path) -> None:
     assert "the plan is for" not in succeed("build", source, tmp_path / "b.engine", "--compute-capability", "8.9").out
 
 
-# --- zero points --------------------------------------------------------------------------------------------------------
+# --- zero points
+# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("zero", "says"), [
@@ -91,13 +92,15 @@ def test_zero_points_that_tensorrt_refuses_are_refused_before(zero: np.ndarray, 
         )
 
 
-# --- crashes ------------------------------------------------------------------------------------------------------------
+# --- crashes
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_graphs_with_control_flow_or_rare_operators_are_built_apart(tmp_path: Path) -> None:
     texts = {
         "": "y = Relu (x)", "node 'Softsign_0' (Softsign)": "y = Softsign (x)",
-        "node 'If_1' (If)": "c = IsNaN (k) y = If (c) <then_branch = a () => (float[2] t) { t = Abs (x) }, else_branch = b () => (float[2] e) { e = Neg (x) }>",
+        "node 'If_1' (If)": "c = IsNaN (k) y = If (c) <then_branch = a () => (float[2] t) { t = Abs (x) }, "
+                            "else_branch = b () => (float[2] e) { e = Neg (x) }>",
     }  # fmt: skip
     for named, text in texts.items():
         onnx.save(
@@ -127,7 +130,9 @@ def test_a_builder_that_crashes_is_an_error_that_names_the_node(tmp_path: Path) 
 
 
 def test_a_process_that_dies_leaves_nothing_and_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that the system ends (here: no memory for its address space) is what a crash of the library looks like."""
+    """A process that the system ends (here: no memory for its address space) is what a crash of the library looks
+    like.
+    """
     source = linear(tmp_path / "m.onnx")
     monkeypatch.setattr("onnxtools.engines.build.many._work", _crash)
     (outcome,) = build_many(
@@ -138,7 +143,8 @@ def test_a_process_that_dies_leaves_nothing_and_is_reported(tmp_path: Path, monk
     ) == ["m.onnx"]
 
 
-# --- what lies beside an engine, and what is loaded --------------------------------------------------------------------
+# --- what lies beside an engine, and what is loaded
+# --------------------------------------------------------------------
 
 
 def test_an_engine_knows_its_own_model(tmp_path: Path) -> None:
@@ -185,7 +191,8 @@ def test_kernels_that_others_could_have_written_are_not_loaded(
         kernel_library.kernel_library(str(nvcc), 90)
 
 
-# --- shares of the limit -------------------------------------------------------------------------------------------------
+# --- shares of the limit
+# -------------------------------------------------------------------------------------------------
 
 
 def test_no_share_of_the_limit_is_above_one() -> None:

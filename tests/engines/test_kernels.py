@@ -1,4 +1,6 @@
-"""Our kernels' graph: on a CPU each of our operators is put back as standard ones and must compute what the model did before."""
+"""Our kernels' graph: on a CPU each of our operators is put back as standard ones and must compute what the model did
+before.
+"""
 
 from __future__ import annotations
 
@@ -28,18 +30,24 @@ from onnxtools.generation.runtime import RuntimeOptions, open_runtime
 from onnxtools.ir.model import Model
 
 GPT2 = {
-    "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_layer": 2, "n_embd": 64, "n_head": 2, "vocab_size": 96, "n_positions": 64,
+    "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_layer": 2, "n_embd": 64, "n_head": 2,
+    "vocab_size": 96, "n_positions": 64,
     "activation_function": "gelu_new", "bos_token_id": 0, "eos_token_id": 0,
 }  # fmt: skip
 MEGATRON = {
-    "target": "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel", "mcore_gpt": True, "num_layers": 2, "hidden_size": 64,
-    "ffn_hidden_size": 256, "num_attention_heads": 2, "max_position_embeddings": 64, "position_embedding_type": "learned_absolute",
-    "normalization": "layernorm", "activation": "gelu", "openai_gelu": True, "bias": True, "share_embeddings_and_output_weights": True,
+    "target": "nemo.collections.nlp.models.language_modeling.megatron_gpt_model.MegatronGPTModel", "mcore_gpt": True,
+    "num_layers": 2, "hidden_size": 64,
+    "ffn_hidden_size": 256, "num_attention_heads": 2, "max_position_embeddings": 64,
+    "position_embedding_type": "learned_absolute",
+    "normalization": "layernorm", "activation": "gelu", "openai_gelu": True, "bias": True,
+    "share_embeddings_and_output_weights": True,
     "override_vocab_size": 96,
 }  # fmt: skip
 LLAMA = {
-    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "intermediate_size": 128, "vocab_size": 96, "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "bos_token_id": 0, "eos_token_id": 0,
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": 2, "hidden_size": 64,
+    "num_attention_heads": 4, "num_key_value_heads": 2,
+    "intermediate_size": 128, "vocab_size": 96, "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "bos_token_id": 0,
+    "eos_token_id": 0,
 }  # fmt: skip
 
 
@@ -216,7 +224,8 @@ def test_what_only_looks_alike_stays(
 
 def test_a_bias_along_another_axis_is_not_the_products(tmp_path: Path) -> None:
     nodes = [
-        helper.make_node("Gemm", ["x", "w"], ["p"], transB=1), helper.make_node("Reshape", ["p", "shape"], ["r"]), helper.make_node("Add", ["r", "b"], ["y"]),
+        helper.make_node("Gemm", ["x", "w"], ["p"], transB=1), helper.make_node("Reshape", ["p", "shape"], ["r"]),
+        helper.make_node("Add", ["r", "b"], ["y"]),
     ]  # fmt: skip
     model = graph_of(tmp_path, nodes, {"x": ["rows", 64]}, w=WIDE, b=ONES, shape=np.array([-1, 64, 1]))
     assert use_kernels(model) == Counter({"products": 1})
@@ -312,7 +321,8 @@ def test_steps_that_feed_each_other_find_the_tokens_of_steps_by_the_host(tmp_pat
     )
     first = found[NEXT][np.arange(2), lengths - 1]
     state = {
-        "input_ids": first[:, None], "attention_mask": (np.arange(slots) <= lengths[:, None]).astype(np.int64), "position_ids": lengths[:, None],
+        "input_ids": first[:, None], "attention_mask": (np.arange(slots) <= lengths[:, None]).astype(np.int64),
+        "position_ids": lengths[:, None],
         "write_indices": lengths, PAST_TOKENS: np.zeros((2, slots), np.int64),
     }  # fmt: skip
     for _ in range(new - 1):
@@ -353,8 +363,8 @@ def test_the_library_compiles_once_and_onnxruntime_takes_it(
     path = kernel_library(nvcc, 90)
     made = path.stat().st_mtime_ns
     assert kernel_library(nvcc, 90) == path and path.stat().st_mtime_ns == made
-    # The kernel is not for the CPU, so a session is refused either way. Its words change from release to release of ONNX Runtime;
-    # that they are others once the library is there says that the operator is known.
+    # The kernel is not for the CPU, so a session is refused either way. Its words change from release to release of
+    # ONNX Runtime; that they are others once the library is there says that the operator is known.
     assert cpu_refusal("Linear", path) != cpu_refusal("Linear")
     assert cpu_refusal("Linea", path) == cpu_refusal("Linea")
 

@@ -175,13 +175,16 @@ def test_bf16_on_the_cpu_says_what_helps(tmp_path: Path) -> None:
     succeed("precision", exported("llama", "concat"), tmp_path / "m.onnx", "--to", "bf16", "--no-check")
     with pytest.raises(
         JobError,
-        match=r"is bf16, for which ONNX Runtime has no kernels on the CPU; use --device cuda, or `onnxtools precision --to fp16`",
+        match=r"is bf16, for which ONNX Runtime has no kernels on the CPU; use --device cuda, or `onnxtools precision "
+        r"--to fp16`",
     ):
         OrtRuntime(tmp_path / "m.onnx", CPU)
 
 
 def test_a_transformer_engine_model_with_an_fp8_cache_decodes(tmp_path: Path) -> None:
-    """TransformerEngine's own outputs of the export it was made from; its causal model, so a prefix gives the first of them."""
+    """TransformerEngine's own outputs of the export it was made from; its causal model, so a prefix gives the first of
+    them.
+    """
     source = present(fixture_path("te_gpt_fp8_ds_dyn"))
     succeed("convert", source, tmp_path / "q.onnx", "--opset19")
     succeed("add-kv-cache", tmp_path / "q.onnx", tmp_path / "kv.onnx")

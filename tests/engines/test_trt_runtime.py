@@ -1,4 +1,7 @@
-"""What of the runtime `trt` can be known without a GPU: ports, profiles, errors. The engine is built by TensorRT-RTX."""
+"""What of the runtime `trt` can be known without a GPU: ports, profiles, errors.
+
+The engine is built by TensorRT-RTX.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,8 @@ def test_ports_of_the_manifest_are_those_of_the_graph(engine: Path) -> None:
     io = engine_io(engine, read_manifest(engine))
     assert io.kind == "concat" and io.logits.name == "logits" and io.vocab_size == 97 and io.logits_all
     assert [(c.past.name, c.present.name, c.axis, c.shape(3, 7)) for c in io.caches[:2]] == [
-        ("past_key_values.0.key", "present.0.key", 2, [3, 2, 7, 16]), ("past_key_values.0.value", "present.0.value", 2, [3, 2, 7, 16]),
+        ("past_key_values.0.key", "present.0.key", 2, [3, 2, 7, 16]),
+        ("past_key_values.0.value", "present.0.value", 2, [3, 2, 7, 16]),
     ]  # fmt: skip
 
 

@@ -1,7 +1,9 @@
-"""What each TensorRT is told: command lines, builder settings, refusals; logs and inspector output as those versions wrote them.
+"""What each TensorRT is told: command lines, builder settings, refusals; logs and inspector output as those versions
+wrote them.
 
-None of these versions is on this machine. The lines are golden files, reviewed against the help text of their version; the names that
-the Python interface is called with are compared with those of the real bindings (data/trt_api.json says how they were read).
+None of these versions is on this machine. The lines are golden files, reviewed against the help text of their version;
+the names that the Python interface is called with are compared with those of the real bindings (data/trt_api.json says
+how they were read).
 """
 
 from __future__ import annotations
@@ -33,26 +35,37 @@ from tests.support import run, succeed
 
 HERE = Path(__file__).parent
 API: dict[str, Any] = json.loads((HERE / "data/trt_api.json").read_text())
-TINY = "--family llama --n-layer 2 --n-embd 64 --n-head 4 --n-kv-head 2 --n-inner 128 --vocab-size 97 --n-positions 256 --dtype fp16"
+TINY = (
+    "--family llama --n-layer 2 --n-embd 64 --n-head 4 --n-kv-head 2 --n-inner 128 --vocab-size 97 --n-positions 256 "
+    "--dtype fp16"
+)
 
 
-# --- command lines --------------------------------------------------------------------------------------------------------
+# --- command lines
+# --------------------------------------------------------------------------------------------------------
 
 DEMO = {
-    "fp8": True, "fp16": True, "strongly_typed": False, "sparsity": "enable", "timing_cache": "functional.cache", "profiling_verbosity": "layer_names_only",
+    "fp8": True, "fp16": True, "strongly_typed": False, "sparsity": "enable", "timing_cache": "functional.cache",
+    "profiling_verbosity": "layer_names_only",
     "max_batch_size": 1, "max_seq_len": 256,
 }  # fmt: skip
 FULL = {
-    "sparsity": "enable", "timing_cache": "t.cache", "error_on_cache_miss": True, "mem_pool_size": ("workspace:4G",), "builder_optimization_level": 4,
-    "tiling_optimization_level": "fast", "hardware_compatibility_level": "ampere+", "version_compatible": True, "refit": True, "strip_weights": True,
-    "allow_weight_streaming": True, "tf32": False, "plugins": ("a.so", "b.so"), "device": 1, "max_batch_size": 4, "max_input_len": 128, "max_output_len": 64,
+    "sparsity": "enable", "timing_cache": "t.cache", "error_on_cache_miss": True, "mem_pool_size": ("workspace:4G",),
+    "builder_optimization_level": 4,
+    "tiling_optimization_level": "fast", "hardware_compatibility_level": "ampere+", "version_compatible": True,
+    "refit": True, "strip_weights": True,
+    "allow_weight_streaming": True, "tf32": False, "plugins": ("a.so", "b.so"), "device": 1, "max_batch_size": 4,
+    "max_input_len": 128, "max_output_len": 64,
 }  # fmt: skip
 OLD = {
-    "fp16": True, "int8": True, "sparsity": "force", "timing_cache": "t.cache", "mem_pool_size": ("workspace:512", "dlaSRAM:1.5M"),
-    "hardware_compatibility_level": "ampere+", "version_compatible": True, "tactic_sources": "-CUDNN,+CUBLAS", "min_shapes": ("input_ids:1x1,*:1x1",),
+    "fp16": True, "int8": True, "sparsity": "force", "timing_cache": "t.cache",
+    "mem_pool_size": ("workspace:512", "dlaSRAM:1.5M"),
+    "hardware_compatibility_level": "ampere+", "version_compatible": True, "tactic_sources": "-CUDNN,+CUBLAS",
+    "min_shapes": ("input_ids:1x1,*:1x1",),
 }  # fmt: skip
 LINES: dict[str, tuple[str, dict[str, Any]]] = {
-    "trtexec-8.6": ("8.6", {key: value for key, value in OLD.items() if key != "min_shapes"}), "trtexec-9.3-seed-demo": ("9.3", DEMO),
+    "trtexec-8.6": ("8.6", {key: value for key, value in OLD.items() if key != "min_shapes"}),
+    "trtexec-9.3-seed-demo": ("9.3", DEMO),
     "trtexec-10.13": ("10.13", FULL), "trtexec-11.4": ("11.4", FULL),
 }  # fmt: skip
 
@@ -111,8 +124,10 @@ def test_print_trtexec_is_a_command(models: dict[str, Path], tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("options", "says"), [
-    (["--tensorrt-version", "10.13"], "opset 24, but trtexec reads up to 22"), (["--tensorrt-version", "12.0"], "8.6 to 11"), (["--fp8"], "no QuantizeLinear"),
-    (["--sparsity"], "prune them"), (["--max-seq-len", "512"], "has 256 positions"), (["--max-seq-len", "99999999999"], "positions"),
+    (["--tensorrt-version", "10.13"], "opset 24, but trtexec reads up to 22"),
+    (["--tensorrt-version", "12.0"], "8.6 to 11"), (["--fp8"], "no QuantizeLinear"),
+    (["--sparsity"], "prune them"), (["--max-seq-len", "512"], "has 256 positions"),
+    (["--max-seq-len", "99999999999"], "positions"),
 ])  # fmt: skip
 def test_what_is_printed_is_checked_as_what_is_built(
     options: list[str], says: str, models: dict[str, Path], tmp_path: Path
@@ -126,15 +141,21 @@ def test_printed_lines_are_json_where_asked(models: dict[str, Path], tmp_path: P
     assert found["line"].startswith("trtexec --onnx=")
 
 
-# --- what exists where ----------------------------------------------------------------------------------------------------
+# --- what exists where
+# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("options", "version", "says"), [
-    ({"strip_weights": True}, (9, 3), "came with 10"), ({"tiling_optimization_level": "full"}, (10, 0), "came with 10.8"),
-    ({"bf16": True}, (8, 6), "came with 9"), ({"int4": True}, (9, 3), "came with 10"), ({"strongly_typed": True}, (8, 6), "came with 9"),
-    ({"timing_cache": "t", "error_on_cache_miss": True}, (8, 6), "came with 9"), ({"hardware_compatibility_level": "sameComputeCapability"}, (10, 3), "10.9"),
-    ({"strongly_typed": False}, (11, 4), "always strongly typed"), ({"tactic_sources": "-CUDNN"}, (11, 4), "EDGE_MASK_CONVOLUTIONS"),
-    ({"mem_pool_size": ("tacticSharedMem:1M",)}, (8, 6), "no such pool"), ({"fp8": True, "int8": True, "strongly_typed": False}, (10, 13), "take one of them"),
+    ({"strip_weights": True}, (9, 3), "came with 10"),
+    ({"tiling_optimization_level": "full"}, (10, 0), "came with 10.8"),
+    ({"bf16": True}, (8, 6), "came with 9"), ({"int4": True}, (9, 3), "came with 10"),
+    ({"strongly_typed": True}, (8, 6), "came with 9"),
+    ({"timing_cache": "t", "error_on_cache_miss": True}, (8, 6), "came with 9"),
+    ({"hardware_compatibility_level": "sameComputeCapability"}, (10, 3), "10.9"),
+    ({"strongly_typed": False}, (11, 4), "always strongly typed"),
+    ({"tactic_sources": "-CUDNN"}, (11, 4), "EDGE_MASK_CONVOLUTIONS"),
+    ({"mem_pool_size": ("tacticSharedMem:1M",)}, (8, 6), "no such pool"),
+    ({"fp8": True, "int8": True, "strongly_typed": False}, (10, 13), "take one of them"),
 ])  # fmt: skip
 def test_what_a_version_lacks_is_refused(options: dict[str, Any], version: tuple[int, ...], says: str) -> None:
     with pytest.raises(UsageError, match=says):
@@ -182,7 +203,8 @@ def test_pool_sizes(text: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("options", [
-    {"mem_pool_size": ("workspce:1",)}, {"mem_pool_size": ("workspace:1T",)}, {"max_output_len": 4}, {"max_input_len": 9, "max_seq_len": 8},
+    {"mem_pool_size": ("workspce:1",)}, {"mem_pool_size": ("workspace:1T",)}, {"max_output_len": 4},
+    {"max_input_len": 9, "max_seq_len": 8},
     {"opt_batch_size": 9},
     {"error_on_cache_miss": True}, {"tensorrt_version": "8.6", "strongly_typed": True},
 ])  # fmt: skip
@@ -201,7 +223,8 @@ def test_lengths_of_derived_profiles(models: dict[str, Path]) -> None:
     assert generation.as_json()["inputs"][key] == {"min": [1, 2, 1, 16], "opt": [2, 2, 16, 16], "max": [4, 2, 31, 16]}
 
 
-# --- the Python interface -------------------------------------------------------------------------------------------------
+# --- the Python interface
+# -------------------------------------------------------------------------------------------------
 
 
 class Recorded:
@@ -247,8 +270,10 @@ def test_builder_settings_exist_under_their_names(version: str) -> None:
     builder._config(made, [], EngineSpec(**{**FULL, "device": 0, "plugins": (__file__,)}))
     assert config.calls == [
         ("profiling_verbosity", "DETAILED"), *(("set_flag", flag) for flag in
-        ("SPARSE_WEIGHTS", "REFIT", "STRIP_PLAN", "WEIGHT_STREAMING", "VERSION_COMPATIBLE", "ERROR_ON_TIMING_CACHE_MISS")), ("clear_flag", "TF32"),
-        ("builder_optimization_level", 4), ("tiling_optimization_level", "FAST"), ("set_memory_pool_limit", "WORKSPACE", 4 << 30),
+        ("SPARSE_WEIGHTS", "REFIT", "STRIP_PLAN", "WEIGHT_STREAMING", "VERSION_COMPATIBLE",
+            "ERROR_ON_TIMING_CACHE_MISS")), ("clear_flag", "TF32"),
+        ("builder_optimization_level", 4), ("tiling_optimization_level", "FAST"),
+        ("set_memory_pool_limit", "WORKSPACE", 4 << 30),
     ]  # fmt: skip
 
 
@@ -324,14 +349,16 @@ def test_a_damaged_timing_cache_is_refused_and_kept(tmp_path: Path) -> None:
     assert (tmp_path / "t.cache").read_bytes() == b"damaged"
 
 
-# --- what TensorRT tells --------------------------------------------------------------------------------------------------
+# --- what TensorRT tells
+# --------------------------------------------------------------------------------------------------
 
 
 def test_inspector_layers_of_tensorrt_8() -> None:
     """NVIDIA's own sample (the file says where it is from)."""
     layers = read_layers(json.loads((HERE / "data/inspector_trt8.json").read_text()))
     assert [(x.kind, x.inputs, x.outputs, x.weights) for x in layers] == [
-        ("Reformat", ("fp32",), ("int8",), ""), ("CaskConvolution", ("int8",), ("int8",), "int8"), ("TiledPooling", ("fp16",), ("fp16",), ""),
+        ("Reformat", ("fp32",), ("int8",), ""), ("CaskConvolution", ("int8",), ("int8",), "int8"),
+        ("TiledPooling", ("fp16",), ("fp16",), ""),
     ]  # fmt: skip
     assert layers[1].tactic.startswith("volta_int8x4") and not layers[1].sparse
     found = summary(layers, {})
@@ -363,7 +390,9 @@ def test_sparse_kernels_are_known_by_their_tactic() -> None:
 
 
 def test_sparsity_by_product_says_which_kernel_was_taken(tmp_path: Path) -> None:
-    """The engine's layers are in the inspector's form: several ONNX nodes in one, a node that is not named, one in two layers."""
+    """The engine's layers are in the inspector's form: several ONNX nodes in one, a node that is not named, one in two
+    layers.
+    """
     wide, plain = two_of_four(random(256, 256, dtype=np.float32), axis=0), random(256, 256, dtype=np.float32)
     stored = weights(a=wide, b=wide, c=plain, d=plain[:, :6], q=(9 * wide).astype(np.int8), s=np.float32(1))
     nodes = [
@@ -382,13 +411,15 @@ def test_sparsity_by_product_says_which_kernel_was_taken(tmp_path: Path) -> None
         write(tmp_path / "m.onnx", nodes, [tensor("x", [4, 256], FLOAT)], [tensor("y", [4, 6], FLOAT)], stored)
     )
     engine = read_layers({"Layers": [
-        {"Name": "1", "TacticName": "sm80_xmma_gemm_sparse_f16", "Metadata": "[ONNX Layer: taken]\u001e[ONNX Layer: other]"},
+        {"Name": "1", "TacticName": "sm80_xmma_gemm_sparse_f16",
+            "Metadata": "[ONNX Layer: taken]\u001e[ONNX Layer: other]"},
         {"Name": "2", "TacticName": "sm80_xmma_gemm", "Metadata": "[ONNX Layer: beaten]"},
         {"Name": "3", "TacticName": "reformat", "Metadata": "[ONNX Layer: taken]"},
     ]})  # fmt: skip
     found = {layer.node: layer for layer in check_sparsity(model).built(engine).layers}
     assert {name: (layer.is_2_4, layer.kernel) for name, layer in found.items()} == {
-        "taken": (True, "sparse"), "beaten": (True, "dense"), "whole": (False, ""), "coded": (True, ""), "narrow": (False, ""),
+        "taken": (True, "sparse"), "beaten": (True, "dense"), "whole": (False, ""), "coded": (True, ""),
+        "narrow": (False, ""),
     }  # fmt: skip
     assert found["taken"].reason == found["beaten"].reason == "" and (found["narrow"].k, found["narrow"].n) == (256, 6)
     assert "groups of four are dense" in found["whole"].reason and "Q/DQ" in found["coded"].reason
@@ -432,7 +463,8 @@ def test_a_log_is_read() -> None:
 
 
 @pytest.mark.parametrize(("text", "version"), [
-    ("&&&& RUNNING TensorRT.trtexec [TensorRT v8601] # trtexec", (8, 6, 1)), ("&&&& RUNNING TensorRT.trtexec [TensorRT v101602] [b10] # x", (10, 16, 2)),
+    ("&&&& RUNNING TensorRT.trtexec [TensorRT v8601] # trtexec", (8, 6, 1)),
+    ("&&&& RUNNING TensorRT.trtexec [TensorRT v101602] [b10] # x", (10, 16, 2)),
     ("&&&& FAILED TensorRT.trtexec [TensorRT v110201] # x", (11, 2, 1)), ("nothing", None),
 ])  # fmt: skip
 def test_versions_are_read(text: str, version: tuple[int, ...] | None) -> None:

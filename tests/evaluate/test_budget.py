@@ -1,4 +1,6 @@
-"""`quantize --budget`: what it writes keeps the budget by `accuracy`'s own figures, one layer less would not, and the recipe makes it again."""
+"""`quantize --budget`: what it writes keeps the budget by `accuracy`'s own figures, one layer less would not, and the
+recipe makes it again.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +82,8 @@ def test_the_budget_is_kept_with_as_few_layers_as_halving_finds(model: Path, tmp
 def test_a_budget_that_is_kept_leaves_nothing_out(model: Path, tmp_path: Path) -> None:
     told = json.loads(
         succeed(
-            "quantize", model, model.with_name("q.onnx"), "--fp8", "--calib", calibration_file(tmp_path), "--budget", "100pt", "--budget-data",
+            "quantize", model, model.with_name("q.onnx"), "--fp8", "--calib", calibration_file(tmp_path), "--budget",
+            "100pt", "--budget-data",
             tmp_path / "d.jsonl", "--budget-rows", "3", "--json",
         ).out
     )  # fmt: skip
@@ -89,7 +92,8 @@ def test_a_budget_that_is_kept_leaves_nothing_out(model: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("flags", "says"), [
-    (["--fp8", "--budget", "half"], "0.5pt"), (["--fp8", "--budget", "1pt"], "--budget-data"), (["--fp8", "--budget-data", "d.jsonl"], "is for --budget"),
+    (["--fp8", "--budget", "half"], "0.5pt"), (["--fp8", "--budget", "1pt"], "--budget-data"),
+    (["--fp8", "--budget-data", "d.jsonl"], "is for --budget"),
     (["--fp8", "--budget", "1pt", "--budget-data", "absent.jsonl"], "absent.jsonl"),
     (["--fp8", "--exclude-worst", "2", "--budget", "1pt", "--budget-data", "d.jsonl"], "leave one out"),
     (["--int4-rtn", "--budget", "1pt", "--budget-data", "d.jsonl"], "ranks layers"),

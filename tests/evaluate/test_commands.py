@@ -23,9 +23,12 @@ from tests.support import SHARED, present, refuse, run, succeed
 ARTICLES = Path(__file__).parents[2] / "fixtures/articles.jsonl"
 LAMBADA, WIKITEXT = SHARED / "data/lambada_openai.jsonl", SHARED / "data/wikitext2_test.txt"
 PROMPTS = (
-    "The capital of France is", "Once upon a time", "def fibonacci(n):", "Water boils at", "The three primary colors are", "In 1969,",
-    "My favourite recipe for bread", "To be or not", "The mitochondria", "Dear Sir or Madam,", "import numpy as np", "The opposite of hot is",
-    "Roses are red,", "A triangle has", "The largest planet", "Q: What is 2 + 2?\nA:", "She opened the door and", "Breaking news:", "The theory of relativity",
+    "The capital of France is", "Once upon a time", "def fibonacci(n):", "Water boils at",
+    "The three primary colors are", "In 1969,",
+    "My favourite recipe for bread", "To be or not", "The mitochondria", "Dear Sir or Madam,", "import numpy as np",
+    "The opposite of hot is",
+    "Roses are red,", "A triangle has", "The largest planet", "Q: What is 2 + 2?\nA:", "She opened the door and",
+    "Breaking news:", "The theory of relativity",
     "List three fruits:",
 )  # fmt: skip
 
@@ -55,7 +58,8 @@ def said(*args: str | Path) -> Any:
     return json.loads(succeed(*args, "--json").out)
 
 
-# --- run ------------------------------------------------------------------------------------------------------------------
+# --- run
+# ------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["gqa", "concat"])
@@ -168,11 +172,15 @@ def test_runtimes_side_by_side(model: Path) -> None:
 
 
 @pytest.mark.parametrize(("arguments", "names", "code"), [
-    (["--prompt", ""], "prompt 0 is empty", 2), ([], "no prompt", 2), (["--prompt", "x", "--checkpoint", "x.gguf"], "--checkpoint is for", 2),
+    (["--prompt", ""], "prompt 0 is empty", 2), ([], "no prompt", 2),
+    (["--prompt", "x", "--checkpoint", "x.gguf"], "--checkpoint is for", 2),
     (["--prompt", "x", "--runtime", "tensorflow"], "tensorflow", 2),
-    (["--prompt", "x", "--runtime", "onnxrt:gpu"], "gpu", 2), (["--prompt", "x", "--runtime", "onnxrt", "--runtime", "onnxrt"], "twice", 2),
-    (["--prompt", "x", "--max-new-tokens", "9000"], "8192 positions", 1), (["--prompt", "x", "--tokenizer", "absent"], "no tokenizer", 1),
-    (["--prompt", "x", "--runtime", "frameworks"], "--checkpoint", 1), (["--prompts-file", "absent.txt"], "absent.txt", 1),
+    (["--prompt", "x", "--runtime", "onnxrt:gpu"], "gpu", 2),
+    (["--prompt", "x", "--runtime", "onnxrt", "--runtime", "onnxrt"], "twice", 2),
+    (["--prompt", "x", "--max-new-tokens", "9000"], "8192 positions", 1),
+    (["--prompt", "x", "--tokenizer", "absent"], "no tokenizer", 1),
+    (["--prompt", "x", "--runtime", "frameworks"], "--checkpoint", 1),
+    (["--prompts-file", "absent.txt"], "absent.txt", 1),
     (["--prompt", "x", "--device", "cuda"], "CUDA", 1),
 ])  # fmt: skip
 def test_run_refuses(arguments: list[str], names: str, code: int, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,15 +192,18 @@ def test_a_prompt_is_not_shown_before_an_error(model: Path) -> None:
     assert run("run", model, "--prompt", "x", "--max-new-tokens", "9000").out == ""
 
 
-# --- benchmark ------------------------------------------------------------------------------------------------------------
+# --- benchmark
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_benchmark_prints_the_demos_block_and_the_ratio(model: Path, tmp_path: Path) -> None:
     result = succeed(
-        "benchmark", model, "--batch-size", "2", "--input-seq-len", "8", "--output-seq-len", "3", "--warmup", "1", "--iterations", "2", "--runtime", "onnxrt",
+        "benchmark", model, "--batch-size", "2", "--input-seq-len", "8", "--output-seq-len", "3", "--warmup", "1",
+        "--iterations", "2", "--runtime", "onnxrt",
         "--runtime", "frameworks", "--checkpoint", GGUF, "--plot", tmp_path / "p.png",
     )  # fmt: skip
-    for text in ("[E2E inference] Total Time: ", "[Without tokenizer] Total Time: ", "95th Percentile Time", "Throughput: ", "time per output token",
+    for text in ("[E2E inference] Total Time: ", "[Without tokenizer] Total Time: ", "95th Percentile Time",
+        "Throughput: ", "time per output token",
                  "peak memory", "limit of the machine", "x as fast as frameworks"):  # fmt: skip
         assert text in result.out
     assert "no CUDA device" in result.err
@@ -216,7 +227,8 @@ def test_work_counts_the_bytes_and_operations_of_the_model(model: Path) -> None:
     from onnxtools.evaluate.timing import BenchmarkOptions
 
     found = work(model, BenchmarkOptions(batch_size=2, input_seq_len=10, output_seq_len=4))
-    # SmolLM2-135M: 134.5 million parameters in fp32 (the tied table is read by the head), 30 layers of 3 KV heads of 64.
+    # SmolLM2-135M: 134.5 million parameters in fp32 (the tied table is read by the head), 30 layers of 3 KV heads of
+    # 64.
     cache = 2 * 30 * 3 * 64 * 4 * 2 * 12
     assert found.step_bytes == pytest.approx(134.515e6 * 4 + cache, rel=2e-3)
     attention = 2 * 20 * 10 * 30 * 9 * 64
@@ -224,8 +236,10 @@ def test_work_counts_the_bytes_and_operations_of_the_model(model: Path) -> None:
 
 
 @pytest.mark.parametrize(("arguments", "names", "code"), [
-    (["--batch-size", "0"], "batch-size is 0", 2), (["--iterations", "0"], "iterations is 0", 2), (["--input-seq-len", "8190"], "8192 positions", 1),
-    (["--iterations", "1", "--warmup", "0", "--input-seq-len", "2", "--output-seq-len", "1", "--plot", "p.doc"], ".doc", 2),
+    (["--batch-size", "0"], "batch-size is 0", 2), (["--iterations", "0"], "iterations is 0", 2),
+    (["--input-seq-len", "8190"], "8192 positions", 1),
+    (["--iterations", "1", "--warmup", "0", "--input-seq-len", "2", "--output-seq-len", "1", "--plot", "p.doc"], ".doc",
+        2),
 ])  # fmt: skip
 def test_benchmark_refuses(
     arguments: list[str], names: str, code: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -245,7 +259,8 @@ def refuse_last(*args: str | Path, code: int) -> str:
     return line
 
 
-# --- accuracy -------------------------------------------------------------------------------------------------------------
+# --- accuracy
+# -------------------------------------------------------------------------------------------------------------
 
 
 def test_lambada_equals_transformers(model: Path, tmp_path: Path) -> None:
@@ -293,7 +308,8 @@ def test_wikitext_equals_transformers(concat: Path, reference: Any) -> None:
 
 
 @pytest.mark.parametrize(("arguments", "names", "code"), [
-    (["--dataset", "glue"], "'glue'", 2), (["--dataset", "wikitext"], "--path", 2), (["--dataset", "absent.jsonl"], "absent.jsonl", 1),
+    (["--dataset", "glue"], "'glue'", 2), (["--dataset", "wikitext"], "--path", 2),
+    (["--dataset", "absent.jsonl"], "absent.jsonl", 1),
     (["--dataset", "wikitext", "--path", "absent.txt"], "absent.txt", 1),
     (["--dataset", "lambada", "--compare", "absent.onnx"], "absent.onnx", 1),
 ])  # fmt: skip
@@ -341,7 +357,8 @@ def test_a_journal_is_of_one_tokenizer_and_one_dataset(model: Path, tmp_path: Pa
     )
 
 
-# --- summarize ------------------------------------------------------------------------------------------------------------
+# --- summarize
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_summaries_are_scored_with_rouge(model: Path) -> None:

@@ -1,4 +1,6 @@
-"""Log-probabilities, LAMBADA's figures and perplexities against torch and against the definitions written out plainly."""
+"""Log-probabilities, LAMBADA's figures and perplexities against torch and against the definitions written out
+plainly.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +81,8 @@ def test_a_text_of_one_token_cannot_be_scored() -> None:
         score_texts(OrtRuntime(exported("llama", "concat"), CPU), [[1, 2], [3]], [1, 1], batch_size=1)
 
 
-# --- LAMBADA --------------------------------------------------------------------------------------------------------------
+# --- LAMBADA
+# --------------------------------------------------------------------------------------------------------------
 
 PASSAGES = [
     Passage(GENERATOR.integers(0, 97, int(c)).tolist(), GENERATOR.integers(0, 97, int(w)).tolist())
@@ -106,8 +109,10 @@ def definition() -> dict[str, float]:
         count += len(own)
     n = len(PASSAGES)
     return {
-        "acc": exact / n, "acc_top1": top[1] / n, "acc_top3": top[3] / n, "acc_top5": top[5] / n, "ppl_last_token": math.exp(-np.mean(words)),
-        "ppl_sequence": math.exp(-np.mean(sequences)), "ppl_token": math.exp(-sum(words) / pieces), "ppl_token_all": math.exp(-everything / count),
+        "acc": exact / n, "acc_top1": top[1] / n, "acc_top3": top[3] / n, "acc_top5": top[5] / n,
+        "ppl_last_token": math.exp(-np.mean(words)),
+        "ppl_sequence": math.exp(-np.mean(sequences)), "ppl_token": math.exp(-sum(words) / pieces),
+        "ppl_token_all": math.exp(-everything / count),
     }  # fmt: skip
 
 
@@ -170,8 +175,10 @@ def test_an_interrupted_journal_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("text", "names"), [
-    ('{"question": "x"}', "'question'"), ("[1]", "not an object"), ("{", "not JSON"), ("", "no rows"), ('{"text": "one"}', "context is empty"),
-    ('{"context": null, "continuation": ["x"]}', "must be text"), ('{"text": 5}', "must be text"), ("[" * 100000, "not JSON"),
+    ('{"question": "x"}', "'question'"), ("[1]", "not an object"), ("{", "not JSON"), ("", "no rows"),
+        ('{"text": "one"}', "context is empty"),
+    ('{"context": null, "continuation": ["x"]}', "must be text"), ('{"text": 5}', "must be text"),
+    ("[" * 100000, "not JSON"),
     ('{"context": "", "continuation": "x"}', "context is empty"),
 ])  # fmt: skip
 def test_unknown_fields_and_damaged_rows_are_errors(text: str, names: str, tmp_path: Path) -> None:
@@ -187,8 +194,10 @@ def test_a_line_separator_inside_a_string_ends_no_row(tmp_path: Path) -> None:
     assert read_lambada(tmp_path / "d.jsonl") == [("one\u2028two", "x")]
 
 
-@pytest.mark.parametrize("content", [b"\nmy data\n", b"\xff\xfe\n", b'{"model": "m"}\n{"index": 0, "word": "x", "pieces": 1}\n', b"[]\n",
-    b'{"model": "m"}\n{"index": 0, "word": -1, "pieces": 0, "total": -1, "tokens": 1, "exact": true, "top1": true, "top3": true, "top5": true}\n',
+@pytest.mark.parametrize("content",
+    [b"\nmy data\n", b"\xff\xfe\n", b'{"model": "m"}\n{"index": 0, "word": "x", "pieces": 1}\n', b"[]\n",
+    b'{"model": "m"}\n{"index": 0, "word": -1, "pieces": 0, "total": -1, "tokens": 1, "exact": true, "top1": true, '
+    b'"top3": true, "top5": true}\n',
 ])  # fmt: skip
 def test_other_files_and_damaged_journals_are_left_alone(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "j.jsonl").write_bytes(content)
@@ -206,15 +215,19 @@ def test_both_spellings_of_the_dataset(tmp_path: Path) -> None:
 
 ROWS = (
     ({"text": "the old ship sails"}, "the old ship", " sails"), ({"text": "the old  ship \n"}, "the old ", " ship"),
-    ({"context": "the old", "continuation": "ship"}, "the old", " ship"), ({"context": "the old ", "continuation": "ship"}, "the old ", "ship"),
-    ({"context": "the old", "continuation": " ship"}, "the old", " ship"), ({"context": "the old\n", "continuation": "ship "}, "the old\n", "ship"),
+    ({"context": "the old", "continuation": "ship"}, "the old", " ship"),
+    ({"context": "the old ", "continuation": "ship"}, "the old ", "ship"),
+    ({"context": "the old", "continuation": " ship"}, "the old", " ship"),
+    ({"context": "the old\n", "continuation": "ship "}, "the old\n", "ship"),
     ({"context": "the old", "continuation": "\n\nship"}, "the old", " ship"),
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "byte_level"])
 def test_words_are_cut_from_their_contexts_as_lm_eval_cuts_them(kind: str, tmp_path: Path) -> None:
-    """lm-eval's rule written out: both as one text, cut where the context, less the white space at its end, has its tokens."""
+    """lm-eval's rule written out: both as one text, cut where the context, less the white space at its end, has its
+    tokens.
+    """
     native = getattr(vocabularies, kind)()
     native.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "d.jsonl").write_text("\n".join(json.dumps(row) for row, _, _ in ROWS))
@@ -271,7 +284,8 @@ def test_contexts_are_cut_at_their_beginning_where_the_positions_end() -> None:
     assert passage == Passage([4, 5, 6], [7, 8])
 
 
-# --- perplexity -----------------------------------------------------------------------------------------------------------
+# --- perplexity
+# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("length", "stride"), [(16, 16), (16, 5), (16, 1), (64, 64), (40, 7)])

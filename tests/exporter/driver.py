@@ -1,4 +1,7 @@
-"""Feeding an exported model: prefill, then one token at a time, for every cache lowering. Written without the product's code."""
+"""Feeding an exported model: prefill, then one token at a time, for every cache lowering.
+
+Written without the product's code.
+"""
 
 from __future__ import annotations
 

@@ -11,7 +11,8 @@ import transformers
 
 Array = np.ndarray[Any, Any]
 _LLAMA = {
-    "vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 112,
+    "vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "intermediate_size": 112,
     "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 _GPT2 = {
@@ -24,7 +25,8 @@ _GPT2 = {
     "eos_token_id": 2,
 }
 _LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
+    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
 }  # fmt: skip
 _YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 
@@ -54,7 +56,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def make(name: str, folder: Path, **saving: Any) -> Any:
-    """The model `name`, saved into `folder`; no parameter has the value it is initialized with, so that a wrong mapping shows."""
+    """The model `name`, saved into `folder`; no parameter has the value it is initialized with, so that a wrong mapping
+    shows.
+    """
     kind, settings = CASES[name]
     torch.manual_seed(7)
     config = getattr(transformers, f"{kind}Config")(**settings)

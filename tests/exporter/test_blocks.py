@@ -1,6 +1,7 @@
 """`build_decoder` writes any tuple of blocks: norms before, after, around and beside, each block of its own sizes.
 
-What they compute is known from transformers' attention, MLP and norm modules, put together by the formula of the placement.
+What they compute is known from transformers' attention, MLP and norm modules, put together by the formula of the
+placement.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ def expected(c: DecoderConfig, w: dict[str, np.ndarray[Any, Any]]) -> np.ndarray
     hidden = torch.triu(torch.full((IDS.shape[1], IDS.shape[1]), -torch.inf), 1)[None, None]
     for n, b in enumerate(c.blocks):
         settings = transformers.LlamaConfig(
-            hidden_size=HIDDEN, num_attention_heads=b.attention.heads, num_key_value_heads=b.attention.kv_heads, head_dim=16,
+            hidden_size=HIDDEN, num_attention_heads=b.attention.heads, num_key_value_heads=b.attention.kv_heads,
+            head_dim=16,
             intermediate_size=b.mlp.size, rms_norm_eps=EPS, attn_implementation="eager",
         )  # fmt: skip
         own = {

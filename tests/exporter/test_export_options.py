@@ -1,4 +1,6 @@
-"""What `export`'s options do to the graph and the files; expected values from transformers and from the checkpoint itself."""
+"""What `export`'s options do to the graph and the files; expected values from transformers and from the checkpoint
+itself.
+"""
 
 from __future__ import annotations
 
@@ -166,7 +168,8 @@ def test_onnxtools_json_and_the_files_beside(llama: tuple[Path, Any], tmp_path: 
         and info["tokens"]["eos_token_ids"] == [2]
     )
     assert info["kv_cache"] == {
-        "kind": "scatter", "dtype": "fp16", "layout": "bnsh", "past": "past_key_values.{n}.{kind}", "present": "present.{n}.{kind}",
+        "kind": "scatter", "dtype": "fp16", "layout": "bnsh", "past": "past_key_values.{n}.{kind}",
+        "present": "present.{n}.{kind}",
         "length": 48, "layers": 2, "heads": 2, "head_dim": 16,
     }  # fmt: skip
     metadata = {p.key: p.value for p in onnx.load(tmp_path / "m.onnx", load_external_data=False).metadata_props}
@@ -260,7 +263,8 @@ def test_options_from_yaml_and_set(llama: tuple[Path, Any], tmp_path: Path) -> N
         (["--random", "--kv-cache", "scatter", "--opset", "23", "-o", "m.onnx"], 2, "scatter needs opset 24"),
         (["--random", "--kv-cache", "gqa", "--use-one-input", "-o", "m.onnx"], 2, "how full the cache is"),
         (["--random", "--cache-length", "9", "-o", "m.onnx"], 2, "positive length of a scatter cache"),
-        (["--random", "--kv-cache", "scatter", "--cache-length", "9999", "-o", "m.onnx"], 1, "longer than the 1024 positions"),
+        (["--random", "--kv-cache", "scatter", "--cache-length", "9999", "-o", "m.onnx"], 1,
+            "longer than the 1024 positions"),
         (["--random", "--n-head", "7", "-o", "m.onnx"], 1, "768 is not divisible by 7 heads"),
         (["--random", "--n-head", "48", "--n-embd", "384", "--kv-cache", "gqa", "-o", "m.onnx"], 1, "multiples of 16"),
         (["--random", "--family", "t5", "-o", "m.onnx"], 2, "no family is named 't5'"),

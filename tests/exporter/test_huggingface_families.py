@@ -1,4 +1,6 @@
-"""Every Hugging Face family against transformers: one run, prefill and steps, padding on either side, every cache lowering."""
+"""Every Hugging Face family against transformers: one run, prefill and steps, padding on either side, every cache
+lowering.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,8 @@ def inputs(side: str) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize(
     ("kind", "opset", "side"),
-    [("none", 24, "left"), ("none", 19, "left"), ("concat", 24, "left"), ("concat", 24, "right"), ("concat", 19, "left"), ("concat", 20, "none"),
+    [("none", 24, "left"), ("none", 19, "left"), ("concat", 24, "left"), ("concat", 24, "right"),
+        ("concat", 19, "left"), ("concat", 20, "none"),
      ("scatter", 24, "left"), ("scatter", 24, "right"), ("gqa", 24, "none"), ("gqa", 19, "none")],
 )  # fmt: skip
 def test_logits_equal_transformers(

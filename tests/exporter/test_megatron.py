@@ -49,10 +49,13 @@ SPELLINGS: dict[str, tuple[Spelling, dict[str, Any], tuple[str, ...]]] = {
     # what is done to the state, what the configuration then says, the cases that can be spelt so
     "TransformerEngine's norms": (lambda s, c: m.te_norm_names(s), {}, ("gpt", "gpt_next", "nemotron")),
     "legacy": (m.legacy, {"mcore_gpt": False}, ("gpt", "gpt_erf", "gpt_next")),
-    "legacy with TransformerEngine": (m.legacy_te, {"mcore_gpt": False, "transformer_engine": True}, ("gpt", "gpt_next")),
+    "legacy with TransformerEngine": (m.legacy_te, {"mcore_gpt": False, "transformer_engine": True},
+        ("gpt", "gpt_next")),
     "megatron_legacy rows": (m.megatron_legacy_qkv, {"megatron_legacy": True}, ("gpt", "gpt_next")),
-    "NeMo 2's prefix": (lambda s, c: {f"module.{name.removeprefix('model.')}": value for name, value in s.items()}, {}, ("gpt",)),
-    "two gate weights": (lambda s, c: m.legacy(s, c, split_gate=True), {"mcore_gpt": False, "activation": "swiglu"}, ("gpt_next",)),
+    "NeMo 2's prefix": (lambda s, c: {f"module.{name.removeprefix('model.')}": value for name, value in s.items()}, {},
+        ("gpt",)),
+    "two gate weights": (lambda s, c: m.legacy(s, c, split_gate=True), {"mcore_gpt": False, "activation": "swiglu"},
+        ("gpt_next",)),
 }  # fmt: skip
 
 
@@ -175,7 +178,8 @@ def test_fp8_scales_become_quantize_and_dequantize(spelling: str, kind: Any, tmp
             }
         else:
             modules = {
-                "self_attention.layernorm_qkv": [*scales["linear_qkv"], 1.0], "self_attention.proj": [*scales["linear_proj"], 1.0],
+                "self_attention.layernorm_qkv": [*scales["linear_qkv"], 1.0],
+                "self_attention.proj": [*scales["linear_proj"], 1.0],
                 "layernorm_mlp": [*scales["linear_fc1"], 1.0, *scales["linear_fc2"], 1.0],
             }  # fmt: skip
         state |= {f"{layer}.{module}._extra_state": m.extra_state(kind, values) for module, values in modules.items()}
@@ -197,7 +201,8 @@ def test_what_is_not_supported_is_named(tmp_path: Path) -> None:
     from tests.support import refuse
 
     _, state, _ = model("gpt")
-    bad = {"position_embedding_type": "alibi", "activation": "mish", "normalization": "scalenorm", "transformer_block_type": "post_ln", "num_moe_experts": 8,
+    bad = {"position_embedding_type": "alibi", "activation": "mish", "normalization": "scalenorm",
+        "transformer_block_type": "post_ln", "num_moe_experts": 8,
            "rotary_interleaved": True}  # fmt: skip
     for key, value in bad.items():
         source = m.write_nemo(tmp_path / f"{key}.nemo", m.model_config(m.CASES["gpt"], **{key: value}), state)

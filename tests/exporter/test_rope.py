@@ -13,13 +13,15 @@ from onnxtools.exporter.families import llama_gguf
 from onnxtools.exporter.rope import Rope, rope_of
 
 BASE = {
-    "llama.embedding_length": 64, "llama.attention.head_count": 4, "llama.block_count": 1, "llama.feed_forward_length": 96, "llama.context_length": 256,
+    "llama.embedding_length": 64, "llama.attention.head_count": 4, "llama.block_count": 1,
+    "llama.feed_forward_length": 96, "llama.context_length": 256,
     "llama.vocab_size": 50, "llama.attention.layer_norm_rms_epsilon": 1e-5, "_tensors": frozenset({"output.weight"}),
 }  # fmt: skip
 
 
 def rope(**metadata: Any) -> Rope:
-    made = llama_gguf.config({**BASE, **{f"llama.rope.{name.replace('__', '.')}": value for name, value in metadata.items() if name[0] != "_"},
+    made = llama_gguf.config({**BASE,
+        **{f"llama.rope.{name.replace('__', '.')}": value for name, value in metadata.items() if name[0] != "_"},
                               **{name: value for name, value in metadata.items() if name[0] == "_"}}).rope  # fmt: skip
     assert made is not None
     return made
@@ -63,7 +65,8 @@ def test_yarn_is_that_of_transformers(attention: float) -> None:
 
 
 @pytest.mark.parametrize(("metadata", "message"), [
-    ({"scaling__type": "longrope"}, "rope scaling 'longrope' is not supported"), ({"scaling__type": [1] * 9999}, "rope scaling .* is not supported"),
+    ({"scaling__type": "longrope"}, "rope scaling 'longrope' is not supported"),
+    ({"scaling__type": [1] * 9999}, "rope scaling .* is not supported"),
     ({"scaling__attn_factor": 1.2, "scaling__factor": 2.0}, "attn_factor is 1.2 with the scaling linear"),
     ({"scaling__type": "yarn", "scaling__yarn_ext_factor": 0.5, "scaling__factor": 2.0}, "yarn_ext_factor is 0.5"),
     ({"dimension_count": 2**31}, "2147483648 channels"),

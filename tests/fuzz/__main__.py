@@ -1,4 +1,5 @@
-"""Run executions of the targets in processes of limited memory, and print a table; every fault with the line that repeats it.
+"""Run executions of the targets in processes of limited memory, and print a table; every fault with the line that
+repeats it.
 
 python -m tests.fuzz --executions 100000 --jobs 2
 python -m tests.fuzz --target pickle --number 4711      # one again, with its traceback
@@ -169,7 +170,8 @@ def main() -> None:
     began = time.monotonic()
     counts, faults, peak = run(names, args.executions, args.jobs, args.start)
     print(
-        f"{date.today()}, Python {platform.python_version()}, {args.jobs} processes, {time.monotonic() - began:.0f} s, largest process {peak:.2f} GB\n"
+        f"{date.today()}, Python {platform.python_version()}, {args.jobs} processes, {time.monotonic() - began:.0f} s, "
+        f"largest process {peak:.2f} GB\n"
     )
     print("| target | executions | answered | refused | faults |\n| --- | ---: | ---: | ---: | ---: |")
     for name in names:

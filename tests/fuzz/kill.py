@@ -1,9 +1,10 @@
-"""Kill a run before each of its changes to the file system, and at random moments: nothing is lost, and the next run leaves nothing behind.
+"""Kill a run before each of its changes to the file system, and at random moments: nothing is lost, and the next run
+leaves nothing behind.
 
     python -m tests.fuzz.kill --kills 500
 
-After a kill the output is what it was, or what it was to become, whole; files of others are as they were. After the next run the folder has
-what a run without a kill leaves, and the folder for temporary files is empty.
+After a kill the output is what it was, or what it was to become, whole; files of others are as they were. After the
+next run the folder has what a run without a kill leaves, and the folder for temporary files is empty.
 """
 
 from __future__ import annotations
@@ -97,7 +98,9 @@ def call(
     number: int = signal.SIGKILL,
     count: Any = None,
 ) -> int:
-    """The exit code of `onnxtools args` in `where`, in a forked process that is ended before its n-th change, or after so many seconds."""
+    """The exit code of `onnxtools args` in `where`, in a forked process that is ended before its n-th change, or after
+    so many seconds.
+    """
     process = multiprocessing.get_context("fork").Process(
         target=_called, args=(args, where, before, after, number, count)
     )
@@ -244,7 +247,10 @@ def _hidden(folder: Path) -> list[str]:
 
 
 def run(chosen: list[str], kills: int, seed: int = 0) -> tuple[Counter[tuple[str, str]], list[str]]:
-    """Half of the kills before changes to the file system, spread over all of each job; half at random moments. Every fifth is SIGTERM."""
+    """Half of the kills before changes to the file system, spread over all of each job; half at random moments.
+
+    Every fifth is SIGTERM.
+    """
     random, counts, faults = Random(seed), Counter[tuple[str, str]](), list[str]()
     with tempfile.TemporaryDirectory(prefix="kills-") as root:
         base = Path(root) / "base"
@@ -263,7 +269,8 @@ def run(chosen: list[str], kills: int, seed: int = 0) -> tuple[Counter[tuple[str
                 counts[name, "before a change" if before else "at a moment"] += 1
                 if wrong:
                     faults.append(
-                        f"{name}, {signal.Signals(number).name} {f'before change {before} of {trial.changes}' if before else 'at a random moment'}: {wrong}"
+                        f"{name}, {signal.Signals(number).name} "
+                        f"{f'before change {before} of {trial.changes}' if before else 'at a random moment'}: {wrong}"
                     )
     return counts, faults
 

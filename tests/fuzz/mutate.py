@@ -31,7 +31,8 @@ ODD_NUMBERS = (
     1 << 40,
     10**12,
 )
-ODD_TEXTS = ("", "a", "/etc/passwd", "../../x", "\0", "é", "\U0001f600", "x" * 3000, "%s%n", "{}", "[1", "-1", "nan", "MatMul", "Add", "If", "Loop",
+ODD_TEXTS = ("", "a", "/etc/passwd", "../../x", "\0", "é", "\U0001f600", "x" * 3000, "%s%n", "{}", "[1", "-1", "nan",
+    "MatMul", "Add", "If", "Loop",
 "ai.onnx", "trt",
              "com.microsoft", "input_ids", "x", "y", "external", "location", "model.onnx.data")  # fmt: skip
 ODD_VALUES: tuple[Any, ...] = (
@@ -118,7 +119,9 @@ def _odd(random: Random, value: Any) -> Any:
 
 
 def mutate_message(random: Random, message: Message) -> None:
-    """Fields of the message, or of those inside it, cleared, doubled, exchanged or set to odd values; it stays a message of its type."""
+    """Fields of the message, or of those inside it, cleared, doubled, exchanged or set to odd values; it stays a
+    message of its type.
+    """
     for _ in range(1 + int(random.expovariate(0.6))):
         _mutate_field(random, _inner(random, message))
 

@@ -37,7 +37,9 @@ _KEPT: list[Any] = []
 
 @functools.cache
 def graphs() -> tuple[onnx.ModelProto, ...]:
-    """A decoder in two forms, quantized layers, control flow, functions, convolutions, constants in nodes and in files."""
+    """A decoder in two forms, quantized layers, control flow, functions, convolutions, constants in nodes and in
+    files.
+    """
     return (
         *(decoder(form, opset) for form, opset in (("none", 19), ("concat", 24))),
         quantized(),
@@ -79,8 +81,10 @@ def _model(
 def quantized() -> onnx.ModelProto:
     node = helper.make_node
     nodes = [
-        node("QuantizeLinear", ["x", "s", "z"], ["q"], name="q"), node("DequantizeLinear", ["q", "s", "z"], ["d"], name="d"),
-        node("DequantizeLinear", ["w", "ws"], ["wd"], name="wd", axis=1), node("Gemm", ["d", "wd"], ["h"], name="g", alpha=2.0), node("Relu", ["h"], ["y"],
+        node("QuantizeLinear", ["x", "s", "z"], ["q"], name="q"),
+        node("DequantizeLinear", ["q", "s", "z"], ["d"], name="d"),
+        node("DequantizeLinear", ["w", "ws"], ["wd"], name="wd", axis=1),
+        node("Gemm", ["d", "wd"], ["h"], name="g", alpha=2.0), node("Relu", ["h"], ["y"],
         name="r"),
     ]  # fmt: skip
     codes = np.arange(16 * 8, dtype=np.int8).reshape(16, 8)
@@ -92,14 +96,17 @@ def quantized() -> onnx.ModelProto:
 def control_flow() -> onnx.ModelProto:
     return parser.parse_model("""<ir_version: 10, opset_import: ["" : 21]>
         agraph (float[n, 8] x, bool c, int64 t) => (float[n, 8] y, float[n, 8] z) {
-            y = If (c) <then_branch = g1 () => (float[n, 8] a) { a = Mul (x, x) }, else_branch = g2 () => (float[n, 8] b) { b = Sqrt (x) }>
-            z = Loop (t, c, x) <body = l (int64 i, bool k, float[n, 8] v) => (bool k2, float[n, 8] v2) { k2 = Identity (k) v2 = Add (v, x) }>
+            y = If (c) <then_branch = g1 () => (float[n, 8] a) { a = Mul (x, x) },
+                        else_branch = g2 () => (float[n, 8] b) { b = Sqrt (x) }>
+            z = Loop (t, c, x) <body = l (int64 i, bool k, float[n, 8] v) =>
+                                  (bool k2, float[n, 8] v2) { k2 = Identity (k) v2 = Add (v, x) }>
         }""")  # type: ignore[no-any-return]
 
 
 def functions() -> onnx.ModelProto:
     return parser.parse_model("""<ir_version: 10, opset_import: ["" : 21, "f" : 1]>
-        agraph (float[n, 8] x) => (float[n, 8] y) { h = f.twice (x) s = Shape (h) r = Reshape (h, s) t = Transpose <perm = [1, 0]> (r)
+        agraph (float[n, 8] x) => (float[n, 8] y) { h = f.twice (x) s = Shape (h) r = Reshape (h, s)
+            t = Transpose <perm = [1, 0]> (r)
             u = Transpose (t) y = Add (u, u) }
         <domain: "f", opset_import: ["" : 21, "f" : 1]> twice (a) => (b) { c = f.once (a) b = f.once (c) }
         <domain: "f", opset_import: ["" : 21]> once (a) => (b) { b = Mul (a, a) }""")  # type: ignore[no-any-return]
@@ -108,9 +115,12 @@ def functions() -> onnx.ModelProto:
 def vision() -> onnx.ModelProto:
     node = helper.make_node
     nodes = [
-        node("Conv", ["x", "k"], ["c"], name="c", pads=[1, 1, 1, 1]), node("BatchNormalization", ["c", "g", "b", "m", "v"], ["n"], name="n"),
-        node("Relu", ["n"], ["r"], name="r"), node("Resize", ["r", "", "scales"], ["up"], name="up"), node("GlobalAveragePool", ["up"], ["p"], name="p"),
-        node("Flatten", ["p"], ["f"], name="f"), node("MatMul", ["f", "w"], ["y"], name="mm"), node("Dropout", ["y"], ["z"], name="drop"),
+        node("Conv", ["x", "k"], ["c"], name="c", pads=[1, 1, 1, 1]),
+        node("BatchNormalization", ["c", "g", "b", "m", "v"], ["n"], name="n"),
+        node("Relu", ["n"], ["r"], name="r"), node("Resize", ["r", "", "scales"], ["up"], name="up"),
+        node("GlobalAveragePool", ["up"], ["p"], name="p"),
+        node("Flatten", ["p"], ["f"], name="f"), node("MatMul", ["f", "w"], ["y"], name="mm"),
+        node("Dropout", ["y"], ["z"], name="drop"),
     ]  # fmt: skip
     ones = np.ones(4, np.float32)
     return _model(
@@ -144,8 +154,10 @@ def external() -> onnx.ModelProto:
 def attention() -> onnx.ModelProto:
     made = parser.parse_model("""<ir_version: 8, opset_import: ["" : 17]>
         agraph (int64[batch, seq] input_ids, int64[batch, seq] attention_mask) => (float[batch, seq, 32] logits) {
-            e = Gather (table, input_ids) q = MatMul (e, wq) k = Transpose <perm = [0, 2, 1]> (e) s = MatMul (q, k) m = Cast <to = 1> (attention_mask)
-            i = Sub (one, m) l = Mul (i, low) u = Unsqueeze (l, axis) t = Shape (q) n = Gather (t, axis) r = Expand (one, n) a = Add (s, u)
+            e = Gather (table, input_ids) q = MatMul (e, wq) k = Transpose <perm = [0, 2, 1]> (e) s = MatMul (q, k)
+            m = Cast <to = 1> (attention_mask)
+            i = Sub (one, m) l = Mul (i, low) u = Unsqueeze (l, axis) t = Shape (q) n = Gather (t, axis)
+            r = Expand (one, n) a = Add (s, u)
             p = Softmax <axis = -1> (a) o = MatMul (p, e) logits = MatMul (o, head)
         }""")
     arrays = {
@@ -214,9 +226,10 @@ _BY_TORCH = """
 import sys, torch
 from collections import OrderedDict
 state = OrderedDict((name, torch.randn(*shape)) for name, shape in {
-    "model.language_model.embedding.word_embeddings.weight": (32, 16), "model.language_model.embedding.position_embeddings.weight": (16, 16),
-    "model.language_model.encoder.final_layernorm.weight": (16,), "model.language_model.encoder.layers.0.self_attention.query_key_value.weight": (48,
-    16)}.items())
+    "model.language_model.embedding.word_embeddings.weight": (32, 16),
+    "model.language_model.embedding.position_embeddings.weight": (16, 16),
+    "model.language_model.encoder.final_layernorm.weight": (16,),
+    "model.language_model.encoder.layers.0.self_attention.query_key_value.weight": (48, 16)}.items())
 torch.save(state, sys.argv[1])
 cfg = dict(num_layers=1, hidden_size=16, num_attention_heads=2, encoder_seq_length=16)
 torch.save({"state_dict": state, "hyper_parameters": {"cfg": cfg}, "epoch": 1}, sys.argv[2])
@@ -225,16 +238,21 @@ torch.save({"state_dict": state, "hyper_parameters": {"cfg": cfg}, "epoch": 1}, 
 
 @functools.cache
 def by_torch() -> tuple[bytes, bytes]:
-    """A state dict, and a checkpoint with its configuration, saved by torch in a process of its own: torch takes much of the memory that is allowed."""
+    """A state dict, and a checkpoint with its configuration, saved by torch in a process of its own: torch takes much
+    of the memory that is allowed.
+    """
     paths = [folder() / name for name in ("state.bin", "whole.ckpt")]
     subprocess.run([sys.executable, "-c", _BY_TORCH, *map(str, paths)], check=True)
     return paths[0].read_bytes(), paths[1].read_bytes()
 
 
 CONFIG = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "vocab_size": 64, "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu",
-    "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32},
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 32, "intermediate_size": 64,
+    "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "vocab_size": 64, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0, "hidden_act": "silu",
+    "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32},
     "bos_token_id": 1, "eos_token_id": [2, 3], "tie_word_embeddings": True, "torch_dtype": "float32",
 }  # fmt: skip
 GPT2 = {
@@ -249,11 +267,15 @@ GPT2 = {
 }
 TOKENIZER = {
     "version": "1.0", "truncation": None, "padding": None,
-    "added_tokens": [{"id": 4, "content": "<s>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}],
-    "normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Replace", "pattern": {"Regex": " +"}, "content": " "}]},
-    "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "\\s+|\\w+"}, "behavior": "Isolated", "invert": False}, "post_processor": None,
+    "added_tokens": [{"id": 4, "content": "<s>", "single_word": False, "lstrip": False, "rstrip": False,
+        "normalized": False, "special": True}],
+    "normalizer": {"type": "Sequence",
+        "normalizers": [{"type": "NFC"}, {"type": "Replace", "pattern": {"Regex": " +"}, "content": " "}]},
+    "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "\\s+|\\w+"}, "behavior": "Isolated", "invert": False},
+    "post_processor": None,
     "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-    "model": {"type": "BPE", "dropout": None, "unk_token": None, "fuse_unk": False, "byte_fallback": False, "vocab": {"a": 0, "b": 1, "ab": 2, "Ġ": 3},
+    "model": {"type": "BPE", "dropout": None, "unk_token": None, "fuse_unk": False, "byte_fallback": False,
+        "vocab": {"a": 0, "b": 1, "ab": 2, "Ġ": 3},
     "merges": ["a b"]},
 }  # fmt: skip
 RECIPE = """input: a.onnx
@@ -264,7 +286,10 @@ passes:
   - prune: {method: magnitude, lm_head: true}
 build: {engine: b.engine, sparsity: enable, max_seq_len: 64}
 """
-NEMO_CONFIG = "num_layers: 1\nhidden_size: 16\nnum_attention_heads: 2\nencoder_seq_length: 16\ntokenizer: {library: huggingface, type: gpt2, model: null}\n"
+NEMO_CONFIG = (
+    "num_layers: 1\nhidden_size: 16\nnum_attention_heads: 2\nencoder_seq_length: 16\ntokenizer: {library: "
+    "huggingface, type: gpt2, model: null}\n"
+)
 
 
 @functools.cache
@@ -295,13 +320,17 @@ def manifest() -> bytes:
         {"name": "present.0.key", "dtype": "float32", "shape": [-1, 2, -1, 8]},
     ]
     return json.dumps({
-        "format": "onnxtools.engine/1", "onnxtools": "0", "backend": {"name": "tensorrt-rtx", "version": "1.7"}, "engine": {"file": "e", "bytes": 1,
+        "format": "onnxtools.engine/1", "onnxtools": "0", "backend": {"name": "tensorrt-rtx", "version": "1.7"},
+        "engine": {"file": "e", "bytes": 1,
         "sha256": ""},
-        "graph": {"sha256": "", "file": "m.onnx", "path": "m.onnx", "opset": 19, "ir_version": 9, "info": None, "beside": {}}, "weights": [{"file": "w",
+        "graph": {"sha256": "", "file": "m.onnx", "path": "m.onnx", "opset": 19, "ir_version": 9, "info": None,
+            "beside": {}}, "weights": [{"file": "w",
         "bytes": 1, "sha256": ""}],
-        "provenance": [], "spec": spec, "compute_capabilities": ["8.9"], "profiles": [{"name": "p", "inputs": {}}], "io_source": "network", "inputs": io_,
+        "provenance": [], "spec": spec, "compute_capabilities": ["8.9"], "profiles": [{"name": "p", "inputs": {}}],
+        "io_source": "network", "inputs": io_,
         "outputs": out,
-        "layers": {"types": {"A": 1}, "output_dtypes": {}}, "audit": {"source": "network", "outputs": {}, "layers": None}, "sparsity": None, "mends": [],
+        "layers": {"types": {"A": 1}, "output_dtypes": {}},
+        "audit": {"source": "network", "outputs": {}, "layers": None}, "sparsity": None, "mends": [],
         "notes": [], "warnings": [],
         "build_seconds": 1.0, "peak_rss_mib": 1.0,
     }).encode()  # fmt: skip

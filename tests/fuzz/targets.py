@@ -1,4 +1,7 @@
-"""What is fuzzed: a name, and a function that makes an input from a `random.Random` and hands it to the tool. A refusal is an answer."""
+"""What is fuzzed: a name, and a function that makes an input from a `random.Random` and hands it to the tool.
+
+A refusal is an answer.
+"""
 
 from __future__ import annotations
 
@@ -190,8 +193,10 @@ def beside(random: Random, where: Path) -> None:
     trees = {
         "config.json": seeds.CONFIG, "generation_config.json": {"eos_token_id": [1, 2], "pad_token_id": 0},
         "genai_config.json": {"model": {"eos_token_id": 2, "context_length": 8}},
-        "tokenizer_config.json": {"eos_token": {"content": "<s>"}, "added_tokens_decoder": {"4": {"content": "<s>", "special": True}}},
-        "onnxtools.json": {"tokens": {"eos_token_ids": [1], "pad_token_id": 0, "bos_token_id": 1}, "model": {"max_position_embeddings": 8}},
+        "tokenizer_config.json": {"eos_token": {"content": "<s>"},
+            "added_tokens_decoder": {"4": {"content": "<s>", "special": True}}},
+        "onnxtools.json": {"tokens": {"eos_token_ids": [1], "pad_token_id": 0, "bos_token_id": 1},
+            "model": {"max_position_embeddings": 8}},
         "special_tokens_map.json": {"eos_token": "<s>"},
     }  # fmt: skip
     for name, tree in trees.items():
@@ -203,16 +208,23 @@ def beside(random: Random, where: Path) -> None:
 
 
 TARGETS: dict[str, Target] = {
-    "load": loading, "save": saving, "infer": inference, "feeds": inputs, "profiles": shapes_of_an_engine, "validate": checking,
-    "fold-constants": passing(FoldConstants()), "legalize": passing(Legalize()), "convert": passing(Convert(), SetOpset(version=21)),
-    "add-kv-cache": passing(AddKvCache(), DecomposeAttention()), "prune": passing(Prune()), "quantize": passing(Quantize(scheme="int4-rtn")),
+    "load": loading, "save": saving, "infer": inference, "feeds": inputs, "profiles": shapes_of_an_engine,
+    "validate": checking,
+    "fold-constants": passing(FoldConstants()), "legalize": passing(Legalize()),
+    "convert": passing(Convert(), SetOpset(version=21)),
+    "add-kv-cache": passing(AddKvCache(), DecomposeAttention()), "prune": passing(Prune()),
+    "quantize": passing(Quantize(scheme="int4-rtn")),
     "precision": passing(Precision(to="fp16"), Precision(to="bf16")),
-    "gguf": reading("m.gguf", seeds.gguf_file, open_checkpoint), "safetensors": reading("m.safetensors", seeds.safetensors_file, read_safetensors),
+    "gguf": reading("m.gguf", seeds.gguf_file, open_checkpoint),
+    "safetensors": reading("m.safetensors", seeds.safetensors_file, read_safetensors),
     "pickle": pickled, "torch": reading("m.bin", lambda: seeds.by_torch()[0], _torch),
-    "nemo": reading("m.nemo", seeds.nemo_tar, open_checkpoint), "ckpt": reading("m.ckpt", lambda: seeds.by_torch()[1], open_checkpoint),
+    "nemo": reading("m.nemo", seeds.nemo_tar, open_checkpoint),
+    "ckpt": reading("m.ckpt", lambda: seeds.by_torch()[1], open_checkpoint),
     "config": exported, "beside": beside,
-    "tokenizer": reading("tokenizer.json", _json(seeds.TOKENIZER), tokenizing, mutated_json), "recipe": recipe, "shapes": shapes,
+    "tokenizer": reading("tokenizer.json", _json(seeds.TOKENIZER), tokenizing, mutated_json), "recipe": recipe,
+    "shapes": shapes,
     "manifest": reading("e.json", seeds.manifest, engine, mutated_json), "texts": texts,
-    "polygraphy": reading("i.json", _json([{"x": [[1.0, 2.0]]}]), read_feeds, mutated_json), "npz": reading("i.npz", _npz, read_feeds),
+    "polygraphy": reading("i.json", _json([{"x": [[1.0, 2.0]]}]), read_feeds, mutated_json),
+    "npz": reading("i.npz", _npz, read_feeds),
 }  # fmt: skip
 """28, by name."""

@@ -1,4 +1,7 @@
-"""The minute of CI: every target answers or refuses, whole inputs are answered, and kills lose nothing. The hour by hand is `python -m tests.fuzz`."""
+"""The minute of CI: every target answers or refuses, whole inputs are answered, and kills lose nothing.
+
+The hour by hand is `python -m tests.fuzz`.
+"""
 
 from __future__ import annotations
 

@@ -54,7 +54,8 @@ def test_greedy_of_a_batch_of_different_lengths(name: str, form: str) -> None:
 
 @pytest.mark.parametrize("form", [*FORMS, "frameworks"])
 @pytest.mark.parametrize("settings", [
-    {"num_beams": 3, "num_return_sequences": 3}, {"num_beams": 4, "length_penalty": 2.0}, {"num_beams": 2, "early_stopping": True},
+    {"num_beams": 3, "num_return_sequences": 3}, {"num_beams": 4, "length_penalty": 2.0},
+    {"num_beams": 2, "early_stopping": True},
     {"num_beams": 3, "early_stopping": "never", "length_penalty": 0.3}, {"num_beams": 3, "repetition_penalty": 1.4},
     {"num_beams": 3, "min_new_tokens": 6},
 ], ids=str)  # fmt: skip
@@ -88,7 +89,8 @@ def test_beams_that_end_early_equal_transformers() -> None:
                 found = generate(runtime, [prompt], options)[0]
                 with torch.no_grad():
                     out = model.generate(
-                        torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), do_sample=False,
+                        torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                        do_sample=False,
                         max_new_tokens=20, num_beams=4, num_return_sequences=4, early_stopping=early,
                     )  # fmt: skip
                 for beam, row in zip(found, out[:, len(prompt) :].tolist(), strict=True):

@@ -18,7 +18,8 @@ TEXTS = [[1, 2, 2, 7], [0], [49, 3]]
 
 
 @pytest.mark.parametrize("settings", [
-    {"temperature": 0.6}, {"top_k": 5}, {"top_k": 80}, {"top_p": 0.7}, {"top_p": 1.0}, {"top_p": 0.01}, {"temperature": 1.7, "top_k": 20, "top_p": 0.5},
+    {"temperature": 0.6}, {"top_k": 5}, {"top_k": 80}, {"top_p": 0.7}, {"top_p": 1.0}, {"top_p": 0.01},
+    {"temperature": 1.7, "top_k": 20, "top_p": 0.5},
 ])  # fmt: skip
 def test_filters_equal_transformers(settings: dict[str, float]) -> None:
     expected = torch.tensor(LOGITS)
@@ -55,7 +56,8 @@ def test_draws_follow_the_probabilities_and_never_take_what_is_ruled_out() -> No
 
 
 @pytest.mark.parametrize("settings", [
-    {"temperature": 1e-5}, {"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}, {"num_beams": 0}, {"max_new_tokens": 0},
+    {"temperature": 1e-5}, {"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}, {"num_beams": 0},
+    {"max_new_tokens": 0},
     {"repetition_penalty": 0.0}, {"num_beams": 2, "top_k": 3}, {"num_return_sequences": 2}, {"min_new_tokens": 30},
 ])  # fmt: skip
 def test_impossible_options_are_refused_by_name(settings: dict[str, float]) -> None:

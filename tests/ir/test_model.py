@@ -112,8 +112,10 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "data missing": (missing_data, "missing"),
     "data short": (short_data, "truncated"),
     "data is a folder": (data_is_a_folder, "weights.bin"),
-    "data above": (lambda f: outside((f / "sub").mkdir() or f / "sub" / "in.onnx", "../w.bin"), "leaves the model's folder"),  # type: ignore[func-returns-value]
-    "data above through a folder": (lambda f: outside((f / "d").mkdir() or f / "in.onnx", "d/../../w.bin"), "leaves the model's folder"),  # type: ignore[func-returns-value]
+    "data above": (lambda f: outside((f / "sub").mkdir() or f / "sub" / "in.onnx", "../w.bin"),
+        "leaves the model's folder"),  # type: ignore[func-returns-value]
+    "data above through a folder": (lambda f: outside((f / "d").mkdir() or f / "in.onnx", "d/../../w.bin"),
+        "leaves the model's folder"),  # type: ignore[func-returns-value]
     "data absolute": (lambda f: outside(f / "in.onnx", "/etc/hostname"), "leaves the model's folder"),
     "data is a link": (data_is_a_link, "symbolic link"),
     "data behind a linked folder": (data_behind_a_linked_folder, "symbolic link"),
@@ -124,11 +126,15 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "value defined twice": (lambda f: small(f, [node("Neg", "x", "y", "a"), node("Abs", "x", "y", "b")]), "'y'"),
     "node output is an input": (lambda f: small(f, [node("Neg", "k", "x", "a"), node("Abs", "x", "y", "b")]), "'x'"),
     "node output is a weight": (lambda f: small(f, [node("Neg", "x", "k", "a"), node("Abs", "k", "y", "b")]), "'k'"),
-    "input twice": (lambda f: small(f, [node("Neg", "x", "y", "a")], lambda p: p.graph.input.append(info("x", [4]))), "'x'"),
-    "weight twice": (lambda f: small(f, [node("Add", "x k", "y", "a")], lambda p: p.graph.initializer.extend(stored(k=np.ones(4, np.float32)))), "'k'"),
-    "a cycle": (lambda f: small(f, [node("Add", "x b", "a", "first"), node("Neg", "a", "b", "second"), node("Abs", "b", "y", "third")]), "cycle"),
+    "input twice": (lambda f: small(f, [node("Neg", "x", "y", "a")], lambda p: p.graph.input.append(info("x", [4]))),
+        "'x'"),
+    "weight twice": (lambda f: small(f, [node("Add", "x k", "y", "a")],
+        lambda p: p.graph.initializer.extend(stored(k=np.ones(4, np.float32)))), "'k'"),
+    "a cycle": (lambda f: small(f,
+        [node("Add", "x b", "a", "first"), node("Neg", "a", "b", "second"), node("Abs", "b", "y", "third")]), "cycle"),
     "a node that reads itself": (lambda f: small(f, [node("Add", "x y", "y", "first")]), "cycle"),
-    "no opset": (lambda f: small(f, [node("Neg", "x", "y", "a")], lambda p: p.ClearField("opset_import")), "operator set"),
+    "no opset": (lambda f: small(f, [node("Neg", "x", "y", "a")], lambda p: p.ClearField("opset_import")),
+        "operator set"),
 }  # fmt: skip
 
 

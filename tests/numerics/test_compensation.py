@@ -1,4 +1,6 @@
-"""`compensated` against algorithm 1 of SparseGPT and GPTQ, written as it stands there: the inverse Hessian of what is left, column by column."""
+"""`compensated` against algorithm 1 of SparseGPT and GPTQ, written as it stands there: the inverse Hessian of what is
+left, column by column.
+"""
 
 from __future__ import annotations
 

@@ -25,11 +25,13 @@ def by_onnx(weight: Array, scale: Array, form: Format, axis: int | None, block: 
     attributes = {} if axis is None else {"axis": axis, **({"block_size": block} if block else {})}
     elem = form.dtype.value
     nodes = [
-        helper.make_node("QuantizeLinear", ["w", "s", "z"], ["q"], **attributes), helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"], **attributes)
+        helper.make_node("QuantizeLinear", ["w", "s", "z"], ["q"], **attributes),
+        helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"], **attributes)
     ]  # fmt: skip
     zero = helper.make_tensor("z", elem, list(scale.shape), b"\0" * -(-scale.size * form.dtype.bitwidth // 8), raw=True)
     graph = helper.make_graph(
-        nodes, "g", [helper.make_tensor_value_info("w", TensorProto.FLOAT, None), helper.make_tensor_value_info("s", TensorProto.FLOAT, None)],
+        nodes, "g", [helper.make_tensor_value_info("w", TensorProto.FLOAT, None), helper.make_tensor_value_info("s",
+            TensorProto.FLOAT, None)],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)], [zero],
     )  # fmt: skip
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)])

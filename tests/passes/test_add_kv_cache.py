@@ -213,7 +213,10 @@ def test_names_and_shapes_of_every_option(cached: Make) -> None:
 def test_stored_element_types(
     case: Case, dtype: str, element: int, numpy_type: type, policy: str, converted: Make, cached: Make
 ) -> None:
-    """Every split gives what the prefill gives: old and new tokens are rounded alike. Rounding costs what the type costs."""
+    """Every split gives what the prefill gives: old and new tokens are rounded alike.
+
+    Rounding costs what the type costs.
+    """
     path = cached(case.name, "--dtype", dtype, "--policy", policy)
     assert {kind for kind, _ in (*caches(path).values(), *caches(path, "output").values())} == {element}
     session, expected = Session(path), full(converted(case.name), case.feeds)
@@ -432,7 +435,9 @@ def test_positions_of_unknown_origin_are_refused(tmp_path: Path) -> None:
 
 
 def before(nodes: list[onnx.NodeProto], *extra: onnx.NodeProto) -> str:
-    """Put `extra` between the embedding (`words`) and the projections (which read `h`); causal mask, positions counted first."""
+    """Put `extra` between the embedding (`words`) and the projections (which read `h`); causal mask, positions counted
+    first.
+    """
     causal(nodes)
     counted = [node for node in nodes if node.output[0] in ("s1", "s", "j", "i")]
     rest = [node for node in nodes[1:] if node not in counted]

@@ -1,4 +1,6 @@
-"""AWQ layer by layer: the paper's search (arXiv 2306.00978, section 3.2), written here on the outputs themselves, is the reference."""
+"""AWQ layer by layer: the paper's search (arXiv 2306.00978, section 3.2), written here on the outputs themselves, is
+the reference.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def nearest(weight: Array, shrink: Array | float = 1.0) -> Array:
 
 
 def papers(weight: Array, x: Array) -> Array:
-    """The search for the exponent, then for the clipping of each block, by the outputs of all tokens (grids of the authors' code)."""
+    """The search for the exponent, then for the clipping of each block, by the outputs of all tokens (grids of the
+    authors' code).
+    """
     exact, size = x @ weight.T, np.abs(x).mean(0)
     best, least = weight, np.inf
     for ratio in np.arange(20) / 20:
@@ -45,7 +49,9 @@ def papers(weight: Array, x: Array) -> Array:
 
 
 def tokens(kind: str) -> Array:
-    """What a layer sees: a few channels that stand out; few rows that are far longer, in channels of their own; both."""
+    """What a layer sees: a few channels that stand out; few rows that are far longer, in channels of their own;
+    both.
+    """
     generator = np.random.default_rng(5)
     x = generator.standard_normal((512, K))
     if kind != "long rows":

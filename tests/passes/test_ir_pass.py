@@ -51,7 +51,8 @@ def test_on_the_command_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("place", "says"), [
-    ("nothing", "package.module:name"), ("onnx_ir.passes.common:Nothing", "cannot be imported"), ("pathlib:Path", "no onnx_ir.passes.PassBase"),
+    ("nothing", "package.module:name"), ("onnx_ir.passes.common:Nothing", "cannot be imported"),
+    ("pathlib:Path", "no onnx_ir.passes.PassBase"),
 ])  # fmt: skip
 def test_what_is_no_pass_is_one_line(place: str, says: str, tmp_path: Path) -> None:
     assert says in refuse("ir-pass", model(tmp_path / "m.onnx"), tmp_path / "o.onnx", "--transform", place, code=2)

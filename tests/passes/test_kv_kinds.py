@@ -1,4 +1,6 @@
-"""`add-kv-cache` and caches of other exporters: torch's safe softmax, encoders that only hide padding, sizes that are sums or names."""
+"""`add-kv-cache` and caches of other exporters: torch's safe softmax, encoders that only hide padding, sizes that are
+sums or names.
+"""
 
 from __future__ import annotations
 
@@ -37,13 +39,17 @@ IDS = np.random.default_rng(0).integers(0, VOCABULARY, (3, 9))
 MASK = np.ones((3, 9), np.int64)
 MASK[1, :3] = 0
 MASK[2, :8] = 0
-NUMBERS: Feeds = {"zero": np.float32(0), "zeros": np.zeros(1, np.float32), "ninf": np.float32(-np.inf), "low": np.float32(-10000),
+NUMBERS: Feeds = {"zero": np.float32(0), "zeros": np.zeros(1, np.float32), "ninf": np.float32(-np.inf),
+    "low": np.float32(-10000),
     "lowest": np.float32(np.finfo(np.float32).min),
-                  "unit": np.float32(1), "scale": np.float32(SIZE**-0.5), "root": np.float32(SIZE**-0.25), "a0": np.array([0]), "a1": np.array([1]),
+                  "unit": np.float32(1), "scale": np.float32(SIZE**-0.5), "root": np.float32(SIZE**-0.25),
+                  "a0": np.array([0]), "a1": np.array([1]),
                       "a12": np.array([1, 2]),
-                  "a13": np.array([1, 3]), "i0": np.array(0), "i1": np.array(1), "split": np.array([0, 0, HEADS, SIZE]), "merge": np.array([0, 0, WIDTH]),
+                  "a13": np.array([1, 3]), "i0": np.array(0), "i1": np.array(1), "split": np.array([0, 0, HEADS, SIZE]),
+                  "merge": np.array([0, 0, WIDTH]),
                   "last": np.array([-1]), "true": np.array(True)}  # fmt: skip
-CAUSAL = [N("Shape", ["input_ids"], ["shape"]), N("Gather", ["shape", "i1"], ["length"]), N("Range", ["i0", "length", "i1"], ["key"]),
+CAUSAL = [N("Shape", ["input_ids"], ["shape"]), N("Gather", ["shape", "i1"], ["length"]),
+    N("Range", ["i0", "length", "i1"], ["key"]),
           N("Unsqueeze", ["key", "a1"], ["query"]), N("LessOrEqual", ["key", "query"], ["causal"])]  # fmt: skip
 PADDING = [N("Cast", ["attention_mask"], ["keep"], to=BOOL), N("Unsqueeze", ["keep", "a12"], ["keep4"])]
 VISIBLE = [*CAUSAL, *PADDING, N("And", ["causal", "keep4"], ["visible"])]
@@ -58,11 +64,15 @@ def model(path: Path, before: list[onnx.NodeProto], score: Score) -> Path:
     for layer in map(str, range(LAYERS)):
         for index, kind in enumerate("qkv"):
             arrays[f"w{kind}{layer}"] = normal(WIDTH, WIDTH, seed=10 * int(layer) + index + 2) * np.float32(0.3)
-            nodes += [N("MatMul", [f"x{layer}", f"w{kind}{layer}"], [f"{kind}f{layer}"]), N("Reshape", [f"{kind}f{layer}", "split"], [f"{kind}h{layer}"]),
+            nodes += [N("MatMul", [f"x{layer}", f"w{kind}{layer}"], [f"{kind}f{layer}"]),
+                N("Reshape", [f"{kind}f{layer}", "split"], [f"{kind}h{layer}"]),
                       N("Transpose", [f"{kind}h{layer}"], [f"{kind}{layer}"], perm=[0, 2, 1, 3])]  # fmt: skip
-        nodes += [N("Transpose", [f"k{layer}"], [f"kt{layer}"], perm=[0, 1, 3, 2]), N("MatMul", [f"q{layer}", f"kt{layer}"], [f"r{layer}"]),
-                  N("Mul", [f"r{layer}", "scale"], [f"s{layer}"]), *score(layer), N("MatMul", [f"p{layer}", f"v{layer}"], [f"c{layer}"]),
-                  N("Transpose", [f"c{layer}"], [f"ct{layer}"], perm=[0, 2, 1, 3]), N("Reshape", [f"ct{layer}", "merge"], [f"o{layer}"]),
+        nodes += [N("Transpose", [f"k{layer}"], [f"kt{layer}"], perm=[0, 1, 3, 2]),
+            N("MatMul", [f"q{layer}", f"kt{layer}"], [f"r{layer}"]),
+                  N("Mul", [f"r{layer}", "scale"], [f"s{layer}"]), *score(layer),
+                  N("MatMul", [f"p{layer}", f"v{layer}"], [f"c{layer}"]),
+                  N("Transpose", [f"c{layer}"], [f"ct{layer}"], perm=[0, 2, 1, 3]),
+                  N("Reshape", [f"ct{layer}", "merge"], [f"o{layer}"]),
                   N("Add", [f"x{layer}", f"o{layer}"], [f"x{int(layer) + 1}"])]  # fmt: skip
     nodes.append(N("MatMul", [f"x{LAYERS}", "head"], ["logits"]))
     for index, node in enumerate(nodes):
@@ -78,15 +88,19 @@ def model(path: Path, before: list[onnx.NodeProto], score: Score) -> Path:
 BIAS = N("Where", ["visible", "zero", "ninf"], ["bias"])
 TORCH: Score = lambda n: [N("Add", [f"s{n}", "bias"], [f"m{n}"]), N("Softmax", [f"m{n}"], [f"u{n}"], axis=-1)]  # noqa: E731
 SAFE: dict[str, tuple[list[onnx.NodeProto], Score]] = {
-    "NaN to zero": ([BIAS], lambda n: [*TORCH(n), N("IsNaN", [f"u{n}"], [f"n{n}"]), N("Where", [f"n{n}", "zero", f"u{n}"], [f"p{n}"])]),
-    "NaN to [0]": ([BIAS], lambda n: [*TORCH(n), N("IsNaN", [f"u{n}"], [f"n{n}"]), N("Where", [f"n{n}", "zeros", f"u{n}"], [f"p{n}"])]),
+    "NaN to zero": ([BIAS], lambda n: [*TORCH(n), N("IsNaN", [f"u{n}"], [f"n{n}"]), N("Where", [f"n{n}", "zero",
+        f"u{n}"], [f"p{n}"])]),
+    "NaN to [0]": ([BIAS], lambda n: [*TORCH(n), N("IsNaN", [f"u{n}"], [f"n{n}"]), N("Where", [f"n{n}", "zeros",
+        f"u{n}"], [f"p{n}"])]),
     "number or zero": ([BIAS], lambda n: [*TORCH(n), N("IsNaN", [f"u{n}"], [f"n{n}"]), N("Not", [f"n{n}"], [f"o{n}!"]),
         N("Where", [f"o{n}!", f"u{n}", "zero"], [f"p{n}"])]),
-    "chosen scores": ([], lambda n: [N("Where", ["visible", f"s{n}", "ninf"], [f"m{n}"]), N("Softmax", [f"m{n}"], [f"u{n}"], axis=-1),
+    "chosen scores": ([], lambda n: [N("Where", ["visible", f"s{n}", "ninf"], [f"m{n}"]), N("Softmax", [f"m{n}"],
+        [f"u{n}"], axis=-1),
         N("IsNaN", [f"u{n}"], [f"n{n}"]),
                                      N("Where", [f"n{n}", "zero", f"u{n}"], [f"p{n}"])]),
     "rows without a key": (
-        [BIAS, N("Equal", ["bias", "ninf"], ["out"]), N("Cast", ["out"], ["out_n"], to=INT64), N("ReduceMin", ["out_n", "last"], ["all_n"]),
+        [BIAS, N("Equal", ["bias", "ninf"], ["out"]), N("Cast", ["out"], ["out_n"], to=INT64),
+            N("ReduceMin", ["out_n", "last"], ["all_n"]),
             N("Cast", ["all_n"], ["all"], to=BOOL)],
         lambda n: [*TORCH(n), N("Where", ["all", "zero", f"u{n}"], [f"p{n}"])],
     ),
@@ -135,10 +149,12 @@ ENCODERS: dict[str, tuple[list[onnx.NodeProto], Score]] = {
     "infinity for padding": ([*PADDING, N("Where", ["keep4", "zero", "ninf"], ["bias"])], ADDED),
     "both ways": ([*SQUARE, N("Where", ["both", "zero", "low"], ["bias"])], ADDED),
     "both ways, expanded": (
-        [*SQUARE, N("Shape", ["both"], ["size"]), N("Expand", ["both", "size"], ["wide"]), N("Where", ["wide", "zero", "low"], ["bias"])], ADDED
+        [*SQUARE, N("Shape", ["both"], ["size"]), N("Expand", ["both", "size"], ["wide"]),
+            N("Where", ["wide", "zero", "low"], ["bias"])], ADDED
     ),
     "no mask": ([], lambda n: [N("Softmax", [f"s{n}"], [f"p{n}"], axis=-1)]),
-    "everything visible": ([*CAUSAL, N("Or", ["causal", "true"], ["all"]), N("Where", ["all", "zero", "low"], ["bias"])], ADDED),
+    "everything visible": ([*CAUSAL, N("Or", ["causal", "true"], ["all"]),
+        N("Where", ["all", "zero", "low"], ["bias"])], ADDED),
     "padding, safely": (
         [*PADDING, N("Where", ["keep4", "zero", "ninf"], ["bias"])],
         lambda n: [*TORCH(n), N("IsNaN", [f"u{n}"], [f"n{n}"]), N("Where", [f"n{n}", "zero", f"u{n}"], [f"p{n}"])],
@@ -180,7 +196,8 @@ def renamed(path: Path, output: Path, names: dict[str, str]) -> Path:
 
 
 @pytest.mark.parametrize("total", [
-    "past_sequence_length + sequence_length", "sequence_length + past_sequence_length", "past_sequence_length+sequence_length", "total_sequence_length",
+    "past_sequence_length + sequence_length", "sequence_length + past_sequence_length",
+    "past_sequence_length+sequence_length", "total_sequence_length",
 ])  # fmt: skip
 def test_a_mask_as_long_as_past_and_new_tokens(total: str, tmp_path: Path) -> None:
     source = causal(tmp_path / "m.onnx")
@@ -225,9 +242,11 @@ def test_the_head_size_of_grouped_query_attention(packed: bool, tmp_path: Path) 
         {"q": (heads + 2 * shared) * size} if packed else {"q": heads * size, "k": shared * size, "v": shared * size}
     )
     nodes = [N("Gather", ["emb", "input_ids"], ["x"]), *(N("MatMul", ["x", f"w{n}"], [n]) for n in widths)]
-    nodes.append(N("GroupQueryAttention", ["q", "" if packed else "k", "" if packed else "v", "past_key_values.0.key", "past_key_values.0.value",
+    nodes.append(N("GroupQueryAttention",
+        ["q", "" if packed else "k", "" if packed else "v", "past_key_values.0.key", "past_key_values.0.value",
         "lens", "total"],
-                   ["logits", "present.0.key", "present.0.value"], domain="com.microsoft", num_heads=heads, kv_num_heads=shared))  # fmt: skip
+                   ["logits", "present.0.key", "present.0.value"], domain="com.microsoft", num_heads=heads,
+                   kv_num_heads=shared))  # fmt: skip
     arrays: dict[str, Array] = {"emb": normal(9, 32), **{f"w{n}": normal(32, width) for n, width in widths.items()}}
     cache = [
         info(f"past_key_values.0.{kind}", ["batch", shared, "past_sequence", "kv_cache_dim"])

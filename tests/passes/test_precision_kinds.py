@@ -1,4 +1,6 @@
-"""`precision` keeps in fp32 what 16 bits would make another number: angles, masks, sizes, small and large constants, graphs inside nodes."""
+"""`precision` keeps in fp32 what 16 bits would make another number: angles, masks, sizes, small and large constants,
+graphs inside nodes.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,11 @@ BOOL = TensorProto.BOOL
 LOW = float(np.finfo(np.float32).min)
 W = normal(64, 64, seed=1) / np.float32(8)
 ARRAYS: Feeds = {
-    "W": W, "V": W.T.copy(), "inv_freq": (10000.0 ** (-np.arange(32) / 32)).astype(np.float32), "one": np.array([1]), "zero": np.array([0]),
+    "W": W, "V": W.T.copy(), "inv_freq": (10000.0 ** (-np.arange(32) / 32)).astype(np.float32), "one": np.array([1]),
+    "zero": np.array([0]),
          "two": np.array([2]),
-    "axes": np.array([-1]), "base": np.float32(10000), "unit": np.float32(1), "half": np.float32(0.5), "start": np.array(0), "step": np.array(1),
+    "axes": np.array([-1]), "base": np.float32(10000), "unit": np.float32(1), "half": np.float32(0.5),
+    "start": np.array(0), "step": np.array(1),
          "two_f": np.float32(2),
     "pi": np.float32(np.pi), "first": np.array(0), "yes": np.array(True),
 }  # fmt: skip
@@ -73,23 +77,30 @@ def difference(
 # --- angles -----------------------------------------------------------------------------------------------------------
 
 COLUMN = [N("Cast", ["places"], ["p"], to=FLOAT), N("Unsqueeze", ["p", "axes"], ["column"])]
-LAST = [N("Concat", ["angle", "angle"], ["wide"], axis=-1), N("Cos", ["wide"], ["cos"]), N("Sin", ["wide"], ["sin"]), N("MatMul", ["x", "W"], ["q"], name="mm"),
-        N("Mul", ["q", "cos"], ["a"]), N("MatMul", ["q", "V"], ["r"], name="mm2"), N("Mul", ["r", "sin"], ["b"]), N("Add", ["a", "b"], ["y"])]  # fmt: skip
+LAST = [N("Concat", ["angle", "angle"], ["wide"], axis=-1), N("Cos", ["wide"], ["cos"]), N("Sin", ["wide"], ["sin"]),
+    N("MatMul", ["x", "W"], ["q"], name="mm"),
+        N("Mul", ["q", "cos"], ["a"]), N("MatMul", ["q", "V"], ["r"], name="mm2"), N("Mul", ["r", "sin"], ["b"]),
+        N("Add", ["a", "b"], ["y"])]  # fmt: skip
 TABLE = (np.arange(4096)[:, None] * ARRAYS["inv_freq"]).astype(np.float32)
 BRANCH = helper.make_graph([N("Mul", ["column", "inv_freq"], ["inner"])], "branch", [], [info("inner", [20, 32])])
 SINE = helper.make_graph([N("Sin", ["u"], ["sine"])], "sine", [], [info("sine", [20, 32])])
 ANGLES: dict[str, list[onnx.NodeProto]] = {
     "product": [*COLUMN, N("Mul", ["column", "inv_freq"], ["angle"])],
-    "MatMul": [*COLUMN, N("Unsqueeze", ["inv_freq", "zero"], ["row"]), N("MatMul", ["column", "row"], ["angle"], name="outer")],
+    "MatMul": [*COLUMN, N("Unsqueeze", ["inv_freq", "zero"], ["row"]),
+        N("MatMul", ["column", "row"], ["angle"], name="outer")],
     "Einsum": [N("Cast", ["places"], ["p"], to=FLOAT), N("Einsum", ["p", "inv_freq"], ["angle"], equation="i,j->ij")],
-    "Gemm": [*COLUMN, N("Unsqueeze", ["inv_freq", "zero"], ["row"]), N("Gemm", ["column", "row"], ["angle"], name="outer")],
+    "Gemm": [*COLUMN, N("Unsqueeze", ["inv_freq", "zero"], ["row"]),
+        N("Gemm", ["column", "row"], ["angle"], name="outer")],
     "division": [*COLUMN, N("Reciprocal", ["inv_freq"], ["period"]), N("Div", ["column", "period"], ["angle"])],
-    "a power": [*COLUMN, N("Log", ["inv_freq"], ["log"]), N("Exp", ["log"], ["f"]), N("Mul", ["column", "f"], ["angle"])],
+    "a power": [*COLUMN, N("Log", ["inv_freq"], ["log"]), N("Exp", ["log"], ["f"]),
+        N("Mul", ["column", "f"], ["angle"])],
     "a scaled product": [*COLUMN, N("Mul", ["column", "inv_freq"], ["twice"]), N("Mul", ["twice", "half"], ["angle"])],
-    "a choice": [*COLUMN, N("Mul", ["column", "inv_freq"], ["u"]), N("Mul", ["u", "half"], ["v"]), N("Where", ["yes", "u", "v"], ["angle"])],
+    "a choice": [*COLUMN, N("Mul", ["column", "inv_freq"], ["u"]), N("Mul", ["u", "half"], ["v"]),
+        N("Where", ["yes", "u", "v"], ["angle"])],
     "a looked-up table": [N("Gather", ["table", "places"], ["angle"])],
     "a slice of a table": [N("Slice", ["table", "from", "to"], ["angle"])],
-    "expanded": [*COLUMN, N("Shape", ["inv_freq"], ["n"]), N("Concat", ["len", "n"], ["size"], axis=0), N("Expand", ["column", "size"], ["e"]),
+    "expanded": [*COLUMN, N("Shape", ["inv_freq"], ["n"]), N("Concat", ["len", "n"], ["size"], axis=0),
+        N("Expand", ["column", "size"], ["e"]),
          N("Mul", ["e", "inv_freq"], ["angle"])],
     "modulo": [*COLUMN, N("Mul", ["column", "inv_freq"], ["u"]), N("Mod", ["u", "pi2"], ["angle"], fmod=1)],
     "a branch": [*COLUMN, N("If", ["yes"], ["angle"], then_branch=BRANCH, else_branch=BRANCH)],
@@ -137,15 +148,19 @@ def test_positions_may_be_floats_or_be_counted(kind: str, tmp_path: Path) -> Non
 
 
 def test_sines_inside_a_branch_are_those_of_fp32(tmp_path: Path) -> None:
-    nodes = [*COLUMN, N("Mul", ["column", "inv_freq"], ["u"]), N("If", ["yes"], ["s"], then_branch=SINE, else_branch=SINE),
-             N("Concat", ["s", "s"], ["wide"], axis=-1), N("MatMul", ["x", "W"], ["q"], name="mm"), N("Mul", ["q", "wide"], ["y"])]  # fmt: skip
+    nodes = [*COLUMN, N("Mul", ["column", "inv_freq"], ["u"]),
+        N("If", ["yes"], ["s"], then_branch=SINE, else_branch=SINE),
+             N("Concat", ["s", "s"], ["wide"], axis=-1), N("MatMul", ["x", "W"], ["q"], name="mm"),
+             N("Mul", ["q", "wide"], ["y"])]  # fmt: skip
     assert difference(tmp_path, nodes, {"x": X, "places": PLACES}) < 3e-3
 
 
 def test_sizes_that_are_computed_in_floats_stay_right(tmp_path: Path) -> None:
     """As upsampling is exported: floor(length * scale) as an integer; fp16 knows no 2,501."""
-    nodes = [N("MatMul", ["x", "W"], ["h"], name="mm"), N("Shape", ["x"], ["s"], end=1), N("Cast", ["s"], ["f"], to=FLOAT), N("Mul", ["f", "half"], ["g"]),
-             N("Floor", ["g"], ["k"]), N("Cast", ["k"], ["n"], to=INT64), N("Slice", ["h", "zero", "n"], ["y"])]  # fmt: skip
+    nodes = [N("MatMul", ["x", "W"], ["h"], name="mm"), N("Shape", ["x"], ["s"], end=1),
+        N("Cast", ["s"], ["f"], to=FLOAT), N("Mul", ["f", "half"], ["g"]),
+             N("Floor", ["g"], ["k"]), N("Cast", ["k"], ["n"], to=INT64),
+             N("Slice", ["h", "zero", "n"], ["y"])]  # fmt: skip
     assert difference(tmp_path, nodes, {"x": normal(5003, 64)}) < 3e-3
 
 
@@ -153,8 +168,10 @@ def test_sizes_that_are_computed_in_floats_stay_right(tmp_path: Path) -> None:
 
 
 def attention(mask: list[onnx.NodeProto], join: onnx.NodeProto) -> list[onnx.NodeProto]:
-    return [N("MatMul", ["x", "W"], ["q"], name="q"), N("MatMul", ["x", "V"], ["k"], name="k"), N("Transpose", ["k"], ["kt"], perm=[1, 0]), *mask,
-            N("MatMul", ["q", "kt"], ["s"], name="qk"), join, N("Softmax", ["m"], ["p"]), N("MatMul", ["p", "x"], ["y"], name="pv")]  # fmt: skip
+    return [N("MatMul", ["x", "W"], ["q"], name="q"), N("MatMul", ["x", "V"], ["k"], name="k"),
+        N("Transpose", ["k"], ["kt"], perm=[1, 0]), *mask,
+            N("MatMul", ["q", "kt"], ["s"], name="qk"), join, N("Softmax", ["m"], ["p"]),
+            N("MatMul", ["p", "x"], ["y"], name="pv")]  # fmt: skip
 
 
 ADD = N("Add", ["s", "mask"], ["m"])
@@ -162,16 +179,20 @@ CAUSAL = np.tril(np.ones((20, 20), bool))
 MASKS: dict[str, tuple[list[onnx.NodeProto], onnx.NodeProto]] = {
     "added": ([], N("Add", ["s", "table"], ["m"])),
     "sliced": ([N("Slice", ["big", "zeros", "sizes"], ["mask"])], ADD),
-    "sliced twice": ([N("Slice", ["big", "zero", "twenty", "zero"], ["part"]), N("Slice", ["part", "zero", "twenty", "one"], ["mask"])], ADD),
+    "sliced twice": ([N("Slice", ["big", "zero", "twenty", "zero"], ["part"]),
+        N("Slice", ["part", "zero", "twenty", "one"], ["mask"])], ADD),
     "looked up": ([N("Gather", ["long", "places"], ["mask"])], ADD),
-    "behind Unsqueeze and Squeeze": ([N("Unsqueeze", ["table", "zero"], ["u"]), N("Squeeze", ["u", "zero"], ["mask"])], ADD),
+    "behind Unsqueeze and Squeeze": ([N("Unsqueeze", ["table", "zero"], ["u"]), N("Squeeze", ["u", "zero"], ["mask"])],
+        ADD),
     "chosen": ([], N("Where", ["keep", "s", "table"], ["m"])),
     "of a scalar": ([], N("Where", ["keep", "s", "low"], ["m"])),
     "of a shape": ([N("ConstantOfShape", ["sizes"], ["mask"], value=helper.make_tensor("v", FLOAT, [1], [LOW])),
          N("Trilu", ["mask", "k1"], ["up"])], N("Add", ["s", "up"], ["m"])),
-    "one minus": ([N("Cast", ["keep"], ["f"], to=FLOAT), N("Sub", ["unit", "f"], ["r"]), N("Mul", ["r", "low"], ["mask"])], ADD),
+    "one minus": ([N("Cast", ["keep"], ["f"], to=FLOAT), N("Sub", ["unit", "f"], ["r"]),
+        N("Mul", ["r", "low"], ["mask"])], ADD),
     "twice": ([N("Add", ["table", "table2"], ["mask"])], ADD),
-    "subtracted": ([N("Cast", ["keep"], ["f"], to=FLOAT), N("Sub", ["unit", "f"], ["r"]), N("Mul", ["r", "high"], ["mask"])], N("Sub", ["s", "mask"], ["m"])),
+    "subtracted": ([N("Cast", ["keep"], ["f"], to=FLOAT), N("Sub", ["unit", "f"], ["r"]),
+        N("Mul", ["r", "high"], ["mask"])], N("Sub", ["s", "mask"], ["m"])),
     "the largest of two": ([N("Add", ["s", "table"], ["a"])], N("Max", ["a", "low"], ["m"])),
 }  # fmt: skip
 
@@ -182,9 +203,11 @@ def test_masked_tokens_stay_masked(how: str, lowest: float, tmp_path: Path) -> N
     if np.isinf(lowest) and how in ("one minus", "subtracted"):
         pytest.skip("0 times infinity is NaN in fp32 too")
     table, big = (np.where(np.tril(np.ones((size, size), bool)), 0, lowest).astype(np.float32) for size in (20, 64))
-    arrays = {"table": table, "table2": table / 2, "big": big, "long": big[:, :20].copy(), "keep": CAUSAL, "low": np.float32(lowest),
+    arrays = {"table": table, "table2": table / 2, "big": big, "long": big[:, :20].copy(), "keep": CAUSAL,
+        "low": np.float32(lowest),
          "high": np.float32(-lowest),
-              "zeros": np.array([0, 0]), "sizes": np.array([20, 20]), "twenty": np.array([20]), "k1": np.array(1)}  # fmt: skip
+              "zeros": np.array([0, 0]), "sizes": np.array([20, 20]), "twenty": np.array([20]),
+              "k1": np.array(1)}  # fmt: skip
     mask, join = MASKS[how]
     mask = (
         [N("ConstantOfShape", ["sizes"], ["mask"], value=helper.make_tensor("v", FLOAT, [1], [lowest])), *mask[1:]]
@@ -225,15 +248,20 @@ CONSTANTS: dict[str, list[onnx.NodeProto]] = {
     "large factor": [HIDDEN, N("Mul", ["h", "million"], ["m"]), N("Div", ["m", "million"], ["y"])],
     "large divisor": [HIDDEN, N("Div", ["h", "million"], ["m"]), N("Mul", ["m", "million"], ["y"])],
     "large limit": [HIDDEN, N("Clip", ["h", "", "million"], ["y"])],
-    "large summand": [HIDDEN, N("Add", ["h", "million"], ["m"]), N("Sub", ["m", "million"], ["d"]), N("Tanh", ["d"], ["y"])],
-    "zero rows over their length": [HIDDEN, N("ReduceL2", ["h", "axes"], ["n"]), N("Max", ["n", "tiny"], ["c"]), N("Div", ["h", "c"], ["y"])],
+    "large summand": [HIDDEN, N("Add", ["h", "million"], ["m"]), N("Sub", ["m", "million"], ["d"]),
+        N("Tanh", ["d"], ["y"])],
+    "zero rows over their length": [HIDDEN, N("ReduceL2", ["h", "axes"], ["n"]), N("Max", ["n", "tiny"], ["c"]),
+        N("Div", ["h", "c"], ["y"])],
     "the same, clipped and expanded": [
-        HIDDEN, N("ReduceL2", ["h", "axes"], ["n"]), N("Clip", ["n", "tiny"], ["c"]), N("Shape", ["h"], ["s"]), N("Expand", ["c", "s"], ["e"]),
+        HIDDEN, N("ReduceL2", ["h", "axes"], ["n"]), N("Clip", ["n", "tiny"], ["c"]), N("Shape", ["h"], ["s"]),
+        N("Expand", ["c", "s"], ["e"]),
              N("Div", ["h", "e"], ["y"])
     ],
     "signs": [HIDDEN, N("Abs", ["h"], ["a"]), N("Max", ["a", "tiny"], ["c"]), N("Div", ["h", "c"], ["y"])],
-    "a mean of nothing": [HIDDEN, N("ReduceSum", ["h", "axes"], ["n"]), N("Abs", ["n"], ["a"]), N("Add", ["a", "tiny"], ["c"]), N("Div", ["h", "c"], ["y"])],
-    "sum of squares": [HIDDEN, N("Mul", ["h", "h"], ["q"]), N("ReduceMean", ["q", "axes"], ["v"]), N("Add", ["v", "tiny"], ["e"]),
+    "a mean of nothing": [HIDDEN, N("ReduceSum", ["h", "axes"], ["n"]), N("Abs", ["n"], ["a"]),
+        N("Add", ["a", "tiny"], ["c"]), N("Div", ["h", "c"], ["y"])],
+    "sum of squares": [HIDDEN, N("Mul", ["h", "h"], ["q"]), N("ReduceMean", ["q", "axes"], ["v"]),
+        N("Add", ["v", "tiny"], ["e"]),
          N("Sqrt", ["e"], ["r"]), N("Div", ["h", "r"], ["y"])],
 }  # fmt: skip
 
@@ -258,10 +286,12 @@ def test_scales_of_resize_stay_fp32(sizes: list[float], opset: int, tmp_path: Pa
 
 ROW = [20, 64]
 STATE = [info("i", [], INT64), info("go", [], BOOL), info("state", ROW)]
-STEP = helper.make_graph([N("MatMul", ["state", "W"], ["u"]), N("Add", ["u", "h"], ["next"]), N("Identity", ["go"], ["on"]),
+STEP = helper.make_graph([N("MatMul", ["state", "W"], ["u"]), N("Add", ["u", "h"], ["next"]),
+    N("Identity", ["go"], ["on"]),
      N("ReduceMax", ["next"], ["seen"], keepdims=0)],
                          "step", STATE, [info("on", [], BOOL), info("next", ROW), info("seen", [])])  # fmt: skip
-SCANNED = helper.make_graph([N("Add", ["carry", "row"], ["sum"]), N("Mul", ["sum", "gain"], ["o"])], "scan", [info("carry", [64]), info("row", [64])],
+SCANNED = helper.make_graph([N("Add", ["carry", "row"], ["sum"]), N("Mul", ["sum", "gain"], ["o"])], "scan",
+    [info("carry", [64]), info("row", [64])],
                             [info("sum", [64]), info("o", [64])])  # fmt: skip
 THEN = helper.make_graph([N("MatMul", ["h", "W"], ["t"])], "then", [], [info("t", ROW)])
 ELSE = helper.make_graph([N("Relu", ["h"], ["e"])], "else", [], [info("e", ROW)])
@@ -270,7 +300,8 @@ INSIDE: dict[str, list[onnx.NodeProto]] = {
     "If": [N("If", ["yes"], ["z"], then_branch=THEN, else_branch=ELSE)],
     "If in If": [N("If", ["yes"], ["z"], then_branch=OUTER, else_branch=ELSE)],
     "Loop": [N("Loop", ["three", "yes", "h"], ["z", "all"], body=STEP)],
-    "Scan": [N("MatMul", ["x", "V"], ["r"]), N("Scan", ["start_row", "r"], ["last", "z"], body=SCANNED, num_scan_inputs=1)],
+    "Scan": [N("MatMul", ["x", "V"], ["r"]),
+        N("Scan", ["start_row", "r"], ["last", "z"], body=SCANNED, num_scan_inputs=1)],
 }  # fmt: skip
 
 

@@ -31,7 +31,9 @@ from tests.support import (
 
 
 def reference(weight: Array, axis: int) -> Array:
-    """Zero the two smallest magnitudes of every four along `axis`; of equal ones the lower index goes (stable argsort)."""
+    """Zero the two smallest magnitudes of every four along `axis`; of equal ones the lower index goes (stable
+    argsort).
+    """
     moved = np.moveaxis(weight.copy(), axis, -1)
     groups = np.ascontiguousarray(moved).reshape(-1, 4)
     order = np.argsort(np.abs(groups.astype(np.float64)), axis=1, kind="stable")
@@ -123,8 +125,10 @@ def test_fp8_weights_are_pruned_by_their_stored_magnitude(converted: Make, tmp_p
 def gpt(path: Path, *, tied: bool = False) -> Path:
     """table -> proj -> lm_head; the head reads the table where it is tied."""
     nodes = [
-        helper.make_node("Gather", ["table", "ids"], ["h"], "embed"), helper.make_node("MatMul", ["h", "w"], ["p"], "proj"),
-        *([helper.make_node("Transpose", ["table"], ["head"], perm=[1, 0])] if tied else []), helper.make_node("MatMul", ["p", "head"], ["logits"], "lm_head"),
+        helper.make_node("Gather", ["table", "ids"], ["h"], "embed"),
+        helper.make_node("MatMul", ["h", "w"], ["p"], "proj"),
+        *([helper.make_node("Transpose", ["table"], ["head"], perm=[1, 0])] if tied else []),
+        helper.make_node("MatMul", ["p", "head"], ["logits"], "lm_head"),
     ]  # fmt: skip
     arrays = {"table": normal(32, 16), "w": normal(16, 16, seed=1)} | ({} if tied else {"head": normal(16, 32, seed=2)})
     return write(path, nodes, [info("ids", ["b", "s"], INT64)], [info("logits", ["b", "s", 32])], stored(**arrays))

@@ -32,7 +32,9 @@ def is_2_4(array: Array, axis: int = -1) -> bool:
 
 
 def optimal_brain_surgeon(weight: Array, hessian: Array) -> Array:
-    """Column by column; the inverse of the rest by Gaussian elimination (SparseGPT, section 3.3, equation 5), not by Cholesky."""
+    """Column by column; the inverse of the rest by Gaussian elimination (SparseGPT, section 3.3, equation 5), not by
+    Cholesky.
+    """
     weight, inverse = weight.astype(np.float64).copy(), np.linalg.inv(hessian.astype(np.float64))
     diagonals = []
     rest = inverse.copy()

@@ -1,4 +1,6 @@
-"""`quantize`: what is stored equals numpy's own quantization bit for bit, scales come from what PyTorch sees, and the file runs anywhere."""
+"""`quantize`: what is stored equals numpy's own quantization bit for bit, scales come from what PyTorch sees, and the
+file runs anywhere.
+"""
 
 from __future__ import annotations
 
@@ -110,9 +112,12 @@ def test_int4_rounded_to_nearest_is_numpys(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("flags", "limit"), [
-    (["--fp8"], 0.15), (["--fp8", "--per-channel", "--calib-method", "mse"], 0.15), (["--int8"], 0.05), (["--int8", "--per-token", "--per-channel"], 0.03),
-    (["--smoothquant", "0.5"], 0.05), (["--smoothquant", "0.8", "--per-token", "--per-channel", "--all-layers"], 0.03), (["--int4-awq"], 0.3),
-    (["--fp8", "--gptq"], 0.15), (["--int4-awq", "--gptq"], 0.3), (["--smoothquant", "0.5", "--gptq", "--per-channel", "--all-layers"], 0.1),
+    (["--fp8"], 0.15), (["--fp8", "--per-channel", "--calib-method", "mse"], 0.15), (["--int8"], 0.05),
+    (["--int8", "--per-token", "--per-channel"], 0.03),
+    (["--smoothquant", "0.5"], 0.05), (["--smoothquant", "0.8", "--per-token", "--per-channel", "--all-layers"], 0.03),
+    (["--int4-awq"], 0.3),
+    (["--fp8", "--gptq"], 0.15), (["--int4-awq", "--gptq"], 0.3),
+    (["--smoothquant", "0.5", "--gptq", "--per-channel", "--all-layers"], 0.1),
     (["--kv-cache", "int8"], 0.02), (["--kv-cache", "fp8"], 0.06), (["--fp8", "--kv-cache", "fp8"], 0.2),
 ])  # fmt: skip
 @pytest.mark.parametrize(
@@ -162,7 +167,8 @@ def test_awq_is_better_than_rounding_to_nearest(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("form", "flags", "whole"), [
-    ("concat", [], {"q_proj", "k_proj"}), ("none", [], {"q_proj", "k_proj"}), ("gqa", [], {"qkv_proj"}), ("concat", ["--gptq"], set()),
+    ("concat", [], {"q_proj", "k_proj"}), ("none", [], {"q_proj", "k_proj"}), ("gqa", [], {"qkv_proj"}),
+    ("concat", ["--gptq"], set()),
 ])  # fmt: skip
 def test_awq_does_not_clip_what_queries_and_keys_come_from(
     form: str, flags: list[str], whole: set[str], tmp_path: Path
@@ -236,9 +242,11 @@ def test_pruned_zeros_stay_zero(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("flags", "names", "code"), [
-    ([], "nothing to do", 2), (["--fp8"], "--calib", 2), (["--fp8", "--calib", "absent.jsonl"], "absent.jsonl", 1), (["--smoothquant", "1.5"], "0 to 1", 2),
+    ([], "nothing to do", 2), (["--fp8"], "--calib", 2), (["--fp8", "--calib", "absent.jsonl"], "absent.jsonl", 1),
+    (["--smoothquant", "1.5"], "0 to 1", 2),
     (["--smoothquant", "-0.1"], "0 to 1", 2), (["--int4-rtn", "--block-size", "48"], "power of two", 2),
-    (["--int4-rtn", "--block-size", "128"], "does not divide K = 64", 2), (["--fp8", "--smoothquant", "0.5"], "leave one out", 2),
+    (["--int4-rtn", "--block-size", "128"], "does not divide K = 64", 2),
+    (["--fp8", "--smoothquant", "0.5"], "leave one out", 2),
     (["--int4-rtn", "--per-token"], "--per-token", 2), (["--int4-rtn", "--calib-size", "0"], "calib_size", 2),
     (["--fp8", "--calib", "{wild}"], "holds token 97", 1), (["--fp8", "--calib", "{fields}"], "'text'", 2),
     (["--fp8", "--calib", "{empty}"], "holds no rows", 1),
@@ -321,7 +329,8 @@ def test_weights_in_matmul_layout_are_quantized_along_k(tmp_path: Path) -> None:
 def test_nemotrons_flags_are_ours(tmp_path: Path) -> None:
     calib = ["--calib", calibration_file(tmp_path)]
     for alias, own in (
-        (["--qformat", "fp8"], ["--fp8"]), (["--qformat", "int4_awq"], ["--int4-awq"]), (["--qformat", "int8_sq"], ["--smoothquant", "0.5"]),
+        (["--qformat", "fp8"], ["--fp8"]), (["--qformat", "int4_awq"], ["--int4-awq"]),
+        (["--qformat", "int8_sq"], ["--smoothquant", "0.5"]),
         (["--qformat", "full_prec", "--kv-cache-dtype", "int8"], ["--kv-cache", "int8"]),
     ):  # fmt: skip
         for name, flags in (("a", alias), ("b", own)):
@@ -380,7 +389,9 @@ def test_only_the_model_is_quantized(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
 def test_fp8_products_become_gemm_float8(dtype: str, tmp_path: Path) -> None:
-    """The operator has a CUDA kernel alone, so here its definition in numpy: scaleA * scaleB * A @ B^T, and the Gemm's bias behind it."""
+    """The operator has a CUDA kernel alone, so here its definition in numpy: scaleA * scaleB * A @ B^T, and the Gemm's
+    bias behind it.
+    """
     source = exported("llama", "none", "--dtype", dtype)
     succeed("quantize", source, tmp_path / "q.onnx", "--fp8", "--calib", calibration_file(tmp_path))
     assert (

@@ -1,4 +1,6 @@
-"""What an attack on `quantize`, `precision` and `prune` found: graphs that are no language models, damaged caches, damaged data."""
+"""What an attack on `quantize`, `precision` and `prune` found: graphs that are no language models, damaged caches,
+damaged data.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,8 @@ def relative(told: str) -> float:
 
 
 @pytest.mark.parametrize("flags", [
-    "--fp8", "--fp8 --gptq", "--int8 --all-layers --calib-method mse", "--smoothquant 0.5 --all-layers", "--int4-awq", "--int4-awq --gptq",
+    "--fp8", "--fp8 --gptq", "--int8 --all-layers --calib-method mse", "--smoothquant 0.5 --all-layers", "--int4-awq",
+    "--int4-awq --gptq",
     "--int8 --all-layers --per-token",
 ])  # fmt: skip
 @pytest.mark.parametrize("head", [[], ["--lm-head"]])
@@ -178,7 +181,8 @@ def test_texts_end_where_the_model_does(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("array", "says"), [
-    (X.astype(np.float64), "float64 [256, 64]"), (X[0], "float32 [64]"), (X[:, :8], "float32 [256, 8]"), (X[:0], "is empty"),
+    (X.astype(np.float64), "float64 [256, 64]"), (X[0], "float32 [64]"), (X[:, :8], "float32 [256, 8]"),
+    (X[:0], "is empty"),
     (np.where(X > 2, np.nan, X).astype(np.float32), "NaN numbers"), (X.astype(str), "<U"),
 ])  # fmt: skip
 def test_arrays_that_are_not_the_input(array: Array, says: str, tmp_path: Path) -> None:
@@ -260,7 +264,8 @@ def test_a_graph_inside_a_node_is_named(tmp_path: Path) -> None:
         )
         for key, weight in (("then_branch", "w0"), ("else_branch", "w1"))
     }
-    nodes = [helper.make_node("ReduceMax", ["x"], ["m"], keepdims=0), helper.make_node("Cast", ["m"], ["c"], to=TensorProto.BOOL),
+    nodes = [helper.make_node("ReduceMax", ["x"], ["m"], keepdims=0),
+        helper.make_node("Cast", ["m"], ["c"], to=TensorProto.BOOL),
              helper.make_node("If", ["c"], ["y"], name="choice", **branches)]  # fmt: skip
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["tokens", 64])
     nodes.append(helper.make_node("MatMul", ["x", "w0"], ["o"]))
@@ -295,7 +300,8 @@ def test_a_weight_without_elements_is_left(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 @pytest.mark.parametrize(("flags", "limit"), [
-    ("--fp8", 0.06), ("--fp8 --gptq", 0.06), ("--smoothquant 0.5 --all-layers", 0.05), ("--int4-awq", 0.2), ("--int4-awq --gptq", 0.2),
+    ("--fp8", 0.06), ("--fp8 --gptq", 0.06), ("--smoothquant 0.5 --all-layers", 0.05), ("--int4-awq", 0.2),
+    ("--int4-awq --gptq", 0.2),
 ])  # fmt: skip
 def test_values_whose_squares_exceed_fp32(flags: str, limit: float, tmp_path: Path) -> None:
     """Weights and activations of 1e25: norms and errors must not overflow, and no scale may become 0."""

@@ -1,4 +1,6 @@
-"""`quantize --attention`: scales come from what PyTorch's projections give, and attention still computes what it did."""
+"""`quantize --attention`: scales come from what PyTorch's projections give, and attention still computes what it
+did.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def projections() -> dict[str, Array]:
 
 
 def test_scales_cover_every_rotation(tmp_path: Path) -> None:
-    """A rotation turns channel i into i + head_dim / 2, so the scale is of the pair's length; values are not rotated."""
+    """A rotation turns channel i into i + head_dim / 2, so the scale is of the pair's length; values are not
+    rotated.
+    """
     model = onnx.load(quantized(tmp_path, "--fp8", "--attention"))
     values = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
     producers = {node.output[0]: node for node in model.graph.node}

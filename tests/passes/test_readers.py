@@ -1,4 +1,6 @@
-"""A weight is not a product: whoever else reads it reads what it read before, and what a report says of a layer is what the files compute."""
+"""A weight is not a product: whoever else reads it reads what it read before, and what a report says of a layer is what
+the files compute.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ from onnxtools.pipeline.passbase import Pass, PassResult
 from tests.support import Array, Feeds, info, initializers, normal, rel_l2, stored, succeed, write
 
 SCHEMES = (
-    "--smoothquant 0.5 --all-layers", "--smoothquant 0.5 --all-layers --gptq --per-channel", "--int4-awq", "--int4-awq --gptq", "--int8 --all-layers --gptq",
+    "--smoothquant 0.5 --all-layers", "--smoothquant 0.5 --all-layers --gptq --per-channel", "--int4-awq",
+    "--int4-awq --gptq", "--int8 --all-layers --gptq",
 )  # fmt: skip
 N = helper.make_node
 ROWS = 48
@@ -92,18 +95,23 @@ SHARED = {
     "tied": Shared(W, PLAIN, looked_up("W")),
     "tied, transposed": Shared(W.T.copy(), (N("Transpose", ["W"], ["wt"], name="tr"), fc("wt")), looked_up("W")),
     "tied by a Gemm": Shared(W, (N("Gemm", ["h", "W"], ["y"], transB=1, name="fc"),), looked_up("W")),
-    "behind a cast": Shared(W.astype(np.float16), (N("Cast", ["W"], ["wide"], to=1, name="cast"), fc("wide")), looked_up("wide")),
+    "behind a cast": Shared(W.astype(np.float16), (N("Cast", ["W"], ["wide"], to=1, name="cast"), fc("wide")),
+        looked_up("wide")),
     "cast, then looked up": Shared(
-        W.astype(np.float16), (N("Cast", ["W"], ["wide"], to=1, name="cast"), fc("wide")), (N("Gather", ["W", "ids"], ["t0"]), N("Cast", ["t0"], ["t"], to=1))
+        W.astype(np.float16), (N("Cast", ["W"], ["wide"], to=1, name="cast"), fc("wide")),
+        (N("Gather", ["W", "ids"], ["t0"]), N("Cast", ["t0"], ["t"], to=1))
     ),
     "behind an identity": Shared(W, (N("Identity", ["W"], ["same"], name="id"), fc("same")), looked_up("W")),
     "an output": Shared(W, PLAIN, (), ("y", "W")),
     "an output behind a transposition": Shared(W, PLAIN, (N("Transpose", ["W"], ["t"], name="tr"),)),
     "elementwise": Shared(W, PLAIN, (N("ReduceMax", ["W"], ["t"], keepdims=0, name="max"),)),
-    "in a branch": Shared(W, PLAIN, (N("If", ["cond"], ["t"], then_branch=_branch("W"), else_branch=_branch("W"), name="if"),)),
+    "in a branch": Shared(W, PLAIN,
+        (N("If", ["cond"], ["t"], then_branch=_branch("W"), else_branch=_branch("W"), name="if"),)),
     "a product left out": Shared(W, PLAIN, (N("MatMul", ["x", "W"], ["t"], name="left"),)),
-    "first operand": Shared(W, PLAIN, (N("Transpose", ["x"], ["xt"], name="xt"), N("MatMul", ["W", "xt"], ["t"], name="left"))),
-    "a Constant node": Shared(W, (N("Constant", [], ["C"], value=numpy_helper.from_array(W, "C")), fc("C")), looked_up("C")),
+    "first operand": Shared(W, PLAIN,
+        (N("Transpose", ["x"], ["xt"], name="xt"), N("MatMul", ["W", "xt"], ["t"], name="left"))),
+    "a Constant node": Shared(W, (N("Constant", [], ["C"], value=numpy_helper.from_array(W, "C")), fc("C")),
+        looked_up("C")),
 }  # fmt: skip
 
 
@@ -148,9 +156,11 @@ LAYERS: dict[str, tuple[list[onnx.NodeProto], Feeds]] = {
     "Gemm, transposed": ([N("Gemm", ["h", "V"], ["y"], transB=1, alpha=3.0, name="fc")], {"V": W.T.copy()}),
     "Constant": ([N("Constant", [], ["C"], value=numpy_helper.from_array(W)), fc("C")], {}),
     "Constant, transposed": (
-        [N("Constant", [], ["C"], value=numpy_helper.from_array(W.T.copy())), N("Transpose", ["C"], ["ct"]), fc("ct")], {}
+        [N("Constant", [], ["C"], value=numpy_helper.from_array(W.T.copy())), N("Transpose", ["C"], ["ct"]), fc("ct")],
+        {}
     ),
-    "shared": ([fc("W"), norm("y", "h2", "2"), N("MatMul", ["h2", "W"], ["z"], name="fc2")], {"g2": GAIN[::-1].copy(), "b2": BIAS}),
+    "shared": ([fc("W"), norm("y", "h2", "2"), N("MatMul", ["h2", "W"], ["z"], name="fc2")],
+        {"g2": GAIN[::-1].copy(), "b2": BIAS}),
     "twice in a group": ([fc("W"), N("MatMul", ["h", "W"], ["z"], name="fc2")], {}),
 }  # fmt: skip
 
@@ -243,7 +253,8 @@ CHAINS: dict[str, tuple[list[onnx.NodeProto], Feeds]] = {
     "Add": ([FIRST, N("Add", ["a", "bias"], ["s"], name="add"), last("s")], {"bias": BIAS}),
     "Gemm": ([N("Gemm", ["h", "W", "bias"], ["a"], beta=0.5, alpha=2.0, name="m1"), last("a")], {"bias": BIAS}),
     "a bias that is shared": (
-        [N("Gemm", ["h", "W", "bias"], ["a"], name="m1"), N("MatMul", ["a", "V"], ["p"], name="m2"), N("Add", ["p", "bias"], ["y"])], {"bias": BIAS}
+        [N("Gemm", ["h", "W", "bias"], ["a"], name="m1"), N("MatMul", ["a", "V"], ["p"], name="m2"),
+            N("Add", ["p", "bias"], ["y"])], {"bias": BIAS}
     ),
     "two biases": (
         [FIRST, N("Add", ["bias", "a"], ["s"]), N("Add", ["s", "more"], ["u"]), last("u")],

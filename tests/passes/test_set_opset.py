@@ -161,7 +161,8 @@ def one_node(path: Path, op: str, old: int, attributes: dict[str, Any], outputs:
 
 @pytest.mark.parametrize(
     ("op", "attributes", "old"),
-    [("Softmax", {"axis": 2}, 11), ("LogSoftmax", {"axis": -1}, 12), ("Hardmax", {"axis": 2}, 12), ("BatchNormalization", {"epsilon": 0.25}, 11),
+    [("Softmax", {"axis": 2}, 11), ("LogSoftmax", {"axis": -1}, 12), ("Hardmax", {"axis": 2}, 12),
+        ("BatchNormalization", {"epsilon": 0.25}, 11),
      ("BatchNormalization", {}, 13), ("Dropout", {"ratio": 0.25}, 11)],
 )  # fmt: skip
 def test_operators_whose_inference_kept_its_meaning(
@@ -174,7 +175,8 @@ def test_operators_whose_inference_kept_its_meaning(
 
 
 @pytest.mark.parametrize(
-    ("op", "attributes", "old", "outputs"), [("Softmax", {"axis": 1}, 12, 1), ("Softmax", {}, 12, 1), ("Hardmax", {"axis": 0}, 12, 1),
+    ("op", "attributes", "old", "outputs"),
+    [("Softmax", {"axis": 1}, 12, 1), ("Softmax", {}, 12, 1), ("Hardmax", {"axis": 0}, 12, 1),
     ("BatchNormalization", {}, 13, 3)]
 )  # fmt: skip
 def test_an_operator_that_changed_its_meaning_is_named(

@@ -228,7 +228,8 @@ def test_casts_around_a_pair_stay_right(dtype: int, tmp_path: Path) -> None:
     numpy_type = helper.tensor_dtype_to_np_dtype(dtype)
     weight = W.astype(numpy_type)
     nodes = [
-        helper.make_node("Cast", ["w"], ["wide"], to=FLOAT), *pair("wide", "s", "wd"), helper.make_node("Cast", ["wd"], ["narrow"], to=dtype),
+        helper.make_node("Cast", ["w"], ["wide"], to=FLOAT), *pair("wide", "s", "wd"),
+        helper.make_node("Cast", ["wd"], ["narrow"], to=dtype),
         helper.make_node("Gemm", ["x", "narrow"], ["y"], transB=1), helper.make_node("Neg", ["narrow"], ["y1"]),
     ]  # fmt: skip
     inputs, outputs = [info("x", [4, 16], dtype)], [info("y", [4, 32], dtype), info("y1", [32, 16], dtype)]
@@ -262,13 +263,15 @@ def test_folding_equals_onnxruntimes_quantize_bit_for_bit(dtype: Any, tmp_path: 
     values = np.concatenate([values, -values])[: len(values) // 16 * 32].reshape(-1, 16)
     head = [helper.make_node("Cast", ["w"], ["wide"], to=FLOAT)]
     path = write(
-        tmp_path / "in.onnx", [*head, *pair("wide", "s", "wd"), gemm()], [info("x", [4, 16])], [info("y", [4, len(values)])],
+        tmp_path / "in.onnx", [*head, *pair("wide", "s", "wd"), gemm()], [info("x", [4, 16])],
+        [info("y", [4, len(values)])],
         stored(w=values, s=np.float32(1.25)), domains=["trt"],
     )  # fmt: skip
     folded = next(a for a in initializers(convert(path)).values() if a.size == values.size and a.dtype == FP8)
     zero = helper.make_tensor("z", E4M3, [], [0.0])
     quantize = write(
-        tmp_path / "q.onnx", [helper.make_node("QuantizeLinear", ["v", "s", "z"], ["q"])], [info("v", [None, 16])], [info("q", [None, 16], E4M3)],
+        tmp_path / "q.onnx", [helper.make_node("QuantizeLinear", ["v", "s", "z"], ["q"])], [info("v", [None, 16])],
+        [info("q", [None, 16], E4M3)],
         [*stored(s=np.float32(1.25)), zero], opset=19,
     )  # fmt: skip
     assert folded.tobytes() == Session(quantize)({"v": values.astype(np.float32)})["q"].tobytes()
@@ -277,7 +280,8 @@ def test_folding_equals_onnxruntimes_quantize_bit_for_bit(dtype: Any, tmp_path: 
 def test_value_info_of_uint8_is_retyped(tmp_path: Path) -> None:
     nodes = [*pair("x", "s", "xd"), helper.make_node("Gemm", ["xd", "w"], ["y"], transB=1)]
     path = write(
-        tmp_path / "in.onnx", nodes, [info("x", [4, 16])], [info("y", [4, 32])], stored(w=W, s=np.float32(0.02)), domains=["trt"],
+        tmp_path / "in.onnx", nodes, [info("x", [4, 16])], [info("y", [4, 32])], stored(w=W, s=np.float32(0.02)),
+        domains=["trt"],
         value_info=[info("xd_q", [4, 16], UINT8)],
     )  # fmt: skip
     out = convert(path)
@@ -325,9 +329,11 @@ def test_the_single_pass_says_which_opset_it_needs(tmp_path: Path) -> None:
 def test_old_exporter_split_and_reduce(tmp_path: Path) -> None:
     """Opset 17: Split without sizes, ReduceSumSquare with axes as an attribute, rank-0 Constant scales."""
     nodes = [
-        helper.make_node("Constant", [], ["s"], value=helper.make_tensor("", FLOAT, [], [0.02])), *pair("w", "s", "wd"), gemm("wd", "h"),
+        helper.make_node("Constant", [], ["s"], value=helper.make_tensor("", FLOAT, [], [0.02])), *pair("w", "s", "wd"),
+        gemm("wd", "h"),
         helper.make_node("Split", ["h"], ["a", "b"], axis=1), helper.make_node("Mul", ["a", "b"], ["m"]),
-        helper.make_node("ReduceSumSquare", ["m"], ["r"], axes=[-1], keepdims=1), helper.make_node("Div", ["m", "r"], ["y"]),
+        helper.make_node("ReduceSumSquare", ["m"], ["r"], axes=[-1], keepdims=1),
+        helper.make_node("Div", ["m", "r"], ["y"]),
     ]  # fmt: skip
     path = write(
         tmp_path / "in.onnx",

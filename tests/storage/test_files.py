@@ -68,7 +68,8 @@ def test_two_writers_leave_one_whole_model(tmp_path: Path) -> None:
         (tmp_path / str(number)).mkdir()
         weight = np.full((64, 64), number, np.float32)
         nodes = [N("MatMul", ["x", "w"], ["y"]), N("MatMul", ["y", "v"], ["z"])]
-        path = write(tmp_path / str(number) / "m.onnx", nodes, [info("x", [2, 64])], [info("z", [2, 64])], stored(w=weight, v=weight))  # fmt: skip
+        path = write(tmp_path / str(number) / "m.onnx", nodes, [info("x", [2, 64])], [info("z", [2, 64])],
+            stored(w=weight, v=weight))  # fmt: skip
         proto = onnx.load(path)
         proto.graph.name = str(number)
         onnx.save(proto, path, save_as_external_data=True, location="w.data", size_threshold=0)
@@ -271,7 +272,8 @@ PLACES = (
     "branch in a function",
 )
 LOCATIONS: dict[str, Callable[[Path], str]] = {
-    "above": lambda folder: "../secret.bin", "absolute": lambda folder: str(folder.parent / "secret.bin"), "around": lambda folder: "sub/../../secret.bin",
+    "above": lambda folder: "../secret.bin", "absolute": lambda folder: str(folder.parent / "secret.bin"),
+    "around": lambda folder: "sub/../../secret.bin",
     "link": lambda folder: "link.bin", "folder link": lambda folder: "up/secret.bin",
 }  # fmt: skip
 
@@ -445,7 +447,9 @@ def test_no_run_takes_what_another_has_just_made_for_a_leftover(tmp_path: Path) 
 
 
 def test_saving_into_a_folder_of_our_own_waits_for_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The folder is locked by this very process: to wait for that lock was to wait until the patience for others ended."""
+    """The folder is locked by this very process: to wait for that lock was to wait until the patience for others
+    ended.
+    """
     monkeypatch.setattr("onnxtools.storage.files._LOCK_SECONDS", 1e9)
     with OwnFolder("x-", tmp_path) as own:
         Model.load(linear(tmp_path / "m.onnx")).save(own / "copy.onnx", copy_weights=True)

@@ -72,7 +72,8 @@ def test_what_is_contiguous_stays_a_byte_range(stored: ir.ExternalTensor) -> Non
 
 
 _FLOATS = {
-    "float64": (np.float64, ir.DataType.DOUBLE), "float32": (np.float32, ir.DataType.FLOAT), "float16": (np.float16, ir.DataType.FLOAT16),
+    "float64": (np.float64, ir.DataType.DOUBLE), "float32": (np.float32, ir.DataType.FLOAT),
+    "float16": (np.float16, ir.DataType.FLOAT16),
     "bfloat16": (ml_dtypes.bfloat16, ir.DataType.BFLOAT16),
 }  # fmt: skip
 

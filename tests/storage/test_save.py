@@ -324,7 +324,9 @@ moment, folder = int(sys.argv[1]), sys.argv[2]
 seen = 0
 def hook(event, args):
     global seen
-    if event in ("open", "os.rename", "os.remove", "os.truncate") and any(folder in os.fsdecode(a) for a in args if isinstance(a, (str, bytes, os.PathLike))):
+    if event in ("open", "os.rename", "os.remove", "os.truncate") and any(
+            folder in os.fsdecode(a) for a in args if isinstance(a, (str, bytes, os.PathLike))
+        ):
         seen += 1
         if seen == moment:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -341,7 +343,9 @@ def complete(path: Path) -> Array:
 
 
 def test_killed_at_every_step_of_a_save(tmp_path: Path) -> None:
-    """SIGKILL just before the 1st, 2nd, 3rd ... open, rename, removal in the output folder, until the run gets through."""
+    """SIGKILL just before the 1st, 2nd, 3rd ... open, rename, removal in the output folder, until the run gets
+    through.
+    """
     old, new = normal(100, 128, seed=1), normal(200, 128, seed=2)  # of different shapes, so that a mixture is neither
     source = external(linear(tmp_path / "in.onnx", new))
     folder = tmp_path / "out"
@@ -412,7 +416,8 @@ from onnxtools.cli.main import main
 try:
     main(sys.argv[1:])
 finally:
-    hwm = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))  # getrusage would count the parent's pages
+    # getrusage would count the parent's pages.
+    hwm = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
     print("peak", hwm.split()[1], file=sys.stderr)
 """
 
@@ -459,7 +464,8 @@ def big_model(path: Path, data: Path, count: int = 16, quantized: bool = False) 
 
 
 @pytest.mark.parametrize(
-    ("command", "quantized", "elsewhere"), [("convert", False, False), ("convert", False, True), ("convert", True, False), ("prune", False, False)],
+    ("command", "quantized", "elsewhere"),
+    [("convert", False, False), ("convert", False, True), ("convert", True, False), ("prune", False, False)],
     ids=["convert by reference", "convert and copy", "convert and fold", "prune"],
 )  # fmt: skip
 def test_a_gigabyte_passes_through_200_megabytes(

@@ -1,1 +1,3 @@
-"""Building an engine: preflight (what TensorRT would refuse or silently misread), profiles, the plan, its audit and manifest."""
+"""Building an engine: preflight (what TensorRT would refuse or silently misread), profiles, the plan, its audit and
+manifest.
+"""

@@ -99,7 +99,8 @@ def summary(layers: Sequence[EngineLayer] | None, precisions: Mapping[str, int])
         return {"source": "parsed network", "outputs": dict(precisions), "layers": None}
     outputs = Counter(dtype for layer in layers for dtype in layer.outputs)
     return {
-        "source": "engine inspector", "outputs": dict(outputs.most_common()), "sparse": sum(layer.sparse for layer in layers),
+        "source": "engine inspector", "outputs": dict(outputs.most_common()),
+        "sparse": sum(layer.sparse for layer in layers),
         "layers": [asdict(layer) for layer in layers],
     }  # fmt: skip
 

@@ -130,7 +130,8 @@ def get_builder(name: str) -> Builder:
             with contextlib.suppress(JobError):
                 return get_builder(candidate)
         raise JobError(
-            f"no builder is installed; {install_line('rtx')} (builds without a GPU), or {install_line('tensorrt')}, or put trtexec on PATH"
+            f"no builder is installed; {install_line('rtx')} (builds without a GPU), or {install_line('tensorrt')}, or "
+            "put trtexec on PATH"
         )
     builder: Builder = registry.load(name, registry.BUILDERS)()
     return builder

@@ -45,7 +45,8 @@ def build(source: Path | Model, engine_path: Path, spec: EngineSpec, *, force: b
         force: build although the engine that lies there is of the same graph, weights, options and builder.
     Raises:
         UsageError: the options do not fit each other, the graph or the version of the builder.
-        JobError: the graph is refused, the builder fails, the engine lacks what was asked for, or it cannot be written. No file
+        JobError: the graph is refused, the builder fails, the engine lacks what was asked for, or it cannot be written.
+        No file
             is left behind, and an engine that was there before stays.
     """
     check_target(engine_path)
@@ -120,7 +121,8 @@ class _Build:
             else None
         )
         described = origin or model
-        # Both files are complete before either gets its name, and the plan gets it first. Hashing runs beside the build.
+        # Both files are complete before either gets its name, and the plan gets it first. Hashing runs beside the
+        # build.
         with (
             replacing(manifest_path(self.engine_path)) as manifest_tmp,
             replacing(self.engine_path) as plan_tmp,
@@ -134,7 +136,8 @@ class _Build:
             _check_audit(model, spec, audit)
             manifest = make_manifest(
                 model, described, spec, builder, profiles, checked, built,
-                engine=self.engine_path.name, path=path, weights=weights.result(), audit=audit, notes=notes, seconds=seconds,
+                engine=self.engine_path.name, path=path, weights=weights.result(), audit=audit, notes=notes,
+                seconds=seconds,
             )  # fmt: skip
             manifest_tmp.write_text(json.dumps(manifest, indent=2) + "\n")
         return Engine(self.engine_path, manifest, last=self.last)
@@ -169,7 +172,8 @@ def _check_audit(model: Model, spec: EngineSpec, audit: dict[str, Any]) -> None:
     for name in spec.demanded if audit["outputs"] else ():
         if not holds(audit, name):
             raise JobError(
-                f"{model.path}: --{name}, but the audit ({audit['source']}) finds no {name.upper()} in what was built; see its layers with --json"
+                f"{model.path}: --{name}, but the audit ({audit['source']}) finds no {name.upper()} in what was built; "
+                "see its layers with --json"
             )
 
 

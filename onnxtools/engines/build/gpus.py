@@ -11,8 +11,10 @@ from onnxtools.engines.build.spec import EngineSpec
 from onnxtools.engines.kernels.library import device_capability
 
 GPUS = {
-    "7.5": "T4, RTX 20 series", "8.0": "A100, A30", "8.6": "A10, A40, RTX 30 series", "8.7": "Jetson Orin", "8.9": "L4, L40S, RTX 40 series",
-    "9.0": "H100, H200, GH200", "10.0": "B200, GB200", "10.3": "B300, GB300", "11.0": "Jetson Thor", "12.0": "RTX 50 series, RTX PRO Blackwell",
+    "7.5": "T4, RTX 20 series", "8.0": "A100, A30", "8.6": "A10, A40, RTX 30 series", "8.7": "Jetson Orin",
+    "8.9": "L4, L40S, RTX 40 series",
+    "9.0": "H100, H200, GH200", "10.0": "B200, GB200", "10.3": "B300, GB300", "11.0": "Jetson Thor",
+    "12.0": "RTX 50 series, RTX PRO Blackwell",
     "12.1": "DGX Spark",
 }  # fmt: skip
 """NVIDIA's list of CUDA GPUs, by compute capability."""
@@ -26,7 +28,8 @@ def named(capability: str) -> str:
 
 
 def with_capability(spec: EngineSpec, limits: Limits) -> tuple[EngineSpec, str]:
-    """The specification for the GPU of this machine where it names none, and a last line for people where there is no GPU.
+    """The specification for the GPU of this machine where it names none, and a last line for people where there is no
+    GPU.
 
     Raises:
         JobError: the builder does not build for the GPU that is here; says what does.
@@ -47,6 +50,8 @@ def ways_on(capabilities: Sequence[str]) -> str:
     """What to do for which GPU."""
     others = [f"{names} ({capability})" for capability, names in GPUS.items() if capability not in capabilities]
     return (
-        f"--compute-capability names another of {', '.join(map(named, capabilities))}; for {', '.join(others)} take TensorRT itself:"
-        " --print-trtexec prints the line to run where it is installed, or pip install tensorrt there and build with --backend tensorrt"
+        f"--compute-capability names another of {', '.join(map(named, capabilities))}; for {', '.join(others)} take "
+        "TensorRT itself:"
+        " --print-trtexec prints the line to run where it is installed, or pip install tensorrt there and build with "
+        "--backend tensorrt"
     )

@@ -1,6 +1,8 @@
-"""What a builder said last, kept where it outlives a process that the builder takes down, and which graphs are built in such a process.
+"""What a builder said last, kept where it outlives a process that the builder takes down, and which graphs are built in
+such a process.
 
-TensorRT-RTX 1.7.1 ends with SIGSEGV on graphs with an If (silero-vad 6.2.3), without a word. What language models are made of never did.
+TensorRT-RTX 1.7.1 ends with SIGSEGV on graphs with an If (silero-vad 6.2.3), without a word. What language models are
+made of never did.
 """
 
 from __future__ import annotations
@@ -14,11 +16,15 @@ from onnxtools.ir.query import graphs_inside
 
 SIZE = 512
 _ORDINARY = {
-    "Abs", "Add", "And", "Attention", "Cast", "CastLike", "Clip", "Concat", "Constant", "ConstantOfShape", "Conv", "Cos", "CumSum", "DequantizeLinear",
+    "Abs", "Add", "And", "Attention", "Cast", "CastLike", "Clip", "Concat", "Constant", "ConstantOfShape", "Conv",
+    "Cos", "CumSum", "DequantizeLinear",
     "Div", "Dropout", "Equal",
-    "Erf", "Exp", "Expand", "Gather", "Gelu", "Gemm", "Greater", "GreaterOrEqual", "Identity", "IsNaN", "LayerNormalization", "Less", "LessOrEqual", "Log",
-    "MatMul", "Max", "Min", "Mul", "Neg", "Not", "Or", "Pow", "QuantizeLinear", "RMSNormalization", "Range", "Reciprocal", "ReduceMax", "ReduceMean",
-    "ReduceSum", "ReduceSumSquare", "Relu", "Reshape", "RotaryEmbedding", "ScatterND", "Shape", "Sigmoid", "Sin", "Slice", "Softmax", "Split",
+    "Erf", "Exp", "Expand", "Gather", "Gelu", "Gemm", "Greater", "GreaterOrEqual", "Identity", "IsNaN",
+    "LayerNormalization", "Less", "LessOrEqual", "Log",
+    "MatMul", "Max", "Min", "Mul", "Neg", "Not", "Or", "Pow", "QuantizeLinear", "RMSNormalization", "Range",
+    "Reciprocal", "ReduceMax", "ReduceMean",
+    "ReduceSum", "ReduceSumSquare", "Relu", "Reshape", "RotaryEmbedding", "ScatterND", "Shape", "Sigmoid", "Sin",
+    "Slice", "Softmax", "Split",
     "SplitToSequence", "SequenceAt", "Sqrt", "Squeeze", "Sub",
     "Swish", "Tanh", "TensorScatter", "Transpose", "Trilu", "Unsqueeze", "Where",
 }  # fmt: skip
@@ -38,7 +44,9 @@ def say(text: str) -> None:
 
 
 def unusual_node(model: Model) -> str:
-    """The first node with a graph of its own, else the first of a type that language models do not have; "" where there is none."""
+    """The first node with a graph of its own, else the first of a type that language models do not have; "" where there
+    is none.
+    """
     nodes = [node for node in model.nodes_everywhere() if node.op_identifier() not in model.ir.functions]
     inner = (node for node in nodes if any(True for _ in graphs_inside(node)))
     other = (node for node in nodes if node.op_type not in _ORDINARY and node.domain in ("", "ai.onnx"))

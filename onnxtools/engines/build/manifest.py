@@ -46,9 +46,21 @@ def hash_weights(model: Model) -> list[dict[str, Any]]:
 
 
 def make_manifest(
-    model: Model, origin: Model, spec: EngineSpec, builder: Builder, profiles: Sequence[Profile], checked: Preflight, built: Built,
-    *, engine: str, path: str | None, weights: list[dict[str, Any]], audit: dict[str, Any], notes: Sequence[str], seconds: float,
-) -> dict[str, Any]:  # fmt: skip
+    model: Model,
+    origin: Model,
+    spec: EngineSpec,
+    builder: Builder,
+    profiles: Sequence[Profile],
+    checked: Preflight,
+    built: Built,
+    *,
+    engine: str,
+    path: str | None,
+    weights: list[dict[str, Any]],
+    audit: dict[str, Any],
+    notes: Sequence[str],
+    seconds: float,
+) -> dict[str, Any]:
     """The manifest as plain data.
 
     Args:
@@ -113,11 +125,14 @@ def read_manifest(engine: Path) -> dict[str, Any]:
 
 
 _SHAPE: dict[str, Any] = {
-    "format": str, "onnxtools": str, "backend": {"name": str, "version": str}, "engine": {"file": str, "bytes": int, "sha256": str},
-    "graph": {"sha256": str}, "weights": [{"file": str, "bytes": int, "sha256": str}], "provenance": list, "spec": dict, "compute_capabilities": [str],
+    "format": str, "onnxtools": str, "backend": {"name": str, "version": str},
+    "engine": {"file": str, "bytes": int, "sha256": str},
+    "graph": {"sha256": str}, "weights": [{"file": str, "bytes": int, "sha256": str}], "provenance": list, "spec": dict,
+    "compute_capabilities": [str],
     "profiles": [{"name": str, "inputs": {"*": {"min": [int], "opt": [int], "max": [int]}}}], "io_source": str,
     "inputs": [{"name": str, "dtype": str, "shape": [int]}],
-    "outputs": [{"name": str, "dtype": str, "shape": [int]}], "layers": {"types": dict, "output_dtypes": dict}, "audit": {"source": str, "outputs": dict},
+    "outputs": [{"name": str, "dtype": str, "shape": [int]}], "layers": {"types": dict, "output_dtypes": dict},
+    "audit": {"source": str, "outputs": dict},
     "mends": [str], "notes": [str], "warnings": [str], "build_seconds": (int, float), "peak_rss_mib": (int, float),
 }  # fmt: skip
 """Keys of a manifest and what they hold."""
@@ -154,13 +169,15 @@ def check_plan(engine: Path, manifest: Mapping[str, Any], *, version: str, capab
     built, spec = manifest["backend"], manifest["spec"]
     if built["version"] != version and not spec.get("version_compatible"):
         raise JobError(
-            f"{engine}: was built by {built['name']} {built['version']} and {version} is installed; build it again, or install that one"
+            f"{engine}: was built by {built['name']} {built['version']} and {version} is installed; build it again, or "
+            "install that one"
         )
     wanted = manifest["compute_capabilities"]
     if built["name"] == "tensorrt-rtx" and capability not in wanted:
         known = ", ".join(wanted)
         raise JobError(
-            f"{engine}: was built for compute capability {known}, and this GPU has {capability}; build it with --compute-capability {capability}"
+            f"{engine}: was built for compute capability {known}, and this GPU has {capability}; build it with "
+            f"--compute-capability {capability}"
         )
     check_unchanged(engine, manifest)
 

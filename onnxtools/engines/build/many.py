@@ -1,4 +1,6 @@
-"""Several engines at once: a process each, a device each where there are any, and no more at a time than memory holds."""
+"""Several engines at once: a process each, a device each where there are any, and no more at a time than memory
+holds.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +78,8 @@ def build_many(
     Returns:
         Outcomes in the order of `jobs`.
     Raises:
-        KeyboardInterrupt, SystemExit: Ctrl-C, SIGTERM; the processes have been told and have ended, and finished engines stay.
+        KeyboardInterrupt, SystemExit: Ctrl-C, SIGTERM; the processes have been told and have ended, and finished
+        engines stay.
     """
     context = multiprocessing.get_context("spawn")  # a forked TensorRT does not work
     devices, waiting, room = visible_devices(), list(enumerate(jobs)), available_bytes()
@@ -136,7 +139,9 @@ def _work(job: Job, spec: EngineSpec, force: bool, device: str | None, sender: C
 
 
 def _start(process: Any) -> None:
-    """Ctrl-C reaches a whole process group; the processes wait for SIGTERM instead, by which the parent ends them in an orderly way."""
+    """Ctrl-C reaches a whole process group; the processes wait for SIGTERM instead, by which the parent ends them in an
+    orderly way.
+    """
     main = threading.current_thread() is threading.main_thread()
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
     try:

@@ -59,7 +59,8 @@ def _check_limits(model: Model, spec: EngineSpec, builder: Reader) -> None:
     unknown = [text for text in spec.compute_capability if text not in limits.capabilities]
     if unknown and limits.capabilities:
         raise UsageError(
-            f"--compute-capability {named(unknown[0])}: {builder.name} does not build for it; {ways_on(limits.capabilities)}"
+            f"--compute-capability {named(unknown[0])}: {builder.name} does not build for it; "
+            f"{ways_on(limits.capabilities)}"
         )
     if model.opset > limits.opset:
         remedy = f"export it at opset {limits.opset} or older (no pass lowers an opset)"
@@ -67,7 +68,8 @@ def _check_limits(model: Model, spec: EngineSpec, builder: Reader) -> None:
     if model.ir.ir_version > limits.ir_version:
         remedy = f"`onnxtools set-opset IN OUT --ir-version {limits.ir_version}`"
         raise JobError(
-            f"{model.path}: IR version {model.ir.ir_version}, but {builder.name} reads up to {limits.ir_version}; run {remedy}"
+            f"{model.path}: IR version {model.ir.ir_version}, but {builder.name} reads up to {limits.ir_version}; run "
+            f"{remedy}"
         )
 
 
@@ -137,9 +139,15 @@ def _way_on(node: ir.Node) -> str:
     if node.domain == "trt" or node.op_type in _REPLACED:
         return "`onnxtools convert` replaces it"
     if node.domain == "com.microsoft" and node.op_type in ("MatMulNBits", "GemmFloat8"):
-        return "it is ONNX Runtime's own, as --lower ort and GenAI's builder make it; build the graph from before, or quantize that one"
+        return (
+            "it is ONNX Runtime's own, as --lower ort and GenAI's builder make it; build the graph from before, or "
+            "quantize that one"
+        )
     if node.domain == "com.microsoft":
-        return "it is ONNX Runtime's own, as its optimizer and GenAI's builder make it; export the model without them, or run this one in ONNX Runtime"
+        return (
+            "it is ONNX Runtime's own, as its optimizer and GenAI's builder make it; export the model without them, "
+            "or run this one in ONNX Runtime"
+        )
     return "write the model without it, give --plugins a library that has it, or run the graph in ONNX Runtime"
 
 
@@ -154,7 +162,10 @@ def _check_scales(graph: Graph) -> None:
         with np.errstate(invalid="ignore"):
             bad = scale[~(np.isfinite(scale) & (scale > 0))]
         if bad.size:
-            reason = f"its scale is {bad.flat[0]:g}, but TensorRT takes finite scales above 0 only; calibrate and export again"
+            reason = (
+                f"its scale is {bad.flat[0]:g}, but TensorRT takes finite scales above 0 only; calibrate and export "
+                "again"
+            )
             found.append((node, reason))
     refuse(found)
 
@@ -170,19 +181,24 @@ def _check_zero_points(graph: Graph) -> None:
         kind = stored_dtype(zero) or stored_dtype(
             node.inputs[0] if node.op_type == "DequantizeLinear" else node.outputs[0]
         )
-        advice = "quantize the fp32 model symmetrically: `onnxtools quantize --int8`, or ONNX Runtime's quantize_static with QInt8 and ActivationSymmetric"
+        advice = (
+            "quantize the fp32 model symmetrically: `onnxtools quantize --int8`, or ONNX Runtime's quantize_static "
+            "with QInt8 and ActivationSymmetric"
+        )
         if elements is not None and elements.any():
             found.append(
                 (
                     node,
-                    f"its zero point is {elements.reshape(-1)[elements.reshape(-1) != 0][0]:g}, and TensorRT takes zero alone; {advice}",
+                    f"its zero point is {elements.reshape(-1)[elements.reshape(-1) != 0][0]:g}, and TensorRT takes "
+                    f"zero alone; {advice}",
                 )
             )
         elif kind in _UNSIGNED or node.op_type == "DynamicQuantizeLinear":
             found.append(
                 (
                     node,
-                    f"it quantizes to {kind.name if kind else 'UINT8'}, and TensorRT has signed integers alone; {advice}",
+                    f"it quantizes to {kind.name if kind else 'UINT8'}, and TensorRT has signed integers alone; "
+                    f"{advice}",
                 )
             )
     refuse(found)
@@ -200,7 +216,8 @@ def _check_caches(graph: Graph) -> None:
             found.append(
                 (
                     node,
-                    "TensorRT updates a static cache in place only where it is an input in fp32, fp16 or bf16; quantize a concat cache instead",
+                    "TensorRT updates a static cache in place only where it is an input in fp32, fp16 or bf16; "
+                    "quantize a concat cache instead",
                 )
             )
     refuse(found)
@@ -224,6 +241,7 @@ def _check_sparsity(model: Model, *, forced: bool) -> Sparsity:
     if found.sparse == 0 and not forced:
         first = f"{found.layers[0].weight}: {found.layers[0].reason}" if found.layers else "there is no product"
         raise JobError(
-            f"{model.path}: --sparsity, but {found} along the summed axis ({first}); prune them with `onnxtools prune IN OUT`"
+            f"{model.path}: --sparsity, but {found} along the summed axis ({first}); prune them with `onnxtools prune "
+            "IN OUT`"
         )
     return found

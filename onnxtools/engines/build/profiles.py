@@ -1,4 +1,6 @@
-"""Optimization profiles: read from trtexec's shapes text or from a file, or derived from the names of the graph's dimensions."""
+"""Optimization profiles: read from trtexec's shapes text or from a file, or derived from the names of the graph's
+dimensions.
+"""
 
 from __future__ import annotations
 
@@ -112,7 +114,9 @@ def _written_profiles(model: Model, spec: EngineSpec) -> list[Profile]:
 
 
 def _read_profiles(model: Model, path: Path) -> list[Profile]:
-    """`[{name: context, inputs: {input_ids: {min: [1, 1], opt: [8, 64], max: [8, 128]}, ...}}, ...]`; names of inputs may hold `*`."""
+    """`[{name: context, inputs: {input_ids: {min: [1, 1], opt: [8, 64], max: [8, 128]}, ...}}, ...]`; names of inputs
+    may hold `*`.
+    """
     try:
         check_regular(path, JobError)
         found = parse_yaml(path.read_bytes())
@@ -212,7 +216,9 @@ def check_profile(where: str, ranges: Mapping[str, Range], inputs: Mapping[str, 
 
 
 def _check_symbols(where: str, ranges: Mapping[str, Range], inputs: Mapping[str, ir.Value]) -> None:
-    """Dimensions of one name are one number in every run: TensorRT demands the same opt of them, and a size that all ranges hold."""
+    """Dimensions of one name are one number in every run: TensorRT demands the same opt of them, and a size that all
+    ranges hold.
+    """
     first: dict[str, tuple[str, int, Span]] = {}
     for name, span in ranges.items():
         for axis, dim in enumerate(inputs[name].shape or ()):
@@ -222,7 +228,8 @@ def _check_symbols(where: str, ranges: Mapping[str, Range], inputs: Mapping[str,
             other, place, known = first.setdefault(dim.value, (name, axis, sizes))
             if sizes[1] != known[1] or max(sizes[0], known[0]) > min(sizes[2], known[2]):
                 raise UsageError(
-                    f"{where}: {dim.value!r} is one dimension, but min, opt and max are {', '.join(map(str, known))} on axis {place} of input {other!r}"
+                    f"{where}: {dim.value!r} is one dimension, but min, opt and max are {', '.join(map(str, known))} "
+                    f"on axis {place} of input {other!r}"
                     f" and {', '.join(map(str, sizes))} on axis {axis} of {name!r}; give both the same"
                 )
 
@@ -264,8 +271,8 @@ Span = tuple[int, int, int]
 def derive_profiles(model: Model, spec: EngineSpec) -> list[Profile]:
     """Profiles that follow from what the input dimensions are called.
 
-    A static graph needs none. Without a cache there is one, sequence 1..max. With a cache that grows by Concat (an input
-    with a `past` dimension) there are two: `context` (past 0, sequence 1..max) and `generation` (sequence 1, past
+    A static graph needs none. Without a cache there is one, sequence 1..max. With a cache that grows by Concat (an
+    input with a `past` dimension) there are two: `context` (past 0, sequence 1..max) and `generation` (sequence 1, past
     1..max-1). `total_sequence` is past + sequence throughout.
 
     Raises:
@@ -277,7 +284,8 @@ def derive_profiles(model: Model, spec: EngineSpec) -> list[Profile]:
     longest = _longest(model, spec)
     if spec.opt_seq_len is not None and spec.opt_seq_len > longest:
         raise UsageError(
-            f"--opt-seq-len {spec.opt_seq_len} is more than the longest sequence, {longest}; lower it, or give --max-seq-len"
+            f"--opt-seq-len {spec.opt_seq_len} is more than the longest sequence, {longest}; lower it, or give "
+            "--max-seq-len"
         )
     batch = (1, spec.opt_batch_size or spec.max_batch_size, spec.max_batch_size)
     prompt = spec.max_input_len or longest

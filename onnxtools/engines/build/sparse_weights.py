@@ -14,7 +14,9 @@ from onnxtools.ir.model import Model
 from onnxtools.numerics.sparsity import count_2_4
 
 _LARGE = 256
-"""NVIDIA's developers: sparse kernels are faster where both K and N are larger than this (NVIDIA/TensorRT issue 3849)."""
+"""NVIDIA's developers: sparse kernels are faster where both K and N are larger than this (NVIDIA/TensorRT issue
+3849).
+"""
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ class SparseLayer:
         k, n: how many elements are summed over, and how many outputs there are.
         is_2_4: whether two of each four neighbours along K are zero.
         reason: why it cannot be sparse, or what speaks against it; empty where nothing does.
-        kernel: `sparse` or `dense` as the engine has it; empty where the engine was not read back or does not name the node.
+        kernel: `sparse` or `dense` as the engine has it; empty where the engine was not read back or does not name the
+        node.
     """
 
     node: str

@@ -15,8 +15,8 @@ from onnxtools.base.options import option
 class EngineSpec:
     """The options of `onnxtools build`; the fields are the command-line flags and the recipe keys.
 
-    Shapes are trtexec's text, `input_ids:1x1,past_key_values.*.key:1x8x0x64`; each repetition of the three options is one
-    more optimization profile. Without them profiles are derived from the graph and the `max_*` and `opt_*` fields.
+    Shapes are trtexec's text, `input_ids:1x1,past_key_values.*.key:1x8x0x64`; each repetition of the three options is
+    one more optimization profile. Without them profiles are derived from the graph and the `max_*` and `opt_*` fields.
 
     Raises:
         UsageError: a value out of range, or a different number of min, opt and max shapes.
@@ -34,17 +34,25 @@ class EngineSpec:
     int8: bool = option(False, "Demand INT8, likewise.")
     int4: bool = option(False, "Demand INT4, likewise.")
     strongly_typed: bool | None = option(
-        None, "Types as the graph says. [default: on where the graph has Q/DQ or several types; TensorRT 11 and TensorRT-RTX know nothing else]"
+        None,
+        "Types as the graph says. [default: on where the graph has Q/DQ or several types; TensorRT 11 and "
+        "TensorRT-RTX know nothing else]"
     )  # fmt: skip
     sparsity: Literal["disable", "enable", "force"] = option(
-        "disable", "enable (the flag alone): let the builder use 2:4 sparse kernels, and refuse a graph without 2:4 weights; force: prune first.", bare="enable"
+        "disable",
+        "enable (the flag alone): let the builder use 2:4 sparse kernels, and refuse a graph without 2:4 weights; "
+        "force: prune first.", bare="enable"
     )  # fmt: skip
     timing_cache: str | None = option(
-        None, "Timing cache: a file, read and merged into, or a folder with one for each GPU and version (TensorRT-RTX has none)."
+        None,
+        "Timing cache: a file, read and merged into, or a folder with one for each GPU and version (TensorRT-RTX "
+        "has none)."
     )  # fmt: skip
     error_on_cache_miss: bool = option(False, "Fail where a timing is not in the timing cache.")
     compute_capability: tuple[str, ...] = option(
-        (), "Compute capability to build for, such as 8.9 or 12.0 (TensorRT builds for its own GPU). [default: of this machine's GPU, else 8.9]"
+        (),
+        "Compute capability to build for, such as 8.9 or 12.0 (TensorRT builds for its own GPU). [default: of this "
+        "machine's GPU, else 8.9]"
     )  # fmt: skip
     min_shapes: tuple[str, ...] = option((), "Smallest input shapes of a profile, in trtexec's syntax.")
     opt_shapes: tuple[str, ...] = option((), "Input shapes that a profile is tuned for.")
@@ -96,7 +104,8 @@ class EngineSpec:
         counts = (len(self.min_shapes), len(self.opt_shapes), len(self.max_shapes))
         if len(set(counts)) > 1:
             raise UsageError(
-                f"--min-shapes, --opt-shapes and --max-shapes are given {counts[0]}, {counts[1]} and {counts[2]} times; give all three once for each profile"
+                f"--min-shapes, --opt-shapes and --max-shapes are given {counts[0]}, {counts[1]} and {counts[2]} "
+                "times; give all three once for each profile"
             )
         derived = ("opt_batch_size", "max_seq_len", "max_input_len", "max_output_len", "opt_seq_len")
         idle = next(
@@ -128,7 +137,8 @@ class EngineSpec:
             )
         if self.max_input_len is not None and self.longest is not None and self.max_input_len > self.longest:
             raise UsageError(
-                f"--max-input-len {self.max_input_len} is more than --max-seq-len {self.max_seq_len}; raise one, or give --max-output-len"
+                f"--max-input-len {self.max_input_len} is more than --max-seq-len {self.max_seq_len}; raise one, or "
+                "give --max-output-len"
             )
         if self.opt_seq_len is not None and not 1 <= self.opt_seq_len <= (self.longest or self.opt_seq_len):
             raise UsageError(
@@ -136,7 +146,8 @@ class EngineSpec:
             )
         if self.opt_batch_size is not None and not 1 <= self.opt_batch_size <= self.max_batch_size:
             raise UsageError(
-                f"--opt-batch-size is {self.opt_batch_size}; it must lie between 1 and --max-batch-size {self.max_batch_size}"
+                f"--opt-batch-size is {self.opt_batch_size}; it must lie between 1 and --max-batch-size "
+                f"{self.max_batch_size}"
             )
         if self.error_on_cache_miss and self.timing_cache is None:
             raise UsageError("--error-on-cache-miss needs a --timing-cache to look into")
@@ -175,7 +186,8 @@ def capability(text: str) -> tuple[int, int]:
 PRECISIONS = ("fp16", "bf16", "fp8", "int8", "int4")
 
 _POOLS = {
-    "workspace": "WORKSPACE", "dlaSRAM": "DLA_MANAGED_SRAM", "dlaLocalDRAM": "DLA_LOCAL_DRAM", "dlaGlobalDRAM": "DLA_GLOBAL_DRAM",
+    "workspace": "WORKSPACE", "dlaSRAM": "DLA_MANAGED_SRAM", "dlaLocalDRAM": "DLA_LOCAL_DRAM",
+    "dlaGlobalDRAM": "DLA_GLOBAL_DRAM",
     "tacticSharedMem": "TACTIC_SHARED_MEMORY",
 }  # fmt: skip
 """MemoryPoolType by trtexec's name."""

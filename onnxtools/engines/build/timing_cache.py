@@ -1,4 +1,7 @@
-"""The timing cache file: locked, merged with what others wrote meanwhile, and never half written. TensorRT-RTX has none, and we say so."""
+"""The timing cache file: locked, merged with what others wrote meanwhile, and never half written.
+
+TensorRT-RTX has none, and we say so.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,9 @@ def check_timing_cache(path: Path) -> None:
 
 
 def with_cache_file(spec: EngineSpec, backend: str, version: Version) -> EngineSpec:
-    """A timing cache that is a folder becomes its file of this GPU and this version: timings of another are of no use."""
+    """A timing cache that is a folder becomes its file of this GPU and this version: timings of another are of no
+    use.
+    """
     if spec.timing_cache is None or not Path(spec.timing_cache).is_dir():
         return spec
     query = ["nvidia-smi", f"--id={spec.device}", "--query-gpu=name,compute_cap", "--format=csv,noheader"]
@@ -66,7 +71,8 @@ class TimingCache:
         cache = config.create_timing_cache(data)
         if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
             raise JobError(
-                f"{path}: is no timing cache of this TensorRT and this GPU; name another file with --timing-cache, or remove it"
+                f"{path}: is no timing cache of this TensorRT and this GPU; name another file with --timing-cache, or "
+                "remove it"
             )
         self._known = _entries(cache)
 
@@ -91,7 +97,8 @@ class TimingCache:
                 whole = self._config.create_timing_cache(self.path.read_bytes())
                 if whole is None or not whole.combine(mine, ignore_mismatch=False):
                     raise JobError(
-                        f"{self.path}: was replaced by a timing cache that does not fit; the new timings are lost, the engine is not"
+                        f"{self.path}: was replaced by a timing cache that does not fit; the new timings are lost, the "
+                        "engine is not"
                     )
             else:
                 whole = mine

@@ -1,11 +1,13 @@
-"""What TensorRT's ONNX parser misreads without a word, or refuses without a usable one. Found in the graph, before parsing.
+"""What TensorRT's ONNX parser misreads without a word, or refuses without a usable one. Found in the graph, before
+parsing.
 
 Measured with TensorRT-RTX 1.7.1:
-  - Attention: the `nonpad_kv_seqlen` input is dropped; `is_causal` becomes an upper-left aligned mask whatever the shapes
-    and cannot be combined with a mask; past inputs and a second output are refused.
+  - Attention: the `nonpad_kv_seqlen` input is dropped; `is_causal` becomes an upper-left aligned mask whatever the
+    shapes and cannot be combined with a mask; past inputs and a second output are refused.
   - TensorScatter: only rank 4, axis -2, mode linear.
   - ReduceMean and the like: axes must be an initializer or a Constant, not what a Reshape makes of one.
-  - TRT_MXFP8DequantizeLinear without `axis`: the blocks are looked for along axis 1, which is the last of a matrix alone.
+  - TRT_MXFP8DequantizeLinear without `axis`: the blocks are looked for along axis 1, which is the last of a matrix
+    alone.
   - an operator of an unknown domain that has the name of an ONNX operator is parsed as the ONNX operator.
 Boolean masks and fp32 Attention are mended on the parsed network instead (`onnxtools.engines.network`).
 """
@@ -85,11 +87,20 @@ def check_traps(graph: Graph) -> None:
         elif is_op(node, "TensorScatter"):
             reason = _tensor_scatter(node, graph)
         elif node.op_type.startswith("Reduce") and _given(node, 1) and constant_tensor(node.inputs[1]) is None:
-            reason = "TensorRT takes the axes as an initializer or Constant alone, not computed; `onnxtools convert` folds them"
+            reason = (
+                "TensorRT takes the axes as an initializer or Constant alone, not computed; `onnxtools convert` folds "
+                "them"
+            )
         elif is_op(node, "TRT_MXFP8DequantizeLinear", domain="trt") and _blocks_unsaid(node, graph):
-            reason = "says no axis, and TensorRT looks for the blocks along axis 1, not the last; `onnxtools convert --keep-mx` says it"
+            reason = (
+                "says no axis, and TensorRT looks for the blocks along axis 1, not the last; `onnxtools convert "
+                "--keep-mx` says it"
+            )
         elif _shadows_onnx(node, graph.model):
-            reason = f"TensorRT would read it as ONNX's {node.op_type} whatever {node.domain!r} means; use ONNX's or rename it"
+            reason = (
+                f"TensorRT would read it as ONNX's {node.op_type} whatever {node.domain!r} means; use ONNX's or rename "
+                "it"
+            )
         if reason is not None:
             found.append((node, reason))
     refuse(found)
@@ -104,9 +115,15 @@ _DECOMPOSE = "`onnxtools decompose-attention IN OUT` writes an explicit mask"
 
 def _attention(node: ir.Node, graph: Graph) -> str | None:
     if _given(node, 6):
-        return "TensorRT's parser drops its nonpad_kv_seqlen input without a word; give it an explicit additive mask instead"
+        return (
+            "TensorRT's parser drops its nonpad_kv_seqlen input without a word; give it an explicit additive mask "
+            "instead"
+        )
     if _given(node, 4) or _given(node, 5):
-        return "TensorRT takes no past_key or past_value input; concatenate the cache outside Attention, as add-kv-cache does"
+        return (
+            "TensorRT takes no past_key or past_value input; concatenate the cache outside Attention, as add-kv-cache "
+            "does"
+        )
     if any(output.name for output in node.outputs[1:]):
         return "TensorRT takes an Attention with one output only; compute the others outside, or drop them"
     if not attribute(node, "is_causal", 0):

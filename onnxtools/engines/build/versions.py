@@ -1,7 +1,7 @@
 """Which option exists in which TensorRT, what replaces it, and what is refused.
 
-Sources: trtexec's help texts and release notes of 8.6, 9.3, 10.13 and 11.4, NVIDIA's migration guides 8.x to 10.x and 10.x to 11.x, the
-bindings of 10.13 and 11.4 (their names are compared with this table in the tests).
+Sources: trtexec's help texts and release notes of 8.6, 9.3, 10.13 and 11.4, NVIDIA's migration guides 8.x to 10.x and
+10.x to 11.x, the bindings of 10.13 and 11.4 (their names are compared with this table in the tests).
 """
 
 from __future__ import annotations
@@ -93,7 +93,8 @@ def check_options(spec: EngineSpec, backend: str, version: Version) -> None:
         _check_values(spec, backend, version)
     if spec.strongly_typed is False and (rtx or version >= (11,)):
         raise UsageError(
-            "--no-strongly-typed: networks are always strongly typed here; put types into the graph with `onnxtools precision` and `quantize`"
+            "--no-strongly-typed: networks are always strongly typed here; put types into the graph with `onnxtools "
+            "precision` and `quantize`"
         )
 
 
@@ -102,14 +103,16 @@ def _check_values(spec: EngineSpec, backend: str, version: Version) -> None:
     number = ".".join(map(str, version))
     if spec.hardware_compatibility_level == "sameComputeCapability" and version < (10, 9):
         raise UsageError(
-            f"--hardware-compatibility-level sameComputeCapability: came with TensorRT 10.9, not {number}; use ampere+ or none"
+            f"--hardware-compatibility-level sameComputeCapability: came with TensorRT 10.9, not {number}; use ampere+ "
+            "or none"
         )
     if any(text.startswith("tacticSharedMem") for text in spec.mem_pool_size) and version < (9,):
         raise UsageError(f"--mem-pool-size tacticSharedMem: TensorRT {number} has no such pool; leave it out")
     gone = re.search(r"CUBLAS(_LT)?|CUDNN", spec.tactic_sources or "", re.IGNORECASE)
     if gone and version >= (11,):
         raise UsageError(
-            f"--tactic-sources {gone[0]}: TensorRT 11 has EDGE_MASK_CONVOLUTIONS and JIT_CONVOLUTIONS alone; leave it out"
+            f"--tactic-sources {gone[0]}: TensorRT 11 has EDGE_MASK_CONVOLUTIONS and JIT_CONVOLUTIONS alone; leave it "
+            "out"
         )
     if spec.fp8 and spec.int8 and version < (11,) and spec.strongly_typed is False:
         raise UsageError("--fp8 and --int8: weakly typed networks take one of them; drop --no-strongly-typed, or one")

@@ -1,4 +1,6 @@
-"""The library of our CUDA kernels: compiled once by nvcc for the card that is there, and kept in the user's cache folder."""
+"""The library of our CUDA kernels: compiled once by nvcc for the card that is there, and kept in the user's cache
+folder.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ _FLAGS = ("-O3", "-std=c++17", "--threads", "0", "--shared", "-Xcompiler=-fPIC,-
 
 
 def device_capability() -> int:
-    """Of the device that CUDA counts as the first (90: 9.0), which may not be nvidia-smi's; 0 where there is none or no driver."""
+    """Of the device that CUDA counts as the first (90: 9.0), which may not be nvidia-smi's; 0 where there is none or no
+    driver.
+    """
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -46,7 +50,8 @@ def find_nvcc() -> str | None:
 def kernel_library(nvcc: str, capability: int) -> Path:
     """The library for cards of `capability` (90: 9.0), compiled where it is not there yet (10 s).
 
-    It is named by what it was made of, so another version of the sources or of the compiler, or another machine, never finds it.
+    It is named by what it was made of, so another version of the sources or of the compiler, or another machine, never
+    finds it.
 
     Raises:
         JobError: it cannot be compiled.
@@ -78,7 +83,8 @@ def _check_own(path: Path) -> None:
     status = path.lstat()
     if status.st_uid != os.geteuid() or status.st_mode & 0o022 or stat.S_ISLNK(status.st_mode):
         raise JobError(
-            f"{path}: our compiled kernels may lie only where you alone can write; `chown` it to you and `chmod go-w` it, or set XDG_CACHE_HOME"
+            f"{path}: our compiled kernels may lie only where you alone can write; `chown` it to you and `chmod go-w` "
+            "it, or set XDG_CACHE_HOME"
         )
 
 

@@ -1,7 +1,9 @@
-"""Our CUDA kernels for a decode step in the place of ONNX Runtime's operators, in the graph that a session is made of; the file stays as it is.
+"""Our CUDA kernels for a decode step in the place of ONNX Runtime's operators, in the graph that a session is made of;
+the file stays as it is.
 
-A decode step reads each weight once for a few rows, and ONNX Runtime takes a kernel each for product, bias, activation, unpacking of queries and
-normalization. The operators of the domain `onnxtools` (engines/kernels/cuda) take one each, which starts while the one before still runs.
+A decode step reads each weight once for a few rows, and ONNX Runtime takes a kernel each for product, bias, activation,
+unpacking of queries and normalization. The operators of the domain `onnxtools` (engines/kernels/cuda) take one each,
+which starts while the one before still runs.
 """
 
 from __future__ import annotations
@@ -37,10 +39,12 @@ _EPSILON = dict.fromkeys(_NORMS, 1e-12) | dict.fromkeys(_PLAIN_NORMS, 1e-5)
 def use_kernels(model: Model) -> Counter[str]:
     """Put our operators into the graph of `model`, where they compute the same; how many of each.
 
-    - Gemm of rows and a weight [N, K] in fp16 or bf16, K a multiple of 64: Linear, with the bias and the tanh GELU that follow it;
+    - Gemm of rows and a weight [N, K] in fp16 or bf16, K a multiple of 64: Linear, with the bias and the tanh GELU that
+      follow it;
     - com.microsoft.GroupQueryAttention of packed queries without a window, cap or quantized cache: GroupQueryAttention;
     - what `export --logits last` picks each row's last token with, where caches are shared buffers: LastToken;
-    - com.microsoft.Skip(Simplified)LayerNormalization, LayerNormalization and RMSNormalization of up to 16384 channels: the first two.
+    - com.microsoft.Skip(Simplified)LayerNormalization, LayerNormalization and RMSNormalization of up to 16384 channels:
+      the first two.
     """
     build, made = Builder(model), Counter[str]()
     for product in list(weight_products(model)):
@@ -167,15 +171,19 @@ def _to_attention(build: Builder, node: ir.Node) -> None:
     inputs = [node.inputs[0], *node.inputs[3:7], *(node.inputs[7:9] if rotary else [])]
     build.before = node
     made = build.ops(
-        "GroupQueryAttention", inputs, f"{node.name}/onnxtools", outputs=3, domain=DOMAIN, num_heads=attribute(node, "num_heads"),
-        kv_num_heads=attribute(node, "kv_num_heads"), do_rotary=rotary, rotary_interleaved=attribute(node, "rotary_interleaved", 0),
+        "GroupQueryAttention", inputs, f"{node.name}/onnxtools", outputs=3, domain=DOMAIN,
+        num_heads=attribute(node, "num_heads"),
+        kv_num_heads=attribute(node, "kv_num_heads"), do_rotary=rotary,
+        rotary_interleaved=attribute(node, "rotary_interleaved", 0),
         scale=float(attribute(node, "scale", 0.0) or size**-0.5),
     )  # fmt: skip
     _replace(build, node.outputs, made)
 
 
 def _is_norm(node: ir.Node, constants: Sequence[ir.Value | None]) -> bool:
-    """Whether `constants`, scale and what may follow it, are stored vectors that our kernel can fetch ahead, and statistics are not asked for."""
+    """Whether `constants`, scale and what may follow it, are stored vectors that our kernel can fetch ahead, and
+    statistics are not asked for.
+    """
     scale = constant_tensor(constants[0])
     if (
         scale is None
@@ -203,9 +211,12 @@ def _to_norm(build: Builder, node: ir.Node, op_type: str, inputs: Sequence[ir.Va
 
 
 _INDEX_OF_LAST: tuple[tuple[str, tuple[int | None, ...]], ...] = (
-    ("Expand", (None,)), ("Unsqueeze", (2,)), ("Max", (0,)), ("Sub", (1,)), ("ReduceSum", (1,)), ("Slice", (None, np.iinfo(np.int64).max, 1)),
+    ("Expand", (None,)), ("Unsqueeze", (2,)), ("Max", (0,)), ("Sub", (1,)), ("ReduceSum", (1,)),
+    ("Slice", (None, np.iinfo(np.int64).max, 1)),
 )  # fmt: skip
-"""max(sum(mask[:, -new:]) - 1, 0), from its end to the mask: the operators, and the constants that follow the first input of each."""
+"""max(sum(mask[:, -new:]) - 1, 0), from its end to the mask: the operators, and the constants that follow the first
+input of each.
+"""
 
 
 def _mask_of_last(node: ir.Node) -> ir.Value | None:
@@ -233,7 +244,9 @@ def _mask_of_last(node: ir.Node) -> ir.Value | None:
 
 
 def _inputs(value: ir.Value | None, op_type: str, *constants: int | None) -> list[ir.Value]:
-    """The inputs of the `op_type` that makes `value`, the first one and as many as `constants`, which they equal (None: any value); else none."""
+    """The inputs of the `op_type` that makes `value`, the first one and as many as `constants`, which they equal (None:
+    any value); else none.
+    """
     node = value.producer() if value is not None else None
     if node is None or not is_op(node, op_type) or len(node.inputs) != 1 + len(constants):
         return []

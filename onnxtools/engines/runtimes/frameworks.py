@@ -1,4 +1,7 @@
-"""The runtime `frameworks`: the same checkpoint in PyTorch, through transformers. The baseline that the others are compared with."""
+"""The runtime `frameworks`: the same checkpoint in PyTorch, through transformers.
+
+The baseline that the others are compared with.
+"""
 
 from __future__ import annotations
 
@@ -105,7 +108,8 @@ class FrameworksRuntime:
             )
         except Exception as error:  # transformers raises whatever its dependencies raise
             raise JobError(
-                f"{self.path}: transformers cannot load it ({' '.join(str(error).split())[:160]}); name another with --checkpoint"
+                f"{self.path}: transformers cannot load it ({' '.join(str(error).split())[:160]}); name another with "
+                "--checkpoint"
             ) from None
 
     def open(self, slots: int, length: int) -> TorchSession:
@@ -219,5 +223,6 @@ def _checkpoint(path: Path, options: RuntimeOptions) -> Path:
     if found.suffix == ".gguf" and found.is_file():
         return found
     raise JobError(
-        f"{found}: is no Hugging Face folder or GGUF file, which the runtime frameworks loads; name one with --checkpoint, or the .onnx file in it as MODEL"
+        f"{found}: is no Hugging Face folder or GGUF file, which the runtime frameworks loads; name one with "
+        "--checkpoint, or the .onnx file in it as MODEL"
     )

@@ -1,8 +1,10 @@
-"""The runtime `trt`: a TensorRT or TensorRT-RTX engine built by `onnxtools build`. NOT YET RUN: no machine of this project runs these engines.
+"""The runtime `trt`: a TensorRT or TensorRT-RTX engine built by `onnxtools build`. NOT YET RUN: no machine of this
+project runs these engines.
 
-Kept thin: what can be known without a GPU (inputs and outputs, caches, which profile fits) is read from the manifest beside the plan and
-is tested; the decode loop is the one that ONNX Runtime uses. concat: the cache goes back and forth between two buffers. scatter: it is
-written in place (KVCacheUpdate aliases input and output). Every buffer is as large as the longest run that was started.
+Kept thin: what can be known without a GPU (inputs and outputs, caches, which profile fits) is read from the manifest
+beside the plan and is tested; the decode loop is the one that ONNX Runtime uses. concat: the cache goes back and forth
+between two buffers. scatter: it is written in place (KVCacheUpdate aliases input and output). Every buffer is as large
+as the longest run that was started.
 """
 
 from __future__ import annotations
@@ -63,7 +65,8 @@ def choose_profile(profiles: Sequence[Mapping[str, Any]], shapes: Shapes, engine
             return index
         problem = (
             problem
-            or f"{outside} of {list(shapes[outside])} is outside profile {profile['name']!r} ({ranges[outside]['min']} to {ranges[outside]['max']})"
+            or f"{outside} of {list(shapes[outside])} is outside profile {profile['name']!r} "
+            f"({ranges[outside]['min']} to {ranges[outside]['max']})"
         )
     raise JobError(
         f"{engine}: no profile takes this run: {problem}; run a smaller batch or text, or build with wider shapes"
@@ -107,7 +110,8 @@ class TrtRuntime:
             ) from None
         if not self._cuda_ok():
             raise JobError(
-                f"{path}: there is no CUDA device; run the engine where its GPU is, or the ONNX model with --runtime onnxrt"
+                f"{path}: there is no CUDA device; run the engine where its GPU is, or the ONNX model with --runtime "
+                "onnxrt"
             )
         self.device = device_name("cuda")
         self._open(options)
@@ -124,7 +128,8 @@ class TrtRuntime:
         error, *found = getattr(self._cuda, function)(*arguments)
         if int(error):
             raise JobError(
-                f"{self.path}: {function} failed: {self._cuda.cudaGetErrorString(error)[1].decode()}{self._room(function)}"
+                f"{self.path}: {function} failed: "
+                f"{self._cuda.cudaGetErrorString(error)[1].decode()}{self._room(function)}"
             )
         return found[0] if found else None
 
@@ -148,7 +153,8 @@ class TrtRuntime:
         engine = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine(self.path.read_bytes())
         if engine is None:
             raise JobError(
-                f"{self.path}: the plan does not load here (another GPU, or another version of {self.manifest['backend']['name']}); build it here"
+                f"{self.path}: the plan does not load here (another GPU, or another version of "
+                f"{self.manifest['backend']['name']}); build it here"
             )
         self._engine = engine
         self._cache_file: Path | None = None
@@ -249,7 +255,8 @@ class TrtRuntime:
             context.set_tensor_address(name, address)
         if not context.execute_async_v3(int(self._stream)):
             raise JobError(
-                f"{self.path}: the engine failed on {len(ids)} rows of {ids.shape[1]} tokens after {past}; see TensorRT's log"
+                f"{self.path}: the engine failed on {len(ids)} rows of {ids.shape[1]} tokens after {past}; see "
+                "TensorRT's log"
             )
         self.copy(logits.ctypes.data, addresses[io.logits.name], logits.nbytes, "cudaMemcpyDeviceToHost")
         self.sync()
@@ -266,7 +273,8 @@ class TrtSession:
         io = runtime.io
         if io.cache_length is not None and length > io.cache_length:
             raise JobError(
-                f"{runtime.path}: its cache has {io.cache_length} slots and {length} tokens are wanted; build with a longer cache"
+                f"{runtime.path}: its cache has {io.cache_length} slots and {length} tokens are wanted; build with a "
+                "longer cache"
             )
         for cache in io.caches:
             size = int(np.prod(cache.shape(slots, length))) * _dtype(cache.past.dtype).itemsize

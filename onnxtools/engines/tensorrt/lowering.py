@@ -18,8 +18,8 @@ def lowered(model: Model) -> tuple[bytes, list[str]] | None:
 
     - MXFP8 weights: TensorRT-RTX 1.7 imports no FLOAT8E8M0 initializer. DequantizeLinear-24 with such a scale becomes
       TensorRT's own operator, whose scale is the same bytes as uint8.
-    - Attention with `softmax_precision`: the parser refuses the attribute. TensorRT's fused attention computes its softmax
-      in fp32 anyway, so only fp32 is dropped.
+    - Attention with `softmax_precision`: the parser refuses the attribute. TensorRT's fused attention computes its
+      softmax in fp32 anyway, so only fp32 is dropped.
     External weights stay where they are: parse with the file's path.
     """
     nodes = list(model.graph.all_nodes())
@@ -66,7 +66,10 @@ def _lower_softmax(proto: onnx.ModelProto, names: set[str | None]) -> Iterator[s
             del node.attribute[:]
             node.attribute.extend(kept)
     if names:
-        yield f"softmax_precision of {len(names)} Attention nodes dropped: TensorRT's parser refuses it, its attention computes softmax in fp32"
+        yield (
+            f"softmax_precision of {len(names)} Attention nodes dropped: TensorRT's parser refuses it, its attention "
+            "computes softmax in fp32"
+        )
 
 
 def _is_e8m0(value: ir.Value) -> bool:

@@ -16,7 +16,8 @@ from onnxtools.engines.build.builder import TensorInfo
 from onnxtools.ir.model import Model
 
 _NAMES = {
-    "FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "FP8": "float8_e4m3fn", "INT64": "int64", "INT32": "int32",
+    "FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "FP8": "float8_e4m3fn", "INT64": "int64",
+    "INT32": "int32",
     "INT8": "int8", "UINT8": "uint8", "BOOL": "bool", "INT4": "int4", "FP4": "float4_e2m1fn", "E8M0": "float8_e8m0fnu",
 }  # fmt: skip
 
@@ -86,7 +87,9 @@ def refuse_shape_inputs(model: Model, network: Any) -> None:
 
 
 def attentions(trt: Any, network: Any) -> list[Any]:
-    """The IAttention behind every Attention of the network; read and write it to see and change what the parser made."""
+    """The IAttention behind every Attention of the network; read and write it to see and change what the parser
+    made.
+    """
     found = []
     for layer in map(network.get_layer, range(network.num_layers)):
         if layer.type == trt.LayerType.ATTENTION_INPUT:

@@ -9,7 +9,9 @@ from pathlib import Path
 from types import TracebackType
 
 _PENDING = 2
-"""Pieces (TensorRT's have 64 MiB) that may wait, so that a slow disk holds the builder up and does not fill the memory."""
+"""Pieces (TensorRT's have 64 MiB) that may wait, so that a slow disk holds the builder up and does not fill the
+memory.
+"""
 
 
 class PlanFile:

@@ -1,8 +1,8 @@
 """Building through TensorRT's Python interface, which TensorRT and TensorRT-RTX share line by line.
 
-Measured with TensorRT-RTX 1.7.1: a plan cannot be deserialized without a GPU driver (cudaError 35), so the engine's inputs and outputs
-are read from the parsed network, whose bindings the plan keeps. Shapes that no run could have are only warned of, and failing writes are
-ignored: both are errors here.
+Measured with TensorRT-RTX 1.7.1: a plan cannot be deserialized without a GPU driver (cudaError 35), so the engine's
+inputs and outputs are read from the parsed network, whose bindings the plan keeps. Shapes that no run could have are
+only warned of, and failing writes are ignored: both are errors here.
 """
 
 from __future__ import annotations
@@ -176,7 +176,10 @@ class ApiBuilder:
     def _parser_error(self, model: Model, parser: Any) -> str:
         """One line for a single error, else a heading and one line for each."""
         lines = [_parser_line(model, parser.get_error(i)) for i in range(parser.num_errors)]
-        advice = "see it with `onnxtools inspect`; `onnxtools fold-constants` and `onnxtools convert` remove much of what parsers refuse"
+        advice = (
+            "see it with `onnxtools inspect`; `onnxtools fold-constants` and `onnxtools convert` remove much of what "
+            "parsers refuse"
+        )
         if not lines:
             return f"{model.path}: {self.title} cannot parse it: {self._tools.logger.reason()}; {advice}"
         if len(lines) == 1:
@@ -185,7 +188,10 @@ class ApiBuilder:
 
 
 _UNFIT = r"Profile k(MIN|MAX) values are not self-consistent|k(MIN|OPT|MAX) values for profile"
-"""Shapes that the graph contradicts. With the second text the build fails; with the first, a mere warning, the engine would."""
+"""Shapes that the graph contradicts.
+
+With the second text the build fails; with the first, a mere warning, the engine would.
+"""
 
 
 _NOISE = r"cudaError 35|Make sure input .* has Int64 binding"
@@ -193,10 +199,14 @@ _NOISE = r"cudaError 35|Make sure input .* has Int64 binding"
 
 @functools.cache
 def _tools(trt: Any) -> SimpleNamespace:
-    """Subclasses of the module's interfaces, and the one logger: TensorRT keeps the first of a process while anything made with it lives."""
+    """Subclasses of the module's interfaces, and the one logger: TensorRT keeps the first of a process while anything
+    made with it lives.
+    """
 
     class Logger(trt.ILogger):  # type: ignore[misc]
-        """Keeps errors and warnings; drops the rest, and what every build says: that there is no GPU, and that 64-bit inputs have 64 bits."""
+        """Keeps errors and warnings; drops the rest, and what every build says: that there is no GPU, and that 64-bit
+        inputs have 64 bits.
+        """
 
         def __init__(self) -> None:
             super().__init__()
@@ -221,7 +231,10 @@ def _tools(trt: Any) -> SimpleNamespace:
             return "; ".join(lines) or "no reason given (another logger is active in this process)"
 
     class Writer(getattr(trt, "IStreamWriter", object)):  # type: ignore[misc]
-        """Takes the plan piece by piece while `PlanFile` writes the one before. TensorRT ignores a failed write, so `PlanFile` keeps the error."""
+        """Takes the plan piece by piece while `PlanFile` writes the one before.
+
+        TensorRT ignores a failed write, so `PlanFile` keeps the error.
+        """
 
         def __init__(self, plan: PlanFile) -> None:
             super().__init__()
@@ -232,7 +245,9 @@ def _tools(trt: Any) -> SimpleNamespace:
             return self.plan.take(data)
 
     class Monitor(getattr(trt, "IProgressMonitor", object)):  # type: ignore[misc]  # since TensorRT 9
-        """Shows the phases on a terminal once a build takes longer than two seconds, and stops the build when cancelled."""
+        """Shows the phases on a terminal once a build takes longer than two seconds, and stops the build when
+        cancelled.
+        """
 
         def __init__(self, bars: Any | None) -> None:
             super().__init__()
@@ -298,7 +313,9 @@ def _parser_line(model: Model, error: Any) -> str:
 
 @contextlib.contextmanager
 def _monitor(tools: SimpleNamespace) -> Iterator[Any]:
-    """A monitor that Ctrl-C or SIGTERM cancels, for parser and builder: an exception must not fly through TensorRT's frames, which lose it."""
+    """A monitor that Ctrl-C or SIGTERM cancels, for parser and builder: an exception must not fly through TensorRT's
+    frames, which lose it.
+    """
     monitor = tools.Monitor(_bars())
 
     def cancel(signum: int, frame: Any) -> None:

@@ -1,7 +1,8 @@
-"""The TensorRT backend, 8.6 to 11, for the GPU of this machine. NOT YET RUN: no machine of this project has the library.
+"""The TensorRT backend, 8.6 to 11, for the GPU of this machine. NOT YET RUN: no machine of this project has the
+library.
 
-What is built and how is `tensorrt_api`, which TensorRT-RTX runs in every test; here is only what TensorRT has of its own. The names used
-are compared with the bindings of 10.13 and 11.4 in the tests.
+What is built and how is `tensorrt_api`, which TensorRT-RTX runs in every test; here is only what TensorRT has of its
+own. The names used are compared with the bindings of 10.13 and 11.4 in the tests.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ def _choose_device(device: int) -> None:
         from cuda.bindings import runtime
     except ImportError as error:
         raise JobError(
-            f"--device {device} needs cuda-python ({error}); pip install cuda-python, or set CUDA_VISIBLE_DEVICES={device}"
+            f"--device {device} needs cuda-python ({error}); pip install cuda-python, or set "
+            f"CUDA_VISIBLE_DEVICES={device}"
         ) from None
     (status,) = runtime.cudaSetDevice(device)
     if int(status):

@@ -56,7 +56,8 @@ def trtexec_line(
 ) -> str:
     """One shell command for trtexec of `version`.
 
-    trtexec builds for the GPU it runs on, so `--compute-capability` leaves no trace. What we mend on the parsed network, trtexec does not.
+    trtexec builds for the GPU it runs on, so `--compute-capability` leaves no trace. What we mend on the parsed
+    network, trtexec does not.
 
     Args:
         mixed: whether the graph has Q/DQ or more than one floating-point type.
@@ -80,7 +81,8 @@ def trtexec_words(
     if len(profiles) > 1 and version < (9,):
         names = ", ".join(profile.name for profile in profiles)
         raise UsageError(
-            f"trtexec {'.'.join(map(str, version))} builds one profile, not {names}; use --backend tensorrt, or one of --min-shapes"
+            f"trtexec {'.'.join(map(str, version))} builds one profile, not {names}; use --backend tensorrt, or one of "
+            "--min-shapes"
         )
     for index, profile in enumerate(profiles):  # --profile and its shapes must stand together, and count from 0
         words += [f"--profile={index}"] if len(profiles) > 1 else []
@@ -108,7 +110,9 @@ def _mebibytes(text: str) -> str:
 
 
 def _shapes(shapes: Mapping[str, Range], which: str, version: Version) -> dict[str, tuple[int, ...]]:
-    """Shapes by name, layers under one wildcard where their shapes are the same. 8.6 has no wildcards; later ones take one in a name."""
+    """Shapes by name, layers under one wildcard where their shapes are the same. 8.6 has no wildcards; later ones take
+    one in a name.
+    """
     found: dict[str, tuple[int, ...]] = {}
     patterns: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
     for name, span in shapes.items():

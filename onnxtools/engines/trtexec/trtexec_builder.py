@@ -49,7 +49,8 @@ class TrtexecBuilder(OnPaper):
         found = shutil.which("trtexec")
         if found is None:
             raise JobError(
-                "trtexec is not on PATH; install TensorRT, or print the line with --print-trtexec and run it where it is"
+                "trtexec is not on PATH; install TensorRT, or print the line with --print-trtexec and run it where it "
+                "is"
             )
         self._program = found
         told = subprocess.run([found, "--help"], capture_output=True, text=True, check=False).stdout
@@ -73,12 +74,14 @@ class TrtexecBuilder(OnPaper):
             raise
         if code or not plan.is_file() or not plan.stat().st_size:
             raise JobError(
-                f"{source}: trtexec failed (exit code {code}): {'; '.join(log.errors[:3]) or 'it gave no reason'}; run the line of --print-trtexec"
+                f"{source}: trtexec failed (exit code {code}): {'; '.join(log.errors[:3]) or 'it gave no reason'}; run "
+                "the line of --print-trtexec"
             )
         written = hash_file(plan)
         inputs, outputs = ([_info(value) for value in values] for values in (model.graph.inputs, model.graph.outputs))
         return Built(
-            inputs, outputs, io_source=IO_SOURCE, notes=log.notes(), warnings=list(dict.fromkeys(log.warnings)), size=written["bytes"],
+            inputs, outputs, io_source=IO_SOURCE, notes=log.notes(), warnings=list(dict.fromkeys(log.warnings)),
+            size=written["bytes"],
             sha256=written["sha256"],
         )  # fmt: skip
 
@@ -142,10 +145,12 @@ def read_log(lines: Iterable[str]) -> Log:
 
 
 _ELIGIBLE = re.compile(
-    r"\(Sparsity\) (?:Found (?P<count>\d+) layer\(s\) eligible to use sparse tactics|Layers eligible for sparse math):? ?(?P<names>.*)"
+    r"\(Sparsity\) (?:Found (?P<count>\d+) layer\(s\) eligible to use sparse tactics|Layers eligible for sparse "
+    r"math):? ?(?P<names>.*)"
 )
 _PICKED = re.compile(
-    r"\(Sparsity\) (?:Chose (?P<count>\d+) layer\(s\) using sparse tactics|TRT inference plan picked sparse implementation for layers):? ?(?P<names>.*)"
+    r"\(Sparsity\) (?:Chose (?P<count>\d+) layer\(s\) using sparse tactics|TRT inference plan picked sparse "
+    r"implementation for layers):? ?(?P<names>.*)"
 )
 """The two wordings that trtexec has had."""
 

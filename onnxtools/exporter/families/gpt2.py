@@ -88,5 +88,6 @@ def _norm(source: Source, name: str, theirs: str, size: int) -> dict[str, Tensor
 
 FAMILY = Family(
     "gpt2", ("gpt2",), config, weights, ignored=("*.attn.bias", "*.attn.masked_bias"),
-    example={"model_type": "gpt2", "vocab_size": 50257, "n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024},
+    example={"model_type": "gpt2", "vocab_size": 50257, "n_embd": 768, "n_layer": 12, "n_head": 12,
+        "n_positions": 1024},
 )  # fmt: skip

@@ -1,4 +1,6 @@
-"""GPTBigCode (Hugging Face `gpt_bigcode`: SantaCoder, StarCoder): GPT-2 with multi-query attention and Linear weights [out, in]."""
+"""GPTBigCode (Hugging Face `gpt_bigcode`: SantaCoder, StarCoder): GPT-2 with multi-query attention and Linear weights
+[out, in].
+"""
 
 from __future__ import annotations
 
@@ -62,5 +64,6 @@ def _split(fused: Tensor, c: SelfAttention) -> list[Tensor]:
 
 FAMILY = Family(
     "gpt_bigcode", ("gpt_bigcode",), config, weights, ignored=("*.attn.bias", "*.attn.masked_bias"),
-    example={"model_type": "gpt_bigcode", "vocab_size": 49280, "n_embd": 2048, "n_layer": 24, "n_head": 16, "n_positions": 2048},
+    example={"model_type": "gpt_bigcode", "vocab_size": 49280, "n_embd": 2048, "n_layer": 24, "n_head": 16,
+        "n_positions": 2048},
 )  # fmt: skip

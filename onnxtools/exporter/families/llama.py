@@ -1,4 +1,7 @@
-"""Llama (Hugging Face `llama`): RMSNorm, rotary positions, SwiGLU, grouped-query attention. Its names are our canonical ones."""
+"""Llama (Hugging Face `llama`): RMSNorm, rotary positions, SwiGLU, grouped-query attention.
+
+Its names are our canonical ones.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +59,8 @@ def weights(c: DecoderConfig, source: Source) -> dict[str, Tensor]:
 FAMILY = Family(
     "llama", ("llama",), config, weights, ignored=("*.rotary_emb.inv_freq",),
     example={
-        "model_type": "llama", "vocab_size": 32000, "hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "model_type": "llama", "vocab_size": 32000, "hidden_size": 2048, "num_hidden_layers": 16,
+        "num_attention_heads": 32, "num_key_value_heads": 8,
         "intermediate_size": 8192, "max_position_embeddings": 4096,
     },
 )  # fmt: skip

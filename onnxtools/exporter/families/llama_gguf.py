@@ -27,8 +27,10 @@ from onnxtools.exporter.rope import Rope, yarn_magnitude
 from onnxtools.storage.lazy import Tensor, half_rotation
 
 _LAYER = {
-    "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }  # fmt: skip
 """Canonical part of a layer to GGUF's (gguf-py, constants.py, TENSOR_NAMES)."""
@@ -56,8 +58,10 @@ def config(raw: Mapping[str, Any]) -> DecoderConfig:
     norm = Norm("rms_norm", float(np.float32(real("attention.layer_norm_rms_epsilon"))))
     block = Block(attention, Mlp(whole("feed_forward_length"), "silu", gated=True), norm)
     return DecoderConfig(
-        family="llama", vocab_size=whole("vocab_size", len(tokens)), hidden_size=hidden, max_position_embeddings=whole("context_length"),
-        blocks=repeated("llama-gguf", block, whole("block_count")), norm=norm, tie_word_embeddings="output.weight" not in raw["_tensors"],
+        family="llama", vocab_size=whole("vocab_size", len(tokens)), hidden_size=hidden,
+        max_position_embeddings=whole("context_length"),
+        blocks=repeated("llama-gguf", block, whole("block_count")), norm=norm,
+        tie_word_embeddings="output.weight" not in raw["_tensors"],
         bos_token_id=raw.get("tokenizer.ggml.bos_token_id"), pad_token_id=raw.get("tokenizer.ggml.padding_token_id"),
         eos_token_ids=tuple(i for i in (raw.get("tokenizer.ggml.eos_token_id"),) if i is not None),
     )  # fmt: skip
@@ -75,7 +79,8 @@ def _rope(raw: Mapping[str, Any], dim: int, positions: int) -> Rope:
     for name in _OTHER_YARN:
         if real(f"scaling.{name}", 1.0) != 1 and (kind != "yarn" or name != "attn_factor"):
             raise ModelError(
-                f"llama-gguf: rope.scaling.{name} is {raw[f'llama.rope.scaling.{name}']} with the scaling {kind}; only 1 is supported"
+                f"llama-gguf: rope.scaling.{name} is {raw[f'llama.rope.scaling.{name}']} with the scaling {kind}; only "
+                "1 is supported"
             )
     theta, factors = real("freq_base", 10000.0), raw.get("_rope_factors", ())
     factor = number(raw, "llama-gguf", "llama.rope.scaling.factor", "llama.rope.scale_linear", default=1.0)
@@ -84,7 +89,8 @@ def _rope(raw: Mapping[str, Any], dim: int, positions: int) -> Rope:
     if kind == "linear":
         return Rope(dim, theta, "linear", {"factor": factor}, factors)
     scaling = {
-        "factor": factor, "original_max_position_embeddings": integer(raw, "llama-gguf", "llama.rope.scaling.original_context_length", default=positions),
+        "factor": factor, "original_max_position_embeddings": integer(raw, "llama-gguf",
+            "llama.rope.scaling.original_context_length", default=positions),
         "beta_fast": real("scaling.yarn_beta_fast", 32.0), "beta_slow": real("scaling.yarn_beta_slow", 1.0),
         "attention_factor": real("scaling.attn_factor", 1.0) * yarn_magnitude(factor),
     }  # fmt: skip

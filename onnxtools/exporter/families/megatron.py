@@ -1,4 +1,6 @@
-"""Megatron GPT and GPT-Next from NeMo (`.nemo`, `.ckpt`): legacy, legacy with TransformerEngine, and megatron-core names."""
+"""Megatron GPT and GPT-Next from NeMo (`.nemo`, `.ckpt`): legacy, legacy with TransformerEngine, and megatron-core
+names.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +85,8 @@ def config(raw: Mapping[str, Any]) -> DecoderConfig:
             f"megatron: normalization {shown(normalization)} is not supported; layernorm, layernorm1p and rmsnorm are"
         )
     norm = Norm(
-        "rms_norm" if normalization == "rmsnorm" else "layer_norm", number(raw, "megatron", "layernorm_epsilon", default=1e-5),
+        "rms_norm" if normalization == "rmsnorm" else "layer_norm",
+        number(raw, "megatron", "layernorm_epsilon", default=1e-5),
         bias=normalization != "rmsnorm",
     )  # fmt: skip
     attention = SelfAttention(
@@ -93,7 +96,8 @@ def config(raw: Mapping[str, Any]) -> DecoderConfig:
     )  # fmt: skip
     mlp = Mlp(integer(raw, "megatron", "ffn_hidden_size", default=4 * hidden), activation, gated, bias)
     return DecoderConfig(
-        family="megatron", vocab_size=integer(raw, "megatron", "_vocab_size"), hidden_size=hidden, max_position_embeddings=positions,
+        family="megatron", vocab_size=integer(raw, "megatron", "_vocab_size"), hidden_size=hidden,
+        max_position_embeddings=positions,
         blocks=repeated("megatron", Block(attention, mlp, norm), integer(raw, "megatron", "num_layers")), norm=norm,
         tie_word_embeddings=bool(raw.get("share_embeddings_and_output_weights", True)), **_token_ids(raw),
     )  # fmt: skip
@@ -113,7 +117,8 @@ def _activation(raw: Mapping[str, Any]) -> tuple[Activation, bool]:
     if name in ("silu", "relu", "relu2"):
         return name, gated  # type: ignore[return-value]
     raise ModelError(
-        f"megatron: the activation {shown(raw.get('activation'))} is not supported; gelu, squared-relu, relu, swiglu, geglu and reglu are"
+        f"megatron: the activation {shown(raw.get('activation'))} is not supported; gelu, squared-relu, relu, swiglu, "
+        "geglu and reglu are"
     )
 
 
@@ -228,7 +233,9 @@ class _Reader:
         return {"gate_proj": row_range(fused, 0, size), "up_proj": row_range(fused, size, 2 * size)}
 
     def _qkv_rows(self, c: SelfAttention) -> list[list[tuple[int, int]]]:
-        """Row ranges of q, k and v: [groups, heads / groups + 2, head_dim] rows, or [3, heads, head_dim] with `megatron_legacy`."""
+        """Row ranges of q, k and v: [groups, heads / groups + 2, head_dim] rows, or [3, heads, head_dim] with
+        `megatron_legacy`.
+        """
         d = c.head_dim
         if self.source.config.get("megatron_legacy"):
             return [[(i * c.q_size, (i + 1) * c.q_size)] for i in range(3)]
@@ -239,7 +246,8 @@ class _Reader:
 
 
 _FP8_MODULES: dict[str, tuple[tuple[str, int, tuple[str, ...]], ...]] = {
-    # TransformerEngine's module: (its name, index of its first GEMM's activation in scale_fwd, canonical linears); 3 slots a GEMM.
+    # TransformerEngine's module: (its name, index of its first GEMM's activation in scale_fwd, canonical linears); 3
+    # slots a GEMM.
     "legacy": (
         ("self_attention.layernorm_qkv", 0, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
         ("self_attention.proj", 0, ("self_attn.o_proj",)),
@@ -276,10 +284,13 @@ def scales(c: DecoderConfig, source: Source) -> dict[str, FP8Scales]:
 
 
 FAMILY = Family(
-    "megatron", ("megatron",), config, weights, scales=scales, ignored=("*_extra_state", "*.inv_freq", "*.core_attention.*"),
+    "megatron", ("megatron",), config, weights, scales=scales,
+    ignored=("*_extra_state", "*.inv_freq", "*.core_attention.*"),
     example={
-        "num_layers": 24, "hidden_size": 2048, "num_attention_heads": 16, "max_position_embeddings": 2048, "_vocab_size": 50304,
-        "ffn_hidden_size": 8192, "position_embedding_type": "rope", "rotary_percentage": 0.5, "activation": "fast-swiglu", "bias": False,
+        "num_layers": 24, "hidden_size": 2048, "num_attention_heads": 16, "max_position_embeddings": 2048,
+        "_vocab_size": 50304,
+        "ffn_hidden_size": 8192, "position_embedding_type": "rope", "rotary_percentage": 0.5,
+        "activation": "fast-swiglu", "bias": False,
         "normalization": "layernorm1p", "share_embeddings_and_output_weights": False,
     },
 )  # fmt: skip

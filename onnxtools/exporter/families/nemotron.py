@@ -1,4 +1,6 @@
-"""Nemotron (Hugging Face `nemotron`: Minitron-4B): LayerNorm1p, squared ReLU, partial rotary, grouped-query attention."""
+"""Nemotron (Hugging Face `nemotron`: Minitron-4B): LayerNorm1p, squared ReLU, partial rotary, grouped-query
+attention.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ def weights(c: DecoderConfig, source: Source) -> dict[str, Tensor]:
 FAMILY = Family(
     "nemotron", ("nemotron",), config, weights, ignored=("*.rotary_emb.inv_freq",),
     example={
-        "model_type": "nemotron", "vocab_size": 256000, "hidden_size": 3072, "num_hidden_layers": 32, "num_attention_heads": 24, "num_key_value_heads": 8,
+        "model_type": "nemotron", "vocab_size": 256000, "hidden_size": 3072, "num_hidden_layers": 32,
+        "num_attention_heads": 24, "num_key_value_heads": 8,
         "intermediate_size": 9216, "max_position_embeddings": 4096, "head_dim": 128,
     },
 )  # fmt: skip

@@ -49,7 +49,8 @@ _SCALE_OPS = {
 
 
 _ROW_OPS = {
-    "IsNaN", "IsInf", "Not", "And", "Or", "Xor", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Where", "Sub", "ReduceSum", "ReduceMean",
+    "IsNaN", "IsInf", "Not", "And", "Or", "Xor", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Where",
+    "Sub", "ReduceSum", "ReduceMean",
     "ReduceProd", "Sign",
 }  # fmt: skip
 """What tells rows of which no key is visible (torch's safe softmax): pointwise, or over the last axis."""
@@ -107,7 +108,8 @@ class AddKvCache(Pass):
             raise JobError(f"the model already has a KV cache (input {cached[0]!r}); start from the model without one")
         if self.dtype == "fp8" and model.opset < 19:
             raise JobError(
-                f"an fp8 cache needs opset 19 and the model is at {model.opset}; run `onnxtools convert IN OUT --opset19` first"
+                f"an fp8 cache needs opset 19 and the model is at {model.opset}; run `onnxtools convert IN OUT "
+                "--opset19` first"
             )
         if token_input(model) is None:
             raise NoMatchError(
@@ -149,7 +151,8 @@ class AddKvCache(Pass):
         notes += lowering.notes(blocks)
         if has_dynamic_scales(model):
             notes.append(
-                "warning: scales computed from the data (current scaling) see fewer tokens in a step than in a full run, so results differ"
+                "warning: scales computed from the data (current scaling) see fewer tokens in a step than in a full "
+                "run, so results differ"
             )
         if shifted:
             notes.append(
@@ -195,7 +198,8 @@ def _analyse_for_masks(model: Model) -> Facts:
     for number in sorted((n for n in numbers if n >= size), reverse=True):
         if number > _LARGEST_MASK:
             raise JobError(
-                f"a mask is computed from the constant {number}; windows beyond {_LARGEST_MASK} positions cannot be checked"
+                f"a mask is computed from the constant {number}; windows beyond {_LARGEST_MASK} positions cannot be "
+                "checked"
             )
         longer = prime_above(number + 1)
         longer_facts = analyse(model, {name: longer if value == size else value for name, value in facts.dims.items()})
@@ -205,7 +209,9 @@ def _analyse_for_masks(model: Model) -> Facts:
 
 
 def _read_lengths_from_ids(model: Model) -> None:
-    """Let shape arithmetic read batch and sequence from the token ids: a mask input will span more than the new tokens."""
+    """Let shape arithmetic read batch and sequence from the token ids: a mask input will span more than the new
+    tokens.
+    """
     facts = analyse(model)
     tokens = _tokens(model)
     shape = facts[tokens.value].shape
@@ -299,13 +305,15 @@ class _Concat:
         dtype = self.model.graph.inputs[-1].dtype
         heads = f"{first.head_count} kv heads of {first.head_size}"
         lines = [
-            f"{len(blocks)} attention blocks found, {heads}, {len(blocks) * 2} cache tensors in {dtype}, layout {self.options.layout}"
+            f"{len(blocks)} attention blocks found, {heads}, {len(blocks) * 2} cache tensors in {dtype}, layout "
+            f"{self.options.layout}"
         ]
         assert self.mask is not None
         lines += self.mask.notes()
         if self.options.dtype == "fp8":
             lines.append(
-                f"warning: fp8 cache with the uncalibrated scale {self.options.kv_scale:g}; values beyond ±{448 * self.options.kv_scale:g} saturate"
+                f"warning: fp8 cache with the uncalibrated scale {self.options.kv_scale:g}; values beyond "
+                f"±{448 * self.options.kv_scale:g} saturate"
             )
         return lines
 
@@ -344,7 +352,9 @@ class _Concat:
         )
 
     def _replay_node(self, value: ir.Value, node: ir.Node, data: int, prefix: str) -> ir.Value:
-        """`node` on `value` in place of its data input; scales that were computed from the old data are computed from the new."""
+        """`node` on `value` in place of its data input; scales that were computed from the old data are computed from
+        the new.
+        """
         old = node.inputs[data]
         assert old is not None
         self._renewed[old] = value
@@ -357,7 +367,9 @@ class _Concat:
         return new
 
     def _renew(self, value: ir.Value | None, prefix: str) -> ir.Value | None:
-        """`value` computed from the rebuilt attention where it was computed from the old one: quantization scales, rows without a key."""
+        """`value` computed from the rebuilt attention where it was computed from the old one: quantization scales, rows
+        without a key.
+        """
         if value is None or value in self._renewed:
             return None if value is None else self._renewed[value]
         node, fact = value.producer(), self.facts[value]
@@ -374,7 +386,8 @@ class _Concat:
             node.op_type.startswith("Reduce") and rank not in (2, 4) and not _reduces_all_or_last(node, self.facts)
         ):
             raise JobError(
-                f"node {node.name!r} ({node.op_type}) reads the inside of attention; only quantization scales and tests of its rows may"
+                f"node {node.name!r} ({node.op_type}) reads the inside of attention; only quantization scales and "
+                "tests of its rows may"
             )
         self._renewed[value] = self.builder.op(node.op_type, inputs, f"{prefix}/{node.op_type}", **_attributes(node))
         return self._renewed[value]
@@ -457,7 +470,9 @@ class _Concat:
         return self.builder.op("QuantizeLinear", [value, *self._scale(own)], f"{prefix}/QuantizeLinear")
 
     def _own_value(self, value: ir.Value, prefix: str) -> ir.Value:
-        """A value that may carry the cache's name: one that is an output already, or made by the original graph, keeps its own."""
+        """A value that may carry the cache's name: one that is an output already, or made by the original graph, keeps
+        its own.
+        """
         node = value.producer()
         mine = node is not None and (node.name or "").startswith(prefix) and not value.is_graph_output()
         return value if mine else self.builder.op("Identity", [value], f"{prefix}/Identity")

@@ -42,7 +42,8 @@ def make_dynamic(
     for node in model.graph:
         if any(facts[o].shape is None for o in node.outputs if o in tracer.layouts):
             raise JobError(
-                f"node {node.name!r} ({node.op_type}) works only for the static size of the export; export with dynamic batch and sequence"
+                f"node {node.name!r} ({node.op_type}) works only for the static size of the export; export with "
+                "dynamic batch and sequence"
             )
     return tracer.notes()
 
@@ -97,7 +98,8 @@ class _Tracer:
         for atom in (self.batch, self.sequence):
             if atom.parts:
                 raise JobError(
-                    f"node {node.name!r} ({node.op_type}) splits the batch or sequence axis; export with dynamic batch and sequence"
+                    f"node {node.name!r} ({node.op_type}) splits the batch or sequence axis; export with dynamic batch "
+                    "and sequence"
                 )
 
     def _layout(self, node: ir.Node, output: ir.Value) -> Layout:

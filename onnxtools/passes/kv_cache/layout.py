@@ -79,7 +79,9 @@ def _constant_size(role: str, block: Attention) -> int | None:
 def _computed_target(
     build: Builder, tokens: Tokens, groups: list[list[str]], target: list[int], block: Attention, prefix: str
 ) -> ir.Value:
-    """A Reshape target in which batch and sequence are read from the token ids, such as [batch * heads, sequence, channels]."""
+    """A Reshape target in which batch and sequence are read from the token ids, such as [batch * heads, sequence,
+    channels].
+    """
     parts = []
     for group, size in zip(groups, target, strict=True):
         if group in (["batch"], ["sequence"]):
@@ -92,7 +94,8 @@ def _computed_target(
         > 1
     ):
         raise JobError(
-            f"the output {block.output.name!r} of attention mixes batch and sequence with heads; export with [batch, sequence, hidden] outputs"
+            f"the output {block.output.name!r} of attention mixes batch and sequence with heads; export with [batch, "
+            "sequence, hidden] outputs"
         )
     return build.op("Concat", parts, f"{prefix}/shape", axis=0)
 
@@ -130,7 +133,8 @@ def _split_target(roles: list[list[tuple[str, int]]]) -> list[int]:
             target.append(size if not dynamic else 0 if len(target) == index else -1)
     if target.count(-1) > 1:
         raise JobError(
-            "keys or values have batch and sequence behind a merged axis; export with [batch, sequence, ...] activations"
+            "keys or values have batch and sequence behind a merged axis; export with [batch, sequence, ...] "
+            "activations"
         )
     return target
 

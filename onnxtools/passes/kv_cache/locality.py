@@ -28,7 +28,8 @@ def check_locality(model: Model, originals: set[ir.Node]) -> None:
     for node in model.graph:
         if node in originals and all(facts[o].value is None for o in node.outputs) and _mixes(node, facts, size):
             raise JobError(
-                f"node {node.name!r} ({node.op_type}) mixes tokens outside attention: a step would not see the earlier ones, so no cache can be added"
+                f"node {node.name!r} ({node.op_type}) mixes tokens outside attention: a step would not see the earlier "
+                "ones, so no cache can be added"
             )
 
 

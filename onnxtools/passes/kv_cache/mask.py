@@ -16,7 +16,8 @@ from onnxtools.ir.model import Model
 
 _LAYOUT = {"Reshape", "Unsqueeze", "Squeeze", "Expand", "Identity", "Dropout"}
 _POINTWISE = {
-    "Add", "Sub", "Mul", "Div", "And", "Or", "Not", "Where", "Cast", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Neg", "Max", "Min",
+    "Add", "Sub", "Mul", "Div", "And", "Or", "Not", "Where", "Cast", "Equal", "Greater", "GreaterOrEqual", "Less",
+    "LessOrEqual", "Neg", "Max", "Min",
     "Identity", "BitwiseNot", "Xor",
 }  # fmt: skip
 
@@ -61,7 +62,8 @@ class MaskRewriter:
             masked |= hides
         if not masked:
             raise JobError(
-                f"attention at {block.softmax.name!r} has no causal mask: earlier tokens see later ones, so a cache would change the result"
+                f"attention at {block.softmax.name!r} has no causal mask: earlier tokens see later ones, so a cache "
+                "would change the result"
             )
         return scores
 
@@ -181,7 +183,8 @@ class MaskRewriter:
         return self._made[key]
 
     def is_causal(self, value: ir.Value | None) -> bool:
-        """Whether a mask, or what it is made of, hides later tokens: by its elements, or as an input that says it for each pair of tokens.
+        """Whether a mask, or what it is made of, hides later tokens: by its elements, or as an input that says it for
+        each pair of tokens.
 
         A mask of [batch, sequence] hides padding alone: an encoder has one, and its tokens see later ones.
         """
@@ -344,8 +347,8 @@ _SHAPE_ARGUMENTS = {
 def check_positions_follow_past(model: Model) -> None:
     """Refuse a cached graph in which a token's position depends on how the sequence was cut into steps.
 
-    The graph is analysed once as a step (past P, S new tokens) and once as a full run (past 0, P + S tokens). Every value
-    that follows from shapes alone and meets data must be, in the step, the last S entries of the full run.
+    The graph is analysed once as a step (past P, S new tokens) and once as a full run (past 0, P + S tokens). Every
+    value that follows from shapes alone and meets data must be, in the step, the last S entries of the full run.
     """
     sizes = stand_ins(model)
     tokens = token_input(model)

@@ -19,7 +19,8 @@ Array = np.ndarray[Any, Any]
 
 
 def wanda_rows(tensor: ir.TensorProtocol, norms: Array, axis: int, name: str) -> StreamedTensor:
-    """`tensor` without the two of every four along `axis` that have the least |w| |x| (Wanda, arXiv 2306.11695, equation 1).
+    """`tensor` without the two of every four along `axis` that have the least |w| |x| (Wanda, arXiv 2306.11695,
+    equation 1).
 
     Args:
         norms: root of the mean square of each input channel.
@@ -35,7 +36,8 @@ def wanda_rows(tensor: ir.TensorProtocol, norms: Array, axis: int, name: str) ->
 
 
 def sparsegpt(weight: Array, gram: Array) -> Array:
-    """Prune `weight` [N, K] to 2:4 and change what stays so that the outputs change least (SparseGPT, arXiv 2301.00774, section 3).
+    """Prune `weight` [N, K] to 2:4 and change what stays so that the outputs change least (SparseGPT, arXiv 2301.00774,
+    section 3).
 
     Args:
         gram: X^T X / tokens, [K, K].

@@ -31,12 +31,14 @@ _DTYPES = {
 class Prune(Selected, Calibrated):
     """Prune the weights of MatMul, Gemm and Conv to 2:4: by magnitude, or by what activations say of them.
 
-    By magnitude and without fine-tuning this is for speed studies: a 7B model goes from perplexity 5 to 55 (Wanda, arXiv
-    2306.11695, table 3), so do not ship the result. SparseGPT keeps most of the model; measure it with `accuracy`.
+    By magnitude and without fine-tuning this is for speed studies: a 7B model goes from perplexity 5 to 55 (Wanda,
+    arXiv 2306.11695, table 3), so do not ship the result. SparseGPT keeps most of the model; measure it with
+    `accuracy`.
 
     Rules:
-      - wanda weighs each element with the size of its input channel; sparsegpt also changes the elements that stay, so that
-        the outputs change least; both look at one layer after the other, as the pruned ones before it leave the activations;
+      - wanda weighs each element with the size of its input channel; sparsegpt also changes the elements that stay, so
+        that the outputs change least; both look at one layer after the other, as the pruned ones before it leave the
+        activations;
       - groups of 4 run along the axis that is summed over (K), for any rank, transposition or storage order;
       - of equal magnitudes the one with the lower index goes; NaN counts as the largest;
       - weights that anything but one kind of product reads (a tied embedding) and the language-model head (the product
@@ -67,7 +69,8 @@ class Prune(Selected, Calibrated):
         head, products = head_product(model), list(weight_products(model))
         if not products:
             raise NoMatchError(
-                f"{model.path}: has no MatMul, Gemm or Conv with a stored weight, so there is nothing to prune; see it with `onnxtools inspect`"
+                f"{model.path}: has no MatMul, Gemm or Conv with a stored weight, so there is nothing to prune; see it "
+                "with `onnxtools inspect`"
             )
         wanted = {product.node for product in products if not self.reason_excluded(product, head)}
         chosen: list[Product] = []

@@ -49,7 +49,8 @@ class Operand:
 def operands(model: Model, facts: Facts) -> list[Operand]:
     """What attention multiplies, in graph order.
 
-    The Attention operator keeps its probabilities to itself: with it, three operands a layer; with MatMul and Softmax, four.
+    The Attention operator keeps its probabilities to itself: with it, three operands a layer; with MatMul and Softmax,
+    four.
 
     Raises:
         JobError: no attention, or one in an operator that takes no Q/DQ.
@@ -57,7 +58,8 @@ def operands(model: Model, facts: Facts) -> list[Operand]:
     places = [place for place in _places(model, facts) if not is_op(place[0], *_FUSED, domain="com.microsoft")]
     if not places:
         raise JobError(
-            f"{model.path}: has no Attention, or Softmax between MatMuls, to quantize (GroupQueryAttention takes no Q/DQ); leave --attention out"
+            f"{model.path}: has no Attention, or Softmax between MatMuls, to quantize (GroupQueryAttention takes no "
+            "Q/DQ); leave --attention out"
         )
     return [made for node, index, kind in places if (made := _operand(node, index, kind, model, facts)) is not None]
 
@@ -143,5 +145,6 @@ class AttentionScheme:
         name = f"{operand.node.name}/{operand.kind}"
         operand.node.replace_input_with(operand.index, build.pair(operand.value, self.form, scale, name))
         return {
-            "layer": name, "weight": "", "scheme": f"{self.form.name} attention", "scale": f"{float(scale):.3g}", "snr_db": None, "error": None, "left": "",
+            "layer": name, "weight": "", "scheme": f"{self.form.name} attention", "scale": f"{float(scale):.3g}",
+            "snr_db": None, "error": None, "left": "",
         }  # fmt: skip

@@ -62,16 +62,19 @@ def caches(model: Model, facts: Facts) -> list[Cache]:
     stored = next((value for value in cache_inputs(model) if value.dtype not in COMPUTED), None)
     if not found and stored is not None:
         raise JobError(
-            f"{model.path}: its cache {stored.name!r} is {stored.dtype} already; start from the model in its own precision"
+            f"{model.path}: its cache {stored.name!r} is {stored.dtype} already; start from the model in its own "
+            "precision"
         )
     if not found:
         raise JobError(
-            f"{model.path}: has no KV cache to quantize; run `onnxtools add-kv-cache`, or export with --kv-cache concat, scatter or gqa"
+            f"{model.path}: has no KV cache to quantize; run `onnxtools add-kv-cache`, or export with --kv-cache "
+            "concat, scatter or gqa"
         )
     other = next((cache for cache in found if cache.past.dtype not in COMPUTED), None)
     if other is not None:
         raise JobError(
-            f"{model.path}: its cache {other.past.name!r} is {other.past.dtype} already; start from the model in its own precision"
+            f"{model.path}: its cache {other.past.name!r} is {other.past.dtype} already; start from the model in its "
+            "own precision"
         )
     return found
 
@@ -161,7 +164,8 @@ class KvScheme:
             (self._stored if self.form is INT8 else self._converted)(build, cache, scale)
         cache.past.dtype = self.form.dtype
         return {
-            "layer": name, "weight": "", "scheme": f"KV cache {self.form.name}", "scale": f"{float(scale.reshape(-1)[0]):.3g}", "snr_db": None, "error": None,
+            "layer": name, "weight": "", "scheme": f"KV cache {self.form.name}",
+            "scale": f"{float(scale.reshape(-1)[0]):.3g}", "snr_db": None, "error": None,
             "left": "",
         }  # fmt: skip
 
@@ -175,7 +179,8 @@ class KvScheme:
         self._read(build, present, readers, scale, cache)
 
     def _converted(self, build: QdqBuilder, cache: Cache, scale: np.ndarray) -> None:
-        """FP8, which Concat does not take (ONNX) and TensorScatter has no kernel for (ONNX Runtime): they work on dequantized values.
+        """FP8, which Concat does not take (ONNX) and TensorScatter has no kernel for (ONNX Runtime): they work on
+        dequantized values.
 
         What was stored comes out of DequantizeLinear and QuantizeLinear of one scale as it was.
         """

@@ -22,7 +22,8 @@ from onnxtools.numerics.formats import scaled
 
 Array = np.ndarray[Any, Any]
 
-_NORMS = {"LayerNormalization": (1, 2), "RMSNormalization": (1,), "SimplifiedLayerNormalization": (1,), "SkipLayerNormalization": (2, 3),
+_NORMS = {"LayerNormalization": (1, 2), "RMSNormalization": (1,), "SimplifiedLayerNormalization": (1,),
+    "SkipLayerNormalization": (2, 3),
           "SkipSimplifiedLayerNormalization": (2,)}  # fmt: skip
 """Inputs that hold a norm's gain and bias."""
 
@@ -33,7 +34,8 @@ class Fold:
 
     Attributes:
         places: initializers and the axis of each that runs along the producer's channels.
-        channels: of each channel of the activation, which of the producer's it is; None where they are the same. Several
+        channels: of each channel of the activation, which of the producer's it is; None where they are the same.
+        Several
             channels of one producer's channel (grouped-query attention) must have one factor.
         kind: `norm` or `product`.
         weight: of the product.

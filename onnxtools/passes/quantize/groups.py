@@ -94,7 +94,8 @@ def spread(scale: Array, block: int = 0) -> Array:
 
 
 def gptq(weight: Array, gram: Array, form: Format, scale: Array, block: int = 0) -> Array:
-    """The codes of `weight` [N, K] in `form`, each column rounded after the error of those before it is taken into account (arXiv 2210.17323).
+    """The codes of `weight` [N, K] in `form`, each column rounded after the error of those before it is taken into
+    account (arXiv 2210.17323).
 
     Args:
         gram: X^T X / tokens, [K, K].

@@ -19,7 +19,9 @@ from onnxtools.passes.quantize.scheme import Scheme, shown
 
 Array = np.ndarray[Any, Any]
 Grams = tuple[Array, Array]
-"""X^T X / tokens of each block of channels, [K / block, block, block]: of the tokens as they are, and of tokens of length 1."""
+"""X^T X / tokens of each block of channels, [K / block, block, block]: of the tokens as they are, and of tokens of
+length 1.
+"""
 
 ROWS = 256
 """Tokens that the reported error of a layer is measured on."""
@@ -33,11 +35,11 @@ class Int4Scheme(Scheme):
     """Activation-aware weight quantization (AWQ, arXiv 2306.00978, section 3.2).
 
     The factor of input channel j is (mean |x_j|)^r, with the r of 20 between 0 and 1 that gives the least error of the
-    outputs; then each block's range is clipped to the fraction that gives the least error. Errors are measured on the tokens
-    as they are, as AWQ does it, and on tokens of equal length, so that the few long ones (attention sinks) neither decide
-    alone nor are given up: what counts is the larger of the two, each in proportion to rounding to nearest, which is the
-    first candidate. What queries and keys come from is not clipped, as AWQ's authors do it (their product multiplies the
-    errors), but where GPTQ makes up for them.
+    outputs; then each block's range is clipped to the fraction that gives the least error. Errors are measured on the
+    tokens as they are, as AWQ does it, and on tokens of equal length, so that the few long ones (attention sinks)
+    neither decide alone nor are given up: what counts is the larger of the two, each in proportion to rounding to
+    nearest, which is the first candidate. What queries and keys come from is not clipped, as AWQ's authors do it (their
+    product multiplies the errors), but where GPTQ makes up for them.
 
     Attributes:
         blocks: block size of each product's weight, by node.
@@ -143,7 +145,8 @@ class Int4Scheme(Scheme):
 
 
 def _errors(difference: Array, blocks: Array) -> Array:
-    """What a change of the weight [N, K] does to the outputs, mean square over tokens, each block of inputs by itself: [N, K / block].
+    """What a change of the weight [N, K] does to the outputs, mean square over tokens, each block of inputs by itself:
+    [N, K / block].
 
     The rounding errors of two blocks are independent, so what they do together is the sum.
     """
@@ -155,7 +158,9 @@ def _errors(difference: Array, blocks: Array) -> Array:
 
 
 def _clipped(weight: Array, grams: Grams, dtype: ir.DataType, clips: Sequence[float]) -> Array:
-    """The scale of each block, float32 [N, K / block]: of the clipped ranges the one with which both errors are least, against no clipping."""
+    """The scale of each block, float32 [N, K / block]: of the clipped ranges the one with which both errors are least,
+    against no clipping.
+    """
     block = grams[0].shape[-1]
     amax = np.abs(weight.reshape(len(weight), -1, block)).max(axis=2)
     best, least = scale_of(amax, INT4, dtype).astype(np.float32), np.full(amax.shape, np.inf)

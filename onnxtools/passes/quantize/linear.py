@@ -77,7 +77,9 @@ class LinearScheme(Scheme):
         return found
 
     def _factors(self, group: Group, amax: Array) -> Array | None:
-        """s_j = max|x_j|^alpha / max|w_j|^(1 - alpha) (SmoothQuant, arXiv 2211.10438, equation 4); 1 for a channel that is always zero."""
+        """s_j = max|x_j|^alpha / max|w_j|^(1 - alpha) (SmoothQuant, arXiv 2211.10438, equation 4); 1 for a channel that
+        is always zero.
+        """
         if self.alpha is None or group.fold is None:
             return None
         weights = column_amax(group.products).astype(np.float64)

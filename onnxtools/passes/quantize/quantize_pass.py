@@ -45,8 +45,8 @@ class Quantize(Selected, Calibrated):
 
     Rules:
       - fp8: activations with one scale, weights with one or one for each output channel, stored as FLOAT8E4M3FN;
-      - int8: the same in INT8; --smoothquant folds a factor for each channel into the norm or product before, so that the
-        graph gains no node; where only norms feed products (QKV and FC1) unless --all-layers;
+      - int8: the same in INT8; --smoothquant folds a factor for each channel into the norm or product before, so that
+        the graph gains no node; where only norms feed products (QKV and FC1) unless --all-layers;
       - int4-awq: weights alone, a scale for each block along K, scaled and clipped by what activations look like;
         int4-rtn: the same rounded to nearest, without calibration data;
       - --attention: queries, keys and values of attention too (and its probabilities, where it is MatMul and Softmax);
@@ -61,7 +61,8 @@ class Quantize(Selected, Calibrated):
     example = "onnxtools quantize model.onnx fp8.onnx --fp8 --calib texts.jsonl"
 
     scheme: Literal["none", "fp8", "int8", "int4-awq", "int4-rtn"] = option(
-        "none", "What to quantize to.", flags={"--fp8": "fp8", "--int8": "int8", "--int4-awq": "int4-awq", "--int4-rtn": "int4-rtn"}
+        "none", "What to quantize to.",
+        flags={"--fp8": "fp8", "--int8": "int8", "--int4-awq": "int4-awq", "--int4-rtn": "int4-rtn"}
     )  # fmt: skip
     smoothquant: float | None = option(None, "INT8 with SmoothQuant of this strength, 0 to 1; 0.5 suits most models.")
     per_token: bool = option(False, "INT8 activations get a scale for each token, computed in the graph.")
@@ -105,16 +106,21 @@ class Quantize(Selected, Calibrated):
             )
         int8, int4 = self.kind == "int8", self.kind.startswith("int4")
         rules = (
-            (self.per_token and not int8, "--per-token is for INT8"), (self.per_channel and int4, "--per-channel is for FP8 and INT8"),
+            (self.per_token and not int8, "--per-token is for INT8"),
+            (self.per_channel and int4, "--per-channel is for FP8 and INT8"),
             (self.attention and self.kind != "fp8", "--attention is for FP8"),
             (self.all_layers and not int8, "--all-layers is for INT8"),
             (self.block_size is not None and not int4, "--block-size is for INT4"),
-            (self.calib_method != "max" and (int4 or self.per_token or self.smoothquant is not None), "--calib-method is for static scales without smoothing"),
+            (self.calib_method != "max" and (int4 or self.per_token or self.smoothquant is not None),
+                "--calib-method is for static scales without smoothing"),
             (self.gptq and self.kind in ("none", "int4-rtn"), "--gptq is for weights that are calibrated"),
             (self.lower == "ort" and not int4, "--lower ort is for INT4: MatMulNBits is what it has fast kernels for"),
-            (self.kv_cache_dtype is not None and self.kv_cache not in ("none", self.kv_cache_dtype), "--kv-cache and --kv-cache-dtype contradict each other"),
-            (self.exclude_worst and self.kind in ("int4-rtn", "none"), "--exclude-worst is for products that are calibrated"),
-            (self.calib is not None and self.kind == "int4-rtn" and self.kv_kind == "none", "--int4-rtn looks at no activations, so --calib is of no use"),
+            (self.kv_cache_dtype is not None and self.kv_cache not in ("none", self.kv_cache_dtype),
+                "--kv-cache and --kv-cache-dtype contradict each other"),
+            (self.exclude_worst and self.kind in ("int4-rtn", "none"),
+                "--exclude-worst is for products that are calibrated"),
+            (self.calib is not None and self.kind == "int4-rtn" and self.kv_kind == "none",
+                "--int4-rtn looks at no activations, so --calib is of no use"),
         )  # fmt: skip
         for wrong, message in rules:
             if wrong:
@@ -162,7 +168,8 @@ class Quantize(Selected, Calibrated):
     def requires(self, model: Model) -> None:
         if model.opset < self.form.opset:
             raise JobError(
-                f"{self.form.name} needs opset {self.form.opset} and the model is at {model.opset}; raise it with `onnxtools set-opset`"
+                f"{self.form.name} needs opset {self.form.opset} and the model is at {model.opset}; raise it with "
+                "`onnxtools set-opset`"
             )
 
     def apply(self, model: Model) -> PassResult:
@@ -172,7 +179,8 @@ class Quantize(Selected, Calibrated):
         attention = AttentionScheme(FP8, operands(model, facts)) if self.attention else None
         if self.kind != "none" and not table:
             raise NoMatchError(
-                f"{model.path}: has no MatMul or Gemm with a stored weight, so there is nothing to quantize; see it with `onnxtools inspect`"
+                f"{model.path}: has no MatMul or Gemm with a stored weight, so there is nothing to quantize; see it "
+                "with `onnxtools inspect`"
             )
         if not chosen and kv is None and attention is None:
             return PassResult(False, 0, self._notes(table), table)
@@ -244,7 +252,8 @@ class Quantize(Selected, Calibrated):
             size = int(tensor.shape.numpy()[product.axis])
             if self.block_size and size % self.block_size:
                 raise UsageError(
-                    f"quantize: --block-size {self.block_size} does not divide K = {size} of {product.weight.name!r}; leave it out, or --exclude that weight"
+                    f"quantize: --block-size {self.block_size} does not divide K = {size} of {product.weight.name!r}; "
+                    "leave it out, or --exclude that weight"
                 )
             if not block_size(size, self.block_size):
                 return f"K = {size} is no multiple of 32"
@@ -300,8 +309,14 @@ class Quantize(Selected, Calibrated):
         return scheme, found
 
     def _scheme(
-        self, blocks: dict[str, int], tokens: int, keep: Calibration | None, weights: frozenset[ir.Value], model: Model, facts: Facts
-    ) -> Scheme:  # fmt: skip
+        self,
+        blocks: dict[str, int],
+        tokens: int,
+        keep: Calibration | None,
+        weights: frozenset[ir.Value],
+        model: Model,
+        facts: Facts,
+    ) -> Scheme:
         if self.form is INT4:
             return Int4Scheme(
                 INT4, tokens, keep, weights, blocks, unclipped=() if self.gptq else score_products(model, facts)
@@ -384,7 +399,8 @@ def _summary(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
         measured = [row for row in rows if row["error"] is not None]
         worst = max(measured, key=lambda row: row["error"]) if measured else None
         shown.append({
-            "layer": layer, "count": len(rows), "scheme": scheme, "SNR dB": f"{min(row['snr_db'] for row in measured):.1f}" if measured else "",
+            "layer": layer, "count": len(rows), "scheme": scheme,
+            "SNR dB": f"{min(row['snr_db'] for row in measured):.1f}" if measured else "",
             "output error": f"{statistics.median(row['error'] for row in measured):.3f}" if measured else "",
             "worst": f"{worst['error']:.3f} {''.join(re.findall(r'[0-9]+', worst['layer'])[:1])}" if worst else "",
         })  # fmt: skip

@@ -15,7 +15,10 @@ _STEPS = 64
 
 
 def largest(histogram: Histogram, method: Method, form: Format) -> float:
-    """`percentile`: the magnitude below which 99.99% lie. `mse`: the one whose rounding error is the least, of 64 from the largest down to 1% of it."""
+    """`percentile`: the magnitude below which 99.99% lie.
+
+    `mse`: the one whose rounding error is the least, of 64 from the largest down to 1% of it.
+    """
     counts, centres = histogram.counts, Histogram.centres()
     filled = np.flatnonzero(counts)
     top = float(centres[filled[-1]]) if len(filled) else 0.0

@@ -40,7 +40,9 @@ class Scheme:
         raise NotImplementedError
 
     def conclude(self, groups: Sequence[Group], seen: dict[ir.Value, tuple[Any, ...]]) -> Findings:
-        """Small arrays that `fold` and `emit` need, and of each product (SNR of the weight in dB, relative error of the output)."""
+        """Small arrays that `fold` and `emit` need, and of each product (SNR of the weight in dB, relative error of the
+        output).
+        """
         raise NotImplementedError
 
     def emit(self, build: QdqBuilder, group: Group, found: Findings) -> dict[str, str]:
@@ -50,8 +52,8 @@ class Scheme:
     def may_fold(self, group: Group, groups: Sequence[Group]) -> bool:
         """Whether the factors of `group` can be folded, while the layer of `groups` is looked at.
 
-        The weight that would take them may have been rounded with a layer before. Then its codes stay, and the scales of its rows are
-        divided, which comes to the same; one scale for the whole weight cannot.
+        The weight that would take them may have been rounded with a layer before. Then its codes stay, and the scales
+        of its rows are divided, which comes to the same; one scale for the whole weight cannot.
         """
         if group.fold is None:
             return False
@@ -87,7 +89,9 @@ class Scheme:
                 found[keys[target]] = scale / (rows[:, None] if scale.ndim == 2 else rows)
 
     def folded(self, product: Product, group: Group, groups: Sequence[Group], found: Findings) -> Array:
-        """The weight as it will be, float32 [N, K]: with its group's factors, and its rows divided by those that a group of `groups` folds into it."""
+        """The weight as it will be, float32 [N, K]: with its group's factors, and its rows divided by those that a
+        group of `groups` folds into it.
+        """
         weight, factors = matrix(product), found.get(f"{group.index}.factors")
         if factors is not None:
             weight = (weight * factors).astype(np.float32)

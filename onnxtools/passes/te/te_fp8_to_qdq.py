@@ -35,7 +35,8 @@ class TeFp8ToQdq(Pass):
       - a scale computed from constants is folded; one computed from the data (current scaling) stays dynamic;
       - the zero point is one shared FLOAT8E4M3FN initializer of the scale's shape, never a Cast, never a graph input;
       - x is cast to the scale's type where they differ, as opset < 23 demands;
-      - Q of a constant weight is computed now: a stored FLOAT8E4M3FN initializer behind DequantizeLinear (`fold_weights`);
+      - Q of a constant weight is computed now: a stored FLOAT8E4M3FN initializer behind DequantizeLinear
+        (`fold_weights`);
       - uint8 weights that feed DQ directly are FP8 bytes: reinterpreted bit for bit.
     """
 
@@ -72,7 +73,8 @@ class TeFp8ToQdq(Pass):
         for node in model.graph.all_nodes():
             if is_op(node, Q, DQ, domain="trt"):
                 raise JobError(
-                    f"node {node.name!r} ({node.op_type}) lies inside a subgraph, where it cannot be rewritten; inline the subgraph first"
+                    f"node {node.name!r} ({node.op_type}) lies inside a subgraph, where it cannot be rewritten; inline "
+                    "the subgraph first"
                 )
 
 
@@ -87,7 +89,8 @@ class _Rewriter:
         notes = [f"{self.dynamic} scales are computed from the data and stay dynamic"] if self.dynamic else []
         if self.denormal:
             notes.append(
-                f"warning: scale of {self.denormal[0]} is denormal ({len(self.denormal)} such); hardware that flushes denormals divides by zero there"
+                f"warning: scale of {self.denormal[0]} is denormal ({len(self.denormal)} such); hardware that flushes "
+                "denormals divides by zero there"
             )
         return notes
 
@@ -96,7 +99,8 @@ class _Rewriter:
         self.builder.before = node
         if len(node.inputs) < 2 or node.inputs[1] is None:
             raise JobError(
-                f"node {node.name!r} ({node.op_type}) has no scale input; re-export the model with TransformerEngine 1.11 or later"
+                f"node {node.name!r} ({node.op_type}) has no scale input; re-export the model with TransformerEngine "
+                "1.11 or later"
             )
         data, scale = node.inputs[0], self._scale(node)
         zero = self._zero_point(scale)
@@ -124,7 +128,8 @@ class _Rewriter:
             fits = [a for a, d in enumerate(data_shape or ()) if d == shape[0]]
             if len(fits) != 1:
                 raise JobError(
-                    f"node {node.name!r}: a scale of shape {list(shape)} fits no single axis of {list(data_shape or ())}; add an axis attribute"
+                    f"node {node.name!r}: a scale of shape {list(shape)} fits no single axis of "
+                    f"{list(data_shape or ())}; add an axis attribute"
                 )
             given = fits[0]
         return int(given)
@@ -140,7 +145,8 @@ class _Rewriter:
             self.dynamic += node.op_type == Q
             if self.facts[value].shape is None:
                 raise JobError(
-                    f"node {node.name!r}: the shape of its scale {value.name!r} is unknown; run onnx shape inference first"
+                    f"node {node.name!r}: the shape of its scale {value.name!r} is unknown; run onnx shape inference "
+                    "first"
                 )
             return value
         self._check_scale(node, array)
@@ -155,7 +161,8 @@ class _Rewriter:
         if bad.size:
             kind = "NaN" if np.isnan(bad[0]) else f"{bad[0]:g}"
             raise JobError(
-                f"node {node.name!r} ({node.op_type}): its scale is {kind}, so quantization would give NaN or infinity and TensorRT refuses it;"
+                f"node {node.name!r} ({node.op_type}): its scale is {kind}, so quantization would give NaN or infinity "
+                "and TensorRT refuses it;"
                 " calibrate that tensor again and re-export"
             )
         if numbers.min() < _DENORMAL or (

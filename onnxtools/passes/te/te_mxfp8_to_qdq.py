@@ -25,13 +25,16 @@ DEQUANTIZE = "TRT_MXFP8DequantizeLinear"
 
 @dataclass(frozen=True)
 class TeMxfp8ToQdq(Pass):
-    """`trt::TRT_MXFP8DynamicQuantize` + `TRT_MXFP8DequantizeLinear` of a weight become FP8 data, E8M0 scales and DequantizeLinear.
+    """`trt::TRT_MXFP8DynamicQuantize` + `TRT_MXFP8DequantizeLinear` of a weight become FP8 data, E8M0 scales and
+    DequantizeLinear.
 
     Rules:
-      - the model goes to opset 24, the first whose DequantizeLinear takes E8M0 scales in blocks of 32 along the last axis;
-      - a quantize of an activation has no standard form (ONNX cannot compute E8M0 scales): kept as it is with `keep_mx`,
-        for TensorRT, else an error names it;
-      - value_info of the kept operators goes: TransformerEngine records its padded scale shapes, TensorRT's are not padded.
+      - the model goes to opset 24, the first whose DequantizeLinear takes E8M0 scales in blocks of 32 along the last
+        axis;
+      - a quantize of an activation has no standard form (ONNX cannot compute E8M0 scales): kept as it is with
+        `keep_mx`, for TensorRT, else an error names it;
+      - value_info of the kept operators goes: TransformerEngine records its padded scale shapes, TensorRT's are not
+        padded.
     """
 
     name = "te-mxfp8-to-qdq"
@@ -46,8 +49,10 @@ class TeMxfp8ToQdq(Pass):
         dynamic = [node for node in nodes if _weight(node.inputs[0]) is None]
         if dynamic and not self.keep_mx:
             raise JobError(
-                f"node {dynamic[0].name!r} ({dynamic[0].op_type}) quantizes an activation to MXFP8 at run time, which standard ONNX cannot express"
-                f" ({len(dynamic)} such nodes); use --keep-mx to keep them for TensorRT, or export with FP8 delayed scaling"
+                f"node {dynamic[0].name!r} ({dynamic[0].op_type}) quantizes an activation to MXFP8 at run time, which "
+                "standard ONNX cannot express"
+                f" ({len(dynamic)} such nodes); use --keep-mx to keep them for TensorRT, or export with FP8 delayed "
+                "scaling"
             )
         notes = [reach_opset(model, 24)[1]] if len(dynamic) < len(nodes) else []
         facts = analyse(model)
@@ -60,14 +65,16 @@ class TeMxfp8ToQdq(Pass):
             assert shape is not None
             if shape[-1] % MX_BLOCK:
                 raise JobError(
-                    f"node {node.name!r}: the last axis of the weight has {shape[-1]} elements, no multiple of {MX_BLOCK}; pad the weight"
+                    f"node {node.name!r}: the last axis of the weight has {shape[-1]} elements, no multiple of "
+                    f"{MX_BLOCK}; pad the weight"
                 )
             self._fold(node, shape, builder)
         remove_unused(model)
         notes.append(f"{len(nodes) - len(dynamic)} weights stored as MXFP8 (FP8 data, E8M0 scales)")
         if dynamic:
             notes.append(
-                f"{len(dynamic)} dynamic quantizations kept as trt:: operators: TensorRT runs them, ONNX Runtime does not"
+                f"{len(dynamic)} dynamic quantizations kept as trt:: operators: TensorRT runs them, ONNX Runtime does "
+                "not"
             )
         return PassResult(True, len(nodes), notes)
 

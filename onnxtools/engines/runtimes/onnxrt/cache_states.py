@@ -1,8 +1,9 @@
 """How ONNX Runtime's caches are kept from step to step, by their form.
 
 concat: the outputs of a step are the inputs of the next, bound as they are; prompts are padded on the left.
-scatter, gqa: one buffer a cache is input and output at once, bound once; prompts are padded on the right. On CUDA the step is captured
-as a CUDA graph, and two of them feed each other; a prompt's run is captured when its length comes twice in a row.
+scatter, gqa: one buffer a cache is input and output at once, bound once; prompts are padded on the right. On CUDA the
+step is captured as a CUDA graph, and two of them feed each other; a prompt's run is captured when its length comes
+twice in a row.
 none: the whole text is run again for each token.
 """
 
@@ -21,7 +22,10 @@ from onnxtools.engines.runtimes.onnxrt.ort_model import DeviceLogits, OrtModel
 from onnxtools.generation.runtime import HostLogits, Ids, Logits, PickedLogits, Prompts, padded, positions_of
 
 MAX_GRAPHS = 256
-"""CUDA graphs captured per session. ONNX Runtime never frees one (about 1 MB of host memory for 24 layers); later runs are not captured."""
+"""CUDA graphs captured per session.
+
+ONNX Runtime never frees one (about 1 MB of host memory for 24 layers); later runs are not captured.
+"""
 
 
 class _Input:
@@ -119,7 +123,8 @@ class Static:
         self.slots = r.io.cache_length or length
         if length > self.slots:
             raise JobError(
-                f"{r.path}: its cache has {self.slots} slots and {length} tokens are wanted; export with a larger --cache-length"
+                f"{r.path}: its cache has {self.slots} slots and {length} tokens are wanted; export with a larger "
+                "--cache-length"
             )
         self.buffers = [r.ops.zeros(c.shape(rows, self.slots), c.past.dtype) for c in r.io.caches]
         self.ids, self.positions = (
@@ -146,8 +151,8 @@ class Static:
     def _bind(self) -> None:
         """The step's bindings: fixed inputs, buffers and logits, so that a captured graph finds them where they were.
 
-        One binding reads what the host has written. Where steps can run ahead, two bindings ping-pong: each writes the inputs that the
-        other reads, so steps can be queued without the host.
+        One binding reads what the host has written. Where steps can run ahead, two bindings ping-pong: each writes the
+        inputs that the other reads, so steps can be queued without the host.
         """
         r, io = self.r, self.r.io
         pairs = (
@@ -202,7 +207,10 @@ class Static:
         return r.last(binding.get_outputs(), lengths - 1)
 
     def _prompt_side(self, feeds: dict[str, Ids], length: int) -> _Side:
-        """With `feeds` as its inputs. Where its logits are small it is kept, and captured if the next prompts are of that length too."""
+        """With `feeds` as its inputs.
+
+        Where its logits are small it is kept, and captured if the next prompts are of that length too.
+        """
         if self._prompt is not None and self._prompt[0] == length:
             _, values, side = self._prompt
             for name, value in values.items():
@@ -228,7 +236,9 @@ class Static:
         return HostLogits(outputs[0].numpy()[:, -1].astype(np.float32, copy=False))
 
     def _step_some(self, ids: Ids, slots: Sequence[int]) -> Logits:
-        """The others write a token behind their text, which their next step overwrites, and stay as long as they were."""
+        """The others write a token behind their text, which their next step overwrites, and stay as long as they
+        were.
+        """
         rows, lengths = list(slots), self.lengths
         given = np.full(self.rows, self.r.info.pad_token_id, np.int64)
         given[rows] = ids
@@ -289,7 +299,10 @@ class _Side:
             self._options = [_graph_options(r.graphs, wait) for wait in (False, True)]
 
     def run(self, *, wait: bool = True) -> list[Any]:
-        """The logits, and the next token on CUDA. With wait=False they are valid only after a later run with wait=True."""
+        """The logits, and the next token on CUDA.
+
+        With wait=False they are valid only after a later run with wait=True.
+        """
         r = self._runtime
         r.run(self._binding, self._options[wait])
         if self._results is None:  # bound from now on where the first run put them
@@ -342,7 +355,9 @@ class Whole:
 
 
 def _graph_options(graph: int, wait: bool) -> Any:
-    """Run options of the graph with that number, which ONNX Runtime captures at the first run with them (it runs twice) and replays from then on."""
+    """Run options of the graph with that number, which ONNX Runtime captures at the first run with them (it runs twice)
+    and replays from then on.
+    """
     import onnxruntime as ort
 
     made = ort.RunOptions()
@@ -364,7 +379,9 @@ def bind_buffers(model: OrtModel, binding: Any, buffers: list[Any]) -> None:
 
 
 def taking(slots: Sequence[int], count: int) -> Ids:
-    """Out of `count` old rows and, behind them, a new one for each of `slots`: the rows where the new ones have taken their slots."""
+    """Out of `count` old rows and, behind them, a new one for each of `slots`: the rows where the new ones have taken
+    their slots.
+    """
     order = np.arange(count)
     order[list(slots)] = count + np.arange(len(slots))
     return order

@@ -17,8 +17,8 @@ _NUMPY = {"float": np.float32, "float16": np.float16, "double": np.float64}
 class DeviceOps:
     """Values of one device; rows are picked and values joined there by graphs of one node.
 
-    Such a graph is made when it is needed and not before: a second CUDA session in the process, once it has run, makes each replay of the
-    first one's captured step slower (3.56 to 3.71 ms for GPT-5B on an H200).
+    Such a graph is made when it is needed and not before: a second CUDA session in the process, once it has run, makes
+    each replay of the first one's captured step slower (3.56 to 3.71 ms for GPT-5B on an H200).
     """
 
     def __init__(self, device: str) -> None:

@@ -12,8 +12,10 @@ from onnxtools.ir.edit import Builder
 from onnxtools.ir.model import Model
 
 NEXT = "onnxtools.next"
-"""An output, [rows, tokens]: the best token, -1 where the logits are NaN, so that a step moves 8 bytes a row to the host and not the logits.
-Do not bind it to the memory of input_ids: capturing runs the step twice, and the second run would read the first one's output."""
+"""An output, [rows, tokens]: the best token, -1 where the logits are NaN, so that a step moves 8 bytes a row to the
+host and not the logits. Do not bind it to the memory of input_ids: capturing runs the step twice, and the second run
+would read the first one's output.
+"""
 AHEAD = "onnxtools.ahead"
 """Prefix of the extra outputs of a capturable step: its own next inputs, and the tokens generated so far."""
 PAST_TOKENS = f"{AHEAD}.past_tokens"
@@ -21,10 +23,12 @@ PAST_TOKENS = f"{AHEAD}.past_tokens"
 
 
 def add_next_token(model: Model, *, ahead: bool, kernel: bool) -> None:
-    """The output NEXT, and with `ahead` the outputs AHEAD of a graph whose caches are fixed buffers and that has a mask.
+    """The output NEXT, and with `ahead` the outputs AHEAD of a graph whose caches are fixed buffers and that has a
+    mask.
 
-    AHEAD.attention_mask, AHEAD.position_ids and AHEAD.write_indices are what the next step takes. The mask is 1 on a row's first tokens, that
-    of the step among them; the token that the step finds comes after them. AHEAD.tokens is PAST_TOKENS with that token in its place.
+    AHEAD.attention_mask, AHEAD.position_ids and AHEAD.write_indices are what the next step takes. The mask is 1 on a
+    row's first tokens, that of the step among them; the token that the step finds comes after them. AHEAD.tokens is
+    PAST_TOKENS with that token in its place.
 
     Args:
         kernel: our operator NextToken may be used.

@@ -59,7 +59,8 @@ class OrtModel:
         self.device = device_name(self._device)
         if self.io.kind == "gqa" and self._device == "cuda" and self.io.caches[0].past.dtype == "float":
             raise JobError(
-                f"{path}: ONNX Runtime has no CUDA kernel for fp32 GroupQueryAttention; export with --dtype fp16 or bf16, or --kv-cache concat"
+                f"{path}: ONNX Runtime has no CUDA kernel for fp32 GroupQueryAttention; export with --dtype fp16 or "
+                "bf16, or --kv-cache concat"
             )
         static = self.io.kind in ("scatter", "gqa")
         self.session, self.captures = open_decoder(
@@ -67,7 +68,8 @@ class OrtModel:
         )
         if not self.has_cache:
             self.notes.append(
-                "the model has no KV cache: every token runs the whole text again; use add-kv-cache, or export --kv-cache concat"
+                "the model has no KV cache: every token runs the whole text again; use add-kv-cache, or export "
+                "--kv-cache concat"
             )
         self.graphs = 0  # captured so far
         self.takes_tokens = any(value.name == PAST_TOKENS for value in self.session.get_inputs())
@@ -104,7 +106,9 @@ class OrtModel:
         return found
 
     def last(self, outputs: list[Any], ends: Ids) -> Logits:
-        """The logits at `ends` of a prefill's outputs; the same as the last ones where the graph returns those alone."""
+        """The logits at `ends` of a prefill's outputs; the same as the last ones where the graph returns those
+        alone.
+        """
         if self._device == "cuda" and (not self.io.logits_all or outputs[0].shape()[1] == 1):
             return DeviceLogits(*outputs[:2])
         logits = outputs[0].numpy()

@@ -63,7 +63,8 @@ class OrtRuntime(OrtModel):
         limit = self.io.batch_limit
         if limit is not None and rows != limit:
             raise JobError(
-                f"{self.path}: its batch is fixed to {limit} and {rows} rows are wanted; use --batch-size {limit}, or export with a dynamic batch"
+                f"{self.path}: its batch is fixed to {limit} and {rows} rows are wanted; use --batch-size {limit}, or "
+                "export with a dynamic batch"
             )
 
     def close(self) -> None:

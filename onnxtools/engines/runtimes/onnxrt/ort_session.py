@@ -122,7 +122,8 @@ def open_decoder(
             raise
         if session.get_providers()[0] != "CUDAExecutionProvider":
             raise JobError(
-                "ONNX Runtime's CUDA provider does not start (are CUDA and cuDNN of its version installed?); run with --device cpu"
+                "ONNX Runtime's CUDA provider does not start (are CUDA and cuDNN of its version installed?); run with "
+                "--device cpu"
             )
         return session, captured
     raise AssertionError
@@ -132,7 +133,8 @@ def open_decoder(
 def _without_xqa() -> Iterator[None]:
     """Kernels read the variable while a session is made.
 
-    XQA shares a KV head among its queries; with one query a head it took 29 us where cuDNN took 19 (H200, 16 x 32 heads, 148 tokens).
+    XQA shares a KV head among its queries; with one query a head it took 29 us where cuDNN took 19 (H200, 16 x 32
+    heads, 148 tokens).
     """
     name = "ORT_ENABLE_XQA"
     if name in os.environ:
@@ -151,7 +153,8 @@ def _session(source: str | bytes, settings: Any, providers: Sequence[Any], model
     except Exception as error:
         if is_out_of_memory(error):
             raise JobError(
-                f"{model.path}: out of memory while loading {model.weight_bytes() / 1e9:.1f} GB of weights; use a larger device"
+                f"{model.path}: out of memory while loading {model.weight_bytes() / 1e9:.1f} GB of weights; use a "
+                "larger device"
             ) from None
         bf16 = any(value.dtype == ir.DataType.BFLOAT16 for node in model.graph for value in node.outputs)
         if "NOT_IMPLEMENTED" in str(error) and bf16 and providers is CPU:
@@ -163,7 +166,8 @@ def _session(source: str | bytes, settings: Any, providers: Sequence[Any], model
 
 
 def register_kernels(settings: Any, options: RuntimeOptions, notes: list[str]) -> bool:
-    """Let sessions with `settings` know our kernels, where they are wanted, there is a card for them, and they can be compiled and loaded.
+    """Let sessions with `settings` know our kernels, where they are wanted, there is a card for them, and they can be
+    compiled and loaded.
 
     Returns:
         Whether they do; where they are wanted and do not, `notes` says why.
