@@ -16,7 +16,7 @@ import onnxruntime
 
 from onnxtools.checkpoints.tokenizer import Tokenizer
 from onnxtools.engines.runtimes.onnxrt.ort_runtime import OrtRuntime
-from onnxtools.evaluate.wikitext import score_wikitext
+from onnxtools.evaluate.wikitext import Windows, score_wikitext
 from onnxtools.generation.runtime import RuntimeOptions
 
 from benchmarks.decode import gguf  # isort: skip
@@ -27,9 +27,7 @@ def perplexity(path: Path, windows: int) -> float:
     runtime = OrtRuntime(path, RuntimeOptions(device="cpu"))
     text = (SHARED / "wikitext2_test.txt").read_text()
     tokens = Tokenizer.open(path.parent).pieces(text)[: windows * 1024]
-    found = score_wikitext(
-        runtime, tokens, len(text.split()), length=1024, stride=1024, batch_size=1, done=lambda: None
-    )
+    found = score_wikitext(runtime, tokens, len(text.split()), Windows(1024, 1024), batch_size=1, done=lambda: None)
     runtime.close()
     return float(found.figures["ppl_token"])
 

@@ -8,6 +8,7 @@ import dataclasses
 import typing
 from collections.abc import Mapping
 from dataclasses import field
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from onnxtools.base.errors import UsageError
@@ -15,9 +16,16 @@ from onnxtools.base.inputs import shown
 
 
 def option(
-    default: Any, help: str, *, flags: Mapping[str, Any] | None = None, bare: str | None = None, path: bool = False
+    default: Any,
+    help: str,
+    *,
+    flags: Mapping[str, Any] | None = None,
+    bare: str | None = None,
+    path: bool = False,
+    minimum: float | None = None,
+    **display: Any,
 ) -> Any:
-    """A field of a pass, with its help text.
+    """A field of a pass, or of a command's options, with its help text.
 
     Args:
         default: the value when the user says nothing.
@@ -25,8 +33,10 @@ def option(
         flags: extra command-line switches, each standing for a value (`{"--opset19": 19}`).
         bare: the value that the option has when it is given without one.
         path: it names a file or folder; the provenance keeps the last part alone, since a model may be given away.
+        minimum: the least value of a number.
+        display: of the command line alone: `short` ("-o"), `metavar`, `required`, and `switch` (no --no- form).
     """
-    metadata = {"help": help, "flags": dict(flags or {}), "bare": bare, "path": path}
+    metadata = {"help": help, "flags": dict(flags or {}), "bare": bare, "path": path, "minimum": minimum, **display}
     if isinstance(default, (list, dict, set)):
         raise TypeError("options are immutable: use a tuple")
     return field(default=default, metadata=metadata)
@@ -60,8 +70,10 @@ def choices(annotation: Any) -> tuple[Any, ...]:
 
 
 def base_type(annotation: Any) -> Any:
-    """The plain type that a person writes for a field: the first of bool, int, float, str in a union, else itself."""
-    return next((t for t in get_args(annotation) if t in (bool, int, float, str)), annotation)
+    """The plain type that a person writes for a field: the first of bool, int, float, str, Path in a union, else
+    itself.
+    """
+    return next((t for t in get_args(annotation) if t in (bool, int, float, str, Path)), annotation)
 
 
 def convert_option(owner: str, name: str, annotation: Any, value: Any) -> Any:

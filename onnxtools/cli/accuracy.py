@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from onnxtools.base.errors import JobError, UsageError
+from onnxtools.base.options import option
 from onnxtools.base.progress import counted
-from onnxtools.cli.flags import PATH
-from onnxtools.cli.runtimes import open_tokenizer, opened, runtime_command, runtime_options, say_notes
-from onnxtools.generation.runtime import default_runtime
+from onnxtools.cli.flags import from_parameters
+from onnxtools.cli.runtimes import RuntimeChoice, open_tokenizer, opened, runtime_command, say_notes
+from onnxtools.generation.runtime import RuntimeOptions
 
 if TYPE_CHECKING:
+    from onnxtools.checkpoints.tokenizer import Tokenizer
     from onnxtools.evaluate.lambada import Passage, PassageResult
     from onnxtools.evaluate.wikitext import WindowScores
-    from onnxtools.generation.runtime import Runtime, RuntimeOptions
+    from onnxtools.generation.runtime import Runtime
 
 _HELP = """Score MODEL on LAMBADA (the last word of a passage) or on a text's perplexity.
 
@@ -36,41 +37,68 @@ _HELP = """Score MODEL on LAMBADA (the last word of a passage) or on a text's pe
 _HUB = {"lambada": ("EleutherAI/lambada_openai", "default")}
 
 
-def _callback(
-    model: Path,
-    dataset: str,
-    path: Path | None,
-    limit: int | None,
-    batch_size: int,
-    compare: Path | None,
-    resume: Path | None,
-    max_length: int,
-    stride: int | None,
-    runtimes: tuple[str, ...],
-    tokenizer_path: Path | None,
-    as_json: bool,
-    debug: bool,
-    **given: Any,
-) -> None:
+@dataclass(frozen=True)
+class AccuracyOptions:
+    """What `accuracy` scores, and how."""
+
+    dataset: str = option("", "lambada, wikitext, or a file: .jsonl (LAMBADA's fields) or .txt.", required=True)
+    path: Path | None = option(
+        None, "File of the data. [default for lambada: EleutherAI/lambada_openai of the Hugging Face hub]", path=True
+    )
+    limit: int | None = option(None, "Score the first N passages, or windows, alone.", minimum=1)
+    batch_size: int = option(8, "Texts scored together.", minimum=1)
+    compare: Path | None = option(None, "A second model: print the paired difference.", path=True)
+    resume: Path | None = option(
+        None, "Keep LAMBADA's results in this JSONL file, and go on from what is there.", path=True
+    )
+    max_length: int = option(2048, "Tokens of a window of wikitext.", minimum=2)
+    stride: int | None = option(None, "Tokens from one window to the next. [default: --max-length]", minimum=1)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Models, runtimes and a tokenizer, and what is asked of them."""
+
+    models: tuple[Path, ...]
+    options: AccuracyOptions
+    choice: RuntimeChoice
+    runtime_options: RuntimeOptions
+
+    def runtimes(self) -> Iterator[tuple[Path, Runtime, Tokenizer]]:
+        """Each model in each runtime, with its tokenizer; one model is open at a time."""
+        for path in self.models:
+            with opened(path, self.choice.runtime, self.runtime_options) as runtimes:
+                say_notes(runtimes)
+                for runtime in runtimes:
+                    yield path, runtime, open_tokenizer(self.choice.tokenizer, runtime, path)
+
+    def label(self, path: Path, runtime: Runtime, taken: Collection[str]) -> str:
+        """What the figures are called; a model compared with itself is called twice."""
+        name = runtime.name if self.options.compare is None else f"{path} ({runtime.name})"
+        return f"{name} again" if name in taken else name
+
+
+def _callback(model: Path, as_json: bool, **values: Any) -> None:
     from onnxtools.base.inputs import absent
     from onnxtools.cli.render import print_json
 
-    kind, file = _dataset(dataset, path)
+    options: AccuracyOptions = from_parameters(AccuracyOptions, values)
+    kind, file = _dataset(options.dataset, options.path)
+    compare = options.compare
     if compare is not None and not compare.exists():
         raise JobError(f"--compare {absent(compare)}: no such file or folder; check the path")
-    options = runtime_options(given)
-    if kind == "wikitext":
-        if resume is not None:
-            raise UsageError("--resume is for LAMBADA; leave it out with --dataset wikitext")
-        result = _wikitext(
-            model, compare, file, runtimes, options, tokenizer_path, batch_size, max_length, stride, limit
-        )
-    else:
-        result = _lambada(model, compare, file, runtimes, options, tokenizer_path, batch_size, limit, resume)
+    choice: RuntimeChoice = from_parameters(RuntimeChoice, values)
+    models = (model,) if compare is None else (model, compare)
+    job = Job(models, options, choice, from_parameters(RuntimeOptions, values))
+    if kind == "wikitext" and options.resume is not None:
+        raise UsageError("--resume is for LAMBADA; leave it out with --dataset wikitext")
+    result = _lambada(job, file) if kind == "lambada" else _wikitext(job, file)
     if as_json:
         print_json(result)
+    elif kind == "lambada":
+        _print_lambada(result)
     else:
-        _print(kind, result)
+        _print_wikitext(result)
 
 
 def _dataset(name: str, path: Path | None) -> tuple[str, Path | None]:
@@ -104,85 +132,46 @@ def _hub_rows(limit: int | None) -> list[tuple[str, str]]:
     return [split_text(str(row["text"])) for row in rows][:limit]
 
 
-# --- LAMBADA
-# ------------------------------------------------------------------------------------------------------------
-
-
-def _lambada(
-    model: Path,
-    compare: Path | None,
-    file: Path | None,
-    runtimes: Sequence[str],
-    options: RuntimeOptions,
-    tokenizer_path: Path | None,
-    batch: int,
-    limit: int | None,
-    resume: Path | None,
-) -> dict[str, Any]:
+def _lambada(job: Job, file: Path | None) -> dict[str, Any]:
     from onnxtools.evaluate.lambada import compare_lambada, read_lambada, summarize_lambada
 
+    limit = job.options.limit
     rows = read_lambada(file, limit) if file is not None else _hub_rows(limit)
-    found: dict[str, list[PassageResult]] = {}
-    for path, names in _models(model, compare, runtimes):
-        with opened(path, names, options) as made:
-            say_notes(made)
-            for runtime in made:
-                label = _label(path, runtime, compare, found)
-                found[label] = _lambada_of(runtime, path, rows, options, tokenizer_path, batch, resume, len(found))
+    scores: dict[str, list[PassageResult]] = {}
+    for path, runtime, tokenizer in job.runtimes():
+        scores[job.label(path, runtime, scores)] = _score_lambada(job, path, runtime, tokenizer, rows, len(scores))
     result: dict[str, Any] = {
         "dataset": str(file or _HUB["lambada"][0]),
-        "models": {label: summarize_lambada(results) for label, results in found.items()},
+        "models": {label: summarize_lambada(results) for label, results in scores.items()},
     }
-    if len(found) > 1:
-        first, *others = found.items()
+    if len(scores) > 1:
+        first, *others = scores.items()
         result["compared"] = {f"{label} - {first[0]}": compare_lambada(first[1], results) for label, results in others}
     return result
 
 
-def _label(path: Path, runtime: Runtime, compare: Path | None, taken: Mapping[str, Any]) -> str:
-    """What the figures are called; a model compared with itself is called twice."""
-    name = runtime.name if compare is None else f"{path} ({runtime.name})"
-    return f"{name} again" if name in taken else name
-
-
-def _models(model: Path, compare: Path | None, runtimes: Sequence[str]) -> Iterator[tuple[Path, list[str]]]:
-    """Each model with its runtimes; one open at a time."""
-    for path in (model, compare) if compare is not None else (model,):
-        yield path, list(runtimes) or [default_runtime(path)]
-
-
-def _lambada_of(
-    runtime: Runtime,
-    path: Path,
-    rows: Sequence[tuple[str, str]],
-    options: RuntimeOptions,
-    tokenizer_path: Path | None,
-    batch: int,
-    resume: Path | None,
-    number: int,
+def _score_lambada(
+    job: Job, path: Path, runtime: Runtime, tokenizer: Tokenizer, rows: Sequence[tuple[str, str]], number: int
 ) -> list[PassageResult]:
+    """Scores of the model with that number; its journal, of the first `--resume`, of the others a name of their own."""
     from onnxtools.evaluate.lambada import Journal, score_lambada, tokenized
 
-    tokenizer = open_tokenizer(tokenizer_path, runtime, path)
     passages = tokenized(rows, tokenizer, runtime.info.max_positions)
-    journal = (
-        Journal(
-            resume if number == 0 else resume.with_suffix(f".{number}{resume.suffix}"),
-            _of(runtime, path, options, passages),
-        )
-        if resume is not None
-        else None
-    )
+    file, journal = job.options.resume, None
+    if file is not None:
+        file = file if number == 0 else file.with_suffix(f".{number}{file.suffix}")
+        journal = Journal(file, _of(runtime, path, job.runtime_options, passages))
     try:
-        with counted(f"{path.name} ({runtime.name})", len(passages), len(journal.known) if journal else 0) as tick:
+        scored = dict(journal.known) if journal is not None else {}
+        with counted(f"{path.name} ({runtime.name})", len(passages), len(scored)) as tick:
 
             def done(index: int, result: PassageResult) -> None:
                 if journal is not None:
                     journal.add(index, result)
                 tick()
 
-            known = {i: r for i, r in journal.known.items() if i < len(passages)} if journal is not None else {}
-            return score_lambada(runtime, passages, batch_size=batch, known=known, done=done)
+            scored = {index: result for index, result in scored.items() if index < len(passages)}
+            return score_lambada(runtime, passages, batch_size=job.options.batch_size, known=scored, done=done)
     finally:
         if journal is not None:
             journal.close()
@@ -204,118 +193,81 @@ def _of(runtime: Runtime, path: Path, options: RuntimeOptions, passages: Sequenc
     }
 
 
-# --- perplexity
-# ----------------------------------------------------------------------------------------------------------
-
-
-def _wikitext(
-    model: Path,
-    compare: Path | None,
-    file: Path | None,
-    runtimes: Sequence[str],
-    options: RuntimeOptions,
-    tokenizer_path: Path | None,
-    batch: int,
-    length: int,
-    stride: int | None,
-    limit: int | None,
-) -> dict[str, Any]:
-    from onnxtools.evaluate.wikitext import compare_wikitext, score_wikitext, windows
+def _wikitext(job: Job, file: Path | None) -> dict[str, Any]:
+    from onnxtools.evaluate.wikitext import compare_wikitext
 
     assert file is not None
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise JobError(f"{file}: cannot be read ({error}); give a text file") from None
-    found: dict[str, WindowScores] = {}
-    for path, names in _models(model, compare, runtimes):
-        with opened(path, names, options) as made:
-            say_notes(made)
-            for runtime in made:
-                tokenizer = open_tokenizer(tokenizer_path, runtime, path)
-                tokens = tokenizer.pieces(text)
-                window = min(length, runtime.info.max_positions or length)
-                words = len(text.split())
-                step = stride or window
-                if limit is not None and (limit - 1) * step + window < len(tokens):
-                    tokens = tokens[: (limit - 1) * step + window]
-                    words = len(tokenizer.decode(tokens).split())
-                if len(tokens) < 2 or not words:
-                    raise UsageError(
-                        f"{file}: has {len(tokens)} tokens and {words} words; perplexity needs two and one"
-                    )
-                with counted(f"{path.name} ({runtime.name})", len(list(windows(tokens, window, step)))) as tick:
-                    scored = score_wikitext(
-                        runtime, tokens, words, length=window, stride=step, batch_size=batch, done=tick
-                    )
-                found[_label(path, runtime, compare, found)] = scored
+    scores: dict[str, WindowScores] = {}
+    for path, runtime, tokenizer in job.runtimes():
+        scores[job.label(path, runtime, scores)] = _score_wikitext(job, path, runtime, tokenizer, text)
     result: dict[str, Any] = {
         "dataset": str(file),
-        "models": {label: scored.figures for label, scored in found.items()},
+        "models": {label: scored.figures for label, scored in scores.items()},
     }
-    if len(found) > 1:
-        first, *others = found.items()
+    if len(scores) > 1:
+        first, *others = scores.items()
         result["compared"] = {f"{label} - {first[0]}": compare_wikitext(first[1], scored) for label, scored in others}
     return result
 
 
-def _print(kind: str, result: dict[str, Any]) -> None:
+def _score_wikitext(job: Job, path: Path, runtime: Runtime, tokenizer: Tokenizer, text: str) -> WindowScores:
+    from onnxtools.evaluate.wikitext import Windows, score_wikitext
+
+    options = job.options
+    tokens, words = tokenizer.pieces(text), len(text.split())
+    length = min(options.max_length, runtime.info.max_positions or options.max_length)
+    windows = Windows(length, options.stride or length)
+    if options.limit is not None and windows.end(options.limit) < len(tokens):
+        tokens = tokens[: windows.end(options.limit)]
+        words = len(tokenizer.decode(tokens).split())
+    if len(tokens) < 2 or not words:
+        raise UsageError(f"the text has {len(tokens)} tokens and {words} words; perplexity needs two and one")
+    with counted(f"{path.name} ({runtime.name})", len(list(windows.of(tokens)))) as tick:
+        return score_wikitext(runtime, tokens, words, windows, options.batch_size, tick)
+
+
+def _print_wikitext(result: dict[str, Any]) -> None:
     from onnxtools.cli.render import console, table
 
-    if kind == "wikitext":
-        columns = ("model", "tokens", "ppl(token)", "ppl(word)", "window", "stride")
-        rows = [
-            (label, s["n"], f"{s['ppl_token']:.4f}", f"{s['ppl_word']:.4f}", s["max_length"], s["stride"]) for label,
-            s in result["models"].items()
-        ]  # fmt: skip
-        table(f"perplexity of {result['dataset']}", columns, rows, right=columns[1:])
-        for label, d in result.get("compared", {}).items():
-            low, high = d["ppl_token_factor_ci95"]
-            console().print(
-                f"{label}: ppl(token) x {d['ppl_token_factor']:.4f} (95%, window by window: {low:.4f} to {high:.4f})",
-                markup=False,
-                soft_wrap=True,
-            )
-        return
-    for label, s in result["models"].items():
-        console().print(
-            f"{label}: Lambada ppl(last token): {s['ppl_last_token']:.4f}, ppl(sequence): {s['ppl_sequence']:.4f}, "
-            f"acc(top1): {s['acc_top1']:.4f},"
-            f" acc(top3): {s['acc_top3']:.4f}, acc(top5): {s['acc_top5']:.4f}", markup=False, soft_wrap=True,
-        )  # fmt: skip
-    shown = ("model", "n", "acc (whole word)", "95%", "ppl(token)")
-    scores = [
-        (label, s["n"], f"{s['acc']:.4f}", f"{s['acc_ci95'][0]:.4f} to {s['acc_ci95'][1]:.4f}", f"{s['ppl_token']:.4f}")
+    columns = ("model", "tokens", "ppl(token)", "ppl(word)", "window", "stride")
+    rows = [
+        (label, s["n"], f"{s['ppl_token']:.4f}", f"{s['ppl_word']:.4f}", s["max_length"], s["stride"])
         for label, s in result["models"].items()
-    ]  # fmt: skip
-    table(f"LAMBADA, {result['dataset']}", shown, scores, right=shown[1:])
+    ]
+    table(f"perplexity of {result['dataset']}", columns, rows, right=columns[1:])
+    for label, d in result.get("compared", {}).items():
+        low, high = d["ppl_token_factor_ci95"]
+        line = f"{label}: ppl(token) x {d['ppl_token_factor']:.4f} (95%, window by window: {low:.4f} to {high:.4f})"
+        console().print(line, markup=False, soft_wrap=True)
+
+
+def _print_lambada(result: dict[str, Any]) -> None:
+    from onnxtools.cli.render import console, table
+
+    for label, s in result["models"].items():
+        line = (
+            f"{label}: Lambada ppl(last token): {s['ppl_last_token']:.4f}, ppl(sequence): {s['ppl_sequence']:.4f}, "
+            f"acc(top1): {s['acc_top1']:.4f}, acc(top3): {s['acc_top3']:.4f}, acc(top5): {s['acc_top5']:.4f}"
+        )
+        console().print(line, markup=False, soft_wrap=True)
+    columns = ("model", "n", "acc (whole word)", "95%", "ppl(token)")
+    rows = []
+    for label, s in result["models"].items():
+        low, high = s["acc_ci95"]
+        rows.append((label, s["n"], f"{s['acc']:.4f}", f"{low:.4f} to {high:.4f}", f"{s['ppl_token']:.4f}"))
+    table(f"LAMBADA, {result['dataset']}", columns, rows, right=columns[1:])
     for label, d in result.get("compared", {}).items():
         low, high = d["ppl_last_token_factor_ci95"]
-        console().print(
-            f"{label}: acc {100 * d['acc_difference']:+.2f} +- {100 * d['acc_difference_half_ci95']:.2f} points (only "
-            f"the first right {d['only_first_right']},"
-            f" only the second {d['only_second_right']}), ppl(last token) x {d['ppl_last_token_factor']:.4f} "
-            f"({low:.4f} to {high:.4f})",
-            markup=False, soft_wrap=True,
-        )  # fmt: skip
+        line = (
+            f"{label}: acc {100 * d['acc_difference']:+.2f} +- {100 * d['acc_difference_half_ci95']:.2f} points "
+            f"(only the first right {d['only_first_right']}, only the second {d['only_second_right']}), "
+            f"ppl(last token) x {d['ppl_last_token_factor']:.4f} ({low:.4f} to {high:.4f})"
+        )
+        console().print(line, markup=False, soft_wrap=True)
 
 
-command = runtime_command(
-    "accuracy", _HELP, _callback,
-    extra=[
-        click.Option(["--dataset"], required=True,
-            help="lambada, wikitext, or a file: .jsonl (LAMBADA's fields) or .txt."),
-        click.Option(["--path"], type=PATH,
-            help="File of the data. [default for lambada: EleutherAI/lambada_openai of the Hugging Face hub]"),
-        click.Option(["--limit"], type=click.IntRange(1), help="Score the first N passages, or windows, alone."),
-        click.Option(["--batch-size"], type=click.IntRange(1), default=8, show_default=True,
-            help="Texts scored together."),
-        click.Option(["--compare"], type=PATH, help="A second model: print the paired difference."),
-        click.Option(["--resume"], type=PATH,
-            help="Keep LAMBADA's results in this JSONL file, and go on from what is there."),
-        click.Option(["--max-length"], type=click.IntRange(2), default=2048, show_default=True,
-            help="Tokens of a window of wikitext."),
-        click.Option(["--stride"], type=click.IntRange(1),
-            help="Tokens from one window to the next. [default: --max-length]"),
-    ],
-)  # fmt: skip
+command = runtime_command("accuracy", _HELP, _callback, [AccuracyOptions])

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from onnxtools.base.options import option
 from onnxtools.base.progress import counted
-from onnxtools.cli.flags import PATH, from_parameters
-from onnxtools.cli.runtimes import open_tokenizer, opened, runtime_command, runtime_options, say_notes
+from onnxtools.cli.flags import from_parameters
+from onnxtools.cli.runtimes import RuntimeChoice, open_tokenizer, opened, runtime_command, say_notes
 from onnxtools.evaluate.timing import BenchmarkOptions
+from onnxtools.generation.runtime import RuntimeOptions
 from onnxtools.storage.files import replacing
 
 if TYPE_CHECKING:
@@ -31,36 +34,37 @@ _HELP = """Time MODEL: greedy tokens after random prompts.
     """
 
 
-def _callback(
-    model: Path,
-    limits: bool,
-    plot: Path | None,
-    runtimes: tuple[str, ...],
-    tokenizer_path: Path | None,
-    as_json: bool,
-    debug: bool,
-    **given: Any,
-) -> None:
+@dataclass(frozen=True)
+class ReportOptions:
+    """What `benchmark` adds to the times."""
+
+    limits: bool = option(True, "Measure the machine's limits and compare.")
+    plot: Path | None = option(None, "Draw latencies and the roofline (.png, .svg or .pdf).", path=True)
+
+
+def _callback(model: Path, as_json: bool, **values: Any) -> None:
     from onnxtools.cli.render import console, print_json
     from onnxtools.evaluate.plots import check_plot
     from onnxtools.evaluate.timing import time_runtimes
 
-    if plot is not None:
-        check_plot(plot)
-    options: BenchmarkOptions = from_parameters(BenchmarkOptions, given)
-    how = runtime_options(given)
-    with opened(model, runtimes, how) as made:
-        say_notes(made)
-        if how.device == "auto" and all(runtime.device == "cpu" for runtime in made):
+    report: ReportOptions = from_parameters(ReportOptions, values)
+    if report.plot is not None:
+        check_plot(report.plot)
+    options: BenchmarkOptions = from_parameters(BenchmarkOptions, values)
+    choice: RuntimeChoice = from_parameters(RuntimeChoice, values)
+    how: RuntimeOptions = from_parameters(RuntimeOptions, values)
+    with opened(model, choice.runtime, how) as runtimes:
+        say_notes(runtimes)
+        if how.device == "auto" and all(runtime.device == "cpu" for runtime in runtimes):
             click.echo("note: no CUDA device: this is a benchmark of the CPU", err=True)
-        tokenizers = [_tokenizer(tokenizer_path, runtime, model) for runtime in made]
-        with counted("benchmark", (options.warmup + options.iterations) * len(made)) as tick:
-            found = time_runtimes(made, tokenizers, options, tick)
-        result = _result(model, made, found, options)
-        if limits:
-            _add_limits(result, model, made, found, options, how.threads)
-    if plot is not None:
-        _plot(plot, result, found)
+        tokenizers = [_tokenizer(choice.tokenizer, runtime, model) for runtime in runtimes]
+        with counted("benchmark", (options.warmup + options.iterations) * len(runtimes)) as tick:
+            timings = time_runtimes(runtimes, tokenizers, options, tick)
+        result = _result(model, runtimes, timings, options)
+        if report.limits:
+            _add_limits(result, model, list(zip(runtimes, timings, strict=True)), options, how.threads)
+    if report.plot is not None:
+        _plot(report.plot, result, timings)
     if as_json:
         print_json(result)
         return
@@ -84,7 +88,7 @@ def _tokenizer(path: Path | None, runtime: Runtime, model: Path) -> Tokenizer | 
 
 
 def _result(
-    model: Path, runtimes: Sequence[Runtime], found: Sequence[Timing], options: BenchmarkOptions
+    model: Path, runtimes: Sequence[Runtime], timings: Sequence[Timing], options: BenchmarkOptions
 ) -> dict[str, Any]:
     import dataclasses
 
@@ -93,7 +97,7 @@ def _result(
         "runtimes": {
             runtime.name: {"device": runtime.device, **timing.as_json(options),
                 "peak_memory_bytes": _peak_memory(runtime.device)}
-            for runtime, timing in zip(runtimes, found, strict=True)
+            for runtime, timing in zip(runtimes, timings, strict=True)
         },
     }  # fmt: skip
 
@@ -113,8 +117,7 @@ def _peak_memory(device: str) -> int | None:
 def _add_limits(
     result: dict[str, Any],
     model: Path,
-    runtimes: Sequence[Runtime],
-    found: Sequence[Timing],
+    timed: Sequence[tuple[Runtime, Timing]],
     options: BenchmarkOptions,
     threads: int,
 ) -> None:
@@ -126,12 +129,12 @@ def _add_limits(
     needed = work(model, options)
     rates = {
         device: measure_rates(device, needed.dtype, threads)
-        for device in {"cuda" if r.device.startswith("cuda") else "cpu" for r in runtimes}
+        for device in {"cuda" if r.device.startswith("cuda") else "cpu" for r, _ in timed}
     }
     for device, rate in rates.items():
-        those = [timing for runtime, timing in zip(runtimes, found, strict=True) if runtime.device.startswith(device)]
+        those = [timing for runtime, timing in timed if runtime.device.startswith(device)]
         rates[device] = raised(rate, needed, those, options.output_seq_len - 1)
-    for runtime in runtimes:
+    for runtime, _ in timed:
         block = result["runtimes"][runtime.name]
         rate = rates["cuda" if runtime.device.startswith("cuda") else "cpu"]
         step, prefill = needed.step_bytes / rate.bytes_per_s, needed.prefill_flops / rate.flops_per_s
@@ -152,14 +155,14 @@ def _lines(name: str, block: Mapping[str, Any], options: BenchmarkOptions) -> li
         f"{options.input_seq_len} in, {options.output_seq_len} out"
     ]
     for title, key in (("E2E inference", "end_to_end"), ("Without tokenizer", "without_tokenizer")):
-        found = block.get(key)
-        if not found:
+        times = block.get(key)
+        if not times:
             lines.append(f"[{title}] not timed: there is no tokenizer beside the model")
             continue
         lines.append(
-            f"[{title}] Total Time: {found['total_s']:.5f} s, Average Time: {found['average_s']:.5f} s, 95th "
-            f"Percentile Time: {found['p95_s']:.5f} s,"
-            f" 99th Percentile Time: {found['p99_s']:.5f} s, Throughput: {found['throughput_tokens_per_s']:.2f} "
+            f"[{title}] Total Time: {times['total_s']:.5f} s, Average Time: {times['average_s']:.5f} s, 95th "
+            f"Percentile Time: {times['p95_s']:.5f} s,"
+            f" 99th Percentile Time: {times['p99_s']:.5f} s, Throughput: {times['throughput_tokens_per_s']:.2f} "
             "tokens/s"
         )
     step = block["time_per_output_token_s"]
@@ -203,18 +206,11 @@ def _ratios(blocks: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def _plot(path: Path, result: Mapping[str, Any], found: Sequence[Timing]) -> None:
+def _plot(path: Path, result: Mapping[str, Any], timings: Sequence[Timing]) -> None:
     from onnxtools.evaluate.plots import benchmark_plot
 
     with replacing(path) as tmp:
-        benchmark_plot(tmp, path.suffix, result, found)
+        benchmark_plot(tmp, path.suffix, result, timings)
 
 
-command = runtime_command(
-    "benchmark", _HELP, _callback, options=BenchmarkOptions,
-    extra=[
-        click.Option(["--limits/--no-limits"], default=True,
-            help="Measure the machine's limits and compare. [default: on]"),
-        click.Option(["--plot"], type=PATH, help="Draw latencies and the roofline (.png, .svg or .pdf)."),
-    ],
-)  # fmt: skip
+command = runtime_command("benchmark", _HELP, _callback, [ReportOptions, BenchmarkOptions])

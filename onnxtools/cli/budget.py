@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from onnxtools.base.errors import UsageError
+from onnxtools.base.options import option
 from onnxtools.pipeline.passbase import Pass
 
 
+@dataclass(frozen=True)
+class BudgetOptions:
+    """Flags of a pass that can leave out its worst layers."""
+
+    budget: str | None = option(
+        None,
+        "Search the least --exclude-worst that loses no more: 0.5pt of LAMBADA's accuracy, or 2% of its perplexity.",
+    )
+    budget_data: Path | None = option(None, "LAMBADA's JSONL for --budget.", path=True)
+    budget_rows: int = option(500, "Passages that --budget scores.", minimum=1)
+
+
 def search(
-    pass_: Pass,
-    source: Path,
-    output: Path,
-    budget: str | None,
-    budget_data: Path | None,
-    budget_rows: int,
-    as_json: bool,
+    pass_: Pass, source: Path, output: Path, options: BudgetOptions, as_json: bool
 ) -> tuple[Pass, dict[str, Any]]:
     """The pass that keeps the budget, and what was tried for `--json`; writes OUTPUT.recipe.yaml. Without a budget
     `pass_` itself.
@@ -25,6 +33,7 @@ def search(
     Raises:
         UsageError: the budget cannot be read, or goes with no calibration.
     """
+    budget, budget_data = options.budget, options.budget_data
     if budget is None:
         if budget_data is not None:
             raise UsageError("--budget-data is for --budget; say how much may be lost, or leave it out")
@@ -59,7 +68,7 @@ def search(
             highlight=False,
         )
 
-    chosen, trials = within_budget(pass_, source, output, limit, read_lambada(budget_data, budget_rows), tried)
+    chosen, trials = within_budget(pass_, source, output, limit, read_lambada(budget_data, options.budget_rows), tried)
     recipe = output.with_suffix(".recipe.yaml")
     absolute: dict[str, Any] = {
         key: str(Path(value).resolve()) for key in ("calib", "tokenizer") if (value := getattr(chosen, key)) is not None

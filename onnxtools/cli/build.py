@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from onnxtools.base.errors import JobError, UsageError
-from onnxtools.cli.flags import PATH, dataclass_options, from_parameters
+from onnxtools.base.options import option
+from onnxtools.cli.flags import PATH, from_parameters, make_command
 from onnxtools.engines.build.spec import EngineSpec
 
 if TYPE_CHECKING:
@@ -30,32 +32,41 @@ Examples:
 """
 
 
-def _callback(
-    paths: tuple[Path, ...],
-    output: Path | None,
-    workers: int,
-    output_folder: Path | None,
-    force: bool,
-    print_trtexec: bool,
-    as_json: bool,
-    debug: bool,
-    **values: Any,
-) -> None:
+@dataclass(frozen=True)
+class BuildOptions:
+    """Flags of `build` beside those of the engine."""
+
+    output: Path | None = option(
+        None, "Where the engine goes, instead of the second argument.", path=True, short="-o", metavar="ENGINE"
+    )
+    workers: int = option(1, "Processes that build several models, a device each.", minimum=1)
+    output_folder: Path | None = option(
+        None, "Where the engines of several models go. [default: beside each model]", path=True
+    )
+    force: bool = option(
+        False, "Build although the engine that lies there is of the same graph, weights and options.", switch=True
+    )
+    print_trtexec: bool = option(False, "Print the equivalent trtexec line and build nothing.", switch=True)
+
+
+def _callback(paths: tuple[Path, ...], as_json: bool, **values: Any) -> None:
+    options: BuildOptions = from_parameters(BuildOptions, values)
     spec = from_parameters(EngineSpec, values)
-    if spec.tensorrt_version is not None and not print_trtexec:
+    if spec.tensorrt_version is not None and not options.print_trtexec:
         raise UsageError("--tensorrt-version is for --print-trtexec; a build uses the version that is installed")
-    if print_trtexec and spec.backend not in ("auto", "trtexec"):
+    if options.print_trtexec and spec.backend not in ("auto", "trtexec"):
         raise UsageError(f"--print-trtexec prints a line for trtexec, not for --backend {spec.backend}; leave one out")
-    jobs = _jobs((*paths, output) if output is not None else paths, output_folder)
-    if print_trtexec:
+    folder = options.output_folder
+    jobs = _jobs((*paths, options.output) if options.output is not None else paths, folder)
+    if options.print_trtexec:
         _lines(jobs, spec, as_json)
         return
-    if output_folder is not None:
-        output_folder.mkdir(parents=True, exist_ok=True)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
     if len(jobs) == 1:
-        _one(jobs[0], spec, force, as_json)
+        _one(jobs[0], spec, options.force, as_json)
     else:
-        _several(jobs, spec, workers, force, as_json)
+        _several(jobs, spec, options, as_json)
 
 
 def _jobs(paths: tuple[Path, ...], folder: Path | None) -> list[Job]:
@@ -141,13 +152,13 @@ def _apart(job: Job, spec: EngineSpec, force: bool) -> Engine:
     return Engine(job.engine, outcome.manifest, outcome.reused, outcome.last)
 
 
-def _several(jobs: list[Job], spec: EngineSpec, workers: int, force: bool, as_json: bool) -> None:
+def _several(jobs: list[Job], spec: EngineSpec, options: BuildOptions, as_json: bool) -> None:
     from onnxtools.base.progress import counted
     from onnxtools.cli.render import print_json, size, table
     from onnxtools.engines.build.many import build_many
 
-    with counted(f"build, {workers} at a time", len(jobs)) as tick:
-        outcomes = build_many(jobs, spec, workers=workers, force=force, done=lambda _: tick())
+    with counted(f"build, {options.workers} at a time", len(jobs)) as tick:
+        outcomes = build_many(jobs, spec, workers=options.workers, force=options.force, done=lambda _: tick())
     if as_json:
         print_json([_row(outcome) for outcome in outcomes])
     else:
@@ -183,38 +194,12 @@ def _row(outcome: Outcome) -> dict[str, Any]:
     }  # fmt: skip
 
 
-command = click.Command(
+command = make_command(
     "build",
-    help=_HELP,
-    callback=_callback,
-    params=[
-        click.Argument(["paths"], metavar="MODEL ENGINE | MODEL...", type=PATH, nargs=-1, required=True),
-        click.Option(
-            ["-o", "--output"],
-            type=PATH,
-            metavar="ENGINE",
-            help="Where the engine goes, instead of the second argument.",
-        ),
-        *dataclass_options(EngineSpec),
-        click.Option(
-            ["--workers"],
-            type=click.IntRange(1),
-            default=1,
-            show_default=True,
-            help="Processes that build several models, a device each.",
-        ),
-        click.Option(
-            ["--output-folder"], type=PATH, help="Where the engines of several models go. [default: beside each model]"
-        ),
-        click.Option(
-            ["--force"],
-            is_flag=True,
-            help="Build although the engine that lies there is of the same graph, weights and options.",
-        ),
-        click.Option(["--print-trtexec"], is_flag=True, help="Print the equivalent trtexec line and build nothing."),
-        click.Option(["--json", "as_json"], is_flag=True, help="Print the manifest as JSON on stdout."),
-        click.Option(["--debug"], is_flag=True, help="Show the traceback of an error."),
-    ],
+    _HELP,
+    _callback,
+    [click.Argument(["paths"], metavar="MODEL ENGINE | MODEL...", type=PATH, nargs=-1, required=True)],
+    [BuildOptions, EngineSpec],
 )
 
 

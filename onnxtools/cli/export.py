@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from onnxtools.base.errors import UsageError
-from onnxtools.cli.flags import OUTPUT_OPTION, PATH, dataclass_options, from_parameters, one_output
+from onnxtools.base.options import option
+from onnxtools.cli.flags import OUTPUT_OPTION, PATH, check_output, from_parameters, make_command, one_output
 from onnxtools.exporter.export_options import ExportOptions
 
 if TYPE_CHECKING:
@@ -33,30 +35,30 @@ Examples:
 """
 
 
+@dataclass(frozen=True)
+class ConfigOptions:
+    """Where `export` has its options from, beside its flags."""
+
+    config: Path | None = option(None, "Options as YAML.", path=True)
+    set: tuple[str, ...] = option((), "An option's value; wins over --config.", metavar="KEY=VALUE")
+
+
 def _callback(
-    source: Path | None,
-    output: Path | None,
-    output_option: Path | None,
-    config_path: Path | None,
-    settings: tuple[str, ...],
-    as_json: bool,
-    debug: bool,
-    **values: Any,
+    source: Path | None, output: Path | None, output_option: Path | None, as_json: bool, **values: Any
 ) -> None:
-    from onnxtools.cli.flags import check_output
     from onnxtools.exporter.export import export
 
-    given = _settings(config_path, settings)
+    config: ConfigOptions = from_parameters(ConfigOptions, values)
+    given = _settings(config.config, config.set)
     if source is not None and output is None and output_option is None and source.suffix == ".onnx":
         source, output = None, source  # --random takes no SOURCE
-    from_file = {key: _path(given, key, config_path) for key in ("source", "output")}
+    from_file = {key: _path(given, key, config.config) for key in ("source", "output")}
     source = source or from_file["source"]
     output = one_output(
         output, output_option or (from_file["output"] if output is None else None), "export SOURCE -o MODEL.onnx"
     )
     check_output(output)
-    made = export(source, output, from_parameters(ExportOptions, values, given))
-    _show(made, source, as_json)
+    _show(export(source, output, from_parameters(ExportOptions, values, given)), source, as_json)
 
 
 def _settings(config_path: Path | None, settings: tuple[str, ...]) -> dict[str, Any]:
@@ -64,16 +66,16 @@ def _settings(config_path: Path | None, settings: tuple[str, ...]) -> dict[str, 
     from onnxtools.base.inputs import parse_yaml
     from onnxtools.pipeline.recipe_file import read_yaml
 
-    found = read_yaml(config_path, "a configuration") if config_path is not None else {}
+    options = read_yaml(config_path, "a configuration") if config_path is not None else {}
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:
             raise UsageError(f"export: --set takes key=value, not {setting!r}")
         try:
-            found[key.strip()] = parse_yaml(value)
+            options[key.strip()] = parse_yaml(value)
         except ValueError:
             raise UsageError(f"export: --set {setting!r} is not YAML; quote the value") from None
-    return {str(key).replace("-", "_"): value for key, value in found.items()}
+    return {str(key).replace("-", "_"): value for key, value in options.items()}
 
 
 def _path(given: dict[str, Any], key: str, config_path: Path | None) -> Path | None:
@@ -84,37 +86,28 @@ def _path(given: dict[str, Any], key: str, config_path: Path | None) -> Path | N
     return (config_path.parent if config_path is not None else Path()) / str(value)
 
 
-command = click.Command(
+command = make_command(
     "export",
-    help=_HELP,
-    callback=_callback,
-    params=[
+    _HELP,
+    _callback,
+    [
         click.Argument(["source"], metavar="[SOURCE]", type=PATH, required=False),
         click.Argument(["output"], metavar="[OUTPUT]", type=PATH, required=False),
         OUTPUT_OPTION,
-        click.Option(["--config", "config_path"], type=PATH, help="Options as YAML."),
-        click.Option(
-            ["--set", "settings"],
-            multiple=True,
-            metavar="KEY=VALUE",
-            help="An option's value; wins over --config. May be given several times.",
-        ),
-        *dataclass_options(ExportOptions),
-        click.Option(["--json", "as_json"], is_flag=True, help="Print the result as JSON on stdout."),
-        click.Option(["--debug"], is_flag=True, help="Show the traceback of an error."),
     ],
+    [ConfigOptions, ExportOptions],
 )
 
 
-def _show(made: Exported, source: Path | None, as_json: bool) -> None:
+def _show(exported: Exported, source: Path | None, as_json: bool) -> None:
     from onnxtools.cli.render import console, print_json, size, table
 
-    c, path = made.config, made.saved.path
+    c, path = exported.config, exported.saved.path
     if as_json:
         print_json({
             "output": str(path), "source": str(source) if source else None,
-            "config": {**c.to_json(), **c.tokens_json()}, "weight_bytes": made.model.weight_bytes(),
-            "files": [str(file) for file in made.saved.beside], "notes": [*made.notes, *made.saved.lines()],
+            "config": {**c.to_json(), **c.tokens_json()}, "weight_bytes": exported.model.weight_bytes(),
+            "files": [str(file) for file in exported.saved.beside], "notes": [*exported.notes, *exported.saved.lines()],
         })  # fmt: skip
         return
     a, m = c.blocks[0].attention, c.blocks[0].mlp
@@ -126,8 +119,9 @@ def _show(made: Exported, source: Path | None, as_json: bool) -> None:
         ("MLP", mlp),
         ("norm", c.norm.kind), ("positions", f"{positions}, up to {c.max_position_embeddings}"),
         ("vocabulary", f"{c.vocab_size}{', tied' if c.tie_word_embeddings else ''}"),
-        ("weights", size(made.model.weight_bytes())),
+        ("weights", size(exported.model.weight_bytes())),
     ]  # fmt: skip
     table(f"export: {source or 'random weights'} -> {path}", ("", ""), rows)
-    for line in (*made.notes, *made.saved.lines(), f"beside it: {', '.join(file.name for file in made.saved.beside)}"):
+    beside = ", ".join(file.name for file in exported.saved.beside)
+    for line in (*exported.notes, *exported.saved.lines(), f"beside it: {beside}"):
         console().print(f"  {line}", markup=False)

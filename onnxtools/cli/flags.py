@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -13,8 +14,6 @@ import click
 from onnxtools.base.errors import JobError, UsageError
 from onnxtools.base.options import base_type, choices, convert_fields
 from onnxtools.storage.files import refuse_special
-
-Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 PATH = click.Path(path_type=Path)
 
@@ -56,21 +55,48 @@ def check_output(path: Path, source: Path | None = None, *, force: bool = True) 
         )
 
 
-class _Tolerance(click.ParamType[float]):
+class AtLeast(click.ParamType[float]):
+    """A float of `minimum` or more; click.FloatRange lets NaN pass."""
+
     name = "float"
+
+    def __init__(self, minimum: float) -> None:
+        self.minimum = minimum
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         try:
             number = float(value)
         except ValueError:
-            number = -1.0
-        if not number >= 0:  # NaN too
-            self.fail(f"{value!r} is no number of 0 or more", param, ctx)
+            number = math.nan
+        if not number >= self.minimum:
+            self.fail(f"{value!r} is no number of {self.minimum:g} or more", param, ctx)
         return number
 
 
-TOLERANCE = _Tolerance()
-"""A relative L2: 0 or more, not NaN."""
+def make_command(
+    name: str,
+    help_text: str,
+    callback: Callable[..., Any],
+    arguments: Sequence[click.Parameter] = (),
+    options: Sequence[type[Any]] = (),
+) -> click.Command:
+    """The one way in which a command is made: arguments, a flag for each field of the dataclasses, --json and --debug.
+
+    Args:
+        name: the word after `onnxtools`.
+        help_text: a summary, rules, and a paragraph of examples.
+        callback: called with each argument by its name, `as_json`, and the flags; `from_parameters` makes the
+            dataclasses of those.
+        arguments: what stands without a flag, and flags that no dataclass can have.
+        options: dataclasses whose fields are the flags, in the order of `--help`.
+    """
+    params = [
+        *arguments,
+        *(parameter for cls in options for parameter in dataclass_options(cls)),
+        click.Option(["--json", "as_json"], is_flag=True, help="Print the result as JSON on stdout."),
+        click.Option(["--debug"], is_flag=True, expose_value=False, help="Show the traceback of an error."),
+    ]
+    return click.Command(name, params=params, callback=callback, help=help_text)
 
 
 def dataclass_options(cls: type[Any]) -> list[click.Parameter]:
@@ -92,29 +118,35 @@ def _flag_name(name: str, value: Any) -> str:
 
 
 def _option(field: dataclasses.Field[Any], hint: Any) -> click.Option:
-    name = field.name.replace("_", "-")
-    help_text = field.metadata.get("help", "")
+    m = field.metadata
+    name, help_text = f"--{field.name.replace('_', '-')}", m.get("help", "")
     if field.default not in (None, (), "") and not isinstance(field.default, bool):
         default = ", ".join(field.default) if isinstance(field.default, tuple) else field.default
         help_text = f"{help_text} [default: {default}]"
+    names = [*([m["short"]] if "short" in m else ()), name, field.name]
     common: dict[str, Any] = {"help": help_text, "default": None, "show_default": False}
+    common.update({key: m[key] for key in ("metavar", "required") if key in m})
     inner = hint if get_origin(hint) is tuple else base_type(hint)
     if inner is bool:
+        if hint is bool and field.default is False and m.get("switch"):
+            return click.Option(names, is_flag=True, **common)
         text = help_text if field.default is None else f"{help_text} [default: {'on' if field.default else 'off'}]"
-        return click.Option([f"--{name}/--no-{name}", field.name], help=text, default=None)
+        return click.Option([f"{name}/--no-{name[2:]}", field.name], **{**common, "help": text})
     if choices(hint):
-        bare = {"is_flag": False, "flag_value": field.metadata["bare"]} if field.metadata.get("bare") else {}
-        return click.Option(
-            [f"--{name}", field.name], type=click.Choice([str(c) for c in choices(hint)]), **common, **bare
-        )
+        bare = {"is_flag": False, "flag_value": m["bare"]} if m.get("bare") else {}
+        return click.Option(names, type=click.Choice([str(c) for c in choices(hint)]), **common, **bare)
     if get_origin(inner) is tuple:
-        return click.Option(
-            [f"--{name}", field.name],
-            type=get_args(inner)[0],
-            multiple=True,
-            help=f"{help_text} May be given several times.",
-        )
-    return click.Option([f"--{name}", field.name], type=inner, **common)
+        common["help"] = f"{help_text} May be given several times."
+        return click.Option(names, type=_number_or_path(get_args(inner)[0], None), multiple=True, **common)
+    return click.Option(names, type=_number_or_path(inner, m.get("minimum")), **common)
+
+
+def _number_or_path(kind: Any, minimum: float | None) -> Any:
+    if kind is Path:
+        return PATH
+    if minimum is None:
+        return kind
+    return click.IntRange(int(minimum)) if kind is int else AtLeast(minimum)
 
 
 def from_parameters(cls: type[Any], values: dict[str, Any], settings: Mapping[str, Any] | None = None) -> Any:
@@ -140,9 +172,3 @@ def from_parameters(cls: type[Any], values: dict[str, Any], settings: Mapping[st
         if wanted:
             given[name] = next(c for c in wanted if str(c) == str(value))
     return cls(**given)
-
-
-def common_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`--json` and `--debug`, which every command has."""
-    function = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")(function)
-    return click.option("--debug", is_flag=True, help="Show the traceback of an error.")(function)

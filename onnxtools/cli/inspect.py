@@ -4,29 +4,34 @@ cache.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
-from onnxtools.cli.flags import PATH, common_options
+from onnxtools.base.options import option
+from onnxtools.cli.flags import PATH, from_parameters, make_command
+
+_HELP = """Show what MODEL contains.
+
+An engine is shown by the manifest that lies beside it.
+
+\b
+Examples:
+  onnxtools inspect gpt.onnx --sparsity
+  onnxtools inspect gpt.engine
+"""
 
 
-@click.command(
-    help="""Show what MODEL contains.
+@dataclass(frozen=True)
+class InspectOptions:
+    """The flags of `inspect`."""
 
-    An engine is shown by the manifest that lies beside it.
+    sparsity: bool = option(False, "Read the weights and count zeros and 2:4 groups.", switch=True)
 
-    \b
-    Examples:
-      onnxtools inspect gpt.onnx --sparsity
-      onnxtools inspect gpt.engine
-    """
-)
-@click.argument("model", type=PATH)
-@click.option("--sparsity", is_flag=True, help="Read the weights and count zeros and 2:4 groups.")
-@common_options
-def command(model: Path, sparsity: bool, as_json: bool, debug: bool) -> None:
+
+def _callback(model: Path, as_json: bool, **values: Any) -> None:
     from onnxtools.cli.render import print_json
     from onnxtools.engines.build.manifest import manifest_path
 
@@ -36,11 +41,12 @@ def command(model: Path, sparsity: bool, as_json: bool, debug: bool) -> None:
     from onnxtools.check.describe import describe
     from onnxtools.ir.model import Model
 
-    found = describe(Model.load(model), sparsity=sparsity)
+    options: InspectOptions = from_parameters(InspectOptions, values)
+    description = describe(Model.load(model), sparsity=options.sparsity)
     if as_json:
-        print_json(found)
+        print_json(description)
     else:
-        _show(found)
+        _show(description)
 
 
 def _engine(path: Path, as_json: bool) -> None:
@@ -97,3 +103,6 @@ def _show(d: dict[str, Any]) -> None:
             for s in d["sparsity"]
         ]
         table("sparsity", ("weight", "shape", "zeros", "2:4"), rows, right=("zeros",))
+
+
+command = make_command("inspect", _HELP, _callback, [click.Argument(["model"], type=PATH)], [InspectOptions])

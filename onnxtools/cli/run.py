@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from onnxtools.base.errors import JobError, UsageError
-from onnxtools.cli.flags import PATH, from_parameters
-from onnxtools.cli.runtimes import open_tokenizer, opened, runtime_command, runtime_options, say_notes
+from onnxtools.base.options import option
+from onnxtools.cli.flags import from_parameters
+from onnxtools.cli.runtimes import RuntimeChoice, open_tokenizer, opened, runtime_command, say_notes
 from onnxtools.generation.generation_options import GenerationOptions
+from onnxtools.generation.runtime import RuntimeOptions
 
 if TYPE_CHECKING:
     from onnxtools.checkpoints.tokenizer import Tokenizer
@@ -32,42 +35,39 @@ _HELP = """Continue prompts with MODEL: an ONNX file, a TensorRT engine, or a ch
     """
 
 
-def _callback(
-    model: Path,
-    prompts: tuple[str, ...],
-    prompts_file: Path | None,
-    batch_size: int,
-    runtimes: tuple[str, ...],
-    tokenizer_path: Path | None,
-    as_json: bool,
-    debug: bool,
-    **given: Any,
-) -> None:
+@dataclass(frozen=True)
+class PromptOptions:
+    """What `run` continues."""
+
+    prompt: tuple[str, ...] = option((), "A text to continue.")
+    prompts_file: Path | None = option(
+        None, "A text file with a prompt a line; - is stdin, as is no prompt at all.", path=True
+    )
+    batch_size: int = option(0, "Prompts run together; 0 is all.", minimum=0)
+
+
+def _callback(model: Path, as_json: bool, **values: Any) -> None:
     from onnxtools.cli.render import print_json
 
-    texts = _prompts(prompts, prompts_file)
-    options: GenerationOptions = from_parameters(GenerationOptions, given)
+    prompts: PromptOptions = from_parameters(PromptOptions, values)
+    texts = _prompts(prompts.prompt, prompts.prompts_file)
+    options: GenerationOptions = from_parameters(GenerationOptions, values)
+    choice: RuntimeChoice = from_parameters(RuntimeChoice, values)
     result: dict[str, Any] = {}
-    with opened(model, runtimes, runtime_options(given)) as made:
-        say_notes(made)
-        for runtime in made:
-            found = _run(
-                runtime,
-                open_tokenizer(tokenizer_path, runtime, model),
-                texts,
-                options,
-                batch_size,
-                as_json,
-                len(made) > 1,
-            )
-            result[runtime.name] = found
+    with opened(model, choice.runtime, from_parameters(RuntimeOptions, values)) as runtimes:
+        say_notes(runtimes)
+        for runtime in runtimes:
+            if len(runtimes) > 1 and not as_json:
+                click.echo(f"[{runtime.name}]")
+            tokenizer = open_tokenizer(choice.tokenizer, runtime, model)
+            result[runtime.name] = _run(runtime, tokenizer, texts, options, prompts.batch_size, as_json)
     if as_json:
         print_json({"model": str(model), "runtimes": result})
 
 
 def _prompts(prompts: tuple[str, ...], file: Path | None) -> list[str]:
-    found = list(prompts)
-    if file is None and not found and not sys.stdin.isatty():
+    texts = list(prompts)
+    if file is None and not texts and not sys.stdin.isatty():
         file = Path("-")
     if file is not None:
         try:
@@ -78,13 +78,13 @@ def _prompts(prompts: tuple[str, ...], file: Path | None) -> list[str]:
             )
         except (OSError, UnicodeDecodeError) as error:
             raise JobError(f"{file}: cannot be read ({error}); give a text file with a prompt a line") from None
-        found += [line for line in text.split("\n") if line.strip()]
-    if not found:
+        texts += [line for line in text.split("\n") if line.strip()]
+    if not texts:
         raise UsageError("there is no prompt; give --prompt, --prompts-file, or a prompt a line on stdin")
-    empty = next((i for i, text in enumerate(found) if not text), None)
+    empty = next((i for i, prompt in enumerate(texts) if not prompt), None)
     if empty is not None:
         raise UsageError(f"prompt {empty} is empty; give some text")
-    return found
+    return texts
 
 
 def _run(
@@ -94,13 +94,10 @@ def _run(
     options: GenerationOptions,
     batch: int,
     as_json: bool,
-    titled: bool,
 ) -> list[dict[str, Any]]:
     """Run, print unless `as_json`, and return what `--json` says of this runtime, a mapping for each beam."""
     from onnxtools.generation.prompts import as_demo, continue_texts
 
-    if titled and not as_json:
-        click.echo(f"[{runtime.name}]")
     # One greedy or sampled text is shown while it grows.
     streams = len(texts) == 1 and options.num_beams == 1 and not as_json
     waiting = texts[:1]  # the prompt comes with the first piece, so that nothing comes before an error
@@ -109,19 +106,19 @@ def _run(
         click.echo("".join(waiting) + piece, nl=False)
         waiting.clear()
 
-    found = continue_texts(
+    continued = continue_texts(
         runtime, tokenizer, texts, options, batch_size=batch, show=show if streams else None, logprobs=as_json
     )
     if streams:
         click.echo("".join(waiting))
     elif not as_json:
-        _print(found)
-    return [as_demo([beams[i] for beams in found]) for i in range(options.num_return_sequences)]
+        _print(continued)
+    return [as_demo([beams[i] for beams in continued]) for i in range(options.num_return_sequences)]
 
 
-def _print(found: list[list[Text]]) -> None:
-    for index, beams in enumerate(found):
-        if len(found) > 1:
+def _print(continued: list[list[Text]]) -> None:
+    for index, beams in enumerate(continued):
+        if len(continued) > 1:
             click.echo(f"--- {index}")
         for number, text in enumerate(beams):
             click.echo(
@@ -129,12 +126,4 @@ def _print(found: list[list[Text]]) -> None:
             )
 
 
-command = runtime_command(
-    "run", _HELP, _callback, options=GenerationOptions,
-    extra=[
-        click.Option(["--prompt", "prompts"], multiple=True, help="A text to continue. May be given several times."),
-        click.Option(["--prompts-file"], type=PATH,
-            help="A text file with a prompt a line; - is stdin, as is no prompt at all."),
-        click.Option(["--batch-size"], type=click.IntRange(0), default=0, help="Prompts run together. [default: all]"),
-    ],
-)  # fmt: skip
+command = runtime_command("run", _HELP, _callback, [PromptOptions, GenerationOptions])

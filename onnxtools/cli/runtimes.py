@@ -4,56 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from onnxtools.base.errors import JobError, UsageError
-from onnxtools.cli.flags import PATH, dataclass_options, from_parameters
+from onnxtools.base.options import option
+from onnxtools.cli.flags import PATH, make_command
+from onnxtools.generation.runtime import RuntimeOptions
 
 if TYPE_CHECKING:
     from onnxtools.checkpoints.tokenizer import Tokenizer
-    from onnxtools.generation.runtime import Runtime, RuntimeOptions
+    from onnxtools.generation.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class RuntimeChoice:
+    """Which runtimes run MODEL, and its tokenizer."""
+
+    runtime: tuple[str, ...] = option(
+        (),
+        "onnxrt (:cpu, :cuda, :nograph, :nokernels), trt, frameworks (:eager, :sdpa, :nocache). [default: by the file]",
+        metavar="NAME[:VARIANT]",
+    )
+    tokenizer: Path | None = option(None, "tokenizer.json, or a folder with it. [default: beside the model]", path=True)
 
 
 def runtime_command(
-    name: str,
-    help_text: str,
-    callback: Callable[..., Any],
-    *,
-    extra: Sequence[click.Parameter],
-    options: type[Any] | None = None,
+    name: str, help_text: str, callback: Callable[..., Any], options: Sequence[type[Any]]
 ) -> click.Command:
-    """A command on MODEL with the runtimes' flags, those of the dataclass `options`, and `extra`."""
-    from onnxtools.generation.runtime import RuntimeOptions
-
-    return click.Command(
-        name,
-        help=help_text,
-        callback=callback,
-        params=[
-            click.Argument(["model"], type=PATH),
-            *extra,
-            *(dataclass_options(options) if options is not None else []),
-            click.Option(
-                ["--runtime", "runtimes"], multiple=True, metavar="NAME[:VARIANT]",
-                help="onnxrt (:cpu, :cuda, :nograph, :nokernels), trt, frameworks (:eager, :sdpa, :nocache). May be "
-                     "repeated. [default: by the file]",
-            ),
-            click.Option(["--tokenizer", "tokenizer_path"], type=PATH,
-                help="tokenizer.json, or a folder with it. [default: beside the model]"),
-            *dataclass_options(RuntimeOptions),
-            click.Option(["--json", "as_json"], is_flag=True, help="Print the result as JSON on stdout."),
-            click.Option(["--debug"], is_flag=True, help="Show the traceback of an error."),
-        ],
-    )  # fmt: skip
-
-
-def runtime_options(given: dict[str, Any]) -> RuntimeOptions:
-    from onnxtools.generation.runtime import RuntimeOptions
-
-    return from_parameters(RuntimeOptions, given)  # type: ignore[no-any-return]
+    """A command on MODEL; its flags are those of `options` and of the runtimes."""
+    model = click.Argument(["model"], type=PATH)
+    return make_command(name, help_text, callback, [model], [*options, RuntimeChoice, RuntimeOptions])
 
 
 @contextmanager

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import click
-
 from onnxtools.base.errors import UsageError
+from onnxtools.base.options import option
 from onnxtools.base.progress import counted
-from onnxtools.cli.flags import PATH, from_parameters
-from onnxtools.cli.runtimes import open_tokenizer, opened, runtime_command, runtime_options, say_notes
+from onnxtools.cli.flags import from_parameters
+from onnxtools.cli.runtimes import RuntimeChoice, open_tokenizer, opened, runtime_command, say_notes
+from onnxtools.evaluate.summaries import SCORES, SummaryOptions, read_articles, summarize
 from onnxtools.generation.generation_options import GenerationOptions
+from onnxtools.generation.runtime import RuntimeOptions
 
 _HELP = """Summarize the articles of a JSONL file (fields article and highlights) with MODEL.
 
@@ -25,47 +27,44 @@ _HELP = """Summarize the articles of a JSONL file (fields article and highlights
     """
 
 
-def _callback(
-    model: Path,
-    dataset: Path,
-    limit: int | None,
-    batch_size: int,
-    template: str,
-    max_input_len: int,
-    check_accuracy: bool,
-    rouge1_threshold: float,
-    runtimes: tuple[str, ...],
-    tokenizer_path: Path | None,
-    as_json: bool,
-    debug: bool,
-    **given: Any,
-) -> None:
-    from onnxtools.cli.render import console, print_json, table
-    from onnxtools.evaluate.summaries import SCORES, read_articles, summarize
+@dataclass(frozen=True)
+class ScoreOptions:
+    """What `summarize` reads, and what it demands."""
 
-    if not 0 <= rouge1_threshold <= 100:
-        raise UsageError(f"rouge1-threshold is {rouge1_threshold}; it takes 0 to 100, in percent")
-    options: GenerationOptions = from_parameters(GenerationOptions, given)
-    articles = read_articles(dataset, limit)
+    dataset: Path = option(None, "A JSONL file with article and highlights.", path=True, required=True)
+    limit: int | None = option(None, "The first N articles alone.", minimum=1)
+    check_accuracy: bool = option(False, "Exit code 1 where ROUGE-1 is below the threshold.", switch=True)
+    rouge1_threshold: float = option(14.0, "In percent.")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rouge1_threshold <= 100:
+            raise UsageError(f"rouge1-threshold is {self.rouge1_threshold}; it takes 0 to 100, in percent")
+
+
+def _callback(model: Path, as_json: bool, **values: Any) -> None:
+    from onnxtools.cli.render import console, print_json, table
+
+    scoring: ScoreOptions = from_parameters(ScoreOptions, values)
+    options: GenerationOptions = from_parameters(GenerationOptions, values)
+    prompting: SummaryOptions = from_parameters(SummaryOptions, values)
+    choice: RuntimeChoice = from_parameters(RuntimeChoice, values)
+    articles = read_articles(scoring.dataset, scoring.limit)
     result: dict[str, Any] = {}
-    with opened(model, runtimes, runtime_options(given)) as made:
-        say_notes(made)
-        for runtime in made:
-            tokenizer = open_tokenizer(tokenizer_path, runtime, model)
+    with opened(model, choice.runtime, from_parameters(RuntimeOptions, values)) as runtimes:
+        say_notes(runtimes)
+        for runtime in runtimes:
+            tokenizer = open_tokenizer(choice.tokenizer, runtime, model)
             with counted(f"{model.name} ({runtime.name})", len(articles)) as tick:
-                result[runtime.name] = summarize(
-                    runtime, tokenizer, articles, options, batch_size=batch_size,
-                    template=template.replace("\\n", "\n"), max_input_len=max_input_len,
-                    done=tick,
-                )  # fmt: skip
-    failed = [name for name, found in result.items() if check_accuracy and found["rouge1"] < rouge1_threshold]
+                result[runtime.name] = summarize(runtime, tokenizer, articles, options, prompting, tick)
+    threshold = scoring.rouge1_threshold if scoring.check_accuracy else 0
+    failed = [name for name, scores in result.items() if scores["rouge1"] < threshold]
     if as_json:
         print_json(
             {
                 "model": str(model),
-                "dataset": str(dataset),
+                "dataset": str(scoring.dataset),
                 "runtimes": result,
-                "passed": not failed if check_accuracy else None,
+                "passed": not failed if scoring.check_accuracy else None,
             }
         )
     else:
@@ -81,26 +80,12 @@ def _callback(
             )
             for name, r in result.items()
         ]
-        table(f"summaries of {dataset}", columns, rows, right=columns[1:])
+        table(f"summaries of {scoring.dataset}", columns, rows, right=columns[1:])
         for name in failed:
             console().print(
-                f"{name}: ROUGE-1 {result[name]['rouge1']:.2f} is below {rouge1_threshold:g}", style="red", markup=False
+                f"{name}: ROUGE-1 {result[name]['rouge1']:.2f} is below {threshold:g}", style="red", markup=False
             )
     sys.exit(1 if failed else 0)
 
 
-command = runtime_command(
-    "summarize", _HELP, _callback, options=GenerationOptions,
-    extra=[
-        click.Option(["--dataset"], type=PATH, required=True, help="A JSONL file with article and highlights."),
-        click.Option(["--limit"], type=click.IntRange(1), help="The first N articles alone."),
-        click.Option(["--batch-size"], type=click.IntRange(1), default=1, show_default=True,
-            help="Articles run together."),
-        click.Option(["--template"], default="{article}\\n\\nTL;DR:\\n", show_default=True,
-            help="The prompt; \\n is a new line."),
-        click.Option(["--max-input-len"], type=click.IntRange(8), default=923, show_default=True,
-            help="Tokens of a prompt; the article is cut."),
-        click.Option(["--check-accuracy"], is_flag=True, help="Exit code 1 where ROUGE-1 is below the threshold."),
-        click.Option(["--rouge1-threshold"], type=float, default=14.0, show_default=True, help="In percent."),
-    ],
-)  # fmt: skip
+command = runtime_command("summarize", _HELP, _callback, [ScoreOptions, SummaryOptions, GenerationOptions])

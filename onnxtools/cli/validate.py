@@ -3,55 +3,51 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from onnxtools.base.errors import JobError, UsageError
-from onnxtools.cli.flags import PATH, TOLERANCE, common_options
+from onnxtools.base.options import option
+from onnxtools.cli.flags import PATH, from_parameters, make_command
+
+if TYPE_CHECKING:
+    from onnxtools.check.validate import Divergence
 
 
-@click.command(
-    help="""Compare MODEL with REFERENCE on the same inputs.
+_HELP = """Compare MODEL with REFERENCE on the same inputs.
 
-    A model with a KV cache is run at once and in steps, at several split points: the results must be those of the full
-    run of the reference. Exit code 1 when a difference exceeds the tolerance.
+A model with a KV cache is run at once and in steps, at several split points: the results must be those of the full
+run of the reference. Exit code 1 when a difference exceeds the tolerance.
 
-    An engine is checked against its manifest: whether plan, graph and weights are the files that were built.
+An engine is checked against its manifest: whether plan, graph and weights are the files that were built.
 
-    \b
-    Examples:
-      onnxtools validate te.onnx kv.onnx
-      onnxtools validate gpt.engine
-    """
-)
-@click.argument("reference", type=PATH)
-@click.argument("model", type=PATH, required=False)
-@click.option("--inputs", type=PATH, help="Full-sequence inputs: .npz or Polygraphy JSON. [default: random by rule]")
-@click.option(
-    "--tolerance",
-    type=TOLERANCE,
-    help="Largest accepted relative L2. [default: 1e-5 fp32, 1e-2 fp16, 0.1 bf16 and 16-bit FP8]",
-)
-@click.option("--batch", type=click.IntRange(1), default=2, show_default=True, help="Batch of random inputs.")
-@click.option("--sequence", type=click.IntRange(1), default=16, show_default=True, help="Tokens of random inputs.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of random inputs.")
-@click.option("--per-layer", is_flag=True, help="Find the first value, by name, that differs between the two graphs.")
-@common_options
-def command(
-    reference: Path,
-    model: Path | None,
-    inputs: Path | None,
-    tolerance: float | None,
-    batch: int,
-    sequence: int,
-    seed: int,
-    per_layer: bool,
-    as_json: bool,
-    debug: bool,
-) -> None:
-    from onnxtools.cli.render import console, print_json, verdict_table
+\b
+Examples:
+  onnxtools validate te.onnx kv.onnx
+  onnxtools validate gpt.engine
+"""
 
+
+@dataclass(frozen=True)
+class ValidateOptions:
+    """The flags of `validate`."""
+
+    inputs: Path | None = option(
+        None, "Full-sequence inputs: .npz or Polygraphy JSON. [default: random by rule]", path=True
+    )
+    tolerance: float | None = option(
+        None, "Largest accepted relative L2. [default: 1e-5 fp32, 1e-2 fp16, 0.1 bf16 and 16-bit FP8]", minimum=0
+    )
+    batch: int = option(2, "Batch of random inputs.", minimum=1)
+    sequence: int = option(16, "Tokens of random inputs.", minimum=1)
+    seed: int = option(0, "Seed of random inputs.")
+    per_layer: bool = option(False, "Find the first value, by name, that differs between the two graphs.", switch=True)
+
+
+def _callback(reference: Path, model: Path | None, as_json: bool, **values: Any) -> None:
     engines = [path for path in (reference, model) if path is not None and path.suffix != ".onnx"]
     if model is None or engines:
         others = [path for path in (reference, model) if path is not None and path not in engines]
@@ -60,33 +56,44 @@ def command(
         _engine(engines[0], others[0] if others else None, as_json)
         return
     assert model is not None
+    _models(reference, model, from_parameters(ValidateOptions, values), as_json)
+
+
+def _models(reference: Path, model: Path, options: ValidateOptions, as_json: bool) -> None:
     from onnxtools.check.feeds import random_feeds, read_feeds
     from onnxtools.check.validate import first_divergence, validate
+    from onnxtools.cli.render import print_json, verdict_table
     from onnxtools.ir.model import Model
 
+    o = options
     a, b = Model.load(reference), Model.load(model)
-    feeds = read_feeds(inputs) if inputs else None
-    verdict = validate(a, b, feeds, tolerance, batch, sequence, seed)
-    found = (
-        first_divergence(a, b, feeds or random_feeds(a, batch, sequence, seed), verdict.tolerance)
-        if per_layer
-        else None
-    )
+    feeds = read_feeds(o.inputs) if o.inputs else None
+    verdict = validate(a, b, feeds, o.tolerance, o.batch, o.sequence, o.seed)
     result = verdict.as_json()
-    if per_layer:
-        result["first_divergence"] = None if found is None else vars(found) | {"difference": vars(found.difference)}
+    if o.per_layer:
+        feeds = feeds or random_feeds(a, o.batch, o.sequence, o.seed)
+        divergence = first_divergence(a, b, feeds, verdict.tolerance)
+        result["first_divergence"] = divergence and vars(divergence) | {"difference": vars(divergence.difference)}
     if as_json:
         print_json(result)
     else:
         verdict_table(verdict, f"{reference} against {model} (tolerance {verdict.tolerance:g}, relative L2)")
-        if per_layer:
-            line = "no value that both graphs name differs" if found is None else (
-                f"first difference: value {found.value!r} of node {found.node!r} ({found.op_type}), rel L2 "
-                f"{found.difference.rel_l2:.1e}"
-                f", max abs {found.difference.max_abs:.1e} ({found.compared} values compared)"
-            )  # fmt: skip
-            console().print(f"  {line}", markup=False)
+        if o.per_layer:
+            _show_divergence(divergence)
     sys.exit(0 if verdict.passed else 1)
+
+
+def _show_divergence(divergence: Divergence | None) -> None:
+    from onnxtools.cli.render import console
+
+    line = "no value that both graphs name differs"
+    if divergence is not None:
+        d, difference = divergence, divergence.difference
+        line = (
+            f"first difference: value {d.value!r} of node {d.node!r} ({d.op_type}), rel L2 {difference.rel_l2:.1e}, "
+            f"max abs {difference.max_abs:.1e} ({d.compared} values compared)"
+        )
+    console().print(f"  {line}", markup=False)
 
 
 def _engine(engine: Path, graph: Path | None, as_json: bool) -> None:
@@ -94,20 +101,32 @@ def _engine(engine: Path, graph: Path | None, as_json: bool) -> None:
     from onnxtools.cli.render import print_json, table
     from onnxtools.engines.build.manifest import check_files, read_manifest
 
-    found = check_files(engine, read_manifest(engine), graph)
+    files = check_files(engine, read_manifest(engine), graph)
     if as_json:
         print_json(
             {
-                "files": [{"file": file, "problem": problem or None} for file, problem in found],
-                "passed": not any(problem for _, problem in found),
+                "files": [{"file": file, "problem": problem or None} for file, problem in files],
+                "passed": not any(problem for _, problem in files),
             }
         )
     else:
         table(
             f"{engine} and its manifest",
             ("file", ""),
-            [(file, problem or "as it was built") for file, problem in found],
+            [(file, problem or "as it was built") for file, problem in files],
         )
-    wrong = [(file, problem) for file, problem in found if problem]
+    wrong = [(file, problem) for file, problem in files if problem]
     if wrong:
         raise JobError(f"{wrong[0][0]} {wrong[0][1]}; build the engine again, or bring the file back")
+
+
+command = make_command(
+    "validate",
+    _HELP,
+    _callback,
+    [
+        click.Argument(["reference"], type=PATH),
+        click.Argument(["model"], metavar="[MODEL]", type=PATH, required=False),
+    ],
+    [ValidateOptions],
+)

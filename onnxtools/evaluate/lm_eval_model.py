@@ -17,7 +17,7 @@ from lm_eval.api.registry import register_model
 
 from onnxtools.checkpoints.tokenizer import Streams, Tokenizer, cut_at
 from onnxtools.evaluate.scores import score_texts
-from onnxtools.evaluate.wikitext import windows
+from onnxtools.evaluate.wikitext import Windows
 from onnxtools.generation.generate import generate
 from onnxtools.generation.generation_options import GenerationOptions
 from onnxtools.generation.runtime import RuntimeOptions, default_runtime, open_runtime
@@ -66,8 +66,8 @@ class OnnxtoolsLM(LM):  # type: ignore[misc]
         pairs = [self._pair(*request.args) for request in requests]
         texts = [[*context, *continuation][-(self.max_length + 1) :] for context, continuation in pairs]
         targets = [len(continuation) for _, continuation in pairs]
-        found = score_texts(self.runtime, texts, targets, batch_size=self.batch_size)
-        return [(float(s.logprobs[-n:].sum()), bool((s.ranks == 0).all())) for s, n in zip(found, targets, strict=True)]
+        scored = score_texts(self.runtime, texts, targets, batch_size=self.batch_size)
+        return [(float(s.logprobs[-n:].sum()), bool((s.ranks == 0).all())) for s, n in zip(scored, targets, strict=True)]
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Tokens of both; an empty context is one token that stands before a text."""
@@ -88,13 +88,13 @@ class OnnxtoolsLM(LM):  # type: ignore[misc]
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of each whole text, in windows that do not overlap; each begins with the token before it."""
-        found = []
+        sums = []
         for request in requests:
             tokens = [self._prefix(), *self.tokens.pieces(request.args[0])]
-            cut = list(windows(tokens, self.max_length, max(self.max_length - 1, 1)))
+            cut = list(Windows(self.max_length, max(self.max_length - 1, 1)).of(tokens))
             scored = score_texts(self.runtime, [w.tokens for w in cut], [0] * len(cut), batch_size=self.batch_size)
-            found.append(sum(float(s.logprobs[-w.new :].sum()) for w, s in zip(cut, scored, strict=True)))
-        return found
+            sums.append(sum(float(s.logprobs[-w.new :].sum()) for w, s in zip(cut, scored, strict=True)))
+        return sums
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continue each context until one of its stop texts."""
@@ -103,15 +103,15 @@ class OnnxtoolsLM(LM):  # type: ignore[misc]
     def _until(self, context: str, settings: dict[str, Any]) -> str:
         until = settings.get("until") or ()
         stop = tuple(text for text in ((until,) if isinstance(until, str) else until) if text)
-        wanted = int(settings.get("max_gen_toks", 256))
+        max_tokens = int(settings.get("max_gen_toks", 256))
         sampled = {
             key: settings[key]
             for key in ("temperature", "top_p", "top_k")
             if settings.get("do_sample") and settings.get(key)
         }
-        options = GenerationOptions(max_new_tokens=wanted, stop=stop, **sampled)
-        prompt = self.tokens.encode(context)[-max(self.max_length - wanted, 1) :]
-        found = generate(
+        options = GenerationOptions(max_new_tokens=max_tokens, stop=stop, **sampled)
+        prompt = self.tokens.encode(context)[-max(self.max_length - max_tokens, 1) :]
+        generated = generate(
             self.runtime, [prompt], options, on_token=Streams(self.tokens, [prompt], stop) if stop else None
         )
-        return cut_at(self.tokens.continuation(prompt, found[0][0].token_ids), stop)[0]
+        return cut_at(self.tokens.continuation(prompt, generated[0][0].token_ids), stop)[0]

@@ -12,6 +12,7 @@ from onnxtools.base.errors import JobError, UsageError
 from onnxtools.base.extras import install_line
 from onnxtools.base.inputs import shown
 from onnxtools.base.jsonl import read_jsonl
+from onnxtools.base.options import option
 from onnxtools.checkpoints.tokenizer import Streams, Tokenizer, cut_at
 from onnxtools.generation.generate import generate
 from onnxtools.generation.generation_options import GenerationOptions
@@ -36,15 +37,24 @@ def read_articles(path: Path, limit: int | None = None) -> list[Article]:
     Raises:
         JobError: no such file, not JSONL, or other fields.
     """
-    found = []
+    articles = []
     for number, row in read_jsonl(path, limit):
         if not all(isinstance(row.get(name), str) and row[name].strip() for name in ("article", "highlights")):
             raise JobError(
                 f"{path}:{number}: has the fields {shown(list(row)) if row else 'none'}; article and highlights are "
                 "wanted, with text in them"
             )
-        found.append(Article(row["article"], row["highlights"]))
-    return found
+        articles.append(Article(row["article"], row["highlights"]))
+    return articles
+
+
+@dataclass(frozen=True)
+class SummaryOptions:
+    """How articles become prompts."""
+
+    batch_size: int = option(1, "Articles run together.", minimum=1)
+    template: str = option("{article}\\n\\nTL;DR:\\n", "The prompt; \\n is a new line.")
+    max_input_len: int = option(923, "Tokens of a prompt; the article is cut.", minimum=8)
 
 
 def summarize(
@@ -52,10 +62,7 @@ def summarize(
     tokenizer: Tokenizer,
     articles: Sequence[Article],
     options: GenerationOptions,
-    *,
-    batch_size: int,
-    template: str,
-    max_input_len: int,
+    prompting: SummaryOptions,
     done: Callable[[int], None],
 ) -> dict[str, Any]:
     """Summaries, their mean ROUGE F-measures in percent, and how long they took.
@@ -65,19 +72,20 @@ def summarize(
         JobError: rouge-score is not installed, or no room for an article in the model.
     """
     scorer = _scorer()
-    prompts = [_prompt(tokenizer, a.article, template, _room(runtime, options, max_input_len)) for a in articles]
+    template, room = prompting.template.replace("\\n", "\n"), _room(runtime, options, prompting.max_input_len)
+    prompts = [_prompt(tokenizer, article.article, template, room) for article in articles]
     texts: list[str] = []
     tokens, seconds = 0, 0.0
-    for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
+    for start in range(0, len(prompts), prompting.batch_size):
+        batch = prompts[start : start + prompting.batch_size]
         streams = Streams(tokenizer, batch, options.stop) if options.stop and options.num_beams == 1 else None
         began = time.perf_counter()
-        found = [beams[0] for beams in generate(runtime, batch, options, on_token=streams)]
+        best = [beams[0] for beams in generate(runtime, batch, options, on_token=streams)]
         seconds += time.perf_counter() - began
-        tokens += sum(len(f.token_ids) for f in found)
+        tokens += sum(len(generated.token_ids) for generated in best)
         texts += [
-            cut_at(tokenizer.continuation(p, f.token_ids), options.stop)[0].strip()
-            for p, f in zip(batch, found, strict=True)
+            cut_at(tokenizer.continuation(p, generated.token_ids), options.stop)[0].strip()
+            for p, generated in zip(batch, best, strict=True)
         ]
         done(len(batch))
     scores = [scorer.score(a.highlights, text) for a, text in zip(articles, texts, strict=True)]

@@ -20,26 +20,39 @@ class Window:
     new: int
 
 
-def windows(tokens: list[int], length: int, stride: int) -> Iterator[Window]:
-    """Windows of `length` tokens that begin every `stride`; each token is counted once, with as much before it as its
-    window holds.
+@dataclass(frozen=True)
+class Windows:
+    """Windows of `length` tokens that begin every `stride` tokens.
 
     Raises:
-        UsageError: a stride of more than a window.
+        UsageError: a stride of more than a window, or a window of one token.
     """
-    if not 1 <= stride <= length or length < 2:
-        raise UsageError(
-            f"stride is {stride} and max-length {length}; the stride takes 1 to max-length, which takes 2 or more"
-        )
-    counted = 0
-    for begin in range(0, len(tokens), stride):
-        end = min(begin + length, len(tokens))
-        new = end - max(counted, 1 if begin == 0 else counted)
-        if new > 0 and end - begin > 1:
-            yield Window(tokens[begin:end], min(new, end - begin - 1))
-        counted = end
-        if end == len(tokens):
-            return
+
+    length: int
+    stride: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.stride <= self.length or self.length < 2:
+            raise UsageError(
+                f"stride is {self.stride} and max-length {self.length}; the stride takes 1 to max-length, which takes "
+                "2 or more"
+            )
+
+    def end(self, count: int) -> int:
+        """Tokens that `count` windows cover."""
+        return (count - 1) * self.stride + self.length
+
+    def of(self, tokens: list[int]) -> Iterator[Window]:
+        """The windows of `tokens`; each token is counted once, with as much before it as its window holds."""
+        counted = 0
+        for begin in range(0, len(tokens), self.stride):
+            end = min(begin + self.length, len(tokens))
+            new = end - max(counted, 1 if begin == 0 else counted)
+            if new > 0 and end - begin > 1:
+                yield Window(tokens[begin:end], min(new, end - begin - 1))
+            counted = end
+            if end == len(tokens):
+                return
 
 
 @dataclass(frozen=True)
@@ -55,14 +68,12 @@ def score_wikitext(
     runtime: Runtime,
     tokens: list[int],
     words: int,
-    *,
-    length: int,
-    stride: int,
+    windows: Windows,
     batch_size: int,
     done: Callable[[], None],
 ) -> WindowScores:
     """`ppl_token`, and `ppl_word`: the same sum over the text's words (split at white space)."""
-    cut = list(windows(tokens, length, stride))
+    cut = list(windows.of(tokens))
     scored = score_texts(
         runtime, [w.tokens for w in cut], [0] * len(cut), batch_size=batch_size, done=lambda *_: done()
     )
@@ -71,8 +82,8 @@ def score_wikitext(
     figures = {
         "n": sum(counts),
         "windows": len(cut),
-        "max_length": length,
-        "stride": stride,
+        "max_length": windows.length,
+        "stride": windows.stride,
         "ppl_token": perplexity(sum(sums) / sum(counts)),
         "ppl_word": perplexity(sum(sums) / words),
     }

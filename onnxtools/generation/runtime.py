@@ -71,7 +71,7 @@ class RuntimeOptions:
     device: Literal["auto", "cpu", "cuda"] = option(
         "auto", "Where to run; auto is CUDA where the runtime finds a device."
     )
-    threads: int = option(0, "Threads of the CPU. [default: all cores]")
+    threads: int = option(0, "Threads of the CPU; 0 is all cores.")
     cuda_graph: bool = option(
         True,
         "Capture decode steps, and prompts of a length that comes again, as CUDA graphs where shapes are static "
@@ -225,13 +225,13 @@ def open_runtime(spec: str, model: Path, options: RuntimeOptions) -> Runtime:
         raise UsageError(
             f"{model}: is no .onnx file, which --runtime onnxrt runs; `onnxtools export` makes one of a checkpoint"
         )
-    made: Runtime = registry.load(name, registry.RUNTIMES)(model, options)
-    _check_whole(made, spec)
-    made.name = spec
-    return made
+    runtime: Runtime = registry.load(name, registry.RUNTIMES)(model, options)
+    _check_whole(runtime, spec)
+    runtime.name = spec
+    return runtime
 
 
-def _check_whole(made: Any, spec: str) -> None:
+def _check_whole(runtime: Any, spec: str) -> None:
     """A runtime of another package has all that a runtime has.
 
     Raises:
@@ -240,11 +240,11 @@ def _check_whole(made: Any, spec: str) -> None:
     missing = sorted(
         name
         for name in (*Runtime.__annotations__, *vars(Runtime))
-        if not name.startswith("_") and not hasattr(made, name)
+        if not name.startswith("_") and not hasattr(runtime, name)
     )
     if missing:
         raise JobError(
-            f"runtime {spec!r} ({type(made).__module__}.{type(made).__name__}) has no {', '.join(missing)}; its "
+            f"runtime {spec!r} ({type(runtime).__module__}.{type(runtime).__name__}) has no {', '.join(missing)}; its "
             "package is for another onnxtools"
         )
 

@@ -30,7 +30,7 @@ from onnxtools.evaluate.lambada import (
     summarize_lambada,
 )
 from onnxtools.evaluate.scores import mean_interval, score_texts, share_interval
-from onnxtools.evaluate.wikitext import score_wikitext
+from onnxtools.evaluate.wikitext import Windows, score_wikitext
 from onnxtools.generation.runtime import RuntimeOptions
 from tests.generation import vocabularies
 from tests.generation.models import exported, reference
@@ -310,8 +310,7 @@ def test_perplexity_is_that_of_transformers_guide(length: int, stride: int) -> N
         OrtRuntime(exported("llama", "concat"), CPU),
         tokens,
         10,
-        length=length,
-        stride=stride,
+        Windows(length, stride),
         batch_size=3,
         done=lambda: None,
     ).figures
