@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEV := $(VENV)/.setup
 DEMO := $(VENV)/.demo
+DOCS := $(VENV)/.docs
 LOCKS := pyproject.toml requirements/install requirements/build.txt requirements/demo.txt
 
 # Tests of one file share what its fixtures made, so a file stays with one worker. Four of them take up to 10 GB.
@@ -13,7 +14,7 @@ TESTS ?= tests
 
 export PYTHON
 
-.PHONY: setup demo test lint lock clean
+.PHONY: setup demo test lint docs lock clean
 
 setup: $(DEV)
 
@@ -35,6 +36,14 @@ lint: $(DEV)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
+$(DOCS): requirements/docs.txt requirements/build.txt pyproject.toml
+	requirements/install $(VENV) docs
+	touch $(DOCS)
+
+# Pages into site/, without a network; a broken link or a name that is not in the sources is an error.
+docs: $(DOCS)
+	$(BIN)/mkdocs build --strict --quiet
+
 test: lint
 	$(PYTEST) $(TESTS)
 
@@ -43,4 +52,4 @@ lock:
 	requirements/lock .venv-lock
 
 clean:
-	rm -rf $(VENV) .venv-lock .venv-newest build *.egg-info demo-out .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-lock .venv-newest build site *.egg-info demo-out .mypy_cache .ruff_cache .pytest_cache

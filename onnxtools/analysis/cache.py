@@ -85,9 +85,9 @@ class CacheSpec:
 
     Attributes:
         kind: `concat`: outputs are longer than inputs; `scatter`, `gqa`: buffers of a fixed length that are written in
-        place.
+            place.
         naming: `hf`: past_key_values.N.key / present.N.key; `nemo`: past_key_values.N.decoder.key /
-        present_key_values.N.decoder.key.
+            present_key_values.N.decoder.key.
         policy: `concat`: outputs hold the whole cache; `new`: only the new tokens (new_key_values.N.key).
         layout: `bnsh` [batch, kv_heads, sequence, head_dim]; `sbnh` [sequence, batch, kv_heads, head_dim].
         batch: size or name of the batch axis.

@@ -80,7 +80,7 @@ def parse_yaml(text: str | bytes) -> Any:
 
     Raises:
         ValueError: not YAML, more than data, too large, or larger than it looks through aliases; the message is one
-        short line.
+            short line.
     """
     if len(text) > MAX_YAML_BYTES:
         raise ValueError(f"{len(text)} bytes are more than the {MAX_YAML_BYTES} that are read")

@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from onnxtools.analysis.opsets import reach_opset
 from onnxtools.base.errors import JobError, one_line
+from onnxtools.base.onnx_runtime import onnxruntime
 from onnxtools.check.feeds import Array, Feeds
 from onnxtools.check.sessions import open_session, session_options
 from onnxtools.ir.model import Model
@@ -52,8 +53,7 @@ class Runner:
         self._run = self._load(proto, model)
 
     def _load(self, proto: onnx.ModelProto, model: Model) -> Any:
-        import onnxruntime as ort
-
+        ort = onnxruntime()
         options = session_options(folder=model.path.parent if model.path is not None else None)
         self._mapped = _map_foreign(options, proto, model)  # ONNX Runtime reads them in place
         data = proto.SerializeToString()
@@ -124,8 +124,7 @@ class Runner:
 
 def ort_value(array: Array, type_name: str) -> Any:
     """`array` for ONNX Runtime, without a copy where it is contiguous; it must stay alive as long as the value."""
-    import onnxruntime as ort
-
+    ort = onnxruntime()
     if "float8e4m3fn" in type_name:
         return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(
             np.ascontiguousarray(array).view(np.uint8), onnx.TensorProto.FLOAT8E4M3FN

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from onnxtools.base.onnx_runtime import onnxruntime
+
 CPU = ("CPUExecutionProvider",)
 CUDA = ("CUDAExecutionProvider", "CPUExecutionProvider")
 _BROKEN_OPTIMIZERS = ["ReluQuantRewrite", "ClipQuantRewrite"]
@@ -22,10 +24,9 @@ def session_options(*, threads: int = 0, folder: Path | None = None, spinning: b
         threads: of one operator on the CPU; 0 for all cores.
         folder: where the data files of a graph in memory lie.
         spinning: whether threads wait for work by spinning, which is faster and takes the cores from numpy between
-        runs.
+            runs.
     """
-    import onnxruntime as ort
-
+    ort = onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
@@ -43,11 +44,9 @@ def open_session(
 
     Args:
         qdq_as_written: compute QuantizeLinear and DequantizeLinear as nodes of their own. ONNX Runtime's fusions take
-        FP8 for INT8
-            (FACTS-te-nemo, 1.7).
+            FP8 for INT8 (FACTS-te-nemo, 1.7).
     """
-    import onnxruntime as ort
-
+    ort = onnxruntime()
     options = options or session_options()
     if qdq_as_written:
         options.add_session_config_entry("session.disable_quant_qdq", "1")

@@ -344,8 +344,7 @@ def _validate_decoding(
 
     Args:
         own: what a reference that has a cache too gives in the same steps. Where neither it nor the model gives in
-        steps what the reference
-            gives at once (its attention is not causal), the steps of both must be the same.
+            steps what the reference gives at once (its attention is not causal), the steps of both must be the same.
     """
     _, sequence = _token_shape(model, probe.feeds)
     for steps in [[sequence], [sequence - 1, 1]] if probe.title and sequence > 1 else split_points(sequence):

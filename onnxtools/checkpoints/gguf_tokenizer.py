@@ -253,8 +253,7 @@ def _merges_by_score(metadata: Mapping[str, Any], names: list[str], types: list[
 
     Raises:
         JobError: two pieces score the same. SentencePiece then joins the leftmost, and a list of merges cannot say
-        that;
-            in practice the scores are placeholders of a conversion that lost them.
+            that; in practice the scores are placeholders of a conversion that lost them.
     """
     scores = _list(metadata, "scores", (float, int))
     if len(scores) != len(names):
@@ -279,7 +278,7 @@ def _pairs(name: str, pieces: Mapping[str, float]) -> list[list[str]]:
 
     Raises:
         JobError: it is longer than any vocabulary's (SentencePiece stops at 16 characters by default): the cuts take
-        quadratic time.
+            quadratic time.
     """
     if len(name) > _LONGEST:
         raise JobError(

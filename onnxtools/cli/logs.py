@@ -45,6 +45,7 @@ def quiet() -> Iterator[None]:
     before = {logger: list(logger.handlers) for logger in (root, LOG)}
     root.addHandler(logging.NullHandler())
     LOG.setLevel(logging.DEBUG)
+    LOG.addHandler(_warnings())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -57,11 +58,20 @@ def quiet() -> Iterator[None]:
                     handler.close()
 
 
+def _warnings() -> logging.Handler:
+    """What a user must know although nothing failed, as one line on stderr."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("warning: %(message)s"))
+    handler.addFilter(lambda record: record.levelno == logging.WARNING)
+    return handler
+
+
 def _verbose(context: click.Context, parameter: click.Parameter, value: int) -> None:
     if value:
         handler = logging.StreamHandler(sys.stderr)
         handler.setLevel(logging.INFO if value == 1 else logging.DEBUG)
         handler.setFormatter(logging.Formatter("%(relativeCreated)d ms %(message)s"))
+        handler.addFilter(lambda record: record.levelno != logging.WARNING)  # they are shown without -v
         LOG.addHandler(handler)
 
 

@@ -1,10 +1,12 @@
-"""`export`: a checkpoint, or nothing but sizes, becomes an ONNX file with its tokenizer and onnxtools.json beside
-it.
+"""`export`: writes a checkpoint, or a random model of given sizes, as an ONNX file.
+
+The tokenizer and onnxtools.json are written beside it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,19 +35,26 @@ from onnxtools.storage.save import SaveReport
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _SIZES = {
     "n_layer": ("n_layer", "num_hidden_layers", "num_layers"), "n_embd": ("n_embd", "hidden_size"),
-    "n_head": ("n_head", "num_attention_heads"),
-    "n_kv_head": ("num_key_value_heads", "num_query_groups"),
+    "n_head": ("n_head", "num_attention_heads"), "n_kv_head": ("num_key_value_heads", "num_query_groups"),
     "n_inner": ("n_inner", "intermediate_size", "ffn_hidden_size"),
     "n_positions": ("n_positions", "max_position_embeddings"), "vocab_size": ("_vocab_size", "vocab_size"),
 }  # fmt: skip
-"""Our size options to the spellings of configurations; the first that the family's example has is set, else the
-first.
+"""Size options of `export` to their spellings in configurations.
+
+The first spelling that the family's example has is set, or else the first of all.
 """
 
 
 @dataclass
 class Exported:
-    """What an export made."""
+    """The result of an export.
+
+    Attributes:
+        model: the graph, as it was saved.
+        config: the decoder that it holds.
+        saved: what was written.
+        notes: notes on the checkpoint, for people.
+    """
 
     model: Model
     config: DecoderConfig
@@ -53,18 +62,22 @@ class Exported:
     notes: list[str]
 
 
-def export(source: Path | None, output: Path, options: ExportOptions) -> Exported:
+def export(source: str | os.PathLike[str] | None, output: str | os.PathLike[str], options: ExportOptions) -> Exported:
     """Write `output` (.onnx), its data file, the tokenizer's files and onnxtools.json.
 
     Args:
         source: Hugging Face folder, .nemo archive or folder, .ckpt or .gguf; None with `options.random`.
+        output: path of the .onnx file.
+        options: how the graph is written.
+
     Raises:
         UsageError: neither a source nor --random.
         ModelError: the checkpoint cannot be read, or its weights do not fit its configuration.
     """
     if source is None and not options.random:
         raise UsageError("export: name a checkpoint, or say --random")
-    checkpoint = open_checkpoint(source, weights=not options.random) if source is not None else None
+    output = Path(output)
+    checkpoint = open_checkpoint(Path(source), weights=not options.random) if source is not None else None
     config, weights, dtype = _random(checkpoint, options) if options.random else _bound(_opened(checkpoint), options)
     model = build_decoder(config, options, weights, dtype)
     info = describe(config, options, dtype)
@@ -83,7 +96,7 @@ def _opened(checkpoint: Checkpoint | None) -> Checkpoint:
 
 
 def _bound(checkpoint: Checkpoint, options: ExportOptions) -> tuple[DecoderConfig, Weights, ir.DataType]:
-    """The configuration, every weight by canonical name, and the compute type."""
+    """The configuration, every weight by canonical name, and the compute type of a checkpoint."""
     family = family_for(checkpoint.architecture, str(checkpoint.path))
     config = _configured(family, checkpoint.config, str(checkpoint.path))
     if len(config.blocks) > len(checkpoint.tensors):
@@ -109,22 +122,17 @@ def _bound(checkpoint: Checkpoint, options: ExportOptions) -> tuple[DecoderConfi
 
 
 def _configured(family: Family, raw: Mapping[str, Any], label: str) -> DecoderConfig:
-    """The family's configuration; an error names where it was read.
+    """The configuration that the family reads from `raw`; an error names `label`, its origin.
 
     Raises:
-        ModelError: it is not of this family, or damaged.
+        ModelError: the configuration is not of this family, or damaged.
     """
     try:
         return family.config(raw)
     except ModelError as error:
         raise ModelError(f"{label}: {error}") from None
-    except (
-        TypeError,
-        ValueError,
-        ArithmeticError,
-        AttributeError,
-        KeyError,
-    ) as error:  # a damaged configuration raises nearly anything
+    # A damaged configuration can raise nearly any exception.
+    except (TypeError, ValueError, ArithmeticError, AttributeError, KeyError) as error:
         raise ModelError(
             f"{label}: its configuration is damaged ({type(error).__name__}: {error}); fetch it again"
         ) from error
@@ -133,12 +141,15 @@ def _configured(family: Family, raw: Mapping[str, Any], label: str) -> DecoderCo
 def _dtype(options: ExportOptions, weights: Mapping[str, Tensor]) -> ir.DataType:
     if options.dtype != "auto":
         return BY_NAME[options.dtype]
-    own = weights["model.layers.0.self_attn.q_proj.weight"].dtype
-    return own if own in _FLOATS else ir.DataType.FLOAT
+    stored = weights["model.layers.0.self_attn.q_proj.weight"].dtype
+    return stored if stored in _FLOATS else ir.DataType.FLOAT
 
 
 def _random(checkpoint: Checkpoint | None, options: ExportOptions) -> tuple[DecoderConfig, Weights, ir.DataType]:
-    """Normal(0, 0.02) weights as GPT-2 is initialized, gains near 1; the same for the same sizes."""
+    """A random model: Normal(0, 0.02) weights as in GPT-2's initialization, gains near 1.
+
+    Equal sizes give equal weights.
+    """
     if checkpoint is None:
         family: Family = registry.load(options.family or "gpt2", registry.FAMILIES)
         raw: dict[str, Any] = dict(family.example)
@@ -173,11 +184,11 @@ def _random(checkpoint: Checkpoint | None, options: ExportOptions) -> tuple[Deco
         raise UsageError(f"export: {label} does not say how large the vocabulary is; add --vocab-size")
     config = _configured(family, raw, label)
     dtype = BY_NAME["fp16" if options.dtype == "auto" else options.dtype]
-    made: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name, shape in weight_shapes(config).items():
         is_gain = name.endswith("norm.weight")
-        made[name] = RandomRows(shape, dtype, name, 1.0 if is_gain else 0.0, 0.02)
-    return config, Weights(made), dtype
+        tensors[name] = RandomRows(shape, dtype, name, 1.0 if is_gain else 0.0, 0.02)
+    return config, Weights(tensors), dtype
 
 
 def describe(config: DecoderConfig, options: ExportOptions, dtype: ir.DataType) -> dict[str, Any]:
@@ -200,6 +211,9 @@ def describe(config: DecoderConfig, options: ExportOptions, dtype: ir.DataType) 
         "dtype": next(name for name, value in BY_NAME.items() if value == dtype),
         "kv_cache": cache.to_json() if options.kv_cache != "none" else None,
         "logits": options.logits,
-        "options": {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if getattr(options,
-            f.name) != f.default},
-    }  # fmt: skip
+        "options": {
+            f.name: getattr(options, f.name)
+            for f in dataclasses.fields(options)
+            if getattr(options, f.name) != f.default
+        },
+    }

@@ -1,10 +1,11 @@
-"""`Runtime`: what generation, benchmarks and scores need of a model, wherever it runs.
+"""`Runtime`: the interface through which generation, benchmarks and scores run a model.
 
 Implementations are in `onnxtools.engines`.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ Prompts = Sequence[Sequence[int]]
 
 
 class Logits(Protocol):
-    """Scores of the next token, left where they were computed until somebody asks."""
+    """Logits of the next token; they stay on the device that computed them until they are read."""
 
     def numpy(self) -> Floats:
         """[rows, vocabulary], fp32."""
@@ -51,7 +52,7 @@ class HostLogits:
 
 @dataclass
 class PickedLogits:
-    """Those of some slots, out of logits of all."""
+    """The logits of some slots, picked from the logits of all slots."""
 
     logits: Logits
     slots: Sequence[int]
@@ -98,32 +99,40 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "sdpa": {"attention": "sdpa"}, "nocache": {"cache": False},
     "nograph": {"cuda_graph": False}, "nokernels": {"kernels": False},
 }  # fmt: skip
-"""Words after a runtime's name, as in `frameworks:eager:nocache`, and the options they stand for."""
+"""Words after a runtime's name, as in `frameworks:eager:nocache`, and the options that they set."""
 
 
 class Session(Protocol):
-    """Sequences that run together; each has a slot, into which it is admitted and which it leaves by itself.
+    """Sequences that run together; each is admitted to a slot of its own and is released from it independently.
 
     Attributes:
-        slots: how many there are.
-        joins: whether a sequence can be admitted, or stepped, while the others stay where they are.
+        slots: number of slots.
+        joins: whether some sequences can be admitted, or stepped, while the others wait.
     """
 
     slots: int
     joins: bool
 
     def admit(self, slots: Sequence[int], prompts: Prompts) -> Logits:
-        """Run `prompts`, each in the slot of the same place; what was there is forgotten.
+        """Run `prompts[i]` in slot `slots[i]`; the sequence that was there is forgotten.
 
         Returns:
-            Logits that follow the last token of each prompt, [len(slots), vocabulary].
+            Logits after the last token of each prompt, [len(slots), vocabulary].
+
         Raises:
-            JobError: too long, or only some of the slots and the session does not join.
+            JobError: a prompt is too long, or the session does not join and `slots` are not all slots.
         """
         ...
 
     def step(self, ids: Ids, slots: Sequence[int] | None = None) -> Logits:
-        """Append one token to the sequence in each of `slots`, all by default; their next logits, in that order."""
+        """Append one token to the sequence in each of `slots` (all by default).
+
+        Args:
+            ids: the tokens, int64 [len(slots)].
+
+        Returns:
+            The logits after them, [len(slots), vocabulary], in the order of `slots`.
+        """
         ...
 
     def release(self, slot: int) -> None:
@@ -131,24 +140,26 @@ class Session(Protocol):
         ...
 
     def reorder(self, rows: Ids) -> None:
-        """Slot i becomes what slot `rows[i]` was (beam search)."""
+        """Slot i takes over the sequence of slot `rows[i]` (beam search); `rows` is int64 [slots]."""
         ...
 
     def close(self) -> None:
-        """The runtime may use the memory again; nothing may be called after this."""
+        """End the session: the runtime may reuse its memory, and no other method may be called."""
         ...
 
 
 class Runtime(Protocol):
-    """A causal language model, wherever it runs.
+    """A causal language model on some runtime.
 
     Attributes:
-        name: what the user calls it, with its variant.
+        name: the runtime's name with its variant, as the user gave it.
         device: `cpu`, or `cuda` and the card's name.
-        has_cache: whether a step costs one token; else the whole text is run again.
-        pads: whether rows of one batch may have different lengths at once.
-        notes: what the user should know, once each.
-        weight_bytes: size of the weights that one step reads.
+        info: tokens and limits of the model.
+        vocab_size: number of logits of a token.
+        has_cache: whether a step runs one token; without a cache the whole text is run again.
+        pads: whether the rows of one batch may have different lengths.
+        notes: notes for the user, each once.
+        weight_bytes: size of the weights that one step reads, in bytes.
     """
 
     name: str
@@ -161,15 +172,15 @@ class Runtime(Protocol):
     weight_bytes: int
 
     def open(self, slots: int, length: int) -> Session:
-        """Room for `slots` sequences of at most `length` tokens, empty. One session is open at a time.
+        """An empty session for `slots` sequences of at most `length` tokens. One session is open at a time.
 
         Raises:
-            JobError: longer than the model's positions or cache, or more rows than it takes.
+            JobError: `length` exceeds the model's positions or cache, or the model does not take `slots` rows.
         """
         ...
 
     def score(self, prompts: Prompts) -> list[Floats]:
-        """Logits after every token of each prompt, [tokens, vocabulary]; nothing is kept.
+        """Logits after every token of each prompt, fp32 [tokens, vocabulary]; no state is kept.
 
         Raises:
             JobError: the model returns the last logits alone.
@@ -177,7 +188,7 @@ class Runtime(Protocol):
         ...
 
     def close(self) -> None:
-        """Give back memory."""
+        """Free the memory of the model."""
         ...
 
 
@@ -186,32 +197,35 @@ class LooksAhead(Protocol):
     """A session that can feed its own greedy tokens back, so that the device does not wait for the host.
 
     Attributes:
-        looks_ahead: whether it can with this model.
+        looks_ahead: whether the session can do this with its model.
     """
 
     looks_ahead: bool
 
     def ahead(self, ids: Ids, count: int) -> Ids:
-        """`count` greedy steps of all slots, the first of `ids`; the tokens they find, [slots, count], -1 where the
-        logits are NaN.
+        """Run `count` greedy steps of all slots; `ids` [slots] are the tokens of the first step.
+
+        Returns:
+            The generated tokens, int64 [slots, count]; -1 where the logits are NaN.
         """
         ...
 
 
 def default_runtime(model: Path) -> str:
-    """By the file: .onnx runs in ONNX Runtime, a folder or GGUF file in its framework, anything else is an engine."""
+    """The runtime for a file: onnxrt for .onnx, frameworks for a folder or a GGUF file, trt for any other file."""
     return "onnxrt" if model.suffix == ".onnx" else "frameworks" if model.is_dir() or model.suffix == ".gguf" else "trt"
 
 
-def open_runtime(spec: str, model: Path, options: RuntimeOptions) -> Runtime:
-    """The runtime called `spec` (name[:variant...]) for `model`.
+def open_runtime(spec: str, model: str | os.PathLike[str], options: RuntimeOptions) -> Runtime:
+    """Open `model` in the runtime `spec` (name[:variant...]).
 
     Raises:
-        UsageError: no runtime or variant of that name.
-        JobError: it cannot run this model here.
+        UsageError: no runtime or variant of that name, or a runtime for another kind of file.
+        JobError: the runtime cannot run this model here.
     """
     import dataclasses
 
+    model = Path(model)
     name, *words = spec.split(":")
     for word in words:
         if word not in VARIANTS:
@@ -232,10 +246,10 @@ def open_runtime(spec: str, model: Path, options: RuntimeOptions) -> Runtime:
 
 
 def _check_whole(runtime: Any, spec: str) -> None:
-    """A runtime of another package has all that a runtime has.
+    """Check that a runtime, which may be of another package, has every attribute of `Runtime`.
 
     Raises:
-        JobError: names what is missing.
+        JobError: names the missing attributes.
     """
     missing = sorted(
         name
@@ -250,21 +264,24 @@ def _check_whole(runtime: Any, spec: str) -> None:
 
 
 def greedy_steps(session: Session, ids: Ids, count: int) -> tuple[Ids, Floats]:
-    """Greedy tokens after `ids`: `count`, or one where the session cannot look ahead.
+    """Greedy tokens after `ids` [rows]: `count` of them, or one where the session cannot look ahead.
 
     Returns:
-        The tokens, and the best logit of each, NaN or infinite where logits are; both [rows, tokens].
+        The tokens, and a number for each that is NaN or infinite where its best logit is; both [rows, tokens].
     """
     if count > 1 and isinstance(session, LooksAhead) and session.looks_ahead:
         tokens = session.ahead(ids, count)
         return tokens, np.where(tokens < 0, np.float32(np.nan), np.float32(0))
-    found, best = session.step(ids).argmax()
-    return found[:, None], best[:, None]
+    next_ids, best = session.step(ids).argmax()
+    return next_ids[:, None], best[:, None]
 
 
 def check_slots(session: Session, slots: Sequence[int]) -> None:
-    """Raises: JobError for some slots alone where the session does not join; ValueError for a slot that is not there,
-    or twice.
+    """Refuse slots that the session cannot run.
+
+    Raises:
+        JobError: `slots` are not all slots, and the session does not join.
+        ValueError: a slot does not exist, or is named twice.
     """
     if len(set(slots)) != len(slots) or not all(0 <= slot < session.slots for slot in slots):
         raise ValueError(f"slots {list(slots)} are not different ones of 0 to {session.slots - 1}")
@@ -276,25 +293,28 @@ def check_slots(session: Session, slots: Sequence[int]) -> None:
 
 
 def check_length(info: ModelInfo, length: int, longest_prompt: int, what: str) -> None:
-    """Raises: JobError where the sequences would not fit the model's positions."""
+    """Refuse sequences of `length` tokens that exceed the model's positions; `what` begins the message.
+
+    Raises:
+        JobError: `length` exceeds the positions.
+    """
     if info.max_positions is not None and length > info.max_positions:
         raise JobError(
             f"{what}: a text of {longest_prompt} tokens and {length - longest_prompt} new ones exceed the model's "
-            f"{info.max_positions} positions;"
-            " use shorter texts, or fewer new tokens"
+            f"{info.max_positions} positions; use shorter texts, or fewer new tokens"
         )
 
 
 def padded(prompts: Prompts, pad: int, side: Literal["left", "right"]) -> tuple[Ids, Ids]:
-    """Ids and mask, both [rows, longest]; the mask is 1 on real tokens."""
+    """Ids padded with `pad` on `side`, and their mask, both int64 [rows, longest]; the mask is 1 on real tokens."""
     longest = max(len(prompt) for prompt in prompts)
     ids, mask = np.full((len(prompts), longest), pad, np.int64), np.zeros((len(prompts), longest), np.int64)
     for row, prompt in enumerate(prompts):
-        place = slice(0, len(prompt)) if side == "right" else slice(longest - len(prompt), longest)
-        ids[row, place], mask[row, place] = prompt, 1
+        columns = slice(0, len(prompt)) if side == "right" else slice(longest - len(prompt), longest)
+        ids[row, columns], mask[row, columns] = prompt, 1
     return ids, mask
 
 
 def positions_of(mask: Ids) -> Ids:
-    """Position of each token among the real ones of its row; 0 before the first."""
+    """Position of each token among the real tokens of its row, int64 [rows, tokens]; 0 before the first."""
     return np.maximum(mask.cumsum(axis=1) - 1, 0)  # type: ignore[no-any-return]

@@ -116,8 +116,7 @@ def quantized(tensor: ir.TensorProtocol, form: Format, scale: Array, axis: int, 
 
     Args:
         scale: one element; or one for each output channel (the axis that is not `axis`); or, with `block`, of the rank
-        of
-            the matrix, one for each block along `axis`.
+            of the matrix, one for each block along `axis`.
     """
     wide = np.asarray(scale).astype(np.float32)
 

@@ -98,7 +98,8 @@ def is_2_4(weight: Array, axis: int) -> tuple[int, int]:
     """(groups of four along `axis` with at least two zeros, groups in all), in less than 8 MiB of memory.
 
     Args:
-        weight, axis: as of `prune_2_4`; also int8.
+        weight: as of `prune_2_4`; also int8.
+        axis: as of `prune_2_4`.
     Raises:
         ValueError: the axis, its length or the dtype does not fit.
     """

@@ -36,19 +36,28 @@ from onnxtools.storage.files import OwnFolder, make_parent, probe, remove_dead, 
 from onnxtools.storage.rows import external_path
 
 
-def build(source: Path | Model, engine_path: Path, spec: EngineSpec, *, force: bool = False) -> Engine:
+def build(
+    source: str | os.PathLike[str] | Model,
+    engine_path: str | os.PathLike[str],
+    spec: EngineSpec,
+    *,
+    force: bool = False,
+) -> Engine:
     """Check, build, and write `engine_path` and `engine_path`.json.
 
     Args:
-        source: an ONNX file, parsed as it lies on the disk; or a model in memory, which is saved to a temporary folder
-            beside the engine first (its weights are copied).
-        force: build although the engine that lies there is of the same graph, weights, options and builder.
+        source: an ONNX file, which is parsed from the disk; or a model in memory, which is first saved to a temporary
+            folder beside the engine (its weights are copied).
+        engine_path: where the plan is written.
+        spec: the options of the build.
+        force: build even if the existing engine is of the same graph, weights, options and builder.
+
     Raises:
         UsageError: the options do not fit each other, the graph or the version of the builder.
-        JobError: the graph is refused, the builder fails, the engine lacks what was asked for, or it cannot be written.
-        No file
-            is left behind, and an engine that was there before stays.
+        JobError: the graph is refused, the builder fails, the engine lacks a demanded precision, or it cannot be
+            written. No file is left behind, and an engine that existed before stays.
     """
+    engine_path = Path(engine_path)
     check_target(engine_path)
     builder = get_builder(spec.backend)
     version = release(builder.version())
@@ -58,19 +67,20 @@ def build(source: Path | Model, engine_path: Path, spec: EngineSpec, *, force: b
     prunes = spec.sparsity == "force" and builder.name != "trtexec"
     if isinstance(source, Model):
         return job.copied(source, None, prunes)
+    source = Path(source)
     origin = Model.load(source)
-    if known := job.known(origin):
-        return known
+    if existing := job.reusable(origin):
+        return existing
     return job.copied(Model.load(source), origin, prunes) if prunes else job.run(origin, source, origin)
 
 
 _FOLDER = ".onnxtools-build-"
-"""How folders for a changed copy of the model begin, beside the engine."""
+"""Prefix of the folders beside the engine that hold a changed copy of the model."""
 
 
 @dataclass(frozen=True)
 class _Build:
-    """One build, of whatever model; `last` is a line for people that is shown last."""
+    """One build of any model; `last` is a line for people that is shown last."""
 
     engine_path: Path
     spec: EngineSpec
@@ -78,14 +88,14 @@ class _Build:
     force: bool
     last: str = ""
 
-    def known(self, model: Model) -> Engine | None:
-        """The engine that lies there, where it is what building this model would give."""
+    def reusable(self, model: Model) -> Engine | None:
+        """The existing engine, if building this model would give the same; else None."""
         _refuse_overwriting(model, self.engine_path, self.spec)
-        found = None if self.force else _known(model, self.engine_path, self.spec, self.builder)
-        return Engine(self.engine_path, found, reused=True, last=self.last) if found else None
+        manifest = None if self.force else _matching_manifest(model, self.engine_path, self.spec, self.builder)
+        return Engine(self.engine_path, manifest, reused=True, last=self.last) if manifest else None
 
     def copied(self, model: Model, origin: Model | None, prune: bool) -> Engine:
-        """Build a model that is not on the disk as it is built."""
+        """Save a copy of the model, pruned with `prune`, and build the copy."""
         notes = []
         if prune:
             from onnxtools.passes.prune.prune_pass import Prune
@@ -95,16 +105,16 @@ class _Build:
         with OwnFolder(_FOLDER, self.engine_path.parent) as folder:
             copy = folder / (model.path.name if model.path else "model.onnx")
             model.save(copy)
-            made = Model.load(copy)
-            if origin is None and (known := self.known(made)):
-                return known
-            return self.run(made, copy, origin, notes)
+            saved = Model.load(copy)
+            if origin is None and (existing := self.reusable(saved)):
+                return existing
+            return self.run(saved, copy, origin, notes)
 
     def run(self, model: Model, source: Path, origin: Model | None, notes: Sequence[str] = ()) -> Engine:
         """Build the graph in the file `source`, which `model` was loaded from.
 
         Args:
-            origin: the user's file, which the manifest describes; None where there is none, and `model` stands in.
+            origin: the user's file, which the manifest describes; without one the manifest describes `model`.
         """
         spec, builder = self.spec, self.builder
         notes = [*notes, *_timing_cache_notes(spec, builder)]
@@ -121,8 +131,8 @@ class _Build:
             else None
         )
         described = origin or model
-        # Both files are complete before either gets its name, and the plan gets it first. Hashing runs beside the
-        # build.
+        # Both files are complete before they get their names; the plan gets its name first. The weights are hashed
+        # during the build.
         with (
             replacing(manifest_path(self.engine_path)) as manifest_tmp,
             replacing(self.engine_path) as plan_tmp,
@@ -135,10 +145,20 @@ class _Build:
             audit = summary(built.engine_layers, built.precisions)
             _check_audit(model, spec, audit)
             manifest = make_manifest(
-                model, described, spec, builder, profiles, checked, built,
-                engine=self.engine_path.name, path=path, weights=weights.result(), audit=audit, notes=notes,
+                model,
+                described,
+                spec,
+                builder,
+                profiles,
+                checked,
+                built,
+                engine=self.engine_path.name,
+                path=path,
+                weights=weights.result(),
+                audit=audit,
+                notes=notes,
                 seconds=seconds,
-            )  # fmt: skip
+            )
             manifest_tmp.write_text(json.dumps(manifest, indent=2) + "\n")
         return Engine(self.engine_path, manifest, last=self.last)
 
@@ -150,25 +170,25 @@ def _timing_cache_notes(spec: EngineSpec, builder: Builder) -> list[str]:
     return [rtx_note(Path(spec.timing_cache))] if builder.name == "tensorrt-rtx" else []
 
 
-def _known(model: Model, engine_path: Path, spec: EngineSpec, builder: Builder) -> dict[str, Any] | None:
-    """The manifest of the engine that lies there, where building it again would give the same."""
+def _matching_manifest(model: Model, engine_path: Path, spec: EngineSpec, builder: Builder) -> dict[str, Any] | None:
+    """The manifest of the existing engine, if building it again would give the same; else None."""
     try:
-        found = read_manifest(engine_path)
+        manifest = read_manifest(engine_path)
         same = (
-            found["onnxtools"] == __version__
-            and found["spec"] == spec.as_json()
-            and found["profiles"] == [profile.as_json() for profile in profiles_for(model, spec)]
-            and found["backend"] == {"name": builder.name, "version": builder.version()}
-            and found["graph"]["sha256"] == model.sha256
-            and found["engine"] == hash_file(engine_path)
+            manifest["onnxtools"] == __version__
+            and manifest["spec"] == spec.as_json()
+            and manifest["profiles"] == [profile.as_json() for profile in profiles_for(model, spec)]
+            and manifest["backend"] == {"name": builder.name, "version": builder.version()}
+            and manifest["graph"]["sha256"] == model.sha256
+            and manifest["engine"] == hash_file(engine_path)
         )
     except (OSError, JobError):
         return None
-    return found if same and found["weights"] == hash_weights(model) else None
+    return manifest if same and manifest["weights"] == hash_weights(model) else None
 
 
 def _check_audit(model: Model, spec: EngineSpec, audit: dict[str, Any]) -> None:
-    """An engine without the precision that was asked for is no success, whatever the builder says."""
+    """Refuse an engine without a demanded precision, even if the builder reports success."""
     for name in spec.demanded if audit["outputs"] else ():
         if not holds(audit, name):
             raise JobError(
@@ -178,15 +198,15 @@ def _check_audit(model: Model, spec: EngineSpec, audit: dict[str, Any]) -> None:
 
 
 def check_target(engine_path: Path) -> None:
-    """Create the folder, and refuse, before hours of building, a place that cannot be written.
+    """Create the folder of the engine, and refuse a path that cannot be written before hours of building.
 
     Raises:
-        JobError: the folder cannot be made or written, or the name is taken by a folder.
+        JobError: the folder cannot be created or written, or a folder has the name.
     """
     if engine_path.is_dir():
         raise JobError(f"{engine_path}: is a folder; name a file")
     make_parent(engine_path)
-    remove_dead(_FOLDER, engine_path.parent)  # also where the engine turns out to be there already
+    remove_dead(_FOLDER, engine_path.parent)  # also if the existing engine is reused
     for path in (engine_path, manifest_path(engine_path)):
         if path.is_dir():
             raise JobError(f"{path}: is a folder; name another file for the engine")
@@ -194,7 +214,7 @@ def check_target(engine_path: Path) -> None:
 
 
 def _refuse_overwriting(model: Model, engine_path: Path, spec: EngineSpec) -> None:
-    """Neither the model, nor a timing cache, nor a JSON file of somebody else."""
+    """Refuse to overwrite the model, a foreign JSON file or, with the timing cache, the model or the engine."""
     manifest = manifest_path(engine_path)
     with contextlib.suppress(OSError, ValueError):
         kind = json.loads(manifest.read_text())
