@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from onnxtools.generation.runtime import Runtime, RuntimeOptions, Session, open_runtime
     from onnxtools.ir.edit import Builder
     from onnxtools.ir.model import Model, load
+    from onnxtools.ir.rank import Rank, load_ranks, save_ranks
     from onnxtools.pipeline.manager import Instrument, PassManager, Report, Step
+    from onnxtools.pipeline.partition import Partition
     from onnxtools.pipeline.passbase import Pass, PassResult, load_pass
     from onnxtools.storage.save import SaveReport
 
@@ -49,7 +51,9 @@ _HOMES = {
     "generation.runtime": ("Runtime", "RuntimeOptions", "Session", "open_runtime"),
     "ir.edit": ("Builder",),
     "ir.model": ("Model", "load"),
+    "ir.rank": ("Rank", "load_ranks", "save_ranks"),
     "pipeline.manager": ("Instrument", "PassManager", "Report", "Step"),
+    "pipeline.partition": ("Partition",),
     "pipeline.passbase": ("Pass", "PassResult", "load_pass"),
     "storage.save": ("SaveReport",),
 }
@@ -57,12 +61,10 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Builder", "Engine", "EngineSpec", "ExportOptions", "Exported", "Generated", "GenerationOptions", "Instrument",
-    "JobError", "Model",
-    "ModelError", "NoMatchError", "OnnxtoolsError", "Pass", "PassManager", "PassResult", "Report", "Runtime",
-    "RuntimeOptions", "SaveReport",
-    "Session", "Step", "UsageError", "Verdict", "__version__", "build", "export", "generate", "load", "load_pass",
-    "open_runtime", "option",
-    "validate",
+    "JobError", "Model", "ModelError", "NoMatchError", "OnnxtoolsError", "Partition", "Pass", "PassManager",
+    "PassResult", "Rank", "Report", "Runtime", "RuntimeOptions", "SaveReport", "Session", "Step", "UsageError",
+    "Verdict", "__version__", "build", "export", "generate", "load", "load_pass", "load_ranks", "open_runtime",
+    "option", "save_ranks", "validate",
 ]  # fmt: skip
 
 

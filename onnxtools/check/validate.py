@@ -172,12 +172,12 @@ def validate(
             continue
         if is_cached(model):
             outputs = {name: array for name, array in expected.items() if not is_present(name)}
-            own = (
+            reference_steps = (
                 (lambda steps, feeds=probe.feeds: decode(reference, run_a, feeds, steps))
                 if is_cached(reference)
                 else None
             )
-            _validate_decoding(verdict, outputs, model, run_b, probe, steps_tolerance, own)
+            _validate_decoding(verdict, outputs, model, run_b, probe, steps_tolerance, reference_steps)
         else:
             _compare(verdict, probe.title or "full", expected, run_b(probe.feeds), probe)
     if not verdict.passed and is_quantized(model) and not is_quantized(reference):
@@ -188,16 +188,45 @@ def validate(
     return verdict
 
 
+RunsRank = Callable[[Feeds], Mapping[str, Array]]
+"""Runs the graph of one rank: its inputs by name to its outputs by name."""
+
+
+def validate_ranks(
+    reference: Model,
+    ranks: Sequence[Model],
+    compute: Callable[[Sequence[RunsRank], Feeds], Mapping[str, Array]],
+    feeds: Feeds | None = None,
+    tolerance: float | None = None,
+) -> Verdict:
+    """Compare what the ranks of a partitioned model compute together with `reference`, in full runs.
+
+    Args:
+        compute: runs the ranks together (`Partition.compute`).
+        feeds: inputs of the reference; random by rule when None.
+        tolerance: largest accepted relative L2; by element type when None.
+    Raises:
+        JobError: a graph does not run, or they share no output.
+    """
+    verdict = Verdict(default_tolerance(reference) if tolerance is None else tolerance)
+    run, runs = Runner(reference), [Runner(rank) for rank in ranks]
+    cases = [Probe("", feeds)] if feeds is not None else probes(reference, 2, 16, 0)[0]
+    for probe in cases:
+        complete = _with_empty_cache(reference, probe.feeds)
+        _compare(verdict, probe.title or "ranks", run(complete), compute(runs, complete), probe)
+    return verdict
+
+
 def _probes(model: Model, batch: int, sequence: int, seed: int, notes: list[str]) -> list[Probe]:
     """All inputs by rule; the long one where it is cheap enough."""
-    found, unknown = probes(model, batch, sequence, seed)
-    notes += unknown
+    all_probes, probe_notes = probes(model, batch, sequence, seed)
+    notes += probe_notes
     far = long_probe(model, seed)
     if far is not None and not (why := too_costly(model, far.feeds)):
-        found.append(far)
+        all_probes.append(far)
     elif far is not None:
         notes.append(f"not compared: {far.title} ({why}); `--sequence` makes the inputs longer")
-    return found
+    return all_probes
 
 
 def is_quantized(model: Model) -> bool:
@@ -338,7 +367,7 @@ def _validate_decoding(
     run: Runner,
     probe: Probe,
     tolerance: float | None,
-    own: Callable[[Sequence[int]], Mapping[str, Array]] | None,
+    reference_steps: Callable[[Sequence[int]], Mapping[str, Array]] | None,
 ) -> None:
     """At once and in steps: in all ways on the plain inputs, in one way on others.
 
@@ -351,17 +380,17 @@ def _validate_decoding(
         label = "prefill" if len(steps) == 1 else f"steps {_brief(steps)}"
         label = f"{probe.title}: {label}" if probe.title else label
         limit = tolerance if tolerance is not None and len(steps) > 1 else verdict.tolerance
-        found, wanted = decode(model, run, probe.feeds, steps), expected
-        if own is not None and len(steps) > 1 and not _worst(expected, found, probe) <= limit:
-            theirs = own(steps)
-            if not _worst(expected, theirs, probe) <= limit:
-                wanted = theirs
+        actual, target = decode(model, run, probe.feeds, steps), expected
+        if reference_steps is not None and len(steps) > 1 and not _worst(expected, actual, probe) <= limit:
+            reference_outputs = reference_steps(steps)
+            if not _worst(expected, reference_outputs, probe) <= limit:
+                target = reference_outputs
                 note = (
                     "the reference's own steps differ from its full run (its attention is not causal?): they are what "
                     "the model's are compared with"
                 )
                 verdict.notes += [note] if note not in verdict.notes else []
-        _compare(verdict, label, wanted, found, probe, tolerance if len(steps) > 1 else None)
+        _compare(verdict, label, target, actual, probe, tolerance if len(steps) > 1 else None)
 
 
 def _worst(a: Mapping[str, Array], b: Mapping[str, Array], probe: Probe) -> float:
@@ -404,15 +433,15 @@ def first_divergence(reference: Model, model: Model, feeds: Feeds, tolerance: fl
     from onnxtools.analysis.facts import analyse
 
     facts = analyse(reference, sizes_of(reference, feeds))
-    known = {v.name for node in reference.graph for v in node.outputs if v.name}
-    names = [(v.name, node) for node in model.graph for v in node.outputs if v.name in known and v.name]
+    reference_names = {v.name for node in reference.graph for v in node.outputs if v.name}
+    names = [(v.name, node) for node in model.graph for v in node.outputs if v.name in reference_names and v.name]
     shapes = {v.name: facts[v] for node in reference.graph for v in node.outputs}
     compared = 0
-    own = {**feeds, **_with_empty_cache(model, feeds)}
+    model_feeds = {**feeds, **_with_empty_cache(model, feeds)}
     for group in _groups(names, shapes):
-        wanted = [name for name, _ in group]
-        a = Runner(reference, only=wanted)(feeds)
-        b = Runner(model, only=wanted)(own)
+        group_names = [name for name, _ in group]
+        a = Runner(reference, only=group_names)(feeds)
+        b = Runner(model, only=group_names)(model_feeds)
         for name, node in group:
             compared += 1
             if a[name].shape != b[name].shape or a[name].dtype != b[name].dtype or a[name].dtype.kind not in "fVb":

@@ -23,12 +23,13 @@ _HELP = """Build ENGINE from MODEL and write ENGINE.json beside it; or build sev
 The graph is checked before the build (operators, types, 2:4 weights, shapes, TensorRT's silent traps) and the
 manifest says what the engine has: inputs and outputs, profiles, layers, hashes, versions. Without shapes, profiles
 are derived from the graph: for a model with a KV cache one for the context and one for generation. What was built
-before from the same graph, weights and options is not built again.
+before from the same graph, weights and options is not built again. A folder is that of a partitioned model:
+rank0.onnx, rank1.onnx ... become an engine each.
 
 \b
 Examples:
   onnxtools build sparse.onnx gpt.engine --fp8 --sparsity --compute-capability 8.9
-  onnxtools build rank0.onnx rank1.onnx --workers 2 --output-folder plans
+  onnxtools build ranks --workers 2 --output-folder plans
 """
 
 
@@ -72,6 +73,10 @@ def _callback(paths: tuple[Path, ...], as_json: bool, **values: Any) -> None:
 def _jobs(paths: tuple[Path, ...], folder: Path | None) -> list[Job]:
     from onnxtools.engines.build.many import Job, engine_paths
 
+    if len(paths) == 1 and paths[0].is_dir():
+        from onnxtools.ir.rank import load_ranks
+
+        return engine_paths([model.path for model in load_ranks(paths[0]) if model.path is not None], folder)
     models = [path for path in paths if path.suffix == ".onnx"]
     others = [path for path in paths if path.suffix != ".onnx"]
     if len(models) == 1 and len(others) == 1 and folder is None and paths[1] == others[0]:

@@ -17,10 +17,11 @@ from onnxtools.base.errors import JobError, OnnxtoolsError
 from onnxtools.base.memory import peak_mib
 from onnxtools.check.feeds import Array, Feeds, Probe, long_probe, probes, too_costly
 from onnxtools.check.runner import Runner
-from onnxtools.check.validate import Difference, default_tolerance, empty_cache, is_cached
+from onnxtools.check.validate import Difference, default_tolerance, empty_cache, is_cached, validate_ranks
 from onnxtools.ir.model import Model
 from onnxtools.ir.part import TABLE_ROWS, beginning
 from onnxtools.pipeline.manager import Instrument, Step
+from onnxtools.pipeline.partition import Partition
 from onnxtools.pipeline.passbase import Pass
 
 CHECK_LIMIT = 256 << 20
@@ -238,6 +239,16 @@ class NumericCheck(Instrument):
             f"the first {nodes} of {len(model.graph)} nodes ({nbytes / 1e6:.0f} MB of weights), {seconds:.1f} s"
         )
         return _Compared(plain, names, values)
+
+    def partitioned(self, partition: Partition, model: Model, ranks: Sequence[Model], step: Step) -> None:
+        verdict = validate_ranks(model, ranks, partition.compute, self.feeds, self.tolerance)
+        worst = max(verdict.rows, key=lambda row: row.difference.rel_l2)
+        step.measures["rel_l2"] = worst.difference.rel_l2
+        if not verdict.passed:
+            raise JobError(
+                f"{partition.name}: the ranks compute another {worst.output!r} than the model (rel L2 "
+                f"{worst.difference.rel_l2:.1e}, tolerance {verdict.tolerance:g}); --no-check leaves this out"
+            )
 
     @property
     def _seconds(self) -> float | None:

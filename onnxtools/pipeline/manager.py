@@ -13,7 +13,8 @@ from onnxtools.base.version import __version__
 from onnxtools.ir.model import Model
 from onnxtools.ir.provenance import PROVENANCE_KEY, provenance
 from onnxtools.ir.wellformed import fault
-from onnxtools.pipeline.passbase import Pass, PassResult
+from onnxtools.pipeline.partition import Partition, partitioned
+from onnxtools.pipeline.passbase import Configured, Pass, PassResult
 
 _LOG = logging.getLogger("onnxtools")
 
@@ -30,9 +31,10 @@ class Step:
 
 @dataclass
 class Report:
-    """All steps of one run, in order."""
+    """All steps of one run, in order, and what a partition at their end made."""
 
     steps: list[Step] = field(default_factory=list)
+    ranks: list[Model] = field(default_factory=list)
 
     @property
     def changed(self) -> bool:
@@ -54,20 +56,26 @@ class Instrument:
     def finished(self, model: Model) -> None:
         """Called once, after the last pass; an exception here fails the run too."""
 
+    def partitioned(self, partition: Partition, model: Model, ranks: Sequence[Model], step: Step) -> None:
+        """Called when `partition` has made `ranks` of `model`; an exception here fails the run."""
+
     def failed(self, pass_: Pass, model: Model, error: BaseException) -> None:
         """Called when `pass_` raised."""
 
 
 class PassManager:
-    """Runs `passes` (composites expanded) over a model, instruments around each."""
+    """Runs `passes` (composites expanded) over a model, instruments around each; then `partition`, if there is one."""
 
-    def __init__(self, passes: Sequence[Pass], instruments: Sequence[Instrument] = ()) -> None:
+    def __init__(
+        self, passes: Sequence[Pass], instruments: Sequence[Instrument] = (), partition: Partition | None = None
+    ) -> None:
+        self.partition = partition
         self.passes = [inner for outer in passes for inner in outer.expand()]
         self.requested = list(passes)
         self.instruments = list(instruments)
 
     def run(self, model: Model) -> Report:
-        """Change `model` in place and record the provenance in its metadata.
+        """Change `model` in place and record the provenance in its metadata; a partition's ranks are in the report.
 
         Raises:
             OnnxtoolsError: whatever a pass or an instrument refused.
@@ -95,7 +103,20 @@ class PassManager:
         for instrument in self.instruments:
             instrument.finished(model)
         record_provenance(model, self.requested)
+        if self.partition is not None:
+            self._partition(self.partition, model, report)
         return report
+
+    def _partition(self, partition: Partition, model: Model, report: Report) -> None:
+        _LOG.info("%s: %s", partition.name, model.path or "a model in memory")
+        report.ranks = partitioned(partition, model)
+        result = PassResult(True, len(report.ranks), [f"{len(report.ranks)} ranks"])
+        step = Step(partition.name, partition.options(), result)
+        for instrument in self.instruments:
+            instrument.partitioned(partition, model, report.ranks, step)
+        report.steps.append(step)
+        for rank in report.ranks:
+            record_provenance(rank, [partition])
 
 
 def _blame_the_file(model: Model, error: Exception) -> None:
@@ -115,7 +136,7 @@ def _blame_the_file(model: Model, error: Exception) -> None:
         raise ModelError(f"{model.path}: is no valid ONNX model ({why}); export it again") from error
 
 
-def record_provenance(model: Model, passes: Sequence[Pass]) -> None:
+def record_provenance(model: Model, passes: Sequence[Configured]) -> None:
     """Append to `metadata_props['onnxtools.provenance']` (a JSON list): input hash, passes with options, versions."""
     import numpy
     import onnx

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from onnxtools.base import registry
 from onnxtools.base.errors import UsageError
@@ -41,39 +41,11 @@ class PassResult:
 
 
 @dataclass(frozen=True)
-class Pass:
-    """Base of all passes. Subclasses are frozen dataclasses named in the entry-point group `onnxtools.passes`.
-
-    Class attributes:
-        name: the command and recipe name, kebab-case.
-        numerics: how the outputs may change; decides how the numeric check judges.
-        example: a command line for `--help`.
-        runs_code: it runs code that a recipe names, which must be allowed.
-    """
+class Configured:
+    """What passes and partitions share: a name, and dataclass fields that are options everywhere."""
 
     name: ClassVar[str]
-    numerics: ClassVar[Numerics] = "exact"
     example: ClassVar[str] = ""
-    runs_code: ClassVar[bool] = False
-
-    @property
-    def rewrites_weights(self) -> bool:
-        """Whether most weights are new, so that the output should not need the input's data file."""
-        return False
-
-    def expand(self) -> list[Pass]:
-        """The passes that stand behind this one; itself unless it is a composite."""
-        return [self]
-
-    def requires(self, model: Model) -> None:
-        """Raise a `JobError` when `model` is not what this pass can work on."""
-
-    def apply(self, model: Model) -> PassResult:
-        """Change `model.ir` in place."""
-        raise NotImplementedError
-
-    def ensures(self, model: Model) -> None:
-        """Raise a `JobError` when the result is not what this pass promises."""
 
     def options(self) -> dict[str, Any]:
         """Option names and values as plain data (tuples become lists), for recipes and provenance."""
@@ -97,13 +69,47 @@ class Pass:
         return list(value) if isinstance(value, tuple) else value
 
     @classmethod
-    def from_options(cls, options: Mapping[str, Any]) -> Pass:
-        """Build a pass from plain data, checking names, types and choices.
+    def from_options(cls, options: Mapping[str, Any]) -> Self:
+        """Build one from plain data, checking names, types and choices.
 
         Raises:
             UsageError: an unknown option or a value of the wrong type.
         """
         return cls(**convert_fields(cls, cls.name, options))
+
+
+@dataclass(frozen=True)
+class Pass(Configured):
+    """Base of all passes. Subclasses are frozen dataclasses named in the entry-point group `onnxtools.passes`.
+
+    Class attributes:
+        name: the command and recipe name, kebab-case.
+        numerics: how the outputs may change; decides how the numeric check judges.
+        example: a command line for `--help`.
+        runs_code: it runs code that a recipe names, which must be allowed.
+    """
+
+    numerics: ClassVar[Numerics] = "exact"
+    runs_code: ClassVar[bool] = False
+
+    @property
+    def rewrites_weights(self) -> bool:
+        """Whether most weights are new, so that the output should not need the input's data file."""
+        return False
+
+    def expand(self) -> list[Pass]:
+        """The passes that stand behind this one; itself unless it is a composite."""
+        return [self]
+
+    def requires(self, model: Model) -> None:
+        """Raise a `JobError` when `model` is not what this pass can work on."""
+
+    def apply(self, model: Model) -> PassResult:
+        """Change `model.ir` in place."""
+        raise NotImplementedError
+
+    def ensures(self, model: Model) -> None:
+        """Raise a `JobError` when the result is not what this pass promises."""
 
 
 def load_pass(name: str) -> type[Pass]:

@@ -1,10 +1,11 @@
-"""`gpt.engine.json`: what went into an engine and what came out, enough to check it later without the builder."""
+"""`gpt.engine.json`: the inputs and the result of a build, enough to check an engine later without the builder."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from onnxtools.engines.build.spec import EngineSpec
 from onnxtools.ir import description
 from onnxtools.ir.model import Model
 from onnxtools.ir.provenance import provenance
+from onnxtools.ir.rank import Rank
 from onnxtools.storage.records import recorded
 from onnxtools.storage.rows import external_path
 
@@ -27,11 +29,12 @@ _PIECE = 8 << 20
 
 
 def manifest_path(engine_path: Path) -> Path:
+    """The path of the manifest: that of the plan with `.json` appended."""
     return engine_path.with_name(f"{engine_path.name}.json")
 
 
 def hash_file(path: Path) -> dict[str, Any]:
-    """Name, size in bytes and sha256 of a file, read in pieces."""
+    """`file` (name), `bytes` (size) and `sha256` (hexadecimal) of a file, which is read in pieces."""
     digest, size = hashlib.sha256(), 0
     with open(path, "rb") as file:
         while piece := file.read(_PIECE):
@@ -64,23 +67,33 @@ def make_manifest(
     """The manifest as plain data.
 
     Args:
-        model: what was built; origin: the user's model, which differs from it where it was pruned for the build.
+        model: the model that was built.
+        origin: the user's model, which differs from `model` if it was pruned for the build.
+        checked: the result of the checks before the build.
+        built: what the builder reported.
         engine: file name of the plan.
-        path: of the model, from the plan's folder; None where it was in memory.
-        weights: `hash_weights(origin)`; audit: `audit.summary` of the engine.
+        path: path of the model, relative to the plan's folder; None if it was in memory.
+        weights: `hash_weights(origin)`.
+        audit: `audit.summary` of the engine.
+        notes: further notes for people.
         seconds: wall time of parsing, building and writing.
     """
     props = origin.ir.metadata_props
     graph = {
-        "file": origin.path.name if origin.path else None, "sha256": origin.sha256, "path": path,
-        "info": description.text(origin), "beside": recorded(props)["beside"],
-    }  # fmt: skip
+        "file": origin.path.name if origin.path else None,
+        "sha256": origin.sha256,
+        "path": path,
+        "info": description.text(origin),
+        "beside": recorded(props)["beside"],
+    }
+    rank = Rank.read(origin)
     return {
         "format": FORMAT,
         "onnxtools": __version__,
         "backend": {"name": builder.name, "version": builder.version()},
         "engine": {"file": engine, "bytes": built.size, "sha256": built.sha256},
         "graph": {**graph, "opset": model.opset, "ir_version": model.ir.ir_version},
+        **({"rank": asdict(rank)} if rank is not None else {}),
         "weights": weights,
         "weight_bytes": origin.weight_bytes(),
         "provenance": provenance(model),
@@ -105,13 +118,13 @@ def read_manifest(engine: Path) -> dict[str, Any]:
     """The manifest beside a plan.
 
     Raises:
-        JobError: there is none, or it is not of `onnxtools build`.
+        JobError: there is none, or it was not written by this version of `onnxtools build`.
     """
     path = manifest_path(engine)
     try:
         check_regular(path, JobError)
-        found = json.loads(path.read_bytes())
-        _check_shape(found)
+        manifest = json.loads(path.read_bytes())
+        _check_shape(manifest)
     except OSError:
         where = (
             f"{path}: there is no such manifest, so {engine.name} is no engine of onnxtools"
@@ -121,29 +134,28 @@ def read_manifest(engine: Path) -> dict[str, Any]:
         raise JobError(f"{where}; build one with onnxtools build") from None
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise JobError(f"{path}: is no manifest of this onnxtools build ({error}); build the engine again") from None
-    return found  # type: ignore[no-any-return]
+    return manifest  # type: ignore[no-any-return]
 
 
 _SHAPE: dict[str, Any] = {
     "format": str, "onnxtools": str, "backend": {"name": str, "version": str},
-    "engine": {"file": str, "bytes": int, "sha256": str},
-    "graph": {"sha256": str}, "weights": [{"file": str, "bytes": int, "sha256": str}], "provenance": list, "spec": dict,
+    "engine": {"file": str, "bytes": int, "sha256": str}, "graph": {"sha256": str},
+    "weights": [{"file": str, "bytes": int, "sha256": str}], "provenance": list, "spec": dict,
     "compute_capabilities": [str],
     "profiles": [{"name": str, "inputs": {"*": {"min": [int], "opt": [int], "max": [int]}}}], "io_source": str,
-    "inputs": [{"name": str, "dtype": str, "shape": [int]}],
-    "outputs": [{"name": str, "dtype": str, "shape": [int]}], "layers": {"types": dict, "output_dtypes": dict},
-    "audit": {"source": str, "outputs": dict},
-    "mends": [str], "notes": [str], "warnings": [str], "build_seconds": (int, float), "peak_rss_mib": (int, float),
+    "inputs": [{"name": str, "dtype": str, "shape": [int]}], "outputs": [{"name": str, "dtype": str, "shape": [int]}],
+    "layers": {"types": dict, "output_dtypes": dict}, "audit": {"source": str, "outputs": dict}, "mends": [str],
+    "notes": [str], "warnings": [str], "build_seconds": (int, float), "peak_rss_mib": (int, float),
 }  # fmt: skip
-"""Keys of a manifest and what they hold."""
+"""Keys of a manifest and the types of their values; `*` stands for any key."""
 
 
-def _check_shape(found: Any, shape: Any = _SHAPE, where: str = "it") -> None:
-    """Raises ValueError or KeyError where `found` is not as `shape` says."""
+def _check_shape(content: Any, shape: Any = _SHAPE, where: str = "it") -> None:
+    """Raise ValueError or KeyError if `content` does not have the keys and types of `shape`."""
     kind = type(shape) if isinstance(shape, (dict, list)) else shape
-    if not isinstance(found, kind) or isinstance(found, bool):
-        raise ValueError(f"{where} is {type(found).__name__}")
-    value: Any = found
+    if not isinstance(content, kind) or isinstance(content, bool):
+        raise ValueError(f"{where} is {type(content).__name__}")
+    value: Any = content
     if isinstance(shape, dict):
         named = dict.fromkeys(value, shape["*"]) if "*" in shape else shape
         for key, inner in named.items():
@@ -158,32 +170,37 @@ def _check_shape(found: Any, shape: Any = _SHAPE, where: str = "it") -> None:
 
 
 def check_plan(engine: Path, manifest: Mapping[str, Any], *, version: str, capability: str) -> None:
-    """Refuse, before TensorRT sees it, a plan that cannot run here or is not the one that was built.
+    """Refuse a plan that cannot run here or is not the one that was built, before TensorRT reads it.
 
     Args:
-        version: of the library that would run it.
-        capability: of the GPU, as '8.9'.
+        version: version of the library that would run the plan.
+        capability: compute capability of the GPU, as '8.9'.
+
     Raises:
         JobError: says which, and what to do.
     """
-    built, spec = manifest["backend"], manifest["spec"]
-    if built["version"] != version and not spec.get("version_compatible"):
+    backend, spec = manifest["backend"], manifest["spec"]
+    if backend["version"] != version and not spec.get("version_compatible"):
         raise JobError(
-            f"{engine}: was built by {built['name']} {built['version']} and {version} is installed; build it again, or "
-            "install that one"
+            f"{engine}: was built by {backend['name']} {backend['version']} and {version} is installed; build it "
+            "again, or install that one"
         )
-    wanted = manifest["compute_capabilities"]
-    if built["name"] == "tensorrt-rtx" and capability not in wanted:
-        known = ", ".join(wanted)
+    capabilities = manifest["compute_capabilities"]
+    if backend["name"] == "tensorrt-rtx" and capability not in capabilities:
+        names = ", ".join(capabilities)
         raise JobError(
-            f"{engine}: was built for compute capability {known}, and this GPU has {capability}; build it with "
+            f"{engine}: was built for compute capability {names}, and this GPU has {capability}; build it with "
             f"--compute-capability {capability}"
         )
     check_unchanged(engine, manifest)
 
 
 def check_unchanged(engine: Path, manifest: Mapping[str, Any]) -> None:
-    """Raises JobError where the plan is missing, or is not the one that the manifest describes."""
+    """Check that the plan is the one that the manifest describes.
+
+    Raises:
+        JobError: the plan is missing, or its hash differs.
+    """
     if not engine.is_file():
         raise JobError(f"{engine}: is not there, only its manifest; build it again, or bring it back")
     if _changed(engine, manifest["engine"]):
@@ -191,18 +208,18 @@ def check_unchanged(engine: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def check_files(engine: Path, manifest: Mapping[str, Any], graph: Path | None = None) -> list[tuple[str, str]]:
-    """The files that a manifest names, and what is wrong with each; nothing where it is as it was.
+    """(file, problem) for each file that a manifest names; the problem is "" if the file is unchanged.
 
     Args:
-        graph: the model; by default where it lay when the engine was built.
+        graph: path of the model; by default where it was when the engine was built.
     """
-    recorded = manifest["graph"].get("path")
-    model = graph or (engine.parent / recorded if recorded else None)
-    found = [(str(engine), _changed(engine, manifest["engine"]))]
+    model_path = manifest["graph"].get("path")
+    model = graph or (engine.parent / model_path if model_path else None)
+    files = [(str(engine), _changed(engine, manifest["engine"]))]
     if model is None:
-        return [*found, ("graph", "was made in memory: name the model to compare with")]
-    found.append((str(model), _changed(model, {"sha256": manifest["graph"]["sha256"]})))
-    return found + [
+        return [*files, ("graph", "was made in memory: name the model to compare with")]
+    files.append((str(model), _changed(model, {"sha256": manifest["graph"]["sha256"]})))
+    return files + [
         (str(model.parent / entry["file"]), _changed(model.parent / entry["file"], entry))
         for entry in manifest["weights"]
     ]
