@@ -1,4 +1,4 @@
-"""How few layers must stay in higher precision for a model to lose no more than it may."""
+"""The search for the fewest layers that must stay in higher precision to keep an accuracy budget."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from onnxtools.storage.files import OwnFolder
 
 @dataclass(frozen=True)
 class Budget:
-    """What may be lost: points of LAMBADA's whole-word accuracy, or per cent of its perplexity a token."""
+    """The largest loss: points of LAMBADA's whole-word accuracy (pt), or percent of its perplexity per token (%)."""
 
     amount: float
     unit: str
 
     @classmethod
     def parse(cls, text: str) -> Budget:
-        """Of `0.5pt` or `2%`.
+        """The budget that a text such as `0.5pt` or `2%` gives.
 
         Raises:
-            UsageError: it is neither.
+            UsageError: the text is neither.
         """
         match = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*(pt|%)", text.strip())
         if match is None:
@@ -46,6 +46,7 @@ class Budget:
         return cls(float(match[1]), match[2])
 
     def loss(self, reference: Sequence[PassageResult], found: Sequence[PassageResult]) -> float:
+        """The loss of `found` against `reference`, in the budget's unit; negative for a gain."""
         if self.unit == "pt":
             return -100 * float(compare_lambada(reference, found)["acc_difference"])
         return 100 * float(summarize_lambada(found)["ppl_token"] / summarize_lambada(reference)["ppl_token"] - 1)
@@ -56,8 +57,10 @@ class Trial:
     """One quantized model.
 
     Attributes:
-        excluded: products in their own precision.
-        acc, ppl_token: of LAMBADA; loss: in the budget's unit.
+        excluded: number of products left in their own precision.
+        acc: whole-word accuracy on LAMBADA, 0 to 1.
+        ppl_token: perplexity per token on LAMBADA.
+        loss: the loss against the unquantized model, in the budget's unit.
     """
 
     excluded: int
@@ -74,17 +77,20 @@ def within_budget(
     rows: Sequence[tuple[str, str]],
     tried: Callable[[Trial], None],
 ) -> tuple[Quantize, list[Trial]]:
-    """`wanted` with the least `exclude_worst` that keeps the budget, found by halving; and every model that was tried.
+    """`wanted` with the least `exclude_worst` that keeps the budget, found by bisection, and every trial.
 
-    Layers are left out in the order of their own output error, which calibration finds once for all trials. That a
-    model with more layers left out loses less is taken for granted, and on a few hundred passages only roughly true:
-    see `docs/quantization.md`.
+    Layers are excluded in the order of their own output error, which calibration finds once for all trials. The search
+    assumes that a model with more excluded layers loses less. On a few hundred passages this is only roughly true: see
+    `docs/quantization.md`.
 
     Args:
-        output: trials are written beside it, and removed.
-        rows: (context, last word), as of `read_lambada`.
+        source: the unquantized model.
+        output: trials are written beside this path, and removed.
+        rows: (context, last word), as returned by `read_lambada`.
+        tried: called with each trial.
+
     Raises:
-        JobError: nothing that is calibrated was quantized.
+        JobError: no calibrated product was quantized.
     """
     tokenizer = Tokenizer.open(Path(wanted.tokenizer) if wanted.tokenizer else source.parent)
     reference, passages = _reference(source, tokenizer, rows)
@@ -109,7 +115,7 @@ def within_budget(
 
         first, count = attempt(0)
         low, high = 0, 0 if first.loss <= budget.amount else count
-        while low < high:  # `high` keeps the budget: with all left out nothing is lost
+        while low < high:  # `high` keeps the budget: with all products excluded nothing is lost
             middle = (low + high) // 2
             over = trials[middle] if middle in trials else attempt(middle)[0]
             if over.loss > budget.amount:
@@ -120,7 +126,7 @@ def within_budget(
 
 
 def _write(candidate: Quantize, source: Path, path: Path) -> int:
-    """The quantized model; how many of its products could be left out."""
+    """Write the quantized model; returns how many of its products can be excluded."""
     model = Model.load(source)
     report = PassManager([candidate]).run(model)
     count = sum(row.get("error") is not None for step in report.steps for row in step.result.table)
@@ -139,7 +145,7 @@ def _reference(
 
 
 def _scores(runtime: OrtRuntime, passages: list[Passage]) -> list[PassageResult]:
-    """Closes `runtime`."""
+    """Score the passages and close `runtime`."""
     try:
         return score_lambada(runtime, passages, batch_size=8, known={}, done=lambda *_: None)
     finally:

@@ -1,8 +1,8 @@
 """LAMBADA (Paperno et al., ACL 2016): the last word of a passage, from its context.
 
-The demo's five figures are as its code defines them (FACTS-te-nemo, 3.4): `ppl_last_token` is a figure a word, not a
-token, and its top-N counts a passage whose FIRST piece of the word is anywhere among the N best of ANY target position.
-Beside them: the whole word (lm-eval's `acc`) and perplexities a token.
+The demo's five figures are as its code defines them (FACTS-te-nemo, 3.4): `ppl_last_token` is per word, not per token,
+and its top-N counts a passage if the FIRST piece of the word is among the N best of ANY target position. Two figures
+are added: whole-word accuracy (lm-eval's `acc`) and perplexities per token.
 """
 
 from __future__ import annotations
@@ -35,13 +35,15 @@ class Passage:
 
 @dataclass(frozen=True)
 class PassageResult:
-    """One passage.
+    """The scores of one passage.
 
     Attributes:
-        word: sum of log-probabilities of the word's pieces, and how many they are.
-        sequence: mean of log-probabilities over all predicted tokens.
-        total: sum of them, and how many.
-        hits: whether the whole word was the greedy choice; then the demo's top 1, 3 and 5.
+        word: sum of log-probabilities of the word's pieces.
+        pieces: number of the word's pieces.
+        total: sum of log-probabilities over all predicted tokens.
+        tokens: number of predicted tokens.
+        exact: whether the whole word was the greedy choice.
+        top1, top3, top5: the demo's top 1, 3 and 5.
     """
 
     word: float
@@ -55,13 +57,14 @@ class PassageResult:
 
 
 def read_lambada(path: Path, limit: int | None = None) -> list[tuple[str, str]]:
-    """(context, last word) of a JSONL file: fields `context` and `continuation`, or `text`, whose last word is split
-    off.
+    """(context, last word) of each line of a JSONL file, of at most `limit` lines.
+
+    A line has the fields `context` and `continuation`, or `text`, whose last word is split off.
 
     Raises:
-        JobError: no such file, not JSONL, or other fields.
+        JobError: no such file, not JSONL, other fields, or an empty context or word.
     """
-    found = []
+    pairs = []
     for number, row in read_jsonl(path, limit):
         if "context" in row and "continuation" in row:
             context, word = row["context"], row["continuation"]
@@ -79,25 +82,28 @@ def read_lambada(path: Path, limit: int | None = None) -> list[tuple[str, str]]:
             raise JobError(
                 f"{path}:{number}: the {'context' if not context.strip() else 'last word'} is empty; remove the line"
             )
-        found.append((context, word))
-    return found
+        pairs.append((context, word))
+    return pairs
 
 
 def split_text(text: str) -> tuple[str, str]:
-    """A passage as its context and its last word with the space before it; other spaces are the context's."""
+    """A passage as its context and its last word with the space before it; other spaces belong to the context."""
     context, space, word = text.rstrip().rpartition(" ")
     return context, space + word.strip()
 
 
 def tokenized(rows: Sequence[tuple[str, str]], tokenizer: Tokenizer, longest: int | None) -> list[Passage]:
-    """Context and word as `Tokenizer.pair` cuts them; the context's beginning is cut where the model's positions end.
+    """Context and word as tokens, split by `Tokenizer.pair`.
 
     A word that neither begins with a space nor follows white space gets a space.
+
+    Args:
+        longest: positions of the model; tokens beyond them are cut from the beginning of the context.
 
     Raises:
         JobError: a word that has no token of its own.
     """
-    found = []
+    passages = []
     for number, (context, word) in enumerate(rows):
         joint = "" if context[-1:].isspace() or word.startswith(" ") else " "
         before, pieces = tokenizer.pair(context, joint + word)
@@ -108,8 +114,8 @@ def tokenized(rows: Sequence[tuple[str, str]], tokenizer: Tokenizer, longest: in
             )
         if longest is not None:
             before = before[-max(longest + 1 - len(pieces), 1) :]
-        found.append(Passage(before, pieces))
-    return found
+        passages.append(Passage(before, pieces))
+    return passages
 
 
 def score_lambada(
@@ -120,18 +126,26 @@ def score_lambada(
     known: dict[int, PassageResult],
     done: Callable[[int, PassageResult], None],
 ) -> list[PassageResult]:
-    """Results of all passages; those in `known` are not run again."""
-    missing = [i for i in range(len(passages)) if i not in known]
-    texts = [[*passages[i].context, *passages[i].word] for i in missing]
-    found = dict(known)
+    """Results of all passages, in order.
 
-    def keep(at: int, scored: Scored) -> None:
-        index = missing[at]
-        found[index] = _result(scored, passages[index])
-        done(index, found[index])
+    Args:
+        known: results by index of passages that are not run again.
+        done: called with the index and result of each passage that was run.
 
-    score_texts(runtime, texts, [len(passages[i].word) for i in missing], batch_size=batch_size, done=keep)
-    return [found[i] for i in range(len(passages))]
+    Raises:
+        JobError: logits that are NaN or infinite.
+    """
+    pending = [i for i in range(len(passages)) if i not in known]
+    texts = [[*passages[i].context, *passages[i].word] for i in pending]
+    results = dict(known)
+
+    def keep(position: int, scored: Scored) -> None:
+        index = pending[position]
+        results[index] = _result(scored, passages[index])
+        done(index, results[index])
+
+    score_texts(runtime, texts, [len(passages[i].word) for i in pending], batch_size=batch_size, done=keep)
+    return [results[i] for i in range(len(passages))]
 
 
 def _result(scored: Scored, passage: Passage) -> PassageResult:
@@ -148,7 +162,7 @@ def _result(scored: Scored, passage: Passage) -> PassageResult:
 
 
 def summarize_lambada(results: Sequence[PassageResult]) -> dict[str, Any]:
-    """The figures; `*_ci95` are 95% intervals."""
+    """The figures by name, for one passage or more; `*_ci95` are 95% intervals."""
     n = len(results)
     words, sequences = [r.word for r in results], [r.total / r.tokens for r in results]
     shares = {
@@ -157,36 +171,46 @@ def summarize_lambada(results: Sequence[PassageResult]) -> dict[str, Any]:
     }
     mean, half = mean_interval(words)
     return {
-        "n": n, **shares, "ppl_last_token": perplexity(mean), "ppl_sequence": perplexity(float(np.mean(sequences))),
+        "n": n,
+        **shares,
+        "ppl_last_token": perplexity(mean),
+        "ppl_sequence": perplexity(float(np.mean(sequences))),
         "ppl_token": perplexity(sum(words) / sum(r.pieces for r in results)),
         "ppl_token_all": perplexity(sum(r.total for r in results) / sum(r.tokens for r in results)),
         "acc_ci95": share_interval(sum(r.exact for r in results), n),
         "ppl_last_token_ci95": (perplexity(mean + half), perplexity(mean - half)),
-    }  # fmt: skip
+    }
 
 
 def compare_lambada(a: Sequence[PassageResult], b: Sequence[PassageResult]) -> dict[str, Any]:
-    """b minus a, passage by passage: the difference of whole-word accuracy, and the factor of the word's perplexity;
-    each with half its 95% interval.
+    """Compare `b` with `a`, passage by passage.
+
+    `acc_difference` is the difference of whole-word accuracy, b minus a, with half its 95% interval.
+    `ppl_last_token_factor` is the perplexity of the word under b over that under a, with its 95% interval.
     """
     accuracy, half = mean_interval([float(y.exact) - float(x.exact) for x, y in zip(a, b, strict=True)])
     logs, log_half = mean_interval([x.word - y.word for x, y in zip(a, b, strict=True)])
     return {
-        "acc_difference": accuracy, "acc_difference_half_ci95": half, "ppl_last_token_factor": perplexity(-logs),
+        "acc_difference": accuracy,
+        "acc_difference_half_ci95": half,
+        "ppl_last_token_factor": perplexity(-logs),
         "ppl_last_token_factor_ci95": (perplexity(log_half - logs), perplexity(-logs - log_half)),
         "only_first_right": sum(x.exact and not y.exact for x, y in zip(a, b, strict=True)),
         "only_second_right": sum(y.exact and not x.exact for x, y in zip(a, b, strict=True)),
-    }  # fmt: skip
+    }
 
 
 class Journal:
-    """Results on disk as they come, so that an interrupted run goes on where it was: JSONL, the first line says of
-    what.
+    """Results that are written to disk as they come, so that an interrupted run can be resumed.
 
-    The file is locked (flock) until `close`, or until the process ends, however it ends.
+    The file is JSONL; its first line, `of`, names the model, dataset, tokenizer and runtime. The file is locked (flock)
+    until `close`, or until the process ends in any way.
+
+    Attributes:
+        known: results by index that the file already held.
 
     Raises:
-        JobError: the file is of another model or dataset, or another run writes it now.
+        JobError: the file is of another model or dataset, is damaged, or is being written by another run.
     """
 
     def __init__(self, path: Path, of: dict[str, Any]) -> None:
@@ -200,16 +224,18 @@ class Journal:
                     f"{path}: another run of `accuracy` writes it now; wait for it, or name another file with --resume"
                 )
             if path.stat().st_size:
-                self._read(path, of)
+                self._resume(path, of)
             if not self.known and path.stat().st_size == 0:
                 self._write(of)
         except BaseException:
             self._file.close()
             raise
 
-    def _read(self, path: Path, of: dict[str, Any]) -> None:
-        """Take over what is there; a last line that was cut off in the middle is removed, anything else that is wrong
-        is refused.
+    def _resume(self, path: Path, of: dict[str, Any]) -> None:
+        """Read the results in the file; an incomplete last line is removed, any other defect is refused.
+
+        Raises:
+            JobError: the file is damaged, or its results are of another model, dataset, tokenizer or runtime.
         """
         content = path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
@@ -232,6 +258,7 @@ class Journal:
             file.truncate(len(whole))
 
     def add(self, index: int, result: PassageResult) -> None:
+        """Append the result of passage `index` and flush the file."""
         self._write({"index": index, **asdict(result)})
 
     def _write(self, row: dict[str, Any]) -> None:
@@ -239,11 +266,16 @@ class Journal:
         self._file.flush()
 
     def close(self) -> None:
+        """Close the file, which also releases its lock."""
         self._file.close()
 
 
 def _checked(result: PassageResult) -> PassageResult:
-    """Raises: ValueError for figures that no passage has."""
+    """`result`, if its figures are possible.
+
+    Raises:
+        ValueError: figures that no passage has.
+    """
     numbers = (result.word, result.total)
     if not (
         all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers)

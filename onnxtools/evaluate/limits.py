@@ -1,10 +1,8 @@
-"""How fast the machine could be: bytes and operations that a model cannot do without, over rates measured here by ONNX
-Runtime.
+"""Lower bounds of a model's latency: the bytes and operations that it needs, over rates that ONNX Runtime reaches here.
 
 A decode step reads every weight once and the cache once: its floor is those bytes over the copy bandwidth. A prefill
-multiplies every weight with every token: 2 x weights x tokens operations over the matrix rate (roofline model: Williams
-et al.,
-CACM 52, 2009).
+multiplies every weight with every token: its floor is 2 x weights x tokens operations over the matrix rate (roofline
+model: Williams et al., CACM 52, 2009).
 """
 
 from __future__ import annotations
@@ -21,6 +19,7 @@ import numpy as np
 import onnx
 
 from onnxtools.base.dtypes import itemsize
+from onnxtools.base.onnx_runtime import onnxruntime
 from onnxtools.check.sessions import CPU, CUDA, open_session, session_options
 from onnxtools.evaluate.timing import BenchmarkOptions, Timing
 from onnxtools.ir.description import described
@@ -34,18 +33,18 @@ _TABLES = {
     ("GroupQueryAttention", 7),
     ("GroupQueryAttention", 8),
 }
-"""Operators and inputs whose weight is a table of embeddings, cosines or sines."""
+"""(operator, input index) whose weight is a table of embeddings, cosines or sines."""
 _BYTES = {"float": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one batch must do.
+    """The work that one batch needs.
 
     Attributes:
-        step_bytes: read by one decode step: weights, and the cache at its mean length.
+        step_bytes: bytes that one decode step reads: weights, and the cache at its mean length.
         prefill_flops: multiplications and additions of the prompt.
-        dtype: of most of the weights.
+        dtype: type of most of the weights (by bytes), ONNX's name in lower case.
     """
 
     step_bytes: int
@@ -55,8 +54,12 @@ class Work:
 
 @dataclass(frozen=True)
 class Rates:
-    """Measured: bytes and floating-point operations a second, and by what: a copy (read and written), a matrix product,
-    or the model itself.
+    """Measured rates of a device.
+
+    Attributes:
+        bytes_per_s: bytes per second.
+        flops_per_s: floating-point operations per second.
+        by: what the rates were measured with: a copy (bytes read and written), a matrix product, or the model itself.
     """
 
     bytes_per_s: float
@@ -65,7 +68,7 @@ class Rates:
 
 
 def work(path: Path, options: BenchmarkOptions) -> Work:
-    """Of an ONNX decoder: bytes and operations by its graph."""
+    """The work of an ONNX decoder for the sizes of `options`, computed from its graph."""
     from onnxtools.analysis.decoder_io import decoder_io
     from onnxtools.engines.runtimes.onnxrt.ort_session import ports
 
@@ -76,7 +79,7 @@ def work(path: Path, options: BenchmarkOptions) -> Work:
     for value, tensor in model.weights():
         users = [(node.op_type, index) for node, index in value.uses()]
         if all(user in _TABLES for user in users):
-            continue  # a step reads a row of it
+            continue  # a step reads only a row of a table
         weights += tensor.nbytes
         types[tensor.dtype.name.lower()] = types.get(tensor.dtype.name.lower(), 0) + tensor.nbytes
         if len(tensor.shape) == 2:
@@ -95,7 +98,7 @@ def work(path: Path, options: BenchmarkOptions) -> Work:
 
 
 def _query_channels(model: Model) -> int:
-    """Heads x channels summed over layers, of onnxtools.json; 0 where it is not known (attention is a small part)."""
+    """Heads x channels summed over layers, from onnxtools.json; 0 if unknown (attention is a small part)."""
     c = described(model).get("model", {})
     sizes = [
         size
@@ -106,14 +109,17 @@ def _query_channels(model: Model) -> int:
 
 
 def measure_rates(device: str, dtype: str, threads: int = 0) -> Rates:
-    """Measure a copy of 1 GB (CPU: 0.25) and a product of 8192 (CPU: 1536) square matrices, best of several."""
-    dtype = (
-        dtype
-        if dtype in _ELEMS and (device == "cuda" or dtype != "bfloat16")
-        else "float16"
-        if device == "cuda"
-        else "float"
-    )
+    """Measure an elementwise copy and a matrix product in ONNX Runtime; the best of 6 runs of each counts.
+
+    The copy has 2^29 elements (CPU: 2^26), the matrices are 8192 x 8192 (CPU: 1536 x 1536).
+
+    Args:
+        device: `cpu` or `cuda`.
+        dtype: ONNX's name in lower case; float16 on CUDA and float on the CPU stand in for unsupported types.
+        threads: threads of the CPU; 0 is all cores.
+    """
+    if dtype not in _ELEMS or (device != "cuda" and dtype == "bfloat16"):
+        dtype = "float16" if device == "cuda" else "float"
     elements, size = (1 << 29, 8192) if device == "cuda" else (1 << 26, 1536)
     copied = _best(_session(device, dtype, "Neg", 1, threads), [[elements]], device, dtype)
     multiplied = _best(_session(device, dtype, "MatMul", 2, threads), [[size, size]] * 2, device, dtype)
@@ -121,11 +127,13 @@ def measure_rates(device: str, dtype: str, threads: int = 0) -> Rates:
 
 
 def raised(rates: Rates, needed: Work, timings: Sequence[Timing], steps: int) -> Rates:
-    """`rates`, or what a model reached where that was more: reading alone is faster than copying, so no share of the
-    limit is above 1.
+    """`rates`, raised to what a model reached, so that no share of the limit is above 1.
+
+    A model can exceed the measured rates because reading alone is faster than copying.
 
     Args:
-        timings: of the runtimes on the device; steps: that each iteration has after its first token.
+        timings: timings of the runtimes on the device, at least one.
+        steps: number of steps of an iteration after its first token.
     """
     firsts = [min(timing.first) for timing in timings]
     means = [
@@ -149,24 +157,23 @@ def _session(device: str, dtype: str, op: str, inputs: int, threads: int) -> Any
     names = ["a", "b"][:inputs]
     info = [onnx.helper.make_tensor_value_info(name, _ELEMS[dtype], [None] * rank) for name in [*names, "y"]]
     graph = onnx.helper.make_graph([onnx.helper.make_node(op, names, ["y"])], op, info[:-1], info[-1:])
-    made = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 19)], ir_version=9)
-    return open_session(made.SerializeToString(), CUDA if device == "cuda" else CPU, session_options(threads=threads))
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 19)], ir_version=9)
+    return open_session(model.SerializeToString(), CUDA if device == "cuda" else CPU, session_options(threads=threads))
 
 
 def _best(session: Any, shapes: list[list[int]], device: str, dtype: str, runs: int = 6) -> float:
-    import onnxruntime as ort
-
+    ort = onnxruntime()
     binding = session.io_binding()
     generator = np.random.default_rng(0)
-    kept = []
+    inputs = []
     for name, shape in zip(("a", "b"), shapes, strict=False):
         array = generator.standard_normal(shape, np.float32)
-        kept.append(
+        inputs.append(
             ort.OrtValue.ortvalue_from_numpy(array if dtype == "float" else array.astype(np.float16), device, 0)
         )
         if dtype == "bfloat16":  # bits of a float16 are a valid bfloat16 of another value; the time is the same
-            kept[-1] = ort.OrtValue.ortvalue_from_shape_and_type(shape, _ELEMS[dtype], device, 0)
-        binding.bind_ortvalue_input(name, kept[-1])
+            inputs[-1] = ort.OrtValue.ortvalue_from_shape_and_type(shape, _ELEMS[dtype], device, 0)
+        binding.bind_ortvalue_input(name, inputs[-1])
     output = ort.OrtValue.ortvalue_from_shape_and_type(shapes[0], _ELEMS[dtype], device, 0)
     binding.bind_ortvalue_output("y", output)
     times = []

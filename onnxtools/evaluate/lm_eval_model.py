@@ -1,4 +1,4 @@
-"""Our runtimes in EleutherAI's lm-evaluation-harness: any of its tasks, on any of our models.
+"""onnxtools' runtimes as a model of EleutherAI's lm-evaluation-harness, for all of its tasks.
 
     import onnxtools.evaluate.lm_eval_model, lm_eval
     lm_eval.simple_evaluate(model="onnxtools", model_args="model=model.onnx", tasks=["lambada_openai"])
@@ -32,10 +32,11 @@ class OnnxtoolsLM(LM):  # type: ignore[misc]
 
     Args:
         model: an ONNX file, engine or checkpoint.
-        runtime: onnxrt, trt or frameworks, with a variant; by the file where empty.
-        tokenizer: tokenizer.json or its folder; beside the model where empty.
-        max_length: tokens of a text; the model's positions where 0.
-        batch_size: texts run together.
+        runtime: onnxrt, trt or frameworks, with a variant; chosen by the file if empty.
+        tokenizer: tokenizer.json or its folder; beside the model if empty.
+        max_length: most tokens of a text; the model's positions if 0.
+        batch_size: texts run together; 8 if it is no number.
+        options: fields of `RuntimeOptions`.
     """
 
     def __init__(
@@ -62,21 +63,23 @@ class OnnxtoolsLM(LM):  # type: ignore[misc]
         self.batch_size = int(batch_size) if str(batch_size).isdigit() else 8
 
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Log-probability of each continuation after its context, and whether it is the greedy one."""
+        """Log-probability of each continuation after its context, and whether it is the greedy continuation."""
         pairs = [self._pair(*request.args) for request in requests]
         texts = [[*context, *continuation][-(self.max_length + 1) :] for context, continuation in pairs]
         targets = [len(continuation) for _, continuation in pairs]
         scored = score_texts(self.runtime, texts, targets, batch_size=self.batch_size)
-        return [(float(s.logprobs[-n:].sum()), bool((s.ranks == 0).all())) for s, n in zip(scored, targets, strict=True)]
+        return [
+            (float(s.logprobs[-n:].sum()), bool((s.ranks == 0).all())) for s, n in zip(scored, targets, strict=True)
+        ]
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Tokens of both; an empty context is one token that stands before a text."""
+        """The tokens of both; an empty context becomes the prefix token."""
         if not context.strip():
             return [self._prefix()], self.tokens.pieces(context + continuation)
         return self.tokens.pair(context, continuation)
 
     def _prefix(self) -> int:
-        """The token that stands before a text without context: the beginning of texts, or the end of the one before."""
+        """The token before a text without context: the begin-of-text token, or the end-of-text token."""
         info = self.runtime.info
         return (
             info.bos_token_id
@@ -87,7 +90,7 @@ class OnnxtoolsLM(LM):  # type: ignore[misc]
         )
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of each whole text, in windows that do not overlap; each begins with the token before it."""
+        """Log-probability of each whole text, in windows without overlap; each begins with the token before it."""
         sums = []
         for request in requests:
             tokens = [self._prefix(), *self.tokens.pieces(request.args[0])]

@@ -1,4 +1,4 @@
-"""Pictures of a benchmark: the distribution of latencies, and the roofline."""
+"""Plots of a benchmark: the distribution of latencies, and the roofline."""
 
 from __future__ import annotations
 
@@ -17,14 +17,22 @@ _FORMATS = (".png", ".svg", ".pdf")
 
 
 def check_plot(path: Path) -> None:
-    """Raises: UsageError where a picture cannot be written to `path`, before any work."""
+    """Check before any work that a plot can be written to `path`, and create its folder.
+
+    Raises:
+        UsageError: the suffix is no format that is written.
+    """
     if path.suffix.lower() not in _FORMATS:
         raise UsageError(f"--plot {path}: it writes {', '.join(_FORMATS)}; name such a file")
     make_parent(path)
 
 
 def benchmark_plot(path: Path, suffix: str, result: Mapping[str, Any], timings: Sequence[Timing]) -> None:
-    """Write the picture to `path` in the format that `suffix` names.
+    """Write the plot to `path` in the format that `suffix` (such as `.png`) names.
+
+    Args:
+        result: the JSON result of `benchmark`.
+        timings: timings of `result["runtimes"]`, in the same order.
 
     Raises:
         JobError: matplotlib is not installed.
@@ -49,7 +57,7 @@ def benchmark_plot(path: Path, suffix: str, result: Mapping[str, Any], timings: 
 
 
 def _roofline(axes: Any, result: Mapping[str, Any]) -> None:
-    """Operations a byte against operations a second: prefill and step of each runtime under the machine's roof."""
+    """Operations per byte against operations per second: prefill and step of each runtime, under the machine's roof."""
     options = result["options"]
     drawn = False
     for name, block in result["runtimes"].items():
@@ -65,8 +73,8 @@ def _roofline(axes: Any, result: Mapping[str, Any]) -> None:
         points = [("prefill", limit["prefill_flops"], block["time_to_first_token_s"])]
         if block["time_per_output_token_s"]:
             points.append(("step", flops_token * options["batch_size"], block["time_per_output_token_s"]))
-        for what, flops, seconds in points:
-            axes.scatter(flops / limit["step_bytes"], flops / seconds, label=f"{name} {what}", zorder=3)
+        for phase, flops, seconds in points:
+            axes.scatter(flops / limit["step_bytes"], flops / seconds, label=f"{name} {phase}", zorder=3)
     axes.set(
         xlabel="operations per byte of weights and cache",
         ylabel="operations per second",

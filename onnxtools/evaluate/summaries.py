@@ -32,7 +32,7 @@ class Article:
 
 
 def read_articles(path: Path, limit: int | None = None) -> list[Article]:
-    """Of a JSONL file.
+    """The articles of a JSONL file, of at most `limit` lines.
 
     Raises:
         JobError: no such file, not JSONL, or other fields.
@@ -65,7 +65,7 @@ def summarize(
     prompting: SummaryOptions,
     done: Callable[[int], None],
 ) -> dict[str, Any]:
-    """Summaries, their mean ROUGE F-measures in percent, and how long they took.
+    """Summarize `articles`: the summaries, their mean ROUGE F-measures in percent, and the time in seconds.
 
     Raises:
         UsageError: a template that does not hold {article} once.
@@ -90,9 +90,13 @@ def summarize(
         done(len(batch))
     scores = [scorer.score(a.highlights, text) for a, text in zip(articles, texts, strict=True)]
     return {
-        "n": len(articles), **{name: 100 * sum(s[name].fmeasure for s in scores) / len(scores) for name in SCORES},
-        "total_latency_s": seconds, "output_tokens": tokens, "tokens_per_s": tokens / seconds, "summaries": texts,
-    }  # fmt: skip
+        "n": len(articles),
+        **{name: 100 * sum(s[name].fmeasure for s in scores) / len(scores) for name in SCORES},
+        "total_latency_s": seconds,
+        "output_tokens": tokens,
+        "tokens_per_s": tokens / seconds,
+        "summaries": texts,
+    }
 
 
 def _scorer() -> Any:
@@ -104,7 +108,7 @@ def _scorer() -> Any:
 
 
 def _room(runtime: Runtime, options: GenerationOptions, longest: int) -> int:
-    """Tokens that a prompt may have."""
+    """Largest number of tokens of a prompt."""
     positions = runtime.info.max_positions
     room = longest if positions is None else min(longest, positions - options.max_new_tokens)
     if room < 8:
@@ -116,7 +120,7 @@ def _room(runtime: Runtime, options: GenerationOptions, longest: int) -> int:
 
 
 def _prompt(tokenizer: Tokenizer, article: str, template: str, room: int) -> list[int]:
-    """The template's tokens around the article's first ones, `room` in all."""
+    """The template's tokens around the first tokens of the article, `room` in all."""
     if (times := template.count("{article}")) != 1:
         raise UsageError(f"the template {template!r} has {{article}} {times} times; write it once")
     before, _, after = template.partition("{article}")

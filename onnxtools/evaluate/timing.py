@@ -1,4 +1,4 @@
-"""`benchmark`: how long a batch takes, token by token, in several runtimes by turns."""
+"""`benchmark`: times a batch token by token, alternating between runtimes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ from onnxtools.generation.runtime import Ids, Runtime, greedy_steps
 
 @dataclass(frozen=True)
 class BenchmarkOptions:
-    """Sizes and repetitions; the flags of `benchmark`. Names are the NeMo demo's."""
+    """Sizes and repetitions, the flags of `benchmark`. The names are those of the NeMo demo.
+
+    Raises:
+        UsageError: a value out of range.
+    """
 
     batch_size: int = option(1, "Rows of the batch.")
     input_seq_len: int = option(128, "Tokens of each prompt (random).")
@@ -42,13 +46,13 @@ class BenchmarkOptions:
 
 @dataclass
 class Timing:
-    """Seconds of each iteration.
+    """Times of the iterations, in seconds.
 
     Attributes:
-        end_to_end: encode, generate, decode; empty without a tokenizer.
-        total: generate alone.
-        first: until the first token (prefill).
-        steps: each of the following tokens.
+        end_to_end: encode, generate and decode of each iteration; empty without a tokenizer.
+        total: generate alone, of each iteration.
+        first: time to the first token (prefill) of each iteration.
+        steps: time of each following token, of all iterations.
     """
 
     end_to_end: list[float] = field(default_factory=list)
@@ -57,28 +61,35 @@ class Timing:
     steps: list[float] = field(default_factory=list)
 
     def as_json(self, options: BenchmarkOptions) -> dict[str, Any]:
+        """The summaries, and the medians of the first and of the following tokens, in seconds."""
         tokens = options.batch_size * options.output_seq_len
         blocks = {"end_to_end": summary(self.end_to_end, tokens), "without_tokenizer": summary(self.total, tokens)}
         return {
             **{name: block for name, block in blocks.items() if block},
             "time_to_first_token_s": statistics.median(self.first),
             "time_per_output_token_s": statistics.median(self.steps) if self.steps else None,
-        }  # fmt: skip
+        }
 
 
 def summary(seconds: Sequence[float], tokens: int) -> dict[str, float]:
-    """The demo's figures: percentiles are sorted[int(n * p)], throughput is generated tokens over the average
+    """The NeMo demo's figures of `seconds`; empty without any.
+
+    A percentile is sorted[int(n * p)]; the throughput is `tokens`, generated per iteration, over the average
     (FACTS-te-nemo, 3.4).
     """
     if not seconds:
         return {}
     ordered, average = sorted(seconds), statistics.fmean(seconds)
     return {
-        "iterations": len(seconds), "total_s": sum(seconds), "average_s": average,
-        "median_s": statistics.median(seconds), "best_s": ordered[0],
-        "p95_s": ordered[int(len(ordered) * 0.95)], "p99_s": ordered[int(len(ordered) * 0.99)],
+        "iterations": len(seconds),
+        "total_s": sum(seconds),
+        "average_s": average,
+        "median_s": statistics.median(seconds),
+        "best_s": ordered[0],
+        "p95_s": ordered[int(len(ordered) * 0.95)],
+        "p99_s": ordered[int(len(ordered) * 0.99)],
         "throughput_tokens_per_s": tokens / average,
-    }  # fmt: skip
+    }
 
 
 def time_runtimes(
@@ -87,28 +98,36 @@ def time_runtimes(
     options: BenchmarkOptions,
     progress: Callable[[], None] = lambda: None,
 ) -> list[Timing]:
-    """Time all runtimes by turns (A B A B), on the same random prompts, so that what the machine does meanwhile hits
-    all alike.
+    """Time all runtimes alternately (A B A B) on the same random prompts.
+
+    Other load of the machine then affects all runtimes alike.
+
+    Args:
+        tokenizers: one per runtime; None skips its end-to-end time.
+        progress: called after each run, warm-up included.
+
+    Raises:
+        JobError: logits that are NaN or infinite.
     """
     generator = np.random.default_rng(options.seed)
     vocabulary = min(runtime.vocab_size for runtime in runtimes)
     prompts = generator.integers(0, vocabulary, (options.batch_size, options.input_seq_len))
-    found = [Timing() for _ in runtimes]
+    timings = [Timing() for _ in runtimes]
     texts = [t.decode(prompts[0].tolist()) if t is not None else "" for t in tokenizers]
     for _ in range(options.warmup):
         for runtime in runtimes:
             generate_timed(runtime, prompts, options.output_seq_len)
             progress()
-    began, done = time.perf_counter(), 0
-    while done < options.iterations or time.perf_counter() - began < options.duration:
-        for runtime, tokenizer, text, timing in zip(runtimes, tokenizers, texts, found, strict=True):
-            _one(runtime, tokenizer, text, prompts, options, timing)
+    began, iteration = time.perf_counter(), 0
+    while iteration < options.iterations or time.perf_counter() - began < options.duration:
+        for runtime, tokenizer, text, timing in zip(runtimes, tokenizers, texts, timings, strict=True):
+            _time_once(runtime, tokenizer, text, prompts, options, timing)
             progress()
-        done += 1
-    return found
+        iteration += 1
+    return timings
 
 
-def _one(
+def _time_once(
     runtime: Runtime, tokenizer: Tokenizer | None, text: str, prompts: Ids, options: BenchmarkOptions, timing: Timing
 ) -> None:
     begin = time.perf_counter()
@@ -128,22 +147,26 @@ def _one(
 
 
 def generate_timed(runtime: Runtime, prompts: Ids, new_tokens: int) -> tuple[Ids, list[float]]:
-    """Greedy tokens [rows, new_tokens], and when each was known on the host (those of steps taken at once: spread over
-    them).
+    """Greedy tokens, int64 [rows, new_tokens], and the `perf_counter` time in seconds at which the host had each.
+
+    The time of several steps run at once is spread evenly over their tokens.
+
+    Args:
+        prompts: int64 [rows, tokens].
 
     Raises:
-        JobError: logits that are not numbers.
+        JobError: logits that are NaN or infinite.
     """
     with closing(runtime.open(len(prompts), prompts.shape[1] + new_tokens)) as session:
         ids, best = session.admit(range(len(prompts)), prompts.tolist()).argmax()
         check_numbers(best, 0)
-        found, marks = [ids[:, None]], [time.perf_counter()]
+        pieces, marks = [ids[:, None]], [time.perf_counter()]
         while len(marks) < new_tokens:
-            tokens, bests = greedy_steps(session, found[-1][:, -1], new_tokens - len(marks))
+            tokens, bests = greedy_steps(session, pieces[-1][:, -1], new_tokens - len(marks))
             count, last = tokens.shape[1], marks[-1]
             each = (time.perf_counter() - last) / count
             for column in range(count):
                 check_numbers(bests[:, column], len(marks))
                 marks.append(last + each * (column + 1))
-            found.append(tokens)
-    return np.concatenate(found, axis=1), marks
+            pieces.append(tokens)
+    return np.concatenate(pieces, axis=1), marks

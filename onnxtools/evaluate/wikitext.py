@@ -57,7 +57,13 @@ class Windows:
 
 @dataclass(frozen=True)
 class WindowScores:
-    """Figures, and of each window the sum of log-probabilities and how many tokens it counts."""
+    """The scores of a text.
+
+    Attributes:
+        figures: perplexities and settings by name.
+        sums: sum of log-probabilities of each window.
+        counts: number of tokens that each window counts.
+    """
 
     figures: dict[str, Any]
     sums: list[float]
@@ -72,7 +78,11 @@ def score_wikitext(
     batch_size: int,
     done: Callable[[], None],
 ) -> WindowScores:
-    """`ppl_token`, and `ppl_word`: the same sum over the text's words (split at white space)."""
+    """Perplexity per token (`ppl_token`) and per word (`ppl_word`).
+
+    Both come from the same sum of log-probabilities, over the tokens or over `words`, the number of words of the text
+    split at white space.
+    """
     cut = list(windows.of(tokens))
     scored = score_texts(
         runtime, [w.tokens for w in cut], [0] * len(cut), batch_size=batch_size, done=lambda *_: done()
@@ -91,8 +101,9 @@ def score_wikitext(
 
 
 def compare_wikitext(a: WindowScores, b: WindowScores) -> dict[str, Any]:
-    """How many times the perplexity of `a` that of `b` is, with its 95% interval over the windows, where both cut the
-    text alike.
+    """The perplexity of `b` over that of `a`, with its 95% interval over the windows.
+
+    The interval is NaN where the two do not have the same windows.
     """
     factor = b.figures["ppl_token"] / a.figures["ppl_token"]
     low = high = float("nan")

@@ -1,4 +1,4 @@
-"""What a decoder is, whatever checkpoint it comes from."""
+"""The configuration of a decoder, independent of the checkpoint format."""
 
 from __future__ import annotations
 
@@ -16,23 +16,22 @@ Activation = Literal["gelu", "gelu_tanh", "silu", "relu", "relu2"]
 
 ACTIVATIONS: dict[str, Activation] = {
     "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "silu": "silu",
-    "swish": "silu",
-    "relu": "relu", "relu2": "relu2",
+    "swish": "silu", "relu": "relu", "relu2": "relu2",
 }  # fmt: skip
 """Hugging Face's names of activations (transformers.activations.ACT2FN)."""
 
 
 _LARGEST = {
     "vocab_size": 1 << 27, "hidden_size": 1 << 20, "num_hidden_layers": 1 << 12, "num_attention_heads": 1 << 14,
-    "num_key_value_heads": 1 << 14,
-    "head_dim": MAX_HEAD_DIM, "intermediate_size": 1 << 24, "max_position_embeddings": 1 << 23,
+    "num_key_value_heads": 1 << 14, "head_dim": MAX_HEAD_DIM, "intermediate_size": 1 << 24,
+    "max_position_embeddings": 1 << 23,
 }  # fmt: skip
-"""Far above any model; a damaged configuration must not fill the memory with names and tables."""
+"""Upper limits, far above any model: a damaged configuration must not fill the memory with names and tables."""
 
 
 @dataclass(frozen=True)
 class Norm:
-    """A normalization over the hidden axis; computed in fp32."""
+    """A normalization over the hidden axis, computed in fp32."""
 
     kind: Literal["layer_norm", "rms_norm"]
     eps: float
@@ -44,9 +43,13 @@ class SelfAttention:
     """Causal attention with grouped keys and values.
 
     Attributes:
-        scale: what q k^T is multiplied by.
+        heads: number of query heads.
+        kv_heads: number of key/value heads, a divisor of `heads`.
+        head_dim: channels of a head.
+        scale: the factor of q k^T.
         rope: rotation of queries and keys; None for learned positions.
-        bias, output_bias: whether q/k/v and the output projection have biases.
+        bias: whether the q/k/v projections have biases.
+        output_bias: whether the output projection has a bias.
     """
 
     heads: int
@@ -59,10 +62,12 @@ class SelfAttention:
 
     @property
     def q_size(self) -> int:
+        """Rows of the query projection."""
         return self.heads * self.head_dim
 
     @property
     def kv_size(self) -> int:
+        """Rows of the key projection, and of the value projection."""
         return self.kv_heads * self.head_dim
 
 
@@ -88,7 +93,7 @@ NORMS: dict[Placement, tuple[str, ...]] = {
         "post_feedforward_layernorm",
     ),
 }
-"""Names of a block's norms (transformers' names of Llama, OLMo 2 and Gemma 2), by where they stand."""
+"""Names of a block's norms by placement, as transformers names them in Llama, OLMo 2 and Gemma 2."""
 
 
 @dataclass(frozen=True)
@@ -96,11 +101,12 @@ class Block:
     """One layer of a decoder.
 
     Attributes:
-        norm: of all norms of the block.
-        placement: `pre`: x += attention(n1(x)); x += mlp(n2(x)) (GPT-2, Llama). `post`: x += n1(attention(x)); x +=
-        n2(mlp(x)) (OLMo 2).
-            `sandwich`: x += n2(attention(n1(x))); x += n4(mlp(n3(x))) (Gemma 2). `parallel`: x += attention(n1(x)) +
-            mlp(n2(x)) (GPT-NeoX).
+        norm: the kind of all norms of the block.
+        placement: where the norms stand.
+            `pre`: x += attention(n1(x)); x += mlp(n2(x)) (GPT-2, Llama).
+            `post`: x += n1(attention(x)); x += n2(mlp(x)) (OLMo 2).
+            `sandwich`: x += n2(attention(n1(x))); x += n4(mlp(n3(x))) (Gemma 2).
+            `parallel`: x += attention(n1(x)) + mlp(n2(x)) (GPT-NeoX).
     """
 
     attention: SelfAttention
@@ -114,8 +120,8 @@ class DecoderConfig:
     """A decoder-only transformer.
 
     Attributes:
-        blocks: its layers, first to last.
-        norm: the one before the head.
+        blocks: the layers, first to last.
+        norm: the norm before the head.
         linear_in_out: linear weights are [in, out] (GPT-2's Conv1D) instead of [out, in].
         eos_token_ids: ids that end a text; may be empty.
     """
@@ -135,7 +141,7 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "max_position_embeddings"):
             _check_size(self.family, name, getattr(self, name))
-        for block in {id(block): block for block in self.blocks}.values():  # most often one
+        for block in {id(block): block for block in self.blocks}.values():  # layers mostly share one Block
             _check_block(self.family, block)
 
     @property
@@ -144,28 +150,39 @@ class DecoderConfig:
         return self.blocks[0].attention.rope
 
     def to_json(self) -> dict[str, Any]:
-        """As onnxtools.json has it, in Hugging Face's names: the first block's sizes, and `blocks` where they differ or
-        are not pre-norm.
+        """The entry `model` of onnxtools.json, in Hugging Face's names.
+
+        The sizes are those of the first block; `blocks` is added where blocks differ or are not pre-norm.
         """
         block, attention, mlp = self.blocks[0], self.blocks[0].attention, self.blocks[0].mlp
         plain = block.placement == "pre" and all(other == block for other in self.blocks)
         return {
-            "family": self.family, "vocab_size": self.vocab_size, "hidden_size": self.hidden_size,
+            "family": self.family,
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
             "num_hidden_layers": len(self.blocks),
-            "num_attention_heads": attention.heads, "num_key_value_heads": attention.kv_heads,
+            "num_attention_heads": attention.heads,
+            "num_key_value_heads": attention.kv_heads,
             "head_dim": attention.head_dim,
-            "intermediate_size": mlp.size, "max_position_embeddings": self.max_position_embeddings,
+            "intermediate_size": mlp.size,
+            "max_position_embeddings": self.max_position_embeddings,
             "norm": self.norm.kind,
-            "norm_eps": self.norm.eps, "activation": mlp.activation, "gated_mlp": mlp.gated,
+            "norm_eps": self.norm.eps,
+            "activation": mlp.activation,
+            "gated_mlp": mlp.gated,
             "rope": dataclasses.asdict(attention.rope) if attention.rope is not None else None,
-            "tie_word_embeddings": self.tie_word_embeddings, "attention_scale": attention.scale,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "attention_scale": attention.scale,
             "attention_bias": attention.bias,
-            "output_bias": attention.output_bias, "mlp_bias": mlp.bias, "norm_bias": self.norm.bias,
+            "output_bias": attention.output_bias,
+            "mlp_bias": mlp.bias,
+            "norm_bias": self.norm.bias,
             "linear_in_out": self.linear_in_out,
             **({} if plain else {"blocks": [dataclasses.asdict(other) for other in self.blocks]}),
-        }  # fmt: skip
+        }
 
     def tokens_json(self) -> dict[str, Any]:
+        """The entry `tokens` of onnxtools.json."""
         return {
             "bos_token_id": self.bos_token_id,
             "eos_token_ids": self.eos_token_ids,
@@ -174,10 +191,10 @@ class DecoderConfig:
 
 
 def repeated(family: str, block: Block, layers: int) -> tuple[Block, ...]:
-    """`layers` times the same block.
+    """The same block `layers` times.
 
     Raises:
-        ModelError: a number of layers that no model has.
+        ModelError: `layers` is not an integer in the supported range.
     """
     _check_size(family, "num_hidden_layers", layers)
     return (block,) * layers
@@ -191,10 +208,11 @@ def _check_size(family: str, name: str, value: Any) -> None:
 def _check_block(family: str, block: Block) -> None:
     attention = block.attention
     sizes = {
-        "num_attention_heads": attention.heads, "num_key_value_heads": attention.kv_heads,
+        "num_attention_heads": attention.heads,
+        "num_key_value_heads": attention.kv_heads,
         "head_dim": attention.head_dim,
         "intermediate_size": block.mlp.size,
-    }  # fmt: skip
+    }
     for name, value in sizes.items():
         _check_size(family, name, value)
     if attention.heads % attention.kv_heads:
@@ -211,31 +229,35 @@ def _check_block(family: str, block: Block) -> None:
 
 
 def integer(config: Mapping[str, Any], family: str, *names: str, default: int | None = None) -> int:
-    """The first of `names` that is not null; spellings of one thing must agree.
+    """The value of the first of `names` that is not null; all spellings of one setting must agree.
 
     Raises:
-        ModelError: no positive integer, two that differ, or none and no default.
+        ModelError: the value is no positive integer, two spellings differ, or there is neither a value nor a default.
     """
-    found = {name: config[name] for name in names if config.get(name) is not None}
-    if len({shown(value) for value in found.values()}) > 1:
+    values = {name: config[name] for name in names if config.get(name) is not None}
+    if len({shown(value) for value in values.values()}) > 1:
         raise ModelError(
-            f"{family}: {' and '.join(f'{name} is {shown(value)}' for name, value in found.items())}; they mean the "
+            f"{family}: {' and '.join(f'{name} is {shown(value)}' for name, value in values.items())}; they mean the "
             "same, correct one"
         )
-    if not found:
+    if not values:
         if default is None:
             raise ModelError(
                 f"{family}: the configuration has no {' or '.join(names)}; fetch the checkpoint's own configuration"
             )
         return default
-    name, value = next(iter(found.items()))
+    name, value = next(iter(values.items()))
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ModelError(f"{family}: {name} is {shown(value)}; it must be a positive integer")
     return value
 
 
 def number(config: Mapping[str, Any], family: str, *names: str, default: float | None = None) -> float:
-    """As `integer`, a positive finite number."""
+    """The value of the first of `names` that is not null, as a float.
+
+    Raises:
+        ModelError: the value is no positive finite number, or there is neither a value nor a default.
+    """
     for name in names:
         value = config.get(name)
         if value is None:
@@ -251,10 +273,10 @@ def number(config: Mapping[str, Any], family: str, *names: str, default: float |
 
 
 def flag(config: Mapping[str, Any], family: str, name: str, default: bool) -> bool:
-    """True or false.
+    """The boolean `name`, or `default` where it is null.
 
     Raises:
-        ModelError: anything else; `"false"` is no boolean.
+        ModelError: the value is no boolean; the string "false" is none.
     """
     value = config.get(name)
     if value is None:
@@ -265,11 +287,15 @@ def flag(config: Mapping[str, Any], family: str, name: str, default: bool) -> bo
 
 
 _REFUSED: dict[str, object] = {"add_cross_attention": True, "is_causal": False}
-"""Settings of Hugging Face configurations that make another model, and the value that does."""
+"""Settings of Hugging Face configurations, each with the value that makes a model of another kind."""
 
 
 def check_plain(config: Mapping[str, Any], family: str) -> None:
-    """Raises: ModelError for stored quantization, cross-attention, or attention that is not causal."""
+    """Refuse configurations of models that are no plain causal decoder.
+
+    Raises:
+        ModelError: stored quantization, cross-attention, or attention that is not causal.
+    """
     if config.get("quantization_config"):
         raise ModelError(
             f"{family}: has a quantization_config: its weights are stored quantized, which is not supported; export "
@@ -283,7 +309,11 @@ def check_plain(config: Mapping[str, Any], family: str) -> None:
 
 
 def head_dim_of(family: str, hidden: Any, heads: Any) -> int:
-    """hidden_size / heads, which must be whole."""
+    """hidden_size / heads.
+
+    Raises:
+        ModelError: `hidden` is not divisible by `heads`, or one of them is no integer.
+    """
     if not isinstance(hidden, int) or not isinstance(heads, int) or heads < 1 or hidden % heads:
         raise ModelError(
             f"{family}: hidden size {shown(hidden)} is not divisible by {shown(heads)} heads; check the configuration"
@@ -292,10 +322,10 @@ def head_dim_of(family: str, hidden: Any, heads: Any) -> int:
 
 
 def need(config: Mapping[str, Any], family: str, *names: str) -> Any:
-    """The first of `names` that the configuration has.
+    """The value of the first of `names` that is not null.
 
     Raises:
-        ModelError: it has none of them.
+        ModelError: the configuration has none of them.
     """
     for name in names:
         if config.get(name) is not None:
@@ -306,13 +336,17 @@ def need(config: Mapping[str, Any], family: str, *names: str) -> Any:
 
 
 def activation_of(config: Mapping[str, Any], family: str, name: str, default: str) -> Activation:
-    """The activation that a Hugging Face configuration names."""
-    wanted = default if config.get(name) is None else config[name]
-    if not isinstance(wanted, str):
-        raise ModelError(f"{family}: {name} is {shown(wanted)}; it must be the name of an activation")
-    if wanted not in ACTIVATIONS:
-        raise ModelError(f"{family}: the activation {shown(wanted)} is not supported; {', '.join(ACTIVATIONS)} are")
-    return ACTIVATIONS[wanted]
+    """The activation that a Hugging Face configuration names, or `default`.
+
+    Raises:
+        ModelError: it is no string, or not a supported activation.
+    """
+    activation = default if config.get(name) is None else config[name]
+    if not isinstance(activation, str):
+        raise ModelError(f"{family}: {name} is {shown(activation)}; it must be the name of an activation")
+    if activation not in ACTIVATIONS:
+        raise ModelError(f"{family}: the activation {shown(activation)} is not supported; {', '.join(ACTIVATIONS)} are")
+    return ACTIVATIONS[activation]
 
 
 def weight_shapes(c: DecoderConfig) -> dict[str, tuple[int, ...]]:

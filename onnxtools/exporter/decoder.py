@@ -16,14 +16,14 @@ from onnxtools.ir.model import MAX_IR_VERSION, Model
 
 
 def build_decoder(config: DecoderConfig, options: ExportOptions, weights: Weights, dtype: ir.DataType) -> Model:
-    """The graph; `weights` are cast to `dtype` while they are written.
+    """Build the graph of a decoder; `weights` are cast to `dtype` when they are written.
+
+    Inputs: input_ids, attention_mask, position_ids, past_key_values.N.key / .value. Outputs: logits (fp32),
+    present.N.key / .value.
 
     Raises:
         JobError: a cache longer than the model's positions, or `gqa` with a head size that ONNX Runtime's operator
-        refuses.
-
-    Inputs: input_ids, attention_mask, position_ids, past_key_values.N.key / .value; outputs: logits (fp32),
-    present.N.key / .value.
+            refuses.
     """
     for head_dim, rotated in {
         (a.head_dim, a.rope.dim if a.rope is not None else 0) for a in (block.attention for block in config.blocks)
@@ -48,12 +48,12 @@ def build_decoder(config: DecoderConfig, options: ExportOptions, weights: Weight
     logits = ir.val(
         "logits", FLOAT, ir.Shape(["batch", 1 if options.logits == "last" else "sequence", config.vocab_size])
     )
-    graph.outputs.append(logits)  # first, the caches follow
+    graph.outputs.append(logits)  # the first output; the caches follow
     attention = Attention(layers)
     hidden = layers.embedding(attention.inputs.ids, None if config.rope is not None else attention.positions)
-    found = _rows(layers, attention, layers.head(_Stack(layers, attention).run(hidden)))
-    found.name, found.dtype, found.shape = "logits", FLOAT, logits.shape
-    graph.outputs[0] = found
+    shaped = _rows(layers, attention, layers.head(_Stack(layers, attention).run(hidden)))
+    shaped.name, shaped.dtype, shaped.shape = "logits", FLOAT, logits.shape
+    graph.outputs[0] = shaped
     remove_unused(model)
     return model
 
@@ -61,7 +61,7 @@ def build_decoder(config: DecoderConfig, options: ExportOptions, weights: Weight
 class _Stack:
     """The blocks on the residual stream, [tokens, hidden].
 
-    Wherever a sum is normalized next, `Layers.add_norm` makes both, so that they can be one node.
+    Where a sum is normalized next, `Layers.add_norm` makes both, so that they can be one node.
     """
 
     def __init__(self, layers: Layers, attention: Attention) -> None:
@@ -69,7 +69,7 @@ class _Stack:
         self.last = len(self.blocks) - 1 if layers.options.logits == "last" else None
 
     def run(self, hidden: ir.Value) -> ir.Value:
-        """The embedding to what the head reads."""
+        """Run all blocks on the embedding [tokens, hidden]; returns the input of the head."""
         entry = self._entry(0)
         normed = self.layers.norm(hidden, *entry) if entry else hidden
         for n, block in enumerate(self.blocks):
@@ -80,17 +80,14 @@ class _Stack:
         return normed
 
     def _entry(self, n: int) -> tuple[Norm, str, str] | None:
-        """The norm that block `n` reads the stream through, or the head; None for a block that reads it as it is."""
+        """The norm (kind, weight, name) in front of block `n`, or of the head; None for a block without one."""
         if n == len(self.blocks):
             return self.layers.config.norm, "model.norm", "/model/norm"
         if self.blocks[n].placement == "post":
             return None
         kind, weight, name = self._norm(n, "input_layernorm")
-        return (
-            kind,
-            weight,
-            name if n == 0 else f"/{weight.replace('model.', 'model/', 1)}",
-        )  # the names that files have had from the first
+        # Exported files have had these node names from the first.
+        return kind, weight, name if n == 0 else f"/{weight.replace('model.', 'model/', 1)}"
 
     def _norm(self, n: int, name: str) -> tuple[Norm, str, str]:
         return self.blocks[n].norm, f"model.layers.{n}.{name}", f"/model/layers.{n}/{name}"
@@ -99,7 +96,7 @@ class _Stack:
         return self.layers.mlp(x, self.blocks[n].mlp, f"model.layers.{n}.mlp", f"/model/layers.{n}/mlp")
 
     def _leave(self, n: int, hidden: ir.Value, update: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """The stream behind block `n`, and as the next one reads it."""
+        """The residual stream after block `n`, and the value that the next block or the head reads."""
         entry, residual = self._entry(n + 1), f"/model/layers.{n}/mlp/residual"
         if entry is not None:
             return self.layers.add_norm(hidden, update, *entry, residual)
@@ -130,8 +127,8 @@ class _Stack:
 
     def parallel(self, n: int, hidden: ir.Value, update: ir.Value) -> tuple[ir.Value, ir.Value]:
         normed = self.layers.norm(hidden, *self._norm(n, "post_attention_layernorm"))
-        both = self.layers.op("Add", [update, self._mlp(n, normed)], f"/model/layers.{n}/parallel")
-        return self._leave(n, hidden, both)
+        updates = self.layers.op("Add", [update, self._mlp(n, normed)], f"/model/layers.{n}/parallel")
+        return self._leave(n, hidden, updates)
 
 
 _PLACEMENTS = {"pre": _Stack.pre, "post": _Stack.post, "sandwich": _Stack.sandwich, "parallel": _Stack.parallel}
@@ -141,7 +138,7 @@ _IR_VERSION = {19: 9, 20: 9, 21: 10, 22: 10, 23: 11, 24: 12}
 
 
 def _rows(layers: Layers, attention: Attention, logits: ir.Value) -> ir.Value:
-    """[tokens, vocabulary] as [batch, sequence or 1, vocabulary]."""
+    """Logits [tokens, vocabulary] as [batch, sequence or 1, vocabulary]."""
     size = layers.config.vocab_size
     if layers.options.logits == "all":
         return attention.shaped(logits, (size,), "/lm_head")

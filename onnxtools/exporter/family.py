@@ -1,6 +1,6 @@
-"""`Family`: what one kind of checkpoint means. Each is a small file in `onnxtools.exporter.families`.
+"""`Family`: how one kind of checkpoint is read. Each family is a small file in `onnxtools.exporter.families`.
 
-Other packages add theirs through the entry-point group `onnxtools.families`.
+Other packages add families through the entry-point group `onnxtools.families`.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ class Family:
     """How a checkpoint becomes a decoder.
 
     Attributes:
-        name: as `--family` and onnxtools.json spell it.
+        name: its name in `--family` and onnxtools.json.
         architectures: the values of `Checkpoint.architecture` that it reads.
-        config: the checkpoint's configuration as a DecoderConfig.
+        config: makes a DecoderConfig of the checkpoint's configuration.
         weights: (config, source) -> canonical name to weight, for every name of `weight_shapes`.
         ignored: patterns of checkpoint tensors that carry no weights (buffers).
-        scales: FP8 scales that the checkpoint carries, by canonical name of the layer; none by default.
+        scales: (config, source) -> FP8 scales of the checkpoint, by canonical name of the layer; none by default.
         example: a configuration in the checkpoint's own spelling, for `--random`.
     """
 
@@ -53,11 +53,11 @@ class FP8Scales:
 
 @dataclass(frozen=True)
 class Weights:
-    """What a graph is built from.
+    """The weights that a graph is built from.
 
     Attributes:
         tensors: every weight of `weight_shapes` by canonical name.
-        scales: of the linear layers (canonical name without `.weight`) that run in FP8.
+        scales: FP8 scales of the linear layers that run in FP8, by canonical name without `.weight`.
     """
 
     tensors: Mapping[str, Tensor]
@@ -65,7 +65,7 @@ class Weights:
 
 
 class Source:
-    """A checkpoint's tensors, taken by name and expected shape; what does not fit is collected and said all at once."""
+    """A checkpoint's tensors, taken by name and expected shape; `check` reports all that do not fit at once."""
 
     def __init__(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
         self.tensors, self.config = tensors, config
@@ -77,7 +77,10 @@ class Source:
         return name in self.tensors
 
     def take(self, name: str, *shape: int) -> Tensor:
-        """The tensor `name`, which must have this shape; a stand-in of zeros where it does not, reported by `check`."""
+        """The tensor `name`, which must have this shape.
+
+        A missing or mis-shaped tensor is replaced by a lazy stand-in, which must not be read; `check` reports it.
+        """
         self._taken.add(name)
         tensor = self.tensors.get(name)
         if tensor is None:
@@ -89,10 +92,14 @@ class Source:
         return ir.LazyTensor(_never, dtype=ir.DataType.FLOAT, shape=ir.Shape(shape), name=name)
 
     def head(self, c: DecoderConfig, name: str, table: Tensor) -> dict[str, Tensor]:
-        """`lm_head.weight`, where the model has one of its own: it is not tied, or a head that differs from the
-        embedding is stored.
+        """`lm_head.weight`, or nothing where the head is the embedding.
 
-        transformers (5.x) does not tie weights that a checkpoint holds both and different.
+        The head is the embedding if the model ties them and the checkpoint stores no head, or an equal one.
+        transformers (5.x) does not tie two weights that a checkpoint stores with different elements.
+
+        Args:
+            name: name of the head in the checkpoint.
+            table: the embedding [vocabulary, hidden].
         """
         if c.tie_word_embeddings and name not in self:
             return {}
@@ -103,18 +110,22 @@ class Source:
         return {} if same else {"lm_head.weight": stored}
 
     def skip(self, name: str) -> None:
-        """A tensor that is known and not needed."""
+        """Mark a tensor as known but not needed."""
         self._taken.add(name)
 
     def check(self, label: str, ignored: Sequence[str]) -> None:
-        """Raise one ModelError that lists every missing, mis-shaped and unknown tensor."""
+        """Refuse a checkpoint whose tensors do not fit; `ignored` are patterns of tensors that may be left over.
+
+        Raises:
+            ModelError: lists every missing, mis-shaped and unknown tensor.
+        """
         extra = [
             n
             for n in self.tensors
             if n not in self._taken and not any(fnmatch.fnmatchcase(n, pattern) for pattern in ignored)
         ]
         lists = (("missing", self._missing), ("of the wrong shape", self._misshaped), ("unknown", sorted(extra)))
-        problems = [f"{len(names)} weights {what}: {_few(names)}" for what, names in lists if names]
+        problems = [f"{len(names)} weights {defect}: {_few(names)}" for defect, names in lists if names]
         if problems:
             raise ModelError(
                 f"{label}: {'; '.join(problems)}; check that the checkpoint is whole and that its configuration "
@@ -135,12 +146,12 @@ def family_for(architecture: str, label: str) -> Family:
     """The family that reads `architecture`.
 
     Raises:
-        ModelError: nobody does.
+        ModelError: no family does.
     """
     families = [registry.load(name, registry.FAMILIES) for name in registry.names(registry.FAMILIES)]
     for family in families:
         if architecture in family.architectures:
-            found: Family = family
-            return found
-    known = sorted({name for family in families for name in family.architectures})
-    raise ModelError(f"{label}: the architecture {architecture!r} is not supported; {', '.join(known)} are")
+            match: Family = family
+            return match
+    architectures = sorted({name for family in families for name in family.architectures})
+    raise ModelError(f"{label}: the architecture {architecture!r} is not supported; {', '.join(architectures)} are")

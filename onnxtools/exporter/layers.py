@@ -1,8 +1,8 @@
-"""The layers of a decoder as ONNX nodes: embedding, norm, linear, MLP, head. Activations are [batch * sequence,
-hidden].
+"""The layers of a decoder as ONNX nodes: embedding, norm, linear, MLP, head.
 
-Linear layers are Gemm with the weight as the checkpoint stores it ([out, in] and transB=1): a weight is copied, never
-transposed, a tied head reads the embedding table, and the bias is part of the node.
+Activations are [batch * sequence, hidden]. Linear layers are Gemm with the weight as the checkpoint stores it ([out,
+in] and transB=1): a weight is copied, never transposed, a tied head reads the embedding table, and the bias is part of
+the node.
 """
 
 from __future__ import annotations
@@ -26,39 +26,44 @@ FLOAT, INT64, FP8 = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.FLOAT8E4M3
 
 
 class Layers:
-    """Builders that share a graph, its weights and the compute type."""
+    """Builders of layers that share a graph, its weights and the compute type.
+
+    In every method `weight` is the canonical name of a module, and `name` the prefix of the new nodes' names.
+    """
 
     def __init__(
         self, build: Builder, config: DecoderConfig, options: ExportOptions, weights: Weights, dtype: ir.DataType
     ) -> None:
         self.build, self.config, self.options, self.dtype = build, config, options, dtype
         self._weights, self._scales = weights.tensors, weights.scales
-        self._made: dict[str, ir.Value] = {}
+        self._values: dict[str, ir.Value] = {}
 
     def op(self, op_type: str, inputs: Sequence[ir.Value | None], name: str, **attributes: Any) -> ir.Value:
+        """Add a node `name`/`op_type` with one output and return the output."""
         return self.build.op(op_type, inputs, f"{name}/{op_type}", **attributes)
 
     def weight(self, name: str) -> ir.Value:
-        """The weight in the compute type, one initializer however often it is used."""
-        return self.stored(name, self._weights[name]) if name not in self._made else self._made[name]
+        """The weight `name` in the compute type; all its readers share one initializer."""
+        return self.stored(name, self._weights[name]) if name not in self._values else self._values[name]
 
     def stored(self, name: str, tensor: Tensor) -> ir.Value:
-        """`tensor` as the weight called `name`."""
-        self._made[name] = self.build.initializer(cast(tensor, self.dtype), name)
-        return self._made[name]
+        """Add `tensor`, cast to the compute type, as the weight `name`."""
+        self._values[name] = self.build.initializer(cast(tensor, self.dtype), name)
+        return self._values[name]
 
     def scalar(self, value: float, name: str, dtype: ir.DataType | None = None) -> ir.Value:
+        """A constant of rank 0, in the compute type by default."""
         dtype = dtype or self.dtype
         return self.build.constant(np.array(value, dtype.numpy()), name, dtype)
 
     def embedding(self, ids: ir.Value, positions: ir.Value | None) -> ir.Value:
-        """[batch, sequence] ids to [batch * sequence, hidden]; learned positions are added."""
+        """int64 ids [batch, sequence] to [batch * sequence, hidden]; learned positions are added, if there are any."""
         hidden = self.op("Gather", [self.weight("model.embed_tokens.weight"), ids], "/model/embed_tokens")
         if positions is not None:
-            places = self.op(
+            learned = self.op(
                 "Gather", [self.weight("model.embed_positions.weight"), positions], "/model/embed_positions"
             )
-            hidden = self.op("Add", [hidden, places], "/model/embed")
+            hidden = self.op("Add", [hidden, learned], "/model/embed")
         return self.op(
             "Reshape", [hidden, self.build.constant([-1, self.config.hidden_size], "tokens_shape")], "/model/embed"
         )
@@ -88,6 +93,7 @@ class Layers:
         return summed, self.norm(summed, kind, weight, name)
 
     def cast(self, value: ir.Value, dtype: ir.DataType, name: str) -> ir.Value:
+        """`value` cast to `dtype`; no Cast from fp32 to fp32 where the compute type is fp32."""
         return value if self.dtype == FLOAT and dtype == FLOAT else self.op("Cast", [value], name, to=dtype.value)
 
     def linear(self, hidden: ir.Value, weight: str, name: str, *, bias: bool) -> ir.Value:
@@ -104,28 +110,29 @@ class Layers:
         return self.op("Gemm", inputs, name, **({} if self.config.linear_in_out else {"transB": 1}))
 
     def _fp8(self, scale: float) -> list[ir.Value]:
-        """Scale and zero point of QuantizeLinear and DequantizeLinear."""
+        """The scale and zero point inputs of QuantizeLinear and DequantizeLinear, both of rank 0."""
         return [self.scalar(scale, "fp8_scale"), self.build.constant(np.zeros((), FP8.numpy()), "fp8_zero_point", FP8)]
 
     def _through_fp8(self, x: ir.Value, scale: float) -> ir.Value:
         """`x` rounded to FP8; layers that share their input share the two nodes."""
         key = f"{x.name}/{scale!r}"
-        if key not in self._made:
-            self._made[key] = self._dequantized(
+        if key not in self._values:
+            self._values[key] = self._dequantized(
                 self.op("QuantizeLinear", [x, *self._fp8(scale)], f"{x.name}/fp8"), scale, f"{x.name}/fp8"
             )
-        return self._made[key]
+        return self._values[key]
 
     def _dequantized(self, stored: ir.Value, scale: float, name: str) -> ir.Value:
         return self.op("DequantizeLinear", [stored, *self._fp8(scale)], name)
 
     def _fp8_weight(self, weight: str, scale: float, name: str) -> ir.Value:
-        """The weight stored as FP8 while it is written."""
+        """The weight behind DequantizeLinear; it is converted to FP8 when it is written."""
         rows = quantize_rows(np.float32(scale).reshape(1), 0)
         stored = self.build.initializer(StreamedTensor(self._weights[weight], rows, dtype=FP8, name=weight), weight)
         return self._dequantized(stored, scale, f"{name}/weight")
 
     def mlp(self, hidden: ir.Value, c: Mlp, weight: str, name: str) -> ir.Value:
+        """The MLP of a block, [tokens, hidden] to [tokens, hidden]."""
         up = self.linear(hidden, f"{weight}.up_proj", f"{name}/up_proj", bias=c.bias)
         if c.gated:
             gate = self.linear(hidden, f"{weight}.gate_proj", f"{name}/gate_proj", bias=c.bias)
@@ -165,7 +172,7 @@ class Layers:
         return self.op("Mul", [half, self.op("Add", [inner, self.scalar(1.0, "one")], name)], name)
 
     def head(self, hidden: ir.Value) -> ir.Value:
-        """Logits in fp32."""
+        """Logits [tokens, vocabulary] in fp32."""
         table = "model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
         logits = self.op("Gemm", [hidden, self.weight(table)], "/lm_head", transB=1)
         return self.cast(logits, FLOAT, "/lm_head")

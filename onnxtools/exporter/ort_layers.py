@@ -1,8 +1,8 @@
 """Layers in ONNX Runtime's own operators (domain com.microsoft), for graphs that only it runs (`--kv-cache gqa`).
 
 The residual addition, the bias before it and the norm after it are one node, and so are a bias and its GELU: on a GPU a
-decode step is a chain of small kernels, and each one less is time saved. Computed in fp32 inside, as the standard form
-is.
+decode step is a chain of small kernels, and each kernel less saves time. The nodes compute in fp32 inside, like the
+standard form.
 Operators: ContribOperators.md of ONNX Runtime (SkipLayerNormalization, SkipSimplifiedLayerNormalization, BiasGelu,
 FastGelu).
 """
@@ -48,11 +48,10 @@ class OrtLayers(Layers):
     def qkv(
         self, hidden: ir.Value, attention: SelfAttention, weight: str, name: str
     ) -> tuple[ir.Value, ir.Value | None] | None:
-        """[tokens, q_size + 2 kv_size], one product for queries, keys and values, and their bias; None where each has
-        FP8 scales of its own.
+        """One product for queries, keys and values, [tokens, q_size + 2 kv_size], and their bias.
 
-        The bias is left to be added to the three-dimensional value: as the Gemm's it would first be spread over all
-        tokens, in a kernel slower than the addition.
+        Returns None where each projection has FP8 scales of its own. The caller adds the bias to the three-dimensional
+        value: as the bias of the Gemm it would first be broadcast to all tokens, in a kernel slower than the addition.
         """
         parts = [f"{weight}.{part}_proj" for part in ("q", "k", "v")]
         if any(part in self._scales for part in parts):
@@ -67,7 +66,7 @@ class OrtLayers(Layers):
 
 
 def _take_bias(value: ir.Value) -> ir.Value | None:
-    """The bias of the Gemm behind `value`, taken from it; None where it has none."""
+    """Remove the bias from the Gemm that makes `value` and return it; None where there is no Gemm or no bias."""
     node = value.producer()
     if node is None or node.op_type != "Gemm" or len(node.inputs) < 3:
         return None

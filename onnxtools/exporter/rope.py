@@ -16,7 +16,7 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 
 MAX_HEAD_DIM = 1 << 16
 _MAX_TABLE = 1 << 27
-"""Positions times channels: a million and 128; cos and sin are half a GiB each while they are computed."""
+"""Largest positions x channels: a million x 128; cos and sin are half a GiB each while they are computed."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Rope:
         theta: the base of the frequencies.
         kind: default, linear, llama3 or yarn.
         scaling: the parameters of the kind, in Hugging Face's names.
-        factors: what each frequency is divided by besides, [dim / 2] (GGUF's `rope_freqs.weight`); none by default.
+        factors: extra divisors of the frequencies, [dim / 2] (GGUF's `rope_freqs.weight`); none by default.
     """
 
     dim: int
@@ -37,7 +37,11 @@ class Rope:
     factors: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        """Raises: ModelError for sizes and factors that no model has, before a table of them is made."""
+        """Refuse sizes and factors that no model has, before tables are computed.
+
+        Raises:
+            ModelError: `dim` or `factors` are out of range.
+        """
         if not 1 <= self.dim <= MAX_HEAD_DIM:
             raise ModelError(f"rope: {self.dim} channels of a head are rotated; it must be 2 to {MAX_HEAD_DIM}")
         if self.factors and (len(self.factors) != self.dim // 2 or not all(map(is_positive, self.factors))):
@@ -47,7 +51,7 @@ class Rope:
             )
 
     def tables(self, length: int) -> tuple[Array, Array]:
-        """cos and sin, each [length, dim / 2], of position times frequency.
+        """cos and sin of position x frequency, each float64 [length, dim / 2].
 
         Raises:
             ModelError: they would fill the memory.
@@ -65,25 +69,29 @@ class Rope:
 
 
 def rope_of(config: Mapping[str, Any], family: str, head_dim: int, *, partial: float | None = None) -> Rope:
-    """From a Hugging Face configuration: `rope_scaling` and `rope_theta`, or `rope_parameters` (transformers 5); the
-    former win, as there.
+    """The rotation of a Hugging Face configuration.
+
+    It is read from `rope_scaling` and `rope_theta`, or from `rope_parameters` (transformers 5); the former win, as in
+    transformers.
 
     Args:
-        partial: share of the channels that is rotated where the configuration says nothing; None where the family
-        rotates all.
+        partial: share of the channels that is rotated by default; None where the family rotates all channels.
+
     Raises:
         ModelError: a kind that is not supported, or parameters that are missing or no numbers.
     """
-    found: Any = next(
+    parameters: Any = next(
         (config[name] for name in ("rope_scaling", "rope_parameters") if config.get(name) is not None), {}
     )
-    if not isinstance(found, Mapping):
-        raise ModelError(f"{family}: rope_parameters is {shown(found)}, not a mapping; fetch the configuration again")
-    kind = next((found[name] for name in ("rope_type", "type") if found.get(name) is not None), "default")
+    if not isinstance(parameters, Mapping):
+        raise ModelError(
+            f"{family}: rope_parameters is {shown(parameters)}, not a mapping; fetch the configuration again"
+        )
+    kind = next((parameters[name] for name in ("rope_type", "type") if parameters.get(name) is not None), "default")
     if not isinstance(kind, str) or kind not in _KINDS:
         raise ModelError(f"{family}: the rope type {shown(kind)} is not supported; {', '.join(_KINDS)} are")
     original = config.get("original_max_position_embeddings") or config.get("max_position_embeddings")
-    scaling = {"original_max_position_embeddings": original, **{k: v for k, v in found.items() if v is not None}}
+    scaling = {"original_max_position_embeddings": original, **{k: v for k, v in parameters.items() if v is not None}}
     for name in (*_NUMBERS, *_NEEDED[kind]):
         value = scaling.get(name)
         if value is not None and not is_positive(value):
@@ -96,30 +104,30 @@ def rope_of(config: Mapping[str, Any], family: str, head_dim: int, *, partial: f
             f"{family}: rope's low_freq_factor {scaling['low_freq_factor']} is not below its high_freq_factor "
             f"{scaling['high_freq_factor']}"
         )
-    both = {
+    settings = {
         "partial_rotary_factor": partial or 1.0,
         "rope_theta": 10000.0,
         **{k: v for k, v in config.items() if v is not None},
         **scaling,
     }
     for name in ("partial_rotary_factor", "rope_theta"):
-        if not is_positive(both[name]):
-            raise ModelError(f"{family}: {name} is {shown(both[name])}; it must be a positive number")
-    share, theta = float(both["partial_rotary_factor"]), float(both["rope_theta"])
+        if not is_positive(settings[name]):
+            raise ModelError(f"{family}: {name} is {shown(settings[name])}; it must be a positive number")
+    share, theta = float(settings["partial_rotary_factor"]), float(settings["rope_theta"])
     if partial is None and share != 1:
         raise ModelError(
             f"{family}: partial_rotary_factor is {share}, which this family does not have; check the model_type"
         )
-    made = Rope(int(head_dim * share), theta, kind, scaling)
-    if not np.isfinite(made.tables(2)).all():
+    rope = Rope(int(head_dim * share), theta, kind, scaling)
+    if not np.isfinite(rope.tables(2)).all():
         raise ModelError(
             f"{family}: rope parameters {shown(scaling)} give no finite angles; fetch the configuration again"
         )
-    return made
+    return rope
 
 
 def is_positive(value: Any) -> bool:
-    """A finite number above zero; a boolean is none."""
+    """Whether `value` is a number above 0 and below 1e30; a boolean is no number."""
     return not isinstance(value, bool) and isinstance(value, (int, float)) and 0 < value < 1e30
 
 
@@ -134,7 +142,7 @@ def _linear(rope: Rope) -> tuple[Array, float]:
 
 
 def _llama3(rope: Rope) -> tuple[Array, float]:
-    """Low frequencies divided by the factor, high ones kept, those between blended (Llama 3.1's reference code)."""
+    """Low frequencies are divided by the factor, high ones kept, those between blended (Llama 3.1's reference code)."""
     plain, _ = _default(rope)
     s = {name: float(rope.scaling[name]) for name in _NEEDED["llama3"]}
     wavelength = 2 * math.pi / plain
@@ -151,28 +159,28 @@ def _yarn(rope: Rope) -> tuple[Array, float]:
     scaling = rope.scaling
     factor, original = float(scaling["factor"]), float(scaling["original_max_position_embeddings"])
 
-    def place(rotations: float) -> float:
+    def pair(rotations: float) -> float:
         """The (fractional) pair whose channel turns `rotations` times over the original length."""
         return rope.dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
 
-    low, high = place(float(scaling.get("beta_fast") or 32)), place(float(scaling.get("beta_slow") or 1))
+    low, high = pair(float(scaling.get("beta_fast") or 32)), pair(float(scaling.get("beta_slow") or 1))
     if scaling.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rope.dim - 1)
     ramp = np.clip((np.arange(rope.dim // 2) - low) / max(high - low, 0.001), 0, 1)
     attention = scaling.get("attention_factor")
     if attention is None:
-        both = scaling.get("mscale"), scaling.get("mscale_all_dim")
+        scale, all_dim = scaling.get("mscale"), scaling.get("mscale_all_dim")
         attention = (
-            yarn_magnitude(factor, both[0]) / yarn_magnitude(factor, both[1])
-            if both[0] and both[1]
+            yarn_magnitude(factor, scale) / yarn_magnitude(factor, all_dim)
+            if scale and all_dim
             else yarn_magnitude(factor)
         )
     return plain / factor * ramp + plain * (1 - ramp), float(attention)
 
 
 def yarn_magnitude(factor: float, scale: float = 1.0) -> float:
-    """What YaRN multiplies cos and sin by where positions are stretched by `factor`."""
+    """YaRN's factor on cos and sin where positions are stretched by `factor`: 0.1 scale ln(factor) + 1, or 1."""
     return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 

@@ -19,12 +19,21 @@ from onnxtools.exporter.ort_layers import MICROSOFT, OrtLayers
 
 _Q, _K, _V = "q", "k", "v"
 _LOWEST = {ir.DataType.FLOAT: -3.4e38, ir.DataType.FLOAT16: -65504.0, ir.DataType.BFLOAT16: -3.38e38}
-"""Near enough to the lowest finite numbers: half of them is what hides a token."""
+"""About the lowest finite number of each type; half of it hides a token."""
 
 
 @dataclass
 class _Inputs:
-    """Graph inputs, and values of their lengths (each shape [1], int64)."""
+    """Graph inputs, and their lengths.
+
+    Attributes:
+        ids: int64 [batch, sequence].
+        mask: int64 [batch, total], or None.
+        positions: int64 [batch, sequence], or None.
+        write_indices: int64 [batch], for a scatter cache.
+        batch: int64 [1], the number of rows.
+        new: int64 [1], the number of new tokens of a row.
+    """
 
     ids: ir.Value
     mask: ir.Value | None
@@ -35,15 +44,14 @@ class _Inputs:
 
 
 class Attention:
-    """Makes inputs, mask, positions and caches, then one attention for each call."""
+    """Makes inputs, mask, positions and caches; each call adds the attention of one layer."""
 
     def __init__(self, layers: Layers) -> None:
         self.layers, self.build, self.config, self.options = layers, layers.build, layers.config, layers.options
         self.kind = self.options.kv_cache
         self.cache = CacheSpec(self.kind).declare(self.build)
-        self.cache_length = (
-            self.options.cache_length or self.config.max_position_embeddings
-        )  # static: TensorRT wants it so
+        # The length of a scatter cache is static, as TensorRT demands.
+        self.cache_length = self.options.cache_length or self.config.max_position_embeddings
         self._shared: dict[str, ir.Value] = {}
         self.inputs = self._make_inputs()
         self._pasts = self._make_pasts() if self.kind != "none" else []
@@ -71,8 +79,8 @@ class Attention:
         alone = self.options.use_one_input
         mask = None if alone else self._input("attention_mask", "batch", total)
         # GroupQueryAttention counts positions itself, from the mask.
-        wanted = not alone and (self.kind != "gqa" or self.config.rope is None)
-        positions = self._input("position_ids", "batch", "sequence") if wanted else None
+        has_positions = not alone and (self.kind != "gqa" or self.config.rope is None)
+        positions = self._input("position_ids", "batch", "sequence") if has_positions else None
         write = self._input("write_indices", "batch") if self.kind == "scatter" else None
         batch = self.layers.op("Shape", [ids], "/model/batch", start=0, end=1)
         return _Inputs(
@@ -99,7 +107,7 @@ class Attention:
         return self.layers.op("Squeeze", [value, self._zero()], name)
 
     def _range(self, start: ir.Value, length: ir.Value, name: str) -> ir.Value:
-        """start, start + 1, ... of `length` elements; both are shape [1]."""
+        """int64 [length]: start, start + 1, ...; `start` and `length` are int64 [1]."""
         first, stop = (
             self._scalar(start, f"{name}/start"),
             self._scalar(self.layers.op("Add", [start, length], name), f"{name}/stop"),
@@ -107,7 +115,7 @@ class Attention:
         return self.layers.op("Range", [first, stop, self.build.constant(np.array(1), "step")], name)
 
     def _make_positions(self) -> ir.Value | None:
-        """[batch, sequence]: the input, or counted from the length of the cache."""
+        """Positions, int64 [batch, sequence]: the input, or counted from the length of the cache."""
         if self.inputs.positions is not None or self.kind == "gqa":
             return self.inputs.positions
         counted = self._range(self._first, self.inputs.new, "/model/positions")
@@ -115,10 +123,10 @@ class Attention:
         return self.layers.op("Expand", [counted, shape], "/model/positions")
 
     def _make_mask(self) -> ir.Value:
-        """Additive, [batch or 1, 1, new, total]: a token sees itself and what was before it, except padding."""
+        """The additive mask [batch or 1, 1, new, total]: a token sees itself and earlier tokens, except padding."""
         op, build, inputs = self.layers.op, self.build, self.inputs
         if self.kind == "scatter":
-            total = self._first  # the whole buffer; what lies beyond the new tokens is in the future
+            total = self._first  # the whole buffer; slots behind the new tokens count as future tokens
             assert inputs.write_indices is not None
             start = op("Unsqueeze", [inputs.write_indices, build.constant([1], "axis_1")], "/model/mask/start")
             places = op("Add", [start, self._range(self._zero(), inputs.new, "/model/mask/new")], "/model/mask/places")
@@ -145,7 +153,7 @@ class Attention:
         )
 
     def _make_lengths(self) -> tuple[ir.Value, ir.Value]:
-        """GroupQueryAttention's seqlens_k [batch] (last valid position) and total_sequence_length, both int32."""
+        """GroupQueryAttention's seqlens_k [batch] (last valid position) and total_sequence_length [], both int32."""
         op, mask = self.layers.op, self.inputs.mask
         assert mask is not None
         count = op("ReduceSum", [mask, self.build.constant([1], "axis_1")], "/model/kv/count", keepdims=0)
@@ -157,7 +165,7 @@ class Attention:
         )
 
     def _make_tables(self) -> tuple[ir.Value, ir.Value] | None:
-        """cos and sin, [max_position_embeddings, rotary dim / 2], one pair for all layers."""
+        """cos and sin, each [max_position_embeddings, rotary dim / 2]; all layers share them."""
         rope, dtype = self.config.rope, self.layers.dtype
         if rope is None:
             return None
@@ -169,7 +177,7 @@ class Attention:
         )
 
     def last_token(self) -> ir.Value:
-        """[batch, 1]: index of each row's last real token among the new ones."""
+        """int64 [batch, 1]: index of each row's last real token among the new tokens."""
         op, mask, new = self.layers.op, self.inputs.mask, self.inputs.new
         one = self.build.constant([1], "axis_1")
         if mask is None:
@@ -182,17 +190,16 @@ class Attention:
         else:
             end = self.build.constant([np.iinfo(np.int64).max], "end")
             real = op("Slice", [mask, op("Neg", [new], "/model/last"), end, one], "/model/last")
-        if (
-            self.kind == "gqa"
-        ):  # padding is on the right: counting is enough, and nothing is copied from the host in a captured graph
+        # With gqa padding is on the right, so a count is enough, and a captured graph copies nothing from the host.
+        if self.kind == "gqa":
             count = op("Sub", [op("ReduceSum", [real, one], "/model/last/count", keepdims=1), one], "/model/last/count")
             return op("Max", [count, self._zero()], "/model/last")
-        # The largest index among the real ones; 0 where a row has none.
+        # The largest index of a real token; 0 where a row has none.
         indices = op("Mul", [real, self._range(self._zero(), new, "/model/last/indices")], "/model/last")
         return op("ReduceMax", [indices, one], "/model/last", keepdims=1)
 
     def last_rows(self, tokens: ir.Value, width: int) -> ir.Value:
-        """[batch, width] of each row's last real token out of [batch * sequence, width]."""
+        """[batch * sequence, width] reduced to each row's last real token, [batch, width]."""
         op, build, name = self.layers.op, self.build, f"/model/last/{width}"
         if "last" not in self._shared:
             self._shared["last"] = op(
@@ -206,8 +213,9 @@ class Attention:
     # --- one layer ---------------------------------------------------------------------------------------------------
 
     def __call__(self, hidden: ir.Value, n: int, *, last_only: bool = False) -> ir.Value:
-        """[batch * sequence, hidden] to the same: projections, cache, attention, output projection; or to [batch,
-        hidden] of the last tokens.
+        """Add layer `n`: projections, cache, attention and output projection.
+
+        Maps [batch * sequence, hidden] to the same shape, or with `last_only` to [batch, hidden] of the last tokens.
         """
         c, weight, name = self.config.blocks[n].attention, f"model.layers.{n}.self_attn", f"/model/layers.{n}/attn"
         packed = self.layers.qkv(hidden, c, weight, name) if isinstance(self.layers, OrtLayers) else None
@@ -233,22 +241,29 @@ class Attention:
         return self.layers.linear(flat, f"{weight}.o_proj", f"{name}/o_proj", bias=c.output_bias)
 
     def _grouped(self, projected: list[ir.Value | None], n: int, name: str) -> ir.Value:
-        """com.microsoft.GroupQueryAttention, which rotates, appends to the cache and attends; of q, k and v, or of all
-        three in the first.
+        """Add com.microsoft.GroupQueryAttention, which rotates, appends to the cache and attends.
+
+        `projected` is [q, k, v], or [packed q, k and v, None, None].
         """
         c = self.config.blocks[n].attention
         inputs = [*projected, *self._pasts[n], *self._lengths, *(self._tables or ())]
-        found = self.build.ops(
-            "GroupQueryAttention", inputs, f"{name}/GroupQueryAttention", outputs=3, domain=MICROSOFT,
+        outputs = self.build.ops(
+            "GroupQueryAttention",
+            inputs,
+            f"{name}/GroupQueryAttention",
+            outputs=3,
+            domain=MICROSOFT,
             num_heads=c.heads,
-            kv_num_heads=c.kv_heads, scale=c.scale, do_rotary=int(self._tables is not None),
-        )  # fmt: skip
-        for kind, value in zip(("key", "value"), found[1:], strict=True):
+            kv_num_heads=c.kv_heads,
+            scale=c.scale,
+            do_rotary=int(self._tables is not None),
+        )
+        for kind, value in zip(("key", "value"), outputs[1:], strict=True):
             self._present(value, n, kind)
-        return found[0]
+        return outputs[0]
 
     def _standard(self, q: ir.Value, k: ir.Value, v: ir.Value, n: int, name: str) -> ir.Value:
-        """[batch, sequence, heads, head_dim] of attention over the cache."""
+        """Add attention over the cache in standard operators; returns [batch, sequence, heads, head_dim]."""
         c = self.config.blocks[n].attention
         q = self._rotated(self._heads(q, c.heads, c, f"{name}/{_Q}"), c, f"{name}/{_Q}")
         k = self._rotated(self._heads(k, c.kv_heads, c, f"{name}/{_K}"), c, f"{name}/{_K}")
@@ -265,7 +280,7 @@ class Attention:
         return self.layers.op("Transpose", [context], f"{name}/context", perm=[0, 2, 1, 3])
 
     def shaped(self, value: ir.Value, sizes: tuple[int, ...], name: str) -> ir.Value:
-        """[tokens, ...] as [batch, sequence, *sizes]; the target is shared by all layers."""
+        """[tokens, ...] as [batch, sequence, *sizes]; all layers share the computed target."""
         key = "/model/shape/" + "x".join(map(str, sizes))
         if key not in self._shared:
             self._shared[key] = self.layers.op(
@@ -282,19 +297,19 @@ class Attention:
         attention = self.config.blocks[n].attention
         return self.cache.present(value, n, kind, attention.kv_heads, attention.head_dim, self.layers.dtype, length)
 
-    def _cached(self, new: ir.Value, n: int, which: int, name: str) -> ir.Value:
-        """The cache with the new keys or values in it; it is an output too."""
-        past = self._pasts[n][which]
+    def _cached(self, new: ir.Value, n: int, slot: int, name: str) -> ir.Value:
+        """The cache with the new keys or values (`slot` 0 or 1), which also becomes an output of the graph."""
+        past = self._pasts[n][slot]
         if self.kind == "concat":
             whole = self.cache.concat(past, new, name)
         else:
             whole = self.layers.op(
                 "TensorScatter", [past, new, self.inputs.write_indices], name, axis=-2, mode="linear"
             )
-        return self._present(whole, n, ("key", "value")[which])
+        return self._present(whole, n, ("key", "value")[slot])
 
     def _rotated(self, x: ir.Value, attention: SelfAttention, name: str) -> ir.Value:
-        """Rotary embedding of the first channels of [batch, heads, sequence, head_dim] (halves, not neighbours)."""
+        """Rotary embedding of the first channels of [batch, heads, sequence, head_dim]; pairs are halves."""
         rope = attention.rope
         if rope is None or self._tables is None:
             return x
@@ -303,7 +318,7 @@ class Attention:
             return self.layers.op("RotaryEmbedding", [x, *self._tables, self.positions], name, rotary_embedding_dim=dim)
         return self._rotated_primitive(x, rope.dim, attention.head_dim - rope.dim, name)
 
-    def _rotated_primitive(self, x: ir.Value, dim: int, rest: int, name: str) -> ir.Value:
+    def _rotated_primitive(self, x: ir.Value, dim: int, unrotated: int, name: str) -> ir.Value:
         op, build = self.layers.op, self.build
         if "angles" not in self._shared:
             assert self._tables is not None
@@ -311,8 +326,8 @@ class Attention:
                 rows = op("Gather", [table, self.positions], f"/model/rope/{key}")
                 self._shared[key] = op("Unsqueeze", [rows, build.constant([1], "axis_1")], f"/model/rope/{key}")
         cos, sin = self._shared["angles"], self._shared["sines"]
-        sizes = build.constant([dim // 2, dim // 2, *([rest] if rest else [])], "rope_parts")
-        parts = build.ops("Split", [x, sizes], f"{name}/Split", outputs=3 if rest else 2, axis=-1)
+        sizes = build.constant([dim // 2, dim // 2, *([unrotated] if unrotated else [])], "rope_parts")
+        parts = build.ops("Split", [x, sizes], f"{name}/Split", outputs=3 if unrotated else 2, axis=-1)
         a, b = parts[:2]
         first = op("Sub", [op("Mul", [a, cos], f"{name}/a_cos"), op("Mul", [b, sin], f"{name}/b_sin")], f"{name}/first")
         second = op(
@@ -321,7 +336,7 @@ class Attention:
         return op("Concat", [first, second, *parts[2:]], f"{name}/rotated", axis=-1)
 
     def _primitive(self, q: ir.Value, k: ir.Value, v: ir.Value, c: SelfAttention, name: str) -> ir.Value:
-        """MatMul, mask, Softmax in fp32, MatMul."""
+        """Attention in primitive operators: MatMul, mask, Softmax in fp32, MatMul."""
         op = self.layers.op
         k, v = self._repeated(k, c, f"{name}/key"), self._repeated(v, c, f"{name}/value")
         scaled = op("Mul", [q, self.layers.scalar(c.scale, "attention_scale")], f"{name}/{_Q}/scaled")
@@ -333,12 +348,12 @@ class Attention:
         return op("MatMul", [probabilities, v], f"{name}/pv")
 
     def _repeated(self, x: ir.Value, c: SelfAttention, name: str) -> ir.Value:
-        """Each key/value head once for every query head that shares it."""
+        """Repeat each key/value head for every query head that shares it."""
         build = self.build
         repeat = c.heads // c.kv_heads
         if repeat == 1:
             return x
-        one = self.layers.op("Unsqueeze", [x, build.constant([2], "axis_2")], name)
-        copies = self.layers.op("Expand", [one, build.constant([1, 1, repeat, 1, 1], "repeat")], name)
+        column = self.layers.op("Unsqueeze", [x, build.constant([2], "axis_2")], name)
+        copies = self.layers.op("Expand", [column, build.constant([1, 1, repeat, 1, 1], "repeat")], name)
         target = build.constant([0, c.heads, -1, c.head_dim], "repeated_shape")
         return self.layers.op("Reshape", [copies, target], f"{name}/repeated")

@@ -1,7 +1,7 @@
-"""Beam search, equal token for token to transformers' `_beam_search` (generation/utils.py, 5.x), in numpy.
+"""Beam search in numpy, equal token for token to transformers' `_beam_search` (generation/utils.py, 5.x).
 
-Of each prompt the `num_beams` best unfinished texts are run on; candidates that end are moved to the finished ones, by
-score: sum of log-probabilities over (new tokens to the power of `length_penalty`).
+The `num_beams` best unfinished texts of each prompt are continued. Candidates that end join the finished texts, sorted
+by score: the sum of log-probabilities over (new tokens to the power of `length_penalty`).
 """
 
 from __future__ import annotations
@@ -42,8 +42,13 @@ class _Beams:
         self.all_stop = False
 
     def advance(self, logprobs: Floats) -> tuple[list[int], list[int]]:
-        """Take the log-probabilities [beams, vocabulary] of the next token; the tokens to run, and which beam each
-        continues.
+        """Advance by one token.
+
+        Args:
+            logprobs: log-probabilities of the next token, [beams, vocabulary].
+
+        Returns:
+            The tokens to run, and the beam that each continues, both of length [beams].
         """
         count, vocabulary = logprobs.shape
         total = (logprobs + self.scores[:, None]).ravel()
@@ -66,16 +71,18 @@ class _Beams:
     def _finish(
         self, texts: list[tuple[int, ...]], scores: Floats, stops: np.ndarray, ended: np.ndarray, length: int
     ) -> None:
-        """Move candidates that end into the finished ones, where they are better."""
+        """Put candidates that end among the finished texts, where they are better."""
         full = all(f.real for f in self.finished) and self.options.early_stopping == "yes"
         if full or not self.improvable:
             return
-        made = [
-            _Finished(np.float32(scores[i] / np.float32(length**self.options.length_penalty)), texts[i], True,
-                bool(ended[i]))
-            for i in range(self.options.num_beams) if stops[i]
-        ]  # fmt: skip
-        self.finished = sorted([*self.finished, *made], key=lambda f: -f.score)[: self.options.num_beams]
+        candidates = [
+            _Finished(
+                np.float32(scores[i] / np.float32(length**self.options.length_penalty)), texts[i], True, bool(ended[i])
+            )
+            for i in range(self.options.num_beams)
+            if stops[i]
+        ]
+        self.finished = sorted([*self.finished, *candidates], key=lambda f: -f.score)[: self.options.num_beams]
 
     def _update_improvable(self, length: int) -> None:
         penalty = self.options.length_penalty
@@ -85,16 +92,18 @@ class _Beams:
         self.improvable &= any(best > (worst if f.real else _NEVER) for f in self.finished)
 
     def results(self) -> list[Generated]:
-        kept = self.finished[: self.options.num_return_sequences]
-        return [Generated(list(f.tokens), [], "eos" if f.ended else "length", float(f.score)) for f in kept]
+        """The `num_return_sequences` best finished texts, best first."""
+        best = self.finished[: self.options.num_return_sequences]
+        return [Generated(list(f.tokens), [], "eos" if f.ended else "length", float(f.score)) for f in best]
 
 
 def beam_search(runtime: Runtime, prompts: Prompts, options: GenerationOptions) -> list[list[Generated]]:
-    """For each prompt its best continuations, best first.
+    """The best continuations of each prompt, best first.
 
     Raises:
-        UsageError: stop texts, which beam search does not know.
-        JobError: logits that are not numbers.
+        UsageError: stop texts, which beam search does not support, or prompts of different lengths for a model that
+            cannot pad.
+        JobError: logits that are NaN or infinite.
     """
     if options.stop:
         raise UsageError("beam search takes no stop texts; leave out --stop or --num-beams")
@@ -115,7 +124,7 @@ def _search(
     options: GenerationOptions,
     ends: tuple[int, ...],
 ) -> None:
-    """Run the beams, `rows` of them, until none can improve."""
+    """Run the beams until none can improve; `rows` holds the prompt of each beam."""
     logits, waiting = first_logits(session, rows, pads=pads)
     while any(waiting):
         if not all(waiting):
@@ -123,7 +132,7 @@ def _search(
                 "beam search over prompts of different lengths needs a model with an attention_mask input; run them "
                 "one by one"
             )
-        logits = session.step(np.array([rest.pop(0) for rest in waiting]))
+        logits = session.step(np.array([pending.pop(0) for pending in waiting]))
     for step in range(options.max_new_tokens):
         scores = logits.numpy()
         check_numbers(scores.max(axis=-1), step)
@@ -157,7 +166,7 @@ def _processed(
 
 
 def _advanced(searches: list[_Beams], logprobs: Floats, count: int) -> tuple[Ids, Ids]:
-    """Next token and source row of every row."""
+    """The next token and the source row of every row, both int64 [rows]."""
     ids, order = [], []
     for i, search in enumerate(searches):
         tokens, beams = search.advance(logprobs[i * count : (i + 1) * count])

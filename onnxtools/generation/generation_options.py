@@ -14,8 +14,10 @@ from onnxtools.base.options import option
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """Greedy search unless a temperature, top-k, top-p or beams are given; a temperature of 0 is greedy whatever else
-    is.
+    """Greedy search, unless a temperature, top-k, top-p or beams are given; a temperature of 0 is always greedy.
+
+    Raises:
+        UsageError: a value out of range, or beam search together with sampling.
     """
 
     max_new_tokens: int = option(20, "Tokens to generate at most.")
@@ -54,14 +56,15 @@ class GenerationOptions:
             (-10 <= self.length_penalty <= 10, "length_penalty", "-10 to 10"),
             (all(self.stop), "stop", "texts that are not empty"),
         )  # fmt: skip
-        for holds, name, wanted in rules:
+        for holds, name, allowed in rules:
             if not holds:
-                raise UsageError(f"{name.replace('_', '-')} is {getattr(self, name)}; it takes {wanted}")
+                raise UsageError(f"{name.replace('_', '-')} is {getattr(self, name)}; it takes {allowed}")
         if self.num_beams > 1 and self.samples:
             raise UsageError("beam search takes no temperature, top-k or top-p; give --num-beams or those")
 
     @property
     def samples(self) -> bool:
+        """Whether tokens are sampled instead of taken greedily."""
         return self.temperature != 0 and (
             self.temperature is not None or self.top_k is not None or self.top_p is not None
         )

@@ -1,4 +1,4 @@
-"""The decode loop: one prefill, then a step a token, until every row has ended."""
+"""The decode loop: one prefill, then a step per token, until every row has ended."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Generated:
     """One continuation.
 
     Attributes:
-        token_ids: the new tokens; an end-of-text token is among them.
-        logprobs: log-probability of each under the model, before penalties and filters; empty unless asked for.
-        finish: why it ended.
-        score: of a beam: sum of log-probabilities over length to the power of the penalty.
+        token_ids: the new tokens, with the end-of-text token.
+        logprobs: log-probability of each token under the model, before penalties and filters; empty unless requested.
+        finish: why the text ended.
+        score: score of a beam: sum of log-probabilities over length to the power of the penalty; None without beams.
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -40,24 +40,33 @@ class Generated:
 
 
 def check_prompts(prompts: Prompts, vocab_size: int) -> None:
-    """Raises: UsageError for no prompt or an empty one, JobError for a token that the model does not have."""
+    """Refuse prompts that the model cannot run.
+
+    Raises:
+        UsageError: no prompt, or an empty one.
+        JobError: a token outside the vocabulary.
+    """
     if not prompts:
         raise UsageError("there is no prompt; give --prompt or --prompts-file")
     for row, prompt in enumerate(prompts):
         if not len(prompt):
             raise UsageError(f"prompt {row} is empty; give at least one token of text")
-        if max(prompt) >= vocab_size or min(prompt) < 0:
+        foreign = next((token for token in prompt if not 0 <= token < vocab_size), None)
+        if foreign is not None:
             raise JobError(
-                f"prompt {row} has token {max(prompt)} and the model's vocabulary ends at {vocab_size - 1}; use the "
+                f"prompt {row} has token {foreign} and the model's vocabulary ends at {vocab_size - 1}; use the "
                 "tokenizer of this model"
             )
 
 
 def first_logits(session: Session, prompts: Prompts, *, pads: bool) -> tuple[Logits, list[list[int]]]:
-    """Logits after the part of the prompts that can be run at once, and what of each prompt is still to be fed.
+    """Run the part of the prompts that can be run at once.
 
-    A model without an attention mask (not `pads`) cannot tell padding from text, so rows of different lengths start
-    with their common length and the rest of the longer ones is fed a token a step.
+    A model without an attention mask (not `pads`) cannot tell padding from text. Rows of different lengths then start
+    with the length of the shortest prompt, and the rest of the longer prompts is fed one token per step.
+
+    Returns:
+        The logits after that part, [rows, vocabulary], and the tokens of each prompt that are still to be fed.
     """
     every, shortest = range(len(prompts)), min(map(len, prompts))
     if pads or shortest == max(map(len, prompts)):
@@ -68,7 +77,11 @@ def first_logits(session: Session, prompts: Prompts, *, pads: bool) -> tuple[Log
 
 
 def check_numbers(best: np.ndarray, step: int) -> None:
-    """Raises: JobError naming the step and row whose best logit, of [rows], is NaN or infinite."""
+    """Refuse logits that are no numbers; `best` is the largest logit of each row, [rows].
+
+    Raises:
+        JobError: names the step and the first row whose best logit is NaN or infinite.
+    """
     if not np.isfinite(best).all():
         row = int((~np.isfinite(best)).argmax())
         raise JobError(
@@ -78,7 +91,7 @@ def check_numbers(best: np.ndarray, step: int) -> None:
 
 
 class Loop:
-    """Greedy search or sampling of one batch."""
+    """Greedy search or sampling of one batch; the arguments are those of `generate`."""
 
     def __init__(
         self,
@@ -95,12 +108,17 @@ class Loop:
         self.ends = () if options.ignore_eos else runtime.info.eos_token_ids
         self.generator = np.random.default_rng(options.seed)
         self.logprobs = logprobs
-        # The device's own argmax is enough when nothing changes the logits.
+        # The argmax of the device is enough if nothing changes the logits.
         self.plain = not (options.samples or logprobs or options.repetition_penalty != 1 or options.min_new_tokens)
         self.found = [Generated() for _ in prompts]
         self.open = np.ones(len(prompts), bool)
 
     def run(self) -> list[Generated]:
+        """Run until every row has ended; returns the continuation of each row.
+
+        Raises:
+            JobError: logits that are NaN or infinite.
+        """
         logits, waiting = first_logits(self.session, self.prompts, pads=self.pads)
         longest = max(map(len, waiting))
         for step in range(self.options.max_new_tokens + longest):
@@ -118,23 +136,24 @@ class Loop:
         return self.found
 
     def _greedy(self, ids: Ids) -> list[Generated]:
-        """The rest of a greedy search, several steps at once where the runtime can; a row's tokens after its end are
-        dropped.
+        """The rest of a greedy search, several steps at once if the runtime supports it.
+
+        Tokens of a row after its end are dropped.
         """
-        done = 1
-        most = _AHEAD if self.ends else self.options.max_new_tokens
+        step = 1
+        chunk = _AHEAD if self.ends else self.options.max_new_tokens
         while self.open.any():
-            tokens, best = greedy_steps(self.session, ids, min(most, self.options.max_new_tokens - done))
+            tokens, best = greedy_steps(self.session, ids, min(chunk, self.options.max_new_tokens - step))
             for column in range(tokens.shape[1]):
-                check_numbers(np.where(self.open, best[:, column], 0), done)
+                check_numbers(np.where(self.open, best[:, column], 0), step)
                 for row in np.flatnonzero(self.open):
                     self._append(int(row), int(tokens[row, column]), None)
-                done += 1
+                step += 1
             ids = tokens[:, -1]
         return self.found
 
     def _choose(self, logits: Logits, step: int) -> tuple[Ids, np.ndarray | None]:
-        """Next token of each row, and its log-probability where wanted."""
+        """The next token of each row, int64 [rows], and its log-probability, or None if it is not requested."""
         if self.plain:
             ids, best = logits.argmax()
             check_numbers(best, step)
@@ -152,16 +171,16 @@ class Loop:
         return ids, log_softmax(scores)[np.arange(len(ids)), ids] if self.logprobs else None
 
     def _append(self, row: int, token: int, logprobs: np.ndarray | None) -> None:
-        found = self.found[row]
-        found.token_ids.append(token)
+        generated = self.found[row]
+        generated.token_ids.append(token)
         if logprobs is not None:
-            found.logprobs.append(float(logprobs[row]))
+            generated.logprobs.append(float(logprobs[row]))
         stopped = self.on_token is not None and self.on_token(row, token)
         if token in self.ends:
-            found.finish = "eos"
+            generated.finish = "eos"
         elif stopped:
-            found.finish = "stop"
-        elif len(found.token_ids) < self.options.max_new_tokens:
+            generated.finish = "stop"
+        elif len(generated.token_ids) < self.options.max_new_tokens:
             return
         self.open[row] = False
 

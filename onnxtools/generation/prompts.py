@@ -1,4 +1,4 @@
-"""`run`: prompts in, texts out, with what the NeMo demo printed of each."""
+"""`run`: continues text prompts, and reports what the NeMo demo printed of each text."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ class Text:
     Attributes:
         sentence: prompt and new text.
         text: the new text alone, cut at a stop text.
-        tokens, token_ids: of the whole sentence.
+        tokens: text of each token of the sentence.
         logprob: log-probability of each new token.
+        token_ids: id of each token of the sentence.
         offsets: where each token begins in the sentence, in characters.
-        score: of a beam.
+        finish: why the text ended, as in `Generated`.
+        score: score of a beam; None without beams.
     """
 
     sentence: str
@@ -52,6 +54,13 @@ def continue_texts(
     Args:
         show: called with a prompt's index and each new piece of its text.
         logprobs: fill `Text.logprob`.
+
+    Returns:
+        The continuations of each prompt, as `generate` orders them.
+
+    Raises:
+        UsageError: no prompt, or one without tokens.
+        JobError: as in `generate`.
     """
     size = batch_size or max(len(prompts), 1)
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
@@ -61,7 +70,7 @@ def continue_texts(
             f"prompt {empty} ({prompts[empty][:40]!r}) has no tokens in {tokenizer.path}; give other text, or the "
             "model's own tokenizer"
         )
-    found: list[list[Text]] = []
+    texts: list[list[Text]] = []
     for start in range(0, max(len(prompts), 1), size):
         batch = encoded[start : start + size]
         watched = options.stop or show is not None
@@ -71,26 +80,31 @@ def continue_texts(
                 show(start + row, piece)
 
         streams = Streams(tokenizer, batch, options.stop, say) if watched and options.num_beams == 1 else None
-        made = generate(runtime, batch, options, on_token=streams, logprobs=logprobs)
+        generated = generate(runtime, batch, options, on_token=streams, logprobs=logprobs)
         if streams is not None:
             streams.flush()
-        for prompt, ids, beams in zip(prompts[start : start + size], batch, made, strict=True):
-            found.append([_text(tokenizer, prompt, ids, beam, options) for beam in beams])
-    return found
+        for prompt, ids, beams in zip(prompts[start : start + size], batch, generated, strict=True):
+            texts.append([_text(tokenizer, prompt, ids, beam, options) for beam in beams])
+    return texts
 
 
-def _text(tokenizer: Tokenizer, prompt: str, ids: list[int], found: Generated, options: GenerationOptions) -> Text:
-    whole = [*ids, *found.token_ids]
-    text, _ = cut_at(tokenizer.continuation(ids, found.token_ids), options.stop)
+def _text(tokenizer: Tokenizer, prompt: str, ids: list[int], generated: Generated, options: GenerationOptions) -> Text:
+    whole = [*ids, *generated.token_ids]
+    text, _ = cut_at(tokenizer.continuation(ids, generated.token_ids), options.stop)
     return Text(
-        prompt + text, text, [tokenizer.token(token) for token in whole], [round(value, 6) for value in found.logprobs],
+        prompt + text,
+        text,
+        [tokenizer.token(token) for token in whole],
+        [round(value, 6) for value in generated.logprobs],
         whole,
-        tokenizer.offsets(whole), found.finish, found.score,
-    )  # fmt: skip
+        tokenizer.offsets(whole),
+        generated.finish,
+        generated.score,
+    )
 
 
 def as_demo(texts: Sequence[Text]) -> dict[str, Any]:
-    """The demo's mapping of lists, an entry a sentence."""
+    """The NeMo demo's result: a mapping of lists with one entry per sentence."""
     rows = [asdict(text) for text in texts]
     names = {
         "sentences": "sentence",

@@ -175,7 +175,7 @@ class Runtime(Protocol):
         """An empty session for `slots` sequences of at most `length` tokens. One session is open at a time.
 
         Raises:
-            JobError: `length` exceeds the model's positions or cache, or the model does not take `slots` rows.
+            JobError: the model does not take `slots` rows.
         """
         ...
 

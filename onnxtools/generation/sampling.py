@@ -14,32 +14,35 @@ from onnxtools.generation.runtime import Floats, Ids
 
 
 def log_softmax(logits: Floats) -> Floats:
-    """Over the last axis, in the type of `logits`."""
+    """Logarithm of the softmax over the last axis, in the type of `logits`."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))  # type: ignore[no-any-return]
 
 
 def penalized(logits: Floats, texts: Sequence[Sequence[int]], penalty: float) -> Floats:
-    """`logits` [rows, vocabulary] with tokens of each row's text made less likely."""
+    """`logits` [rows, vocabulary] with the tokens of each row's text made less likely.
+
+    Positive logits are divided by `penalty`, negative ones multiplied (arXiv 1909.05858, section 4.1).
+    """
     if penalty == 1:
         return logits
     logits = logits.copy()
     for row, text in enumerate(texts):
-        seen = np.unique(np.asarray(text, np.int64))
-        chosen = logits[row, seen]
-        logits[row, seen] = np.where(chosen < 0, chosen * penalty, chosen / penalty)
+        tokens = np.unique(np.asarray(text, np.int64))
+        scores = logits[row, tokens]
+        logits[row, tokens] = np.where(scores < 0, scores * penalty, scores / penalty)
     return logits
 
 
 def forbidden(logits: Floats, tokens: Sequence[int]) -> Floats:
-    """`logits` with `tokens` at minus infinity."""
+    """`logits` [rows, vocabulary] with `tokens` at minus infinity."""
     logits = logits.copy()
     logits[:, list(tokens)] = -np.inf
     return logits
 
 
 def filtered(logits: Floats, options: GenerationOptions) -> Floats:
-    """Temperature, then minus infinity where top-k or top-p rule a token out."""
+    """`logits` [rows, vocabulary] over the temperature, with tokens outside top-k or top-p at minus infinity."""
     if options.temperature is not None:
         logits = logits / np.float32(options.temperature)
     if options.top_k is not None and options.top_k < logits.shape[-1]:
@@ -57,8 +60,8 @@ def filtered(logits: Floats, options: GenerationOptions) -> Floats:
 
 
 def draw(logits: Floats, generator: np.random.Generator) -> Ids:
-    """One token of each row by its probability."""
+    """Draw one token of each row by its probability under `logits` [rows, vocabulary]; int64 [rows]."""
     probabilities = np.exp(log_softmax(logits.astype(np.float64)))
     edges = probabilities.cumsum(axis=-1)
-    places = generator.random((len(logits), 1)) * edges[:, -1:]
-    return (edges <= places).sum(axis=-1)  # type: ignore[no-any-return]
+    points = generator.random((len(logits), 1)) * edges[:, -1:]
+    return (edges <= points).sum(axis=-1)  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""`Model`: an ONNX graph in memory, its weights left where they lie."""
+"""`Model`: an ONNX graph in memory. Its weights stay in their files."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ MAX_IR_VERSION = 13
 """ONNX Runtime 1.31 loads IR <= 13; onnx 1.23 would write 14."""
 _LOG = logging.getLogger("onnxtools")
 _MAX_PROTO_BYTES = 1 << 31
-"""No protobuf is larger."""
+"""Largest size of a protobuf message."""
 
 
 @dataclass
 class Model:
-    """A graph and where it came from.
+    """A graph and its origin.
 
     Attributes:
-        ir: the onnx_ir model; passes change it in place.
-        path: the file it was read from, or None for a model made in memory.
-        sha256: of the graph file as it was read (external weights are not hashed: that would read them).
-        notes: what loading had to mend, one line each.
+        ir: the onnx_ir model. Passes change it in place.
+        path: the file that it was read from, or None for a model built in memory.
+        sha256: hexadecimal hash of the graph file as read. External weights are not hashed, since that would read them.
+        notes: one line for each repair at loading, and for each note of a pass.
     """
 
     ir: ir.Model
@@ -47,10 +47,11 @@ class Model:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Model:
-        """Read the graph of `path`; no weight is read.
+        """Reads the graph file `path`. No weight in a data file is read.
 
         Raises:
-            ModelError: not ONNX, truncated, ill-formed, or a data file is missing, short or outside the folder.
+            ModelError: the file is not ONNX, is truncated or ill-formed, or a data file is missing, too short or
+                outside the model's folder.
         """
         path = Path(path)
         _LOG.info("reading %s", path)
@@ -71,8 +72,9 @@ class Model:
         return loaded
 
     def _follow_hub_links(self) -> None:
-        """Let weights behind the links of a Hugging Face cache refer to the files that these lead to: onnx_ir follows
-        none that leave the folder.
+        """Let weights behind the links of a Hugging Face cache refer to the links' targets.
+
+        onnx_ir follows no link that leaves the folder.
         """
         for value, tensor in self.weights():
             if isinstance(tensor, ir.ExternalTensor):
@@ -81,21 +83,24 @@ class Model:
             attributes[name] = ir.AttrTensor(name, _real(tensor))
 
     def lift_constants(self) -> None:
-        """Constant nodes that hold a weight become initializers, in subgraphs too, so that all weights are in one
-        place.
+        """Turn Constant nodes that hold a weight into initializers, in subgraphs too.
 
-        A weight is a tensor in a data file, or one of two or more elements in floating point, or above 1 KiB; scalars
-        stay.
+        All weights are then initializers. A weight is a tensor in a data file, a floating-point tensor of two or more
+        elements, or a tensor of more than 1 KiB. Scalars and texts stay. So does a constant that is a graph output.
         """
         for graph in self.ir.graphs():
             for node in list(graph):
-                held = (
+                attribute = (
                     node.attributes.get("value")
                     if node.op_type == "Constant" and node.domain in ("", "ai.onnx")
                     else None
                 )
-                if held is not None and held.type == ir.AttributeType.TENSOR and _is_weight(held.as_tensor()):
-                    self._lift(graph, node, held.as_tensor())
+                if (
+                    attribute is not None
+                    and attribute.type == ir.AttributeType.TENSOR
+                    and _is_weight(attribute.as_tensor())
+                ):
+                    self._lift(graph, node, attribute.as_tensor())
 
     def _lift(self, graph: onnx_ir.Graph, node: onnx_ir.Node, tensor: onnx_ir.TensorProtocol) -> None:
         old = node.outputs[0]
@@ -111,8 +116,9 @@ class Model:
         graph.remove(node)
 
     def _drop_initializer_inputs(self) -> None:
-        """Initializers that IR < 4 forced to be inputs too become constants; in a newer model they are meant to be
-        overridden.
+        """Turn initializers that are graph inputs too into constants, if the IR version is below 4.
+
+        IR < 4 forced every initializer to be an input. In a newer model, callers may override such an initializer.
         """
         both = [value for value in self.ir.graph.inputs if value.name in self.ir.graph.initializers]
         if both and (self.ir.ir_version or 0) >= 4:
@@ -121,8 +127,9 @@ class Model:
                 "so they are left alone"
             )
         elif both:
-            for value in both:
-                self.ir.graph.inputs.remove(value)
+            from onnx_ir.passes.common import RemoveInitializersFromInputsPass
+
+            RemoveInitializersFromInputsPass()(self.ir)
             self.notes.append(
                 f"{len(both)} initializers were listed as graph inputs (IR {self.ir.ir_version}); they are constants "
                 "now"
@@ -139,6 +146,7 @@ class Model:
 
     @property
     def graph(self) -> onnx_ir.Graph:
+        """The main graph."""
         return self.ir.graph
 
     @property
@@ -147,11 +155,11 @@ class Model:
         return int(self.ir.opset_imports.get("", 1))
 
     def weights(self) -> Iterator[tuple[onnx_ir.Value, onnx_ir.TensorProtocol]]:
-        """(value, tensor) of every initializer, subgraphs included."""
+        """Yields (value, tensor) of every initializer, those of subgraphs included."""
         return external.weights(self.ir)
 
     def nodes_everywhere(self) -> Iterator[onnx_ir.Node]:
-        """Every node, those of subgraphs and functions included."""
+        """Yields every node, those of subgraphs and functions included."""
         return external.nodes(self.ir)
 
     def external_attributes(self) -> Iterator[ExternalAttribute]:
@@ -159,14 +167,15 @@ class Model:
         return external.external_attributes(self.ir)
 
     def external_tensors(self) -> Iterator[onnx_ir.ExternalTensor]:
-        """Whatever lies in data files: initializers, and attributes of nodes."""
+        """Yields every tensor in a data file: initializers and attributes."""
         return external.external_tensors(self.ir)
 
     def weight_bytes(self) -> int:
+        """Returns the bytes of all initializers."""
         return sum(tensor.nbytes for _, tensor in self.weights())
 
     def proto(self) -> onnx.ModelProto:
-        """The graph as ONNX's own message, weights in memory evaluated.
+        """Returns the graph as ONNX's own message. Weights in memory are evaluated, external ones stay references.
 
         Raises:
             OnnxtoolsError: a weight cannot be computed.
@@ -222,7 +231,7 @@ def _read_proto(path: Path) -> tuple[onnx.ModelProto, str]:
 
 
 def _cycle_node(graph: ir.Graph) -> str:
-    """Name of a node that waits for itself (Kahn's algorithm leaves exactly the nodes on or after a cycle)."""
+    """Returns the name of a node on or behind a cycle: Kahn's algorithm leaves exactly these nodes."""
     waiting = {
         node: {i.producer() for i in node.inputs if i is not None and i.producer() is not None} for node in graph
     }
@@ -239,7 +248,7 @@ def _cycle_node(graph: ir.Graph) -> str:
 
 
 def _real(tensor: ir.ExternalTensor) -> ir.ExternalTensor:
-    """The tensor itself, or one that refers to the file behind a link that `check_external` let pass."""
+    """Returns `tensor`, or one that refers to the target of a link that `check_external` accepted."""
     file = external_path(tensor)
     if not file.is_symlink():
         return tensor
@@ -256,17 +265,20 @@ def _real(tensor: ir.ExternalTensor) -> ir.ExternalTensor:
 
 
 def load(path: str | os.PathLike[str]) -> Model:
-    """`Model.load`: read the graph of `path`; no weight is read.
+    """Reads the graph file `path` (`Model.load`). No weight in a data file is read.
 
     Raises:
-        ModelError: not ONNX, truncated, ill-formed, or a data file is missing, short or outside the folder.
+        ModelError: the file is not ONNX, is truncated or ill-formed, or a data file is missing, too short or outside
+            the model's folder.
     """
     return Model.load(path)
 
 
 def file_stamps(path: Path) -> list[list[str | int]]:
-    """Name, size and time of change of a model's files (hashing them would read them): of a graph and its data, or of
-    all in a folder.
+    """Returns [name, size in bytes, modification time in ns] of each file of a model. Hashing would read the files.
+
+    Args:
+        path: a graph (its data files are included), a folder (all its files), or another file.
     """
     files = [path]
     if path.suffix == ".onnx":

@@ -17,7 +17,7 @@ from onnxtools.ir.query import attribute, is_op
 from onnxtools.pipeline.passbase import Pass, PassResult
 
 LOWEST = -10000.0
-"""Added to hidden keys; exp(-1e4) is 0 in every floating type, and fp16 holds it."""
+"""Value added to the scores of hidden keys; exp(-1e4) is 0 in every floating type, and fp16 can hold -1e4."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,11 @@ class DecomposeAttention(Pass):
 
 def _decompose(node: ir.Node, facts: Facts, build: Builder) -> None:
     extra = [i for i, v in enumerate(node.inputs) if v is not None and i >= 4]
-    used = [o for o in node.outputs[1:] if o.uses() or o.is_graph_output()]
-    if extra or used or attribute(node, "softcap", 0.0):
-        what = f"input {extra[0]}" if extra else "a second output" if used else "softcap"
+    used_outputs = [o for o in node.outputs[1:] if o.uses() or o.is_graph_output()]
+    if extra or used_outputs or attribute(node, "softcap", 0.0):
+        feature = f"input {extra[0]}" if extra else "a second output" if used_outputs else "softcap"
         raise JobError(
-            f"node {node.name!r} (Attention) uses {what}, which add-kv-cache cannot rewrite; export full-sequence "
+            f"node {node.name!r} (Attention) uses {feature}, which add-kv-cache cannot rewrite; export full-sequence "
             "attention without a cache"
         )
     query, key, value = (_heads(node, i, facts, build) for i in range(3))
@@ -87,7 +87,7 @@ def _decompose(node: ir.Node, facts: Facts, build: Builder) -> None:
 
 
 def _heads(node: ir.Node, index: int, facts: Facts, build: Builder) -> ir.Value:
-    """Input `index` as [batch, heads, sequence, channels]."""
+    """Input `index` (0 query, 1 key, 2 value) as [batch, heads, sequence, channels]."""
     value = node.inputs[index]
     shape = facts[value].shape
     assert value is not None
@@ -112,7 +112,7 @@ def _repeat(value: ir.Value, repeat: int, facts: Facts, build: Builder, name: st
 
 
 def _causal(node: ir.Node, query: ir.Value, key: ir.Value, dtype: ir.DataType, build: Builder) -> ir.Value:
-    """Additive mask [query length, key length] that hides keys later than the query."""
+    """The additive mask [query length, key length], in `dtype`, that hides keys later than the query."""
     name = f"{node.name}/mask"
     rows, columns = (_count(value, f"{name}/{part}", build) for value, part in ((query, "queries"), (key, "keys")))
     column = build.op("Unsqueeze", [rows, build.constant([1], "axes_1")], f"{name}/Column")
@@ -122,7 +122,7 @@ def _causal(node: ir.Node, query: ir.Value, key: ir.Value, dtype: ir.DataType, b
 
 
 def _count(value: ir.Value, name: str, build: Builder) -> ir.Value:
-    """0, 1, ... along the sequence of [batch, heads, sequence, channels]."""
+    """int64 [sequence]: 0, 1, ... along the sequence axis of `value` [batch, heads, sequence, channels]."""
     length = build.op("Shape", [value], f"{name}/Shape", start=2, end=3)
     length = build.op("Squeeze", [length, build.constant([0], "axes_0")], f"{name}/Length")
     zero, one = (build.constant(np.array(n, dtype=np.int64), f"int_{n}") for n in (0, 1))
@@ -130,7 +130,7 @@ def _count(value: ir.Value, name: str, build: Builder) -> ir.Value:
 
 
 def _masked(scores: ir.Value, mask: ir.Value, facts: Facts, dtype: ir.DataType, build: Builder, name: str) -> ir.Value:
-    """`attn_mask`: booleans say which keys take part, numbers are added."""
+    """Applies `attn_mask`: a boolean mask says which keys take part, a numeric mask is added."""
     if facts[mask].dtype != ir.DataType.BOOL:
         return build.op("Add", [scores, mask], f"{name}/Mask")
     fill = build.constant(np.array(LOWEST, dtype=dtype.numpy()), "mask", dtype)

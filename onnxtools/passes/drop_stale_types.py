@@ -16,8 +16,8 @@ from onnxtools.pipeline.passbase import Pass, PassResult
 class DropStaleTypes(Pass):
     """Exporters record some values wrongly, and a checker or runtime that believes them refuses the graph.
 
-    TransformerEngine records the rank-0 scale of current scaling as [1], and FP8 data as uint8. What is dropped is
-    inferred again by whoever needs it; graph inputs and outputs stay as declared.
+    TransformerEngine records the rank-0 scale of current scaling as [1], and FP8 data as uint8. Later passes infer the
+    dropped types and shapes again; graph inputs and outputs stay as declared.
     """
 
     name = "drop-stale-types"

@@ -26,10 +26,10 @@ class FoldConstants(Pass):
     Rules:
       - a node output becomes an initializer when its elements are the same for all values of the symbolic dimensions;
       - results above `max_elements` stay: folding must never make a file grow;
-      - what Range, Expand and their kind make stays a node for the same reason;
+      - outputs of Range, Expand and similar operators stay nodes for the same reason;
       - Constant nodes become initializers, equal ones are shared;
       - adding an all-zero tensor, multiplying by one (exporters leave `baddbmm(beta=0)` that way), and slicing,
-        expanding or reshaping to the shape that is there already, go.
+        expanding or reshaping to the shape that the tensor already has, are removed.
     """
 
     name = "fold-constants"
@@ -90,7 +90,7 @@ def _become(value: ir.Value, tensor: ir.TensorProtocol, builder: Builder) -> Non
 
 
 def _remove_neutral(node: ir.Node, views: list[Facts], model: Model) -> int:
-    """`x + 0`, `x * 1`, and slices, expansions and reshapes to the shape that x has."""
+    """Remove `x + 0`, `x * 1`, or a Slice, Expand or Reshape to the shape of x; returns the number of nodes removed."""
     if node.domain == "" and node.op_type in ("Slice", "Expand", "Reshape") and not node.outputs[0].is_graph_output():
         return _remove_same_shape(node, views, model)
     if node.domain != "" or node.op_type not in ("Add", "Mul") or node.outputs[0].is_graph_output():

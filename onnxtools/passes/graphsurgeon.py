@@ -37,7 +37,7 @@ class GraphSurgeonPass(Pass):
     runs_code = True
     example = "onnxtools graphsurgeon model.onnx out.onnx --function my_package.surgery:fix_names"
 
-    function: str | GraphFunction = option("", "The function, as package.module:name.")  # noqa: RUF009
+    function: str | GraphFunction = option("", "The function, as package.module:name.")
 
     def options(self) -> dict[str, Any]:
         function = self.function
@@ -73,8 +73,9 @@ def _is_lazy(tensor: Any) -> bool:
 
 
 def _load_from_model(graph: Any, tensors: Mapping[str | None, ir.TensorProtocol]) -> None:
-    """Let lazy weights load from where the model knows them: GraphSurgeon looks for data files in the working
-    directory.
+    """Let lazy weights load from the model's own tensors.
+
+    GraphSurgeon would look for the data files in the working directory.
     """
     for inner in (graph, *graph.subgraphs(recursive=True)):
         for tensor in inner.tensors().values():
@@ -89,7 +90,7 @@ def _elements(tensor: ir.TensorProtocol) -> np.ndarray[Any, Any]:
 def _adopt(model: Model, exported: onnx.ModelProto, untouched: dict[str, ir.TensorProtocol]) -> None:
     """Make `exported` the model, with its untouched weights and with the metadata that GraphSurgeon lost."""
     for initializer in exported.graph.initializer:
-        if initializer.name in untouched:  # the bytes stay where they are; only the reference is exchanged below
+        if initializer.name in untouched:  # the bytes stay in their file; the loop below restores the reference
             initializer.CopyFrom(
                 onnx.TensorProto(
                     name=initializer.name, data_type=initializer.data_type, dims=initializer.dims, raw_data=b""

@@ -11,7 +11,7 @@ from onnxtools.pipeline.passbase import Pass, PassResult
 
 @dataclass(frozen=True)
 class InlineFunctions(Pass):
-    """Every other pass looks at nodes, so functions go first; onnx_ir's inliner does the work."""
+    """Every other pass looks at nodes, so functions are inlined first; onnx_ir's inliner does the work."""
 
     name = "inline-functions"
     example = "onnxtools inline-functions model.onnx flat.onnx"
@@ -24,7 +24,7 @@ class InlineFunctions(Pass):
 
         try:
             InlinePass()(model.ir)
-        except ValueError as error:  # functions of another opset, or that call themselves
+        except ValueError as error:  # functions of another opset, or recursive functions
             raise JobError(
                 f"{model.path}: its functions cannot be inlined ({' '.join(str(error).split())[:200]}); export the "
                 "model at one opset"

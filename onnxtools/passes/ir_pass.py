@@ -19,10 +19,10 @@ class IrPass(Pass):
     """Apply an `onnx_ir.passes.PassBase` to the model.
 
     Rules:
-      - `transform` is an instance, or in a recipe and on the command line a class without arguments or an instance, as
-        package.module:name;
-      - its preconditions and postconditions are checked; the model is the one that it returns;
-      - a rule of onnxscript: IrPass(onnxscript.rewriter.RewritePass([rule])).
+      - `transform` is an instance; in a recipe and on the command line it is package.module:name, the name of a class
+        without arguments or of an instance;
+      - the preconditions and postconditions of `transform` are checked; the model that it returns is kept;
+      - a rewrite rule of onnxscript is run as IrPass(onnxscript.rewriter.RewritePass([rule])).
     """
 
     name = "ir-pass"
@@ -30,7 +30,7 @@ class IrPass(Pass):
     runs_code = True
     example = "onnxtools ir-pass model.onnx out.onnx --transform onnx_ir.passes.common:IdentityEliminationPass"
 
-    transform: str | ir.passes.PassBase = option("", "The pass, as package.module:name.")  # noqa: RUF009
+    transform: str | ir.passes.PassBase = option("", "The pass, as package.module:name.")
 
     def options(self) -> dict[str, Any]:
         kind = type(self.transform)
@@ -41,21 +41,25 @@ class IrPass(Pass):
     def apply(self, model: Model) -> PassResult:
         transform, before = self._pass(), len(model.graph)
         try:
-            found = transform(model.ir)
+            result = transform(model.ir)
         except (ir.passes.InvariantError, ir.passes.PassError) as error:
             raise JobError(
                 f"ir-pass: {self.options()['transform']} refuses the model ({one_line(error.__cause__ or error)}); see "
                 "its documentation"
             ) from error
-        model.ir = found.model
+        model.ir = result.model
         note = f"{self.options()['transform']}: {before} -> {len(model.graph)} nodes"
-        return PassResult(found.modified, int(found.modified), [note if found.modified else f"{note}, nothing matched"])
+        return PassResult(
+            result.modified, int(result.modified), [note if result.modified else f"{note}, nothing matched"]
+        )
 
     def _pass(self) -> ir.passes.PassBase:
-        found = load_object("ir-pass: transform", self.transform) if isinstance(self.transform, str) else self.transform
-        made = found() if isinstance(found, type) else found
-        if not isinstance(made, ir.passes.PassBase):
+        candidate = (
+            load_object("ir-pass: transform", self.transform) if isinstance(self.transform, str) else self.transform
+        )
+        transform = candidate() if isinstance(candidate, type) else candidate
+        if not isinstance(transform, ir.passes.PassBase):
             raise UsageError(
                 f"ir-pass: {self.transform!r} is no onnx_ir.passes.PassBase; name a class or an instance of one"
             )
-        return made
+        return transform

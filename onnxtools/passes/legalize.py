@@ -1,4 +1,4 @@
-"""Rewrite what exporters leave and TensorRT's parser refuses into operators that every consumer takes."""
+"""Rewrite operators that exporters leave and TensorRT's parser refuses into operators that every consumer takes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Legalize(Pass):
     Rules:
       - SplitToSequence + SequenceAt (torch.split, torch.chunk) becomes Split; any other use of the sequence is an
         error;
-      - CastLike becomes Cast; a Cast to the type that the value has goes, as do Identity and inference-mode Dropout;
+      - CastLike becomes Cast; a Cast to the same type is removed, as are Identity and inference-mode Dropout;
       - reshaping a scalar to one element becomes Unsqueeze, which shape inference follows;
       - `transA`, `transB`, axes and other attributes keep their meaning.
     """
@@ -38,12 +38,12 @@ class Legalize(Pass):
             rule = _RULES.get(node.op_type) if node.domain in ("", "ai.onnx") else None
             if rule is not None:
                 builder.before = node
-                done = rule(node, facts, builder)
-                if done:
-                    counts[done] = counts.get(done, 0) + 1
+                rewrite = rule(node, facts, builder)
+                if rewrite:
+                    counts[rewrite] = counts.get(rewrite, 0) + 1
         remove_unused(model)
         matches = sum(counts.values())
-        notes = [", ".join(f"{count} {what}" for what, count in counts.items())] if counts else ["nothing to rewrite"]
+        notes = [", ".join(f"{count} {kind}" for kind, count in counts.items())] if counts else ["nothing to rewrite"]
         return PassResult(bool(matches), matches, notes)
 
     def ensures(self, model: Model) -> None:
@@ -132,17 +132,18 @@ def _split_to_sequence(node: ir.Node, facts: Facts, builder: Builder) -> str:
 
 
 def _pieces(node: ir.Node, sizes: list[int], axis: int, facts: Facts, builder: Builder) -> Sequence[ir.Value]:
-    """The pieces as values: of one Split where the sizes are constant, else of a Slice each, from sizes known at run
-    time.
+    """The pieces as values: outputs of one Split where the sizes are constant, else one Slice per piece.
+
+    The bounds of the Slices are computed at run time.
     """
-    data, given = node.inputs[0], node.inputs[1] if len(node.inputs) > 1 else None
+    data, split = node.inputs[0], node.inputs[1] if len(node.inputs) > 1 else None
     name = node.name or "Split"
-    vector = given is not None and (known := facts[given].value) is not None and known.ndim == 1
-    if is_constant_expression(given) and (vector or _static_axis(data, axis)):
+    vector = split is not None and (split_sizes := facts[split].value) is not None and split_sizes.ndim == 1
+    if is_constant_expression(split) and (vector or _static_axis(data, axis)):
         return builder.ops(
             "Split", [data, builder.constant(sizes, f"{name}/split")], name, outputs=len(sizes), axis=axis
         )
-    if not vector or given is None:
+    if not vector or split is None:
         raise JobError(
             f"node {node.name!r} (SplitToSequence) cuts an axis of dynamic size into equal parts; export with constant "
             "sizes"
@@ -151,7 +152,7 @@ def _pieces(node: ir.Node, sizes: list[int], axis: int, facts: Facts, builder: B
     pieces = []
     for index in range(len(sizes)):
         bounds = [builder.constant([i], "piece") for i in (index, index + 1)]
-        size = builder.op("Slice", [given, *bounds, builder.constant([0], "axes_0")], f"{name}/size_{index}")
+        size = builder.op("Slice", [split, *bounds, builder.constant([0], "axes_0")], f"{name}/size_{index}")
         end = builder.op("Add", [start, size], f"{name}/end_{index}")
         pieces.append(
             builder.op("Slice", [data, start, end, builder.constant([axis], "axis")], f"{name}/piece_{index}")
@@ -161,8 +162,9 @@ def _pieces(node: ir.Node, sizes: list[int], axis: int, facts: Facts, builder: B
 
 
 def _static_axis(data: ir.Value | None, axis: int) -> bool:
-    """Whether the file records a fixed size for this axis; unrecorded ones are taken from the constants that made
-    them.
+    """Whether the file records a fixed size for this axis; True also where it records no shape.
+
+    An unrecorded shape follows from the constants that the sizes are computed from.
     """
     if data is None or data.shape is None or axis >= len(data.shape):
         return True

@@ -1,6 +1,4 @@
-"""INT4 weights behind DequantizeLinear to com.microsoft.MatMulNBits, FP8 products to GemmFloat8: what ONNX Runtime has
-kernels for.
-"""
+"""Rewrite INT4 products to com.microsoft.MatMulNBits and FP8 products to GemmFloat8, for ONNX Runtime's kernels."""
 
 from __future__ import annotations
 
@@ -28,7 +26,7 @@ _BLOCKS = (16, 32, 64, 128, 256)
 
 @dataclass(frozen=True)
 class LowerOrt(Pass):
-    """Rewrite products with block-quantized INT4 weights as MatMulNBits, and with --fp8 those of FP8 as GemmFloat8.
+    """Rewrite products with block-quantized INT4 weights as MatMulNBits, and with --fp8 FP8 products as GemmFloat8.
 
     Rules:
       - MatMul or Gemm whose weight is an INT4 initializer behind DequantizeLinear with blocks along K;
@@ -37,8 +35,8 @@ class LowerOrt(Pass):
       - --fp8: a Gemm of an activation and a weight [N, K] behind FP8 Q/DQ with one scale each, K and N multiples of 16;
       - the result is for ONNX Runtime; build engines from the file in standard operators.
 
-    GemmFloat8 is for CUDA and many tokens at once, to score or to prefill (H200, 4096 x 16384: 2048 tokens 313 us, fp16
-    446, plain Q/DQ 558); of a few tokens it is slower (16 tokens 117 us, fp16 37), so a decoder keeps its Q/DQ.
+    GemmFloat8 is for CUDA and many tokens at once, as in scoring and prefill (H200, 4096 x 16384: 2048 tokens 313 us,
+    fp16 446, plain Q/DQ 558). With few tokens it is slower (16 tokens 117 us, fp16 37), so a decoder keeps its Q/DQ.
     """
 
     name = "lower-ort"
@@ -48,27 +46,27 @@ class LowerOrt(Pass):
     fp8: bool = option(False, "FP8 products too, as GemmFloat8: for CUDA, and many tokens at once.")
 
     def apply(self, model: Model) -> PassResult:
-        build, made = Builder(model), Counter[str]()
+        build, counts = Builder(model), Counter[str]()
         for product in list(weight_products(model)):
             dequantize = _blocks(product)
             if dequantize is not None:
                 _rewrite(build, product, dequantize)
-                made["MatMulNBits"] += 1
+                counts["MatMulNBits"] += 1
             elif self.fp8 and _is_fp8(product):
                 _to_gemm_float8(build, product)
-                made["GemmFloat8"] += 1
-        notes = [f"{count} products became {name}, for ONNX Runtime alone" for name, count in made.items()]
-        if self.fp8 and not made["GemmFloat8"]:
+                counts["GemmFloat8"] += 1
+        notes = [f"{count} products became {name}, for ONNX Runtime alone" for name, count in counts.items()]
+        if self.fp8 and not counts["GemmFloat8"]:
             notes.append("no Gemm with FP8 Q/DQ of one scale on both sides found")
-        if not made:
+        if not counts:
             return PassResult(False, 0, [*notes, "no product with an INT4 weight in blocks along K found"])
         model.graph.opset_imports["com.microsoft"] = 1
         remove_unused(model)
-        return PassResult(True, made.total(), notes)
+        return PassResult(True, counts.total(), notes)
 
 
 def _blocks(product: Product) -> ir.Node | None:
-    """The DequantizeLinear, where the product is one of ours."""
+    """The DequantizeLinear of an INT4 weight in blocks along K; None where MatMulNBits cannot take the product."""
     if (
         len(product.path) != 1
         or product.tensor.dtype != ir.DataType.INT4
@@ -99,16 +97,22 @@ def _rewrite(build: Builder, product: Product, dequantize: ir.Node) -> None:
     wide = array if product.axis == 1 else np.ascontiguousarray(array.T)
     factor = build.initializer(ir.Tensor(wide, dtype=scales.dtype), f"{name}_nbits_scale")
     build.before = node
-    made = build.op(
-        "MatMulNBits", [product.activation, stored, factor], f"{node.name}/MatMulNBits", domain="com.microsoft",
+    result = build.op(
+        "MatMulNBits",
+        [product.activation, stored, factor],
+        f"{node.name}/MatMulNBits",
+        domain="com.microsoft",
         dtype=scales.dtype,
-        K=size, N=outputs, bits=4, block_size=block,
-    )  # fmt: skip
-    _replace(build, node, made)
+        K=size,
+        N=outputs,
+        bits=4,
+        block_size=block,
+    )
+    _replace(build, node, result)
 
 
 def _is_fp8(product: Product) -> bool:
-    """A Gemm that cublasLt computes in FP8: the weight [N, K], one scale on each side."""
+    """Whether cublasLt can compute the product in FP8: a Gemm with the weight [N, K] and one scale on each side."""
     node, source = product.node, product.activation.producer()
     if (
         not is_op(node, "Gemm")
@@ -147,28 +151,31 @@ def _to_gemm_float8(build: Builder, product: Product) -> None:
         scales.append(build.constant(tensor.numpy().astype(np.float32).reshape(1), f"{side.inputs[1].name}_fp32"))  # type: ignore[union-attr]
     dtype = weight.outputs[0].dtype or node.outputs[0].dtype or ir.DataType.FLOAT16
     name, inputs = f"{node.name}/GemmFloat8", [source.inputs[0], product.weight, None, *scales]
-    made = build.ops("GemmFloat8", inputs, name, domain="com.microsoft", transB=1, dtype=dtype.value)[0]
-    made.dtype = dtype
-    _replace(build, node, made)
+    result = build.ops("GemmFloat8", inputs, name, domain="com.microsoft", transB=1, dtype=dtype.value)[0]
+    result.dtype = dtype
+    _replace(build, node, result)
 
 
-def _replace(build: Builder, node: ir.Node, made: ir.Value) -> None:
-    """`made` and the bias of a Gemm in the place of what `node` makes."""
+def _replace(build: Builder, node: ir.Node, result: ir.Value) -> None:
+    """Replace the output of `node` by `result`, with the alpha, beta and bias of a Gemm applied."""
     bias = node.inputs[2] if is_op(node, "Gemm") and len(node.inputs) > 2 else None
     old = node.outputs[0]
-    made = times(build, made, float(attribute(node, "alpha", 1.0)), f"{node.name}/alpha")
+    result = times(build, result, float(attribute(node, "alpha", 1.0)), f"{node.name}/alpha")
     if bias is not None:
         bias = times(build, bias, float(attribute(node, "beta", 1.0)), f"{node.name}/beta")
-        made = build.op("Add", [made, bias], f"{node.name}/bias", dtype=old.dtype)
-    made.shape = old.shape
-    ir.convenience.replace_all_uses_with(old, made, replace_graph_outputs=True)
-    made.name, old.name = old.name, f"{old.name}__replaced"
+        result = build.op("Add", [result, bias], f"{node.name}/bias", dtype=old.dtype)
+    result.shape = old.shape
+    ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
+    result.name, old.name = old.name, f"{old.name}__replaced"
     assert node.graph is not None
     node.graph.remove(node, safe=True)
 
 
 class _Nibbles(RowTensor):
-    """INT4 [N, K] or [K, N] as uint8 [N, K / block, block / 2] with 8 added to each element."""
+    """An INT4 weight [N, K] or [K, N] as uint8 [N, K / block, block / 2], with 8 added to each element.
+
+    `axis` is the axis of K in the source.
+    """
 
     __slots__ = ("_axis",)
 
@@ -183,14 +190,18 @@ class _Nibbles(RowTensor):
 
 
 def _packed(tensor: ir.TensorProtocol, start: int, stop: int) -> Array:
-    """Rows of an INT4 matrix as bytes, [rows, columns / 2]."""
+    """Rows `start` to `stop` of an INT4 matrix as bytes, uint8 [rows, columns / 2]."""
     rows, columns = shape_of(tensor)
     if isinstance(tensor, ir.ExternalTensor):
         flat = ir.ExternalTensor(
-            tensor.location, tensor.offset, tensor.length, ir.DataType.UINT8, shape=ir.Shape((rows, columns // 2)),
+            tensor.location,
+            tensor.offset,
+            tensor.length,
+            ir.DataType.UINT8,
+            shape=ir.Shape((rows, columns // 2)),
             name=tensor.name or "",
             base_dir=tensor.base_dir,
-        )  # fmt: skip
+        )
         return read_rows(flat, start, stop)
     if isinstance(tensor, StreamedTensor):
         return np.frombuffer(raw_bytes(tensor.rows(start, stop)), np.uint8).reshape(stop - start, columns // 2)
@@ -198,7 +209,7 @@ def _packed(tensor: ir.TensorProtocol, start: int, stop: int) -> Array:
 
 
 def _transposed(tensor: ir.TensorProtocol) -> Array:
-    """[columns, rows / 2] bytes of an INT4 matrix [rows, columns]."""
+    """The transpose of an INT4 matrix [rows, columns] as bytes, uint8 [columns, rows / 2]."""
     rows, columns = shape_of(tensor)
     packed = _packed(tensor, 0, rows)
     nibbles = np.stack([packed & 15, packed >> 4], axis=-1).reshape(rows, columns)

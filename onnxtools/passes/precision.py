@@ -33,10 +33,9 @@ _FP16_MAX = 65504.0
 
 _WIDE = {
     "Softmax", "LogSoftmax", "Exp", "Log", "Pow", "Sqrt", "Reciprocal", "ReduceMean", "ReduceSum", "ReduceSumSquare",
-    "ReduceL2", "ReduceLogSumExp",
-    "Sin", "Cos", "CumSum", "RotaryEmbedding", "If", "Loop", "Scan",
+    "ReduceL2", "ReduceLogSumExp", "Sin", "Cos", "CumSum", "RotaryEmbedding", "If", "Loop", "Scan",
 }  # fmt: skip
-"""Operators that lose too much in 16 bits: softmax, the parts of norms, angles."""
+"""Operators that lose too much precision in 16 bits: softmax, the parts of norms, angles."""
 _SPREADING = _WIDE - {"Softmax", "LogSoftmax", "RotaryEmbedding"}
 _ELEMENTWISE = {"Add", "Sub", "Mul", "Div", "Neg"}
 _BOUNDING = {"Max", "Clip", "Expand", "Abs"}
@@ -45,7 +44,7 @@ _SMALL = 64
 _BF16_OPSET = 13
 """The first operator set whose MatMul, Add and the like take bfloat16."""
 _HIDES = {"Add", "Mul", "Where", "Max", "Min", "Sub", "Clip", "Expand", "Concat"}
-"""Operators in which a number below the type's lowest hides masked tokens, so that it may be cut."""
+"""Operators in which a constant below the type's lowest number hides masked tokens, so that it may be cut."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +57,12 @@ class Precision(Calibrated):
         fp32; LayerNormalization, RMSNormalization and Attention take 16 bits and compute inside in fp32
         (stash_type, softmax_precision); so does an operator whose schema does not know the type;
       - logits stay fp32; caches and other inputs and outputs change their type, unless --keep-io;
-      - a value is cast once for all that read it, never forth and back;
-      - so do the angles of sines and cosines, back to where they are counted: in fp16 position 4001 is 4000;
+      - a value is cast once for all its readers, never to fp32 and back;
+      - the angles of sines and cosines stay fp32 too, from the counted positions on: in fp16 position 4001 is 4000;
       - constants that hide masked tokens are cut to half the lowest number of the type; other constants beyond it keep
         their operator in fp32, and a weight beyond fp16 is an error;
-      - what an operator takes in fp32 alone (the scales of Resize) stays, and so does all inside If, Loop and Scan;
+      - inputs that an operator takes in fp32 alone (the scales of Resize) stay, and so do all nodes inside If, Loop and
+        Scan;
       - with --calib the model is run in fp32, and the values that fp16 could not hold are named.
     """
 
@@ -103,7 +103,7 @@ class Precision(Calibrated):
         )
 
     def _overflows(self, model: Model) -> list[dict[str, Any]]:
-        """Values whose largest magnitude over the calibration texts is beyond fp16."""
+        """Rows {value, largest}: values whose largest magnitude over the calibration texts is beyond fp16."""
         rows: list[dict[str, Any]] = []
         with Calibration(model, self) as calibration:
 
@@ -111,12 +111,12 @@ class Precision(Calibrated):
                 values = [
                     v for node in layer.segment.heavy for v in node.outputs if v.uses() and not is_op(node, "Constant")
                 ]
-                seen = {value: (Largest(),) for value in values if calibration.is_float(value)}
-                layer.observe(seen)
-                return {value.name or "": np.array(observer.amax) for value, (observer,) in seen.items()}
+                observers = {value: (Largest(),) for value in values if calibration.is_float(value)}
+                layer.observe(observers)
+                return {value.name or "": np.array(observer.amax) for value, (observer,) in observers.items()}
 
-            for _, found in calibration.findings(look):
-                rows += [{"value": name, "largest": float(amax)} for name, amax in found.items() if amax > _FP16_MAX]
+            for _, findings in calibration.findings(look):
+                rows += [{"value": name, "largest": float(amax)} for name, amax in findings.items() if amax > _FP16_MAX]
         return rows
 
 
@@ -131,7 +131,7 @@ def _warnings(table: list[dict[str, Any]]) -> list[str]:
 
 
 class _Narrowing:
-    """One rewrite: which nodes are wide, then casts where wide and narrow meet."""
+    """Narrows one model: decides which nodes stay fp32 (wide), then adds casts where wide and narrow nodes meet."""
 
     def __init__(self, model: Model, dtype: ir.DataType, keep_io: bool) -> None:
         self.model, self.dtype, self.keep_io = model, dtype, keep_io
@@ -145,7 +145,7 @@ class _Narrowing:
         self._wide_count: dict[str, int] = {}
 
     def run(self) -> int:
-        """Returns how many nodes were narrowed."""
+        """Rewrite the model; returns how many nodes were narrowed."""
         nodes = list(self.model.graph)
         self._angles = self._find_angles(nodes)
         for value in self.model.graph.inputs:
@@ -161,18 +161,18 @@ class _Narrowing:
         return narrowed
 
     def notes(self, narrowed: int) -> list[str]:
-        kept = ", ".join(f"{count} {name}" for name, count in sorted(self._wide_count.items()))
+        wide = ", ".join(f"{count} {name}" for name, count in sorted(self._wide_count.items()))
         notes = [
             f"{narrowed} nodes compute in {self.dtype.name.lower()}",
             f"{len(self._casts)} casts",
-            f"kept in fp32: {kept}" if kept else "nothing kept in fp32",
+            f"kept in fp32: {wide}" if wide else "nothing kept in fp32",
         ]
         return notes + (
             [f"constants beyond the type cut to half of its lowest: {', '.join(self._cut[:3])}"] if self._cut else []
         )
 
     def _wide(self, nodes: list[ir.Node]) -> set[ir.Node]:
-        """Nodes that stay in fp32: by operator, by schema, and elementwise ones that work on what those made."""
+        """Nodes that stay in fp32: by operator, by schema, and elementwise ones that read outputs of such nodes."""
         wide: set[ir.Node] = set()
         for node in nodes:
             if not self._is_float(node):
@@ -185,39 +185,47 @@ class _Narrowing:
             explicit = (
                 is_op(node, "Cast") and attribute(node, "to") == FLOAT.value and self._float_value(node.inputs[0])
             )
-            kept = any(value in self._angles for value in node.outputs) or self._scales_beyond(node)
-            if node.op_type in _WIDE or explicit or behind or kept or not _takes(node, self.dtype, self.model.opset):
+            needs_fp32 = any(value in self._angles for value in node.outputs) or self._scales_beyond(node)
+            if (
+                node.op_type in _WIDE
+                or explicit
+                or behind
+                or needs_fp32
+                or not _takes(node, self.dtype, self.model.opset)
+            ):
                 wide.add(node)
                 self._wide_count[node.op_type] = self._wide_count.get(node.op_type, 0) + 1
         return wide
 
     def _find_angles(self, nodes: list[ir.Node]) -> set[ir.Value]:
-        """What the angles of sines and cosines are made of, up to products with stored weights, norms and softmax; in
-        graphs inside nodes too.
+        """Values that the angles of sines and cosines are computed from, in subgraphs too.
+
+        The search ends at products with stored weights, norms and softmax.
         """
         ends = {
             product.node for product in weight_products(self.model) if min(product.tensor.shape.numpy(), default=1) > 1
         }
-        found: set[ir.Value] = set()
+        angles: set[ir.Value] = set()
         waiting = [value for node in self.model.graph.all_nodes() if is_op(node, "Sin", "Cos") for value in node.inputs]
         while waiting:
             value = waiting.pop()
             node = value.producer() if value is not None else None
-            if value is None or value in found or node in ends:
+            if value is None or value in angles or node in ends:
                 continue
             if node is None:
-                found.add(value)
+                angles.add(value)
             elif self._is_float(node) and "Norm" not in node.op_type and not is_op(node, "Softmax", "Attention"):
-                found.add(value)
+                angles.add(value)
                 waiting += [
                     *node.inputs,
                     *(inner for graph in graphs_inside(node) for n in graph.all_nodes() for inner in n.inputs),
                 ]
-        return found
+        return angles
 
     def _scales_beyond(self, node: ir.Node) -> bool:
-        """Whether a constant of the node is beyond the type and hides nothing, or would be zero: it would be another
-        number.
+        """Whether the type would change a constant of the node.
+
+        A constant would become zero, or it is out of range and does not hide masked tokens.
         """
         for value in node.inputs:
             tensor = constant_tensor(value)
@@ -238,7 +246,7 @@ class _Narrowing:
         return value is not None and (dtype := self.facts[value].dtype) is not None and dtype.is_floating_point()
 
     def _widen_captured(self, node: ir.Node) -> None:
-        """Graphs inside the node stay in fp32: what they read from outside comes to them so."""
+        """Cast the values that subgraphs of the node read from outside to fp32: subgraphs stay in fp32."""
         self.build.before = node
         for graph in graphs_inside(node):
             for user in graph.all_nodes():
@@ -254,56 +262,54 @@ class _Narrowing:
         if not self._is_float(node) or is_op(node, "Constant", "Shape", "Size"):
             return False
         self.build.before = node
-        wanted = FLOAT if wide else self.dtype
+        dtype = FLOAT if wide else self.dtype
         for index, value in enumerate(node.inputs):
             if value is not None and self.facts[value].dtype == FLOAT and not is_op(node, "Cast"):
                 node.replace_input_with(
-                    index, self._as(value, wanted if _is_free(node, index, self.dtype, self.model.opset) else FLOAT)
+                    index, self._as(value, dtype if _is_free(node, index, self.dtype, self.model.opset) else FLOAT)
                 )
         for index, value in enumerate(node.outputs):
             if self.facts[value].dtype == FLOAT:
-                statistic = node.op_type.endswith("LayerNormalization") and index in (
-                    1,
-                    2,
-                )  # mean and deviation are fp32
-                self._types[value] = value.dtype = FLOAT if statistic else wanted
+                # The mean and the deviation of a norm are fp32.
+                statistic = node.op_type.endswith("LayerNormalization") and index in (1, 2)
+                self._types[value] = value.dtype = FLOAT if statistic else dtype
         if not wide:
             self._retype(node)
         return not wide
 
     def _retype(self, node: ir.Node) -> None:
-        """Attributes that name or hold the type."""
+        """Rewrite the attributes that name the type or hold a tensor of it."""
         for name in ("to", "dtype", "output_dtype"):
             if attribute(node, name) == FLOAT.value:
                 node.attributes[name] = ir.AttrInt64(name, self.dtype.value)
-        held = node.attributes.get("value")
-        if held is not None and held.type == ir.AttributeType.TENSOR and held.as_tensor().dtype == FLOAT:
+        tensor = node.attributes.get("value")
+        if tensor is not None and tensor.type == ir.AttributeType.TENSOR and tensor.as_tensor().dtype == FLOAT:
             node.attributes["value"] = ir.AttrTensor(
-                "value", ir.Tensor(self._narrow(held.as_tensor().numpy(), node.name or ""), dtype=self.dtype)
+                "value", ir.Tensor(self._narrow(tensor.as_tensor().numpy(), node.name or ""), dtype=self.dtype)
             )
         if is_op(node, "Attention") and attribute(node, "softmax_precision") is None:
             node.attributes["softmax_precision"] = ir.AttrInt64("softmax_precision", FLOAT.value)
 
-    def _as(self, value: ir.Value, wanted: ir.DataType) -> ir.Value:
+    def _as(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
         tensor = constant_tensor(value)
         if tensor is not None:
-            return value if wanted == tensor.dtype else self._constant(value, tensor)
-        if self._types.get(value, FLOAT) == wanted:
+            return value if dtype == tensor.dtype else self._constant(value, tensor)
+        if self._types.get(value, FLOAT) == dtype:
             return value
         source = value.producer()
         if (
             is_op(source, "Cast")
             and source is not None
             and source.inputs[0] is not None
-            and self._types.get(source.inputs[0]) == wanted
+            and self._types.get(source.inputs[0]) == dtype
         ):
-            return source.inputs[0]  # never forth and back
-        if (value, wanted) not in self._casts:
-            made = self.build.op("Cast", [value], f"{value.name}/{wanted.name.lower()}", dtype=wanted, to=wanted.value)
-            made.shape = value.shape
-            self._types[made] = wanted
-            self._casts[value, wanted] = made
-        return self._casts[value, wanted]
+            return source.inputs[0]  # no cast to fp32 and back
+        if (value, dtype) not in self._casts:
+            result = self.build.op("Cast", [value], f"{value.name}/{dtype.name.lower()}", dtype=dtype, to=dtype.value)
+            result.shape = value.shape
+            self._types[result] = dtype
+            self._casts[value, dtype] = result
+        return self._casts[value, dtype]
 
     def _constant(self, value: ir.Value, tensor: ir.TensorProtocol) -> ir.Value:
         key = (value, self.dtype)
@@ -315,24 +321,25 @@ class _Narrowing:
                 )
             else:
                 narrow = self._narrowed_mask(tensor, name) if self._hides(value) else cast(tensor, self.dtype)
-                made = self.build.initializer(narrow, f"{name}_{self.dtype.name.lower()}")
-                made.metadata_props.update(value.metadata_props)
-                self._weights[key] = made
+                initializer = self.build.initializer(narrow, f"{name}_{self.dtype.name.lower()}")
+                initializer.metadata_props.update(value.metadata_props)
+                self._weights[key] = initializer
         return self._weights[key]
 
     def _hides(self, value: ir.Value) -> bool:
-        """Whether a table, or a piece of it, is added to scores, or chosen instead of them, and is no weight."""
-        found = readers(value)
-        for reader in found:
+        """Whether a table, or a slice of it, is a mask: it is added to scores, or replaces them, and is no weight."""
+        uses = readers(value)
+        for reader in uses:
             if is_op(reader.node, "Slice", "Gather") and reader.index == 0 and reader.node is not None:
-                found += readers(reader.node.outputs[0])
-        looked_up = any(is_op(reader.node, "Gather") for reader in found)
-        ends = [reader.node for reader in found if not is_op(reader.node, "Slice", "Gather")]
+                uses += readers(reader.node.outputs[0])
+        looked_up = any(is_op(reader.node, "Gather") for reader in uses)
+        ends = [reader.node for reader in uses if not is_op(reader.node, "Slice", "Gather")]
         return all(is_op(node, *_HIDES) and (not looked_up or _meets_softmax(node)) for node in ends)
 
     def _narrowed_mask(self, tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
-        """A large table: what is below the type's lowest hides masked tokens; what is above its largest is an error
-        when it is written.
+        """A large mask table in the narrow type, converted when it is written.
+
+        Numbers below the type's lowest hide masked tokens and are cut; a number above its largest is a ModelError.
         """
 
         def rows(block: np.ndarray, _: int) -> np.ndarray:
@@ -346,11 +353,11 @@ class _Narrowing:
         return StreamedTensor(tensor, rows, dtype=self.dtype, name=name)
 
     def _lowered(self, array: np.ndarray) -> np.ndarray:
-        """Half the type's lowest number where a finite one is below it: the sum of two masks is still a number."""
+        """`array` with half the type's lowest number for finite elements below it: the sum of two masks is finite."""
         return np.where(np.isfinite(array) & (array < -self._limit), np.float32(-self._limit / 2), array)
 
     def _narrow(self, array: np.ndarray, name: str) -> np.ndarray:
-        """A small constant; one below the type's lowest is what hides masked tokens."""
+        """A small constant in the narrow type; an element below the type's lowest hides masked tokens and is cut."""
         lowered = self._lowered(array)
         if not np.array_equal(lowered, array, equal_nan=True):
             self._cut.append(name)
@@ -358,20 +365,21 @@ class _Narrowing:
             return lowered.astype(self.dtype.numpy())
 
     def _output(self, index: int, value: ir.Value) -> None:
-        """Logits, and with `keep_io` all outputs, in fp32."""
-        own = self._types.get(value)
-        if own is None or own == FLOAT or not (self.keep_io or value.name == "logits"):
+        """Cast output `index` to fp32 if it is the logits; with `keep_io` cast every output."""
+        dtype = self._types.get(value)
+        if dtype is None or dtype == FLOAT or not (self.keep_io or value.name == "logits"):
             return
         self.build.before = None
-        name, value.name = value.name, self.build.names(f"{value.name}/{own.name.lower()}")
-        made = self.build.op("Cast", [value], f"{name}/Cast", dtype=FLOAT, to=FLOAT.value)
-        made.name, made.shape = name, value.shape
-        self.model.graph.outputs[index] = made
+        name, value.name = value.name, self.build.names(f"{value.name}/{dtype.name.lower()}")
+        output = self.build.op("Cast", [value], f"{name}/Cast", dtype=FLOAT, to=FLOAT.value)
+        output.name, output.shape = name, value.shape
+        self.model.graph.outputs[index] = output
 
 
 def _meets_softmax(node: ir.Node | None) -> bool:
-    """Whether nothing but further masks lies between the node and a softmax: an embedding is looked up and added,
-    too.
+    """Whether only masking operators lie between the node and a softmax.
+
+    This tells a mask from an embedding, which is looked up and added too.
     """
     waiting, seen = [node] if node is not None else [], {node}
     while waiting:
@@ -393,7 +401,7 @@ def _schema(op_type: str, domain: str, opset: int) -> Any:
 
 
 def _is_free(node: ir.Node, index: int, dtype: ir.DataType, opset: int) -> bool:
-    """Whether the operator's schema lets this input have `dtype`: the scales of Resize are always fp32."""
+    """Whether the operator's schema lets input `index` have `dtype`; the scales of Resize are always fp32."""
     schema = _schema(node.op_type, "", opset) if node.domain in ("", "ai.onnx") else None
     if schema is None or not schema.inputs:
         return True
@@ -403,11 +411,11 @@ def _is_free(node: ir.Node, index: int, dtype: ir.DataType, opset: int) -> bool:
 
 
 def _takes(node: ir.Node, dtype: ir.DataType, opset: int) -> bool:
-    """Whether the operator's schema allows `dtype` wherever it allows float; contributed operators do."""
+    """Whether the operator's schema allows `dtype` wherever it allows float; contributed operators always do."""
     if node.domain not in ("", "ai.onnx"):
         return True
     schema = _schema(node.op_type, "", opset)
-    wanted = f"tensor({dtype.name.lower()})"
+    type_name = f"tensor({dtype.name.lower()})"
     return schema is None or all(
-        wanted in c.allowed_type_strs for c in schema.type_constraints if "tensor(float)" in c.allowed_type_strs
+        type_name in c.allowed_type_strs for c in schema.type_constraints if "tensor(float)" in c.allowed_type_strs
     )

@@ -21,39 +21,44 @@ COMPUTED = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 
 
 class QdqBuilder:
-    """Adds the nodes of one graph."""
+    """Adds Q/DQ nodes to one graph.
+
+    `name` is the prefix of the new names; a scale is an array of the type that the product is computed in.
+    """
 
     def __init__(self, model: Model) -> None:
         self.build = Builder(model)
 
     def pair(self, value: ir.Value, form: Format, scale: Array, name: str) -> ir.Value:
-        """`value` through QuantizeLinear and DequantizeLinear with one scale."""
+        """`value` through QuantizeLinear and DequantizeLinear with one scale (rank 0)."""
         return self.dequantized(self.quantized(value, form, scale, name), form, scale, name)
 
     def quantized(self, value: ir.Value, form: Format, scale: Array, name: str) -> ir.Value:
+        """`value` through QuantizeLinear with one scale (rank 0)."""
         zero = self._zero_point(form, scale, name)
         attributes: dict[str, Any] = {"output_dtype": form.dtype.value} if not zero else {}
-        made = self.build.op(
+        result = self.build.op(
             "QuantizeLinear",
             [value, self._scale(scale, name), *zero],
             f"{name}/QuantizeLinear",
             dtype=form.dtype,
             **attributes,
         )
-        made.shape = value.shape
-        return made
+        result.shape = value.shape
+        return result
 
     def dequantized(self, stored: ir.Value, form: Format, scale: Array, name: str) -> ir.Value:
+        """`stored` through DequantizeLinear with one scale (rank 0), in the type of `scale`."""
         inputs = [stored, self._scale(scale, name), *self._zero_point(form, scale, name)]
-        made = self.build.op("DequantizeLinear", inputs, f"{name}/DequantizeLinear")
-        made.dtype, made.shape = ir.DataType.from_numpy(scale.dtype), stored.shape
-        return made
+        result = self.build.op("DequantizeLinear", inputs, f"{name}/DequantizeLinear")
+        result.dtype, result.shape = ir.DataType.from_numpy(scale.dtype), stored.shape
+        return result
 
     def _zero_point(self, form: Format, scale: Array, name: str) -> list[ir.Value]:
-        """Zero, which says the type too; of INT8 from opset 21 on none, and the type is an attribute.
+        """The zero point as a list of at most one input, which also gives the quantized type.
 
-        ONNX Runtime 1.32 moves a QuantizeLinear over a Reshape and loses its zero point, and with it the type: it then
-        refuses the graph.
+        INT8 from opset 21 on has none, and the type is an attribute: ONNX Runtime 1.32 moves a QuantizeLinear over a
+        Reshape, loses its zero point and with it the type, and then refuses the graph.
         """
         if form.dtype == ir.DataType.INT8 and self.build.model.opset >= 21:
             return []
@@ -65,10 +70,11 @@ class QdqBuilder:
     def weight(
         self, product: Product, form: Format, scale: Array, block: int = 0, codes: ir.TensorProtocol | None = None
     ) -> None:
-        """Store the weight as `form` behind a DequantizeLinear; what else reads the weight keeps it as it is.
+        """Store the weight as `form` behind a DequantizeLinear; other readers of the weight keep the original.
 
         Args:
             scale: as of `formats.quantized`, in the weight's own type.
+            block: elements along K that share a scale; 0 for one scale per tensor or output channel.
             codes: the weight in the stored type, where it is not simply rounded to the nearest.
         """
         reader = product.path[-1] if product.path else product.node
@@ -84,14 +90,14 @@ class QdqBuilder:
         attributes: dict[str, Any] = (
             {"axis": product.axis, "block_size": block} if block else {"axis": 1 - product.axis} if scale.ndim else {}
         )
-        made = self.build.op(
+        dequantized = self.build.op(
             "DequantizeLinear", [stored, scales], f"{name}/DequantizeLinear", dtype=product.tensor.dtype, **attributes
         )
-        made.shape = product.weight.shape
-        reader.replace_input_with(index, made)
+        dequantized.shape = product.weight.shape
+        reader.replace_input_with(index, dequantized)
 
     def activation(self, value: ir.Value, products: Sequence[Product], form: Format, scale: Array) -> None:
-        """Let `products` read `value` rounded to `form`."""
+        """Let `products` read `value` rounded to `form` with one scale (rank 0)."""
         self.build.before = _first(products)
         rounded = self.pair(value, form, scale, f"{value.name}/{form.dtype.name.lower()}")
         for product in products:
@@ -102,8 +108,9 @@ class QdqBuilder:
     ) -> None:
         """Let `products` read `value` rounded with a scale for each token, which is computed in the graph.
 
-        The tokens are divided by their scale, rounded with the constant scale 1, and the products multiplied by the
-        scale: so Q and DQ have constant scales, which TensorRT demands, and the product stays one of integers.
+        Each token is divided by its scale and rounded with the constant scale 1, and the products are multiplied by the
+        token's scale. Q and DQ then have constant scales, which TensorRT demands, and the product stays an integer
+        product.
         """
         self.build.before = _first(products)
         op, name = self.build.op, f"{value.name}/per_token"
@@ -127,9 +134,9 @@ class QdqBuilder:
             self._multiply_behind(product.node, scale)
 
     def _multiply_behind(self, node: ir.Node, scale: ir.Value) -> None:
-        """The result of a product times `scale`, before its bias is added."""
+        """Multiply the result of a product by `scale` before its bias is added."""
         bias = node.inputs[2] if is_op(node, "Gemm") and len(node.inputs) > 2 else None
-        self.build.before = None  # the graph is sorted when all is done
+        self.build.before = None  # the pass sorts the graph at the end
         if bias is not None:
             bias = times(self.build, bias, float(attribute(node, "beta", 1.0)), f"{node.name}/beta")
             node.resize_inputs(2)
@@ -148,24 +155,27 @@ class QdqBuilder:
 
 
 def times(build: Builder, value: ir.Value, factor: float, name: str) -> ir.Value:
-    """`value` times a number, such as the alpha or beta of a Gemm; no node for 1."""
+    """`value` times `factor`, such as the alpha or beta of a Gemm; a factor of 1 adds no node."""
     dtype = stored_dtype(value)
     if factor == 1 or dtype is None:
         return value
-    made = build.op(
+    product = build.op(
         "Mul", [value, build.constant(np.array(factor, dtype.numpy()), name, dtype)], f"{name}/Mul", dtype=dtype
     )
-    made.shape = value.shape
-    return made
+    product.shape = value.shape
+    return product
 
 
 def _first(products: Sequence[Product]) -> ir.Node:
-    """The one that comes first in the graph: products of a group lie in graph order."""
+    """The node of the first product in the graph: products of a group are in graph order."""
     return products[0].node
 
 
 def weight_scale(product: Product, form: Format, *, per_channel: bool, block: int = 0) -> Array:
-    """Scale by the largest magnitude: one, of each output channel, or of each block; read a slab at a time."""
+    """The weight's scale by its largest magnitude, in the weight's type; the weight is read a slab at a time.
+
+    One scale (rank 0), or one per output channel [N], or one per block of K, as `formats.quantized` takes it.
+    """
     amax = magnitudes(product.tensor, product.axis, block)
     return scale_of(amax if per_channel or block else amax.max(), form, product.tensor.dtype)
 

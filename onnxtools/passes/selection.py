@@ -1,4 +1,4 @@
-"""Which products a pass works on: by name, and the head only where it is asked for."""
+"""Which products a pass works on: selected by name; the language-model head only on request."""
 
 from __future__ import annotations
 
@@ -38,16 +38,20 @@ class Selected(Pass):
         return LM_HEAD if product.node is head and not self.lm_head else ""
 
     def unmatched(self, table: Sequence[dict[str, str]]) -> list[str]:
-        """Warnings where --include or a pattern of --exclude matched nothing."""
-        found = []
+        """Warnings where --include or a pattern of --exclude matched nothing.
+
+        Args:
+            table: rows of the pass's result, with the keys `left`, `weight`, and `layer` or `node`.
+        """
+        warnings = []
         if self.include and all(row["left"] == "not included" for row in table):
-            found.append(f"warning: nothing matches --include {' '.join(self.include)}")
+            warnings.append(f"warning: nothing matches --include {' '.join(self.include)}")
         for pattern in self.exclude:
             if table and not any(
                 _matches([row.get("layer") or row.get("node") or "", row["weight"]], (pattern,)) for row in table
             ):
-                found.append(f"warning: nothing matches --exclude {pattern}")
-        return found
+                warnings.append(f"warning: nothing matches --exclude {pattern}")
+        return warnings
 
 
 def _matches(names: list[str], patterns: tuple[str, ...]) -> bool:
@@ -71,10 +75,10 @@ _BETWEEN = {
 
 
 def head_product(model: Model) -> ir.Node | None:
-    """The product that makes a graph output, through casts, reshapes and a bias, in a model that reads an embedding
-    table.
+    """The language-model head: the product behind a graph output; None where the model has none.
 
-    A lone layer has no table, so its product is no head.
+    Casts, reshapes and a bias may lie between them. A model without an embedding table, such as a single layer, has no
+    head.
     """
     if not any(is_op(node, "Gather") and stored_weight(node.inputs[0]) is not None for node in model.graph):
         return None

@@ -1,4 +1,4 @@
-"""Raise the default operator set, changing the nodes whose form changed on the way."""
+"""Raise the default operator set and rewrite the nodes whose form changed between the versions."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from onnxtools.ir.model import MAX_IR_VERSION, Model
 from onnxtools.pipeline.passbase import Pass, PassResult
 
 _IR_OF_4_BITS = 10
+"""First IR version with 4-bit types."""
 MAX_OPSET = 25
 """TensorRT 11's parser takes opset <= 25, ONNX Runtime 1.31 <= 26."""
 
 
 @dataclass(frozen=True)
 class SetOpset(Pass):
-    """Convert to opset `version`; a model that is there already, or beyond, keeps its opset.
+    """Convert to opset `version`; a model at this opset or a newer one keeps its opset.
 
     Rules:
       - opset 13: Squeeze, Unsqueeze, Split and ReduceSum take axes and sizes as inputs;
@@ -26,7 +27,7 @@ class SetOpset(Pass):
         and Dropout;
       - every other operator must mean the same at both versions by its schema (inputs and attributes only grew),
         else the node is named in an error;
-      - never downwards: an operator such as Gelu (20) would lose its meaning;
+      - an opset is never lowered: an operator such as Gelu (20) would lose its meaning;
       - the IR version is raised where the opset needs it; --ir-version writes an older one for an older reader
         (TensorRT 9 reads 9).
     """
@@ -59,12 +60,12 @@ class SetOpset(Pass):
             raise JobError(f"the model is still at opset {model.opset}")
 
 
-def _check_ir_version(wanted: int, opset: int, model: Model) -> None:
+def _check_ir_version(version: int, opset: int, model: Model) -> None:
     least = lowest_ir_version(opset)
-    if not least <= wanted <= MAX_IR_VERSION:
-        raise UsageError(f"set-opset: --ir-version {wanted}: opset {opset} takes {least} to {MAX_IR_VERSION}")
+    if not least <= version <= MAX_IR_VERSION:
+        raise UsageError(f"set-opset: --ir-version {version}: opset {opset} takes {least} to {MAX_IR_VERSION}")
     small = next((value.name for value, tensor in model.weights() if tensor.dtype.bitwidth < 8), None)
-    if small is not None and wanted < _IR_OF_4_BITS:
+    if small is not None and version < _IR_OF_4_BITS:
         raise JobError(
-            f"--ir-version {wanted}: weight {small!r} has 4 bits, which IR {_IR_OF_4_BITS} brought; leave it out"
+            f"--ir-version {version}: weight {small!r} has 4 bits, which IR {_IR_OF_4_BITS} brought; leave it out"
         )

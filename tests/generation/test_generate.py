@@ -200,8 +200,10 @@ def test_no_prompt_is_an_error(prompts: list[list[int]]) -> None:
 
 def test_tokens_outside_the_vocabulary_and_texts_beyond_the_positions_are_errors() -> None:
     runtime = runtime_of("llama", "concat")
-    with pytest.raises(JobError, match="vocabulary ends at 96"):
+    with pytest.raises(JobError, match="token 97 and the model's vocabulary ends at 96"):
         generate(runtime, [[1, 97]], GenerationOptions())
+    with pytest.raises(JobError, match="token -1 and"):
+        generate(runtime, [[1, -1, 2]], GenerationOptions())
     with pytest.raises(JobError, match=r"text of 60 tokens and 5 new ones exceed the model's 64 positions"):
         generate(runtime, [[1] * 60], GenerationOptions(max_new_tokens=5))
     assert len(generate(runtime, [[1] * 60], GenerationOptions(max_new_tokens=4))[0][0].token_ids) == 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import pytest
@@ -13,6 +14,7 @@ from onnx_ir.passes.common import IdentityEliminationPass
 import onnxtools
 from onnxtools.base.errors import JobError, UsageError
 from onnxtools.passes.ir_pass import IrPass
+from onnxtools.pipeline.instruments import NumericCheck
 from tests.support import FLOAT, info, ops, refuse, succeed, write
 
 
@@ -64,3 +66,24 @@ def test_a_refusal_of_the_pass_is_an_error_of_ours(tmp_path: Path) -> None:
         IrPass(Refuses()).apply(loaded)
     with pytest.raises(UsageError, match="no onnx_ir"):
         IrPass("pathlib:Path").apply(loaded)
+
+
+def test_a_rewrite_rule_of_onnxscript(tmp_path: Path) -> None:
+    """x * sigmoid(x) becomes Swish-24 by a rule that is written as onnxscript's documentation writes it."""
+    rewriter = pytest.importorskip("onnxscript.rewriter", reason="the rule is onnxscript's (make setup installs it)")
+
+    class Swish(rewriter.RewriteRuleClassBase):  # type: ignore[misc,name-defined]
+        def pattern(self, op: Any, x: Any) -> Any:
+            return op.Mul(x, op.Sigmoid(x))
+
+        def rewrite(self, op: Any, x: Any) -> Any:
+            return op.Swish(x)
+
+    nodes = [helper.make_node("Sigmoid", ["x"], ["s"]), helper.make_node("Mul", ["x", "s"], ["y"])]
+    path = write(tmp_path / "m.onnx", nodes, [info("x", ["n", 4], FLOAT)], [info("y", ["n", 4], FLOAT)], opset=24)
+    loaded, reference = onnxtools.load(path), onnxtools.load(path)
+    chain = [IrPass(rewriter.RewritePass([Swish.rule()]))]
+    onnxtools.PassManager(chain, [NumericCheck()]).run(loaded)
+    assert [node.op_type for node in loaded.graph] == ["Swish"]
+    loaded.save(tmp_path / "o.onnx")
+    assert onnxtools.validate(reference, onnxtools.load(tmp_path / "o.onnx")).passed

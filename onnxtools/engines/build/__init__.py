@@ -1,3 +1,4 @@
-"""Building an engine: preflight (what TensorRT would refuse or silently misread), profiles, the plan, its audit and
-manifest.
+"""Building an engine: preflight, profiles, the plan, its audit and its manifest.
+
+The preflight finds what TensorRT would refuse or silently misread.
 """

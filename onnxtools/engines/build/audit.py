@@ -1,6 +1,6 @@
-"""What an engine really holds: its inspector's layers, and what they say about precision and sparsity.
+"""What an engine really holds: the layers of its inspector, with their precision and sparsity.
 
-An engine can be read back only where its GPU is; elsewhere the audit is of the parsed network, and says so.
+An engine can be read back only on a machine with its GPU; elsewhere the audit is of the parsed network, and says so.
 """
 
 from __future__ import annotations
@@ -19,19 +19,22 @@ _DTYPES = (
     ("bf16", r"BF16|BFLOAT16"), ("fp16", r"HALF|FP16|FLOAT16"),
     ("fp32", r"FLOAT|FP32"), ("int64", r"INT64"), ("int32", r"INT32"), ("bool", r"BOOL"),
 )  # fmt: skip
-"""Our name of a type, and how the inspector's words for it look; the first that matches counts."""
+"""The manifest's name of a type, and a pattern of the inspector's names for it; the first match counts."""
 
 
 @dataclass(frozen=True)
 class EngineLayer:
-    """One layer of an engine, which may be many of the network.
+    """One layer of an engine, which may combine many layers of the network.
 
     Attributes:
+        name: the inspector's name of the layer.
         kind: the inspector's LayerType.
-        inputs, outputs, weights: types, of each tensor.
+        inputs: type of each input.
+        outputs: type of each output.
+        weights: type of the weights; empty without weights.
         tactic: the kernel; empty where the inspector names none.
-        sparse: whether the kernel is one for 2:4 weights.
-        origin: names of the ONNX nodes in it.
+        sparse: whether the kernel is for 2:4 weights.
+        origin: names of the ONNX nodes in the layer.
     """
 
     name: str
@@ -45,9 +48,9 @@ class EngineLayer:
 
 
 def read_layers(information: Mapping[str, Any]) -> list[EngineLayer]:
-    """Of the inspector's JSON with detailed verbosity (`Layers`; 8.6 to 11 name their keys alike)."""
+    """The layers of the inspector's JSON with detailed verbosity (`Layers`; 8.6 to 11 name the keys alike)."""
     layers = information.get("Layers", [])
-    return [_layer(entry) for entry in layers if isinstance(entry, dict)]  # without detail they are mere names
+    return [_layer(entry) for entry in layers if isinstance(entry, dict)]  # without details an entry is only a name
 
 
 def _layer(entry: Mapping[str, Any]) -> EngineLayer:
@@ -60,14 +63,14 @@ def _layer(entry: Mapping[str, Any]) -> EngineLayer:
         outputs=tuple(_dtype(tensor) for tensor in entry.get("Outputs", [])),
         weights=_named(str(weights.get("Type", ""))) if isinstance(weights, dict) else "",
         tactic=tactic,
-        sparse=re.search(r"sparse|sptensor", tactic)
-        is not None,  # HasSparseWeights is about the weights, not the kernel
+        # HasSparseWeights is about the weights, not the kernel.
+        sparse=re.search(r"sparse|sptensor", tactic) is not None,
         origin=tuple(re.findall(r"\[ONNX Layer: ([^\]]*)\]", str(entry.get("Metadata", "")))),
     )
 
 
 def _dtype(tensor: Mapping[str, Any]) -> str:
-    """11 has Datatype, earlier ones a sentence of both: `Row major linear FP16 format`."""
+    """The type of a tensor: TensorRT 11 has Datatype, older ones a text such as `Row major linear FP16 format`."""
     return _named(str(tensor.get("Datatype", tensor.get("Format/Datatype", tensor.get("Format", "")))))
 
 
@@ -76,7 +79,12 @@ def _named(text: str) -> str:
 
 
 def audit_engine(trt: Any, logger: Any, plan: Path) -> list[EngineLayer] | None:
-    """The layers of a plan; None where there is no GPU driver, or the plan is for another GPU."""
+    """The layers of a plan; None if there is no GPU driver, or the plan is for another GPU.
+
+    Args:
+        trt: the module of TensorRT or TensorRT-RTX.
+        logger: an ILogger of `trt`.
+    """
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -89,24 +97,25 @@ def audit_engine(trt: Any, logger: Any, plan: Path) -> list[EngineLayer] | None:
 
 
 def summary(layers: Sequence[EngineLayer] | None, precisions: Mapping[str, int]) -> dict[str, Any]:
-    """The audit of the manifest.
+    """The audit that the manifest holds.
 
     Args:
-        layers: of the engine, or None.
-        precisions: type -> layer outputs of the parsed network, which stands in.
+        layers: layers of the engine; None if it cannot be read back.
+        precisions: type -> number of layer outputs of the parsed network, which is used without `layers`.
     """
     if layers is None:
         return {"source": "parsed network", "outputs": dict(precisions), "layers": None}
     outputs = Counter(dtype for layer in layers for dtype in layer.outputs)
     return {
-        "source": "engine inspector", "outputs": dict(outputs.most_common()),
+        "source": "engine inspector",
+        "outputs": dict(outputs.most_common()),
         "sparse": sum(layer.sparse for layer in layers),
         "layers": [asdict(layer) for layer in layers],
-    }  # fmt: skip
+    }
 
 
 def holds(audit: Mapping[str, Any], precision: str) -> bool:
-    """Whether anything in the engine is of `precision` (fp8, fp16, bf16, int8, int4)."""
+    """Whether an input, output or weight in the engine has the type `precision` (fp8, fp16, bf16, int8, int4)."""
     names = {_named(name) for name in audit["outputs"]}
     for layer in audit["layers"] or ():
         names |= {*layer["inputs"], layer["weights"]}

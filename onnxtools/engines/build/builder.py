@@ -1,4 +1,4 @@
-"""What every builder offers. TensorRT 8.6 to 11 and trtexec plug in here by implementing `Builder`."""
+"""The interface of builders. TensorRT 8.6 to 11, TensorRT-RTX and trtexec implement `Builder`."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from onnxtools.ir.model import Model
 
 @dataclass(frozen=True)
 class Limits:
-    """What a builder can read and build for.
+    """The models that a builder reads, and the GPUs that it builds for.
 
     Attributes:
         opset: newest default operator set.
         ir_version: newest ONNX IR version.
-        capabilities: compute capabilities, as '8.9'; none where it builds for the GPU of this machine alone.
+        capabilities: compute capabilities, as '8.9'; empty if it builds for the GPU of this machine alone.
     """
 
     opset: int
@@ -41,22 +41,26 @@ class TensorInfo:
     shape: tuple[int, ...]
 
     def as_json(self) -> dict[str, Any]:
+        """The entry of the manifest."""
         return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
 
 
 @dataclass
 class Built:
-    """What a builder knows about the plan it wrote.
+    """What a builder knows about the plan that it wrote.
 
     Attributes:
-        io_source: where `inputs` and `outputs` were read: the plan, or the network it was made from.
+        inputs: inputs of the engine, in order.
+        outputs: outputs of the engine, in order.
+        io_source: where `inputs` and `outputs` were read: the plan, or the network it was built from.
         layers: layer type -> count, of the parsed network.
         precisions: dtype -> number of layer outputs, of the parsed network.
-        mends: what was changed on the network so that it means what the graph means.
-        notes: what else people should know.
-        warnings: the builder's own, each once.
-        engine_layers: of the engine's inspector; None where the engine cannot be read back.
-        size, sha256: of the plan file, in bytes and hexadecimal.
+        mends: changes of the network that give it the meaning of the graph.
+        notes: further notes for people.
+        warnings: the builder's own warnings, each once.
+        size: size of the plan file in bytes.
+        sha256: hash of the plan file, hexadecimal.
+        engine_layers: layers of the engine's inspector; None if the engine cannot be read back.
     """
 
     inputs: list[TensorInfo]
@@ -74,11 +78,13 @@ class Built:
 
 @dataclass(frozen=True)
 class Engine:
-    """A plan file and its manifest, the dictionary that lies beside it as JSON.
+    """A plan file and its manifest.
 
     Attributes:
-        reused: it lay there already, and building it again would have given the same.
-        last: what people must know of whom the plan is for; "" where they said it.
+        path: the plan file.
+        manifest: the content of the JSON file beside the plan.
+        reused: whether the engine existed already, and building it again would have given the same.
+        last: note for people on the GPU that the plan is for; "" if they named it themselves.
     """
 
     path: Path
@@ -88,12 +94,12 @@ class Engine:
 
 
 class Reader(Protocol):
-    """What a TensorRT reads."""
+    """What a version of TensorRT can read."""
 
     name: str
 
     def limits(self) -> Limits:
-        """What the library reads and builds for."""
+        """The models that the library reads, and the GPUs that it builds for."""
         ...
 
     def supports(self, op_type: str) -> bool:
@@ -119,10 +125,10 @@ class Builder(Reader, Protocol):
 
 
 def get_builder(name: str) -> Builder:
-    """The builder registered as `name`; for `auto` the first that is there: tensorrt, tensorrt-rtx, trtexec.
+    """The builder registered as `name`; `auto` takes the first that is installed: tensorrt, tensorrt-rtx, trtexec.
 
     Raises:
-        UsageError: nobody registered that name.
+        UsageError: no builder is registered as `name`.
         JobError: its library is not installed.
     """
     if name == "auto":

@@ -1,8 +1,7 @@
-"""What a builder said last, kept where it outlives a process that the builder takes down, and which graphs are built in
-such a process.
+"""The builder's last message, kept in memory that outlives a crash of the builder's process, and the report of a crash.
 
-TensorRT-RTX 1.7.1 ends with SIGSEGV on graphs with an If (silero-vad 6.2.3), without a word. What language models are
-made of never did.
+The module also says which graphs are built in a process of their own. TensorRT-RTX 1.7.1 ends with SIGSEGV on graphs
+with an If (silero-vad 6.2.3), without a message. The operators of language models have never caused this.
 """
 
 from __future__ import annotations
@@ -15,47 +14,50 @@ from onnxtools.ir.model import Model
 from onnxtools.ir.query import graphs_inside
 
 SIZE = 512
+"""Bytes of the shared memory, the terminating zero included."""
 _ORDINARY = {
     "Abs", "Add", "And", "Attention", "Cast", "CastLike", "Clip", "Concat", "Constant", "ConstantOfShape", "Conv",
-    "Cos", "CumSum", "DequantizeLinear",
-    "Div", "Dropout", "Equal",
-    "Erf", "Exp", "Expand", "Gather", "Gelu", "Gemm", "Greater", "GreaterOrEqual", "Identity", "IsNaN",
-    "LayerNormalization", "Less", "LessOrEqual", "Log",
-    "MatMul", "Max", "Min", "Mul", "Neg", "Not", "Or", "Pow", "QuantizeLinear", "RMSNormalization", "Range",
-    "Reciprocal", "ReduceMax", "ReduceMean",
-    "ReduceSum", "ReduceSumSquare", "Relu", "Reshape", "RotaryEmbedding", "ScatterND", "Shape", "Sigmoid", "Sin",
-    "Slice", "Softmax", "Split",
-    "SplitToSequence", "SequenceAt", "Sqrt", "Squeeze", "Sub",
+    "Cos", "CumSum", "DequantizeLinear", "Div", "Dropout", "Equal", "Erf", "Exp", "Expand", "Gather", "Gelu", "Gemm",
+    "Greater", "GreaterOrEqual", "Identity", "IsNaN", "LayerNormalization", "Less", "LessOrEqual", "Log", "MatMul",
+    "Max", "Min", "Mul", "Neg", "Not", "Or", "Pow", "QuantizeLinear", "RMSNormalization", "Range", "Reciprocal",
+    "ReduceMax", "ReduceMean", "ReduceSum", "ReduceSumSquare", "Relu", "Reshape", "RotaryEmbedding", "ScatterND",
+    "Shape", "Sigmoid", "Sin", "Slice", "Softmax", "Split", "SplitToSequence", "SequenceAt", "Sqrt", "Squeeze", "Sub",
     "Swish", "Tanh", "TensorScatter", "Transpose", "Trilu", "Unsqueeze", "Where",
 }  # fmt: skip
 _room: Any = None
 
 
 def keep_in(room: Any) -> None:
-    """Keep them in `room`, a `multiprocessing` array of `SIZE` bytes that this process shares with its parent."""
+    """Keep messages in `room`, a `multiprocessing` array of `SIZE` bytes that this process shares with its parent."""
     global _room
     _room = room
 
 
 def say(text: str) -> None:
-    """Something that the builder said."""
+    """Keep a message of the builder, cut to `SIZE` - 1 bytes; nothing happens without `keep_in`."""
     if _room is not None:
         _room.value = text.encode(errors="replace")[: SIZE - 1]
 
 
 def unusual_node(model: Model) -> str:
-    """The first node with a graph of its own, else the first of a type that language models do not have; "" where there
-    is none.
+    """The label of the first node with a subgraph, else of the first with an operator that language models lack.
+
+    Returns "" if there is none.
     """
     nodes = [node for node in model.nodes_everywhere() if node.op_identifier() not in model.ir.functions]
     inner = (node for node in nodes if any(True for _ in graphs_inside(node)))
-    other = (node for node in nodes if node.op_type not in _ORDINARY and node.domain in ("", "ai.onnx"))
-    found = next(inner, None) or next(other, None)
-    return label(found) if found is not None else ""
+    unusual = (node for node in nodes if node.op_type not in _ORDINARY and node.domain in ("", "ai.onnx"))
+    suspect = next(inner, None) or next(unusual, None)
+    return label(suspect) if suspect is not None else ""
 
 
 def epitaph(model: Model, title: str, code: int, words: str) -> str:
-    """One line for a process that ended with `code` (negative: a signal) while it built `model`."""
+    """One line for a process that ended with `code` (negative: a signal) while it built `model`.
+
+    Args:
+        title: name of the builder.
+        words: the builder's last message, or "".
+    """
     name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     parsing, _, node = words.partition("Parsing node: ")
     where = (

@@ -1,5 +1,6 @@
-"""Several engines at once: a process each, a device each where there are any, and no more at a time than memory
-holds.
+"""Builds several engines at once, each in a process of its own, and on a device of its own if there are devices.
+
+The number of processes is limited by the available memory.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from onnxtools.ir.model import Model
 from onnxtools.storage.files import sweep
 
 _OVERHEAD = 1 << 30
-"""Of a process with TensorRT in it; its weights are counted twice, as it holds them and the plan."""
+"""Bytes of a process with TensorRT, without the weights, which count twice: it holds them and the plan."""
 
 
 _PR_SET_PDEATHSIG = 1
@@ -40,7 +41,7 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class Job:
-    """One model and where its engine goes."""
+    """One model and the path of its engine."""
 
     model: Path
     engine: Path
@@ -51,11 +52,13 @@ class Outcome:
     """How a job ended.
 
     Attributes:
-        manifest: of the engine; None where it failed.
-        error: one line; empty where it did not.
-        reused: the engine lay there already.
-        last: as of `Engine`.
-        exit_code: of the error.
+        job: the job.
+        seconds: wall time of its process.
+        manifest: manifest of the engine; None if the job failed.
+        error: one line; empty if the job succeeded.
+        reused: whether the engine existed already.
+        last: as in `Engine`.
+        exit_code: exit code of the error; 0 if the job succeeded.
     """
 
     job: Job
@@ -67,23 +70,45 @@ class Outcome:
     exit_code: int = 0
 
 
+@dataclass(frozen=True)
+class _Running:
+    """A process at work.
+
+    Attributes:
+        number: index of its job.
+        started: `time.monotonic` at its start.
+        need: bytes of memory that it may need.
+        device: its CUDA device; None without one.
+        words: shared memory for the builder's last message.
+    """
+
+    number: int
+    process: Any
+    started: float
+    need: int
+    device: str | None
+    words: Any
+
+
 def build_many(
     jobs: Sequence[Job], spec: EngineSpec, *, workers: int, force: bool, done: Callable[[Outcome], None]
 ) -> list[Outcome]:
-    """Build all; one that fails does not stop the others.
+    """Build all jobs; a job that fails does not stop the others.
 
     Args:
-        workers: processes at a time, fewer where memory is short.
-        done: called as each ends.
+        workers: largest number of processes at a time; fewer run if memory is short.
+        done: called with each outcome as its process ends.
+
     Returns:
-        Outcomes in the order of `jobs`.
+        The outcomes in the order of `jobs`.
+
     Raises:
-        KeyboardInterrupt, SystemExit: Ctrl-C, SIGTERM; the processes have been told and have ended, and finished
-        engines stay.
+        KeyboardInterrupt, SystemExit: Ctrl-C, SIGTERM. The processes have then been terminated and have ended, and
+            finished engines stay.
     """
     context = multiprocessing.get_context("spawn")  # a forked TensorRT does not work
     devices, waiting, room = visible_devices(), list(enumerate(jobs)), available_bytes()
-    running: dict[Connection, tuple[int, Any, float, int, str | None, Any]] = {}
+    running: dict[Connection, _Running] = {}
     outcomes: dict[int, Outcome] = {}
     main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, _cancel) if main else None
@@ -91,45 +116,47 @@ def build_many(
         while waiting or running:
             while waiting and len(running) < workers:
                 number, job = waiting[0]
-                need = _needed(job.model)
-                if running and room is not None and sum(entry[3] for entry in running.values()) + need > room:
-                    break  # the next one waits until memory is free
+                need = _bytes_needed(job.model)
+                if running and room is not None and sum(entry.need for entry in running.values()) + need > room:
+                    break  # the next job waits until memory is free
                 waiting.pop(0)
-                free = [d for d in devices if d not in [entry[4] for entry in running.values()]]
+                free = [d for d in devices if d not in [entry.device for entry in running.values()]]
                 device = free[0] if free else devices[number % len(devices)] if devices else None
                 receiver, sender = context.Pipe(duplex=False)
                 words = context.Array("c", last_words.SIZE, lock=False)
                 process = context.Process(target=_work, args=(job, spec, force, device, sender, words))
                 _start(process)
                 sender.close()
-                running[receiver] = (number, process, time.monotonic(), need, device, words)
+                running[receiver] = _Running(number, process, time.monotonic(), need, device, words)
             ready = set(wait(list(running)))
-            for receiver in [one for one in running if one in ready]:
-                number, process, started, *_, words = running.pop(receiver)
-                outcomes[number] = _outcome(jobs[number], spec, receiver, process, time.monotonic() - started, words)
-                done(outcomes[number])
+            for receiver in [connection for connection in running if connection in ready]:
+                ended = running.pop(receiver)
+                seconds = time.monotonic() - ended.started
+                outcome = _outcome(jobs[ended.number], spec, receiver, ended.process, seconds, ended.words)
+                outcomes[ended.number] = outcome
+                done(outcome)
     except BaseException:
-        for _, process, *_ in running.values():
-            process.terminate()
+        for entry in running.values():
+            entry.process.terminate()
         raise
     finally:
-        for _, process, *_ in running.values():
-            process.join()
+        for entry in running.values():
+            entry.process.join()
         if main:
             signal.signal(signal.SIGTERM, before)
     return [outcomes[number] for number in range(len(jobs))]
 
 
 def _work(job: Job, spec: EngineSpec, force: bool, device: str | None, sender: Connection, words: Any) -> None:
-    """In the process of one job."""
+    """Run one job in a process of its own and send the result to the parent."""
     signal.signal(signal.SIGTERM, _cancel)
     last_words.keep_in(words)
-    if sys.platform == "linux":  # a parent that is killed takes its processes along
+    if sys.platform == "linux":  # the process ends if its parent is killed
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if device is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
     with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)  # TensorRT's own words too: the parent reports
+        os.dup2(nowhere.fileno(), 2)  # hides TensorRT's messages too: the parent reports
     with contextlib.suppress(BrokenPipeError, KeyboardInterrupt, SystemExit):
         try:
             engine = build(job.model, job.engine, spec, force=force)
@@ -139,8 +166,9 @@ def _work(job: Job, spec: EngineSpec, force: bool, device: str | None, sender: C
 
 
 def _start(process: Any) -> None:
-    """Ctrl-C reaches a whole process group; the processes wait for SIGTERM instead, by which the parent ends them in an
-    orderly way.
+    """Start a process that ignores SIGINT.
+
+    Ctrl-C reaches a whole process group. The processes ignore it, and the parent ends them with SIGTERM.
     """
     main = threading.current_thread() is threading.main_thread()
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
@@ -168,40 +196,40 @@ def _outcome(job: Job, spec: EngineSpec, receiver: Connection, process: Any, sec
     return Outcome(job, seconds, manifest, error, reused, last, code)
 
 
-def _needed(path: Path) -> int:
-    """Bytes that building may take; a model that cannot be read takes none, and its process says why."""
+def _bytes_needed(path: Path) -> int:
+    """Bytes that a build may need; 0 for a model that cannot be read, whose process reports the reason."""
     try:
-        # Weights inside the graph file are held by the parser, and by us, too (measured: 3.6 GB for 0.74 GB of them).
+        # The parser and onnxtools hold weights inside the graph file, too (measured: 3.6 GB for 0.74 GB of weights).
         return 2 * Model.load(path).weight_bytes() + 3 * path.stat().st_size + _OVERHEAD
     except (OnnxtoolsError, OSError):
         return 0
 
 
 def visible_devices() -> list[str]:
-    """CUDA devices by what CUDA_VISIBLE_DEVICES, else nvidia-smi, says; none without a GPU."""
+    """CUDA devices as CUDA_VISIBLE_DEVICES names them, else by index as nvidia-smi lists them; none without a GPU."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return [text for text in named.split(",") if text.strip()]
     if shutil.which("nvidia-smi") is None:
         return []
-    told = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
-    return [str(index) for index, line in enumerate(told.splitlines()) if line.startswith("GPU ")]
+    listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
+    return [str(index) for index, line in enumerate(listing.splitlines()) if line.startswith("GPU ")]
 
 
 def engine_paths(models: Sequence[Path], folder: Path | None) -> list[Job]:
-    """`a.onnx` becomes `a.engine`, beside it or in `folder`.
+    """Jobs that build `a.engine` of each `a.onnx`, beside it or in `folder`.
 
     Raises:
         UsageError: a model is named twice.
-        JobError: two would have one name.
+        JobError: two engines would have the same path.
     """
     twice = next((model for model in models if models.count(model) > 1), None)
     if twice is not None:
         raise UsageError(f"{twice} is named twice; name each model once, and an engine with another name")
     jobs = [Job(model, (folder or model.parent) / f"{model.stem}.engine") for model in models]
-    taken: dict[Path, Path] = {}
+    owners: dict[Path, Path] = {}
     for job in jobs:
-        if job.engine in taken:
-            raise JobError(f"{job.model} and {taken[job.engine]} would both become {job.engine}; rename one")
-        taken[job.engine] = job.model
+        if job.engine in owners:
+            raise JobError(f"{job.model} and {owners[job.engine]} would both become {job.engine}; rename one")
+        owners[job.engine] = job.model
     return jobs

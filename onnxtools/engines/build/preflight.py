@@ -1,4 +1,4 @@
-"""Everything that can be refused before the builder starts, each refusal with the node and the next step."""
+"""Checks before the builder starts; each refusal names the node and the next step."""
 
 from __future__ import annotations
 
@@ -23,7 +23,12 @@ FP8_CAPABILITY = "8.9"
 
 @dataclass
 class Preflight:
-    """What the checks found that is no reason to stop: lines for people, and the sparsity count if it was asked for."""
+    """What the checks found that is no reason to stop.
+
+    Attributes:
+        notes: lines for people.
+        sparsity: the 2:4 products, if sparsity was asked for.
+    """
 
     notes: list[str] = field(default_factory=list)
     sparsity: Sparsity | None = None
@@ -97,7 +102,7 @@ _DEMANDS = {
 
 
 def _check_demands(graph: Graph, spec: EngineSpec, strong: bool) -> None:
-    """A strongly typed network has the types of the graph and no others."""
+    """Refuse a demanded type that the graph lacks: a strongly typed network has the types of the graph alone."""
     for name, (types, remedy) in _DEMANDS.items():
         if not (strong and getattr(spec, name)):
             continue
@@ -118,24 +123,24 @@ def _holds_fp8(graph: Graph) -> bool:
 
 def _check_supported(graph: Graph, builder: Reader) -> None:
     functions = graph.model.ir.functions
-    known: dict[str, bool] = {}
-    found: list[tuple[ir.Node, str]] = []
+    supported: dict[str, bool] = {}
+    problems: list[tuple[ir.Node, str]] = []
     for node in graph.nodes():
         if node.op_identifier() in functions:
             continue
-        if node.op_type not in known:
-            known[node.op_type] = builder.supports(node.op_type)
-        if not known[node.op_type]:
-            found.append((node, f"{builder.name}'s parser has no such operator; {_way_on(node)}"))
-    refuse(found)
+        if node.op_type not in supported:
+            supported[node.op_type] = builder.supports(node.op_type)
+        if not supported[node.op_type]:
+            problems.append((node, f"{builder.name}'s parser has no such operator; {_way_on(node)}"))
+    refuse(problems)
 
 
 _REPLACED = ("SplitToSequence", "SequenceAt", "CastLike", "Dropout")
-"""By the pass legalize."""
+"""Operators that the pass legalize replaces."""
 
 
 def _way_on(node: ir.Node) -> str:
-    """What to do about an operator that the parser does not know."""
+    """Advice on an operator that the parser does not know."""
     if node.domain == "trt" or node.op_type in _REPLACED:
         return "`onnxtools convert` replaces it"
     if node.domain == "com.microsoft" and node.op_type in ("MatMulNBits", "GemmFloat8"):
@@ -152,7 +157,7 @@ def _way_on(node: ir.Node) -> str:
 
 
 def _check_scales(graph: Graph) -> None:
-    found: list[tuple[ir.Node, str]] = []
+    problems: list[tuple[ir.Node, str]] = []
     for node in graph.nodes():
         if not is_op(node, "QuantizeLinear", "DequantizeLinear") and not is_op(node, *TE_QDQ[:2], domain="trt"):
             continue
@@ -166,13 +171,13 @@ def _check_scales(graph: Graph) -> None:
                 f"its scale is {bad.flat[0]:g}, but TensorRT takes finite scales above 0 only; calibrate and export "
                 "again"
             )
-            found.append((node, reason))
-    refuse(found)
+            problems.append((node, reason))
+    refuse(problems)
 
 
 def _check_zero_points(graph: Graph) -> None:
-    """TensorRT quantizes symmetrically: zero points are zero, and unsigned types are none of its."""
-    found: list[tuple[ir.Node, str]] = []
+    """Refuse asymmetric quantization: TensorRT takes zero points of zero and signed types alone."""
+    problems: list[tuple[ir.Node, str]] = []
     for node in graph.nodes():
         if not is_op(node, "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"):
             continue
@@ -186,7 +191,7 @@ def _check_zero_points(graph: Graph) -> None:
             "with QInt8 and ActivationSymmetric"
         )
         if elements is not None and elements.any():
-            found.append(
+            problems.append(
                 (
                     node,
                     f"its zero point is {elements.reshape(-1)[elements.reshape(-1) != 0][0]:g}, and TensorRT takes "
@@ -194,40 +199,43 @@ def _check_zero_points(graph: Graph) -> None:
                 )
             )
         elif kind in _UNSIGNED or node.op_type == "DynamicQuantizeLinear":
-            found.append(
+            problems.append(
                 (
                     node,
                     f"it quantizes to {kind.name if kind else 'UINT8'}, and TensorRT has signed integers alone; "
                     f"{advice}",
                 )
             )
-    refuse(found)
+    refuse(problems)
 
 
 _UNSIGNED = {ir.DataType.UINT8, ir.DataType.UINT16, ir.DataType.UINT4}
 
 
 def _check_caches(graph: Graph) -> None:
-    """IKVCacheUpdateLayer: the cache is a network input in fp32, fp16 or bf16 (TensorRT 11 documentation)."""
-    found: list[tuple[ir.Node, str]] = []
+    """Refuse static caches that are no network inputs in fp32, fp16 or bf16.
+
+    Source: IKVCacheUpdateLayer in the TensorRT 11 documentation.
+    """
+    problems: list[tuple[ir.Node, str]] = []
     for node in graph.nodes():
         cache = node.inputs[0] if is_op(node, "TensorScatter") else None
         if cache is not None and (not cache.is_graph_input() or stored_dtype(cache) not in _CACHE_TYPES):
-            found.append(
+            problems.append(
                 (
                     node,
                     "TensorRT updates a static cache in place only where it is an input in fp32, fp16 or bf16; "
                     "quantize a concat cache instead",
                 )
             )
-    refuse(found)
+    refuse(problems)
 
 
 _CACHE_TYPES = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 
 
 def _elements(graph: Graph, value: ir.Value | None) -> np.ndarray[Any, Any] | None:
-    """The elements of a constant, or of what constants make; None where they depend on the data. Always float32."""
+    """Elements, float32, of a constant or of a value computed from constants; None if they depend on the data."""
     if value is None:
         return None
     tensor = constant_tensor(value)
@@ -236,12 +244,12 @@ def _elements(graph: Graph, value: ir.Value | None) -> np.ndarray[Any, Any] | No
 
 
 def _check_sparsity(model: Model, *, forced: bool) -> Sparsity:
-    """Forced: trtexec overwrites the weights itself."""
-    found = check_sparsity(model)
-    if found.sparse == 0 and not forced:
-        first = f"{found.layers[0].weight}: {found.layers[0].reason}" if found.layers else "there is no product"
+    """The 2:4 products; refuses a graph without any, unless `forced`: trtexec then overwrites the weights itself."""
+    result = check_sparsity(model)
+    if result.sparse == 0 and not forced:
+        first = f"{result.layers[0].weight}: {result.layers[0].reason}" if result.layers else "there is no product"
         raise JobError(
-            f"{model.path}: --sparsity, but {found} along the summed axis ({first}); prune them with `onnxtools prune "
+            f"{model.path}: --sparsity, but {result} along the summed axis ({first}); prune them with `onnxtools prune "
             "IN OUT`"
         )
-    return found
+    return result

@@ -1,5 +1,6 @@
-"""Optimization profiles: read from trtexec's shapes text or from a file, or derived from the names of the graph's
-dimensions.
+"""Optimization profiles.
+
+They are read from trtexec's shapes text or from a file, or derived from the names of the graph's dimensions.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Range:
-    """The shapes one input may take in one profile, from `min` to `max`, fastest at `opt`."""
+    """The shapes that an input may have in a profile, from `min` to `max`; the engine is tuned for `opt`."""
 
     min: Shape
     opt: Shape
@@ -40,6 +41,7 @@ class Profile:
     shapes: Mapping[str, Range]
 
     def as_json(self) -> dict[str, Any]:
+        """The entry of the manifest: `name`, and min, opt and max of each of the `inputs`."""
         ranges = {name: {"min": list(r.min), "opt": list(r.opt), "max": list(r.max)} for name, r in self.shapes.items()}
         return {"name": self.name, "inputs": ranges}
 
@@ -48,8 +50,9 @@ def profiles_for(model: Model, spec: EngineSpec) -> list[Profile]:
     """The profiles to build with, checked against the graph's inputs; none for a graph whose inputs are all static.
 
     Raises:
-        UsageError: the shapes text does not fit the graph.
-        JobError: the graph's dimensions do not say what they are, and no shapes were given.
+        UsageError: the given shapes do not fit the graph.
+        JobError: no shapes were given and the names of the dimensions do not tell their roles, or the file of profiles
+            cannot be read.
     """
     settle_sizes(model)
     if spec.min_shapes:
@@ -79,7 +82,7 @@ def parse_shapes(text: str, option: str) -> dict[str, Shape]:
                 raise _syntax_error(option, text, position + bad, "'x' or ','" if bad else "a number")
             dims.append(int(part))
             position += len(part) + 1
-        if len(name) > 2 and name[0] == name[-1] == "'":  # as trtexec's help has names that hold ':'
+        if len(name) > 2 and name[0] == name[-1] == "'":  # trtexec's help quotes names that hold ':'
             name = name[1:-1]
         if name in shapes:
             raise _syntax_error(option, text, start, f"{shown(name)} only once")
@@ -89,8 +92,8 @@ def parse_shapes(text: str, option: str) -> dict[str, Shape]:
 
 
 def _syntax_error(option: str, text: str, index: int, expected: str) -> UsageError:
-    rest = f"before {shown(text[index:])}" if index < len(text) else "at the end"
-    return UsageError(f"{option}: {shown(text)}: expected {expected} at character {index + 1}, {rest}")
+    place = f"before {shown(text[index:])}" if index < len(text) else "at the end"
+    return UsageError(f"{option}: {shown(text)}: expected {expected} at character {index + 1}, {place}")
 
 
 def _inputs(model: Model) -> dict[str, ir.Value]:
@@ -109,25 +112,26 @@ def _written_profiles(model: Model, spec: EngineSpec) -> list[Profile]:
     inputs, profiles = _inputs(model), []
     for index, texts in enumerate(zip(spec.min_shapes, spec.opt_shapes, spec.max_shapes, strict=True)):
         shapes = [parse_shapes(text, option) for text, option in zip(texts, _OPTIONS, strict=True)]
-        profiles.append(_given(f"profile{index}", f"profile {index}", shapes, _OPTIONS, inputs))
+        profiles.append(_checked_profile(f"profile{index}", f"profile {index}", shapes, _OPTIONS, inputs))
     return profiles
 
 
 def _read_profiles(model: Model, path: Path) -> list[Profile]:
-    """`[{name: context, inputs: {input_ids: {min: [1, 1], opt: [8, 64], max: [8, 128]}, ...}}, ...]`; names of inputs
-    may hold `*`.
+    """The profiles of a YAML or JSON file; names of inputs may hold `*`.
+
+    The file holds `[{name: context, inputs: {input_ids: {min: [1, 1], opt: [8, 64], max: [8, 128]}, ...}}, ...]`.
     """
     try:
         check_regular(path, JobError)
-        found = parse_yaml(path.read_bytes())
+        entries = parse_yaml(path.read_bytes())
     except OSError as error:
         raise JobError(f"--profiles {path}: cannot be read ({error.strerror}); check the path") from None
     except ValueError as error:
         raise UsageError(f"--profiles {path}: not YAML that is read ({error}); correct the file") from None
-    if not isinstance(found, list) or not found:
+    if not isinstance(entries, list) or not entries:
         raise UsageError(f"--profiles {path}: is no list of profiles; write it as the manifest of an engine has them")
     inputs, profiles = _inputs(model), []
-    for index, entry in enumerate(found):
+    for index, entry in enumerate(entries):
         where = f"--profiles {path}: profile {index}"
         spans = entry.get("inputs") if isinstance(entry, dict) else None
         if not isinstance(spans, dict) or not all(
@@ -135,10 +139,11 @@ def _read_profiles(model: Model, path: Path) -> list[Profile]:
         ):
             raise UsageError(f"{where}: needs `inputs` with min, opt and max of each")
         shapes = [
-            {str(name): _dims(where, name, span[which]) for name, span in spans.items()}
-            for which in ("min", "opt", "max")
+            {str(name): _dims(where, name, span[bound]) for name, span in spans.items()}
+            for bound in ("min", "opt", "max")
         ]
-        profiles.append(_given(str(entry.get("name", f"profile{index}")), where, shapes, (where,) * 3, inputs))
+        name = str(entry.get("name", f"profile{index}"))
+        profiles.append(_checked_profile(name, where, shapes, (where,) * 3, inputs))
     return profiles
 
 
@@ -150,16 +155,16 @@ def _dims(where: str, name: Any, dims: Any) -> Shape:
     return tuple(dims)
 
 
-def _given(
+def _checked_profile(
     name: str, where: str, shapes: Sequence[dict[str, Shape]], options: Sequence[str], inputs: Mapping[str, ir.Value]
 ) -> Profile:
-    """A profile of smallest, best and largest shapes, checked."""
-    found = [_resolve(given, option, inputs) for given, option in zip(shapes, options, strict=True)]
-    for key in {key: None for given in found for key in given}:
-        for option, given in zip(options, found, strict=True):
-            if key not in given:
+    """The checked profile of the min, opt and max shapes in `shapes`; `options` name them in errors."""
+    resolved = [_resolve(by_name, option, inputs) for by_name, option in zip(shapes, options, strict=True)]
+    for key in {key: None for by_name in resolved for key in by_name}:
+        for option, by_name in zip(options, resolved, strict=True):
+            if key not in by_name:
                 raise UsageError(f"{where}: {option} does not give input {key!r}, which the other shapes give; add it")
-    low, opt, high = found
+    low, opt, high = resolved
     ranges = {key: Range(low[key], opt[key], high[key]) for key in low}
     check_profile(where, ranges, inputs)
     _check_symbols(where, ranges, inputs)
@@ -168,7 +173,7 @@ def _given(
 
 def _resolve(shapes: dict[str, Shape], option: str, inputs: Mapping[str, ir.Value]) -> dict[str, Shape]:
     """Shapes by input name: exact names first, then `*` patterns for inputs not named exactly."""
-    found = {name: shape for name, shape in shapes.items() if name in inputs}
+    resolved = {name: shape for name, shape in shapes.items() if name in inputs}
     for pattern, shape in shapes.items():
         if pattern in inputs:
             continue
@@ -179,9 +184,9 @@ def _resolve(shapes: dict[str, Shape], option: str, inputs: Mapping[str, ir.Valu
             hint = f"did you mean {', '.join(close)}?" if close else f"the inputs are {', '.join(inputs) or 'none'}"
             raise UsageError(f"{option}: no input is named {pattern!r}; {hint}")
         for name in matches:
-            if name not in shapes and found.setdefault(name, shape) != shape:
+            if name not in shapes and resolved.setdefault(name, shape) != shape:
                 raise UsageError(f"{option}: {pattern!r} gives input {name!r} a second shape; name the input itself")
-    return found
+    return resolved
 
 
 def check_profile(where: str, ranges: Mapping[str, Range], inputs: Mapping[str, ir.Value]) -> None:
@@ -197,8 +202,8 @@ def check_profile(where: str, ranges: Mapping[str, Range], inputs: Mapping[str, 
         dims = inputs[name].shape
         for label, shape in (("min", span.min), ("opt", span.opt), ("max", span.max)):
             if dims is not None and len(shape) != len(dims):
-                given = f"{label} shape {'x'.join(map(str, shape))}"
-                raise UsageError(f"{where}: {given} has rank {len(shape)}, but input {name!r} is {_text(inputs[name])}")
+                text = f"{label} shape {'x'.join(map(str, shape))}"
+                raise UsageError(f"{where}: {text} has rank {len(shape)}, but input {name!r} is {_text(inputs[name])}")
         if len({len(span.min), len(span.opt), len(span.max)}) > 1:
             raise UsageError(
                 f"{where}: min, opt and max shape of input {name!r} differ in rank; give all three the same rank"
@@ -216,8 +221,9 @@ def check_profile(where: str, ranges: Mapping[str, Range], inputs: Mapping[str, 
 
 
 def _check_symbols(where: str, ranges: Mapping[str, Range], inputs: Mapping[str, ir.Value]) -> None:
-    """Dimensions of one name are one number in every run: TensorRT demands the same opt of them, and a size that all
-    ranges hold.
+    """Refuse different ranges for dimensions of one name.
+
+    They have the same size in every run: TensorRT demands the same opt, and a size that all ranges hold.
     """
     first: dict[str, tuple[str, int, Span]] = {}
     for name, span in ranges.items():
@@ -225,11 +231,11 @@ def _check_symbols(where: str, ranges: Mapping[str, Range], inputs: Mapping[str,
             if isinstance(dim, int) or not dim.value:
                 continue
             sizes = (span.min[axis], span.opt[axis], span.max[axis])
-            other, place, known = first.setdefault(dim.value, (name, axis, sizes))
-            if sizes[1] != known[1] or max(sizes[0], known[0]) > min(sizes[2], known[2]):
+            first_name, first_axis, first_sizes = first.setdefault(dim.value, (name, axis, sizes))
+            if sizes[1] != first_sizes[1] or max(sizes[0], first_sizes[0]) > min(sizes[2], first_sizes[2]):
                 raise UsageError(
-                    f"{where}: {dim.value!r} is one dimension, but min, opt and max are {', '.join(map(str, known))} "
-                    f"on axis {place} of input {other!r}"
+                    f"{where}: {dim.value!r} is one dimension, but min, opt and max are "
+                    f"{', '.join(map(str, first_sizes))} on axis {first_axis} of input {first_name!r}"
                     f" and {', '.join(map(str, sizes))} on axis {axis} of {name!r}; give both the same"
                 )
 
@@ -245,17 +251,17 @@ def _text(value: ir.Value) -> str:
 
 
 def _longest(model: Model, spec: EngineSpec) -> int:
-    """Tokens of a sequence: what was asked for, else what the model has, at most 1024.
+    """The longest sequence in tokens: `spec.longest`, or else the model's positions, at most 1024.
 
     Raises:
         UsageError: more than the model's positions.
     """
-    known = positions(model)
+    limit = positions(model)
     if spec.longest is None:
-        return min(known or _USUAL, _USUAL)
-    if known is not None and spec.longest > known:
+        return min(limit or _USUAL, _USUAL)
+    if limit is not None and spec.longest > limit:
         raise UsageError(
-            f"{model.path}: has {known} positions, and sequences of {spec.longest} are asked for; lower --max-seq-len"
+            f"{model.path}: has {limit} positions, and sequences of {spec.longest} are asked for; lower --max-seq-len"
         )
     if spec.longest > _LARGEST:
         raise UsageError(f"sequences of {spec.longest} are beyond TensorRT's {_LARGEST}; lower --max-seq-len")
@@ -263,19 +269,21 @@ def _longest(model: Model, spec: EngineSpec) -> int:
 
 
 _USUAL = 1024
+"""Longest sequence, in tokens, of derived profiles if none is given."""
 
 Span = tuple[int, int, int]
 """(min, opt, max) of one dimension."""
 
 
 def derive_profiles(model: Model, spec: EngineSpec) -> list[Profile]:
-    """Profiles that follow from what the input dimensions are called.
+    """Profiles that are derived from the names of the input dimensions.
 
     A static graph needs none. Without a cache there is one, sequence 1..max. With a cache that grows by Concat (an
     input with a `past` dimension) there are two: `context` (past 0, sequence 1..max) and `generation` (sequence 1, past
     1..max-1). `total_sequence` is past + sequence throughout.
 
     Raises:
+        UsageError: the sizes in `spec` do not fit each other or the model.
         JobError: a dynamic dimension is none of batch, sequence, past and total.
     """
     inputs = {name: value for name, value in _inputs(model).items() if is_dynamic(value)}
@@ -292,7 +300,7 @@ def derive_profiles(model: Model, spec: EngineSpec) -> list[Profile]:
     tuned = spec.opt_seq_len or max(1, longest // 2)
     context = (1, min(tuned, prompt), prompt)
     roles = {name: _roles(value) for name, value in inputs.items()}
-    if not any("past" in found for found in roles.values()):
+    if not any("past" in axis_roles for axis_roles in roles.values()):
         return [_profile("sequence", inputs, roles, {"batch": batch, "past": (0, 0, 0), "sequence": context})]
     if longest < 2:
         raise UsageError("a longest sequence of 1 leaves no room for a cache; give --max-seq-len 2 or more")
@@ -309,10 +317,10 @@ def _profile(
     total: list[int] = [a + b for a, b in zip(spans["past"], spans["sequence"], strict=True)]
     sizes: dict[str, list[int]] = {**{role: list(span) for role, span in spans.items()}, "total": total}
 
-    def shape(value: ir.Value, which: int) -> Shape:
+    def shape(value: ir.Value, bound: int) -> Shape:
         assert value.shape is not None
-        found = roles[value.name or ""]
-        return tuple(d if isinstance(d, int) else sizes[found[axis]][which] for axis, d in enumerate(value.shape))
+        axis_roles = roles[value.name or ""]
+        return tuple(d if isinstance(d, int) else sizes[axis_roles[axis]][bound] for axis, d in enumerate(value.shape))
 
     return Profile(
         name, {key: Range(shape(value, 0), shape(value, 1), shape(value, 2)) for key, value in inputs.items()}
@@ -331,7 +339,7 @@ _GIVE = "give --min-shapes, --opt-shapes and --max-shapes"
 
 
 def _roles(value: ir.Value) -> list[str]:
-    """What each dimension is: batch, sequence, past, total, or '' where it is static."""
+    """The role of each dimension: batch, sequence, past, total, or '' if it is static."""
     if value.shape is None:
         raise JobError(f"input {value.name!r} has no shape to derive profiles from; {_GIVE}")
     ids = len(value.shape) == 2 and value.dtype in (ir.DataType.INT64, ir.DataType.INT32)
@@ -341,8 +349,8 @@ def _roles(value: ir.Value) -> list[str]:
         role = next((role for role, matches in _ROLES if matches(name)), "")
         if not role and not isinstance(dim, int):
             if not ids:
-                what = f"axis {axis} ({name or 'unnamed'}) of input {value.name!r} {_text(value)}"
-                raise JobError(f"{what} is not batch, sequence, past or total; {_GIVE}")
+                place = f"axis {axis} ({name or 'unnamed'}) of input {value.name!r} {_text(value)}"
+                raise JobError(f"{place} is not batch, sequence, past or total; {_GIVE}")
             role = ("batch", "sequence")[axis]
         roles.append(role)
     return roles

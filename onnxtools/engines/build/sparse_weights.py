@@ -1,4 +1,4 @@
-"""Which products could take 2:4 sparse kernels, which took one, and why not, where that can be known."""
+"""Which products could use 2:4 sparse kernels, which use one, and the reason where a product does not."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from onnxtools.ir.model import Model
 from onnxtools.numerics.sparsity import count_2_4
 
 _LARGE = 256
-"""NVIDIA's developers: sparse kernels are faster where both K and N are larger than this (NVIDIA/TensorRT issue
-3849).
-"""
+"""Sparse kernels are faster if both K and N are larger than this (NVIDIA's developers, NVIDIA/TensorRT issue 3849)."""
 
 
 @dataclass(frozen=True)
@@ -24,12 +22,15 @@ class SparseLayer:
     """A product of activations with a stored weight.
 
     Attributes:
-        node, op: its name and operator; weight: name of the stored weight; dtype: as it is stored.
-        k, n: how many elements are summed over, and how many outputs there are.
+        node: name of the node.
+        op: its operator.
+        weight: name of the stored weight.
+        dtype: type of the stored weight.
+        k: number of elements that are summed over.
+        n: number of outputs.
         is_2_4: whether two of each four neighbours along K are zero.
-        reason: why it cannot be sparse, or what speaks against it; empty where nothing does.
-        kernel: `sparse` or `dense` as the engine has it; empty where the engine was not read back or does not name the
-        node.
+        reason: why it cannot be sparse, or what makes a sparse kernel unlikely; empty if nothing does.
+        kernel: `sparse` or `dense` as in the engine; empty if the engine was not read back or does not name the node.
     """
 
     node: str
@@ -51,6 +52,7 @@ class Sparsity:
 
     @property
     def sparse(self) -> int:
+        """Number of products with 2:4 weights."""
         return sum(layer.is_2_4 for layer in self.layers)
 
     def __str__(self) -> str:
@@ -60,7 +62,7 @@ class Sparsity:
         return f"{self.sparse} of {len(self.layers)} products have 2:4 weights{names}"
 
     def built(self, engine: Sequence[EngineLayer] | None) -> Sparsity:
-        """With the kernels of the engine's layers."""
+        """The same products with the kernels that the engine's layers name."""
         took: dict[str, bool] = {}
         for layer in engine or ():
             for name in layer.origin:
@@ -73,22 +75,23 @@ class Sparsity:
         )
 
     def as_json(self) -> dict[str, Any]:
+        """The entry `sparsity` of the manifest."""
         return {"sparse": self.sparse, "total": len(self.layers), "layers": [asdict(layer) for layer in self.layers]}
 
 
 def check_sparsity(model: Model) -> Sparsity:
-    """Read every weight of a matrix product once, a slab at a time."""
-    read: dict[tuple[ir.Value, int], str] = {}
-    found = []
+    """The products of a graph and their 2:4 sparsity; each weight is read once, a slab at a time."""
+    obstacles: dict[tuple[ir.Value, int], str] = {}
+    layers = []
     for product in weight_products(model):
         key = (product.weight, product.axis)
-        if key not in read:
-            read[key] = _obstacle(product.tensor, product.axis)
+        if key not in obstacles:
+            obstacles[key] = _obstacle(product.tensor, product.axis)
         shape = [int(size) for size in product.tensor.shape.numpy()]
         k = shape[product.axis]
         n = product.tensor.size // k if k else 0
-        reason = read[key] or _doubt(product, k, n)
-        found.append(
+        reason = obstacles[key] or _doubt(product, k, n)
+        layers.append(
             SparseLayer(
                 product.node.name or "",
                 product.node.op_type,
@@ -96,15 +99,15 @@ def check_sparsity(model: Model) -> Sparsity:
                 product.tensor.dtype.name,
                 k,
                 n,
-                not read[key],
+                not obstacles[key],
                 reason,
             )
         )
-    return Sparsity(tuple(found))
+    return Sparsity(tuple(layers))
 
 
 def _obstacle(tensor: ir.TensorProtocol, axis: int) -> str:
-    """Why a weight is not 2:4, or nothing."""
+    """Why a weight is not 2:4, or '' if it is."""
     k = int(tensor.shape.numpy()[axis])
     if tensor.dtype.bitwidth < 8:
         return "types below one byte are not looked into"
@@ -121,7 +124,7 @@ def _obstacle(tensor: ir.TensorProtocol, axis: int) -> str:
 
 
 def _doubt(product: Product, k: int, n: int) -> str:
-    """What users and NVIDIA's developers report of products that could be sparse."""
+    """Why a product that could be sparse may get no sparse kernel, as users and NVIDIA's developers report; or ''."""
     if product.quantized:
         return "behind Q/DQ, where users saw no sparse kernel taken (NVIDIA/TensorRT issue 4694)"
     if min(k, n) < _LARGE:

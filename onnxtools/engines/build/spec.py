@@ -1,4 +1,4 @@
-"""`EngineSpec`: everything a build can be asked for, independent of the builder and its version."""
+"""`EngineSpec`: all options of a build, independent of the builder and its version."""
 
 from __future__ import annotations
 
@@ -36,24 +36,25 @@ class EngineSpec:
     strongly_typed: bool | None = option(
         None,
         "Types as the graph says. [default: on where the graph has Q/DQ or several types; TensorRT 11 and "
-        "TensorRT-RTX know nothing else]"
-    )  # fmt: skip
+        "TensorRT-RTX know nothing else]",
+    )
     sparsity: Literal["disable", "enable", "force"] = option(
         "disable",
         "enable (the flag alone): let the builder use 2:4 sparse kernels, and refuse a graph without 2:4 weights; "
-        "force: prune first.", bare="enable"
-    )  # fmt: skip
+        "force: prune first.",
+        bare="enable",
+    )
     timing_cache: str | None = option(
         None,
         "Timing cache: a file, read and merged into, or a folder with one for each GPU and version (TensorRT-RTX "
-        "has none)."
-    )  # fmt: skip
+        "has none).",
+    )
     error_on_cache_miss: bool = option(False, "Fail where a timing is not in the timing cache.")
     compute_capability: tuple[str, ...] = option(
         (),
         "Compute capability to build for, such as 8.9 or 12.0 (TensorRT builds for its own GPU). [default: of this "
-        "machine's GPU, else 8.9]"
-    )  # fmt: skip
+        "machine's GPU, else 8.9]",
+    )
     min_shapes: tuple[str, ...] = option((), "Smallest input shapes of a profile, in trtexec's syntax.")
     opt_shapes: tuple[str, ...] = option((), "Input shapes that a profile is tuned for.")
     max_shapes: tuple[str, ...] = option((), "Largest input shapes of a profile.")
@@ -108,11 +109,11 @@ class EngineSpec:
                 "times; give all three once for each profile"
             )
         derived = ("opt_batch_size", "max_seq_len", "max_input_len", "max_output_len", "opt_seq_len")
-        idle = next(
+        unused = next(
             (name for name in derived if getattr(self, name) is not None),
             "max_batch_size" if self.max_batch_size != EngineSpec.max_batch_size else "",
         )
-        given = (
+        source = (
             "--min-shapes, --opt-shapes and --max-shapes give"
             if self.min_shapes
             else "--profiles gives"
@@ -123,8 +124,8 @@ class EngineSpec:
             raise UsageError(
                 "--profiles and --min-shapes, --opt-shapes, --max-shapes say the same thing; leave one out"
             )
-        if given and idle:
-            raise UsageError(f"--{idle.replace('_', '-')} is for derived profiles, and {given} them; leave one out")
+        if source and unused:
+            raise UsageError(f"--{unused.replace('_', '-')} is for derived profiles, and {source} them; leave one out")
         for name in ("max_batch_size", "max_seq_len", "max_input_len", "max_output_len"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -162,12 +163,12 @@ class EngineSpec:
 
     @property
     def longest(self) -> int | None:
-        """Tokens of a sequence, cache included; None where nothing was said."""
+        """Longest sequence in tokens, cache included; None if no option gives it."""
         return self.max_seq_len if self.max_output_len is None else (self.max_input_len or 0) + self.max_output_len
 
     @property
     def demanded(self) -> list[str]:
-        """Precisions that were asked for."""
+        """The demanded precisions, in the order of `PRECISIONS`."""
         return [name for name in PRECISIONS if getattr(self, name)]
 
     def as_json(self) -> dict[str, Any]:
@@ -187,15 +188,14 @@ PRECISIONS = ("fp16", "bf16", "fp8", "int8", "int4")
 
 _POOLS = {
     "workspace": "WORKSPACE", "dlaSRAM": "DLA_MANAGED_SRAM", "dlaLocalDRAM": "DLA_LOCAL_DRAM",
-    "dlaGlobalDRAM": "DLA_GLOBAL_DRAM",
-    "tacticSharedMem": "TACTIC_SHARED_MEMORY",
+    "dlaGlobalDRAM": "DLA_GLOBAL_DRAM", "tacticSharedMem": "TACTIC_SHARED_MEMORY",
 }  # fmt: skip
 """MemoryPoolType by trtexec's name."""
 _UNITS = {"B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 def pool_size(text: str) -> tuple[str, int]:
-    """'workspace:4G' as (pool, bytes), the pool by trtexec's name; a number without a unit is MiB, as trtexec has it.
+    """'workspace:4G' as (pool, bytes), with trtexec's name of the pool; a number without a unit is MiB, as in trtexec.
 
     Raises:
         UsageError: no such pool, or no size.
@@ -210,7 +210,7 @@ def pool_size(text: str) -> tuple[str, int]:
 
 
 def pool_type(pool: str) -> str:
-    """The member of MemoryPoolType that trtexec calls `pool`."""
+    """The name of the MemoryPoolType member that trtexec calls `pool`."""
     return _POOLS[pool]
 
 

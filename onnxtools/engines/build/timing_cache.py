@@ -1,6 +1,6 @@
-"""The timing cache file: locked, merged with what others wrote meanwhile, and never half written.
+"""The timing cache file: locked, merged with what other builds wrote meanwhile, and never half written.
 
-TensorRT-RTX has none, and we say so.
+TensorRT-RTX has no timing cache, and a note says so.
 """
 
 from __future__ import annotations
@@ -33,33 +33,36 @@ def check_timing_cache(path: Path) -> None:
 
 
 def with_cache_file(spec: EngineSpec, backend: str, version: Version) -> EngineSpec:
-    """A timing cache that is a folder becomes its file of this GPU and this version: timings of another are of no
-    use.
+    """`spec` with the file for this GPU and this version, if its timing cache is a folder.
+
+    Timings of another GPU or version are of no use.
     """
     if spec.timing_cache is None or not Path(spec.timing_cache).is_dir():
         return spec
     query = ["nvidia-smi", f"--id={spec.device}", "--query-gpu=name,compute_cap", "--format=csv,noheader"]
-    told = (
+    description = (
         subprocess.run(query, capture_output=True, text=True, check=False).stdout if shutil.which("nvidia-smi") else ""
     )
-    gpu = re.sub(r"[^A-Za-z0-9.]+", "-", told.strip()) or "no-gpu"
+    gpu = re.sub(r"[^A-Za-z0-9.]+", "-", description.strip()) or "no-gpu"
     return dataclasses.replace(
         spec, timing_cache=str(Path(spec.timing_cache) / f"{gpu}-{backend}-{'.'.join(map(str, version))}.cache")
     )
 
 
 def rtx_note(path: Path) -> str:
-    """What TensorRT-RTX does with a timing cache (its calls for one are deprecated and do nothing)."""
+    """The note on a timing cache for TensorRT-RTX, whose calls for one are deprecated and do nothing."""
     return f"timing cache: TensorRT-RTX has none; {path} {'left as it is' if path.exists() else 'not written'}"
 
 
 class TimingCache:
-    """The cache of one build; made from the file, and merged into it afterwards.
+    """The timing cache of one build, loaded from the file and merged into it afterwards.
 
     Several builds may use one file at once: each merges its timings into what the file holds when it is done.
 
     Args:
         config: an IBuilderConfig of TensorRT.
+        path: the cache file, which need not exist.
+
     Raises:
         JobError: the file is of another TensorRT or another GPU, or damaged.
     """
@@ -74,11 +77,11 @@ class TimingCache:
                 f"{path}: is no timing cache of this TensorRT and this GPU; name another file with --timing-cache, or "
                 "remove it"
             )
-        self._known = _entries(cache)
+        self._loaded = _entries(cache)
 
     @classmethod
     def open(cls, builder: str, config: Any, spec: EngineSpec) -> TimingCache | None:
-        """None where none was asked for, and for TensorRT-RTX."""
+        """The timing cache of `spec`; None if it names none, or for TensorRT-RTX."""
         return (
             cls(config, Path(spec.timing_cache))
             if spec.timing_cache is not None and builder != "tensorrt-rtx"
@@ -86,10 +89,10 @@ class TimingCache:
         )
 
     def save(self) -> list[str]:
-        """Merge into the file; a line for people.
+        """Merge the new timings into the file; returns a line for people.
 
         Raises:
-            JobError: what lies in the file now cannot be merged.
+            JobError: the cache that is in the file now cannot be merged.
         """
         mine = self._config.get_timing_cache()
         with self._locked():
@@ -105,14 +108,14 @@ class TimingCache:
             data = bytes(memoryview(whole.serialize()))
             with replacing(self.path) as tmp:
                 tmp.write_bytes(data)
-        new = _entries(mine) - self._known
-        what = f"{self._known} timings known, {new} measured" if self._known >= 0 else f"{len(data)} bytes"
-        return [f"timing cache: {self.path}, {what}"]
+        new = _entries(mine) - self._loaded
+        amount = f"{self._loaded} timings known, {new} measured" if self._loaded >= 0 else f"{len(data)} bytes"
+        return [f"timing cache: {self.path}, {amount}"]
 
     def _locked(self) -> FileLock:
         return FileLock(self.path.with_name(f"{self.path.name}.lock"))
 
 
 def _entries(cache: Any) -> int:
-    """How many timings; -1 before TensorRT 10, which does not say."""
+    """Number of timings in the cache; -1 before TensorRT 10, which does not report it."""
     return len(cache.queryKeys()) if hasattr(cache, "queryKeys") else -1

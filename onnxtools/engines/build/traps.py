@@ -1,15 +1,16 @@
-"""What TensorRT's ONNX parser misreads without a word, or refuses without a usable one. Found in the graph, before
-parsing.
+"""Checks for nodes that TensorRT's ONNX parser misreads silently, or refuses without a useful message.
+
+They are found in the graph, before parsing.
 
 Measured with TensorRT-RTX 1.7.1:
   - Attention: the `nonpad_kv_seqlen` input is dropped; `is_causal` becomes an upper-left aligned mask whatever the
     shapes and cannot be combined with a mask; past inputs and a second output are refused.
   - TensorScatter: only rank 4, axis -2, mode linear.
-  - ReduceMean and the like: axes must be an initializer or a Constant, not what a Reshape makes of one.
-  - TRT_MXFP8DequantizeLinear without `axis`: the blocks are looked for along axis 1, which is the last of a matrix
-    alone.
-  - an operator of an unknown domain that has the name of an ONNX operator is parsed as the ONNX operator.
-Boolean masks and fp32 Attention are mended on the parsed network instead (`onnxtools.engines.network`).
+  - ReduceMean and other reductions: axes must be an initializer or a Constant, not the result of a Reshape.
+  - TRT_MXFP8DequantizeLinear without `axis`: the blocks are expected along axis 1, which is the last axis of a matrix
+    only.
+  - an operator of an unknown domain with the name of an ONNX operator is parsed as the ONNX operator.
+Boolean masks and fp32 Attention are mended on the parsed network instead (`onnxtools.engines.tensorrt.network`).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _KNOWN_DOMAINS = ("", "ai.onnx", "trt", "trt.plugins")
 
 
 class Graph:
-    """A model with its facts worked out once, when first asked for."""
+    """A model whose facts are computed once, on first use."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
@@ -46,23 +47,26 @@ class Graph:
         return self._analysis[1]
 
     def nodes(self) -> Iterator[ir.Node]:
-        """Every node, those of subgraphs and functions included."""
+        """All nodes, including those of subgraphs and functions."""
         return self.model.nodes_everywhere()
 
     def shape(self, value: ir.Value | None) -> tuple[int, ...] | None:
-        """Sizes with distinct stand-ins for symbolic dimensions: equal stand-ins are equal at run time."""
+        """Sizes with a distinct stand-in for each symbolic dimension; None if unknown.
+
+        Dimensions with equal stand-ins are equal at run time.
+        """
         return None if value is None else self._analysis[0][value].shape
 
 
 def label(node: ir.Node) -> str:
-    """`node 'X' (Op)`; a node without a name is known by its first output."""
+    """`node 'X' (Op)`; a node without a name is identified by its first output."""
     domain = f"{node.domain}::" if node.domain not in ("", "ai.onnx") else ""
-    what = repr(node.name) if node.name else f"that makes {node.outputs[0].name!r}"
-    return f"node {what} ({domain}{node.op_type})"
+    identity = repr(node.name) if node.name else f"that makes {node.outputs[0].name!r}"
+    return f"node {identity} ({domain}{node.op_type})"
 
 
 def refuse(found: list[tuple[ir.Node, str]]) -> None:
-    """Raise for the first of `found`, counting the others; nothing for an empty list.
+    """Raise for the first (node, reason) of `found` and count the others; an empty list raises nothing.
 
     Raises:
         JobError: `node 'X' (Op): reason`.
@@ -74,24 +78,24 @@ def refuse(found: list[tuple[ir.Node, str]]) -> None:
 
 
 def check_traps(graph: Graph) -> None:
-    """Refuse what would be built with another meaning, or not at all.
+    """Refuse nodes that TensorRT would build with another meaning, or not at all.
 
     Raises:
         JobError: names the first such node, the reason and what to do.
     """
-    found: list[tuple[ir.Node, str]] = []
+    problems: list[tuple[ir.Node, str]] = []
     for node in graph.nodes():
         reason = None
         if is_op(node, "Attention"):
             reason = _attention(node, graph)
         elif is_op(node, "TensorScatter"):
             reason = _tensor_scatter(node, graph)
-        elif node.op_type.startswith("Reduce") and _given(node, 1) and constant_tensor(node.inputs[1]) is None:
+        elif node.op_type.startswith("Reduce") and _has_input(node, 1) and constant_tensor(node.inputs[1]) is None:
             reason = (
                 "TensorRT takes the axes as an initializer or Constant alone, not computed; `onnxtools convert` folds "
                 "them"
             )
-        elif is_op(node, "TRT_MXFP8DequantizeLinear", domain="trt") and _blocks_unsaid(node, graph):
+        elif is_op(node, "TRT_MXFP8DequantizeLinear", domain="trt") and _lacks_axis(node, graph):
             reason = (
                 "says no axis, and TensorRT looks for the blocks along axis 1, not the last; `onnxtools convert "
                 "--keep-mx` says it"
@@ -102,11 +106,11 @@ def check_traps(graph: Graph) -> None:
                 "it"
             )
         if reason is not None:
-            found.append((node, reason))
-    refuse(found)
+            problems.append((node, reason))
+    refuse(problems)
 
 
-def _given(node: ir.Node, index: int) -> bool:
+def _has_input(node: ir.Node, index: int) -> bool:
     return len(node.inputs) > index and node.inputs[index] is not None
 
 
@@ -114,12 +118,12 @@ _DECOMPOSE = "`onnxtools decompose-attention IN OUT` writes an explicit mask"
 
 
 def _attention(node: ir.Node, graph: Graph) -> str | None:
-    if _given(node, 6):
+    if _has_input(node, 6):
         return (
             "TensorRT's parser drops its nonpad_kv_seqlen input without a word; give it an explicit additive mask "
             "instead"
         )
-    if _given(node, 4) or _given(node, 5):
+    if _has_input(node, 4) or _has_input(node, 5):
         return (
             "TensorRT takes no past_key or past_value input; concatenate the cache outside Attention, as add-kv-cache "
             "does"
@@ -128,7 +132,7 @@ def _attention(node: ir.Node, graph: Graph) -> str | None:
         return "TensorRT takes an Attention with one output only; compute the others outside, or drop them"
     if not attribute(node, "is_causal", 0):
         return None
-    if _given(node, 3):
+    if _has_input(node, 3):
         return f"TensorRT cannot combine is_causal with a mask; {_DECOMPOSE}"
     query, key = (graph.shape(node.inputs[index]) for index in (0, 1))
     if query is None or key is None:
@@ -141,7 +145,7 @@ def _attention(node: ir.Node, graph: Graph) -> str | None:
     return None
 
 
-def _blocks_unsaid(node: ir.Node, graph: Graph) -> bool:
+def _lacks_axis(node: ir.Node, graph: Graph) -> bool:
     shape = graph.shape(node.inputs[0])
     return "axis" not in node.attributes and (shape is None or len(shape) != 2)
 

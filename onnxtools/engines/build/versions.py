@@ -1,4 +1,4 @@
-"""Which option exists in which TensorRT, what replaces it, and what is refused.
+"""Which TensorRT versions have which option, what replaces a missing option, and what is refused.
 
 Sources: trtexec's help texts and release notes of 8.6, 9.3, 10.13 and 11.4, NVIDIA's migration guides 8.x to 10.x and
 10.x to 11.x, the bindings of 10.13 and 11.4 (their names are compared with this table in the tests).
@@ -24,10 +24,10 @@ class Feature:
 
     Attributes:
         option: the field of `EngineSpec`.
-        since: first TensorRT with it.
-        until: first TensorRT without it; None: all later ones have it.
-        rtx: whether TensorRT-RTX has it.
-        instead: what to do where it is missing.
+        since: first version of TensorRT with the option.
+        until: first version without it; None if all later versions have it.
+        rtx: whether TensorRT-RTX has the option.
+        instead: what to do where the option is missing.
     """
 
     option: str
@@ -60,13 +60,13 @@ FEATURES = (
 
 
 def release(text: str) -> Version:
-    """(1, 7, 1) of a library's own '1.7.1.116+cu13'."""
+    """The first three numbers of a library's version: (1, 7, 1) of '1.7.1.116+cu13'; (0,) of any other text."""
     match = re.match(r"\d+(\.\d+){0,2}", text)
     return version_of(match[0]) if match else (0,)
 
 
 def check_options(spec: EngineSpec, backend: str, version: Version) -> None:
-    """Refuse what this TensorRT does not have.
+    """Refuse options that this version of TensorRT does not have.
 
     Raises:
         UsageError: names the option, the version and what to do.
@@ -77,12 +77,12 @@ def check_options(spec: EngineSpec, backend: str, version: Version) -> None:
         value = getattr(spec, feature.option)
         if value == defaults[feature.option] or not value:
             continue
-        missing = (
+        is_missing = (
             not feature.rtx
             if rtx
             else version < feature.since or (feature.until is not None and version >= feature.until)
         )
-        if missing:
+        if is_missing:
             where = (
                 "TensorRT-RTX has none"
                 if rtx
@@ -99,7 +99,7 @@ def check_options(spec: EngineSpec, backend: str, version: Version) -> None:
 
 
 def _check_values(spec: EngineSpec, backend: str, version: Version) -> None:
-    """Options that exist, but not with every value."""
+    """Refuse values that this version of TensorRT does not have."""
     number = ".".join(map(str, version))
     if spec.hardware_compatibility_level == "sameComputeCapability" and version < (10, 9):
         raise UsageError(
@@ -127,17 +127,17 @@ _CEILINGS: tuple[tuple[Version, int, int], ...] = (
     ((10, 9), 22, 10),
     ((11,), 24, 12),
 )
-"""First TensorRT, newest opset and ONNX IR that its parser reads (onnx-tensorrt's operators.md of that version)."""
+"""(first TensorRT, newest opset, newest ONNX IR) of its parser (onnx-tensorrt's operators.md of that version)."""
 
 
 def ceilings(version: Version) -> tuple[int, int]:
-    """Newest opset and ONNX IR version."""
-    found = [(opset, ir) for first, opset, ir in _CEILINGS if version >= first]
-    return found[-1] if found else (17, 8)
+    """Newest opset and ONNX IR version that the parser of `version` reads."""
+    reached = [(opset, ir) for first, opset, ir in _CEILINGS if version >= first]
+    return reached[-1] if reached else (17, 8)
 
 
 def is_mixed(model: Model) -> bool:
-    """Whether the graph says types itself: it has Q/DQ, or more than one floating-point type."""
+    """Whether the graph sets types itself: it has Q/DQ, or more than one floating-point type."""
     if any(is_op(node, "QuantizeLinear", "DequantizeLinear") for node in model.graph.all_nodes()):
         return True
     kinds = {

@@ -1,5 +1,6 @@
-"""The library of our CUDA kernels: compiled once by nvcc for the card that is there, and kept in the user's cache
-folder.
+"""The library of onnxtools' CUDA kernels: compiled once by nvcc for the card of the machine.
+
+It is kept in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -20,13 +21,16 @@ from onnxtools.storage.files import replacing
 
 SOURCES = Path(__file__).parent / "cuda"
 MIN_CAPABILITY = 90
-"""Hopper: thread block clusters, and launches that overlap."""
+"""First compute capability x 10 of the kernels: Hopper has thread block clusters and overlapping launches."""
+_COMPUTE_CAPABILITY_MAJOR, _COMPUTE_CAPABILITY_MINOR = 75, 76
+"""CUdevice_attribute: CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR (cuda.h)."""
 _FLAGS = ("-O3", "-std=c++17", "--threads", "0", "--shared", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall")
 
 
 def device_capability() -> int:
-    """Of the device that CUDA counts as the first (90: 9.0), which may not be nvidia-smi's; 0 where there is none or no
-    driver.
+    """Compute capability x 10 (90: 9.0) of CUDA's first device; 0 without a device or driver.
+
+    It need not be the first device of nvidia-smi.
     """
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
@@ -34,34 +38,35 @@ def device_capability() -> int:
         return 0
     device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
     failed = cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(device), 0)
-    for found, wanted in ((major, 75), (minor, 76)):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
-        failed = failed or cuda.cuDeviceGetAttribute(ctypes.byref(found), wanted, device)
+    for number, attribute in ((major, _COMPUTE_CAPABILITY_MAJOR), (minor, _COMPUTE_CAPABILITY_MINOR)):
+        failed = failed or cuda.cuDeviceGetAttribute(ctypes.byref(number), attribute, device)
     return 0 if failed else 10 * major.value + minor.value
 
 
 def find_nvcc() -> str | None:
-    """Of the path, else of CUDA_HOME, else of where CUDA is usually installed."""
+    """The nvcc on PATH, else in CUDA_HOME, else in /usr/local/cuda; None without one."""
     folders = [folder for folder in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if folder]
     return shutil.which("nvcc") or next(
-        (found for folder in folders if (found := shutil.which("nvcc", path=f"{folder}/bin"))), None
+        (path for folder in folders if (path := shutil.which("nvcc", path=f"{folder}/bin"))), None
     )
 
 
 def kernel_library(nvcc: str, capability: int) -> Path:
-    """The library for cards of `capability` (90: 9.0), compiled where it is not there yet (10 s).
+    """The library for cards of `capability` (90: 9.0), compiled if it does not exist yet (10 s).
 
-    It is named by what it was made of, so another version of the sources or of the compiler, or another machine, never
-    finds it.
+    Its name holds a hash of the sources, the compiler's version, the flags and the machine type, so none of them finds
+    a library of another.
 
     Raises:
-        JobError: it cannot be compiled.
+        JobError: it cannot be compiled, or other users can write to it or to its folder.
     """
-    done = subprocess.run([nvcc, "--version"], capture_output=True, check=False)
-    if done.returncode:
+    compiler = subprocess.run([nvcc, "--version"], capture_output=True, check=False)
+    if compiler.returncode:
         raise JobError(f"{nvcc} --version fails; repair the CUDA toolkit")
     sources = sorted(SOURCES.iterdir())
-    made_of = [done.stdout, " ".join((*_FLAGS, platform.machine())).encode(), *(path.read_bytes() for path in sources)]
-    digest = hashlib.sha256(b"\0".join(made_of)).hexdigest()[:16]
+    target = " ".join((*_FLAGS, platform.machine())).encode()
+    ingredients = [compiler.stdout, target, *(path.read_bytes() for path in sources)]
+    digest = hashlib.sha256(b"\0".join(ingredients)).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onnxtools"
     path = folder / f"kernels-sm{capability}-{digest}.so"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -75,13 +80,13 @@ def kernel_library(nvcc: str, capability: int) -> Path:
 
 
 def _check_own(path: Path) -> None:
-    """What lies here runs with our rights, so nobody else may have written it.
+    """Check that only the user can write the file or folder: the library runs with the user's rights.
 
     Raises:
-        JobError: it is another user's, or others may write to it.
+        JobError: it is another user's, a symbolic link, or others may write to it.
     """
     status = path.lstat()
-    if status.st_uid != os.geteuid() or status.st_mode & 0o022 or stat.S_ISLNK(status.st_mode):
+    if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) or stat.S_ISLNK(status.st_mode):
         raise JobError(
             f"{path}: our compiled kernels may lie only where you alone can write; `chown` it to you and `chmod go-w` "
             "it, or set XDG_CACHE_HOME"
@@ -91,15 +96,15 @@ def _check_own(path: Path) -> None:
 def _compile(nvcc: str, capability: int, sources: list[str], path: Path) -> None:
     with replacing(path) as tmp:
         command = [nvcc, *_FLAGS, f"-gencode=arch=compute_{capability},code=sm_{capability}", *sources, "-o", str(tmp)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            said = next(
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode:
+            reason = next(
                 (
                     line
-                    for line in (done.stdout + done.stderr).splitlines()
+                    for line in (result.stdout + result.stderr).splitlines()
                     if "error" in line.lower() or "fatal" in line.lower()
                 ),
-                f"exit code {done.returncode}",
+                f"exit code {result.returncode}",
             )
-            raise JobError(f"{nvcc} cannot compile our kernels: {said[:200]}")
+            raise JobError(f"{nvcc} cannot compile our kernels: {reason[:200]}")
         tmp.chmod(0o600)

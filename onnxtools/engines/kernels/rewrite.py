@@ -1,9 +1,8 @@
-"""Our CUDA kernels for a decode step in the place of ONNX Runtime's operators, in the graph that a session is made of;
-the file stays as it is.
+"""Replaces ONNX Runtime's operators by onnxtools' CUDA kernels for a decode step, in the graph of a session.
 
-A decode step reads each weight once for a few rows, and ONNX Runtime takes a kernel each for product, bias, activation,
-unpacking of queries and normalization. The operators of the domain `onnxtools` (engines/kernels/cuda) take one each,
-which starts while the one before still runs.
+The file is not changed. A decode step reads each weight once for a few rows, and ONNX Runtime launches a kernel each
+for product, bias, activation, unpacking of queries and normalization. The operators of the domain `onnxtools`
+(engines/kernels/cuda) launch one kernel each, which starts while the kernel before still runs.
 """
 
 from __future__ import annotations
@@ -33,34 +32,38 @@ _GQA_DEFAULTS = {
 _NORMS = ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization")
 _PLAIN_NORMS = {"LayerNormalization": _NORMS[0], "RMSNormalization": _NORMS[1]}
 _EPSILON = dict.fromkeys(_NORMS, 1e-12) | dict.fromkeys(_PLAIN_NORMS, 1e-5)
-"""The operators' defaults."""
+"""Default epsilon of each norm."""
 
 
 def use_kernels(model: Model) -> Counter[str]:
-    """Put our operators into the graph of `model`, where they compute the same; how many of each.
+    """Replace operators of `model` by those of the domain `onnxtools`, where they compute the same.
 
     - Gemm of rows and a weight [N, K] in fp16 or bf16, K a multiple of 64: Linear, with the bias and the tanh GELU that
       follow it;
     - com.microsoft.GroupQueryAttention of packed queries without a window, cap or quantized cache: GroupQueryAttention;
-    - what `export --logits last` picks each row's last token with, where caches are shared buffers: LastToken;
+    - the nodes with which `export --logits last` picks each row's last token, where caches are shared buffers:
+      LastToken;
     - com.microsoft.Skip(Simplified)LayerNormalization, LayerNormalization and RMSNormalization of up to 16384 channels:
       the first two.
+
+    Returns:
+        How many `products`, `attentions`, `norms` and `picks` were replaced.
     """
-    build, made = Builder(model), Counter[str]()
+    build, counts = Builder(model), Counter[str]()
     for product in list(weight_products(model)):
         if _is_linear(product):
             _to_linear(build, product)
-            made["products"] += 1
+            counts["products"] += 1
     for node in list(model.graph):
         if is_op(node, "GroupQueryAttention", domain="com.microsoft") and _is_packed(node):
             _to_attention(build, node)
-            made["attentions"] += 1
+            counts["attentions"] += 1
         elif is_op(node, *_NORMS, domain="com.microsoft") and _is_norm(node, node.inputs[2:]):
             _to_norm(build, node, node.op_type, node.inputs)
-            made["norms"] += 1
+            counts["norms"] += 1
         elif is_op(node, *_PLAIN_NORMS) and attribute(node, "axis", -1) == -1 and _is_norm(node, node.inputs[1:]):
             _to_norm(build, node, _PLAIN_NORMS[node.op_type], [node.inputs[0], None, *node.inputs[1:]])
-            made["norms"] += 1
+            counts["norms"] += 1
         elif (mask := _mask_of_last(node)) is not None:
             build.before = node
             _replace(
@@ -68,11 +71,11 @@ def use_kernels(model: Model) -> Counter[str]:
                 node.outputs,
                 [build.op("LastToken", [node.inputs[0], mask], f"{node.name}/LastToken", domain=DOMAIN)],
             )
-            made["picks"] += 1
-    if made:
+            counts["picks"] += 1
+    if counts:
         model.graph.opset_imports[DOMAIN] = 1
         remove_unused(model)
-    return made
+    return counts
 
 
 def _is_linear(product: Product) -> bool:
@@ -107,7 +110,8 @@ def _to_linear(build: Builder, product: Product) -> None:
             bias, end, activation = added, gelu, "GELU"
     elif gelu is not None and is_op(gelu, "Gelu") and attribute(gelu, "approximate", "none") == "tanh":
         end, activation = gelu, "GELU"
-    # Queries, keys and values: the bias is added once they are shaped [batch, sequence, size], and can be added before.
+    # Queries, keys and values: the graph adds the bias after the reshape to [batch, sequence, size]; Linear adds it
+    # before.
     shaped = _only_user(node) if end is node and bias is None else None
     later = (
         _only_user(shaped)
@@ -130,21 +134,21 @@ def _to_linear(build: Builder, product: Product) -> None:
 
 
 def _replace(build: Builder, old: Sequence[ir.Value], new: Sequence[ir.Value]) -> None:
-    """Let each of `new` take the place, type and shape of its `old`."""
+    """Let each value of `new` take the place, type and shape of its value of `old`."""
     for before, after in zip(old, new, strict=True):
         after.type, after.shape = before.type, before.shape
         rename_or_bypass(build.graph, before, after)
 
 
 def _only_user(node: ir.Node) -> ir.Node | None:
-    """The one node that reads what `node` makes, where nobody else does, in its own graph."""
+    """The only node that reads the first output of `node`, if it is in the same graph; else None."""
     uses = list(node.outputs[0].uses())
     single = len(uses) == 1 and not node.outputs[0].is_graph_output() and uses[0].node.graph is node.graph
     return uses[0].node if single else None
 
 
 def _last_of(shape: ir.Value | None) -> int | None:
-    """The last of the dimensions that a Reshape is given, where it is stored."""
+    """The last dimension of a Reshape's target, if it is stored; else None."""
     while shape is not None and is_op(shape.producer(), "Concat"):
         shape = shape.producer().inputs[-1]  # type: ignore[union-attr]
     dims = small_constant(shape)
@@ -170,19 +174,26 @@ def _to_attention(build: Builder, node: ir.Node) -> None:
     assert isinstance(size, int)
     inputs = [node.inputs[0], *node.inputs[3:7], *(node.inputs[7:9] if rotary else [])]
     build.before = node
-    made = build.ops(
-        "GroupQueryAttention", inputs, f"{node.name}/onnxtools", outputs=3, domain=DOMAIN,
+    outputs = build.ops(
+        "GroupQueryAttention",
+        inputs,
+        f"{node.name}/onnxtools",
+        outputs=3,
+        domain=DOMAIN,
         num_heads=attribute(node, "num_heads"),
-        kv_num_heads=attribute(node, "kv_num_heads"), do_rotary=rotary,
+        kv_num_heads=attribute(node, "kv_num_heads"),
+        do_rotary=rotary,
         rotary_interleaved=attribute(node, "rotary_interleaved", 0),
         scale=float(attribute(node, "scale", 0.0) or size**-0.5),
-    )  # fmt: skip
-    _replace(build, node.outputs, made)
+    )
+    _replace(build, node.outputs, outputs)
 
 
 def _is_norm(node: ir.Node, constants: Sequence[ir.Value | None]) -> bool:
-    """Whether `constants`, scale and what may follow it, are stored vectors that our kernel can fetch ahead, and
-    statistics are not asked for.
+    """Whether the norm kernel can replace `node`.
+
+    The kernel fetches `constants` (the scale and optional biases) ahead, so they must be stored vectors. It does not
+    compute the statistics outputs.
     """
     scale = constant_tensor(constants[0])
     if (
@@ -200,27 +211,26 @@ def _is_norm(node: ir.Node, constants: Sequence[ir.Value | None]) -> bool:
 def _to_norm(build: Builder, node: ir.Node, op_type: str, inputs: Sequence[ir.Value | None]) -> None:
     build.before = node
     epsilon = float(attribute(node, "epsilon", _EPSILON[node.op_type]))
-    outputs = [
-        node.outputs[0],
-        *(value for value in node.outputs[3:] if value.uses() or value.is_graph_output()),
-    ]  # the sum where it is asked for
-    made = build.ops(
+    # The norm, and the sum if it is used.
+    outputs = [node.outputs[0], *(value for value in node.outputs[3:] if value.uses() or value.is_graph_output())]
+    results = build.ops(
         op_type, list(inputs), f"{node.name}/onnxtools", outputs=len(outputs), domain=DOMAIN, epsilon=epsilon
     )
-    _replace(build, outputs, made)
+    _replace(build, outputs, results)
 
 
 _INDEX_OF_LAST: tuple[tuple[str, tuple[int | None, ...]], ...] = (
     ("Expand", (None,)), ("Unsqueeze", (2,)), ("Max", (0,)), ("Sub", (1,)), ("ReduceSum", (1,)),
     ("Slice", (None, np.iinfo(np.int64).max, 1)),
 )  # fmt: skip
-"""max(sum(mask[:, -new:]) - 1, 0), from its end to the mask: the operators, and the constants that follow the first
-input of each.
+"""The operators of max(sum(mask[:, -new:]) - 1, 0), from the last one back to the mask.
+
+Each has the constants that follow its first input; None is any value.
 """
 
 
 def _mask_of_last(node: ir.Node) -> ir.Value | None:
-    """The mask [batch, total], where `node` picks from [batch, new, width] by that index."""
+    """The mask int64 [batch, total], if `node` picks each row's last token of [batch, new, width] by it; else None."""
     if not is_op(node, "GatherElements") or attribute(node, "axis", 0) != 1:
         return None
     mask, steps = node.inputs[1], []
@@ -230,33 +240,34 @@ def _mask_of_last(node: ir.Node) -> ir.Value | None:
             return None
         mask = steps[-1][0]
     rows, new = _inputs(node.inputs[0], "Reshape", None), _inputs(steps[-1][1], "Neg")
-    shape, wanted = _inputs(rows[1], "Concat", None, None) if rows else [], _inputs(steps[0][1], "Concat", None)
-    if not (new and shape and wanted) or shape[1] is not new[0] or wanted[0] is not shape[0]:
+    shape, target = _inputs(rows[1], "Concat", None, None) if rows else [], _inputs(steps[0][1], "Concat", None)
+    if not (new and shape and target) or shape[1] is not new[0] or target[0] is not shape[0]:
         return None
-    width, picked = small_constant(shape[2]), small_constant(wanted[1])
+    width, picked = small_constant(shape[2]), small_constant(target[1])
     if width is None or picked is None or width.size != 1 or picked.tolist() != [1, width.item()] or width.item() % 8:
         return None
     source: ir.Node | None = rows[0].producer()
     while source is not None and is_op(source, "Reshape"):
         source = source.inputs[0].producer() if source.inputs[0] is not None else None
-    ours = source is not None and source.domain == DOMAIN  # its type is one that we take
+    ours = source is not None and source.domain == DOMAIN  # its type is then one that the kernel takes
     return mask if ours and mask is not None and mask.dtype == ir.DataType.INT64 else None
 
 
 def _inputs(value: ir.Value | None, op_type: str, *constants: int | None) -> list[ir.Value]:
-    """The inputs of the `op_type` that makes `value`, the first one and as many as `constants`, which they equal (None:
-    any value); else none.
+    """The inputs of the node that makes `value`, if it is an `op_type` with these constants; else none.
+
+    The inputs after the first must equal `constants`, one each; None stands for any value.
     """
     node = value.producer() if value is not None else None
     if node is None or not is_op(node, op_type) or len(node.inputs) != 1 + len(constants):
         return []
     fit = all(
-        wanted is None or _only_element(given) == wanted
-        for given, wanted in zip(node.inputs[1:], constants, strict=True)
+        constant is None or _only_element(operand) == constant
+        for operand, constant in zip(node.inputs[1:], constants, strict=True)
     )
-    return [given for given in node.inputs if given is not None] if fit and None not in node.inputs else []
+    return [operand for operand in node.inputs if operand is not None] if fit and None not in node.inputs else []
 
 
 def _only_element(value: ir.Value | None) -> int | None:
-    found = small_constant(value)
-    return int(found.item()) if found is not None and found.size == 1 else None
+    elements = small_constant(value)
+    return int(elements.item()) if elements is not None and elements.size == 1 else None

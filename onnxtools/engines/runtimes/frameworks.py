@@ -1,6 +1,6 @@
 """The runtime `frameworks`: the same checkpoint in PyTorch, through transformers.
 
-The baseline that the others are compared with.
+It is the baseline that the other runtimes are compared with.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from onnxtools.generation.runtime import (
 
 
 class TorchLogits:
-    """Logits [rows, vocabulary] of torch."""
+    """Logits [rows, vocabulary] in a torch tensor."""
 
     def __init__(self, logits: Any) -> None:
         self._logits = logits
@@ -51,7 +51,7 @@ class FrameworksRuntime:
     A folder with config.json and no weights gives a model with random weights, for performance studies.
 
     Raises:
-        JobError: transformers is not installed, or does not know the checkpoint.
+        JobError: PyTorch or transformers is not installed, or transformers cannot load the checkpoint.
     """
 
     def __init__(self, path: Path, options: RuntimeOptions) -> None:
@@ -90,9 +90,14 @@ class FrameworksRuntime:
         self.weight_bytes = sum(p.numel() * p.element_size() for p in self.model.parameters())
 
     def _load(self, transformers: Any, attention: str) -> Any:
-        where = {"pretrained_model_name_or_path": self.path} if self.path.is_dir() else {
-            "pretrained_model_name_or_path": self.path.parent, "gguf_file": self.path.name,
-        }  # fmt: skip
+        where = (
+            {"pretrained_model_name_or_path": self.path}
+            if self.path.is_dir()
+            else {
+                "pretrained_model_name_or_path": self.path.parent,
+                "gguf_file": self.path.name,
+            }
+        )
         random = self.path.is_dir() and not [*self.path.glob("*.safetensors"), *self.path.glob("*.bin")]
         try:
             if random:
@@ -106,7 +111,7 @@ class FrameworksRuntime:
             return transformers.AutoModelForCausalLM.from_pretrained(
                 **where, dtype=dtype, attn_implementation=attention
             )
-        except Exception as error:  # transformers raises whatever its dependencies raise
+        except Exception as error:  # transformers passes on any exception of its dependencies
             raise JobError(
                 f"{self.path}: transformers cannot load it ({' '.join(str(error).split())[:160]}); name another with "
                 "--checkpoint"
@@ -118,10 +123,10 @@ class FrameworksRuntime:
     def score(self, prompts: Prompts) -> list[Floats]:
         torch, (ids, mask) = self.torch, padded(prompts, self.info.pad_token_id, "right")
         check_length(self.info, ids.shape[1], ids.shape[1], str(self.path))
-        given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions_of(mask)}
+        feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions_of(mask)}
         with torch.inference_mode():
             logits = self.model(
-                **{name: torch.from_numpy(array).to(self.model.device) for name, array in given.items()},
+                **{name: torch.from_numpy(array).to(self.model.device) for name, array in feeds.items()},
                 use_cache=False,
             ).logits
         return [
@@ -135,7 +140,7 @@ class FrameworksRuntime:
 
 
 class TorchSession:
-    """See `Session`. Where rows join, all texts are run again together: this is the baseline, not a server."""
+    """See `Session`. When rows join, all texts are run again together: this is the baseline, not a server."""
 
     joins = True
 
@@ -158,17 +163,17 @@ class TorchSession:
         return self._picked(self._forward(self._ids), slots)
 
     def step(self, ids: Ids, slots: Sequence[int] | None = None) -> Logits:
-        """Slots that take no step get a token that stays hidden."""
+        """Append one token to `slots`; the other slots get a token that the mask hides."""
         rows = list(range(self.slots) if slots is None else slots)
         if slots is not None:
             check_slots(self, slots)
-        given, new = (
+        tokens, new = (
             np.full((self.slots, 1), self._runtime.info.pad_token_id, np.int64),
             np.zeros((self.slots, 1), np.int64),
         )
-        given[rows, 0], new[rows] = ids, 1
-        self._ids, self._mask = np.concatenate([self._ids, given], axis=1), np.concatenate([self._mask, new], axis=1)
-        return self._picked(self._forward(given if self._runtime.has_cache else self._ids), rows)
+        tokens[rows, 0], new[rows] = ids, 1
+        self._ids, self._mask = np.concatenate([self._ids, tokens], axis=1), np.concatenate([self._mask, new], axis=1)
+        return self._picked(self._forward(tokens if self._runtime.has_cache else self._ids), rows)
 
     def _picked(self, logits: Logits, slots: Sequence[int]) -> Logits:
         return logits if list(slots) == list(range(self.slots)) else PickedLogits(logits, slots)
@@ -178,20 +183,20 @@ class TorchSession:
         positions = positions_of(self._mask)[:, -ids.shape[1] :]
         tensors = {"input_ids": ids, "attention_mask": self._mask, "position_ids": positions}
         with torch.inference_mode():
-            given = {
+            feeds = {
                 name: torch.from_numpy(np.ascontiguousarray(array)).to(runtime.model.device)
                 for name, array in tensors.items()
             }
             try:
-                found = runtime.model(
-                    **given, past_key_values=self._past, use_cache=runtime.has_cache, logits_to_keep=1
+                output = runtime.model(
+                    **feeds, past_key_values=self._past, use_cache=runtime.has_cache, logits_to_keep=1
                 )
             except torch.OutOfMemoryError:
                 raise JobError(
                     f"{runtime.path}: out of memory with {len(ids)} rows of {self._length} tokens; use a smaller batch"
                 ) from None
-        self._past = found.past_key_values if runtime.has_cache else None
-        return TorchLogits(found.logits[:, -1])
+        self._past = output.past_key_values if runtime.has_cache else None
+        return TorchLogits(output.logits[:, -1])
 
     def release(self, slot: int) -> None:
         self._mask[slot] = 0
@@ -206,23 +211,23 @@ class TorchSession:
 
 
 def _checkpoint(path: Path, options: RuntimeOptions) -> Path:
-    """The checkpoint to load: the option, the model itself, or what the folder of the model holds.
+    """The checkpoint to load: the option, the model itself, or the checkpoint in the folder of the model.
 
     Raises:
-        JobError: none is known.
+        JobError: there is none, or its config.json is damaged.
     """
-    found = Path(options.checkpoint) if options.checkpoint else path
-    if found.suffix == ".onnx":
-        found = found.parent if (found.parent / "config.json").is_file() else found
-    if found.is_dir() and (found / "config.json").is_file():
+    checkpoint = Path(options.checkpoint) if options.checkpoint else path
+    if checkpoint.suffix == ".onnx":
+        checkpoint = checkpoint.parent if (checkpoint.parent / "config.json").is_file() else checkpoint
+    if checkpoint.is_dir() and (checkpoint / "config.json").is_file():
         try:
-            json.loads((found / "config.json").read_text())
+            json.loads((checkpoint / "config.json").read_text())
         except ValueError:
-            raise JobError(f"{found}/config.json: is not JSON; fetch the checkpoint again") from None
-        return found
-    if found.suffix == ".gguf" and found.is_file():
-        return found
+            raise JobError(f"{checkpoint}/config.json: is not JSON; fetch the checkpoint again") from None
+        return checkpoint
+    if checkpoint.suffix == ".gguf" and checkpoint.is_file():
+        return checkpoint
     raise JobError(
-        f"{found}: is no Hugging Face folder or GGUF file, which the runtime frameworks loads; name one with "
+        f"{checkpoint}: is no Hugging Face folder or GGUF file, which the runtime frameworks loads; name one with "
         "--checkpoint, or the .onnx file in it as MODEL"
     )

@@ -1,10 +1,11 @@
-"""The runtime `trt`: a TensorRT or TensorRT-RTX engine built by `onnxtools build`. NOT YET RUN: no machine of this
-project runs these engines.
+"""The runtime `trt`: a TensorRT or TensorRT-RTX engine built by `onnxtools build`.
 
-Kept thin: what can be known without a GPU (inputs and outputs, caches, which profile fits) is read from the manifest
-beside the plan and is tested; the decode loop is the one that ONNX Runtime uses. concat: the cache goes back and forth
-between two buffers. scatter: it is written in place (KVCacheUpdate aliases input and output). Every buffer is as large
-as the longest run that was started.
+NOT YET RUN: no machine of this project runs these engines.
+
+The module is kept thin. All that can be known without a GPU (inputs and outputs, caches, which profile fits) is read
+from the manifest beside the plan and is tested. The decode loop is the same as for ONNX Runtime. concat: the cache
+alternates between two buffers. scatter: the cache is written in place (KVCacheUpdate aliases input and output). Every
+buffer is as large as the longest run that was started.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def choose_profile(profiles: Sequence[Mapping[str, Any]], shapes: Shapes, engine
     """Index of the first profile that takes `shapes`.
 
     Raises:
-        JobError: none does; it names the input that is out of every profile's range.
+        JobError: none does; names the first input that is outside the first profile.
     """
     problem = ""
     for index, profile in enumerate(profiles):
@@ -81,7 +82,7 @@ class TrtRuntime:
     """See the module; the attributes are those of `Runtime`.
 
     Raises:
-        JobError: no manifest, no TensorRT, no GPU, or a plan for another.
+        JobError: there is no manifest, TensorRT, GPU or cache, or the plan is for another GPU or version.
     """
 
     def __init__(self, path: Path, options: RuntimeOptions) -> None:
@@ -124,14 +125,14 @@ class TrtRuntime:
         return int(error) == 0 and count > 0
 
     def _call(self, function: str, *arguments: Any) -> Any:
-        """A CUDA call; raises JobError with CUDA's own words."""
-        error, *found = getattr(self._cuda, function)(*arguments)
+        """Call a CUDA function; raises JobError with CUDA's own message."""
+        error, *results = getattr(self._cuda, function)(*arguments)
         if int(error):
             raise JobError(
                 f"{self.path}: {function} failed: "
                 f"{self._cuda.cudaGetErrorString(error)[1].decode()}{self._room(function)}"
             )
-        return found[0] if found else None
+        return results[0] if results else None
 
     def _room(self, function: str) -> str:
         if function != "cudaMalloc":
@@ -159,9 +160,8 @@ class TrtRuntime:
         self._engine = engine
         self._cache_file: Path | None = None
         config: list[Any] = []
-        if hasattr(
-            engine, "create_runtime_config"
-        ):  # TensorRT-RTX compiles its kernels at the first run and keeps them in this file
+        # TensorRT-RTX compiles its kernels at the first run and keeps them in this file.
+        if hasattr(engine, "create_runtime_config"):
             self._cache_file = self.path.with_name(f"{self.path.name}.runtime-cache")
             config = [engine.create_runtime_config()]
             self._runtime_cache = config[0].create_runtime_cache()
@@ -170,7 +170,7 @@ class TrtRuntime:
             config[0].set_runtime_cache(self._runtime_cache)
             if options.cuda_graph and self.io.kind == "scatter":
                 config[0].cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-        # A context for each profile: switching the profile of one would wait for the device.
+        # There is a context for each profile: switching the profile of a context would wait for the device.
         self._contexts = [engine.create_execution_context(*config) for _ in range(engine.num_optimization_profiles)]
         for index, context in enumerate(self._contexts):
             context.set_optimization_profile_async(index, int(self._stream))
@@ -203,10 +203,11 @@ class TrtRuntime:
 
     @property
     def side(self) -> Literal["left", "right"]:
+        """The side on which prompts are padded."""
         return "right" if self.io.kind == "scatter" else "left"
 
     def buffer(self, name: str, size: int) -> int:
-        """Device memory called `name` of at least `size` bytes, zeroed when it is new."""
+        """The address of the device buffer `name` of at least `size` bytes, zeroed when it is allocated."""
         pointer, room = self.buffers.get(name, (0, 0))
         if size > room:
             if pointer:
@@ -217,34 +218,46 @@ class TrtRuntime:
         return pointer
 
     def copy(self, to: int, of: int, size: int, kind: str) -> None:
+        """Copy `size` bytes from address `of` to address `to` in the stream; `kind` names a cudaMemcpyKind."""
         self._call("cudaMemcpyAsync", to, of, size, getattr(self._cuda.cudaMemcpyKind, kind), self._stream)
 
     def sync(self) -> None:
+        """Wait for the stream."""
         self._call("cudaStreamSynchronize", self._stream)
 
     def run(self, ids: Ids, mask: Ids, positions: Ids, write: Ids, *, past: int, swapped: bool) -> Floats:
-        """One execution; all logits, [rows, tokens or 1, vocabulary].
+        """Execute the engine once; returns all logits, fp32 [rows, tokens or 1, vocabulary].
 
         Args:
-            past: tokens in the cache; `swapped`: whether a concat cache lies in the buffers called present.
+            ids: int64 [rows, tokens].
+            mask: int64 [rows, total].
+            positions: int64 [rows, tokens].
+            write: the first slot to write of each row, int64 [rows].
+            past: number of tokens in the cache.
+            swapped: whether a concat cache is in the buffers named after the present outputs.
+
+        Raises:
+            JobError: no profile takes the shapes, or TensorRT or CUDA fails.
         """
         io = self.io
         pairs = ((io.ids, ids), (io.mask, mask), (io.positions, positions), (io.write_indices, write))
-        given = {port.name: np.ascontiguousarray(array, port.dtype) for port, array in pairs if port is not None}
-        shapes: dict[str, list[int]] = {name: list(array.shape) for name, array in given.items()}
+        arrays = {port.name: np.ascontiguousarray(array, port.dtype) for port, array in pairs if port is not None}
+        shapes: dict[str, list[int]] = {name: list(array.shape) for name, array in arrays.items()}
         shapes |= {cache.past.name: cache.shape(len(ids), past) for cache in io.caches}
         context = self._contexts[
             choose_profile(self.manifest["profiles"], shapes, self.path) if self.manifest["profiles"] else 0
         ]
-        for name, array in given.items():
+        for name, array in arrays.items():
             self.copy(self.buffer(name, array.nbytes), array.ctypes.data, array.nbytes, "cudaMemcpyHostToDevice")
-        addresses = {name: self.buffers[name][0] for name in given}
+        addresses = {name: self.buffers[name][0] for name in arrays}
         for cache in io.caches:
-            one, other = (
+            past_buffer, present_buffer = (
                 self.buffers[cache.past.name][0],
                 self.buffers[cache.present.name if io.kind == "concat" else cache.past.name][0],
             )
-            addresses[cache.past.name], addresses[cache.present.name] = (other, one) if swapped else (one, other)
+            addresses[cache.past.name], addresses[cache.present.name] = (
+                (present_buffer, past_buffer) if swapped else (past_buffer, present_buffer)
+            )
         tokens = ids.shape[1] if io.logits_all else 1
         logits = np.empty((len(ids), tokens, self.vocab_size), _dtype(io.logits.dtype))
         addresses[io.logits.name] = self.buffer(io.logits.name, logits.nbytes)
@@ -264,7 +277,7 @@ class TrtRuntime:
 
 
 class TrtSession:
-    """See `Session`; rows run in step, for a cache on the device is not yet joined with another."""
+    """See `Session`; rows run in step: joining caches on the device is not implemented yet."""
 
     joins = False
 
@@ -283,7 +296,7 @@ class TrtSession:
                 runtime.buffer(cache.present.name, size)
 
     def prompts(self, prompts: Prompts) -> tuple[Ids, Floats]:
-        """The padded prompts, and all logits."""
+        """Run the prompts; returns their padded ids [rows, tokens] and all logits, as `TrtRuntime.run` does."""
         runtime = self._runtime
         ids, mask = padded(prompts, runtime.info.pad_token_id, runtime.side)
         self._mask, self._lengths = mask, mask.sum(axis=1)
@@ -299,9 +312,9 @@ class TrtSession:
     def admit(self, slots: Sequence[int], prompts: Prompts) -> Logits:
         check_slots(self, slots)
         check_length(self._runtime.info, self.length, max(map(len, prompts)), str(self._runtime.path))
-        _, found = self.prompts(prompts)
+        _, logits = self.prompts(prompts)
         ends = self._lengths - 1 if self._runtime.side == "right" else np.full(self.slots, -1)
-        return HostLogits(found[np.arange(self.slots), ends if found.shape[1] > 1 else 0])
+        return HostLogits(logits[np.arange(self.slots), ends if logits.shape[1] > 1 else 0])
 
     def step(self, ids: Ids, slots: Sequence[int] | None = None) -> Logits:
         if slots is not None:
@@ -315,18 +328,18 @@ class TrtSession:
         return HostLogits(self._run(ids[:, None], positions[:, None], positions, past=past)[:, -1])
 
     def release(self, slot: int) -> None:
-        """Its row runs on, unread."""
+        """Nothing is done: the row of the slot runs on, and its logits are not read."""
 
     def reorder(self, rows: Ids) -> None:
-        """Through the host: beam search on engines is not made to be fast yet."""
+        """Reorder the caches through the host: beam search on engines is not optimized yet."""
         runtime = self._runtime
         for cache in runtime.io.caches:
-            place = runtime.buffers[cache.present.name if self._swapped else cache.past.name][0]
+            address = runtime.buffers[cache.present.name if self._swapped else cache.past.name][0]
             array = np.empty(cache.shape(self.slots, self._mask.shape[1]), _dtype(cache.past.dtype))
-            runtime.copy(array.ctypes.data, place, array.nbytes, "cudaMemcpyDeviceToHost")
+            runtime.copy(array.ctypes.data, address, array.nbytes, "cudaMemcpyDeviceToHost")
             runtime.sync()
             picked = np.ascontiguousarray(np.take(array, rows, axis=1 if cache.axis == 0 else 0))
-            runtime.copy(place, picked.ctypes.data, picked.nbytes, "cudaMemcpyHostToDevice")
+            runtime.copy(address, picked.ctypes.data, picked.nbytes, "cudaMemcpyHostToDevice")
             runtime.sync()
         self._mask, self._lengths = self._mask[rows], self._lengths[rows]
 
@@ -335,7 +348,7 @@ class TrtSession:
 
 
 def _dtype(name: str) -> np.dtype[Any]:
-    """numpy's type of ONNX's or numpy's name."""
+    """The numpy or ml_dtypes type of a name of numpy or, for `float`, ONNX."""
     return (
         np.dtype(getattr(ml_dtypes, name))
         if hasattr(ml_dtypes, name)

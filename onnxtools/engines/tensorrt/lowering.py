@@ -1,4 +1,4 @@
-"""What is said differently to TensorRT than in the ONNX file that is kept."""
+"""Changes of the graph for TensorRT's parser; the ONNX file itself is kept."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MX_DEQUANTIZE = "TRT_MXFP8DequantizeLinear"
 
 
 def lowered(model: Model) -> tuple[bytes, list[str]] | None:
-    """The graph as TensorRT's parser wants it and what was changed; None when the file can be parsed as it is.
+    """The serialized graph for TensorRT's parser, and notes on the changes; None if the file can be parsed as it is.
 
     - MXFP8 weights: TensorRT-RTX 1.7 imports no FLOAT8E8M0 initializer. DequantizeLinear-24 with such a scale becomes
       TensorRT's own operator, whose scale is the same bytes as uint8.
@@ -62,9 +62,9 @@ def _lower_mx(proto: onnx.ModelProto, scales: set[str | None]) -> Iterator[str]:
 def _lower_softmax(proto: onnx.ModelProto, names: set[str | None]) -> Iterator[str]:
     for node in proto.graph.node:
         if node.op_type == "Attention" and node.name in names:
-            kept = [a for a in node.attribute if a.name != "softmax_precision"]
+            attributes = [a for a in node.attribute if a.name != "softmax_precision"]
             del node.attribute[:]
-            node.attribute.extend(kept)
+            node.attribute.extend(attributes)
     if names:
         yield (
             f"softmax_precision of {len(names)} Attention nodes dropped: TensorRT's parser refuses it, its attention "

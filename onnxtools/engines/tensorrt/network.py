@@ -1,4 +1,4 @@
-"""What is read from, checked and mended on the network that TensorRT's parser made.
+"""Reading, checking and mending the network that TensorRT's parser made.
 
 Every function takes the TensorRT module as `trt`: TensorRT and TensorRT-RTX share this interface.
 """
@@ -17,8 +17,8 @@ from onnxtools.ir.model import Model
 
 _NAMES = {
     "FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "FP8": "float8_e4m3fn", "INT64": "int64",
-    "INT32": "int32",
-    "INT8": "int8", "UINT8": "uint8", "BOOL": "bool", "INT4": "int4", "FP4": "float4_e2m1fn", "E8M0": "float8_e8m0fnu",
+    "INT32": "int32", "INT8": "int8", "UINT8": "uint8", "BOOL": "bool", "INT4": "int4", "FP4": "float4_e2m1fn",
+    "E8M0": "float8_e8m0fnu",
 }  # fmt: skip
 
 
@@ -44,18 +44,18 @@ def check_io(model: Model, inputs: list[TensorInfo], outputs: list[TensorInfo]) 
         JobError: names the tensor and both dtypes.
     """
     graph_inputs = [value for value in model.graph.inputs if not value.is_initializer()]
-    for kind, values, found in (("input", graph_inputs, inputs), ("output", model.graph.outputs, outputs)):
-        types = {info.name: info.dtype for info in found}
-        wanted = {value.name or "": value.dtype for value in values}
-        for name in sorted(set(types) ^ set(wanted)):
-            where = "the graph" if name in wanted else "the parsed network"
+    for kind, values, infos in (("input", graph_inputs, inputs), ("output", model.graph.outputs, outputs)):
+        types = {info.name: info.dtype for info in infos}
+        graph_types = {value.name or "": value.dtype for value in values}
+        for name in sorted(set(types) ^ set(graph_types)):
+            where = "the graph" if name in graph_types else "the parsed network"
             raise JobError(
                 f"{model.path}: {kind} {name!r} is only in {where}; simplify the graph around it and report this"
             )
-        for name, dtype in wanted.items():
+        for name, dtype in graph_types.items():
             if dtype is not None and types[name] != _graph_name(dtype):
-                both = f"{_graph_name(dtype)} in the graph but {types[name]} for TensorRT"
-                raise JobError(f"{model.path}: {kind} {name!r} is {both}; cast it in the graph")
+                dtypes = f"{_graph_name(dtype)} in the graph but {types[name]} for TensorRT"
+                raise JobError(f"{model.path}: {kind} {name!r} is {dtypes}; cast it in the graph")
 
 
 def _graph_name(dtype: ir.DataType) -> str:
@@ -74,7 +74,7 @@ def histogram(network: Any) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def refuse_shape_inputs(model: Model, network: Any) -> None:
-    """Refuse inputs whose values decide shapes: a profile would have to give values, not shapes.
+    """Refuse inputs whose values decide shapes: their profiles would need values, not shapes.
 
     Raises:
         JobError: names the input.
@@ -87,22 +87,21 @@ def refuse_shape_inputs(model: Model, network: Any) -> None:
 
 
 def attentions(trt: Any, network: Any) -> list[Any]:
-    """The IAttention behind every Attention of the network; read and write it to see and change what the parser
-    made.
-    """
-    found = []
+    """The IAttention of every Attention of the network; its attributes read and change the network."""
+    layers = []
     for layer in map(network.get_layer, range(network.num_layers)):
         if layer.type == trt.LayerType.ATTENTION_INPUT:
             layer.__class__ = trt.IAttentionInputLayer
-            found.append(layer.attention)
-    return found
+            layers.append(layer.attention)
+    return layers
 
 
 def mend_attention(trt: Any, network: Any) -> list[str]:
-    """Let every Attention build and mean what ONNX says; one line for each kind of mend.
+    """Make every Attention buildable with the meaning of ONNX; returns one line for each kind of change.
 
-    - decomposable: without a fused kernel (fp32 has none) TensorRT would refuse it; with one nothing changes.
-    - boolean masks become additive masks in the compute dtype, which fused kernels take. Hidden keys get half of the
+    - Attention is marked decomposable: without a fused kernel (fp32 has none) TensorRT would refuse it; with one
+      nothing changes.
+    - Boolean masks become additive masks in the compute dtype, which fused kernels take. Hidden keys get half of the
       lowest finite number, whose exponential is 0; a row with every key hidden becomes the mean of the values.
     Each change is read back from the network.
 

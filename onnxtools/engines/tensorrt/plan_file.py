@@ -1,4 +1,4 @@
-"""A plan file that is written and hashed while the builder makes its next piece."""
+"""A plan file that is written and hashed while the builder makes the next piece."""
 
 from __future__ import annotations
 
@@ -9,16 +9,14 @@ from pathlib import Path
 from types import TracebackType
 
 _PENDING = 2
-"""Pieces (TensorRT's have 64 MiB) that may wait, so that a slow disk holds the builder up and does not fill the
-memory.
-"""
+"""Most pieces (of 64 MiB in TensorRT) that wait: a slow disk delays the builder instead of filling the memory."""
 
 
 class PlanFile:
-    """Pieces go to the file on one thread and into the hash on another.
+    """Writes pieces to the file on one thread and hashes them on another.
 
     Attributes:
-        size: bytes taken so far.
+        size: number of bytes taken so far.
     """
 
     def __init__(self, path: Path) -> None:
@@ -30,7 +28,7 @@ class PlanFile:
         self.size = 0
 
     def take(self, data: bytes | memoryview) -> int:
-        """Queue a piece. Returns its length, or 0 where an earlier one could not be written (`finish` says why)."""
+        """Queue a piece; returns its length, or 0 if an earlier piece could not be written (`finish` says why)."""
         while len(self._pending) >= 2 * _PENDING:
             self._wait()
         if self._error is not None:
@@ -43,7 +41,7 @@ class PlanFile:
         """Wait for all pieces.
 
         Raises:
-            OSError: one of them could not be written.
+            OSError: a piece could not be written.
         """
         while self._pending:
             self._wait()
@@ -52,13 +50,13 @@ class PlanFile:
 
     @property
     def sha256(self) -> str:
-        """Hexadecimal; of all pieces after `finish`."""
+        """The hexadecimal hash; after `finish` it covers all pieces."""
         return self._digest.hexdigest()
 
     def _write(self, data: bytes | memoryview) -> None:
-        rest = memoryview(data)
-        while rest:  # an unbuffered file may take less than it is given
-            rest = rest[self._file.write(rest) :]
+        unwritten = memoryview(data)
+        while unwritten:  # an unbuffered write may be incomplete
+            unwritten = unwritten[self._file.write(unwritten) :]
 
     def _wait(self) -> None:
         try:

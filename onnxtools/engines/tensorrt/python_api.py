@@ -1,8 +1,8 @@
 """Building through TensorRT's Python interface, which TensorRT and TensorRT-RTX share line by line.
 
 Measured with TensorRT-RTX 1.7.1: a plan cannot be deserialized without a GPU driver (cudaError 35), so the engine's
-inputs and outputs are read from the parsed network, whose bindings the plan keeps. Shapes that no run could have are
-only warned of, and failing writes are ignored: both are errors here.
+inputs and outputs are read from the parsed network, whose bindings the plan keeps. TensorRT only warns of shapes that
+no run can have, and ignores failing writes: both are errors here.
 """
 
 from __future__ import annotations
@@ -40,10 +40,12 @@ IO_SOURCE = "parsed network (a plan is read back on a GPU only)"
 
 
 class ApiBuilder:
-    """What the backends `tensorrt` and `tensorrt-rtx` share; subclasses say how they differ.
+    """The common part of the backends `tensorrt` and `tensorrt-rtx`; the methods are those of `Builder`.
 
     Attributes:
-        trt: the module.
+        trt: the module of the library.
+        name: name of the backend.
+        title: name of the library, for people.
     """
 
     name: str
@@ -64,12 +66,12 @@ class ApiBuilder:
         return bool(self._parser.supports_operator(op_type))
 
     def network_flags(self, *, strong: bool) -> int:
-        """Of `create_network`."""
+        """The flags of `create_network`."""
         flag = getattr(self.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
         return 1 << int(flag) if strong and flag is not None else 0
 
     def configure(self, config: Any, spec: EngineSpec, *, strong: bool) -> None:
-        """What only this library has."""
+        """Set the options of `config` that only this library has."""
 
     def strong(self, model: Model, spec: EngineSpec) -> bool:
         """Whether the network is strongly typed."""
@@ -86,14 +88,15 @@ class ApiBuilder:
         logger.clear()
         builder = self.trt.Builder(logger)
         network = builder.create_network(self.network_flags(strong=strong))
-        parser = self.trt.OnnxParser(network, logger)  # owns the weights: it must outlive the build
-        other = lowered(model)
-        parsed = parser.parse(other[0], str(source)) if other else parser.parse_from_file(str(source))
+        parser = self.trt.OnnxParser(network, logger)  # the parser owns the weights and must outlive the build
+        lowering = lowered(model)
+        graph, changes = lowering if lowering else (None, [])
+        parsed = parser.parse(graph, str(source)) if graph is not None else parser.parse_from_file(str(source))
         monitor.check()
         if not parsed:
             raise JobError(self._parser_error(model, parser))
         net.refuse_shape_inputs(model, network)
-        mends = [*(other[1] if other else []), *net.mend_attention(self.trt, network)]
+        mends = [*changes, *net.mend_attention(self.trt, network)]
         inputs, outputs = net.read_io(network)
         if strong:
             net.check_io(model, inputs, outputs)
@@ -102,25 +105,36 @@ class ApiBuilder:
         self.configure(config, spec, strong=strong)
         cache = TimingCache.open(self.name, config, spec)
         weights = {external_path(tensor) for tensor in model.external_tensors()}
-        with PlanFile(plan) as written, releasing_pages(weights):
-            self._serialize(model, builder, network, config, written, spec, monitor)
+        with PlanFile(plan) as file, releasing_pages(weights):
+            self._serialize(model, builder, network, config, file, spec, monitor)
         notes = cache.save() if cache is not None else []
         return Built(
-            inputs, outputs, io_source=IO_SOURCE, layers=layers, precisions=precisions, mends=mends, notes=notes,
-            warnings=logger.lines(self.trt.ILogger.WARNING), size=written.size, sha256=written.sha256,
+            inputs,
+            outputs,
+            io_source=IO_SOURCE,
+            layers=layers,
+            precisions=precisions,
+            mends=mends,
+            notes=notes,
+            warnings=logger.lines(self.trt.ILogger.WARNING),
+            size=file.size,
+            sha256=file.sha256,
             engine_layers=audit_engine(self.trt, logger, plan),
-        )  # fmt: skip
+        )
 
     def _config(self, builder: Any, profiles: Sequence[Profile], spec: EngineSpec) -> Any:
         trt, config = self.trt, builder.create_builder_config()
         config.profiling_verbosity = getattr(trt.ProfilingVerbosity, spec.profiling_verbosity.upper())
         flags = trt.BuilderFlag
-        wanted = {
-            "SPARSE_WEIGHTS": spec.sparsity != "disable", "REFIT": spec.refit, "STRIP_PLAN": spec.strip_weights,
-            "WEIGHT_STREAMING": spec.allow_weight_streaming, "VERSION_COMPATIBLE": spec.version_compatible,
+        switches = {
+            "SPARSE_WEIGHTS": spec.sparsity != "disable",
+            "REFIT": spec.refit,
+            "STRIP_PLAN": spec.strip_weights,
+            "WEIGHT_STREAMING": spec.allow_weight_streaming,
+            "VERSION_COMPATIBLE": spec.version_compatible,
             "ERROR_ON_TIMING_CACHE_MISS": spec.error_on_cache_miss,
-        }  # fmt: skip
-        for flag, on in wanted.items():
+        }
+        for flag, on in switches.items():
             if on:
                 config.set_flag(getattr(flags, flag))
         if not spec.tf32:
@@ -139,10 +153,10 @@ class ApiBuilder:
                 raise JobError(f"--plugins {path}: no such file")
             trt.get_plugin_registry().load_library(path)
         for profile in profiles:
-            made = builder.create_optimization_profile()
+            optimization_profile = builder.create_optimization_profile()
             for name, span in profile.shapes.items():
-                made.set_shape(name, span.min, span.opt, span.max)
-            if config.add_optimization_profile(made) < 0:
+                optimization_profile.set_shape(name, span.min, span.opt, span.max)
+            if config.add_optimization_profile(optimization_profile) < 0:
                 raise JobError(f"profile {profile.name!r} is refused: {self._tools.logger.reason()}; change the shapes")
         return config
 
@@ -152,11 +166,11 @@ class ApiBuilder:
         if hasattr(config, "progress_monitor"):
             config.progress_monitor = monitor
         if hasattr(builder, "build_serialized_network_to_stream"):
-            done = builder.build_serialized_network_to_stream(network, config, self._tools.Writer(plan))
+            result = builder.build_serialized_network_to_stream(network, config, self._tools.Writer(plan))
         else:  # before TensorRT 10
-            done = builder.build_serialized_network(network, config)
-            if done is not None:
-                plan.take(memoryview(done))
+            result = builder.build_serialized_network(network, config)
+            if result is not None:
+                plan.take(memoryview(result))
         monitor.check()
         plan.finish()
         logger = self._tools.logger
@@ -165,16 +179,16 @@ class ApiBuilder:
             raise JobError(
                 f"{model.path}: the graph cannot run in its profiles: {unfit[0]}; lower --max-seq-len or the shapes"
             )
-        if (not done or plan.size == 0) and (spec.refit or spec.strip_weights) and "Myelin" in logger.reason():
+        if (not result or plan.size == 0) and (spec.refit or spec.strip_weights) and "Myelin" in logger.reason():
             needs = f"{self.title} makes a refittable engine on a machine with a GPU alone"
             raise JobError(f"{model.path}: {needs}; build it there, or leave --refit and --strip-weights out")
-        if not done or plan.size == 0:
+        if not result or plan.size == 0:
             raise JobError(
                 f"{model.path}: {self.title} cannot build it: {logger.reason()}; see the graph with `onnxtools inspect`"
             )
 
     def _parser_error(self, model: Model, parser: Any) -> str:
-        """One line for a single error, else a heading and one line for each."""
+        """One line for a single parser error, else a heading and one line for each error."""
         lines = [_parser_line(model, parser.get_error(i)) for i in range(parser.num_errors)]
         advice = (
             "see it with `onnxtools inspect`; `onnxtools fold-constants` and `onnxtools convert` remove much of what "
@@ -188,9 +202,9 @@ class ApiBuilder:
 
 
 _UNFIT = r"Profile k(MIN|MAX) values are not self-consistent|k(MIN|OPT|MAX) values for profile"
-"""Shapes that the graph contradicts.
+"""Messages on shapes that the graph contradicts.
 
-With the second text the build fails; with the first, a mere warning, the engine would.
+With the second message the build fails; the first is only a warning, but the engine would fail.
 """
 
 
@@ -199,13 +213,15 @@ _NOISE = r"cudaError 35|Make sure input .* has Int64 binding"
 
 @functools.cache
 def _tools(trt: Any) -> SimpleNamespace:
-    """Subclasses of the module's interfaces, and the one logger: TensorRT keeps the first of a process while anything
-    made with it lives.
+    """Subclasses of the module's interfaces, and the only logger.
+
+    TensorRT keeps the first logger of a process as long as an object made with it lives.
     """
 
     class Logger(trt.ILogger):  # type: ignore[misc]
-        """Keeps errors and warnings; drops the rest, and what every build says: that there is no GPU, and that 64-bit
-        inputs have 64 bits.
+        """Keeps errors and warnings and drops other messages.
+
+        It also drops the messages of every build: that there is no GPU, and that 64-bit inputs have 64 bits.
         """
 
         def __init__(self) -> None:
@@ -231,7 +247,7 @@ def _tools(trt: Any) -> SimpleNamespace:
             return "; ".join(lines) or "no reason given (another logger is active in this process)"
 
     class Writer(getattr(trt, "IStreamWriter", object)):  # type: ignore[misc]
-        """Takes the plan piece by piece while `PlanFile` writes the one before.
+        """Takes the plan piece by piece while `PlanFile` writes the piece before.
 
         TensorRT ignores a failed write, so `PlanFile` keeps the error.
         """
@@ -241,17 +257,15 @@ def _tools(trt: Any) -> SimpleNamespace:
             self.plan = plan
 
         def write(self, data: bytes) -> int:
-            """Returns how many bytes were taken."""
+            """Take a piece of the plan; returns how many bytes were taken."""
             return self.plan.take(data)
 
     class Monitor(getattr(trt, "IProgressMonitor", object)):  # type: ignore[misc]  # since TensorRT 9
-        """Shows the phases on a terminal once a build takes longer than two seconds, and stops the build when
-        cancelled.
-        """
+        """Shows the phases on a terminal if a build takes longer than two seconds, and stops a cancelled build."""
 
         def __init__(self, bars: Any | None) -> None:
             super().__init__()
-            self.cancelled = 0  # else the signal
+            self.cancelled = 0  # or the number of the signal
             self.bars = bars
             self.tasks: dict[str, Any] = {}
             self.started = time.monotonic()
@@ -263,7 +277,7 @@ def _tools(trt: Any) -> SimpleNamespace:
                 self.tasks[phase_name] = self.bars.add_task(phase_name, total=num_steps)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            """Returns whether to go on."""
+            """Update the progress; returns whether the build goes on."""
             if self.bars is not None and phase_name in self.tasks:
                 if not self.visible and time.monotonic() - self.started > DELAY_SECONDS:
                     self.bars.start()
@@ -287,7 +301,7 @@ def _tools(trt: Any) -> SimpleNamespace:
 
 
 def _plain(text: str) -> str:
-    """A message without source files, error codes and advice about other APIs; one line."""
+    """A message of TensorRT as one line, without source files, error codes and advice about other APIs."""
     text = " ".join(line for line in text.splitlines() if "cudaError 35" not in line)
     text = re.sub(r"^\w+::\w+: Error Code \d+: ", "", text)
     text = re.sub(r"\w+\.(cpp|h):\d+: ", "", text)
@@ -313,8 +327,9 @@ def _parser_line(model: Model, error: Any) -> str:
 
 @contextlib.contextmanager
 def _monitor(tools: SimpleNamespace) -> Iterator[Any]:
-    """A monitor that Ctrl-C or SIGTERM cancels, for parser and builder: an exception must not fly through TensorRT's
-    frames, which lose it.
+    """A monitor for parser and builder, which Ctrl-C or SIGTERM cancels.
+
+    The signal handlers raise nothing: TensorRT would lose an exception that passes through its frames.
     """
     monitor = tools.Monitor(_bars())
 

@@ -1,8 +1,9 @@
-"""The TensorRT backend, 8.6 to 11, for the GPU of this machine. NOT YET RUN: no machine of this project has the
-library.
+"""The TensorRT backend, 8.6 to 11, for the GPU of this machine.
 
-What is built and how is `tensorrt_api`, which TensorRT-RTX runs in every test; here is only what TensorRT has of its
-own. The names used are compared with the bindings of 10.13 and 11.4 in the tests.
+NOT YET RUN: no machine of this project has the library.
+
+The build itself is in `python_api`, which TensorRT-RTX runs in every test; this module holds only the parts that are
+specific to TensorRT. The tests compare the names that it uses with the bindings of 10.13 and 11.4.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class TensorRTBuilder(ApiBuilder):
     name, title = "tensorrt", "TensorRT"
 
     def __init__(self) -> None:
-        if not hasattr(trt, "Builder"):  # stubs alone make an empty package
+        if not hasattr(trt, "Builder"):  # stubs without the library make an empty package
             raise JobError(
                 "builder 'tensorrt' needs the library of TensorRT, of which only stubs are installed; install it"
             )
@@ -61,7 +62,7 @@ class TensorRTBuilder(ApiBuilder):
 
 def _choose_device(device: int) -> None:
     if device == 0:
-        return  # the current one
+        return  # device 0 is the current device
     try:
         from cuda.bindings import runtime
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""The trtexec line that builds the same engine, in the words of each version; and running it."""
+"""The trtexec line that builds the same engine, with the options of each version."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _WORDS: dict[str, Callable[[Any], list[str]]] = {
     "plugins": lambda value: [f"--staticPlugins={path}" for path in value],
     "device": lambda value: [f"--device={value}"],
 }
-"""Options by the field of `EngineSpec`, written where they are not as trtexec has them by default."""
+"""trtexec's options by field of `EngineSpec`; they are written if the value is not trtexec's default."""
 _QUIET = {
     "sparsity": "disable",
     "hardware_compatibility_level": "none",
@@ -56,21 +56,22 @@ def trtexec_line(
 ) -> str:
     """One shell command for trtexec of `version`.
 
-    trtexec builds for the GPU it runs on, so `--compute-capability` leaves no trace. What we mend on the parsed
-    network, trtexec does not.
+    trtexec builds for the GPU that it runs on, so `--compute-capability` has no counterpart. trtexec does not make the
+    changes that onnxtools makes on the parsed network.
 
     Args:
         mixed: whether the graph has Q/DQ or more than one floating-point type.
+
     Raises:
-        UsageError: that version has no such option.
+        UsageError: this version does not have one of the options, or cannot build several profiles.
     """
     return shlex.join(trtexec_words(model_path, engine_path, spec, profiles, version, mixed=mixed))
 
 
 def trtexec_words(
     model_path: Path, engine_path: Path, spec: EngineSpec, profiles: Sequence[Profile], version: Version, *, mixed: bool
-) -> list[str]:  # fmt: skip
-    """The words of `trtexec_line`."""
+) -> list[str]:
+    """The words of `trtexec_line`, unquoted."""
     check_options(spec, "trtexec", version)
     words = ["trtexec", f"--onnx={model_path}", f"--saveEngine={engine_path}", "--skipInference"]
     words += _typing(spec, version, mixed)
@@ -84,18 +85,18 @@ def trtexec_words(
             f"trtexec {'.'.join(map(str, version))} builds one profile, not {names}; use --backend tensorrt, or one of "
             "--min-shapes"
         )
-    for index, profile in enumerate(profiles):  # --profile and its shapes must stand together, and count from 0
+    for index, profile in enumerate(profiles):  # the shapes must follow their --profile, which counts from 0
         words += [f"--profile={index}"] if len(profiles) > 1 else []
-        for which in ("min", "opt", "max"):
+        for bound in ("min", "opt", "max"):
             shapes = (
-                f"{name}:{'x'.join(map(str, shape))}" for name, shape in _shapes(profile.shapes, which, version).items()
+                f"{name}:{'x'.join(map(str, shape))}" for name, shape in _shapes(profile.shapes, bound, version).items()
             )
-            words.append(f"--{which}Shapes={','.join(shapes)}")
+            words.append(f"--{bound}Shapes={','.join(shapes)}")
     return words
 
 
 def _typing(spec: EngineSpec, version: Version, mixed: bool) -> list[str]:
-    """Strong typing, or the builder's precision flags; TensorRT 11 knows neither."""
+    """The option for strong typing, or the precision flags; TensorRT 11 has neither."""
     if version >= (11,):
         return []
     if is_strongly_typed(spec, "trtexec", version, mixed):
@@ -104,28 +105,29 @@ def _typing(spec: EngineSpec, version: Version, mixed: bool) -> list[str]:
 
 
 def _mebibytes(text: str) -> str:
-    """trtexec of 8.6 knows no units, so none are written."""
+    """POOL:SIZE in MiB without a unit: trtexec of 8.6 knows no units."""
     pool, size = pool_size(text)
     return f"{pool}:{size / (1 << 20):g}"
 
 
-def _shapes(shapes: Mapping[str, Range], which: str, version: Version) -> dict[str, tuple[int, ...]]:
-    """Shapes by name, layers under one wildcard where their shapes are the same. 8.6 has no wildcards; later ones take
-    one in a name.
+def _shapes(shapes: Mapping[str, Range], bound: str, version: Version) -> dict[str, tuple[int, ...]]:
+    """Shapes by name; layers with the same shape share one wildcard.
+
+    8.6 has no wildcards; later versions take one in a name.
     """
-    found: dict[str, tuple[int, ...]] = {}
+    by_name: dict[str, tuple[int, ...]] = {}
     patterns: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
     for name, span in shapes.items():
         if span.min:
-            patterns.setdefault(re.sub(r"\d+", "*", name), []).append((name, getattr(span, which)))
+            patterns.setdefault(re.sub(r"\d+", "*", name), []).append((name, getattr(span, bound)))
     for pattern, members in patterns.items():
-        meant = [name for name in shapes if re.fullmatch(re.escape(pattern).replace(r"\*", ".*"), name)]
+        matching = [name for name in shapes if re.fullmatch(re.escape(pattern).replace(r"\*", ".*"), name)]
         same = (
             len({shape for _, shape in members}) == 1
             and len(members) > 1
-            and len(meant) == len(members)
+            and len(matching) == len(members)
             and pattern.count("*") == 1
             and version >= (9,)
         )
-        found.update({pattern: members[0][1]} if same else dict(members))
-    return found
+        by_name.update({pattern: members[0][1]} if same else dict(members))
+    return by_name

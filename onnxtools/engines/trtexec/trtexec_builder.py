@@ -1,4 +1,7 @@
-"""The trtexec backend: runs NVIDIA's own program and reads its log. NOT YET RUN: no machine of this project has it."""
+"""The trtexec backend: runs NVIDIA's own program and reads its log.
+
+NOT YET RUN: no machine of this project has it.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ IO_SOURCE = "graph (trtexec tells nothing of the network)"
 
 
 class OnPaper:
-    """What is known of a TensorRT that is not here, for `preflight`."""
+    """The known limits of a TensorRT that is not installed, for `preflight`."""
 
     name = "trtexec"
 
@@ -34,7 +37,7 @@ class OnPaper:
         return Limits(opset=opset, ir_version=ir_version, capabilities=())
 
     def supports(self, op_type: str) -> bool:
-        """Not known; the opset is what counts."""
+        """Always True: the operators are not known, and the opset decides."""
         return True
 
 
@@ -46,15 +49,15 @@ class TrtexecBuilder(OnPaper):
     """
 
     def __init__(self) -> None:
-        found = shutil.which("trtexec")
-        if found is None:
+        program = shutil.which("trtexec")
+        if program is None:
             raise JobError(
                 "trtexec is not on PATH; install TensorRT, or print the line with --print-trtexec and run it where it "
                 "is"
             )
-        self._program = found
-        told = subprocess.run([found, "--help"], capture_output=True, text=True, check=False).stdout
-        super().__init__(read_version(told) or NEWEST)
+        self._program = program
+        usage = subprocess.run([program, "--help"], capture_output=True, text=True, check=False).stdout
+        super().__init__(read_version(usage) or NEWEST)
 
     def version(self) -> str:
         return ".".join(map(str, self._number))
@@ -77,13 +80,17 @@ class TrtexecBuilder(OnPaper):
                 f"{source}: trtexec failed (exit code {code}): {'; '.join(log.errors[:3]) or 'it gave no reason'}; run "
                 "the line of --print-trtexec"
             )
-        written = hash_file(plan)
+        digest = hash_file(plan)
         inputs, outputs = ([_info(value) for value in values] for values in (model.graph.inputs, model.graph.outputs))
         return Built(
-            inputs, outputs, io_source=IO_SOURCE, notes=log.notes(), warnings=list(dict.fromkeys(log.warnings)),
-            size=written["bytes"],
-            sha256=written["sha256"],
-        )  # fmt: skip
+            inputs,
+            outputs,
+            io_source=IO_SOURCE,
+            notes=log.notes(),
+            warnings=list(dict.fromkeys(log.warnings)),
+            size=digest["bytes"],
+            sha256=digest["sha256"],
+        )
 
 
 def _info(value: object) -> TensorInfo:
@@ -99,11 +106,15 @@ def _info(value: object) -> TensorInfo:
 
 @dataclass
 class Log:
-    """What a log of trtexec says.
+    """The content of a trtexec log.
 
     Attributes:
-        eligible, picked: how many layers could take sparse kernels, and that did; None where the log has no such line.
-        seconds: of the engine's build.
+        errors: the error messages.
+        warnings: the warnings.
+        eligible: number of layers that could take sparse kernels; None if the log does not say.
+        picked: number of layers that took sparse kernels; None if the log does not say.
+        seconds: time of the engine's build; None if the log does not say.
+        passed: whether the log says PASSED.
     """
 
     errors: list[str] = field(default_factory=list)
@@ -114,14 +125,15 @@ class Log:
     passed: bool = False
 
     def notes(self) -> list[str]:
-        found = [f"trtexec built it in {self.seconds:.1f} s"] if self.seconds is not None else []
+        """Notes for people: the build time and the sparse layers."""
+        lines = [f"trtexec built it in {self.seconds:.1f} s"] if self.seconds is not None else []
         if self.eligible is not None:
-            found.append(f"sparsity: {self.picked or 0} of {self.eligible} eligible layers took a sparse kernel")
-        return found
+            lines.append(f"sparsity: {self.picked or 0} of {self.eligible} eligible layers took a sparse kernel")
+        return lines
 
 
 def read_log(lines: Iterable[str]) -> Log:
-    """Errors, warnings, the time, and what sparsity came to."""
+    """Errors, warnings, the build time and the sparse layers of a log."""
     log = Log()
     for line in lines:
         match = re.match(r"(?:\[[^\]]*\] )?\[([EWIV])\] (.*)", line.strip())
@@ -134,12 +146,12 @@ def read_log(lines: Iterable[str]) -> Log:
             log.errors.append(text)
         elif level == "W":
             log.warnings.append(text)
-        elif found := _ELIGIBLE.match(text):
-            log.eligible = _layers(found)
-        elif found := _PICKED.match(text):
-            log.picked = _layers(found)
-        elif found := re.match(r"Engine (?:built|generated|generation completed) in ([\d.]+) sec", text):
-            log.seconds = float(found[1])
+        elif fields := _ELIGIBLE.match(text):
+            log.eligible = _layers(fields)
+        elif fields := _PICKED.match(text):
+            log.picked = _layers(fields)
+        elif fields := re.match(r"Engine (?:built|generated|generation completed) in ([\d.]+) sec", text):
+            log.seconds = float(fields[1])
         log.passed |= "&&&& PASSED" in text
     return log
 
@@ -152,15 +164,15 @@ _PICKED = re.compile(
     r"\(Sparsity\) (?:Chose (?P<count>\d+) layer\(s\) using sparse tactics|TRT inference plan picked sparse "
     r"implementation for layers):? ?(?P<names>.*)"
 )
-"""The two wordings that trtexec has had."""
+"""Both patterns cover the two wordings that trtexec has had."""
 
 
-def _layers(found: re.Match[str]) -> int:
-    return int(found["count"]) if found["count"] else len([name for name in found["names"].split(",") if name.strip()])
+def _layers(line: re.Match[str]) -> int:
+    return int(line["count"]) if line["count"] else len([name for name in line["names"].split(",") if name.strip()])
 
 
 def read_version(text: str) -> Version | None:
-    """Of `TensorRT.trtexec [TensorRT v101303]`, or `v8601` of TensorRT 8 and 9."""
+    """The version in trtexec's output, or None: `TensorRT.trtexec [TensorRT v101303]`, `v8601` in TensorRT 8 and 9."""
     match = re.search(r"TensorRT(?:\.trtexec)? \[?(?:TensorRT )?v(\d{4,6})\]?", text)
     if match is None:
         return None

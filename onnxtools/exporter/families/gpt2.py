@@ -26,6 +26,11 @@ from onnxtools.storage.lazy import Tensor, columns
 
 
 def config(raw: Mapping[str, Any], family: str = "gpt2") -> DecoderConfig:
+    """The decoder of a GPT-2 config.json, or of a family like it.
+
+    Raises:
+        ModelError: a setting that is missing, damaged or not supported.
+    """
     check_plain(raw, family)
     if flag(raw, family, "scale_attn_by_inverse_layer_idx", False):
         raise ModelError(f"{family}: scale_attn_by_inverse_layer_idx is not supported; only models without it are")
@@ -43,22 +48,28 @@ def config(raw: Mapping[str, Any], family: str = "gpt2") -> DecoderConfig:
         norm,
     )
     return DecoderConfig(
-        family=family, vocab_size=integer(raw, family, "vocab_size"), hidden_size=hidden,
+        family=family,
+        vocab_size=integer(raw, family, "vocab_size"),
+        hidden_size=hidden,
         max_position_embeddings=integer(raw, family, "n_positions", "max_position_embeddings"),
-        blocks=repeated(family, block, integer(raw, family, "n_layer", "num_hidden_layers")), norm=norm,
-        tie_word_embeddings=flag(raw, family, "tie_word_embeddings", True), linear_in_out=True, **token_ids(raw),
-    )  # fmt: skip
+        blocks=repeated(family, block, integer(raw, family, "n_layer", "num_hidden_layers")),
+        norm=norm,
+        tie_word_embeddings=flag(raw, family, "tie_word_embeddings", True),
+        linear_in_out=True,
+        **token_ids(raw),
+    )
 
 
 def weights(c: DecoderConfig, source: Source) -> dict[str, Tensor]:
-    # GPT2Model alone saves names without the prefix that GPT2LMHeadModel adds.
+    """The weights by canonical name; the fused QKV weight is split by columns."""
+    # A saved GPT2Model has names without the prefix that GPT2LMHeadModel adds.
     root = "transformer." if "transformer.wte.weight" in source else ""
     h, inner = c.hidden_size, c.blocks[0].mlp.size
-    found = {
+    tensors = {
         "model.embed_tokens.weight": source.take(f"{root}wte.weight", c.vocab_size, h),
         "model.embed_positions.weight": source.take(f"{root}wpe.weight", c.max_position_embeddings, h),
     }
-    found |= source.head(c, "lm_head.weight", found["model.embed_tokens.weight"])
+    tensors |= source.head(c, "lm_head.weight", tensors["model.embed_tokens.weight"])
     parts = [
         ("self_attn.o_proj", "attn.c_proj", h, h),
         ("mlp.up_proj", "mlp.c_fc", h, inner),
@@ -72,14 +83,14 @@ def weights(c: DecoderConfig, source: Source) -> dict[str, Tensor]:
         }
         for index, name in enumerate("qkv"):
             for kind, tensor in qkv.items():
-                found[f"{to}.self_attn.{name}_proj.{kind}"] = columns(tensor, index * h, (index + 1) * h)
+                tensors[f"{to}.self_attn.{name}_proj.{kind}"] = columns(tensor, index * h, (index + 1) * h)
         for name, theirs, inputs, outputs in parts:
-            found[f"{to}.{name}.weight"] = source.take(f"{of}.{theirs}.weight", inputs, outputs)
-            found[f"{to}.{name}.bias"] = source.take(f"{of}.{theirs}.bias", outputs)
-        found |= _norm(source, f"{to}.input_layernorm", f"{of}.ln_1", h) | _norm(
+            tensors[f"{to}.{name}.weight"] = source.take(f"{of}.{theirs}.weight", inputs, outputs)
+            tensors[f"{to}.{name}.bias"] = source.take(f"{of}.{theirs}.bias", outputs)
+        tensors |= _norm(source, f"{to}.input_layernorm", f"{of}.ln_1", h) | _norm(
             source, f"{to}.post_attention_layernorm", f"{of}.ln_2", h
         )
-    return found | _norm(source, "model.norm", f"{root}ln_f", h)
+    return tensors | _norm(source, "model.norm", f"{root}ln_f", h)
 
 
 def _norm(source: Source, name: str, theirs: str, size: int) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
-"""GPTBigCode (Hugging Face `gpt_bigcode`: SantaCoder, StarCoder): GPT-2 with multi-query attention and Linear weights
-[out, in].
+"""GPTBigCode (Hugging Face `gpt_bigcode`: SantaCoder, StarCoder).
+
+It is GPT-2 with multi-query attention and Linear weights [out, in].
 """
 
 from __future__ import annotations
@@ -16,20 +17,26 @@ from onnxtools.storage.lazy import Tensor, pick_rows, row_range
 
 
 def config(raw: Mapping[str, Any]) -> DecoderConfig:
-    made = gpt2.config({"activation_function": "gelu_pytorch_tanh", **raw}, "gpt_bigcode")
-    block = made.blocks[0]
+    """The decoder of a config.json.
+
+    Raises:
+        ModelError: a setting that is missing, damaged or not supported.
+    """
+    base = gpt2.config({"activation_function": "gelu_pytorch_tanh", **raw}, "gpt_bigcode")
+    block = base.blocks[0]
     if flag(raw, "gpt_bigcode", "multi_query", True):
         block = replace(block, attention=replace(block.attention, kv_heads=1))
-    return replace(made, blocks=repeated("gpt_bigcode", block, len(made.blocks)), linear_in_out=False)
+    return replace(base, blocks=repeated("gpt_bigcode", block, len(base.blocks)), linear_in_out=False)
 
 
 def weights(c: DecoderConfig, source: Source) -> dict[str, Tensor]:
+    """The weights by canonical name; the fused QKV weight is split by rows."""
     h, kv, inner = c.hidden_size, c.blocks[0].attention.kv_size, c.blocks[0].mlp.size
-    found = {
+    tensors = {
         "model.embed_tokens.weight": source.take("transformer.wte.weight", c.vocab_size, h),
         "model.embed_positions.weight": source.take("transformer.wpe.weight", c.max_position_embeddings, h),
     }
-    found |= source.head(c, "lm_head.weight", found["model.embed_tokens.weight"])
+    tensors |= source.head(c, "lm_head.weight", tensors["model.embed_tokens.weight"])
     parts = [
         ("self_attn.o_proj", "attn.c_proj", h, h),
         ("mlp.up_proj", "mlp.c_fc", inner, h),
@@ -41,17 +48,20 @@ def weights(c: DecoderConfig, source: Source) -> dict[str, Tensor]:
         for kind, shape in (("weight", (h + 2 * kv, h)), ("bias", (h + 2 * kv,))):
             fused = source.take(f"{of}.attn.c_attn.{kind}", *shape)
             for name, part in zip("qkv", _split(fused, c.blocks[n].attention), strict=True):
-                found[f"{to}.self_attn.{name}_proj.{kind}"] = part
+                tensors[f"{to}.self_attn.{name}_proj.{kind}"] = part
         for name, theirs, outputs, inputs in parts:
-            found[f"{to}.{name}.weight"] = source.take(f"{of}.{theirs}.weight", outputs, inputs)
-            found[f"{to}.{name}.bias"] = source.take(f"{of}.{theirs}.bias", outputs)
+            tensors[f"{to}.{name}.weight"] = source.take(f"{of}.{theirs}.weight", outputs, inputs)
+            tensors[f"{to}.{name}.bias"] = source.take(f"{of}.{theirs}.bias", outputs)
         for name, theirs in norms:
-            found |= {f"{to}.{name}.{kind}": source.take(f"{of}.{theirs}.{kind}", h) for kind in ("weight", "bias")}
-    return found | {f"model.norm.{kind}": source.take(f"transformer.ln_f.{kind}", h) for kind in ("weight", "bias")}
+            tensors |= {f"{to}.{name}.{kind}": source.take(f"{of}.{theirs}.{kind}", h) for kind in ("weight", "bias")}
+    return tensors | {f"model.norm.{kind}": source.take(f"transformer.ln_f.{kind}", h) for kind in ("weight", "bias")}
 
 
 def _split(fused: Tensor, c: SelfAttention) -> list[Tensor]:
-    """Multi-query: all queries, the key head, the value head. Multi-head: [heads, 3, head_dim] rows."""
+    """Queries, keys and values of a fused tensor.
+
+    Its rows are all queries, the key head and the value head (multi-query), or [heads, 3, head_dim] (multi-head).
+    """
     if c.kv_heads == 1 and c.heads > 1:
         ends = (0, c.q_size, c.q_size + c.kv_size, c.q_size + 2 * c.kv_size)
         return [row_range(fused, start, stop) for start, stop in itertools.pairwise(ends)]

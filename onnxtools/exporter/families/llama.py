@@ -1,6 +1,6 @@
 """Llama (Hugging Face `llama`): RMSNorm, rotary positions, SwiGLU, grouped-query attention.
 
-Its names are our canonical ones.
+Its weight names are the canonical ones.
 """
 
 from __future__ import annotations
@@ -30,30 +30,44 @@ from onnxtools.storage.lazy import Tensor
 
 
 def config(raw: Mapping[str, Any], family: str = "llama", partial: float | None = None) -> DecoderConfig:
-    """Of a Llama, or of a family like it; `partial` as in `rope_of`."""
+    """The decoder of a Llama config.json, or of a family like it; `partial` as in `rope_of`.
+
+    Raises:
+        ModelError: a setting that is missing, damaged or not supported.
+    """
     check_plain(raw, family)
     hidden, heads = integer(raw, family, "hidden_size"), integer(raw, family, "num_attention_heads")
     head_dim = raw.get("head_dim")
     head_dim = head_dim_of(family, hidden, heads) if head_dim is None else integer(raw, family, "head_dim")
     bias = flag(raw, family, "attention_bias", False)
     attention = SelfAttention(
-        heads, integer(raw, family, "num_key_value_heads", default=heads), head_dim, head_dim**-0.5,
-        rope=rope_of(raw, family, head_dim, partial=partial), bias=bias, output_bias=bias,
-    )  # fmt: skip
+        heads,
+        integer(raw, family, "num_key_value_heads", default=heads),
+        head_dim,
+        head_dim**-0.5,
+        rope=rope_of(raw, family, head_dim, partial=partial),
+        bias=bias,
+        output_bias=bias,
+    )
     size, activation = integer(raw, family, "intermediate_size"), activation_of(raw, family, "hidden_act", "silu")
     norm = Norm("rms_norm", number(raw, family, "rms_norm_eps", default=1e-6))
     block = Block(attention, Mlp(size, activation, gated=True, bias=flag(raw, family, "mlp_bias", False)), norm)
     return DecoderConfig(
-        family=family, vocab_size=integer(raw, family, "vocab_size"), hidden_size=hidden,
+        family=family,
+        vocab_size=integer(raw, family, "vocab_size"),
+        hidden_size=hidden,
         max_position_embeddings=integer(raw, family, "max_position_embeddings", default=2048),
-        blocks=repeated(family, block, integer(raw, family, "num_hidden_layers")), norm=norm,
-        tie_word_embeddings=flag(raw, family, "tie_word_embeddings", False), **token_ids(raw),
-    )  # fmt: skip
+        blocks=repeated(family, block, integer(raw, family, "num_hidden_layers")),
+        norm=norm,
+        tie_word_embeddings=flag(raw, family, "tie_word_embeddings", False),
+        **token_ids(raw),
+    )
 
 
 def weights(c: DecoderConfig, source: Source) -> dict[str, Tensor]:
-    found = {name: source.take(name, *shape) for name, shape in weight_shapes(c).items() if name != "lm_head.weight"}
-    return found | source.head(c, "lm_head.weight", found["model.embed_tokens.weight"])
+    """The weights, whose names in the checkpoint are the canonical ones."""
+    tensors = {name: source.take(name, *shape) for name, shape in weight_shapes(c).items() if name != "lm_head.weight"}
+    return tensors | source.head(c, "lm_head.weight", tensors["model.embed_tokens.weight"])
 
 
 FAMILY = Family(

@@ -1,5 +1,6 @@
-"""Megatron GPT and GPT-Next from NeMo (`.nemo`, `.ckpt`): legacy, legacy with TransformerEngine, and megatron-core
-names.
+"""Megatron GPT and GPT-Next from NeMo (`.nemo`, `.ckpt`).
+
+The weight names are those of legacy Megatron, of legacy Megatron with TransformerEngine, or of megatron-core.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from onnxtools.exporter.rope import Rope
 from onnxtools.storage.lazy import Tensor, flatten, pick_rows, plus_one, row_range
 
 _LAYER_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
-    # {part: (spellings of its module or of its weight and bias)}, tried in order; `{}` stands for weight or bias.
+    # {part: (spellings of its module, or of its weight and bias)}, tried in order; `{}` is "weight" or "bias".
     "legacy": {
         "norm1": ("input_layernorm.{}", "self_attention.layernorm_qkv.layer_norm_{}"),
         "qkv": ("self_attention.query_key_value.{}", "self_attention.layernorm_qkv.{}"),
@@ -59,6 +60,11 @@ _UNSUPPORTED = {
 
 
 def config(raw: Mapping[str, Any]) -> DecoderConfig:
+    """The decoder of NeMo's model configuration.
+
+    Raises:
+        ModelError: a setting that is missing, damaged or not supported.
+    """
     hidden, heads = integer(raw, "megatron", "hidden_size"), integer(raw, "megatron", "num_attention_heads")
     head_dim = (
         head_dim_of("megatron", hidden, heads)
@@ -72,11 +78,11 @@ def config(raw: Mapping[str, Any]) -> DecoderConfig:
         raise ModelError(
             f"megatron: transformer_block_type is {shown(raw['transformer_block_type'])}; only pre_ln is supported"
         )
-    known = next(
+    positions_key = next(
         (name for name in ("max_position_embeddings", "encoder_seq_length") if raw.get(name) is not None),
         "max_position_embeddings",
     )
-    positions = integer(raw, "megatron", known)
+    positions = integer(raw, "megatron", positions_key)
     activation, gated = _activation(raw)
     bias = bool(raw.get("bias", True))
     normalization = str(raw.get("normalization", "layernorm")).lower()
@@ -88,27 +94,35 @@ def config(raw: Mapping[str, Any]) -> DecoderConfig:
         "rms_norm" if normalization == "rmsnorm" else "layer_norm",
         number(raw, "megatron", "layernorm_epsilon", default=1e-5),
         bias=normalization != "rmsnorm",
-    )  # fmt: skip
+    )
     attention = SelfAttention(
-        heads, integer(raw, "megatron", "num_query_groups", default=heads), head_dim,
-        head_dim**-0.5 if raw.get("normalize_attention_scores", True) else 1.0, rope=_rope(raw, head_dim),
-        bias=bias or bool(raw.get("qkv_bias")), output_bias=bias,
-    )  # fmt: skip
+        heads,
+        integer(raw, "megatron", "num_query_groups", default=heads),
+        head_dim,
+        head_dim**-0.5 if raw.get("normalize_attention_scores", True) else 1.0,
+        rope=_rope(raw, head_dim),
+        bias=bias or bool(raw.get("qkv_bias")),
+        output_bias=bias,
+    )
     mlp = Mlp(integer(raw, "megatron", "ffn_hidden_size", default=4 * hidden), activation, gated, bias)
     return DecoderConfig(
-        family="megatron", vocab_size=integer(raw, "megatron", "_vocab_size"), hidden_size=hidden,
+        family="megatron",
+        vocab_size=integer(raw, "megatron", "_vocab_size"),
+        hidden_size=hidden,
         max_position_embeddings=positions,
-        blocks=repeated("megatron", Block(attention, mlp, norm), integer(raw, "megatron", "num_layers")), norm=norm,
-        tie_word_embeddings=bool(raw.get("share_embeddings_and_output_weights", True)), **_token_ids(raw),
-    )  # fmt: skip
+        blocks=repeated("megatron", Block(attention, mlp, norm), integer(raw, "megatron", "num_layers")),
+        norm=norm,
+        tie_word_embeddings=bool(raw.get("share_embeddings_and_output_weights", True)),
+        **_token_ids(raw),
+    )
 
 
 def _activation(raw: Mapping[str, Any]) -> tuple[Activation, bool]:
-    """(activation, gated). `gelu` means erf or tanh by the flags that choose Megatron's implementation (FACTS 6.5)."""
-    wanted = str(raw.get("activation", "gelu")).removeprefix("fast-")
-    gated = wanted in _GATED
-    name = _GATED.get(wanted, {"squared-relu": "relu2"}.get(wanted, wanted))
-    if raw.get("openai_gelu"):  # NeMo lets it win over every activation
+    """(activation, gated). `gelu` is erf or tanh by the flags that choose Megatron's implementation (FACTS 6.5)."""
+    activation = str(raw.get("activation", "gelu")).removeprefix("fast-")
+    gated = activation in _GATED
+    name = _GATED.get(activation, {"squared-relu": "relu2"}.get(activation, activation))
+    if raw.get("openai_gelu"):  # in NeMo it overrides every activation
         return "gelu_tanh", gated
     if name == "gelu":
         fused = raw.get("bias_activation_fusion", True) and raw.get("bias", True) and not raw.get("onnx_safe")
@@ -137,12 +151,13 @@ def _rope(raw: Mapping[str, Any], head_dim: int) -> Rope | None:
 
 
 def _token_ids(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """GPT-2's BPE, the default tokenizer, ends texts with its last token; others say so in their own files."""
+    """Token ids of GPT-2's BPE, NeMo's default tokenizer; other tokenizers have them in their own files."""
     is_gpt2 = nested(raw, "tokenizer", "type") == "GPT2BPETokenizer"
     return {"bos_token_id": 50256, "eos_token_ids": (50256,)} if is_gpt2 else {}
 
 
 def weights(c: DecoderConfig, source: Source) -> dict[str, Tensor]:
+    """The weights by canonical name; fused QKV and gated weights are split, zero-centred gains get their 1 back."""
     return _Reader(c, source).read()
 
 
@@ -157,32 +172,32 @@ class _Reader:
         self.root = roots[0] if roots else "model."
         self.kind = "legacy" if any(".encoder.layers." in f".{name}" for name in source.tensors) else "core"
         self.stack = f"{self.root}{'encoder' if self.kind == 'legacy' else 'decoder'}"
-        one = str(source.config.get("normalization", "")).lower() == "layernorm1p" or source.config.get(
+        zero_centred = str(source.config.get("normalization", "")).lower() == "layernorm1p" or source.config.get(
             "layernorm_zero_centered_gamma"
         )
-        self.centred = bool(one)
+        self.centred = bool(zero_centred)
 
     def read(self) -> dict[str, Tensor]:
         c, take = self.c, self.source.take
-        found = {
+        tensors = {
             "model.embed_tokens.weight": take(
                 f"{self.root}embedding.word_embeddings.weight", c.vocab_size, c.hidden_size
             )
         }
         if c.rope is None:
-            found["model.embed_positions.weight"] = take(
+            tensors["model.embed_positions.weight"] = take(
                 f"{self.root}embedding.position_embeddings.weight", c.max_position_embeddings, c.hidden_size
             )
         if c.tie_word_embeddings:
             self.source.skip("model.word_embeddings.weight")
-        found |= self.source.head(c, f"{self.root}output_layer.weight", found["model.embed_tokens.weight"])
+        tensors |= self.source.head(c, f"{self.root}output_layer.weight", tensors["model.embed_tokens.weight"])
         for n in range(len(c.blocks)):
-            found |= self._layer(n)
-        found |= {
+            tensors |= self._layer(n)
+        tensors |= {
             f"model.norm.{kind}": self._gain(kind, take(f"{self.stack}.final_layernorm.{kind}", c.hidden_size))
             for kind in self._norm_kinds()
         }
-        return found
+        return tensors
 
     def _norm_kinds(self) -> tuple[str, ...]:
         return ("weight", "bias") if self.c.norm.bias else ("weight",)
@@ -191,36 +206,36 @@ class _Reader:
         return plus_one(tensor) if kind == "weight" and self.centred else tensor
 
     def _take(self, layer: int, part: str, kind: str, *shape: int) -> Tensor:
-        """A weight or bias of a layer under the first of its spellings that the checkpoint has."""
+        """The weight or bias of a layer, by the first of its spellings that the checkpoint has."""
         names = [f"{self.stack}.layers.{layer}.{spelling.format(kind)}" for spelling in _LAYER_NAMES[self.kind][part]]
         return self.source.take(next((name for name in names if name in self.source), names[0]), *shape)
 
     def _layer(self, n: int) -> dict[str, Tensor]:
         c, to, block = self.c, f"model.layers.{n}", self.c.blocks[n]
-        attention, mlp, found = block.attention, block.mlp, dict[str, Tensor]()
+        attention, mlp, tensors = block.attention, block.mlp, dict[str, Tensor]()
         for kind in self._norm_kinds():
-            found[f"{to}.input_layernorm.{kind}"] = self._gain(kind, self._take(n, "norm1", kind, c.hidden_size))
-            found[f"{to}.post_attention_layernorm.{kind}"] = self._gain(
+            tensors[f"{to}.input_layernorm.{kind}"] = self._gain(kind, self._take(n, "norm1", kind, c.hidden_size))
+            tensors[f"{to}.post_attention_layernorm.{kind}"] = self._gain(
                 kind, self._take(n, "norm2", kind, c.hidden_size)
             )
         for kind in ("weight", "bias") if attention.bias else ("weight",):
             wide = (c.hidden_size,) if kind == "weight" else ()
             fused = self._take(n, "qkv", kind, attention.q_size + 2 * attention.kv_size, *wide)
             for name, ranges in zip("qkv", self._qkv_rows(attention), strict=True):
-                found[f"{to}.self_attn.{name}_proj.{kind}"] = pick_rows(fused, ranges, name)
+                tensors[f"{to}.self_attn.{name}_proj.{kind}"] = pick_rows(fused, ranges, name)
         for kind in ("weight", "bias") if mlp.bias else ("weight",):
             wide = (c.hidden_size,) if kind == "weight" else ()
-            found[f"{to}.self_attn.o_proj.{kind}"] = self._take(
+            tensors[f"{to}.self_attn.o_proj.{kind}"] = self._take(
                 n, "out", kind, c.hidden_size, *((attention.q_size,) if kind == "weight" else ())
             )
-            found |= {f"{to}.mlp.{name}.{kind}": tensor for name, tensor in self._fc1(n, kind, mlp, wide).items()}
-            found[f"{to}.mlp.down_proj.{kind}"] = self._take(
+            tensors |= {f"{to}.mlp.{name}.{kind}": tensor for name, tensor in self._fc1(n, kind, mlp, wide).items()}
+            tensors[f"{to}.mlp.down_proj.{kind}"] = self._take(
                 n, "fc2", kind, c.hidden_size, *((mlp.size,) if kind == "weight" else ())
             )
-        return found
+        return tensors
 
     def _fc1(self, n: int, kind: str, mlp: Mlp, wide: tuple[int, ...]) -> dict[str, Tensor]:
-        """Gated: [gate; up] in one weight, or in two (`dense_h_to_4h_2`)."""
+        """The first linear layers of the MLP; gated ones are [gate; up] in one weight, or two (`dense_h_to_4h_2`)."""
         size = mlp.size
         if not mlp.gated:
             return {"up_proj": self._take(n, "fc1", kind, size, *wide)}
@@ -233,8 +248,9 @@ class _Reader:
         return {"gate_proj": row_range(fused, 0, size), "up_proj": row_range(fused, size, 2 * size)}
 
     def _qkv_rows(self, c: SelfAttention) -> list[list[tuple[int, int]]]:
-        """Row ranges of q, k and v: [groups, heads / groups + 2, head_dim] rows, or [3, heads, head_dim] with
-        `megatron_legacy`.
+        """Row ranges of q, k and v in the fused weight.
+
+        Its rows are [groups, heads / groups + 2, head_dim], or [3, heads, head_dim] with `megatron_legacy`.
         """
         d = c.head_dim
         if self.source.config.get("megatron_legacy"):
@@ -246,8 +262,8 @@ class _Reader:
 
 
 _FP8_MODULES: dict[str, tuple[tuple[str, int, tuple[str, ...]], ...]] = {
-    # TransformerEngine's module: (its name, index of its first GEMM's activation in scale_fwd, canonical linears); 3
-    # slots a GEMM.
+    # (TransformerEngine's module, index of the GEMM's activation scale in scale_fwd, canonical linear layers).
+    # scale_fwd has 3 slots per GEMM.
     "legacy": (
         ("self_attention.layernorm_qkv", 0, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
         ("self_attention.proj", 0, ("self_attn.o_proj",)),
@@ -264,23 +280,26 @@ _FP8_MODULES: dict[str, tuple[tuple[str, int, tuple[str, ...]], ...]] = {
 
 
 def scales(c: DecoderConfig, source: Source) -> dict[str, FP8Scales]:
-    """From TransformerEngine's extra state: scale_fwd multiplies before the cast, so ONNX's scale is its reciprocal."""
+    """FP8 scales by canonical layer name, from TransformerEngine's extra state.
+
+    scale_fwd multiplies before the cast, so ONNX's scale is its reciprocal.
+    """
     reader = _Reader(c, source)
-    found: dict[str, FP8Scales] = {}
+    by_layer: dict[str, FP8Scales] = {}
     for n in range(len(c.blocks)):
-        for module, at, linears in _FP8_MODULES[reader.kind]:
+        for module, slot, linears in _FP8_MODULES[reader.kind]:
             forward = forward_scales(source.tensors.get(f"{reader.stack}.layers.{n}.{module}._extra_state"), module)
             if forward is None:
                 continue
-            pair = FP8Scales(float(1 / forward[at]), float(1 / forward[at + 1]))
-            found.update(
+            pair = FP8Scales(float(1 / forward[slot]), float(1 / forward[slot + 1]))
+            by_layer.update(
                 {
                     f"model.layers.{n}.{linear}": pair
                     for linear in linears
                     if c.blocks[n].mlp.gated or linear != "mlp.gate_proj"
                 }
             )
-    return found
+    return by_layer
 
 
 FAMILY = Family(

@@ -1,5 +1,6 @@
-"""Nemotron (Hugging Face `nemotron`: Minitron-4B): LayerNorm1p, squared ReLU, partial rotary, grouped-query
-attention.
+"""Nemotron (Hugging Face `nemotron`: Minitron-4B).
+
+It has LayerNorm1p, squared ReLU, partial rotary embedding and grouped-query attention.
 """
 
 from __future__ import annotations
@@ -15,17 +16,22 @@ from onnxtools.storage.lazy import Tensor, plus_one
 
 
 def config(raw: Mapping[str, Any]) -> DecoderConfig:
-    made = llama.config({"max_position_embeddings": 4096, **raw, "hidden_act": None}, "nemotron", 0.5)
+    """The decoder of a config.json.
+
+    Raises:
+        ModelError: a setting that is missing, damaged or not supported.
+    """
+    base = llama.config({"max_position_embeddings": 4096, **raw, "hidden_act": None}, "nemotron", 0.5)
     norm = Norm("layer_norm", number(raw, "nemotron", "norm_eps", default=1e-5), bias=True)
-    block = made.blocks[0]
+    block = base.blocks[0]
     mlp = replace(block.mlp, gated=False, activation=activation_of(raw, "nemotron", "hidden_act", "relu2"))
-    return replace(made, norm=norm, blocks=repeated("nemotron", replace(block, mlp=mlp, norm=norm), len(made.blocks)))
+    return replace(base, norm=norm, blocks=repeated("nemotron", replace(block, mlp=mlp, norm=norm), len(base.blocks)))
 
 
 def weights(c: DecoderConfig, source: Source) -> dict[str, Tensor]:
-    """As Llama's; the norms store their gain minus one."""
-    found = llama.weights(c, source)
-    return {name: plus_one(tensor) if name.endswith("norm.weight") else tensor for name, tensor in found.items()}
+    """The weights by canonical name, as of Llama; the checkpoint stores the gains of norms minus one."""
+    tensors = llama.weights(c, source)
+    return {name: plus_one(tensor) if name.endswith("norm.weight") else tensor for name, tensor in tensors.items()}
 
 
 FAMILY = Family(

@@ -28,6 +28,7 @@ from onnxtools.passes.kv_cache.mask import MaskRewriter, check_positions_follow_
 from onnxtools.pipeline.passbase import Pass, PassResult
 
 _LARGEST_MASK = 4100
+"""Longest sequence, in positions, that a mask is evaluated for."""
 
 _SCALE_OPS = {
     "Abs",
@@ -45,21 +46,19 @@ _SCALE_OPS = {
     "Add",
     "Clip",
 }
-"""What computes a current-scaling factor: no operator here depends on how the tensor is laid out."""
-
+"""Operators that compute a current-scaling factor; none of them depends on the layout of the tensor."""
 
 _ROW_OPS = {
     "IsNaN", "IsInf", "Not", "And", "Or", "Xor", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Where",
-    "Sub", "ReduceSum", "ReduceMean",
-    "ReduceProd", "Sign",
+    "Sub", "ReduceSum", "ReduceMean", "ReduceProd", "Sign",
 }  # fmt: skip
-"""What tells rows of which no key is visible (torch's safe softmax): pointwise, or over the last axis."""
+"""Operators that find rows without a visible key (torch's safe softmax): pointwise, or over the last axis."""
 
 
 def _reduces_all_or_last(node: ir.Node, facts: Facts) -> bool:
-    """Whether the reduction means the same whatever axes lie before the last one."""
-    given = facts[node.inputs[1]].value if len(node.inputs) > 1 else node.attributes.get("axes")
-    axes = [int(a) for a in (given.value if isinstance(given, ir.Attr) else given)] if given is not None else []
+    """Whether the reduction is over all axes or the last axis alone, so that the number of axes does not matter."""
+    source = facts[node.inputs[1]].value if len(node.inputs) > 1 else node.attributes.get("axes")
+    axes = [int(a) for a in (source.value if isinstance(source, ir.Attr) else source)] if source is not None else []
     return axes in ([], [-1])
 
 
@@ -71,7 +70,7 @@ class AddKvCache(Pass):
       - attention is found by structure; each block is rebuilt as MatMul, scale, mask, Softmax, MatMul over
         [batch, heads, sequence, channels], so no reshape inside it depends on the exporter's idea of the lengths;
       - the cache holds keys after rotary embedding and before heads are repeated (grouped and multi-query attention);
-      - a mask made from positions is evaluated; if it is causal, or a sliding window, it is written anew for
+      - a mask made from positions is evaluated; a causal or sliding-window mask is written again for position
         `past + i`; a mask input grows to the total length; any other mask is an error;
       - positions counted in the graph (Range, sliced tables) start at the past length; `position_ids` inputs stay.
     """
@@ -99,7 +98,7 @@ class AddKvCache(Pass):
             raise UsageError(f"add-kv-cache: kv_scale is {self.kv_scale}; it must be a positive number")
 
     def expand(self) -> list[Pass]:
-        """Attention operators are written as MatMul, Softmax, MatMul with an explicit mask first."""
+        """DecomposeAttention runs first: Attention operators become MatMul, Softmax, MatMul with an explicit mask."""
         return [DecomposeAttention(), self]
 
     def requires(self, model: Model) -> None:
@@ -165,9 +164,9 @@ class AddKvCache(Pass):
 
 
 def _tokens(model: Model) -> Tokens:
-    found = token_input(model)
-    assert found is not None  # `requires` has looked
-    return found
+    tokens = token_input(model)
+    assert tokens is not None  # `requires` has checked it
+    return tokens
 
 
 def _length(tokens: Tokens, facts: Facts) -> int:
@@ -177,10 +176,10 @@ def _length(tokens: Tokens, facts: Facts) -> int:
 
 
 def _analyse_for_masks(model: Model) -> Facts:
-    """Facts under a sequence long enough that a sliding window shows in the masks.
+    """Facts for a sequence that is long enough for a sliding window to show in the masks.
 
-    A mask cut from a stored table cannot be longer than the table, nor can the sequence; lengths that the graph does
-    not allow are skipped.
+    A mask that is sliced from a stored table limits the sequence to the length of the table; lengths that the graph
+    does not allow are skipped.
     """
     facts = analyse(model)
     size = _length(_tokens(model), facts)
@@ -209,8 +208,9 @@ def _analyse_for_masks(model: Model) -> Facts:
 
 
 def _read_lengths_from_ids(model: Model) -> None:
-    """Let shape arithmetic read batch and sequence from the token ids: a mask input will span more than the new
-    tokens.
+    """Let shape arithmetic read batch and sequence from the token ids.
+
+    A mask input will span more than the new tokens, so its shape no longer gives the sequence length.
     """
     facts = analyse(model)
     tokens = _tokens(model)
@@ -235,25 +235,25 @@ def _read_lengths_from_ids(model: Model) -> None:
 def _lengths_of(
     value: ir.Value, axes: range, shape: tuple[int, ...], facts: Facts, tokens: Tokens, builder: Builder
 ) -> ir.Value:
-    """The sizes of `axes` of an input, shape [len(axes)], read from the token ids where they are the same dimension."""
+    """The sizes of `axes` of an input, int64 [len(axes)]; sizes equal to batch or sequence come from the token ids."""
     sizes = facts[value].shape
     assert sizes is not None
     parts = []
     for axis in axes:
-        same = (
+        token_axis = (
             tokens.axis
             if sizes[axis] == shape[tokens.axis]
             else tokens.batch_axis
             if sizes[axis] == shape[tokens.batch_axis]
             else None
         )
-        source, at = (value, axis) if same is None else (tokens.value, same)
-        parts.append(builder.op("Shape", [source], "/model/kv/shape", start=at, end=at + 1))
+        source, source_axis = (value, axis) if token_axis is None else (tokens.value, token_axis)
+        parts.append(builder.op("Shape", [source], "/model/kv/shape", start=source_axis, end=source_axis + 1))
     return parts[0] if len(parts) == 1 else builder.op("Concat", parts, "/model/kv/shapes", axis=0)
 
 
 def _name_dimensions(model: Model, tokens: Tokens) -> None:
-    """Call the dynamic axes of token inputs `batch` and `sequence`, wherever they appear among inputs and outputs."""
+    """Name the dynamic axes of the token input `batch` and `sequence` in all inputs and outputs of the graph."""
     assert tokens.value.shape is not None
     axes = ((tokens.batch_axis, "batch"), (tokens.axis, "sequence"))
     dims = [(tokens.value.shape[axis], name) for axis, name in axes]
@@ -296,7 +296,7 @@ class _Concat:
         return [value for value in self.model.graph.inputs if value.name in self.mask.inputs]
 
     def wide_nodes(self) -> set[ir.Node]:
-        """Nodes of the exporter that are part of a grown mask."""
+        """Nodes of the original graph that are part of a grown mask."""
         assert self.mask is not None
         return self.mask.kept
 
@@ -352,8 +352,9 @@ class _Concat:
         )
 
     def _replay_node(self, value: ir.Value, node: ir.Node, data: int, prefix: str) -> ir.Value:
-        """`node` on `value` in place of its data input; scales that were computed from the old data are computed from
-        the new.
+        """Apply `node` to `value` in place of its data input.
+
+        Scales that were computed from the old data are computed from the new data.
         """
         old = node.inputs[data]
         assert old is not None
@@ -367,8 +368,9 @@ class _Concat:
         return new
 
     def _renew(self, value: ir.Value | None, prefix: str) -> ir.Value | None:
-        """`value` computed from the rebuilt attention where it was computed from the old one: quantization scales, rows
-        without a key.
+        """`value`, computed from the rebuilt attention where it was computed from the old one.
+
+        Such values are quantization scales and tests for rows without a visible key.
         """
         if value is None or value in self._renewed:
             return None if value is None else self._renewed[value]
@@ -393,7 +395,7 @@ class _Concat:
         return self._renewed[value]
 
     def _is_of_attention(self, value: ir.Value) -> bool:
-        """Whether `value` is computed from what was rebuilt, and no mask."""
+        """Whether `value` is computed from a rebuilt value; if not, it is a mask."""
         waiting, seen = [value], {value}
         while waiting:
             current = waiting.pop()
@@ -413,16 +415,16 @@ class _Concat:
     # --- cache inputs and outputs -------------------------------------------------------------------------------------
 
     def _stored_dtype(self, operand: Operand) -> ir.DataType:
-        own = self.facts[operand.value].dtype
-        if own is None:
+        dtype = self.facts[operand.value].dtype
+        if dtype is None:
             raise JobError(f"the type of {operand.value.name!r} is unknown; run onnx shape inference first")
-        return BY_NAME.get(self.options.dtype, own)
+        return BY_NAME.get(self.options.dtype, dtype)
 
     def _past_input(self, index: int, kind: str, operand: Operand) -> ir.Value:
         return self.cache.past(index, kind, operand.head_count, operand.head_size, self._stored_dtype(operand))
 
     def _lengths(self, past: ir.Value) -> None:
-        """Scalars: past and total length; then the rewriter of masks, which needs them."""
+        """Add the int64 scalars past and total length, and make the MaskRewriter, which needs them."""
         build = self.builder
         self.past_1d = self.cache.past_length(past, "/model/kv/past_length")
         zero = build.constant([0], "axes_0")
@@ -440,53 +442,56 @@ class _Concat:
         self.mask = MaskRewriter(self.model, self.facts, build, self.size, self.past, self.total)
 
     def _cached(self, index: int, kind: str, operand: Operand, past: ir.Value, prefix: str) -> ir.Value:
-        """New keys or values to the cache and back: [batch, query heads, total, channels] in the graph's type."""
+        """Append new keys or values to the cache; returns [batch, query heads, total, channels] in the graph's type."""
         build = self.builder
         new = to_bnsh(build, operand, prefix)
         if self.options.layout == "sbnh":
             new = build.op("Transpose", [new], f"{prefix}/to_cache", perm=[2, 0, 1, 3])
-        own, stored = self.facts[operand.value].dtype, self._stored_dtype(operand)
-        stored_new = self._encode(new, own, stored, prefix)
-        # Everything meets in the graph's own type: Concat takes no FP8, and old and new tokens must be rounded alike.
-        present = self.cache.concat(self._decoded[past], self._decode(stored_new, own, stored, f"{prefix}/new"), prefix)
+        dtype, stored = self.facts[operand.value].dtype, self._stored_dtype(operand)
+        stored_new = self._encode(new, dtype, stored, prefix)
+        # Old and new tokens are joined in the graph's own type: Concat takes no FP8, and both must be rounded alike.
+        present = self.cache.concat(
+            self._decoded[past], self._decode(stored_new, dtype, stored, f"{prefix}/new"), prefix
+        )
         whole = self.options.policy == "concat"
         output = (
-            (self._encode(present, own, stored, f"{prefix}/present") if stored != own else present)
+            (self._encode(present, dtype, stored, f"{prefix}/present") if stored != dtype else present)
             if whole
             else self._own_value(stored_new, prefix)
         )
         length = "total_sequence" if whole else self.sequence_dim
         output = self.cache.present(output, index, kind, operand.head_count, operand.head_size, stored, length)
-        keys = output if whole and stored == own else present
+        keys = output if whole and stored == dtype else present
         if self.options.layout == "sbnh":
             keys = build.op("Transpose", [keys], f"{prefix}/from_cache", perm=[1, 2, 0, 3])
         return self._repeat(self._replay(keys, operand, prefix), operand, prefix)
 
-    def _encode(self, value: ir.Value, own: ir.DataType | None, stored: ir.DataType, prefix: str) -> ir.Value:
-        if stored == own:
+    def _encode(self, value: ir.Value, dtype: ir.DataType | None, stored: ir.DataType, prefix: str) -> ir.Value:
+        if stored == dtype:
             return value
         if stored != ir.DataType.FLOAT8E4M3FN:
             return self.builder.op("Cast", [value], f"{prefix}/to_stored", to=stored.value)
-        return self.builder.op("QuantizeLinear", [value, *self._scale(own)], f"{prefix}/QuantizeLinear")
+        return self.builder.op("QuantizeLinear", [value, *self._scale(dtype)], f"{prefix}/QuantizeLinear")
 
     def _own_value(self, value: ir.Value, prefix: str) -> ir.Value:
-        """A value that may carry the cache's name: one that is an output already, or made by the original graph, keeps
-        its own.
+        """A value that can take the name of the cache output.
+
+        A graph output, or a value of the original graph, keeps its own name: an Identity is put behind it.
         """
         node = value.producer()
-        mine = node is not None and (node.name or "").startswith(prefix) and not value.is_graph_output()
-        return value if mine else self.builder.op("Identity", [value], f"{prefix}/Identity")
+        is_own = node is not None and (node.name or "").startswith(prefix) and not value.is_graph_output()
+        return value if is_own else self.builder.op("Identity", [value], f"{prefix}/Identity")
 
-    def _decode(self, value: ir.Value, own: ir.DataType | None, stored: ir.DataType, prefix: str) -> ir.Value:
-        if stored == own or own is None:
+    def _decode(self, value: ir.Value, dtype: ir.DataType | None, stored: ir.DataType, prefix: str) -> ir.Value:
+        if stored == dtype or dtype is None:
             return value
         if stored != ir.DataType.FLOAT8E4M3FN:
-            return self.builder.op("Cast", [value], f"{prefix}/from_stored", to=own.value)
-        return self.builder.op("DequantizeLinear", [value, *self._scale(own)], f"{prefix}/DequantizeLinear")
+            return self.builder.op("Cast", [value], f"{prefix}/from_stored", to=dtype.value)
+        return self.builder.op("DequantizeLinear", [value, *self._scale(dtype)], f"{prefix}/DequantizeLinear")
 
-    def _scale(self, own: ir.DataType | None) -> list[ir.Value]:
-        assert own is not None
-        scale = self.builder.constant(np.array(self.options.kv_scale, dtype=own.numpy()), "kv_scale", own)
+    def _scale(self, dtype: ir.DataType | None) -> list[ir.Value]:
+        assert dtype is not None
+        scale = self.builder.constant(np.array(self.options.kv_scale, dtype=dtype.numpy()), "kv_scale", dtype)
         return [
             scale,
             self.builder.constant(

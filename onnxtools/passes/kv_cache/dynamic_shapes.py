@@ -19,22 +19,31 @@ _MOVES = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity",
 def make_dynamic(
     model: Model, tokens: Tokens, past_1d: ir.Value, total: ir.Value, originals: set[ir.Node], builder: Builder
 ) -> list[str]:
-    """Follow the batch and sequence axes from the token inputs through the graph and free them.
+    """Follow the batch and sequence axes from the token inputs through the graph and make them dynamic.
 
     Rules:
       - constant Reshape targets that hold batch or sequence are rewritten in terms of the input's shape;
-      - a constant-derived operand that meets the sequence axis holds one entry a position: it is sliced past:total;
+      - an operand computed from constants that meets the sequence axis has one entry per position and is sliced
+        past:total;
       - an operator through which the axes cannot be followed is an error that names it.
+
+    Args:
+        past_1d: length of the cache before the step, int64 [1].
+        total: length of the cache after the step, an int64 scalar.
+        originals: nodes of the exporter.
 
     Returns:
         Notes for people.
+
+    Raises:
+        JobError: a node that works only for the static size, or whose axes cannot be followed.
     """
     tracer = _Tracer(model, tokens.value, past_1d, total, originals, builder)
     for node in list(model.graph):
         builder.before = node
         tracer.visit(node)
     tracer.name_dimensions()
-    # Any other sizes will do, if past + new tokens stay within the tables of positions.
+    # Check with other sizes than the static ones; past + new tokens stay within the tables of positions.
     past = 1 if tracer.sequence.size > 1 else 0
     facts = analyse(
         model, {"batch": tracer.batch.size + 1, "sequence": tracer.sequence.size - past, "past_sequence": past}
@@ -55,7 +64,7 @@ class _Tracer:
         self.model, self.ids, self.builder, self.originals = model, ids, builder, originals
         self.past_1d, self.total = past_1d, total
         shape = tuple(d for d in ids.shape or () if isinstance(d, int))
-        # The new cache inputs are dynamic already; here their batch must be the static one.
+        # The new cache inputs are dynamic already; their batch gets the static size here.
         self.facts: Facts = analyse(model, stand_ins(model) | {"batch": shape[0]})
         self.batch, self.sequence = Atom(shape[0]), Atom(shape[1])
         self.layouts: dict[ir.Value, Layout] = {}
@@ -86,7 +95,7 @@ class _Tracer:
         if not traced or node.op_type == "Shape":
             return
         try:
-            if node.op_type == "Reshape" and node in self.originals:  # ours are dynamic already
+            if node.op_type == "Reshape" and node in self.originals:  # added Reshapes are dynamic already
                 self._free_reshape(node)
             for output in node.outputs:
                 self.layouts[output] = self._layout(node, output)
@@ -133,7 +142,7 @@ class _Tracer:
         return [*result, a[-2] if a else fresh[-2], b[-1] if b else fresh[-1]]
 
     def _align(self, rank: int, sides: list[Layout], fresh: Layout) -> Layout:
-        """Right-aligned broadcast: the axis with batch or sequence atoms wins, then any traced one of the full size."""
+        """Right-aligned broadcast: an axis with batch or sequence atoms wins, then any traced axis of the full size."""
         result: Layout = list(fresh[:rank])
         for side in sides:
             for back in range(1, len(side) + 1):
@@ -148,13 +157,16 @@ class _Tracer:
         return any(atom in (self.batch, self.sequence) for atom in leaves(axis))
 
     def _pointwise(self, node: ir.Node, output: ir.Value) -> Layout:
-        """Elementwise, normalizing, reducing and slicing operators: axes of unchanged size keep their atoms."""
+        """The layout after an elementwise, normalizing, reducing or slicing operator.
+
+        Axes of unchanged size keep their atoms.
+        """
         fresh = self._fresh(output)
         sides = [self.layouts[v] for v in node.inputs if v is not None and v in self.layouts]
         result = self._align(len(fresh), [side for side in sides if len(side) <= len(fresh)], fresh)
-        lost = [a for side in sides for axis in side for a in leaves(axis) if a in (self.batch, self.sequence)]
-        kept = {id(a) for axis in result for a in leaves(axis)}
-        if any(id(a) not in kept for a in lost) and node.op_type not in (
+        dynamic = [a for side in sides for axis in side for a in leaves(axis) if a in (self.batch, self.sequence)]
+        kept_ids = {id(a) for axis in result for a in leaves(axis)}
+        if any(id(a) not in kept_ids for a in dynamic) and node.op_type not in (
             "ReduceMax",
             "ReduceMin",
             "ReduceMean",
@@ -169,7 +181,7 @@ class _Tracer:
         return result
 
     def _slice_table(self, node: ir.Node, index: int, value: ir.Value, result: Layout) -> None:
-        """An untraced operand with one entry a position: take those of the new tokens."""
+        """Slice an untraced operand that has one entry per position to the entries of the new tokens."""
         shape = self.facts[value].shape or ()
         for back in range(1, min(len(shape), len(result)) + 1):
             if (
@@ -177,11 +189,11 @@ class _Tracer:
                 and leaves(result[-back]) == [self.sequence]
                 and shape[-back] == self.sequence.size > 1
             ):
-                one = self.builder.op(
+                end = self.builder.op(
                     "Unsqueeze", [self.total, self.builder.constant([0], "axes_0")], f"{node.name}/total"
                 )
                 axis = self.builder.constant([len(shape) - back], "axis")
-                sliced = self.builder.op("Slice", [value, self.past_1d, one, axis], f"{node.name}/positions")
+                sliced = self.builder.op("Slice", [value, self.past_1d, end, axis], f"{node.name}/positions")
                 node.replace_input_with(index, sliced)
                 self.tables += 1
                 return

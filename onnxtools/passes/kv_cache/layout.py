@@ -1,4 +1,4 @@
-"""Between the exporter's arrangement of queries, keys, values and [batch, heads, sequence, channels]."""
+"""Conversion between the exporter's layout of queries, keys and values and [batch, heads, sequence, channels]."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ _ORDER = ("batch", "heads", "sequence", "channels")
 
 
 def to_bnsh(build: Builder, operand: Operand, prefix: str) -> ir.Value:
-    """`operand.value` as [batch, heads, sequence, channels]."""
+    """`operand.value` as [batch, heads, sequence, channels].
+
+    Raises:
+        JobError: an axis mixes roles, or batch and sequence lie behind a merged axis.
+    """
     value = operand.value
     axes = [leaves(axis) for axis in operand.layout]
     empty = [i for i, axis in enumerate(axes) if not axis]
@@ -27,13 +31,13 @@ def to_bnsh(build: Builder, operand: Operand, prefix: str) -> ir.Value:
     if any(len(parts) > 1 for parts in roles):
         value = build.op("Reshape", [value, build.constant(_split_target(roles), "split_heads")], f"{prefix}/Split")
     order = [role for parts in roles for role, _ in parts]
-    wanted = sorted(range(len(order)), key=lambda i: _ORDER.index(order[i]))
+    perm = sorted(range(len(order)), key=lambda i: _ORDER.index(order[i]))
     if "heads" not in order:
         value = build.op("Unsqueeze", [value, build.constant([len(order)], "axes")], f"{prefix}/Unsqueeze")
         order.append("heads")
-        wanted = sorted(range(len(order)), key=lambda i: _ORDER.index(order[i]))
-    if wanted != list(range(len(order))):
-        value = build.op("Transpose", [value], f"{prefix}/Transpose", perm=wanted)
+        perm = sorted(range(len(order)), key=lambda i: _ORDER.index(order[i]))
+    if perm != list(range(len(order))):
+        value = build.op("Transpose", [value], f"{prefix}/Transpose", perm=perm)
     if len(order) > 4:
         target = [0, operand.head_count, -1, operand.head_size]
         value = build.op("Reshape", [value, build.constant(target, "kv_shape")], f"{prefix}/Merge")
@@ -41,7 +45,11 @@ def to_bnsh(build: Builder, operand: Operand, prefix: str) -> ir.Value:
 
 
 def from_bnsh(build: Builder, tokens: Tokens, value: ir.Value, block: Attention, prefix: str) -> ir.Value:
-    """The product [batch, heads, sequence, channels] in the layout that the rest of the graph expects."""
+    """The product [batch, heads, sequence, channels] in the layout that the rest of the graph expects.
+
+    Raises:
+        JobError: the output interleaves heads and channels, or mixes batch and sequence with heads.
+    """
     groups = [_output_roles(axis, block) for axis in block.output_layout]
     order = [role for group in groups for role in group]
     single = [role for role in _ORDER if role not in order]
@@ -49,12 +57,12 @@ def from_bnsh(build: Builder, tokens: Tokens, value: ir.Value, block: Attention,
         raise JobError(
             f"the output {block.output.name!r} of attention interleaves heads and channels; no standard layout does"
         )
-    if single:  # one head, or one channel: the exporter had no axis for it
+    if single:  # the exporter had no axis for a single head or channel
         value = build.op(
             "Squeeze", [value, build.constant([_ORDER.index(role) for role in single], "axes")], f"{prefix}/Squeeze"
         )
-    kept = [role for role in _ORDER if role in order]
-    perm = [kept.index(role) for role in order]
+    axes = [role for role in _ORDER if role in order]
+    perm = [axes.index(role) for role in order]
     if perm != list(range(len(perm))):
         value = build.op("Transpose", [value], f"{prefix}/Transpose", perm=perm)
     if all(len(group) == 1 for group in groups):
@@ -79,8 +87,9 @@ def _constant_size(role: str, block: Attention) -> int | None:
 def _computed_target(
     build: Builder, tokens: Tokens, groups: list[list[str]], target: list[int], block: Attention, prefix: str
 ) -> ir.Value:
-    """A Reshape target in which batch and sequence are read from the token ids, such as [batch * heads, sequence,
-    channels].
+    """A computed Reshape target, such as [batch * heads, sequence, channels].
+
+    Batch and sequence are read from the token ids.
     """
     parts = []
     for group, size in zip(groups, target, strict=True):
@@ -101,7 +110,7 @@ def _computed_target(
 
 
 def _roles(axis: list[Atom], operand: Operand) -> list[tuple[str, int]]:
-    """The parts of one axis, outermost first: neighbours of the same role are one part."""
+    """The (role, size) parts of one axis, outermost first; neighbouring atoms of the same role are one part."""
     parts: list[tuple[str, int]] = []
     heads, channels = leaves(operand.heads), leaves(operand.channels)
     for atom in axis:
@@ -125,7 +134,7 @@ def _roles(axis: list[Atom], operand: Operand) -> list[tuple[str, int]]:
 
 
 def _split_target(roles: list[list[tuple[str, int]]]) -> list[int]:
-    """Reshape target that gives every role an axis: 0 copies a dynamic axis in place, -1 is one that moved."""
+    """Reshape target with one axis per role: 0 copies a dynamic axis in place, -1 stands for one that moved."""
     target: list[int] = []
     for index, parts in enumerate(roles):
         for role, size in parts:

@@ -1,4 +1,4 @@
-"""A cached step sees only its own tokens outside attention: what would need the others is refused or mended."""
+"""A cached step sees only its own tokens outside attention: nodes that need the other tokens are refused or mended."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from onnxtools.ir.query import attribute, is_op
 def check_locality(model: Model, originals: set[ir.Node]) -> None:
     """Refuse nodes of the exporter through which tokens meet outside attention.
 
-    A reduction over everything to one number is the scale of current scaling: it is warned of elsewhere.
+    A reduction of the whole tensor to one number is the scale of current scaling; `add-kv-cache` warns of it.
 
     Raises:
         JobError: names the first such node.
@@ -36,11 +36,11 @@ def check_locality(model: Model, originals: set[ir.Node]) -> None:
 def _mixes(node: ir.Node, facts: Facts, size: int) -> bool:
     shape = facts[node.inputs[0]].shape if node.inputs else None
     if shape is None or size not in shape:
-        return node.op_type == "MatMul" and len(node.inputs) > 1 and _at(facts[node.inputs[1]].shape, -2) == size
+        return node.op_type == "MatMul" and len(node.inputs) > 1 and _size_at(facts[node.inputs[1]].shape, -2) == size
     op = node.op_type
     if op.startswith("Reduce"):
-        given = facts[node.inputs[1]].value if len(node.inputs) > 1 else None
-        axes = [int(a) for a in given] if given is not None else list(attribute(node, "axes", None) or [])
+        values = facts[node.inputs[1]].value if len(node.inputs) > 1 else None
+        axes = [int(a) for a in values] if values is not None else list(attribute(node, "axes", None) or [])
         return bool(axes) and any(shape[a] == size for a in axes)
     if op == "CumSum":
         axis = facts[node.inputs[1]].value
@@ -57,7 +57,7 @@ def _mixes(node: ir.Node, facts: Facts, size: int) -> bool:
     return op == "Concat" and shape[attribute(node, "axis")] == size
 
 
-def _at(shape: tuple[int, ...] | None, axis: int) -> int | None:
+def _size_at(shape: tuple[int, ...] | None, axis: int) -> int | None:
     return shape[axis] if shape is not None and len(shape) >= -axis else None
 
 
@@ -69,15 +69,19 @@ def restrict_to_new_tokens(
     total: ir.Value,
     builder: Builder,
 ) -> int:
-    """Give users of a mask input that work on tokens, not on keys, the part of the new tokens.
+    """Slice mask inputs to the new tokens for readers that work on tokens, not on keys.
+
+    A count along the mask (`cumsum`, Hugging Face's position ids) runs over the whole mask and is sliced afterwards.
 
     Args:
-        originals: nodes of the exporter; `wide`: those of them that are part of a mask and take all keys.
-
-    A count along the mask (`cumsum`, Hugging Face's position ids) runs over all of it and is cut afterwards.
+        inputs: mask inputs of the graph, [batch, total].
+        originals: nodes of the exporter.
+        wide: the nodes of `originals` that are part of a mask and take all keys.
+        past_1d: length of the cache before the step, int64 [1].
+        total: length of the cache after the step, an int64 scalar.
 
     Returns:
-        How many cuts were made.
+        How many slices were added.
     """
     return sum(_restrict(value, originals, wide, past_1d, total, builder) for value in inputs)
 
@@ -97,11 +101,11 @@ def _restrict(
         if whole is value:
             user.replace_input_with(index, _cut(whole, past_1d, total, builder, user))
         else:
-            later = list(whole.uses())
-            builder.before = later[0][0] if later else None
+            uses = list(whole.uses())
+            builder.before = uses[0][0] if uses else None
             cut = _cut(whole, past_1d, total, builder, user)
-            for other, at in later:
-                other.replace_input_with(at, cut)
+            for reader, input_index in uses:
+                reader.replace_input_with(input_index, cut)
         cuts += 1
     return cuts
 

@@ -1,4 +1,4 @@
-"""Masks of a cached graph: what the exporter computed for [sequence, sequence], written for [sequence, total]."""
+"""Masks of a cached graph: the exporter's [sequence, sequence] masks, rewritten as [sequence, total]."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from onnxtools.analysis.attention import Attention
 from onnxtools.analysis.facts import Facts, analyse, is_past_length, stand_ins, token_input
-from onnxtools.analysis.masks import MaskError, Pattern, hidden_by_addition, pattern_of, square
+from onnxtools.analysis.masks import BLOCKING, MaskError, Pattern, hidden_by_addition, pattern_of, square
 from onnxtools.base.errors import JobError
 from onnxtools.ir.edit import Builder
 from onnxtools.ir.model import Model
@@ -17,17 +17,17 @@ from onnxtools.ir.model import Model
 _LAYOUT = {"Reshape", "Unsqueeze", "Squeeze", "Expand", "Identity", "Dropout"}
 _POINTWISE = {
     "Add", "Sub", "Mul", "Div", "And", "Or", "Not", "Where", "Cast", "Equal", "Greater", "GreaterOrEqual", "Less",
-    "LessOrEqual", "Neg", "Max", "Min",
-    "Identity", "BitwiseNot", "Xor",
+    "LessOrEqual", "Neg", "Max", "Min", "Identity", "BitwiseNot", "Xor",
 }  # fmt: skip
 
 
 class MaskRewriter:
-    """Replays what stands between the query-key product and the Softmax, with masks grown to the total length.
+    """Replays the nodes between the query-key product and the Softmax, with masks grown to the total length.
 
     Args:
-        size: the stand-in sequence length under which `facts` were computed.
-        past, total: int64 scalars in the graph: cache length before and after this step.
+        size: the stand-in sequence length that `facts` were computed with.
+        past: cache length before this step, an int64 scalar of the graph.
+        total: cache length after this step, an int64 scalar of the graph.
     """
 
     def __init__(
@@ -39,19 +39,24 @@ class MaskRewriter:
         self.patterns: set[Pattern] = set()
         self.inputs: set[str] = set()
         self.kept: set[ir.Node] = set()  # nodes of the exporter that now work on the total length
-        self._made: dict[Any, ir.Value] = {}
+        self._replacements: dict[Any, ir.Value] = {}
 
     def notes(self) -> list[str]:
+        """Notes for people: the rewritten masks and the grown mask inputs."""
         lines = []
         for pattern in self.patterns:
-            what = "causal" if pattern.causal else "all keys"
+            keys = "causal" if pattern.causal else "all keys"
             window = f", sliding window of {pattern.window}" if pattern.window else ""
-            lines.append(f"mask from positions ({what}{window}) written for the total length")
+            lines.append(f"mask from positions ({keys}{window}) written for the total length")
         lines += [f"mask input {name!r} now spans total_sequence = past + new tokens" for name in sorted(self.inputs)]
         return lines
 
     def replay(self, scores: ir.Value, block: Attention, prefix: str) -> ir.Value:
-        """`scores` [batch, heads, sequence, total] through the block's scaling and masking."""
+        """Apply the block's scaling and masking to `scores` [batch, heads, sequence, total].
+
+        Raises:
+            JobError: the block has no causal mask, or a mask that cannot be extended.
+        """
         masked = False
         for node, data in block.scores:
             try:
@@ -68,7 +73,7 @@ class MaskRewriter:
         return scores
 
     def _step(self, scores: ir.Value, node: ir.Node, data: int, prefix: str) -> tuple[ir.Value, bool]:
-        """One node replayed; also tells whether it hides keys."""
+        """Replay one node; returns the new scores and whether the node hides keys."""
         name = f"{prefix}/{node.op_type}"
         if node.op_type in _LAYOUT:
             return scores, False
@@ -82,14 +87,17 @@ class MaskRewriter:
         for index, side in enumerate(node.inputs):
             if index == data or side is None:
                 continue
-            kept, grows = self._side(side, node)
-            if kept is None:
+            grown, grows = self._side(side, node)
+            if grown is None:
                 return scores, False
-            inputs[index], hides = kept, hides or grows
+            inputs[index], hides = grown, hides or grows
         return self.builder.op(node.op_type, inputs, name, **{k: a.value for k, a in node.attributes.items()}), hides
 
     def _side(self, side: ir.Value, node: ir.Node) -> tuple[ir.Value | None, bool]:
-        """The other operand of a pointwise node, grown; None when the node has no effect."""
+        """The other operand of a pointwise node, grown, and whether it is a causal mask.
+
+        The operand is None when the node has no effect.
+        """
         fact = self.facts[side]
         if fact.value is None:
             return (
@@ -117,20 +125,20 @@ class MaskRewriter:
         value = self.facts[fill].value
         if value is None or value.size != 1:
             raise MaskError("fills with something other than one constant")
-        known = self.facts[condition].value
-        if known is None:
+        array = self.facts[condition].value
+        if array is None:
             assert condition is not None
             inputs: list[ir.Value | None] = [self.extend(condition), None, None]
             inputs[data], inputs[3 - data] = scores, fill
             return self.builder.op("Where", inputs, name), self.is_causal(condition)
-        matrix = square(known if data == 2 else ~known, self.size)
+        matrix = square(array if data == 2 else ~array, self.size)
         if matrix is None:
-            raise MaskError(f"has the shape {list(known.shape)}, which is no [sequence, sequence] mask")
+            raise MaskError(f"has the shape {list(array.shape)}, which is no [sequence, sequence] mask")
         pattern = pattern_of(matrix)
         if pattern is None:
             return scores, False
         number = float(value.reshape(-1)[0])
-        if number > -1e3:
+        if number > BLOCKING:
             raise MaskError(f"fills hidden places with {number:g}, which does not hide them")
         return self.builder.op(
             "Add", [scores, self._additive(pattern, number, self.facts[fill].dtype)], name
@@ -139,11 +147,11 @@ class MaskRewriter:
     # --- masks from positions ----------------------------------------------------------------------------------------
 
     def _hidden(self, pattern: Pattern) -> ir.Value:
-        """Booleans [sequence, total], True where a key is hidden; made once, at the start of the graph."""
-        if pattern in self._made:
-            return self._made[pattern]
+        """Booleans [sequence, total], True where a key is hidden; added once, at the start of the graph."""
+        if pattern in self._replacements:
+            return self._replacements[pattern]
         self.patterns.add(pattern)
-        build, here = self.builder, self.builder.before
+        build, insertion_point = self.builder, self.builder.before
         build.before = self.anchor
         query, key = self._places()
         parts = [build.op("Greater", [key, query], "/model/mask/future")] if pattern.causal else []
@@ -152,41 +160,41 @@ class MaskRewriter:
             width = build.constant(np.array(pattern.window, dtype=np.int64), "window")
             parts.append(build.op("GreaterOrEqual", [distance, width], "/model/mask/outside"))
         hidden = parts[0] if len(parts) == 1 else build.op("Or", parts, "/model/mask/hidden")
-        build.before = here
-        self._made[pattern] = hidden
+        build.before = insertion_point
+        self._replacements[pattern] = hidden
         return hidden
 
     def _places(self) -> tuple[ir.Value, ir.Value]:
-        """Positions of the new tokens [sequence, 1] and of all keys [total]."""
-        if "places" not in self._made:
+        """int64 positions of the new tokens [sequence, 1] and of all keys [total]."""
+        if "places" not in self._replacements:
             build = self.builder
             zero, one = (build.constant(np.array(n, dtype=np.int64), f"int_{n}") for n in (0, 1))
             query = build.op("Range", [self.past, self.total, one], "/model/mask/query")
-            self._made["places"] = build.op(
+            self._replacements["places"] = build.op(
                 "Unsqueeze", [query, build.constant([1], "axes_1")], "/model/mask/query_column"
             )
-            self._made["keys"] = build.op("Range", [zero, self.total, one], "/model/mask/keys")
-        return self._made["places"], self._made["keys"]
+            self._replacements["keys"] = build.op("Range", [zero, self.total, one], "/model/mask/keys")
+        return self._replacements["places"], self._replacements["keys"]
 
     def _additive(self, pattern: Pattern, fill: float, dtype: ir.DataType | None) -> ir.Value:
         """0 or `fill`, [sequence, total] in the type of the scores: TensorRT fuses an added mask, not a boolean one."""
         assert dtype is not None
         key = (pattern, fill, dtype)
-        if key not in self._made:
+        if key not in self._replacements:
             hidden = self._hidden(pattern)
-            build, here = self.builder, self.builder.before
+            build, insertion_point = self.builder, self.builder.before
             build.before = self.anchor
             low = build.constant(np.array(fill, dtype=dtype.numpy()), "mask_fill", dtype)
             zero = build.constant(np.array(0, dtype=dtype.numpy()), "mask_zero", dtype)
-            self._made[key] = build.op("Where", [hidden, low, zero], "/model/mask/additive")
-            build.before = here
-        return self._made[key]
+            self._replacements[key] = build.op("Where", [hidden, low, zero], "/model/mask/additive")
+            build.before = insertion_point
+        return self._replacements[key]
 
     def is_causal(self, value: ir.Value | None) -> bool:
-        """Whether a mask, or what it is made of, hides later tokens: by its elements, or as an input that says it for
-        each pair of tokens.
+        """Whether a mask, or a value that it is computed from, hides later tokens.
 
-        A mask of [batch, sequence] hides padding alone: an encoder has one, and its tokens see later ones.
+        It hides them by its elements, or as an input with an entry for each pair of tokens. A mask of
+        [batch, sequence] hides padding alone: an encoder has one, and its tokens see later tokens.
         """
         waiting, seen = [value], {value}
         while waiting:
@@ -210,10 +218,14 @@ class MaskRewriter:
     # --- masks from inputs -------------------------------------------------------------------------------------------
 
     def extend(self, value: ir.Value) -> ir.Value:
-        """`value`, a mask or a part of one, with its last axis grown from sequence to total."""
-        if value not in self._made:
-            self._made[value] = self._extend(value)
-        return self._made[value]
+        """`value`, a mask or a part of one, with its last axis grown from sequence to total.
+
+        Raises:
+            MaskError: it is computed in a way that cannot be extended.
+        """
+        if value not in self._replacements:
+            self._replacements[value] = self._extend(value)
+        return self._replacements[value]
 
     def _extend(self, value: ir.Value) -> ir.Value:
         fact = self.facts[value]
@@ -277,7 +289,7 @@ class MaskRewriter:
         return value
 
     def _extend_gather(self, node: ir.Node) -> ir.Value:
-        """`mask[b, j]` for every batch b and key j, as transformers spells the padding mask: [batch, 1, 1, total]."""
+        """The padding mask [batch, 1, 1, total], which transformers writes as `mask[b, j]` for batch b and key j."""
         data, index = node.inputs[0], self.facts[node.inputs[1]].value
         shape = self.facts[data].shape
         if data is None or shape is None or len(shape) != 2 or index is None or index.shape[-1] != 2 or index.ndim != 5:
@@ -298,10 +310,10 @@ class MaskRewriter:
         if before is None or [d for d in before if d != 1] != [d for d in shape if d != 1]:
             raise MaskError(f"is rearranged by node {node.name!r} ({node.op_type})")
         grown = self.extend(source)
-        axes, left = [], list(before)
+        axes, remaining = [], list(before)
         for index, size in enumerate(shape):
-            if left and left[0] == size:
-                left.pop(0)
+            if remaining and remaining[0] == size:
+                remaining.pop(0)
             else:
                 axes.append(index)
         return (
@@ -312,7 +324,7 @@ class MaskRewriter:
 
 
 def _hides_later(array: Any, size: int) -> bool:
-    """Whether the elements are a causal mask, added, or True where a key is hidden or where it is seen."""
+    """Whether the elements are a causal mask: additive, or boolean (True for hidden keys, or for visible ones)."""
     try:
         matrix = square(array, size)
         if matrix is None:
@@ -347,8 +359,11 @@ _SHAPE_ARGUMENTS = {
 def check_positions_follow_past(model: Model) -> None:
     """Refuse a cached graph in which a token's position depends on how the sequence was cut into steps.
 
-    The graph is analysed once as a step (past P, S new tokens) and once as a full run (past 0, P + S tokens). Every
-    value that follows from shapes alone and meets data must be, in the step, the last S entries of the full run.
+    The graph is analysed once as a step (past P, S new tokens) and once as a full run (past 0, P + S tokens). A value
+    that follows from shapes alone and is combined with data must hold, in the step, the last S entries of the full run.
+
+    Raises:
+        JobError: names the node and the value.
     """
     sizes = stand_ins(model)
     tokens = token_input(model)
@@ -374,7 +389,7 @@ def check_positions_follow_past(model: Model) -> None:
 
 
 def _is_tail(step: Any, whole: Any, past: int) -> bool:
-    """Whether `step` is `whole` without its first `past` entries along every axis on which it is that much shorter."""
+    """Whether `step` is `whole` without its first `past` entries along every axis that is `past` entries shorter."""
     if step.ndim != whole.ndim:
         return False
     index = tuple(

@@ -1,4 +1,4 @@
-"""2:4 by what activations say of a weight: Wanda, and SparseGPT with its update of the weights that stay."""
+"""2:4 pruning by activations: Wanda, and SparseGPT with its update of the weights that stay."""
 
 from __future__ import annotations
 
@@ -19,25 +19,26 @@ Array = np.ndarray[Any, Any]
 
 
 def wanda_rows(tensor: ir.TensorProtocol, norms: Array, axis: int, name: str) -> StreamedTensor:
-    """`tensor` without the two of every four along `axis` that have the least |w| |x| (Wanda, arXiv 2306.11695,
-    equation 1).
+    """`tensor` with the two smallest |w| |x| of every four along `axis` zeroed (Wanda, arXiv 2306.11695, equation 1).
 
     Args:
-        norms: root of the mean square of each input channel.
+        norms: root mean square of each input channel over the tokens, [K].
+        axis: the axis of K in `tensor` [N, K] or [K, N].
     """
     wide = norms.astype(np.float32)
 
     def rows(part: Array, start: int) -> Array:
         along = wide[start : start + len(part), None] if axis == 0 else wide[None, :]
-        kept = prune_2_4(np.abs(part.astype(np.float32)) * along, axis)
-        return np.where(kept != 0, part, part.dtype.type(0))
+        pruned = prune_2_4(np.abs(part.astype(np.float32)) * along, axis)
+        return np.where(pruned != 0, part, part.dtype.type(0))
 
     return StreamedTensor(tensor, rows, dtype=tensor.dtype, name=name, row_multiple=4 if axis == 0 else 1)
 
 
 def sparsegpt(weight: Array, gram: Array) -> Array:
-    """Prune `weight` [N, K] to 2:4 and change what stays so that the outputs change least (SparseGPT, arXiv 2301.00774,
-    section 3).
+    """Prune `weight` [N, K] to 2:4 and update the weights that stay so that the outputs change least.
+
+    SparseGPT, arXiv 2301.00774, section 3.
 
     Args:
         gram: X^T X / tokens, [K, K].
@@ -54,46 +55,47 @@ def sparsegpt(weight: Array, gram: Array) -> Array:
 
 
 class CalibratedPruner:
-    """Prunes layer after layer; each sees what the pruned ones before it hand on."""
+    """Prunes layer after layer; each layer sees the activations of the pruned layers before it."""
 
     def __init__(self, method: str, chosen: list[Product]) -> None:
         self._method = method
         self._by_node = {product.node: product for product in chosen}
-        self._done: set[ir.Node] = set()
+        self._pruned: set[ir.Node] = set()
 
     def run(self, calibration: Calibration) -> None:
-        for segment, found in calibration.findings(lambda layer: self._look(layer, calibration), self._by_node):
-            for product in segment.products:  # what the cache remembered
-                self._apply(product, found, calibration)
+        """Prune the products, layer after layer; findings of the calibration cache are used again."""
+        for segment, findings in calibration.findings(lambda layer: self._look(layer, calibration), self._by_node):
+            for product in segment.products:  # restore the findings of the calibration cache
+                self._apply(product, findings, calibration)
 
     def _look(self, layer: Layer, calibration: Calibration) -> Findings:
         products = [p for p in layer.products if p.node in self._by_node]
         observer = Gram if self._method == "sparsegpt" else ChannelRange
-        seen = {product.activation: (observer(),) for product in products}
-        layer.observe(seen)
-        found: Findings = {}
+        observers = {product.activation: (observer(),) for product in products}
+        layer.observe(observers)
+        findings: Findings = {}
         for index, product in enumerate(products):
-            (observed,) = seen[product.activation]
+            (observed,) = observers[product.activation]
             if isinstance(observed, ChannelRange):
-                found[product.node.name or ""] = np.sqrt(observed.mean_square)
+                findings[product.node.name or ""] = np.sqrt(observed.mean_square)
             else:
-                made = sparsegpt(matrix(product), observed.value)
-                stored = (made if product.axis == 1 else np.ascontiguousarray(made.T)).astype(
+                pruned = sparsegpt(matrix(product), observed.value)
+                stored = (pruned if product.axis == 1 else np.ascontiguousarray(pruned.T)).astype(
                     product.tensor.dtype.numpy()
                 )
                 calibration.store(product.weight.name or "", stored)
-                found[product.node.name or ""] = np.array(index)
+                findings[product.node.name or ""] = np.array(index)
         for product in products:
-            self._apply(product, found, calibration)
+            self._apply(product, findings, calibration)
         if products:
             layer.run_again()
-        return found
+        return findings
 
-    def _apply(self, product: Product, found: Findings, calibration: Calibration) -> None:
-        norms = found.get(product.node.name or "")
-        if norms is None or product.node in self._done:
+    def _apply(self, product: Product, findings: Findings, calibration: Calibration) -> None:
+        norms = findings.get(product.node.name or "")
+        if norms is None or product.node in self._pruned:
             return
-        self._done.add(product.node)
+        self._pruned.add(product.node)
         name, value = product.weight.name or "", product.weight
         if self._method == "wanda":
             value.const_value = wanda_rows(product.tensor, norms, product.axis, name)

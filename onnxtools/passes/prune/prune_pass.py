@@ -29,7 +29,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Prune(Selected, Calibrated):
-    """Prune the weights of MatMul, Gemm and Conv to 2:4: by magnitude, or by what activations say of them.
+    """Prune the weights of MatMul, Gemm and Conv to 2:4: by magnitude, or by the activations.
 
     By magnitude and without fine-tuning this is for speed studies: a 7B model goes from perplexity 5 to 55 (Wanda,
     arXiv 2306.11695, table 3), so do not ship the result. SparseGPT keeps most of the model; measure it with
@@ -37,12 +37,11 @@ class Prune(Selected, Calibrated):
 
     Rules:
       - wanda weighs each element with the size of its input channel; sparsegpt also changes the elements that stay, so
-        that the outputs change least; both look at one layer after the other, as the pruned ones before it leave the
-        activations;
+        that the outputs change least; both work layer after layer, on the activations of the pruned layers before;
       - groups of 4 run along the axis that is summed over (K), for any rank, transposition or storage order;
-      - of equal magnitudes the one with the lower index goes; NaN counts as the largest;
-      - weights that anything but one kind of product reads (a tied embedding) and the language-model head (the product
-        that makes a graph output) stay, unless asked;
+      - of equal magnitudes the one with the lower index is zeroed; NaN counts as the largest;
+      - weights with readers other than products (a tied embedding) and the language-model head (the product that makes
+        a graph output) are not pruned, unless asked;
       - FP8 weights are pruned by their stored magnitude, which has the order of the dequantized one per tensor and
         per output channel.
     """
@@ -72,22 +71,22 @@ class Prune(Selected, Calibrated):
                 f"{model.path}: has no MatMul, Gemm or Conv with a stored weight, so there is nothing to prune; see it "
                 "with `onnxtools inspect`"
             )
-        wanted = {product.node for product in products if not self.reason_excluded(product, head)}
+        selected = {product.node for product in products if not self.reason_excluded(product, head)}
         chosen: list[Product] = []
         table: list[dict[str, Any]] = []
         sharing: dict[ir.Value, list[Product]] = {}
         for product in products:
             sharing.setdefault(product.weight, []).append(product)
-        for weight, those in sharing.items():
-            product = next((p for p in those if p.node in wanted), those[0])
-            several = len({p.axis for p in those}) > 1
+        for weight, sharers in sharing.items():
+            product = next((p for p in sharers if p.node in selected), sharers[0])
+            two_axes = len({p.axis for p in sharers}) > 1
             reason = (
                 "summed along two different axes"
-                if several
-                else self._reason(product, head) or self._shared(weight, wanted)
+                if two_axes
+                else self._reason(product, head) or self._shared(weight, selected)
             )
             if not reason:
-                chosen += those[:1] if self.method == "magnitude" else those
+                chosen += sharers[:1] if self.method == "magnitude" else sharers
             shape = "x".join(str(d) for d in product.tensor.shape.numpy())
             table.append(
                 {
@@ -102,12 +101,12 @@ class Prune(Selected, Calibrated):
         pruned = [row for row in table if not row["left"]]
         return PassResult(bool(pruned), len(pruned), self._notes(table, pruned), table)
 
-    def _shared(self, weight: ir.Value, wanted: set[ir.Node]) -> str:
-        """Which other reader needs the weight as it is; empty where there is none."""
+    def _shared(self, weight: ir.Value, selected: set[ir.Node]) -> str:
+        """The reason why another reader needs the weight unpruned, or '' if there is none."""
         for reader in readers(weight):
             if reader.node is None:
                 return "also an output of the graph"
-            if reader.node not in wanted and not (self.embeddings and is_embedding(weight)):
+            if reader.node not in selected and not (self.embeddings and is_embedding(weight)):
                 return (
                     "also an embedding table (--embeddings prunes it)"
                     if is_embedding(weight)
@@ -139,10 +138,10 @@ class Prune(Selected, Calibrated):
         return notes
 
     def _reason(self, product: Product, head: ir.Node | None) -> str:
-        """Why a weight is left as it is; empty when it is to be pruned."""
-        chosen = self.reason_excluded(product, head)
-        if chosen:
-            return chosen
+        """Why a weight is not pruned, or '' if it is to be pruned."""
+        reason = self.reason_excluded(product, head)
+        if reason:
+            return reason
         tensor = product.tensor
         if tensor.dtype not in _DTYPES:
             return f"type {tensor.dtype.name} cannot be pruned"
@@ -159,7 +158,7 @@ class Prune(Selected, Calibrated):
 
 
 def _prune(product: Product) -> None:
-    """Replace the weight by one that is pruned while it is written; nothing is read now."""
+    """Replace the weight by a tensor that is pruned when it is written; nothing is read now."""
     tensor, axis = product.tensor, product.axis
 
     def rows(block: Array, start: int) -> Array:

@@ -1,4 +1,4 @@
-"""FP8 for what attention multiplies: queries, keys, probabilities and values."""
+"""FP8 for the operands of attention's products: queries, keys, probabilities and values."""
 
 from __future__ import annotations
 
@@ -28,8 +28,13 @@ class Operand:
     """One input of a product of attention.
 
     Attributes:
-        kind: query, key, value, or probabilities, which lie between 0 and 1 whatever the text.
-        rotated: channels that rotary embedding turns, 0 for none; `neighbours`: in pairs (2i, 2i + 1).
+        node: the product, MatMul or Attention.
+        index: which input of `node` it is.
+        value: that input.
+        kind: query, key, value, or probabilities, which lie between 0 and 1 for every text.
+        dtype: the type of `value`.
+        rotated: channels that rotary embedding rotates, 0 for none.
+        neighbours: whether the rotated pairs are (2i, 2i + 1) instead of halves.
     """
 
     node: ir.Node
@@ -41,34 +46,40 @@ class Operand:
     neighbours: bool = False
 
     def is_quantized(self) -> bool:
-        """By the cache, whose values are dequantized when they are read."""
+        """Whether the input is quantized already: values of a quantized cache are dequantized when they are read."""
         value = self.node.inputs[self.index]
         return value is not None and is_op(value.producer(), "DequantizeLinear")
 
 
 def operands(model: Model, facts: Facts) -> list[Operand]:
-    """What attention multiplies, in graph order.
+    """The operands of attention's products, in graph order.
 
-    The Attention operator keeps its probabilities to itself: with it, three operands a layer; with MatMul and Softmax,
+    A layer with the Attention operator, whose probabilities are internal, has three; one with MatMul and Softmax has
     four.
 
     Raises:
         JobError: no attention, or one in an operator that takes no Q/DQ.
     """
-    places = [place for place in _places(model, facts) if not is_op(place[0], *_FUSED, domain="com.microsoft")]
+    places = [
+        (node, index, kind)
+        for node, index, kind in _places(model, facts)
+        if not is_op(node, *_FUSED, domain="com.microsoft")
+    ]
     if not places:
         raise JobError(
             f"{model.path}: has no Attention, or Softmax between MatMuls, to quantize (GroupQueryAttention takes no "
             "Q/DQ); leave --attention out"
         )
-    return [made for node, index, kind in places if (made := _operand(node, index, kind, model, facts)) is not None]
+    return [
+        operand for node, index, kind in places if (operand := _operand(node, index, kind, model, facts)) is not None
+    ]
 
 
 _FUSED = ("GroupQueryAttention", "MultiHeadAttention")
 
 
 def _places(model: Model, facts: Facts) -> list[tuple[ir.Node, int, str]]:
-    """Inputs of nodes, and which operand of attention they are."""
+    """(node, input index, kind) of each operand of attention."""
     places: list[tuple[ir.Node, int, str]] = []
     for node in model.graph:
         if is_op(node, "Attention") or is_op(node, *_FUSED, domain="com.microsoft"):
@@ -82,15 +93,18 @@ def _places(model: Model, facts: Facts) -> list[tuple[ir.Node, int, str]]:
 
 
 def score_products(model: Model, facts: Facts) -> set[ir.Node]:
-    """Products with stored weights that queries or keys come from; a packed QKV product is one of them."""
+    """Nodes of the products with stored weights that compute queries or keys; a packed QKV product is one of them.
+
+    Empty where attention is of a kind that `_places` does not know.
+    """
     products = {product.node for product in weight_products(model)}
     with contextlib.suppress(JobError):  # attention of another kind
         places = _places(model, facts)
         return {
-            found
+            source
             for node, index, kind in places
             if kind in ("query", "key")
-            for found in products_behind(node.inputs[index], products)
+            for source in products_behind(node.inputs[index], products)
         }
     return set()
 
@@ -110,41 +124,48 @@ def _operand(node: ir.Node, index: int, kind: str, model: Model, facts: Facts) -
     return Operand(node, index, value, kind, dtype, *turned)
 
 
+def _observer(operand: Operand) -> Observer:
+    return RotationRange(operand.rotated, operand.neighbours) if operand.rotated else Largest()
+
+
 @dataclass(frozen=True)
 class AttentionScheme:
-    """One scale for each operand; queries and keys by the envelope of their rotation, as keys in the cache."""
+    """One scale for each operand; queries and keys by the envelope of their rotation, like keys in the cache."""
 
     form: Format
     operands: Sequence[Operand]
 
     @property
     def nodes(self) -> set[ir.Node]:
-        """Where what is looked at is made."""
+        """The nodes that compute the observed values."""
         return {node for operand in self.operands if (node := operand.value.producer()) is not None}
 
     def watch(self, values: set[ir.Value]) -> dict[ir.Value, tuple[Observer, ...]]:
         """Observers of the operands among `values`."""
-        return {
-            o.value: (RotationRange(o.rotated, o.neighbours) if o.rotated else Largest(),)
-            for o in self.operands
-            if o.value in values and o.kind != "probabilities"
-        }
+        observed = (operand for operand in self.operands if operand.value in values and operand.kind != "probabilities")
+        return {operand.value: (_observer(operand),) for operand in observed}
 
     def conclude(self, seen: dict[ir.Value, tuple[Any, ...]]) -> Findings:
+        """`attention.<value name>`: the largest magnitude of each observed operand, rank 0."""
         return {
-            f"attention.{o.value.name}": np.array(np.max(seen[o.value][-1].amax))
-            for o in self.operands
-            if o.value in seen
+            f"attention.{operand.value.name}": np.array(np.max(seen[operand.value][-1].amax))
+            for operand in self.operands
+            if operand.value in seen
         }
 
     def emit(self, build: QdqBuilder, found: Findings, operand: Operand) -> dict[str, Any]:
-        """The nodes of one operand; its row of the table."""
+        """Add the Q/DQ nodes of one operand; returns its row of the result table."""
         amax = np.array(1.0) if operand.kind == "probabilities" else found[f"attention.{operand.value.name}"]
         scale = scale_of(amax, self.form, operand.dtype)
         build.build.before = operand.node
         name = f"{operand.node.name}/{operand.kind}"
         operand.node.replace_input_with(operand.index, build.pair(operand.value, self.form, scale, name))
         return {
-            "layer": name, "weight": "", "scheme": f"{self.form.name} attention", "scale": f"{float(scale):.3g}",
-            "snr_db": None, "error": None, "left": "",
-        }  # fmt: skip
+            "layer": name,
+            "weight": "",
+            "scheme": f"{self.form.name} attention",
+            "scale": f"{float(scale):.3g}",
+            "snr_db": None,
+            "error": None,
+            "left": "",
+        }

@@ -21,7 +21,7 @@ from onnxtools.passes.qdq import COMPUTED, QdqBuilder
 
 MICROSOFT = "com.microsoft"
 _SLOTS = {"key": (3, 1, 12), "value": (4, 2, 13)}
-"""GroupQueryAttention: input of the past, output, and input of the scale."""
+"""GroupQueryAttention, by kind: index of the past input, of the present output, and of the scale input."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,9 @@ class Cache:
         present: the graph's output, which holds past and new tokens.
         node: Concat, TensorScatter or GroupQueryAttention.
         kind: `key` or `value`.
-        rotated: channels of keys that rotary embedding turns, 0 for none; `neighbours`: in pairs (2i, 2i + 1).
+        dtype: the type of `past`.
+        rotated: channels of keys that rotary embedding rotates, 0 for none.
+        neighbours: whether the rotated pairs are (2i, 2i + 1) instead of halves.
     """
 
     past: ir.Value
@@ -46,7 +48,7 @@ class Cache:
 
     @property
     def new(self) -> ir.Value:
-        """What is added to the cache, where a node of its own does it."""
+        """The new keys or values that a Concat or TensorScatter adds to the cache."""
         value = self.node.inputs[1]
         assert value is not None
         return value
@@ -58,25 +60,25 @@ def caches(model: Model, facts: Facts) -> list[Cache]:
     Raises:
         JobError: there are none, or they are quantized already.
     """
-    found = [made for value in model.graph.inputs if (made := _cache(value, facts, model)) is not None]
+    entries = [entry for value in model.graph.inputs if (entry := _cache(value, facts, model)) is not None]
     stored = next((value for value in cache_inputs(model) if value.dtype not in COMPUTED), None)
-    if not found and stored is not None:
+    if not entries and stored is not None:
         raise JobError(
             f"{model.path}: its cache {stored.name!r} is {stored.dtype} already; start from the model in its own "
             "precision"
         )
-    if not found:
+    if not entries:
         raise JobError(
             f"{model.path}: has no KV cache to quantize; run `onnxtools add-kv-cache`, or export with --kv-cache "
             "concat, scatter or gqa"
         )
-    other = next((cache for cache in found if cache.past.dtype not in COMPUTED), None)
-    if other is not None:
+    quantized = next((cache for cache in entries if cache.past.dtype not in COMPUTED), None)
+    if quantized is not None:
         raise JobError(
-            f"{model.path}: its cache {other.past.name!r} is {other.past.dtype} already; start from the model in its "
-            "own precision"
+            f"{model.path}: its cache {quantized.past.name!r} is {quantized.past.dtype} already; start from the model "
+            "in its own precision"
         )
-    return found
+    return entries
 
 
 def _cache(past: ir.Value, facts: Facts, model: Model) -> Cache | None:
@@ -104,7 +106,7 @@ def _cache(past: ir.Value, facts: Facts, model: Model) -> Cache | None:
 
 
 def _kind(present: ir.Value, name: str) -> str:
-    """key or value: which input of Attention it is, else what its name says."""
+    """`key` or `value`: by the input of Attention that reads the cache, else by its name."""
     for reader, index in present.uses():
         if is_op(reader, "Attention") and index in (1, 2):
             return ("key", "value")[index - 1]
@@ -115,7 +117,7 @@ def _kind(present: ir.Value, name: str) -> str:
 class KvScheme:
     """One scale for each cache.
 
-    The scale of keys is made from the largest pair of channels that rotary embedding turns into each other, so that it
+    The scale of keys comes from the largest pair of channels that rotary embedding rotates into each other, so that it
     holds at every position and not only at those of the calibration texts.
     """
 
@@ -124,7 +126,7 @@ class KvScheme:
 
     @property
     def nodes(self) -> set[ir.Node]:
-        """Where what is looked at is made."""
+        """The nodes that compute the observed values."""
         return {cache.node for cache in self.caches}
 
     def watch(self, values: set[ir.Value]) -> dict[ir.Value, tuple[Observer, ...]]:
@@ -136,6 +138,7 @@ class KvScheme:
         }
 
     def conclude(self, seen: dict[ir.Value, tuple[Any, ...]]) -> Findings:
+        """`kv.<input name>`: the largest magnitude of each observed cache, rank 0."""
         return {
             f"kv.{cache.past.name}": np.array(float(seen[cache.present][0].amax.max()))
             for cache in self.caches
@@ -143,7 +146,7 @@ class KvScheme:
         }
 
     def notes(self) -> list[str]:
-        """Where the result cannot go."""
+        """Notes on runtimes that cannot run the result."""
         kinds = {cache.node.op_type for cache in self.caches}
         notes = (
             ["TensorRT updates static caches in fp32, fp16 and bf16 alone: this file is for ONNX Runtime"]
@@ -155,7 +158,7 @@ class KvScheme:
         return notes
 
     def emit(self, build: QdqBuilder, found: Findings, cache: Cache) -> dict[str, Any]:
-        """The nodes of one cache; its row of the table."""
+        """Quantize one cache; returns its row of the result table."""
         name = cache.past.name or "past"
         if cache.node.op_type == "GroupQueryAttention":
             scale = self._grouped(build, cache, float(found[f"kv.{name}"]))
@@ -164,25 +167,29 @@ class KvScheme:
             (self._stored if self.form is INT8 else self._converted)(build, cache, scale)
         cache.past.dtype = self.form.dtype
         return {
-            "layer": name, "weight": "", "scheme": f"KV cache {self.form.name}",
-            "scale": f"{float(scale.reshape(-1)[0]):.3g}", "snr_db": None, "error": None,
+            "layer": name,
+            "weight": "",
+            "scheme": f"KV cache {self.form.name}",
+            "scale": f"{float(scale.reshape(-1)[0]):.3g}",
+            "snr_db": None,
+            "error": None,
             "left": "",
-        }  # fmt: skip
+        }
 
     def _stored(self, build: QdqBuilder, cache: Cache, scale: np.ndarray) -> None:
-        """Quantize what is new, keep the rest as it is."""
+        """Quantize the new keys or values; the node joins them to the quantized cache."""
         node, present = cache.node, cache.present
         readers = list(present.uses())
         build.build.before = node
         node.replace_input_with(1, build.quantized(cache.new, self.form, scale, f"{cache.past.name}/new"))
         present.dtype = self.form.dtype
-        self._read(build, present, readers, scale, cache)
+        self._dequantize_readers(build, present, readers, scale, cache)
 
     def _converted(self, build: QdqBuilder, cache: Cache, scale: np.ndarray) -> None:
-        """FP8, which Concat does not take (ONNX) and TensorScatter has no kernel for (ONNX Runtime): they work on
-        dequantized values.
+        """Dequantize the cache before the node and quantize the whole cache behind it.
 
-        What was stored comes out of DequantizeLinear and QuantizeLinear of one scale as it was.
+        This is for FP8: ONNX's Concat does not take it, and ONNX Runtime has no FP8 kernel for TensorScatter. Stored
+        values pass DequantizeLinear and QuantizeLinear of one scale unchanged.
         """
         node, present = cache.node, cache.present
         readers = list(present.uses())
@@ -194,9 +201,9 @@ class KvScheme:
         stored.name = name
         outputs = build.build.graph.outputs
         outputs[list(outputs).index(present)] = stored
-        self._read(build, stored, readers, scale, cache)
+        self._dequantize_readers(build, stored, readers, scale, cache)
 
-    def _read(
+    def _dequantize_readers(
         self,
         build: QdqBuilder,
         stored: ir.Value,
@@ -211,7 +218,7 @@ class KvScheme:
                 reader.replace_input_with(index, wide)
 
     def _grouped(self, build: QdqBuilder, cache: Cache, amax: float) -> np.ndarray:
-        """GroupQueryAttention quantizes itself; its scale is float32 [1]."""
+        """Let GroupQueryAttention quantize its cache; returns the scale, float32 [1]."""
         node = cache.node
         _, output, slot = _SLOTS[cache.kind]
         scale = scale_of(np.array([amax]), self.form, ir.DataType.FLOAT)

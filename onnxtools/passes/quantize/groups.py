@@ -26,7 +26,10 @@ class Group:
     """Products of one activation.
 
     Attributes:
-        fold: where a factor for each channel of the activation could go; None where it could not.
+        index: position in graph order; the prefix of the group's keys in Findings.
+        activation: the value that the products read.
+        products: the products, in graph order.
+        fold: where a factor for each channel of the activation can be folded; None where it cannot.
         dtype: the type that the products are computed in.
     """
 
@@ -38,6 +41,7 @@ class Group:
 
     @property
     def channels(self) -> int:
+        """K, the number of channels of the activation."""
         product = self.products[0]
         return int(product.tensor.shape.numpy()[product.axis])
 
@@ -45,7 +49,7 @@ class Group:
 def group(model: Model, chosen: Sequence[Product], facts: Facts) -> list[Group]:
     """The chosen products by activation, in graph order.
 
-    A fold is only offered where all that reads the activation is in the group: the rest would see it divided.
+    A group has a fold only if it holds every reader of the activation: another reader would see it divided.
     """
     folder = Folder(facts, weight_products(model))
     by_activation: dict[ir.Value, list[Product]] = {}
@@ -78,28 +82,29 @@ def matrix(product: Product) -> Array:
 
 
 def rounded(weight: Array, form: Format, scale: Array, block: int = 0) -> Array:
-    """[N, K] through `form` and back; `scale` is one, [N], or [N, K / block]."""
+    """`weight` [N, K] rounded to `form` and back, float32; `scale` has rank 0, [N], or [N, K / block]."""
     return decoded(form.cast(weight / spread(scale, block)), scale, block)
 
 
 def decoded(codes: Array, scale: Array, block: int = 0) -> Array:
-    """Stored values [N, K] as float32."""
+    """Stored values [N, K] as float32; `scale` as in `rounded`."""
     return np.asarray(codes.astype(np.float32) * spread(scale, block))
 
 
 def spread(scale: Array, block: int = 0) -> Array:
-    """The scale of each element of [N, K], in a shape that broadcasts, float32."""
+    """The scale as float32 in a shape that broadcasts to [N, K]."""
     wide = np.asarray(scale).astype(np.float32)
     return np.repeat(wide, block, axis=1) if block else wide[:, None] if wide.ndim else wide
 
 
 def gptq(weight: Array, gram: Array, form: Format, scale: Array, block: int = 0) -> Array:
-    """The codes of `weight` [N, K] in `form`, each column rounded after the error of those before it is taken into
-    account (arXiv 2210.17323).
+    """GPTQ's codes of `weight` [N, K] in `form` (arXiv 2210.17323).
+
+    Each column is rounded after the errors of the columns before it are compensated.
 
     Args:
         gram: X^T X / tokens, [K, K].
-        scale: one, [N], or [N, K / block].
+        scale: rank 0, [N], or [N, K / block].
     """
     wide = np.asarray(scale).astype(np.float64)
     codes = np.empty(weight.shape, form.dtype.numpy())
@@ -114,24 +119,24 @@ def gptq(weight: Array, gram: Array, form: Format, scale: Array, block: int = 0)
 
 
 def signal_to_noise(weight: Array, made: Array) -> float:
-    """Of a quantized weight, in dB: 10 log10(sum w^2 / sum (w - q)^2)."""
+    """Signal-to-noise ratio of a quantized weight in dB: 10 log10(sum w^2 / sum (w - q)^2); inf without noise."""
     noise = float(np.square(weight - made, dtype=np.float64).sum())
     return 10 * float(np.log10(np.square(weight, dtype=np.float64).sum() / noise)) if noise else float("inf")
 
 
 def relative_error(expected: Array, found: Array) -> float:
-    """|found - expected| / |expected|, Frobenius norms."""
+    """|found - expected| / |expected| in Frobenius norms; |found| where `expected` is zero."""
     wide = expected.astype(np.float64)  # a square may exceed float32
     size, error = float(np.linalg.norm(wide)), float(np.linalg.norm(found - wide))
     return error / size if size else error
 
 
 def column_amax(products: Iterable[Product]) -> Array:
-    """Largest magnitude of each input channel over the weights of all, float32 [K]."""
+    """Largest magnitude of each input channel over the weights of all products, float32 [K]."""
     return np.asarray(np.max([magnitudes(product.tensor, 1 - product.axis) for product in products], axis=0))
 
 
 def stored_scale(weight: Array, form: Format, dtype: ir.DataType, *, per_channel: bool) -> Array:
-    """The scale that `weight` [N, K] gets: one, or [N]."""
+    """The scale of `weight` [N, K] in `dtype`: rank 0, or [N] with `per_channel`."""
     amax = np.abs(weight).max(axis=1)
     return scale_of(amax if per_channel else amax.max(), form, dtype)

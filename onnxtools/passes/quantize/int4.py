@@ -19,31 +19,32 @@ from onnxtools.passes.quantize.scheme import Scheme, shown
 
 Array = np.ndarray[Any, Any]
 Grams = tuple[Array, Array]
-"""X^T X / tokens of each block of channels, [K / block, block, block]: of the tokens as they are, and of tokens of
-length 1.
+"""X^T X / tokens of each block of channels, [K / block, block, block].
+
+The first array is of the tokens as they are, the second of the tokens scaled to length 1.
 """
 
 ROWS = 256
-"""Tokens that the reported error of a layer is measured on."""
+"""Number of tokens that the reported error of a layer is measured on."""
 _GRID = 20
 _CLIPS = tuple(1 - step / _GRID for step in range(_GRID // 2))
-"""Fractions of a block's largest magnitude that are tried: 1, 0.95, ... 0.55."""
+"""Candidate fractions of a block's largest magnitude: 1, 0.95, ... 0.55."""
 
 
 @dataclass(frozen=True)
 class Int4Scheme(Scheme):
     """Activation-aware weight quantization (AWQ, arXiv 2306.00978, section 3.2).
 
-    The factor of input channel j is (mean |x_j|)^r, with the r of 20 between 0 and 1 that gives the least error of the
-    outputs; then each block's range is clipped to the fraction that gives the least error. Errors are measured on the
-    tokens as they are, as AWQ does it, and on tokens of equal length, so that the few long ones (attention sinks)
-    neither decide alone nor are given up: what counts is the larger of the two, each in proportion to rounding to
-    nearest, which is the first candidate. What queries and keys come from is not clipped, as AWQ's authors do it (their
-    product multiplies the errors), but where GPTQ makes up for them.
+    The factor of input channel j is (mean |x_j|)^r. Of 20 values of r between 0 and 1 the one with the least error of
+    the outputs is taken. Each block's range is then clipped to the fraction with the least error. Errors are measured
+    on the tokens as they are, as in AWQ, and on tokens of equal length, so that the few long tokens (attention sinks)
+    neither decide alone nor are given up. The larger of the two errors counts, each relative to rounding to nearest,
+    which is the first candidate. Products that compute queries and keys are not clipped, as in AWQ's own code (the
+    product of queries and keys multiplies the errors), unless GPTQ compensates for it.
 
     Attributes:
         blocks: block size of each product's weight, by node.
-        unclipped: products that queries and keys come from.
+        unclipped: nodes of the products that compute queries and keys.
     """
 
     blocks: dict[str, int]
@@ -54,38 +55,38 @@ class Int4Scheme(Scheme):
         return True
 
     def watch(self, groups: Sequence[Group]) -> dict[ir.Value, tuple[Observer, ...]]:
-        found: dict[ir.Value, tuple[Observer, ...]] = {}
+        observers: dict[ir.Value, tuple[Observer, ...]] = {}
         for group in groups:
             grams: tuple[Observer, ...] = (BlockGram(self._block(group)), BlockGram(self._block(group), equal=True))
-            found[group.activation] = (
+            observers[group.activation] = (
                 ChannelRange(),
                 TokenSample(ROWS, self.tokens),
                 *grams,
                 *([Gram()] if self.keep is not None else []),
             )
-        return found
+        return observers
 
     def conclude(self, groups: Sequence[Group], seen: dict[ir.Value, tuple[Any, ...]]) -> Findings:
         """Also the factors of each group, and the scales of its weights, float32 [N, K / block]."""
-        found: Findings = {}
+        findings: Findings = {}
         grams = {group.index: (seen[group.activation][2].value, seen[group.activation][3].value) for group in groups}
         for group in groups:
             if self.may_fold(group, groups):
-                found[f"{group.index}.factors"] = self._factors(
+                findings[f"{group.index}.factors"] = self._factors(
                     group, seen[group.activation][0].mean, grams[group.index]
                 )
                 if self.is_late(group, groups):
-                    found[f"{group.index}.late"] = np.array(1)
+                    findings[f"{group.index}.late"] = np.array(1)
         for group in groups:
             _, sample, _, _, *whole = seen[group.activation]
             for product in group.products:
                 self._product(
-                    product, group, groups, sample.rows, grams[group.index], whole[0] if whole else None, found
+                    product, group, groups, sample.rows, grams[group.index], whole[0] if whole else None, findings
                 )
-        return found
+        return findings
 
     def _block(self, group: Group) -> int:
-        """The same for all products of a group: they have the same K."""
+        """The block size, which is the same for all products of a group: they have the same K."""
         return self.blocks[group.products[0].node.name or ""]
 
     def _product(
@@ -96,21 +97,23 @@ class Int4Scheme(Scheme):
         rows: Array,
         grams: Grams,
         gram: Gram | None,
-        found: Findings,
+        findings: Findings,
     ) -> None:
-        factors, block = found.get(f"{group.index}.factors"), self._block(group)
-        weight, inputs = self.folded(product, group, groups, found), rows
+        factors, block = findings.get(f"{group.index}.factors"), self._block(group)
+        weight, inputs = self.folded(product, group, groups, findings), rows
         if factors is not None:
             inputs, cut = (rows / factors).astype(np.float32), factors.reshape(-1, block).astype(np.float32)
             grams = (grams[0] / (cut[:, :, None] * cut[:, None, :]), grams[1] / (cut[:, :, None] * cut[:, None, :]))
         scale = _clipped(weight, grams, product.tensor.dtype, () if product.node in self.unclipped else _CLIPS)
-        made = self.rounded(weight, scale, block, product, gram, factors)
+        quantized = self.rounded(weight, scale, block, product, gram, factors)
         key = f"{group.index}.{product.node.name}"
-        found[key] = np.array((signal_to_noise(weight, made), relative_error(inputs @ weight.T, inputs @ made.T)))
-        found[f"{key}.scale"] = scale
+        findings[key] = np.array(
+            (signal_to_noise(weight, quantized), relative_error(inputs @ weight.T, inputs @ quantized.T))
+        )
+        findings[f"{key}.scale"] = scale
 
     def _factors(self, group: Group, mean: Array, grams: Grams) -> Array:
-        """The factors with which both errors are least; those of rounding to nearest, 1, are the first candidate."""
+        """The factors [K] with the least error; the first candidate is 1, rounding to nearest."""
         assert group.fold is not None
         weights = [(matrix(product), product.tensor.dtype) for product in group.products]
         size = np.maximum(mean, 1e-4 * max(float(mean.max()), 1e-30))
@@ -121,8 +124,8 @@ class Int4Scheme(Scheme):
             errors = np.zeros(2)
             for weight, dtype in weights:
                 wide, block = (weight * factors).astype(np.float32), self._block(group)
-                made = rounded(wide, INT4, _scale(wide, block, dtype), block) / factors.astype(np.float32)
-                errors += [float(_errors(made - weight, blocks).sum(dtype=np.float64)) for blocks in grams]
+                quantized = rounded(wide, INT4, _scale(wide, block, dtype), block) / factors.astype(np.float32)
+                errors += [float(_errors(quantized - weight, blocks).sum(dtype=np.float64)) for blocks in grams]
             if step == 0:
                 plain = np.maximum(errors, 1e-300)
             if (worse := float((errors / plain).max())) < least:
@@ -145,21 +148,20 @@ class Int4Scheme(Scheme):
 
 
 def _errors(difference: Array, blocks: Array) -> Array:
-    """What a change of the weight [N, K] does to the outputs, mean square over tokens, each block of inputs by itself:
-    [N, K / block].
+    """Mean square error of the outputs over the tokens, [N, K / block], when the weight [N, K] changes by `difference`.
 
-    The rounding errors of two blocks are independent, so what they do together is the sum.
+    Each block of inputs counts by itself: the rounding errors of two blocks are independent, so their effects add up.
     """
     cut = difference.reshape(len(difference), len(blocks), -1).transpose(1, 0, 2)
-    with np.errstate(
-        over="ignore", invalid="ignore"
-    ):  # of weights above 1e19: then nothing is better than to leave them as they are
+    # Weights above 1e19 overflow; then no candidate is better than leaving them unchanged.
+    with np.errstate(over="ignore", invalid="ignore"):
         return np.asarray(np.einsum("bni,bni->nb", cut @ blocks, cut))
 
 
 def _clipped(weight: Array, grams: Grams, dtype: ir.DataType, clips: Sequence[float]) -> Array:
-    """The scale of each block, float32 [N, K / block]: of the clipped ranges the one with which both errors are least,
-    against no clipping.
+    """The scale of each block, float32 [N, K / block]: of the clipped ranges the one with the least error.
+
+    Both errors are relative to those without clipping.
     """
     block = grams[0].shape[-1]
     amax = np.abs(weight.reshape(len(weight), -1, block)).max(axis=2)
@@ -181,5 +183,5 @@ def _scale(weight: Array, block: int, dtype: ir.DataType) -> Array:
 
 
 def block_size(size: int, wanted: int | None) -> int:
-    """`wanted`, or the largest of 128, 64 and 32 that divides K; 0 where none does."""
+    """`wanted`, or the largest of 128, 64 and 32, if it divides `size` (K); 0 where none does."""
     return next((block for block in ((wanted,) if wanted else (128, 64, 32)) if size % block == 0), 0)

@@ -1,4 +1,4 @@
-"""FP8 and INT8 of weights and activations, with or without SmoothQuant."""
+"""Weights and activations in FP8 or INT8, with or without SmoothQuant."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from onnxtools.passes.quantize.scheme import Scheme, shown
 Array = np.ndarray[Any, Any]
 
 ROWS = 64
-"""Tokens that a layer's error is measured on."""
+"""Number of tokens that a layer's error is measured on."""
 
 
 @dataclass(frozen=True)
@@ -44,41 +44,42 @@ class LinearScheme(Scheme):
         return self.per_channel
 
     def watch(self, groups: Sequence[Group]) -> dict[ir.Value, tuple[Observer, ...]]:
-        wanted: list[type[Histogram] | type[Gram]] = [
+        extra: list[type[Histogram] | type[Gram]] = [
             *([Histogram] if self.method != "max" else []),
             *([Gram] if self.keep is not None else []),
         ]
         return {
-            group.activation: (ChannelRange(), TokenSample(ROWS, self.tokens), *(kind() for kind in wanted))
+            group.activation: (ChannelRange(), TokenSample(ROWS, self.tokens), *(kind() for kind in extra))
             for group in groups
         }
 
     def conclude(self, groups: Sequence[Group], seen: dict[ir.Value, tuple[Any, ...]]) -> Findings:
         """Also the range of each activation after smoothing, and its factors."""
-        found: Findings = {}
+        findings: Findings = {}
         for group in groups:
-            ranges, _, *others = seen[group.activation]
+            ranges, _, *observers = seen[group.activation]
             factors = self._factors(group, ranges.amax) if self.may_fold(group, groups) else None
-            histogram = next((other for other in others if isinstance(other, Histogram)), None)
+            histogram = next((observer for observer in observers if isinstance(observer, Histogram)), None)
             amax = (
                 largest(histogram, self.method, self.form)
                 if histogram
                 else (ranges.amax / (1 if factors is None else factors)).max()
             )
-            found[f"{group.index}.amax"] = np.asarray(amax, np.float64)
+            findings[f"{group.index}.amax"] = np.asarray(amax, np.float64)
             if factors is not None:
-                found[f"{group.index}.factors"] = factors
+                findings[f"{group.index}.factors"] = factors
                 if self.is_late(group, groups):
-                    found[f"{group.index}.late"] = np.array(1)
+                    findings[f"{group.index}.late"] = np.array(1)
         for group in groups:
-            _, sample, *others = seen[group.activation]
-            gram = next((other for other in others if isinstance(other, Gram)), None)
-            self._products(group, groups, sample.rows, gram, found)
-        return found
+            _, sample, *observers = seen[group.activation]
+            gram = next((observer for observer in observers if isinstance(observer, Gram)), None)
+            self._products(group, groups, sample.rows, gram, findings)
+        return findings
 
     def _factors(self, group: Group, amax: Array) -> Array | None:
-        """s_j = max|x_j|^alpha / max|w_j|^(1 - alpha) (SmoothQuant, arXiv 2211.10438, equation 4); 1 for a channel that
-        is always zero.
+        """s_j = max|x_j|^alpha / max|w_j|^(1 - alpha), float64 [K]; 1 for a channel that is always zero.
+
+        SmoothQuant, arXiv 2211.10438, equation 4.
         """
         if self.alpha is None or group.fold is None:
             return None
@@ -87,22 +88,26 @@ class LinearScheme(Scheme):
             factors = np.asarray(amax, np.float64) ** self.alpha / weights ** (1 - self.alpha)
         return group.fold.tied(np.where((amax > 0) & (weights > 0), np.clip(factors, 1e-5, 1e5), 1.0))
 
-    def _products(self, group: Group, groups: Sequence[Group], rows: Array, gram: Gram | None, found: Findings) -> None:
-        """The errors of each product, and the scale of a weight that is rounded now."""
-        factors = found.get(f"{group.index}.factors")
+    def _products(
+        self, group: Group, groups: Sequence[Group], rows: Array, gram: Gram | None, findings: Findings
+    ) -> None:
+        """Add the errors of each product to `findings`, and with GPTQ the scale of its weight."""
+        factors = findings.get(f"{group.index}.factors")
         inputs = rows if factors is None else (rows / factors).astype(np.float32)
-        coarse = self._activation(inputs, float(found[f"{group.index}.amax"]), group.dtype)
+        coarse = self._activation(inputs, float(findings[f"{group.index}.amax"]), group.dtype)
         for product in group.products:
-            weight = self.folded(product, group, groups, found)
+            weight = self.folded(product, group, groups, findings)
             scale = stored_scale(weight, self.form, product.tensor.dtype, per_channel=self.per_channel)
-            made = self.rounded(weight, scale, 0, product, gram, factors)
+            quantized = self.rounded(weight, scale, 0, product, gram, factors)
             key = f"{group.index}.{product.node.name}"
-            found[key] = np.array((signal_to_noise(weight, made), relative_error(inputs @ weight.T, coarse @ made.T)))
+            findings[key] = np.array(
+                (signal_to_noise(weight, quantized), relative_error(inputs @ weight.T, coarse @ quantized.T))
+            )
             if gram is not None:
-                found[f"{key}.scale"] = scale.astype(np.float32)
+                findings[f"{key}.scale"] = scale.astype(np.float32)
 
     def _activation(self, rows: Array, amax: float, dtype: ir.DataType) -> Array:
-        """Rows as the product will see them."""
+        """`rows` [tokens, K] as the product will read them: rounded to `form` and back, float32."""
         if self.per_token:
             scale = np.maximum(np.abs(rows).max(axis=1, keepdims=True), 1e-6) / np.float32(self.form.top)
         else:
@@ -113,15 +118,15 @@ class LinearScheme(Scheme):
         scales = {}
         for product in group.products:
             name = product.node.name or ""
-            given = found.get(f"{group.index}.{name}.scale")
+            stored = found.get(f"{group.index}.{name}.scale")
             scale = (
                 weight_scale(product, self.form, per_channel=self.per_channel)
-                if given is None
-                else given.astype(product.tensor.dtype.numpy())
+                if stored is None
+                else stored.astype(product.tensor.dtype.numpy())
             )
             build.weight(product, self.form, scale, codes=self.codes(product))
             scales[name] = shown(scale)
-        activation = group.products[0].activation  # an earlier group may have put a node behind what made it
+        activation = group.products[0].activation  # an earlier group may have replaced it
         if self.per_token:
             build.activation_per_token(activation, group.products, self.form, group.dtype)
         else:

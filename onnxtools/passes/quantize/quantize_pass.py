@@ -37,6 +37,7 @@ from onnxtools.passes.selection import Selected, head_product
 from onnxtools.pipeline.passbase import Pass, PassResult
 
 _TOO_SMALL = 16
+"""Products with K or N below this are not quantized."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,14 @@ class Quantize(Selected, Calibrated):
     Rules:
       - fp8: activations with one scale, weights with one or one for each output channel, stored as FLOAT8E4M3FN;
       - int8: the same in INT8; --smoothquant folds a factor for each channel into the norm or product before, so that
-        the graph gains no node; where only norms feed products (QKV and FC1) unless --all-layers;
-      - int4-awq: weights alone, a scale for each block along K, scaled and clipped by what activations look like;
-        int4-rtn: the same rounded to nearest, without calibration data;
+        the graph gains no node; only products behind norms (QKV and FC1) are quantized, unless --all-layers;
+      - int4-awq: weights alone, with a scale for each block along K, scaled and clipped by the activations; int4-rtn:
+        the same rounded to nearest, without calibration data;
       - --attention: queries, keys and values of attention too (and its probabilities, where it is MatMul and Softmax);
       - --kv-cache: new keys and values are quantized before they are written, all are dequantized when they are read;
       - --gptq needs the Gram matrix of each input: K x K numbers in memory, and time that grows with N x K x K;
-      - products with K or N below 16 and the head are left alone; so is what --exclude names;
-      - the result is standard ONNX: Q/DQ-19, with blocks DequantizeLinear-21.
+      - products with K or N below 16, the head, and the products that --exclude names are not quantized;
+      - the result is standard ONNX: Q/DQ-19, and DequantizeLinear-21 for blocks.
     """
 
     name = "quantize"
@@ -61,9 +62,10 @@ class Quantize(Selected, Calibrated):
     example = "onnxtools quantize model.onnx fp8.onnx --fp8 --calib texts.jsonl"
 
     scheme: Literal["none", "fp8", "int8", "int4-awq", "int4-rtn"] = option(
-        "none", "What to quantize to.",
-        flags={"--fp8": "fp8", "--int8": "int8", "--int4-awq": "int4-awq", "--int4-rtn": "int4-rtn"}
-    )  # fmt: skip
+        "none",
+        "What to quantize to.",
+        flags={"--fp8": "fp8", "--int8": "int8", "--int4-awq": "int4-awq", "--int4-rtn": "int4-rtn"},
+    )
     smoothquant: float | None = option(None, "INT8 with SmoothQuant of this strength, 0 to 1; 0.5 suits most models.")
     per_token: bool = option(False, "INT8 activations get a scale for each token, computed in the graph.")
     per_channel: bool = option(False, "Weights of FP8 and INT8 get a scale for each output channel.")
@@ -132,21 +134,24 @@ class Quantize(Selected, Calibrated):
 
     @property
     def kind(self) -> str:
+        """The scheme that applies: none, fp8, int8, int4-awq or int4-rtn."""
         if self.qformat is not None:
             return {"full_prec": "none", "fp8": "fp8", "int4_awq": "int4-awq", "int8_sq": "int8"}[self.qformat]
         return "int8" if self.smoothquant is not None else self.scheme
 
     @property
     def alpha(self) -> float | None:
-        """SmoothQuant's."""
+        """SmoothQuant's migration strength; None without SmoothQuant."""
         return 0.5 if self.qformat == "int8_sq" else self.smoothquant
 
     @property
     def kv_kind(self) -> str:
+        """The type of the cache that applies: none, fp8 or int8."""
         return self.kv_cache_dtype or self.kv_cache
 
     @property
     def form(self) -> Format:
+        """The format of the weights, or of the cache where only the cache is quantized."""
         return {"fp8": FP8, "int8": INT8, "none": FP8 if self.kv_kind == "fp8" else INT8}.get(self.kind, INT4)
 
     def expand(self) -> list[Pass]:
@@ -157,8 +162,8 @@ class Quantize(Selected, Calibrated):
         )
         if self.kind == "none" and self.kv_kind == "none":
             return narrow
-        own = {"scheme": self.kind, "smoothquant": self.alpha, "kv_cache": self.kv_kind}
-        plain = dataclasses.replace(self, **own, qformat=None, dtype=None, kv_cache_dtype=None, lower="none")  # type: ignore[arg-type]
+        settings = {"scheme": self.kind, "smoothquant": self.alpha, "kv_cache": self.kv_kind}
+        plain = dataclasses.replace(self, **settings, qformat=None, dtype=None, kv_cache_dtype=None, lower="none")  # type: ignore[arg-type]
         return [*narrow, plain, *([LowerOrt()] if self.lower == "ort" else [])]
 
     @property
@@ -187,18 +192,18 @@ class Quantize(Selected, Calibrated):
         groups, extra = group(model, chosen, facts), list[str]()
         if self.kind == "int8" and not self.all_layers:
             groups = self._behind_norms(groups, table)
-        inner = [made for made in (kv, attention) if made is not None]
-        scheme, found = self._calibrated(model, facts, groups, inner)
-        self._drop_worst(groups, found, table)
+        inner = [part for part in (kv, attention) if part is not None]
+        scheme, findings = self._calibrated(model, facts, groups, inner)
+        self._drop_worst(groups, findings, table)
         build = QdqBuilder(model)
-        self._write(groups, found, scheme, table, build)
+        self._write(groups, findings, scheme, table, build)
         if kv is not None:
-            table += [kv.emit(build, found, cache) for cache in kv.caches]
+            table += [kv.emit(build, findings, cache) for cache in kv.caches]
             record_dtypes(model, cache=self.kv_kind)
             extra = kv.notes()
         if attention is not None:
             table += [
-                attention.emit(build, found, operand) for operand in attention.operands if not operand.is_quantized()
+                attention.emit(build, findings, operand) for operand in attention.operands if not operand.is_quantized()
             ]
         model.graph.sort()
         remove_unused(model)
@@ -211,8 +216,8 @@ class Quantize(Selected, Calibrated):
     def _choose(self, model: Model) -> tuple[list[Product], list[dict[str, Any]]]:
         head, table, chosen = head_product(model), [], []
         products = [p for p in weight_products(model) if p.node.op_type != "Conv"]
-        rest = [p for p in products if p.node is not head]
-        if rest and all(map(is_quantized, rest)):
+        body = [p for p in products if p.node is not head]
+        if body and all(map(is_quantized, body)):
             raise JobError(
                 f"{model.path}: its products are quantized already; start from the model in its own precision"
             )
@@ -234,9 +239,9 @@ class Quantize(Selected, Calibrated):
         return own_weights(model, chosen), table
 
     def _reason(self, product: Product, head: ir.Node | None) -> str:
-        left = self.reason_excluded(product, head)
-        if left:
-            return left
+        excluded = self.reason_excluded(product, head)
+        if excluded:
+            return excluded
         tensor = product.tensor
         if is_quantized(product):
             return "quantized already"
@@ -260,13 +265,15 @@ class Quantize(Selected, Calibrated):
         return ""
 
     def _behind_norms(self, groups: list[Group], table: list[dict[str, Any]]) -> list[Group]:
-        kept = [g for g in groups if g.fold is not None and g.fold.kind == "norm"]
-        if not kept:
+        foldable = [g for g in groups if g.fold is not None and g.fold.kind == "norm"]
+        if not foldable:
             raise JobError("no product reads the output of a norm alone; --all-layers quantizes all products")
         self._leave(
-            table, [p for g in groups if g not in kept for p in g.products], "not behind a norm (--all-layers takes it)"
+            table,
+            [p for g in groups if g not in foldable for p in g.products],
+            "not behind a norm (--all-layers takes it)",
         )
-        return kept
+        return foldable
 
     def _leave(self, table: list[dict[str, Any]], products: Sequence[Product], reason: str) -> None:
         names = {product.node.name for product in products}
@@ -287,26 +294,27 @@ class Quantize(Selected, Calibrated):
         weights = frozenset(product.weight for g in groups for product in g.products)
         if self.kind == "int4-rtn" and not inner:
             return Int4Scheme(INT4, 0, None, weights, blocks), {}
-        found: Findings = {}
+        findings: Findings = {}
         with Calibration(model, self, key=repr(dataclasses.replace(self, exclude_worst=0))) as calibration:
             keep = calibration if self.gptq else None
             scheme = self._scheme(blocks, calibration.tokens, keep, weights, model, facts)
             by_node = {product.node: g for g in groups for product in g.products} if self.kind != "int4-rtn" else {}
 
             def look(layer: Layer) -> Findings:
-                here = list(dict.fromkeys(by_node[p.node] for p in layer.products if p.node in by_node))
-                made = {value for node in layer.segment.nodes for value in node.outputs}
-                own, others = scheme.watch(here), [other.watch(made) for other in inner]
-                layer.observe(_together([own, *others]))
-                found = scheme.conclude(here, own)
-                for other, seen in zip(inner, others, strict=True):
-                    found.update(other.conclude(seen))
-                return found
+                layer_groups = list(dict.fromkeys(by_node[p.node] for p in layer.products if p.node in by_node))
+                values = {value for node in layer.segment.nodes for value in node.outputs}
+                group_observers = scheme.watch(layer_groups)
+                inner_observers = [inner_scheme.watch(values) for inner_scheme in inner]
+                layer.observe(_together([group_observers, *inner_observers]))
+                findings = scheme.conclude(layer_groups, group_observers)
+                for inner_scheme, observers in zip(inner, inner_observers, strict=True):
+                    findings.update(inner_scheme.conclude(observers))
+                return findings
 
             nodes = {*by_node, *(node for other in inner for node in other.nodes)}
             for _, part in calibration.findings(look, nodes):
-                found.update(part)
-        return scheme, found
+                findings.update(part)
+        return scheme, findings
 
     def _scheme(
         self,
@@ -325,12 +333,12 @@ class Quantize(Selected, Calibrated):
             self.form, tokens, keep, weights, self.alpha, self.per_token, self.per_channel, self.calib_method
         )
 
-    def _drop_worst(self, groups: list[Group], found: Findings, table: list[dict[str, Any]]) -> None:
-        """Put the errors into the table, and leave the products that lose most."""
+    def _drop_worst(self, groups: list[Group], findings: Findings, table: list[dict[str, Any]]) -> None:
+        """Put the errors into the table, and exclude the `exclude_worst` products with the largest error."""
         rows = {row["layer"]: row for row in table}
         for g in groups:
             for product in g.products:
-                errors = found.get(f"{g.index}.{product.node.name}")
+                errors = findings.get(f"{g.index}.{product.node.name}")
                 if errors is not None:
                     rows[product.node.name or ""].update(
                         snr_db=round(float(errors[0]), 2), error=round(float(errors[1]), 6)
@@ -344,15 +352,15 @@ class Quantize(Selected, Calibrated):
     # --- the graph ---------------------------------------------------------------------------------------------------
 
     def _write(
-        self, groups: list[Group], found: Findings, scheme: Scheme, table: list[dict[str, Any]], build: QdqBuilder
+        self, groups: list[Group], findings: Findings, scheme: Scheme, table: list[dict[str, Any]], build: QdqBuilder
     ) -> None:
         rows = {row["layer"]: row for row in table}
-        scheme.fold(groups, found)
+        scheme.fold(groups, findings)
         for g in groups:
             products = tuple(p for p in g.products if not rows[p.node.name or ""]["left"])
             if not products:
                 continue
-            shown = scheme.emit(build, Group(g.index, g.activation, products, g.fold, g.dtype), found)
+            shown = scheme.emit(build, Group(g.index, g.activation, products, g.fold, g.dtype), findings)
             for name, scales in shown.items():
                 rows[name].update(scheme=self._title(g), scale=scales)
 
@@ -368,9 +376,9 @@ class Quantize(Selected, Calibrated):
         return ", ".join(part for part in parts if part)
 
     def _notes(self, table: list[dict[str, Any]]) -> list[str]:
-        done = [row for row in table if not row["left"]]
-        notes = [*self.unmatched(table), f"{len(done)} of {len(table)} places quantized"]
-        schemes = Counter(row["scheme"] for row in done)
+        quantized = [row for row in table if not row["left"]]
+        notes = [*self.unmatched(table), f"{len(quantized)} of {len(table)} places quantized"]
+        schemes = Counter(row["scheme"] for row in quantized)
         notes += [f"{count}: {scheme}" for scheme, count in schemes.items()]
         if self.form is INT4 and self.block_size is None and any("block 128" not in scheme for scheme in schemes):
             notes.append("smaller blocks where K is no multiple of 128")
@@ -380,7 +388,7 @@ class Quantize(Selected, Calibrated):
 
 
 def _together(parts: Sequence[dict[ir.Value, tuple[Observer, ...]]]) -> dict[ir.Value, tuple[Observer, ...]]:
-    """The observers of each value, whoever asked for them."""
+    """The observers of each value, of all `parts` together."""
     whole: dict[ir.Value, tuple[Observer, ...]] = {}
     for part in parts:
         for value, observers in part.items():
@@ -389,7 +397,7 @@ def _together(parts: Sequence[dict[ir.Value, tuple[Observer, ...]]]) -> dict[ir.
 
 
 def _summary(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Layers that differ in a number alone, as one row."""
+    """The table with one row for all layers whose names differ only in a number."""
     kinds: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in table:
         if not row["left"]:
@@ -398,10 +406,14 @@ def _summary(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for (layer, scheme), rows in kinds.items():
         measured = [row for row in rows if row["error"] is not None]
         worst = max(measured, key=lambda row: row["error"]) if measured else None
-        shown.append({
-            "layer": layer, "count": len(rows), "scheme": scheme,
-            "SNR dB": f"{min(row['snr_db'] for row in measured):.1f}" if measured else "",
-            "output error": f"{statistics.median(row['error'] for row in measured):.3f}" if measured else "",
-            "worst": f"{worst['error']:.3f} {''.join(re.findall(r'[0-9]+', worst['layer'])[:1])}" if worst else "",
-        })  # fmt: skip
+        shown.append(
+            {
+                "layer": layer,
+                "count": len(rows),
+                "scheme": scheme,
+                "SNR dB": f"{min(row['snr_db'] for row in measured):.1f}" if measured else "",
+                "output error": f"{statistics.median(row['error'] for row in measured):.3f}" if measured else "",
+                "worst": f"{worst['error']:.3f} {''.join(re.findall(r'[0-9]+', worst['layer'])[:1])}" if worst else "",
+            }
+        )
     return shown

@@ -1,4 +1,4 @@
-"""The magnitude that an activation's scale is made from."""
+"""The largest magnitude that an activation's scale covers, by calibration method."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ _STEPS = 64
 
 
 def largest(histogram: Histogram, method: Method, form: Format) -> float:
-    """`percentile`: the magnitude below which 99.99% lie.
+    """The largest magnitude that the scale of an activation covers.
 
-    `mse`: the one whose rounding error is the least, of 64 from the largest down to 1% of it.
+    `percentile`: the magnitude below which 99.99% of the elements lie. `mse`, and any other method: of 64 magnitudes,
+    from the largest down to 1% of it, the one with the least squared rounding error.
     """
     counts, centres = histogram.counts, Histogram.centres()
     filled = np.flatnonzero(counts)
     top = float(centres[filled[-1]]) if len(filled) else 0.0
     if method == "percentile":
-        place = int(np.searchsorted(counts.cumsum(), counts.sum() * PERCENTILE / 100))
-        return float(centres[min(place, len(centres) - 1)])
+        bin_index = int(np.searchsorted(counts.cumsum(), counts.sum() * PERCENTILE / 100))
+        return float(centres[min(bin_index, len(centres) - 1)])
     values, weights = centres[filled], counts[filled]
     candidates = top * np.geomspace(1, 0.01, _STEPS)
     return float(candidates[int(np.argmin([_error(values, weights, amax, form) for amax in candidates]))])
@@ -32,5 +33,5 @@ def largest(histogram: Histogram, method: Method, form: Format) -> float:
 
 def _error(values: np.ndarray[Any, Any], weights: np.ndarray[Any, Any], amax: float, form: Format) -> float:
     scale = amax / form.top or 1.0
-    made = form.cast((values / scale).astype(np.float32)).astype(np.float64) * scale
-    return float((weights * (values - made) ** 2).sum())
+    rounded = form.cast((values / scale).astype(np.float32)).astype(np.float64) * scale
+    return float((weights * (values - rounded) ** 2).sum())

@@ -30,8 +30,8 @@ class TeFp8ToQdq(Pass):
     """`trt::TRT_FP8QuantizeLinear` / `TRT_FP8DequantizeLinear` become ONNX Q/DQ in FLOAT8E4M3FN.
 
     Rules:
-      - the second input already is a scale in QuantizeLinear's sense (x / scale, q * scale): it is kept as given, also
-        where Q and DQ of one pair differ by an ulp;
+      - the second input already is a scale in QuantizeLinear's sense (x / scale, q * scale): it is kept as given, even
+        if Q and DQ of one pair differ by an ulp;
       - a scale computed from constants is folded; one computed from the data (current scaling) stays dynamic;
       - the zero point is one shared FLOAT8E4M3FN initializer of the scale's shape, never a Cast, never a graph input;
       - x is cast to the scale's type where they differ, as opset < 23 demands;
@@ -95,7 +95,7 @@ class _Rewriter:
         return notes
 
     def rewrite(self, node: ir.Node) -> None:
-        """One TE node to its standard twin, in place of it."""
+        """Replace one TransformerEngine node by its standard operator."""
         self.builder.before = node
         if len(node.inputs) < 2 or node.inputs[1] is None:
             raise JobError(
@@ -123,19 +123,19 @@ class _Rewriter:
         shape, data_shape = self.facts[scale].shape, self.facts[node.inputs[0]].shape
         if not shape or shape == (1,):
             return None
-        given = attribute(node, "axis")
-        if given is None:
+        axis = attribute(node, "axis")
+        if axis is None:
             fits = [a for a, d in enumerate(data_shape or ()) if d == shape[0]]
             if len(fits) != 1:
                 raise JobError(
                     f"node {node.name!r}: a scale of shape {list(shape)} fits no single axis of "
                     f"{list(data_shape or ())}; add an axis attribute"
                 )
-            given = fits[0]
-        return int(given)
+            axis = fits[0]
+        return int(axis)
 
     def _scale(self, node: ir.Node) -> ir.Value:
-        """The scale as an initializer where it is constant (rank 0 for one element), else as it is."""
+        """The scale as an initializer if it is constant (rank 0 for one element), else the computed value."""
         value = node.inputs[1]
         assert value is not None
         array = self.agreed.get(value)
@@ -162,8 +162,7 @@ class _Rewriter:
             kind = "NaN" if np.isnan(bad[0]) else f"{bad[0]:g}"
             raise JobError(
                 f"node {node.name!r} ({node.op_type}): its scale is {kind}, so quantization would give NaN or infinity "
-                "and TensorRT refuses it;"
-                " calibrate that tensor again and re-export"
+                "and TensorRT refuses it; calibrate that tensor again and re-export"
             )
         if numbers.min() < _DENORMAL or (
             array.dtype == np.float16 and numbers.min() < float(np.finfo(np.float16).tiny)
@@ -180,16 +179,16 @@ class _Rewriter:
         return self.builder.op("Cast", [data], f"{node.name}/Cast", dtype=dtype, to=dtype.value)
 
     def _as_fp8(self, data: ir.Value | None) -> ir.Value | None:
-        """FP8 bytes that a checkpoint stored as a uint8 initializer, reinterpreted; anything else unchanged."""
+        """`data` as FP8 if it is a uint8 initializer with the FP8 bytes of a checkpoint; other values are unchanged."""
         tensor = constant_tensor(data)
         if data is None or tensor is None or tensor.dtype != ir.DataType.UINT8:
             return data
         return self.builder.initializer(_reinterpret(tensor), f"{data.name}_fp8")
 
     def fold(self, node: ir.Node) -> bool:
-        """QuantizeLinear(constant, constant scale) -> FP8 initializer."""
+        """Replace QuantizeLinear(constant, constant scale) by an FP8 initializer; returns whether it was possible."""
         zero = constant_tensor(node.inputs[2]) if len(node.inputs) > 2 else None
-        weight = _weight(node.inputs[0])
+        weight = stored_weight(node.inputs[0])
         scale = self.facts[node.inputs[1]].value if constant_tensor(node.inputs[1]) is not None else None
         if weight is None or scale is None or zero is None or zero.dtype != _FP8 or attribute(node, "block_size", 0):
             return False
@@ -203,7 +202,7 @@ class _Rewriter:
         return True
 
 
-def _weight(value: ir.Value | None) -> ir.Value | None:
+def stored_weight(value: ir.Value | None) -> ir.Value | None:
     """The floating-point constant behind `value`, through widening Casts and Identity."""
     while value is not None and constant_tensor(value) is None:
         node = value.producer()

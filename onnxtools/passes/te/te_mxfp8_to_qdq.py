@@ -14,7 +14,7 @@ from onnxtools.ir.edit import Builder, remove_unused, rename_or_bypass
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import attribute, constant_tensor, is_op
 from onnxtools.numerics.fp8 import MX_BLOCK, mx_data_rows, mx_scale_rows
-from onnxtools.passes.te.te_fp8_to_qdq import _weight
+from onnxtools.passes.te.te_fp8_to_qdq import stored_weight
 from onnxtools.pipeline.passbase import Pass, PassResult
 from onnxtools.storage.rows import StreamedTensor
 
@@ -25,16 +25,17 @@ DEQUANTIZE = "TRT_MXFP8DequantizeLinear"
 
 @dataclass(frozen=True)
 class TeMxfp8ToQdq(Pass):
-    """`trt::TRT_MXFP8DynamicQuantize` + `TRT_MXFP8DequantizeLinear` of a weight become FP8 data, E8M0 scales and
-    DequantizeLinear.
+    """`trt::TRT_MXFP8DynamicQuantize` and `TRT_MXFP8DequantizeLinear` of a weight become standard DequantizeLinear.
+
+    The weight is stored as FP8 data with E8M0 scales.
 
     Rules:
       - the model goes to opset 24, the first whose DequantizeLinear takes E8M0 scales in blocks of 32 along the last
         axis;
       - a quantize of an activation has no standard form (ONNX cannot compute E8M0 scales): kept as it is with
         `keep_mx`, for TensorRT, else an error names it;
-      - value_info of the kept operators goes: TransformerEngine records its padded scale shapes, TensorRT's are not
-        padded.
+      - value_info of the kept operators is removed: TransformerEngine records padded scale shapes, TensorRT's shapes
+        are not padded.
     """
 
     name = "te-mxfp8-to-qdq"
@@ -46,7 +47,7 @@ class TeMxfp8ToQdq(Pass):
         nodes = [node for node in model.graph if is_op(node, *QUANTIZE, domain="trt")]
         if not nodes:
             return PassResult(False, 0, ["no TransformerEngine MXFP8 operator found"])
-        dynamic = [node for node in nodes if _weight(node.inputs[0]) is None]
+        dynamic = [node for node in nodes if stored_weight(node.inputs[0]) is None]
         if dynamic and not self.keep_mx:
             raise JobError(
                 f"node {dynamic[0].name!r} ({dynamic[0].op_type}) quantizes an activation to MXFP8 at run time, which "
@@ -82,14 +83,14 @@ class TeMxfp8ToQdq(Pass):
         if node.op_type != QUANTIZE[0]:
             node.op_type = QUANTIZE[0]
         readers = [user for user, _ in node.outputs[0].uses() if is_op(user, DEQUANTIZE, domain="trt")]
-        for kept in (node, *readers):  # TensorRT's own defaults fit rank 2 only
+        for operator in (node, *readers):  # TensorRT's own defaults fit rank 2 only
             for name, value in (("axis", -1), ("block_size", MX_BLOCK)):
-                kept.attributes.setdefault(name, ir.AttrInt64(name, value))
+                operator.attributes.setdefault(name, ir.AttrInt64(name, value))
         for output in node.outputs:
             output.type = output.shape = None
 
     def _fold(self, node: ir.Node, shape: tuple[int, ...], builder: Builder) -> None:
-        weight = _weight(node.inputs[0])
+        weight = stored_weight(node.inputs[0])
         tensor = constant_tensor(weight)
         assert weight is not None and tensor is not None
         data = StreamedTensor(tensor, mx_data_rows, dtype=ir.DataType.FLOAT8E4M3FN, name="data")

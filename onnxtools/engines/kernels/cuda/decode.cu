@@ -1,8 +1,10 @@
-// One query token a row against its cache: appends the token's key and value, rotates where there are angles, and attends.
+// One query token a row against its cache: appends the token's key and value, rotates where there are angles, and
+// attends.
 //
-// A block serves one KV head of one row with all the query heads that share it (G). A key is read by head_size / 8 lanes, 16 bytes each;
-// each such group of lanes keeps its own running maximum, sum and output (the online softmax of Milakov and Gimelshein, 2018), and the
-// groups are merged at the end. The cache is read once, keys and values together.
+// A block serves one KV head of one row with all the query heads that share it (G). A key is read by head_size / 8
+// lanes, 16 bytes each; each such group of lanes keeps its own running maximum, sum and output (the online softmax of
+// Milakov and Gimelshein, 2018), and the groups are merged at the end. The cache is read once, keys and values
+// together.
 #include "kernels.h"
 #include "launch.h"
 
@@ -16,7 +18,8 @@ __global__ __launch_bounds__(kThreads) void attention_kernel(AttentionArguments 
   constexpr int kLanes = D / 8, kGroups = kThreads / kLanes;  // lanes a key, keys at once
   __shared__ __align__(16) T query[G][D], fresh[2][D];
   __shared__ float maxima[kGroups][G], sums[kGroups][G], outputs[kGroups][D];
-  const int kv = blockIdx.x % p.kv_heads, row = blockIdx.x / p.kv_heads, lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
+  const int kv = blockIdx.x % p.kv_heads, row = blockIdx.x / p.kv_heads, lane = threadIdx.x % kLanes,
+            group = threadIdx.x / kLanes;
   const size_t width = size_t(p.heads + 2 * p.kv_heads) * D;
   const T* qkv = static_cast<const T*>(p.qkv) + row * width;
   T* keys = static_cast<T*>(p.key) + (size_t(row) * p.kv_heads + kv) * p.slots * D;
@@ -44,7 +47,8 @@ __global__ __launch_bounds__(kThreads) void attention_kernel(AttentionArguments 
   const T* sin = p.cos == nullptr ? nullptr : static_cast<const T*>(p.sin) + size_t(position) * (D / 2);
 
   for (int at = threadIdx.x; at < (G + 2) * (D / 16); at += kThreads) {  // the queries, the key, the value
-    const int which = at / (D / 16), i = at % (D / 16), head = which < G ? kv * G + which : p.heads + (which - G) * p.kv_heads + kv;
+    const int which = at / (D / 16), i = at % (D / 16),
+              head = which < G ? kv * G + which : p.heads + (which - G) * p.kv_heads + kv;
     T low[8], high[8];
     rotated<T, D>(qkv + size_t(head) * D, i, which <= G ? cos : nullptr, sin, p.interleaved, low, high);
     put<T, D>(which < G ? query[which] : fresh[which - G], i, low, high);
@@ -66,9 +70,12 @@ __global__ __launch_bounds__(kThreads) void attention_kernel(AttentionArguments 
     uint4 k[kUnroll], v[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; u++) {
-      const bool old = base + group + u * kGroups < position;  // Slots past `position` are uninitialised, and 0 * NaN is NaN
-      k[u] = old ? ring[((stage * kUnroll + u) * 2 + 0) * kThreads] : *reinterpret_cast<const uint4*>(&fresh[0][8 * lane]);
-      v[u] = old ? ring[((stage * kUnroll + u) * 2 + 1) * kThreads] : *reinterpret_cast<const uint4*>(&fresh[1][8 * lane]);
+      const bool old =
+          base + group + u * kGroups < position;  // Slots past `position` are uninitialised, and 0 * NaN is NaN
+      k[u] =
+          old ? ring[((stage * kUnroll + u) * 2 + 0) * kThreads] : *reinterpret_cast<const uint4*>(&fresh[0][8 * lane]);
+      v[u] =
+          old ? ring[((stage * kUnroll + u) * 2 + 1) * kThreads] : *reinterpret_cast<const uint4*>(&fresh[1][8 * lane]);
     }
     stage = (stage + 1) % kStages;
 #pragma unroll
@@ -121,7 +128,8 @@ __global__ __launch_bounds__(kThreads) void attention_kernel(AttentionArguments 
 template <typename T, int D, int G>
 cudaError_t launch(const AttentionArguments& p, cudaStream_t stream) {
   constexpr int kShared = kStages * kUnroll * 2 * kThreads * 16;
-  static const cudaError_t ready = cudaFuncSetAttribute(attention_kernel<T, D, G>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+  static const cudaError_t ready =
+      cudaFuncSetAttribute(attention_kernel<T, D, G>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
   if (ready != cudaSuccess) return ready;
   return Launch(dim3(p.batch * p.kv_heads), dim3(kThreads), kShared, stream).run(attention_kernel<T, D, G>, p);
 }
@@ -139,7 +147,9 @@ cudaError_t grouped(const AttentionArguments& p, cudaStream_t stream) {
 
 }  // namespace
 
-bool takes_decode(int heads, int kv_heads, int head_size) { return (head_size == 64 || head_size == 128) && heads % kv_heads == 0 && heads / kv_heads <= 4; }
+bool takes_decode(int heads, int kv_heads, int head_size) {
+  return (head_size == 64 || head_size == 128) && heads % kv_heads == 0 && heads / kv_heads <= 4;
+}
 
 cudaError_t decode_attention(const AttentionArguments& p, bool bf16, cudaStream_t stream) {
   if (bf16) return p.head_size == 64 ? grouped<__nv_bfloat16, 64>(p, stream) : grouped<__nv_bfloat16, 128>(p, stream);

@@ -1,4 +1,5 @@
-// Launchers of the kernels; each is described in the file of its name. One device a process: limits are set on the one that is current first.
+// Launchers of the kernels; each is described in the file of its name. One device a process: limits are set on the one
+// that is current first.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -20,9 +21,9 @@ bool takes_linear(int m, int n, int k);
 cudaError_t linear(const LinearArguments& p, bool bf16, int processors, cudaStream_t stream);
 
 struct NormArguments {
-  const void *x, *skip;               // [rows, width], [skip_rows, width] over and over; skip may be null
-  const void *scale, *shift, *bias;   // [width]; shift and bias may be null
-  void *y, *sum;                      // [rows, width]; sum = x + skip + bias, may be null
+  const void *x, *skip;              // [rows, width], [skip_rows, width] over and over; skip may be null
+  const void *scale, *shift, *bias;  // [width]; shift and bias may be null
+  void *y, *sum;                     // [rows, width]; sum = x + skip + bias, may be null
   int rows, skip_rows, width;
   float epsilon;
 };
@@ -31,8 +32,8 @@ bool takes_norm(int width);
 cudaError_t norm(const NormArguments& p, bool rms, bool bf16, cudaStream_t stream);
 
 struct AttentionArguments {
-  const void* qkv;        // [batch, tokens, (heads + 2 kv_heads) head_size]
-  void *key, *value;      // the caches, [batch, kv_heads, slots, head_size]; the tokens' own are written at their positions
+  const void* qkv;    // [batch, tokens, (heads + 2 kv_heads) head_size]
+  void *key, *value;  // the caches, [batch, kv_heads, slots, head_size]; the tokens' own are written at their positions
   const int* positions;   // [batch], of a decode step's one token; a prefill's begin at 0
   const void *cos, *sin;  // [positions, head_size / 2] or null
   void* y;                // [batch, tokens, heads, head_size]
@@ -57,9 +58,10 @@ struct LastTokenArguments {
 cudaError_t last_token(const LastTokenArguments& p, cudaStream_t stream);
 
 struct NextTokenArguments {
-  const float* logits;                        // [rows, tokens, vocabulary]
-  const int64_t *mask, *past;                 // [rows, slots]: 1 on a row's first tokens; [rows, past_slots]: tokens found before
-  int64_t *next, *next_mask, *found;          // [rows, tokens], -1 where a logit is NaN or the best infinite; [rows, slots] each
+  const float* logits;         // [rows, tokens, vocabulary]
+  const int64_t *mask, *past;  // [rows, slots]: 1 on a row's first tokens; [rows, past_slots]: tokens found before
+  int64_t *next, *next_mask,
+      *found;  // [rows, tokens], -1 where a logit is NaN or the best infinite; [rows, slots] each
   int rows, tokens, vocabulary, slots, past_slots;
 };
 

@@ -1,9 +1,10 @@
 // Y = act(X W^T + b) for a few rows of X: the products of a decode step, which are bound by reading W once.
 //
-// A block computes 32 features for all rows, each warp a part of their sums, with mma.m16n8k16: W is the A operand (features by K), X the B operand (K by rows).
-// An MMA sums over K in any order as long as A and B agree, so a thread takes its operands as 16 consecutive bytes of a row of W and of X:
-// thread t of a quad holds k = 8t .. 8t+7 of 32. Its pieces of W come ahead of time through a ring in shared memory that it alone uses.
-// K is split among the warps of a block and among the blocks of a cluster; partial sums meet in (distributed) shared memory.
+// A block computes 32 features for all rows, each warp a part of their sums, with mma.m16n8k16: W is the A operand
+// (features by K), X the B operand (K by rows). An MMA sums over K in any order as long as A and B agree, so a thread
+// takes its operands as 16 consecutive bytes of a row of W and of X: thread t of a quad holds k = 8t .. 8t+7 of 32. Its
+// pieces of W come ahead of time through a ring in shared memory that it alone uses. K is split among the warps of a
+// block and among the blocks of a cluster; partial sums meet in (distributed) shared memory.
 #include <cooperative_groups.h>
 
 #include "kernels.h"
@@ -17,21 +18,28 @@ constexpr int kWarps = 8, kTiles = 2, kFeatures = 16 * kTiles;  // of W, the mma
 
 __device__ __forceinline__ float activated(float v, Activation activation) {
   if (activation == Activation::kNone) return v;
-  return 0.5f * v * (1.0f + tanhf(0.7978845608028654f * (v + 0.044715f * v * v * v)));  // GELU's tanh form (Hendrycks and Gimpel, 2016)
+  return 0.5f * v *
+         (1.0f +
+          tanhf(0.7978845608028654f * (v + 0.044715f * v * v * v)));  // GELU's tanh form (Hendrycks and Gimpel, 2016)
 }
 
 template <int NT, int ST, int SUB>
 struct Shared {  // bytes
-  static constexpr int kRing = kWarps * ST * kTiles * 2 * SUB * 32 * 16, kPartial = kWarps * 8 * NT * (kFeatures + 4) * 4;
+  static constexpr int kRing = kWarps * ST * kTiles * 2 * SUB * 32 * 16,
+                       kPartial = kWarps * 8 * NT * (kFeatures + 4) * 4;
   static constexpr int kReceived = kRing > kPartial ? kRing : kPartial;  // where it begins
   static constexpr int kAll = kReceived + 8 * NT * kFeatures * 4;
-  static constexpr int kBlocks = 200 * 1024 / kAll < 4 ? 200 * 1024 / kAll : 4;  // that live at once, if registers allow it
+  static constexpr int kBlocks =
+      200 * 1024 / kAll < 4 ? 200 * 1024 / kAll : 4;  // that live at once, if registers allow it
 };
 
 // NT: tiles of 8 rows of X; ST: stages of the ring, each SUB times 32 elements of K.
 template <typename T, int NT, int ST, int SUB>
-__global__ __launch_bounds__(32 * kWarps, Shared<NT, ST, SUB>::kBlocks) void linear_kernel(const T* x, const T* __restrict__ w, const T* __restrict__ bias,
-                                                             T* __restrict__ y, int m, int n, int k, Activation activation) {
+__global__ __launch_bounds__(32 * kWarps,
+                             Shared<NT, ST, SUB>::kBlocks) void linear_kernel(const T* x, const T* __restrict__ w,
+                                                                              const T* __restrict__ bias,
+                                                                              T* __restrict__ y, int m, int n, int k,
+                                                                              Activation activation) {
   constexpr int kRows = 8 * NT, kPitch = kFeatures + 4, kChunk = 32 * SUB;
   extern __shared__ uint4 shared[];
   cg::cluster_group cluster = cg::this_cluster();
@@ -54,7 +62,8 @@ __global__ __launch_bounds__(32 * kWarps, Shared<NT, ST, SUB>::kBlocks) void lin
 #pragma unroll
         for (int h = 0; h < 2; h++)
 #pragma unroll
-          for (int s = 0; s < SUB; s++) copy_async(ring + ((stage * kTiles + i) * 2 * SUB + h * SUB + s) * 32, rows[i][h] + at + 32 * s);
+          for (int s = 0; s < SUB; s++)
+            copy_async(ring + ((stage * kTiles + i) * 2 * SUB + h * SUB + s) * 32, rows[i][h] + at + 32 * s);
     }
     asm volatile("cp.async.commit_group;");
   };
@@ -85,7 +94,8 @@ __global__ __launch_bounds__(32 * kWarps, Shared<NT, ST, SUB>::kBlocks) void lin
     for (int s = 0; s < SUB; s++)
 #pragma unroll
       for (int i = 0; i < kTiles; i++) {
-        const uint4 low = ring[((stage * kTiles + i) * 2 * SUB + s) * 32], high = ring[((stage * kTiles + i) * 2 * SUB + SUB + s) * 32];
+        const uint4 low = ring[((stage * kTiles + i) * 2 * SUB + s) * 32],
+                    high = ring[((stage * kTiles + i) * 2 * SUB + SUB + s) * 32];
 #pragma unroll
         for (int j = 0; j < NT; j++) {
           mma(sum[i][j], low.x, high.x, low.y, high.y, c[j][s].x, c[j][s].y, T());
@@ -101,9 +111,11 @@ __global__ __launch_bounds__(32 * kWarps, Shared<NT, ST, SUB>::kBlocks) void lin
       for (int c = 0; c < 4; c++) partial[warp][8 * j + 2 * t + c % 2][16 * i + g + 8 * (c / 2)] = sum[i][j][c];
   __syncthreads();
 
-  // The warps are added up. Of a cluster, each block finishes its share of the result: it gets the others' sums for that.
+  // The warps are added up. Of a cluster, each block finishes its share of the result: it gets the others' sums for
+  // that.
   constexpr int kAll = kRows * kFeatures;
-  float* received = reinterpret_cast<float*>(reinterpret_cast<char*>(shared) + Shared<NT, ST, SUB>::kReceived);  // [splits][share]
+  float* received =
+      reinterpret_cast<float*>(reinterpret_cast<char*>(shared) + Shared<NT, ST, SUB>::kReceived);  // [splits][share]
   const int share = kAll / splits, rank = blockIdx.y;
   if (splits > 1) cluster.barrier_wait();
   for (int e = threadIdx.x; e < kAll; e += 32 * kWarps) {
@@ -113,7 +125,8 @@ __global__ __launch_bounds__(32 * kWarps, Shared<NT, ST, SUB>::kBlocks) void lin
     float* to = received + rank * share + e % share;
     *(owner == rank ? to : cluster.map_shared_rank(to, owner)) = total;
   }
-  if (splits > 1) cluster.sync(); else __syncthreads();
+  if (splits > 1) cluster.sync();
+  else __syncthreads();
   for (int at = threadIdx.x; at < share; at += 32 * kWarps) {
     const int e = rank * share + at, r = e / kFeatures, feature = feature0 + e % kFeatures;
     if (r >= m || feature >= n) continue;
@@ -130,8 +143,10 @@ cudaError_t launch(const LinearArguments& p, int splits, cudaStream_t stream) {
   static const cudaError_t ready = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
   if (ready != cudaSuccess) return ready;
   const dim3 grid((p.n + kFeatures - 1) / kFeatures, splits);
-  return Launch(grid, dim3(32 * kWarps), kShared, stream).cluster(splits).run(kernel, static_cast<const T*>(p.x), static_cast<const T*>(p.w), static_cast<const T*>(p.bias),
-                                                                              static_cast<T*>(p.y), p.m, p.n, p.k, p.activation);
+  return Launch(grid, dim3(32 * kWarps), kShared, stream)
+      .cluster(splits)
+      .run(kernel, static_cast<const T*>(p.x), static_cast<const T*>(p.w), static_cast<const T*>(p.bias),
+           static_cast<T*>(p.y), p.m, p.n, p.k, p.activation);
 }
 
 template <typename T, int NT>
@@ -149,6 +164,7 @@ cudaError_t chosen(const LinearArguments& p, int processors, cudaStream_t stream
 bool takes_linear(int m, int n, int k) { return m <= 16 && n <= 32768 && k % 64 == 0; }
 
 cudaError_t linear(const LinearArguments& p, bool bf16, int processors, cudaStream_t stream) {
-  if (bf16) return p.m <= 8 ? chosen<__nv_bfloat16, 1>(p, processors, stream) : chosen<__nv_bfloat16, 2>(p, processors, stream);
+  if (bf16)
+    return p.m <= 8 ? chosen<__nv_bfloat16, 1>(p, processors, stream) : chosen<__nv_bfloat16, 2>(p, processors, stream);
   return p.m <= 8 ? chosen<half, 1>(p, processors, stream) : chosen<half, 2>(p, processors, stream);
 }

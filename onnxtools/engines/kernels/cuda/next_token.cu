@@ -13,7 +13,8 @@ struct Best {
 
 // The larger, the first of equals; a NaN is larger than anything, so that none is overlooked.
 __device__ __forceinline__ Best better(Best a, Best b) {
-  const bool second = isnan(b.value) ? !isnan(a.value) || b.at < a.at : b.value > a.value || (b.value == a.value && b.at < a.at);
+  const bool second =
+      isnan(b.value) ? !isnan(a.value) || b.at < a.at : b.value > a.value || (b.value == a.value && b.at < a.at);
   return second ? b : a;
 }
 
@@ -22,7 +23,8 @@ __device__ V reduced(V v, V none, V* shared, Combine combine) {
   auto shuffled = [&](V x) {
     for (int mask = 16; mask > 0; mask /= 2) {
       V other;
-      if constexpr (sizeof(V) == sizeof(Best)) other = {__shfl_xor_sync(0xffffffffu, x.value, mask), __shfl_xor_sync(0xffffffffu, x.at, mask)};
+      if constexpr (sizeof(V) == sizeof(Best))
+        other = {__shfl_xor_sync(0xffffffffu, x.value, mask), __shfl_xor_sync(0xffffffffu, x.at, mask)};
       else other = __shfl_xor_sync(0xffffffffu, x, mask);
       x = combine(x, other);
     }
@@ -59,4 +61,6 @@ __global__ __launch_bounds__(kThreads) void next_token_kernel(NextTokenArguments
 
 }  // namespace
 
-cudaError_t next_token(const NextTokenArguments& p, cudaStream_t stream) { return Launch(dim3(p.rows * p.tokens), dim3(kThreads), 0, stream).run(next_token_kernel, p); }
+cudaError_t next_token(const NextTokenArguments& p, cudaStream_t stream) {
+  return Launch(dim3(p.rows * p.tokens), dim3(kThreads), 0, stream).run(next_token_kernel, p);
+}

@@ -1,4 +1,5 @@
-// Residual addition and layer normalization (Ba et al., 2016) or RMS normalization (Zhang and Sennrich, 2019) in one pass, fp32 inside.
+// Residual addition and layer normalization (Ba et al., 2016) or RMS normalization (Zhang and Sennrich, 2019) in one
+// pass, fp32 inside.
 #include "kernels.h"
 #include "launch.h"
 
@@ -25,7 +26,8 @@ __global__ __launch_bounds__(1024) void norm_kernel(NormArguments p) {
   };
 #pragma unroll
   for (int i = 0; i < kVectors; i++)
-    if (const int at = 8 * (threadIdx.x + i * blockDim.x); at < p.width) scale[i] = vector(p.scale, at), shift[i] = vector(p.shift, at), bias[i] = vector(p.bias, at);
+    if (const int at = 8 * (threadIdx.x + i * blockDim.x); at < p.width)
+      scale[i] = vector(p.scale, at), shift[i] = vector(p.shift, at), bias[i] = vector(p.bias, at);
   wait_for_inputs();
 
   float v[kVectors][8], total = 0;

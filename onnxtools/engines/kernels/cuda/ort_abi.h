@@ -1,15 +1,16 @@
-// The part of ONNX Runtime's C interface (onnxruntime_c_api.h) that we call, so that its headers, which no wheel carries, are not needed.
+// The part of ONNX Runtime's C interface (onnxruntime_c_api.h) that we call, so that its headers, which no wheel
+// carries, are not needed.
 //
-// The table of functions only ever grows at its end, and a library asks for the version it was written against: 17, of ONNX Runtime 1.17.
-// The numbers are the positions of functions we do not use.
+// The table of functions only ever grows at its end, and a library asks for the version it was written against: 17, of
+// ONNX Runtime 1.17. The numbers are the positions of functions we do not use.
 #pragma once
 #include <cstddef>
 #include <cstdint>
 
 constexpr int kApiVersion = 17;
-constexpr int kFail = 1;                                       // OrtErrorCode
+constexpr int kFail = 1;                                                            // OrtErrorCode
 constexpr int kFloat32 = 1, kInt32 = 6, kInt64 = 7, kFloat16 = 10, kBFloat16 = 16;  // ONNXTensorElementDataType
-constexpr int kMemoryCpuInput = -2, kMemoryDefault = 0;        // OrtMemType
+constexpr int kMemoryCpuInput = -2, kMemoryDefault = 0;                             // OrtMemType
 enum OrtOpAttrType { kInt = 1, kFloat = 3, kString = 5 };
 
 struct OrtStatus;
@@ -44,7 +45,8 @@ struct OrtApi {
   OrtStatus* (*KernelContext_GetInputCount)(const OrtKernelContext* context, size_t* out);
   void* unused_89[1];
   OrtStatus* (*KernelContext_GetInput)(const OrtKernelContext* context, size_t index, const OrtValue** out);
-  OrtStatus* (*KernelContext_GetOutput)(OrtKernelContext* context, size_t index, const int64_t* dims, size_t rank, OrtValue** out);
+  OrtStatus* (*KernelContext_GetOutput)(OrtKernelContext* context, size_t index, const int64_t* dims, size_t rank,
+                                        OrtValue** out);
   void* unused_92[7];
   void (*ReleaseTensorTypeAndShapeInfo)(OrtTensorTypeAndShapeInfo* info);
   void* unused_100[93];
@@ -52,9 +54,11 @@ struct OrtApi {
   void* unused_194[17];
   OrtStatus* (*CreateOpAttr)(const char* name, const void* data, int length, OrtOpAttrType type, OrtOpAttr** out);
   void (*ReleaseOpAttr)(OrtOpAttr* attribute);
-  OrtStatus* (*CreateOp)(const OrtKernelInfo* info, const char* name, const char* domain, int version, const char** type_names, const int* types, int type_count,
-                         const OrtOpAttr* const* attributes, int attribute_count, int inputs, int outputs, OrtOp** out);
-  OrtStatus* (*InvokeOp)(const OrtKernelContext* context, const OrtOp* op, const OrtValue* const* inputs, int input_count, OrtValue* const* outputs, int output_count);
+  OrtStatus* (*CreateOp)(const OrtKernelInfo* info, const char* name, const char* domain, int version,
+                         const char** type_names, const int* types, int type_count, const OrtOpAttr* const* attributes,
+                         int attribute_count, int inputs, int outputs, OrtOp** out);
+  OrtStatus* (*InvokeOp)(const OrtKernelContext* context, const OrtOp* op, const OrtValue* const* inputs,
+                         int input_count, OrtValue* const* outputs, int output_count);
   void (*ReleaseOp)(OrtOp* op);
   void* unused_216[14];
   OrtStatus* (*KernelInfo_GetInputCount)(const OrtKernelInfo* info, size_t* out);

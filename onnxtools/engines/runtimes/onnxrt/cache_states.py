@@ -1,9 +1,9 @@
-"""How ONNX Runtime's caches are kept from step to step, by their form.
+"""How ONNX Runtime's caches are kept from step to step, by kind of cache.
 
-concat: the outputs of a step are the inputs of the next, bound as they are; prompts are padded on the left.
-scatter, gqa: one buffer a cache is input and output at once, bound once; prompts are padded on the right. On CUDA the
-step is captured as a CUDA graph, and two of them feed each other; a prompt's run is captured when its length comes
-twice in a row.
+concat: the outputs of a step are bound as the inputs of the next; prompts are padded on the left.
+scatter, gqa: one buffer per cache is bound once as input and output; prompts are padded on the right. On CUDA the step
+is captured as CUDA graphs, two of which feed each other. The run of a prompt is captured if two prompts in a row have
+the same length.
 none: the whole text is run again for each token.
 """
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from onnxtools.analysis.decoder_io import CachePort
 from onnxtools.base.errors import JobError
+from onnxtools.base.onnx_runtime import onnxruntime
 from onnxtools.engines.runtimes.onnxrt.device_ops import DeviceOps
 from onnxtools.engines.runtimes.onnxrt.next_token import AHEAD, NEXT, PAST_TOKENS
 from onnxtools.engines.runtimes.onnxrt.ort_model import DeviceLogits, OrtModel
@@ -29,7 +30,7 @@ ONNX Runtime never frees one (about 1 MB of host memory for 24 layers); later ru
 
 
 class _Input:
-    """A small input that is written anew for each step: on the CPU in place, on a device by a copy."""
+    """A small input that is rewritten for each step: on the CPU in place, on a device by a copy."""
 
     def __init__(self, ops: DeviceOps, array: Ids) -> None:
         self.array = array
@@ -42,7 +43,7 @@ class _Input:
 
 
 class Growing:
-    """concat: present becomes past; prompts are padded on the left."""
+    """The state of a concat cache: present becomes past; prompts are padded on the left."""
 
     def __init__(self, model: OrtModel, slots: int, length: int) -> None:
         self.r, self.slots = model, slots
@@ -65,13 +66,13 @@ class Growing:
         return logits
 
     def _join(self, slots: Sequence[int], mask: Ids, caches: list[Any]) -> None:
-        """Rows that have run alone take their slots; the shorter side gets hidden tokens on the left."""
+        """Put rows that have run alone into their slots; the shorter side gets hidden tokens on the left."""
         ops, total = self.r.ops, max(self.mask.shape[1], mask.shape[1])
         order = taking(slots, self.slots)
-        missing = [total - self.mask.shape[1], total - mask.shape[1]]
+        padding = [total - self.mask.shape[1], total - mask.shape[1]]
         pads = [
             self._empty(rows, count) if count else None
-            for rows, count in zip((self.slots, len(slots)), missing, strict=True)
+            for rows, count in zip((self.slots, len(slots)), padding, strict=True)
         ]
         for index, c in enumerate(self.r.io.caches):
             sides = [
@@ -80,16 +81,16 @@ class Growing:
             ]
             wide = [ops.joined(side, c.axis) if len(side) > 1 else side[0] for side in sides]
             self.caches[index] = ops.picked(ops.joined(wide, batch_axis(c)), order, batch_axis(c))
-        wider = [np.pad(rows, ((0, 0), (count, 0))) for rows, count in zip((self.mask, mask), missing, strict=True)]
+        wider = [np.pad(rows, ((0, 0), (count, 0))) for rows, count in zip((self.mask, mask), padding, strict=True)]
         self.mask = np.concatenate(wider)[order]
 
     def step(self, ids: Ids, slots: Sequence[int] | None) -> Logits:
-        """Slots that take no step get a token that stays hidden."""
+        """Append one token to `slots`; the other slots get a token that the mask hides."""
         rows = list(range(self.slots) if slots is None else slots)
-        given, new = np.full(self.slots, self.r.info.pad_token_id, np.int64), np.zeros((self.slots, 1), np.int64)
-        given[rows], new[rows] = ids, 1
+        tokens, new = np.full(self.slots, self.r.info.pad_token_id, np.int64), np.zeros((self.slots, 1), np.int64)
+        tokens[rows], new[rows] = ids, 1
         self.mask = np.concatenate([self.mask, new], axis=1)
-        logits, self.caches = self._run(given[:, None], self.mask, self.next, self.caches)
+        logits, self.caches = self._run(tokens[:, None], self.mask, self.next, self.caches)
         self.next = self.next + new
         return logits if slots is None else PickedLogits(logits, rows)
 
@@ -115,7 +116,7 @@ class Growing:
 
 
 class Static:
-    """scatter, gqa: buffers that are input and output at once; everything of a step is bound once."""
+    """The state of a scatter or gqa cache: buffers that are input and output; all values of a step are bound once."""
 
     def __init__(self, model: OrtModel, rows: int, length: int) -> None:
         r = self.r = model
@@ -144,15 +145,16 @@ class Static:
         self.mask.array[:] = 0
 
     def fits(self, rows: int, length: int) -> bool:
+        """Whether a session of `rows` sequences of at most `length` tokens can use these buffers."""
         return rows == self.rows and (
             length == self.slots or (self.r.io.cache_length is not None and length <= self.slots)
         )
 
     def _bind(self) -> None:
-        """The step's bindings: fixed inputs, buffers and logits, so that a captured graph finds them where they were.
+        """Bind a step's inputs, buffers and logits to fixed memory, which a captured graph needs.
 
-        One binding reads what the host has written. Where steps can run ahead, two bindings ping-pong: each writes the
-        inputs that the other reads, so steps can be queued without the host.
+        One binding reads the inputs that the host has written. If steps can run ahead, two bindings ping-pong: each
+        writes the inputs that the other reads, so steps can be queued without the host.
         """
         r, io = self.r, self.r.io
         pairs = (
@@ -161,22 +163,24 @@ class Static:
             (io.positions, self.positions),
             (io.write_indices, self.write),
         )
-        self.inputs = [(port.name, given) for port, given in pairs if port is not None]
+        self.inputs = [(port.name, staged) for port, staged in pairs if port is not None]
         count = 2 if r.looks_ahead else 1
-        places = [
-            {name: given.value if at == 0 else r.ops.value(given.array.copy()) for name, given in self.inputs}
-            for at in range(count)
+        input_sets = [
+            {name: staged.value if index == 0 else r.ops.value(staged.array.copy()) for name, staged in self.inputs}
+            for index in range(count)
         ]
-        self.tokens = [r.ops.value(np.zeros((self.rows, self.slots), np.int64)) for _ in places]
+        self.tokens = [r.ops.value(np.zeros((self.rows, self.slots), np.int64)) for _ in input_sets]
         self._prompt: tuple[int, dict[str, Any], _Side] | None = None
         self.sides = []
-        for place, other, past, tokens in zip(places, places[::-1], self.tokens, self.tokens[::-1], strict=True):
-            outputs = {f"{AHEAD}.{name}": value for name, value in other.items() if name != io.ids.name} | {
-                NEXT: other[io.ids.name],
+        for inputs, next_inputs, past, tokens in zip(
+            input_sets, input_sets[::-1], self.tokens, self.tokens[::-1], strict=True
+        ):
+            outputs = {f"{AHEAD}.{name}": value for name, value in next_inputs.items() if name != io.ids.name} | {
+                NEXT: next_inputs[io.ids.name],
                 f"{AHEAD}.tokens": tokens,
             }
             self.sides.append(
-                _Side(self, place | ({PAST_TOKENS: past} if r.takes_tokens else {}), outputs if count > 1 else {})
+                _Side(self, inputs | ({PAST_TOKENS: past} if r.takes_tokens else {}), outputs if count > 1 else {})
             )
 
     def admit(self, slots: Sequence[int], prompts: Prompts) -> Logits:
@@ -190,7 +194,7 @@ class Static:
         )
         if is_all(slots, self.rows):
             self.lengths, self.mask.array[:] = mask.sum(axis=1), wide
-            for side in self.sides:  # what comes is a sequence of steps, until the rows are reordered
+            for side in self.sides:  # a sequence of steps follows, until the rows are reordered
                 side.capture()
             return r.last(self._prompt_side(feeds, ids.shape[1]).run(), self.lengths - 1)
         buffers = [r.ops.zeros(c.shape(len(slots), self.slots), c.past.dtype) for c in r.io.caches]
@@ -199,17 +203,17 @@ class Static:
         r.run(binding)
         order = taking(slots, self.rows)
         for index, c in enumerate(r.io.caches):
-            both = r.ops.joined([self.buffers[index], buffers[index]], batch_axis(c))
-            self.buffers[index] = r.ops.picked(both, order, batch_axis(c))
+            joined = r.ops.joined([self.buffers[index], buffers[index]], batch_axis(c))
+            self.buffers[index] = r.ops.picked(joined, order, batch_axis(c))
         lengths = mask.sum(axis=1)
         self.lengths[list(slots)], self.mask.array[list(slots)] = lengths, wide
         self._bind()
         return r.last(binding.get_outputs(), lengths - 1)
 
     def _prompt_side(self, feeds: dict[str, Ids], length: int) -> _Side:
-        """With `feeds` as its inputs.
+        """The binding of a prompt's run, with `feeds` as its inputs.
 
-        Where its logits are small it is kept, and captured if the next prompts are of that length too.
+        A binding with small logits is kept, and is captured if the next prompts have the same length.
         """
         if self._prompt is not None and self._prompt[0] == length:
             _, values, side = self._prompt
@@ -236,36 +240,38 @@ class Static:
         return HostLogits(outputs[0].numpy()[:, -1].astype(np.float32, copy=False))
 
     def _step_some(self, ids: Ids, slots: Sequence[int]) -> Logits:
-        """The others write a token behind their text, which their next step overwrites, and stay as long as they
-        were.
+        """Append one token to `slots` alone.
+
+        The other rows write a token behind their text and keep their length; their next step overwrites the token.
         """
         rows, lengths = list(slots), self.lengths
-        given = np.full(self.rows, self.r.info.pad_token_id, np.int64)
-        given[rows] = ids
+        tokens = np.full(self.rows, self.r.info.pad_token_id, np.int64)
+        tokens[rows] = ids
         self.lengths = np.minimum(lengths, self.slots - 1)  # a row may be full
-        self._push(given)
+        self._push(tokens)
         outputs = self.sides[0].run()
         self.lengths = lengths.copy()
         self.lengths[rows] += 1
         return PickedLogits(self._logits(outputs), rows)
 
     def ahead(self, ids: Ids, count: int) -> Ids:
+        """Run `count` greedy steps without the host, as in `LooksAhead`."""
         self._push(ids)
         for step in range(count):
             self.sides[step % 2].run(wait=step == count - 1)
-        places = self.lengths[:, None] + np.arange(count)
-        every = np.arange(self.rows)[:, None]
-        self.mask.array[every, places] = 1
+        columns = self.lengths[:, None] + np.arange(count)
+        rows = np.arange(self.rows)[:, None]
+        self.mask.array[rows, columns] = 1
         self.lengths = self.lengths + count
-        return self.tokens[count % 2].numpy()[every, places + 1]  # type: ignore[no-any-return]
+        return self.tokens[count % 2].numpy()[rows, columns + 1]  # type: ignore[no-any-return]
 
     def _push(self, ids: Ids) -> None:
-        """The inputs of a step."""
+        """Write the inputs of a step with the tokens `ids` [rows]."""
         self.ids.array[:, 0] = ids
         self.positions.array[:, 0] = self.write.array[:] = self.lengths
         self.mask.array[np.arange(self.rows), self.lengths] = 1
-        for _, given in self.inputs:
-            given.push()
+        for _, staged in self.inputs:
+            staged.push()
 
     def release(self, slot: int) -> None:
         self.lengths[slot], self.mask.array[slot] = 0, 0
@@ -276,11 +282,11 @@ class Static:
             for c, buffer in zip(self.r.io.caches, self.buffers, strict=True)
         ]
         self.lengths, self.mask.array[:] = self.lengths[rows], self.mask.array[rows]
-        self._bind()  # without a graph: a beam search binds anew for each step, and to capture takes two
+        self._bind()  # not captured: a beam search binds again for each step, and a capture takes two runs
 
 
 class _Side:
-    """Inputs, caches and outputs at fixed places, so that a run can be captured as a CUDA graph."""
+    """A binding of inputs, caches and outputs at fixed addresses, so that its run can be captured as a CUDA graph."""
 
     def __init__(self, state: Static, inputs: dict[str, Any], outputs: dict[str, Any]) -> None:
         r = self._runtime = state.r
@@ -292,7 +298,7 @@ class _Side:
         self._results: list[Any] | None = None
 
     def capture(self) -> None:
-        """From its next run on, where graphs can be captured."""
+        """Capture the next run and replay it from then on, if graphs can be captured."""
         r = self._runtime
         if r.captures and self._options[0] is None and r.graphs < MAX_GRAPHS:
             r.graphs += 1
@@ -305,7 +311,7 @@ class _Side:
         """
         r = self._runtime
         r.run(self._binding, self._options[wait])
-        if self._results is None:  # bound from now on where the first run put them
+        if self._results is None:  # later runs write the results where the first run put them
             self._results = self._binding.get_outputs()[: len(r.results)]
             for name, value in zip(r.results, self._results, strict=True):
                 self._binding.bind_ortvalue_output(name, value)
@@ -313,7 +319,7 @@ class _Side:
 
 
 class Whole:
-    """none: no cache; also how texts are scored, with empty caches."""
+    """The state without a cache; texts are also scored with it, with empty caches."""
 
     def __init__(self, model: OrtModel, rows: int, length: int) -> None:
         self.r, self.rows = model, rows
@@ -337,12 +343,13 @@ class Whole:
         self.texts = [self.texts[row] for row in rows]
 
     def run(self, ids: Ids, mask: Ids) -> np.ndarray:
-        """All logits, [rows, tokens, vocabulary]."""
+        """All logits of padded `ids` [rows, tokens], [rows, tokens, vocabulary], in the graph's type."""
         r, io = self.r, self.r.io
         slots = io.cache_length or ids.shape[1]
-        given = np.pad(mask, ((0, 0), (0, slots - mask.shape[1]))) if io.kind == "scatter" else mask
+        wide_mask = np.pad(mask, ((0, 0), (0, slots - mask.shape[1]))) if io.kind == "scatter" else mask
         binding = r.session.io_binding()
-        for name, value in r.ops.values(r.feeds(ids, given, positions_of(mask), np.zeros(len(ids), np.int64))).items():
+        feeds = r.feeds(ids, wide_mask, positions_of(mask), np.zeros(len(ids), np.int64))
+        for name, value in r.ops.values(feeds).items():
             binding.bind_ortvalue_input(name, value)
         for cache in io.caches:
             empty = r.ops.zeros(cache.shape(len(ids), slots if io.kind in ("scatter", "gqa") else 0), cache.past.dtype)
@@ -355,32 +362,34 @@ class Whole:
 
 
 def _graph_options(graph: int, wait: bool) -> Any:
-    """Run options of the graph with that number, which ONNX Runtime captures at the first run with them (it runs twice)
-    and replays from then on.
-    """
-    import onnxruntime as ort
+    """Run options of CUDA graph number `graph`.
 
-    made = ort.RunOptions()
-    made.add_run_config_entry("gpu_graph_id", str(graph))
+    ONNX Runtime captures the graph at the first run with them (it runs the model twice) and replays it from then on.
+    """
+    ort = onnxruntime()
+    options = ort.RunOptions()
+    options.add_run_config_entry("gpu_graph_id", str(graph))
     if not wait:
-        made.add_run_config_entry("disable_synchronize_execution_providers", "1")
-    return made
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+    return options
 
 
 def batch_axis(cache: CachePort) -> int:
+    """The batch axis of a cache: 0, or 1 if the sequence axis is 0."""
     return 0 if cache.axis != 0 else 1
 
 
 def bind_buffers(model: OrtModel, binding: Any, buffers: list[Any]) -> None:
-    """Each buffer is a cache's input and output at once."""
+    """Bind each buffer as the input and the output of its cache."""
     for cache, buffer in zip(model.io.caches, buffers, strict=True):
         binding.bind_ortvalue_input(cache.past.name, buffer)
         binding.bind_ortvalue_output(cache.present.name, buffer)
 
 
 def taking(slots: Sequence[int], count: int) -> Ids:
-    """Out of `count` old rows and, behind them, a new one for each of `slots`: the rows where the new ones have taken
-    their slots.
+    """Indices [count] that put new rows into their slots.
+
+    They pick from `count` old rows followed by one new row for each of `slots`.
     """
     order = np.arange(count)
     order[list(slots)] = count + np.arange(len(slots))
@@ -388,6 +397,7 @@ def taking(slots: Sequence[int], count: int) -> Ids:
 
 
 def is_all(slots: Sequence[int], count: int) -> bool:
+    """Whether `slots` are all of `count` slots, in order."""
     return list(slots) == list(range(count))
 
 

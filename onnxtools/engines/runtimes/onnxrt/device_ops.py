@@ -1,4 +1,4 @@
-"""Values on ONNX Runtime's device, and what is done to them without a copy through the host."""
+"""Values on ONNX Runtime's device, and operations on them without a copy through the host."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from onnxtools.base.onnx_runtime import onnxruntime
 from onnxtools.check.sessions import CPU, CUDA, open_session
 
 _NUMPY = {"float": np.float32, "float16": np.float16, "double": np.float64}
 
 
 class DeviceOps:
-    """Values of one device; rows are picked and values joined there by graphs of one node.
+    """Values of one device, whose rows are picked and joined on the device by graphs of one node.
 
-    Such a graph is made when it is needed and not before: a second CUDA session in the process, once it has run, makes
-    each replay of the first one's captured step slower (3.56 to 3.71 ms for GPT-5B on an H200).
+    Such a graph is only made when it is needed: a second CUDA session in the process, once it has run, slows down each
+    replay of the step that the first session captured (3.56 to 3.71 ms for GPT-5B on an H200).
     """
 
     def __init__(self, device: str) -> None:
@@ -26,34 +27,33 @@ class DeviceOps:
         self._sessions: dict[tuple[str, int, int, int], Any] = {}
 
     def value(self, array: np.ndarray) -> Any:
-        """`array` on the device; on the CPU the value shares its memory."""
-        import onnxruntime as ort
-
+        """`array` as a value on the device; on the CPU the value shares the memory of `array`."""
+        ort = onnxruntime()
         return ort.OrtValue.ortvalue_from_numpy(array, self.device, 0)
 
     def values(self, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """`value` of each array, by name."""
         return {name: self.value(array) for name, array in arrays.items()}
 
     def zeros(self, shape: list[int], dtype: str) -> Any:
-        """A value of zeros; `dtype` is ONNX's name in lower case."""
-        import onnxruntime as ort
-
+        """A value of zeros; `dtype` is ONNX's name of the type in lower case."""
+        ort = onnxruntime()
         if dtype in _NUMPY:
             return self.value(np.zeros(shape, _NUMPY[dtype]))
-        elem = int(ir.DataType[dtype.upper()].value)  # the others have no numpy type; their zero is all bits zero
+        elem = int(ir.DataType[dtype.upper()].value)  # the other types have no numpy type; their zero is all bits zero
         bits = np.zeros(shape, np.uint8 if "8" in dtype else np.uint16)
         if self.device == "cpu":
             return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, elem)
-        made = ort.OrtValue.ortvalue_from_shape_and_type(shape, elem, self.device, 0)
-        made.update_inplace(bits)
-        return made
+        value = ort.OrtValue.ortvalue_from_shape_and_type(shape, elem, self.device, 0)
+        value.update_inplace(bits)
+        return value
 
     def picked(self, value: Any, rows: np.ndarray, axis: int) -> Any:
         """`value` with its entries along `axis` replaced by those at `rows` (int64)."""
         return self._run("Gather", [value, self.value(rows)], axis)
 
     def joined(self, values: Sequence[Any], axis: int) -> Any:
-        """`values` of one type behind each other along `axis`."""
+        """`values` of one type, concatenated along `axis`."""
         return self._run("Concat", values, axis)
 
     def _run(self, op_type: str, values: Sequence[Any], axis: int) -> Any:
@@ -73,6 +73,6 @@ class DeviceOps:
             inputs = [info(f"x{index}", kind, [None] * rank) for index, (kind, rank) in enumerate(types)]
             node = onnx.helper.make_node(op_type, [value.name for value in inputs], ["y"], axis=axis)
             graph = onnx.helper.make_graph([node], op_type, inputs, [info("y", elem, [None] * 4)])
-            made = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 19)], ir_version=9)
-            self._sessions[key] = open_session(made.SerializeToString(), CUDA if self.device == "cuda" else CPU)
+            model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 19)], ir_version=9)
+            self._sessions[key] = open_session(model.SerializeToString(), CUDA if self.device == "cuda" else CPU)
         return self._sessions[key]

@@ -1,4 +1,4 @@
-"""A decoder in an ONNX Runtime session: its ports, and runs of bound values. What sessions of sequences stand on."""
+"""A decoder in an ONNX Runtime session: its ports, and runs of bound values. `OrtSession` is built on it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 
 from onnxtools.analysis.decoder_io import decoder_io
 from onnxtools.base.errors import JobError
+from onnxtools.base.onnx_runtime import onnxruntime
 from onnxtools.checkpoints.model_info import ModelInfo
 from onnxtools.engines.runtimes.onnxrt.device_ops import DeviceOps
 from onnxtools.engines.runtimes.onnxrt.next_token import NEXT, PAST_TOKENS
@@ -32,21 +33,24 @@ class DeviceLogits:
 
 
 class OrtModel:
-    """See the module.
+    """See the module; the other attributes are those of `Runtime`.
 
     Attributes:
-        captures: whether runs can be captured as CUDA graphs; `graphs`: how many have been.
-        takes_tokens: whether the graph appends the token that it finds to those before.
+        io: inputs and outputs of the graph.
+        session: the ONNX Runtime session.
+        captures: whether runs can be captured as CUDA graphs.
+        graphs: number of CUDA graphs captured so far.
+        takes_tokens: whether the graph appends the token that it generates to the tokens before.
         looks_ahead: whether steps can feed each other on the device.
-        results: the outputs asked of every run, the logits first.
+        results: the outputs that every run returns, the logits first.
+        ops: operations on values of the device.
 
     Raises:
         JobError: a graph that cannot be run as a decoder, or that ONNX Runtime does not take.
     """
 
     def __init__(self, path: Path, options: RuntimeOptions) -> None:
-        import onnxruntime as ort
-
+        ort = onnxruntime()
         self.name = "onnxrt"
         self.notes: list[str] = []
         model = Model.load(path)
@@ -81,7 +85,7 @@ class OrtModel:
             self._plain.add_run_config_entry("gpu_graph_id", "-1")
 
     def bound(self, values: dict[str, Any]) -> Any:
-        """A binding of small inputs (device values), and of the logits, for which ONNX Runtime makes room."""
+        """A binding of small inputs (device values), and of the results, which ONNX Runtime allocates."""
         binding = self.session.io_binding()
         for name, value in values.items():
             binding.bind_ortvalue_input(name, value)
@@ -90,24 +94,33 @@ class OrtModel:
         return binding
 
     def run(self, binding: Any, options: Any = None) -> None:
+        """Run the session on a binding; by default without CUDA graphs."""
         self.session.run_with_iobinding(binding, options or self._plain)
 
     def feeds(self, ids: Ids, mask: Ids | None, positions: Ids, write: Ids | None = None) -> dict[str, Ids]:
-        """Of those inputs that the graph has, beside the caches."""
+        """The inputs that the graph has, without the caches, by name and in their types.
+
+        Args:
+            ids: int64 [rows, tokens].
+            mask: int64 [rows, total].
+            positions: int64 [rows, tokens].
+            write: the first slot to write of each row, int64 [rows].
+        """
         io = self.io
         pairs = ((io.ids, ids), (io.mask, mask), (io.positions, positions), (io.write_indices, write))
-        found = {
+        arrays = {
             port.name: np.ascontiguousarray(array, port.dtype)
             for port, array in pairs
             if port is not None and array is not None
         }
         if self.takes_tokens:
-            found[PAST_TOKENS] = np.zeros((len(ids), 1), np.int64)  # nobody reads what is made of it
-        return found
+            arrays[PAST_TOKENS] = np.zeros((len(ids), 1), np.int64)  # the output computed from it is not read
+        return arrays
 
     def last(self, outputs: list[Any], ends: Ids) -> Logits:
-        """The logits at `ends` of a prefill's outputs; the same as the last ones where the graph returns those
-        alone.
+        """The logits [rows, vocabulary] at the positions `ends` [rows] of a prefill's outputs.
+
+        If the graph returns the last logits alone, they are the logits at `ends`.
         """
         if self._device == "cuda" and (not self.io.logits_all or outputs[0].shape()[1] == 1):
             return DeviceLogits(*outputs[:2])

@@ -25,18 +25,19 @@ class OrtRuntime(OrtModel):
     _idle: Static | None = None
 
     def open(self, slots: int, length: int) -> OrtSession:
+        """See `Runtime.open`; the buffers of the last closed session are used again if they fit."""
         self._check_rows(slots)
         idle, self._idle = self._idle, None
         if idle is not None and idle.fits(slots, length):
             idle.reset()
-            return OrtSession(self, idle, slots, length)  # its buffers, and the graph captured with them, serve again
-        del idle  # give the old buffers back first
+            return OrtSession(self, idle, slots, length)  # the buffers and their captured graph are used again
+        del idle  # free the old buffers first
         kind = Whole if self.io.kind == "none" else Growing if self.io.kind == "concat" else Static
         with self.guarded(slots, length):
             return OrtSession(self, kind(self, slots, length), slots, length)
 
     def keep(self, state: CacheState) -> None:
-        """The state of a session that was closed."""
+        """Keep the state of a closed session for the next one, if its buffers are static."""
         self._idle = state if isinstance(state, Static) else None
 
     def score(self, prompts: Prompts) -> list[Floats]:
@@ -73,7 +74,7 @@ class OrtRuntime(OrtModel):
 
     @contextlib.contextmanager
     def guarded(self, rows: int, length: int) -> Iterator[None]:
-        """What ONNX Runtime raises becomes one line."""
+        """Turn exceptions of ONNX Runtime into a JobError of one line."""
         try:
             yield
         except JobError:
@@ -85,7 +86,7 @@ class OrtRuntime(OrtModel):
         if not is_out_of_memory(error):
             return JobError(f"{self.path}: ONNX Runtime failed: {one_line(error)}")
         cache = length * sum(int(np.prod(c.shape(1, 1))) * itemsize(c.past.dtype) for c in self.io.caches)
-        # Logits, their fp32 copy, and as much again for what the layers hand on.
+        # Logits, their fp32 copy, and the same size again for the activations between layers.
         row = 2 * cache + 3 * 4 * self.vocab_size * (length if self.io.logits_all else 1)
         memory = device_memory() if self._device == "cuda" else None
         room = int(0.9 * memory[1]) - self.weight_bytes if memory else available_bytes()

@@ -15,6 +15,7 @@ from onnxtools.analysis.cache import settle_sizes
 from onnxtools.analysis.decoder_io import Port
 from onnxtools.base.errors import JobError, one_line
 from onnxtools.base.extras import install_line
+from onnxtools.base.onnx_runtime import onnxruntime
 from onnxtools.check.sessions import CPU, open_session, session_options
 from onnxtools.engines.kernels.library import MIN_CAPABILITY, device_capability, find_nvcc, kernel_library
 from onnxtools.engines.kernels.rewrite import use_kernels
@@ -25,13 +26,12 @@ from onnxtools.ir.query import attribute, is_fp8_qdq
 
 
 def choose_device(wanted: str, notes: list[str]) -> str:
-    """`cuda` or `cpu`.
+    """`cuda` or `cpu`, by `wanted` (auto, cpu or cuda); a note says why auto takes the CPU.
 
     Raises:
-        JobError: CUDA was asked for and this ONNX Runtime has none.
+        JobError: CUDA was asked for, and this ONNX Runtime has no CUDA provider.
     """
-    import onnxruntime as ort
-
+    ort = onnxruntime()
     has = "CUDAExecutionProvider" in ort.get_available_providers()
     if has:
         _preload(ort)
@@ -47,7 +47,7 @@ def choose_device(wanted: str, notes: list[str]) -> str:
 
 
 def _preload(ort: Any) -> None:
-    """Load the CUDA libraries of torch or of the nvidia wheels, if there are any."""
+    """Load the CUDA libraries of torch or of the nvidia wheels, if they are installed."""
     with contextlib.suppress(ImportError):
         import torch  # noqa: F401  # its libraries are found once it is loaded
     if hasattr(ort, "preload_dlls"):
@@ -56,9 +56,9 @@ def _preload(ort: Any) -> None:
 
 @functools.cache
 def _cuda_devices() -> tuple[str, ...]:
-    """Names of the cards, of nvidia-smi."""
+    """Names of the GPUs as nvidia-smi lists them; none without nvidia-smi."""
     try:
-        found = subprocess.run(
+        listing = subprocess.run(
             ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"],
             capture_output=True,
             text=True,
@@ -67,15 +67,18 @@ def _cuda_devices() -> tuple[str, ...]:
         )
     except (OSError, subprocess.TimeoutExpired):
         return ()
-    return tuple(line.strip() for line in found.stdout.splitlines() if line.strip()) if found.returncode == 0 else ()
+    if listing.returncode != 0:
+        return ()
+    return tuple(line.strip() for line in listing.stdout.splitlines() if line.strip())
 
 
 def device_name(device: str) -> str:
+    """`device`, with the name of the first GPU for `cuda`."""
     return f"cuda ({_cuda_devices()[0]})" if device == "cuda" and _cuda_devices() else device
 
 
 def device_memory() -> tuple[int, int] | None:
-    """Used and total bytes of the first card; None without one."""
+    """Used and total memory of the first GPU in bytes; None without one."""
     if not _cuda_devices():
         return None
     query = ["nvidia-smi", "--query-gpu=memory.used,memory.total", "--format=csv,noheader,nounits", "--id=0"]
@@ -88,6 +91,11 @@ def open_decoder(
 ) -> tuple[Any, bool]:
     """A session of `model`, and whether its runs can be captured as CUDA graphs.
 
+    Args:
+        device: `cpu` or `cuda`.
+        notes: notes for people are added to it.
+        graph: whether to enable CUDA graphs.
+
     Raises:
         JobError: ONNX Runtime does not take the graph, or has no working CUDA.
     """
@@ -97,19 +105,21 @@ def open_decoder(
     settings = session_options(threads=options.threads, folder=model.path.parent)
     ours = register_kernels(settings, options, notes)
     if ours:
-        made = use_kernels(model)
+        counts = use_kernels(model)
         notes.append(
             "our kernels: "
-            + (", ".join(f"{count} {name}" for name, count in made.items()) or "none of the model's operators")
+            + (", ".join(f"{count} {name}" for name, count in counts.items()) or "none of the model's operators")
         )
     add_next_token(model, ahead=graph, kernel=ours)
     data = model.proto().SerializeToString()
     for captured in (True, False) if graph else (False,):
-        # What the graph says is what is computed: norms accumulate in fp32 (strict mode), and fp32 is not TF32.
+        # The session computes as the graph says: norms accumulate in fp32 (strict mode), and fp32 is not TF32.
         cuda = {
-            "enable_cuda_graph": str(int(captured)), "enable_skip_layer_norm_strict_mode": "1", "use_tf32": "0",
+            "enable_cuda_graph": str(int(captured)),
+            "enable_skip_layer_norm_strict_mode": "1",
+            "use_tf32": "0",
             "arena_extend_strategy": "kSameAsRequested",
-        }  # fmt: skip
+        }
         try:
             with _without_xqa() if _heads_alone(model) else contextlib.nullcontext():
                 session = _session(data, settings, [("CUDAExecutionProvider", cuda), "CPUExecutionProvider"], model)
@@ -131,10 +141,10 @@ def open_decoder(
 
 @contextlib.contextmanager
 def _without_xqa() -> Iterator[None]:
-    """Kernels read the variable while a session is made.
+    """Disable XQA while a session is created: kernels read the environment variable then.
 
-    XQA shares a KV head among its queries; with one query a head it took 29 us where cuDNN took 19 (H200, 16 x 32
-    heads, 148 tokens).
+    XQA shares a KV head among its query heads. With one query head per KV head it took 29 us where cuDNN took 19 (H200,
+    16 x 32 heads, 148 tokens).
     """
     name = "ORT_ENABLE_XQA"
     if name in os.environ:
@@ -166,11 +176,12 @@ def _session(source: str | bytes, settings: Any, providers: Sequence[Any], model
 
 
 def register_kernels(settings: Any, options: RuntimeOptions, notes: list[str]) -> bool:
-    """Let sessions with `settings` know our kernels, where they are wanted, there is a card for them, and they can be
-    compiled and loaded.
+    """Register onnxtools' kernels with the session options `settings`.
+
+    They are registered if `options` ask for them, the GPU supports them, and they can be compiled and loaded.
 
     Returns:
-        Whether they do; where they are wanted and do not, `notes` says why.
+        Whether they are registered. If they cannot be compiled or loaded, `notes` says why.
     """
     capability = device_capability() if options.kernels else 0
     if capability < MIN_CAPABILITY:
@@ -187,28 +198,30 @@ def register_kernels(settings: Any, options: RuntimeOptions, notes: list[str]) -
 
 
 def _heads_alone(model: Model) -> bool:
-    """Whether every GroupQueryAttention has as many KV heads as heads."""
+    """Whether there are GroupQueryAttention nodes and all have as many KV heads as query heads."""
     nodes = [node for node in model.graph if node.op_type == "GroupQueryAttention"]
     return bool(nodes) and all(attribute(node, "num_heads") == attribute(node, "kv_num_heads") for node in nodes)
 
 
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "Failed to allocate memory",
+    "bad allocation",
+    "std::bad_alloc",
+    "Available memory of",
+    "Unable to allocate",
+)
+"""Texts of ONNX Runtime's and CUDA's messages on a lack of memory."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception of ONNX Runtime or CUDA, which is recognized by its text, means a lack of memory."""
     text = str(error)
-    return isinstance(error, MemoryError) or any(
-        sign in text
-        for sign in (
-            "out of memory",
-            "Failed to allocate memory",
-            "bad allocation",
-            "std::bad_alloc",
-            "Available memory of",
-            "Unable to allocate",
-        )
-    )
+    return isinstance(error, MemoryError) or any(sign in text for sign in _OUT_OF_MEMORY)
 
 
 def ports(model: Model) -> tuple[list[Port], list[Port]]:
-    """Inputs and outputs of the graph."""
+    """The inputs and the outputs of the graph, in order."""
     settle_sizes(model)
     return [_port(value) for value in model.graph.inputs], [_port(value) for value in model.graph.outputs]
 
