@@ -1,3 +1,1 @@
-"""What can be said of a graph without running it: shapes, axes, attention, masks, positions, caches, matrix
-products.
-"""
+"""Static analysis of a graph: shapes, axes, attention, masks, positions, caches, matrix products."""

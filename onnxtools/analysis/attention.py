@@ -1,7 +1,8 @@
-"""Finding attention in a graph by its structure: a Softmax between two matrix products. Names play no part.
+"""Finds attention in a graph by its structure: a Softmax between two matrix products. Names play no part.
 
-For each block this recovers, through whatever reshapes and transposes the exporter chose, where queries, keys and
-values still have separate batch, sequence, head and channel axes, and which operators lie between the two products.
+For each block this module follows the reshapes and transposes of the exporter back to the point where queries, keys
+and values still have separate batch, sequence, head and channel axes. It also lists the operators between the two
+products.
 """
 
 from __future__ import annotations
@@ -40,11 +41,13 @@ class Operand:
     """Queries, keys or values of one block.
 
     Attributes:
-        value: where the cut is made: batch and sequence have axes of their own, heads are not yet repeated.
+        value: the value at the cut: batch and sequence have axes of their own, and heads are not yet repeated.
         layout: atoms of each axis of `value`.
-        batch, sequence: their atoms; heads, channels: the atoms that make up the head and the channel axis.
-        replay: elementwise nodes between the cut and the matrix product, in order, with their data input.
-        repeat: how often each head is repeated after the cut (grouped queries).
+        batch, sequence: their atoms.
+        heads, channels: the atoms that make up the head and the channel axis.
+        replay: elementwise nodes between the cut and the matrix product, in order, each with the index of its data
+            input.
+        repeat: copies of each head after the cut (grouped queries).
         repeat_first: copies lie outside the heads (0,1,0,1) instead of inside (0,0,1,1).
     """
 
@@ -60,16 +63,29 @@ class Operand:
 
     @property
     def head_count(self) -> int:
+        """Heads at the cut, before they are repeated."""
         return math.prod(atom.size for atom in self.heads)
 
     @property
     def head_size(self) -> int:
+        """Channels of a head."""
         return math.prod(atom.size for atom in self.channels)
 
 
 @dataclass
 class Attention:
-    """One attention block: its operands and the operators from scores to probabilities to output."""
+    """One attention block: its operands, and the operators from scores to probabilities to output.
+
+    Attributes:
+        softmax: the Softmax.
+        product_qk: the MatMul of queries and keys.
+        product_pv: the MatMul of probabilities and values.
+        query, key, value: its operands.
+        scores: nodes from `product_qk` to the Softmax, each with the index of its data input.
+        probabilities: nodes from the Softmax to `product_pv`, each with the index of its data input.
+        output: the last value after `product_pv` that is only a rearrangement of it.
+        output_layout: atoms of each axis of `output`.
+    """
 
     softmax: ir.Node
     product_qk: ir.Node
@@ -84,10 +100,14 @@ class Attention:
 
 
 def find_attention(model: Model, facts: Facts) -> list[Attention]:
-    """All attention blocks, in graph order.
+    """Returns all attention blocks of the main graph, in graph order.
 
+    Args:
+        model: the model.
+        facts: its facts (`analyse`).
     Raises:
-        JobError: a Softmax that feeds a matrix product of activations cannot be understood; names it and says why.
+        JobError: a Softmax feeds a matrix product of activations, but the block cannot be traced. The message names the
+            Softmax and the reason.
     """
     blocks: list[Attention] = []
     for node in model.graph:
@@ -134,7 +154,7 @@ def _block(softmax: ir.Node, facts: Facts) -> Attention | None:
 
 
 def _between_tokens(softmax: ir.Node, facts: Facts) -> bool:
-    """Whether the axis that is normalized is as long as a dynamic dimension: keys, not experts."""
+    """Whether the normalized axis has the size of a dynamic dimension: it then runs over keys, not experts."""
     shape = facts[softmax.inputs[0]].shape
     return shape is None or not facts.dims or shape[-1] in facts.dims.values()
 
@@ -156,9 +176,9 @@ _Path = tuple[ir.Node, list[tuple[ir.Node, int]]]
 
 
 def _up_to_product(value: ir.Value | None, facts: Facts) -> _Path | None:
-    """The query-key product above `value` and the nodes from it down to `value`, each with its data input.
+    """Returns the query-key product above `value`, and the nodes from it down to `value`, each with its data input.
 
-    Each value is looked at once: `Add(x, x)` has two ways up, and a chain of them exponentially many.
+    Each value is visited once: `Add(x, x)` has two paths up, and a chain of them exponentially many.
     """
     steps: list[tuple[ir.Value, list[tuple[ir.Node, int]]]] = [(value, [])] if value is not None else []
     seen: set[ir.Value] = set()
@@ -184,7 +204,7 @@ def _up_to_product(value: ir.Value | None, facts: Facts) -> _Path | None:
 
 
 def _down_to_product(value: ir.Value, facts: Facts) -> _Path | None:
-    """The probability-value product below `value` and the nodes on the way."""
+    """Returns the probability-value product below `value` and the nodes between, each with its data input."""
     steps: list[tuple[ir.Value, list[tuple[ir.Node, int]]]] = [(value, [])]
     seen: set[ir.Value] = set()
     while steps:
@@ -203,7 +223,7 @@ def _down_to_product(value: ir.Value, facts: Facts) -> _Path | None:
 
 
 def _climb(value: ir.Value, facts: Facts) -> list[tuple[ir.Node, int]]:
-    """Layout and elementwise nodes above `value` whose other inputs are constants, first to last."""
+    """Returns the layout and elementwise nodes above `value` whose other inputs are constants, first to last."""
     chain: list[tuple[ir.Node, int]] = []
     while True:
         node = value.producer()
@@ -231,7 +251,7 @@ def _climb(value: ir.Value, facts: Facts) -> list[tuple[ir.Node, int]]:
 
 
 def _layouts(value: ir.Value, facts: Facts) -> Iterator[tuple[ir.Value, list[tuple[ir.Node, int]], list[Layout]]]:
-    """Ways to start above `value`: (source, nodes down to `value`, layout before each node and at the end)."""
+    """Yields start points above `value`: (source, nodes down to `value`, layout before each node and at the end)."""
     chain = _climb(value, facts)
     for skip in range(len(chain) + 1):
         source = chain[skip][0].inputs[chain[skip][1]] if skip < len(chain) else value
@@ -249,7 +269,7 @@ def _layouts(value: ir.Value, facts: Facts) -> Iterator[tuple[ir.Value, list[tup
 
 
 def _operand(value: ir.Value | None, facts: Facts, sequence_axis: int) -> Operand:
-    """Trace one input of a product back to where its axes are separate."""
+    """Trace one input of a product back to the value whose axes are separate."""
     assert value is not None
     channel_axis = -1 if sequence_axis == -2 else -2
     for source, nodes, layouts in _layouts(value, facts):
@@ -265,9 +285,10 @@ def _operand(value: ir.Value | None, facts: Facts, sequence_axis: int) -> Operan
         cut = _cut(source, nodes, layouts, batch, sequence[0])
         if cut is None:
             continue
-        at, layout, below = cut
+        origin, layout, below = cut
         return Operand(
-            at, layout, batch, sequence[0], heads, channels, [(n, i) for n, i in below if n.op_type not in LAYOUT_OPS],
+            origin, layout, batch, sequence[0], heads, channels,
+            [(n, i) for n, i in below if n.op_type not in LAYOUT_OPS],
             math.prod(c.size for c in copies), bool(copies) and rest.index(copies[0]) < len(heads) and rest[0].repeat,
         )  # fmt: skip
     raise LayoutError(f"the axes of {value.name!r} cannot be told apart")
@@ -276,7 +297,7 @@ def _operand(value: ir.Value | None, facts: Facts, sequence_axis: int) -> Operan
 def _cut(
     source: ir.Value, nodes: list[tuple[ir.Node, int]], layouts: list[Layout], batch: Atom, sequence: Atom
 ) -> tuple[ir.Value, Layout, list[tuple[ir.Node, int]]] | None:
-    """The first place on the way down where batch and sequence are axes of their own and nothing is repeated yet."""
+    """Returns the first value on the way down with separate batch and sequence axes and no repetition before it."""
     value = source
     for position, layout in enumerate(layouts):
         axes = [leaves(axis) for axis in layout]
@@ -290,7 +311,7 @@ def _cut(
 
 
 def _share_heads(query: Operand, key: Operand, value: Operand) -> None:
-    """Grouped queries without an explicit repetition: the product broadcasts [b, g, r, ...] against [b, g, 1, ...]."""
+    """Handle grouped queries without a repetition: the product broadcasts [b, g, r, ...] against [b, g, 1, ...]."""
     for operand in (key, value):
         total = operand.head_count * operand.repeat
         if total == query.head_count:
@@ -303,8 +324,9 @@ def _share_heads(query: Operand, key: Operand, value: Operand) -> None:
 
 
 def _output(product: ir.Node, query: Operand, value: Operand, facts: Facts) -> tuple[ir.Value, Layout]:
-    """The last value after the product that is only a rearrangement of it, and its layout in (batch, head, sequence,
-    channel) atoms.
+    """Returns the last value after the product that is only a rearrangement of it, and its layout.
+
+    The layout consists of (batch, head, sequence, channel) atoms.
     """
     current = product.outputs[0]
     shape = facts[current].shape

@@ -1,8 +1,8 @@
-"""Where each axis of a tensor goes through Reshape, Transpose and their kind.
+"""Follows each axis of a tensor through Reshape, Transpose and similar operators.
 
 A tensor's layout is a list of axes; an axis is a list of `Atom`s, outermost first, whose sizes multiply to the axis
-size. Reshape regroups atoms in row-major order and splits one where it must; a split is seen from every layout that
-holds the atom, so following a tensor forward also tells how its source's axes are composed.
+size. Reshape regroups atoms in row-major order and splits one if it must. Every layout that holds the atom sees the
+split, so following a tensor forward also shows how its source's axes are composed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ from onnxtools.ir.query import attribute
 class Atom:
     """An indivisible piece of an axis, until a Reshape splits it into `parts` (outer, inner).
 
-    `repeat` marks copies that Expand or Tile made: it carries no data of its own.
+    Attributes:
+        size: number of elements.
+        repeat: the atom counts copies that Expand, Tile or Gather made, and has no data of its own.
+        parts: the two atoms of a split; empty before.
     """
 
     size: int
@@ -30,9 +33,11 @@ class Atom:
     parts: list[Atom] = field(default_factory=list)
 
     def leaves(self) -> list[Atom]:
+        """Returns the unsplit atoms that the atom consists of, outermost first."""
         return [leaf for part in self.parts for leaf in part.leaves()] if self.parts else [self]
 
     def split(self, outer: int) -> tuple[Atom, Atom]:
+        """Split the atom into one of size `outer` and the rest; `outer` must divide its size."""
         self.parts = [Atom(outer, self.repeat), Atom(self.size // outer, self.repeat)]
         return self.parts[0], self.parts[1]
 
@@ -45,11 +50,12 @@ class LayoutError(Exception):
 
 
 def start(shape: Sequence[int]) -> Layout:
-    """A fresh layout: one atom an axis."""
+    """Returns a new layout of `shape`, with one atom an axis."""
     return [[Atom(size)] for size in shape]
 
 
 def leaves(atoms: Iterable[Atom]) -> list[Atom]:
+    """Returns the unsplit atoms of an axis, outermost first."""
     return [leaf for atom in atoms for leaf in atom.leaves()]
 
 
@@ -57,10 +63,10 @@ LAYOUT_OPS = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identi
 
 
 def follow(layout: Layout, node: ir.Node, facts: Facts) -> Layout:
-    """The layout of the output of `node`, given that of its first input.
+    """Returns the layout of the output of `node`, given the layout of its first input.
 
     Raises:
-        LayoutError: not a layout operator, or one whose effect depends on run-time data.
+        LayoutError: `node` is no layout operator, or its effect depends on run-time data.
     """
     op, target = node.op_type, facts[node.outputs[0]].shape
     if target is None:
@@ -79,7 +85,11 @@ def follow(layout: Layout, node: ir.Node, facts: Facts) -> Layout:
 
 
 def regroup(layout: Layout, target: Sequence[int]) -> Layout:
-    """Distribute the atoms of `layout`, in order, over axes of the sizes `target` (row-major Reshape)."""
+    """Distribute the atoms of `layout`, in order, over axes of the sizes `target` (row-major Reshape).
+
+    Raises:
+        LayoutError: the sizes do not match, or a cut does not divide an atom.
+    """
     queue = [leaf for axis in layout for leaf in leaves(axis)]
     result: Layout = []
     for size in target:

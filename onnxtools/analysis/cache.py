@@ -1,4 +1,4 @@
-"""`CacheSpec`: the KV cache as inputs and outputs of a graph, and what else the graph says of it."""
+"""`CacheSpec`: the KV cache as inputs and outputs of a graph, and its sizes, positions and rotation."""
 
 from __future__ import annotations
 
@@ -24,37 +24,39 @@ CacheKind = Literal["none", "concat", "scatter", "gqa"]
 
 _PAST, _NEW = "past_key_values", "new_key_values"
 _PRESENT = ("present", "present_key_values")
-"""What an output is called whose input is past_key_values: hf and nemo naming of add-kv-cache, and optimum's."""
+"""Prefixes of the outputs that continue past_key_values: hf and nemo naming of add-kv-cache, and optimum's."""
 
 
 def is_past(name: str | None) -> bool:
-    """Whether an input of that name is a cache that is carried from step to step."""
+    """Whether an input called `name` is a cache, which a step takes from the step before."""
     return (name or "").startswith(_PAST)
 
 
 def may_be_past(name: str | None) -> bool:
-    """Whether an input may be some exporter's cache: what is random, or real data, elsewhere is not asked of it."""
+    """Whether an input may be the cache of any exporter. Such an input gets no random or calibration data."""
     return "past" in (name or "").lower()
 
 
 def is_foreign_past(name: str | None) -> bool:
-    """Whether an input is a cache by anybody's names."""
+    """Whether an input is a cache by the names of any known exporter."""
     return "past_key" in (name or "")
 
 
 def is_present(name: str | None) -> bool:
-    """Whether an output of that name belongs to the cache."""
+    """Whether an output called `name` belongs to the cache."""
     return "key_values" in (name or "") or (name or "").startswith("present.")
 
 
 def kind_of(name: str | None) -> Kind:
-    """Key or value: the last word of the cache's name (`past_key_values.0.value` has both)."""
+    """Returns "key" or "value", whichever comes last in the cache's name (`past_key_values.0.value` has both)."""
     return "value" if (name or "").rfind("value") > (name or "").rfind("key") else "key"
 
 
 def present_of(past: str, outputs: Container[str]) -> tuple[str, bool] | None:
-    """The output that carries on the input `past`, and whether it holds the new tokens alone (--policy new); None where
-    there is none.
+    """Finds the output that continues the input `past`.
+
+    Returns:
+        Its name, and whether it holds only the new tokens (--policy new); None if there is no such output.
     """
     rest = past.removeprefix(_PAST)
     for prefix in (*_PRESENT, _NEW):
@@ -64,13 +66,21 @@ def present_of(past: str, outputs: Container[str]) -> tuple[str, bool] | None:
 
 
 def cache_inputs(model: Model) -> list[ir.Value]:
-    """The graph's inputs that are caches, in its order."""
+    """Returns the graph's inputs that are caches, in graph order."""
     return [value for value in model.graph.inputs if is_past(value.name)]
 
 
 @dataclass(frozen=True)
 class CacheTensor:
-    """One tensor of the cache of a graph: its input, the output that carries it on (if any), and the axis of tokens."""
+    """One tensor of the cache of a graph.
+
+    Attributes:
+        past: name of its input.
+        present: name of the output that continues it, if any.
+        axis: the axis of tokens.
+        shape: the input's sizes; a dynamic one is a name or None.
+        dtype: element type.
+    """
 
     past: str
     present: str | None
@@ -81,7 +91,7 @@ class CacheTensor:
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """The KV cache of a graph. Nothing else looks at the names of its inputs and outputs.
+    """The KV cache of a graph. Only this module examines the names of cache inputs and outputs.
 
     Attributes:
         kind: `concat`: outputs are longer than inputs; `scatter`, `gqa`: buffers of a fixed length that are written in
@@ -91,9 +101,9 @@ class CacheSpec:
         policy: `concat`: outputs hold the whole cache; `new`: only the new tokens (new_key_values.N.key).
         layout: `bnsh` [batch, kv_heads, sequence, head_dim]; `sbnh` [sequence, batch, kv_heads, head_dim].
         batch: size or name of the batch axis.
-        layers, heads, head_dim, dtype: of all caches; 0 and None where layers differ, or nobody has said.
-        length: slots of a fixed length.
-        tensors: those of the graph it was found in.
+        layers, heads, head_dim, dtype: of all caches; 0 or None if layers differ or the value is unknown.
+        length: slots of a cache of fixed length, else None.
+        tensors: the tensors of the graph that `find` examined.
     """
 
     kind: CacheKind = "concat"
@@ -110,8 +120,9 @@ class CacheSpec:
 
     @classmethod
     def find(cls, model: Model) -> CacheSpec | None:
-        """The cache of `model`, whose sizes are written into its shapes where they were called by a name; None where it
-        has none.
+        """Returns the cache of `model`, or None if it has none.
+
+        It also writes sizes into the model's shapes (`settle_sizes`).
         """
         pasts = cache_inputs(model)
         if not pasts:
@@ -120,13 +131,11 @@ class CacheSpec:
         outputs = {value.name or "" for value in model.graph.outputs}
         tensors, policies = [], set[bool]()
         for value in pasts:
-            found = present_of(value.name or "", outputs)
+            present, is_new = present_of(value.name or "", outputs) or (None, False)
             assert value.shape is not None and value.dtype is not None
             shape = tuple(dim if isinstance(dim, int) else dim.value for dim in value.shape)
-            tensors.append(
-                CacheTensor(value.name or "", found[0] if found else None, token_axis(shape), shape, value.dtype)
-            )
-            policies.add(bool(found and found[1]))
+            tensors.append(CacheTensor(value.name or "", present, token_axis(shape), shape, value.dtype))
+            policies.add(is_new)
         first = tensors[0]
         heads, size = (first.shape[1], first.shape[3]) if len(first.shape) == 4 and first.axis == 2 else (None, None)
         length = first.shape[first.axis] if len(first.shape) > first.axis else None
@@ -142,8 +151,13 @@ class CacheSpec:
         )  # fmt: skip
 
     def feeds(self, rows: int, length: int = 0) -> dict[str, np.ndarray[Any, Any]]:
-        """Zeros for every input: `rows` sequences with room for `length` tokens; bfloat16, which numpy lacks, as
-        float32.
+        """Returns zeros for every cache input, by name.
+
+        Args:
+            rows: sequences.
+            length: tokens in a cache of dynamic length.
+        Returns:
+            Arrays of the inputs' types; float32 for bfloat16, which numpy lacks.
         """
         feeds = {}
         for tensor in self.tensors:
@@ -156,7 +170,7 @@ class CacheSpec:
         return feeds
 
     def carried(self) -> list[tuple[CacheTensor, str]]:
-        """Each tensor and its output.
+        """Returns each tensor with the name of its output.
 
         Raises:
             JobError: an input of the cache has no output.
@@ -169,7 +183,7 @@ class CacheSpec:
         return [(tensor, tensor.present) for tensor in self.tensors if tensor.present is not None]
 
     def to_json(self) -> dict[str, Any]:
-        """As onnxtools.json has it."""
+        """Returns the content of `kv_cache` in onnxtools.json."""
         dtypes = {value: key for key, value in BY_NAME.items()}
         return {
             "kind": self.kind, "dtype": dtypes[self.dtype] if self.dtype is not None else None, "layout": self.layout,
@@ -178,21 +192,22 @@ class CacheSpec:
         }  # fmt: skip
 
     def declare(self, builder: Builder) -> CacheWriter:
-        """What adds the tensors to the graph of `builder`."""
+        """Returns a writer that adds the tensors to the graph of `builder`."""
         return CacheWriter(self, builder)
 
     @property
     def axis(self) -> int:
-        """The sequence axis."""
+        """The sequence axis of `layout`."""
         return 2 if self.layout == "bnsh" else 0
 
     def names(self, index: int | str, kind: str) -> tuple[str, str]:
-        """Input and output of block `index`."""
+        """Returns the names of the input and output of block `index`; `kind` is "key" or "value"."""
         part = f"{index}.decoder.{kind}" if self.naming == "nemo" else f"{index}.{kind}"
         whole = "present_key_values" if self.naming == "nemo" else "present"
         return f"past_key_values.{part}", f"{whole if self.policy == 'concat' else 'new_key_values'}.{part}"
 
     def shape(self, heads: int, length: Dim, channels: int) -> list[Dim]:
+        """Returns the sizes of one cache tensor in `layout`."""
         return [self.batch, heads, length, channels] if self.layout == "bnsh" else [length, self.batch, heads, channels]
 
 
@@ -206,7 +221,7 @@ class CacheWriter:
     def past(
         self, index: int, kind: str, heads: int, channels: int, dtype: ir.DataType, length: Dim = "past_sequence"
     ) -> ir.Value:
-        """Add the input."""
+        """Add the cache input of block `index` to the graph and return it."""
         shape = ir.Shape(self.spec.shape(heads, length, channels))
         value = ir.val(self.builder.names(self.spec.names(index, kind)[0]), dtype, shape)
         self.builder.graph.inputs.append(value)
@@ -222,34 +237,36 @@ class CacheWriter:
         dtype: ir.DataType,
         length: Dim = "total_sequence",
     ) -> ir.Value:
-        """Make `value` the output."""
+        """Make `value` the cache output of block `index` and return it."""
         value.name = self.builder.names(self.spec.names(index, kind)[1])
         value.shape, value.dtype = ir.Shape(self.spec.shape(heads, length, channels)), dtype
         self.builder.graph.outputs.append(value)
         return value
 
     def concat(self, past: ir.Value, new: ir.Value, prefix: str) -> ir.Value:
-        """Past, then new, along the sequence."""
+        """Add a Concat of `past` and `new` along the sequence axis."""
         return self.builder.op("Concat", [past, new], f"{prefix}/Concat", axis=self.spec.axis)
 
     def past_length(self, past: ir.Value, name: str) -> ir.Value:
-        """Tokens in the cache, shape [1]."""
+        """Add a Shape that returns the number of tokens in the cache, int64 [1]."""
         return self.builder.op(
             "Shape", [past], name, dtype=ir.DataType.INT64, shape=[1], start=self.spec.axis, end=self.spec.axis + 1
         )
 
 
 def token_axis(shape: Sequence[Dim]) -> int:
-    """The axis of tokens: the dynamic one called past... or cache..., else the third, as in [batch, heads, tokens,
-    channels].
+    """Returns the axis of tokens: the first dynamic one with "past" or "cache" in its name, else 2.
+
+    Axis 2 is that of [batch, heads, tokens, channels].
     """
     named = (axis for axis, dim in enumerate(shape) if isinstance(dim, str) and ("past" in dim or "cache" in dim))
     return next(named, 2)
 
 
 def settle_sizes(model: Model) -> None:
-    """Write the head size of caches into their shapes where it is called by a name, as ONNX Runtime GenAI does; the
-    graph knows it.
+    """Replace a symbolic head size in the shapes of caches, as ONNX Runtime GenAI writes them, by its number.
+
+    The number follows from the graph: from the nodes that join the cache with new keys or values.
     """
     named = [
         value
@@ -259,7 +276,7 @@ def settle_sizes(model: Model) -> None:
     if not named:
         return
     facts = analyse(model)
-    known: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     for past in named:
         for node, index in past.uses():
             size = _head_size(node, index, facts)
@@ -271,23 +288,21 @@ def settle_sizes(model: Model) -> None:
                     assert value.shape is not None
                     dim = value.shape[3]
                     if isinstance(dim, ir.SymbolicDim) and dim.value:
-                        known[dim.value] = size
+                        sizes[dim.value] = size
                     value.shape = ir.Shape([*list(value.shape)[:3], size])
-    for value in (
-        *model.graph.inputs,
-        *model.graph.outputs,
-    ):  # one name is one size; behind a layer that is not known nothing else is
+    # One name is one size. Behind an unknown layer, the name is the only source.
+    for value in (*model.graph.inputs, *model.graph.outputs):
         last = value.shape[3] if value.shape is not None and len(value.shape) == 4 else None
-        if value.shape is not None and isinstance(last, ir.SymbolicDim) and last.value in known:
-            value.shape = ir.Shape([*list(value.shape)[:3], known[last.value]])
+        if value.shape is not None and isinstance(last, ir.SymbolicDim) and last.value in sizes:
+            value.shape = ir.Shape([*list(value.shape)[:3], sizes[last.value]])
 
 
 def _head_size(node: ir.Node, index: int, facts: Facts) -> int | None:
-    """Channels of a head, off what joins the cache with new keys or values."""
-    known = set(facts.dims.values())
+    """Returns the channels of a head, from a node that joins the cache (its input `index`) with new keys or values."""
+    dynamic_sizes = set(facts.dims.values())
     if is_op(node, "Concat", "TensorScatter") and index == 0:
         shape = facts[node.inputs[1]].shape
-        return shape[3] if shape is not None and len(shape) == 4 and shape[3] not in known else None
+        return shape[3] if shape is not None and len(shape) == 4 and shape[3] not in dynamic_sizes else None
     if is_op(node, "GroupQueryAttention", domain="com.microsoft") and index in (3, 4):
         heads, shared = attribute(node, "num_heads", 0), attribute(node, "kv_num_heads", 0)
         keys, packed = facts[node.inputs[1]].shape, facts[node.inputs[0]].shape
@@ -298,18 +313,19 @@ def _head_size(node: ir.Node, index: int, facts: Facts) -> int | None:
 
 
 def positions(model: Model) -> int | None:
-    """Tokens that a sequence may have, as far as the model says: its exporter, else its tables of positions."""
+    """Returns the longest sequence in tokens, by the model's description, else by its position tables, else None."""
     info = described(model)
-    found = info["model"].get("max_position_embeddings") if info else table_rows(model)
-    return found if isinstance(found, int) and found > 0 else None
+    limit = info["model"].get("max_position_embeddings") if info else table_rows(model)
+    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def rotation(keys: ir.Value | None, facts: Facts, model: Model) -> tuple[int, bool]:
-    """How rotary embedding turned `keys` (or queries) [batch, heads, sequence, head_dim]: rotated channels, and whether
-    pairs are neighbours.
+    """Returns the rotary embedding of `keys` (or queries) [batch, heads, sequence, head_dim].
 
-    Of the RotaryEmbedding before them, through a cache too; else of what the model says of itself; (0, False) where
-    nothing is known.
+    The source is the RotaryEmbedding before them, through a cache too, else the model's description.
+
+    Returns:
+        The number of rotated channels, and whether pairs are neighbours; (0, False) if unknown.
     """
     node = keys.producer() if keys is not None else None
     while node is not None and is_op(node, "Cast", "Transpose", "Identity", "Concat", "TensorScatter"):

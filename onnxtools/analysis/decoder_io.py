@@ -1,4 +1,4 @@
-"""Which inputs and outputs of a graph or engine are tokens, mask, positions and cache. Shared by the runtimes."""
+"""Sorts the inputs and outputs of a graph or engine: tokens, mask, positions, cache. The runtimes share it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Dim = int | str | None
 
 @dataclass(frozen=True)
 class Port:
-    """An input or output; a dimension that is not an int is dynamic. `dtype` is ONNX's name in lower case (float16)."""
+    """An input or output. A dimension other than an int is dynamic. `dtype` is ONNX's name in lower case (float16)."""
 
     name: str
     dtype: str
@@ -23,21 +23,21 @@ class Port:
 
 @dataclass(frozen=True)
 class CachePort:
-    """A cache tensor: its input, its output, and the axis along which tokens are kept."""
+    """A cache tensor: its input, its output, and the axis of tokens."""
 
     past: Port
     present: Port
     axis: int
 
     def shape(self, rows: int, length: int) -> list[int]:
-        """With `rows` sequences of `length` tokens; other dimensions are the model's own."""
-        found = []
+        """Returns the sizes for `rows` sequences of `length` tokens. Fixed dimensions stay."""
+        sizes = []
         for axis, dim in enumerate(self.past.shape):
             if axis == self.axis:
-                found.append(dim if isinstance(dim, int) else length)
+                sizes.append(dim if isinstance(dim, int) else length)
             else:
-                found.append(dim if isinstance(dim, int) else rows)
-        return found
+                sizes.append(dim if isinstance(dim, int) else rows)
+        return sizes
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,14 @@ class DecoderIO:
     """A decoder's ports by their use.
 
     Attributes:
-        logits_all: whether logits of every token are returned, not of the last alone.
+        ids: token ids.
+        mask: attention mask [batch, length], if any.
+        positions: position ids, if any.
+        write_indices: slots to write in a static cache, if any.
+        caches: the cache tensors.
+        logits: logits [batch, sequence, vocabulary].
+        kind: how the cache grows.
+        logits_all: whether logits of every token are returned, not only of the last one.
     """
 
     ids: Port
@@ -59,40 +66,46 @@ class DecoderIO:
 
     @property
     def vocab_size(self) -> int:
+        """Tokens of the vocabulary; 2^31 if the graph does not fix them."""
         return size if isinstance(size := self.logits.shape[-1], int) else 1 << 31
 
     @property
     def batch_limit(self) -> int | None:
-        """Rows that the graph is fixed to, if it is."""
+        """The fixed batch size of the graph, or None."""
         rows = self.ids.shape[0]
         return rows if isinstance(rows, int) and rows > 0 else None
 
     @property
     def cache_length(self) -> int | None:
-        """Slots of a static cache."""
+        """Slots of a static cache, or None."""
         lengths = {c.past.shape[c.axis] for c in self.caches}
-        found = lengths.pop() if len(lengths) == 1 else None
-        return found if isinstance(found, int) and found > 0 else None
+        length = lengths.pop() if len(lengths) == 1 else None
+        return length if isinstance(length, int) and length > 0 else None
 
 
 def decoder_io(path: Path, inputs: Sequence[Port], outputs: Sequence[Port], *, gqa: bool = False) -> DecoderIO:
     """Sort the ports of a decoder.
 
     Args:
+        path: the graph or engine, for errors.
+        inputs: all inputs.
+        outputs: all outputs.
         gqa: the graph holds com.microsoft.GroupQueryAttention.
     Raises:
-        JobError: an input that cannot be fed, or no logits.
+        JobError: an input cannot be fed, the cache has an unknown form, or there are no logits.
     """
-    named = {port.name: port for port in inputs}
-    if len(named) < len(inputs):
+    remaining = {port.name: port for port in inputs}
+    if len(remaining) < len(inputs):
         raise JobError(f"{path}: two of its inputs have one name; export or build the model again")
     pasts = [port for port in inputs if is_past(port.name)]
-    tokens = {name: named.pop(name, None) for name in ("input_ids", "attention_mask", "position_ids", "write_indices")}
+    tokens = {
+        name: remaining.pop(name, None) for name in ("input_ids", "attention_mask", "position_ids", "write_indices")
+    }
     for past in pasts:
-        del named[past.name]
+        del remaining[past.name]
     ids = tokens["input_ids"]
-    if ids is None or named:
-        odd = next(iter(named), None)
+    if ids is None or remaining:
+        odd = next(iter(remaining), None)
         raise JobError(
             f"{path}: {f'input {odd!r} cannot be fed' if odd else 'has no input input_ids'}; a model to run takes "
             "input_ids, and attention_mask,"
@@ -133,17 +146,18 @@ def decoder_io(path: Path, inputs: Sequence[Port], outputs: Sequence[Port], *, g
 
 
 def _present(path: Path, past: Port, outputs: dict[str, Port]) -> Port:
-    found = present_of(past.name, outputs)
-    if found is None:
+    match = present_of(past.name, outputs)
+    if match is None:
         raise JobError(
             f"{path}: input {past.name!r} has no output that carries it on (present...); add the cache again with "
             "add-kv-cache"
         )
-    if found[1]:
+    name, is_new = match
+    if is_new:
         raise JobError(
             f"{path}: returns the new keys and values alone (--policy new); run add-kv-cache with --policy concat"
         )
-    return outputs[found[0]]
+    return outputs[name]
 
 
 def _axis(path: Path, past: Port) -> int:

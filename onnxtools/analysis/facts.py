@@ -1,10 +1,10 @@
-"""What is known about every value of a graph without running it: dtype, shape, and elements where they follow from
-constants and shapes alone.
+"""Static facts about every value of a graph: dtype, shape, and elements if they follow from constants and shapes.
 
 Symbolic dimensions get stand-in sizes (distinct primes that divide no constant dimension), so shape arithmetic,
-position ids and masks can be evaluated with plain numpy. What is the same under two sets of stand-ins does not depend
-on them: that is what `constants` returns and what may be folded. One set is small, one larger than any length that a
-graph compares with, and one is all ones, so that neither a crop nor a special case for one token looks constant.
+position ids and masks can be evaluated with plain numpy. Values that are equal under several sets of stand-ins do not
+depend on them: `constants` returns these values, and they may be folded. One set is small, one is larger than any
+length that a graph compares with, and one is all ones, so that neither a crop nor a special case for one token looks
+constant.
 
 Weights are never read: floating-point constants beyond `FLOAT_LIMIT` elements have a shape and no elements.
 """
@@ -27,19 +27,28 @@ from onnxtools.ir.query import attribute, constant_tensor
 from onnxtools.storage.rows import elements
 
 FLOAT_LIMIT = 1 << 16
+"""Most elements of a floating-point or one-byte constant that is read."""
 VALUE_LIMIT = 1 << 25
+"""Most elements of a computed value."""
 CONSTANT_LIMIT = 1 << 22
+"""Most elements of another constant that is read."""
 LONG = 100_003
+"""Stand-ins above it are longer than any length that a graph compares with."""
 
 Array = np.ndarray[Any, Any]
 
 
 class Facts:
-    """Facts of all values of the main graph. Look up with `facts[value]`; absent values give `UNKNOWN`."""
+    """Facts of all values of the main graph. `facts[value]` is the fact of a value, `UNKNOWN` if there is none.
+
+    Attributes:
+        dims: sizes of the symbolic dimensions by name.
+        limit: values with more elements are not computed.
+    """
 
     def __init__(self, dims: dict[str, int], limit: int = VALUE_LIMIT) -> None:
         self.dims = dims
-        self.limit = limit  # elements of a value that are computed
+        self.limit = limit
         self._facts: dict[ir.Value, Fact] = {}
 
     def __getitem__(self, value: ir.Value | None) -> Fact:
@@ -75,11 +84,11 @@ _WHOLE_TYPES = {
 
 
 def stand_ins(model: Model, above: int = 10) -> dict[str, int]:
-    """A prime for every symbolic dimension of the inputs; unnamed ones are called `<input>:<axis>`.
+    """Returns a prime for every symbolic dimension of the inputs, by name. Unnamed ones are called `<input>:<axis>`.
 
-    In integer inputs of rank 2 (token ids, position ids, attention masks) axis 0 is one batch and axis 1 one sequence
-    whatever names the exporter chose, since they meet in the same broadcasts; a mask over a growing cache is as long as
-    past and new tokens together. All are larger than `above`.
+    All are larger than `above`. In integer inputs of rank 2 (token ids, position ids, attention masks), axis 0 is one
+    batch and axis 1 one sequence, whatever names the exporter chose, since they meet in the same broadcasts. A mask
+    over a growing cache is as long as past and new tokens together, so its size is their sum.
     """
     constants = {int(d) for _, tensor in model.weights() for d in tensor.shape.numpy() if d}
     primes = _primes(constants, above)
@@ -112,20 +121,21 @@ def stand_ins(model: Model, above: int = 10) -> dict[str, int]:
 
 
 def dim_terms(name: str) -> list[int | str]:
-    """The terms of a dimension that is called a sum, such as optimum's `past_sequence_length + sequence_length`; of
-    another its name alone.
+    """Returns the terms of a dimension whose name is a sum, such as optimum's `past_sequence_length + sequence_length`.
+
+    For another name it returns the name alone.
     """
     terms = [term.strip() for term in name.split("+")]
     return [int(term) if term.isdigit() else term for term in terms] if all(terms) else [name]
 
 
 def is_past_length(dim: str) -> bool:
-    """Whether a dimension of that name is the number of tokens in a cache."""
+    """Whether a dimension called `dim` is the number of tokens in a cache."""
     return "past" in dim.lower()
 
 
 def _growing_past(model: Model) -> str | None:
-    """Name of the length of caches that are an input."""
+    """Returns the dimension name of the length of the cache inputs, or None."""
     for value in model.graph.inputs:
         for dim in value.shape or ():
             if isinstance(dim, ir.SymbolicDim) and dim.value and is_past_length(dim.value) and not is_ids_like(value):
@@ -134,29 +144,31 @@ def _growing_past(model: Model) -> str | None:
 
 
 def is_ids_like(value: ir.Value) -> bool:
-    """Token ids, position ids or an attention mask: integers [batch, sequence]."""
+    """Whether `value` has the type and rank of token ids, position ids or an attention mask: integers of rank 2."""
     return value.shape is not None and len(value.shape) == 2 and value.dtype in (ir.DataType.INT64, ir.DataType.INT32)
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """The token ids of a model and which of their two axes is the sequence (the other is the batch)."""
+    """The token ids of a model; `axis` is the sequence axis, the other one the batch axis."""
 
     value: ir.Value
     axis: int
 
     @property
     def batch_axis(self) -> int:
+        """The batch axis."""
         return 1 - self.axis
 
 
 _BESIDE_TOKENS = ("mask", "position", "type", "segment")
-"""In the names of inputs that have a number for each token and are none; some exporters sort inputs by name."""
+"""Parts of the names of inputs that have a number for each token other than its id. Some exporters sort inputs."""
 
 
 def token_input(model: Model) -> Tokens | None:
-    """The first integer input of rank 2: [batch, sequence], or [sequence, batch] where its dimensions are named so;
-    masks and the like come last.
+    """Returns the token ids: the first integer input of rank 2; masks, positions and token types come last.
+
+    They are [batch, sequence], or [sequence, batch] if the dimensions are named so. None if there is no such input.
     """
     for value in sorted(
         model.graph.inputs, key=lambda v: any(part in (v.name or "").lower() for part in _BESIDE_TOKENS)
@@ -168,6 +180,7 @@ def token_input(model: Model) -> Tokens | None:
 
 
 def dim_name(value: ir.Value, axis: int) -> str:
+    """Returns the name of a symbolic dimension of an input, or `<input>:<axis>` if it has none."""
     assert value.shape is not None
     dim = value.shape[axis]
     text = dim.value if isinstance(dim, ir.SymbolicDim) else None
@@ -182,10 +195,11 @@ def _primes(avoid: set[int], above: int) -> Iterator[int]:
 
 
 def analyse(model: Model, dims: Mapping[str, int] | None = None, limit: int = VALUE_LIMIT) -> Facts:
-    """Walk the main graph once, in order.
+    """Computes the facts of the main graph in one pass, in graph order.
 
     Args:
-        dims: sizes for symbolic input dimensions; `stand_ins(model)` by default.
+        model: a model whose graph is sorted.
+        dims: sizes of the symbolic input dimensions by name; `stand_ins(model)` by default.
         limit: values with more elements are not computed.
     """
     facts = Facts(dict(dims) if dims is not None else stand_ins(model), limit)
@@ -201,10 +215,13 @@ def analyse(model: Model, dims: Mapping[str, int] | None = None, limit: int = VA
 
 
 def constants(model: Model) -> tuple[list[Facts], dict[ir.Value, Array]]:
-    """Analyses under three sets of sizes, and the elements of every node output on which they agree."""
+    """Returns the facts under three sets of sizes, and the elements of every node output on which they agree.
+
+    A graph without symbolic dimensions has one set.
+    """
     small, large = stand_ins(model), stand_ins(model, above=LONG)
     views = [analyse(model, small)]
-    if small:  # a static graph has but one set of sizes
+    if small:  # a static graph has only one set of sizes
         views += [analyse(model, large, limit=2 * LONG), analyse(model, dict.fromkeys(small, 1))]
     agreed: dict[ir.Value, Array] = {}
     for node in model.graph:
@@ -221,7 +238,7 @@ def _same(a: Array, b: Array) -> bool:
 
 
 def infer_node(node: ir.Node, facts: Facts, model: Model) -> None:
-    """Fill in the facts of the outputs of one node."""
+    """Set the facts of the outputs of one node. Unknown operators get the recorded types and no shapes."""
     domain = "" if node.domain == "ai.onnx" else node.domain
     if domain == "" and node.op_type == "Constant":
         return
@@ -241,8 +258,10 @@ def infer_node(node: ir.Node, facts: Facts, model: Model) -> None:
     if domain == "" and node.op_type in ("If", "Loop", "Scan"):
         _infer_branches(node, facts)
         return
-    known = domain == "" and all(i.value is not None for v, i in zip(node.inputs, inputs, strict=True) if v is not None)
-    if known and node.op_type not in _OPAQUE and _evaluate(node, inputs, facts, model):
+    inputs_known = domain == "" and all(
+        i.value is not None for v, i in zip(node.inputs, inputs, strict=True) if v is not None
+    )
+    if inputs_known and node.op_type not in _OPAQUE and _evaluate(node, inputs, facts, model):
         return
     shapes: list[tuple[int, ...]] | None = None
     if domain == "" and node.op_type in SHAPE_RULES:
@@ -266,7 +285,7 @@ _OPAQUE = {"MaxPool", "RandomNormal", "RandomUniform", "RandomNormalLike", "Rand
     "Multinomial", "If", "Loop", "Scan",
            "SplitToSequence", "SequenceAt", "SequenceConstruct", "ConcatFromSequence", "QuantizeLinear",
            "DequantizeLinear"}  # fmt: skip
-"""Random, or better left: onnx's reference counts MaxPool's indices wrongly."""
+"""Operators that are not evaluated: random ones, or e.g. MaxPool, whose indices onnx's reference counts wrongly."""
 
 
 def _infer_te(node: ir.Node, inputs: list[Fact], facts: Facts) -> None:
@@ -280,8 +299,9 @@ def _infer_te(node: ir.Node, inputs: list[Fact], facts: Facts) -> None:
 
 
 def _infer_contributed(node: ir.Node, inputs: list[Fact], facts: Facts) -> None:
-    """ONNX Runtime's own operators that `export --kv-cache gqa` and `lower-ort` write: most outputs are like the first
-    input.
+    """Infer ONNX Runtime's own operators, which `export --kv-cache gqa` and `lower-ort` write.
+
+    Most outputs have the type and shape of the first input.
     """
     first = inputs[0]
     shapes = [first.shape] * len(node.outputs)
@@ -310,7 +330,7 @@ def _infer_shape_op(node: ir.Node, source: Fact, facts: Facts) -> None:
 
 
 def _infer_sequence_at(node: ir.Node, inputs: list[Fact], facts: Facts) -> None:
-    """One piece of a SplitToSequence, which is all that exporters use sequences for."""
+    """Infer one piece of a SplitToSequence, the only use that exporters make of sequences."""
     split = node.inputs[0].producer() if node.inputs[0] is not None else None
     if split is None or split.op_type != "SplitToSequence":
         return
@@ -329,27 +349,27 @@ def _infer_sequence_at(node: ir.Node, inputs: list[Fact], facts: Facts) -> None:
 
 
 def _infer_branches(node: ir.Node, facts: Facts) -> None:
-    """Element types of what a node with graphs inside makes, as one of these graphs says them."""
+    """Infer the output types of a node with inner graphs from the outputs of the first of these graphs."""
     inner = next((a.as_graph() for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH), None)
-    made = list(inner.outputs)[1 if node.op_type == "Loop" else 0 :] if inner is not None else []
+    branch_outputs = list(inner.outputs)[1 if node.op_type == "Loop" else 0 :] if inner is not None else []
     for index, output in enumerate(node.outputs):
-        facts[output] = Fact(output.dtype or (made[index].dtype if index < len(made) else None))
+        facts[output] = Fact(output.dtype or (branch_outputs[index].dtype if index < len(branch_outputs) else None))
 
 
 def sequence_sizes(split: ir.Node, size: int, facts: Facts) -> list[int] | None:
-    """Sizes of the pieces of a SplitToSequence along an axis of `size`; None where they are computed at run time."""
+    """Returns the sizes of the pieces of a SplitToSequence along an axis of `size`; None if computed at run time."""
     if len(split.inputs) < 2 or split.inputs[1] is None:
         return [1] * size
-    given = facts[split.inputs[1]].value
-    if given is None:
+    split_sizes = facts[split.inputs[1]].value
+    if split_sizes is None:
         return None
-    if given.ndim == 0:
-        return [min(int(given), size - start) for start in range(0, size, int(given))]
-    return [int(s) for s in given]
+    if split_sizes.ndim == 0:
+        return [min(int(split_sizes), size - start) for start in range(0, size, int(split_sizes))]
+    return [int(s) for s in split_sizes]
 
 
 def _evaluate(node: ir.Node, inputs: list[Fact], facts: Facts, model: Model) -> bool:
-    """Compute the elements with numpy (onnx's reference kernels for rare operators); False if they are too many."""
+    """Compute the elements with numpy, or with onnx's reference kernels; False if they are too many or it fails."""
     rule = VALUE_RULES.get(node.op_type)
     try:
         if rule is not None:
@@ -366,27 +386,25 @@ def _evaluate(node: ir.Node, inputs: list[Fact], facts: Facts, model: Model) -> 
         return False
     results = list(result) if isinstance(result, (tuple, list)) else [result]
     grown = node.op_type in _GROWERS or any(i.grown for i in inputs)
-    made: list[Fact] = []
-    for array, known in zip(map(np.asarray, results), dtypes, strict=False):
-        dtype = known or ir.DataType.from_numpy(array.dtype)
+    new_facts: list[Fact] = []
+    for array, inferred in zip(map(np.asarray, results), dtypes, strict=False):
+        dtype = inferred or ir.DataType.from_numpy(array.dtype)
         if array.size > facts.limit:
             return False
-        made.append(Fact(dtype, array.shape, array.astype(dtype.numpy(), copy=False), grown and array.size > 1))
-    for output, fact in zip(node.outputs, made, strict=False):
+        new_facts.append(Fact(dtype, array.shape, array.astype(dtype.numpy(), copy=False), grown and array.size > 1))
+    for output, fact in zip(node.outputs, new_facts, strict=False):
         facts[output] = fact
     return True
 
 
 _FILTERS = {"NonZero", "Compress", "Unique", "NonMaxSuppression"}
-"""Operators whose result is as large as their inputs at most, and of a size that the elements decide."""
+"""Operators whose result is at most as large as their inputs. Its size depends on the elements."""
 _REFERENCE_LIMIT = 1 << 18
-"""Elements that onnx's reference kernels, some of them loops in Python, are asked to work on."""
+"""Most elements for onnx's reference kernels. Some of them are loops in Python."""
 
 
 def _is_small(node: ir.Node, inputs: list[Fact], typed: list[Fact], limit: int) -> bool:
-    """Whether the reference kernel can be run: what goes in and what comes out is bounded before anything is
-    computed.
-    """
+    """Whether the reference kernel may run: the sizes of inputs and outputs are bounded before the computation."""
     if sum(i.value.size for i in inputs if i.value is not None) > _REFERENCE_LIMIT or not typed:
         return False
     if node.op_type in _FILTERS:
@@ -395,7 +413,7 @@ def _is_small(node: ir.Node, inputs: list[Fact], typed: list[Fact], limit: int) 
 
 
 def _too_large(node: ir.Node, inputs: list[Fact], limit: int) -> bool:
-    """Whether the result would have too many elements; asked before it is computed."""
+    """Whether the result would have too many elements. The computation must wait for the answer."""
     rule = SHAPE_RULES.get(node.op_type)
     if rule is None or (
         node.op_type not in _GROWERS and sum(i.value.size for i in inputs if i.value is not None) < 4096
@@ -408,6 +426,7 @@ def _too_large(node: ir.Node, inputs: list[Fact], limit: int) -> bool:
 
 
 _GROWERS = {"Range", "Expand", "ConstantOfShape", "Trilu", "EyeLike", "Tile", "OneHot"}
+"""Operators whose result may be much larger than their inputs."""
 
 
 def _reference(node: ir.Node, inputs: list[Fact], model: Model) -> list[Array]:
@@ -429,15 +448,18 @@ def _reference(node: ir.Node, inputs: list[Fact], model: Model) -> list[Array]:
 
 
 def _infer_by_schema(node: ir.Node, inputs: list[Fact], facts: Facts, model: Model) -> None:
-    """onnx's own inference for one node: slower, and it knows every operator."""
-    found = _by_schema(node, inputs, model)
+    """Infer one node by onnx's own inference, which is slower but knows every operator."""
+    inferred = _by_schema(node, inputs, model)
     for index, output in enumerate(node.outputs):
-        facts[output] = found[index] if index < len(found) and found[index].dtype is not None else Fact(output.dtype)
+        facts[output] = (
+            inferred[index] if index < len(inferred) and inferred[index].dtype is not None else Fact(output.dtype)
+        )
 
 
 def _by_schema(node: ir.Node, inputs: list[Fact], model: Model) -> list[Fact]:
-    """Types and, where they follow, shapes of the outputs by onnx's schema; nothing where an operator or an input type
-    is unknown.
+    """Returns the types and, if known, the shapes of the outputs by onnx's schema.
+
+    The list is empty if the operator or an input type is unknown.
     """
     try:
         version = model.ir.opset_imports.get(node.domain, 1)
@@ -456,7 +478,7 @@ def _by_schema(node: ir.Node, inputs: list[Fact], model: Model) -> list[Fact]:
         inferred = onnx.shape_inference.infer_node_outputs(
             schema, proto, types, data, opset_imports=opsets, ir_version=10
         )
-    except Exception:  # an unknown operator or a sequence type: nothing is known
+    except Exception:  # an unknown operator or a sequence type
         return []
     return [_fact_of(inferred.get(output.name or "")) for output in node.outputs]
 
@@ -466,5 +488,5 @@ def _fact_of(proto: onnx.TypeProto | None) -> Fact:
         return Fact()
     kind = proto.tensor_type
     dims = [d.dim_value for d in kind.shape.dim if d.HasField("dim_value")]
-    known = kind.HasField("shape") and len(dims) == len(kind.shape.dim)
-    return Fact(ir.DataType(kind.elem_type), tuple(dims) if known else None)
+    has_shape = kind.HasField("shape") and len(dims) == len(kind.shape.dim)
+    return Fact(ir.DataType(kind.elem_type), tuple(dims) if has_shape else None)

@@ -1,4 +1,4 @@
-"""What an attention mask says, read off its evaluated elements rather than off the nodes that make it."""
+"""Recognizes attention masks by their evaluated elements, not by the nodes that compute them."""
 
 from __future__ import annotations
 
@@ -12,32 +12,35 @@ from onnxtools.analysis.facts import Facts
 
 Array = np.ndarray[Any, Any]
 BLOCKING = -1e3
-"""An added value at or below this takes a key out of the softmax; exporters write -1e4, -65504, the lowest float or
--inf.
+"""An added value at or below this removes a key from the softmax.
+
+Exporters write -1e4, -65504, the lowest float or -inf.
 """
 
 
 class MaskError(Exception):
-    """The mask follows no rule that can be extended to longer sequences."""
+    """The mask follows no rule that extends to longer sequences."""
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """Which keys j a query i may see: j <= i if `causal`, and i - j < window if there is a `window`."""
+    """The keys j that a query i may see: j <= i if `causal`, and i - j < window if there is a `window`."""
 
     causal: bool
     window: int | None = None
 
     def blocked(self, size: int) -> Array:
-        """Booleans [size, size], True where key j is hidden from query i."""
+        """Returns booleans [size, size], True where key j is hidden from query i."""
         distance = np.arange(size)[:, None] - np.arange(size)[None, :]
         hidden = distance < 0 if self.causal else np.zeros((size, size), dtype=bool)
         return hidden | (distance >= self.window) if self.window is not None else hidden
 
 
 def square(array: Array, size: int) -> Array | None:
-    """The one [size, size] matrix that a broadcast mask [..., size, size] consists of, or None if it is no such
-    mask.
+    """Returns the one [size, size] matrix that a broadcast mask [..., size, size] repeats; None for other shapes.
+
+    Raises:
+        MaskError: the matrices of the mask differ.
     """
     if array.ndim < 2 or array.shape[-2:] != (size, size):
         return None
@@ -48,7 +51,7 @@ def square(array: Array, size: int) -> Array | None:
 
 
 def pattern_of(blocked: Array) -> Pattern | None:
-    """The rule behind a matrix of hidden keys; None if nothing is hidden.
+    """Returns the rule of a boolean matrix [queries, keys] of hidden keys; None if no key is hidden.
 
     Raises:
         MaskError: no causal or sliding-window rule gives this matrix.
@@ -65,10 +68,12 @@ def pattern_of(blocked: Array) -> Pattern | None:
 
 
 def hidden_by_addition(array: Array) -> tuple[Array, float]:
-    """(hidden keys, the blocking value) of an additive mask.
+    """Splits an additive mask.
 
+    Returns:
+        The hidden keys, booleans of the mask's shape, and the lowest value, 0.0 if no key is hidden.
     Raises:
-        MaskError: it holds values other than zero and blocking ones: a position bias.
+        MaskError: the mask holds values other than zero and blocking ones: a position bias.
     """
     numbers = array.astype(np.float64)
     hidden = numbers <= BLOCKING
@@ -78,12 +83,15 @@ def hidden_by_addition(array: Array) -> tuple[Array, float]:
 
 
 SENTINEL = 1 << 30
-"""Exporters write huge integers for "to the end"; they are no window."""
+"""Exporters write integers of this size or more for "to the end". They are no window."""
 
 
 def mask_constants(value: ir.Value, facts: Facts) -> set[int]:
-    """Integer scalars that the mask is computed from: a window of w shows only in a sequence longer than w."""
-    found: set[int] = set()
+    """Returns the magnitudes of the integer scalars that the mask is computed from.
+
+    A window of w shows only in a sequence longer than w, so a caller needs the candidates for w.
+    """
+    scalars: set[int] = set()
     seen: set[ir.Value] = set()
     todo = [value]
     while todo:
@@ -102,11 +110,12 @@ def mask_constants(value: ir.Value, facts: Facts) -> set[int]:
             and array.dtype.kind in "iu"
             and abs(int(array.reshape(-1)[0])) < SENTINEL
         ):
-            found.add(abs(int(array.reshape(-1)[0])))
-    return found
+            scalars.add(abs(int(array.reshape(-1)[0])))
+    return scalars
 
 
 def prime_above(number: int) -> int:
+    """Returns the smallest prime greater than `number`, for `number` >= 1."""
     from itertools import count
     from math import isqrt
 

@@ -1,6 +1,4 @@
-"""Operators in numpy, for `infer`: the elements that one makes of known elements, and the shape and type where elements
-are not known.
-"""
+"""Operators in numpy, for `facts`: output elements from known elements, and output shapes and types without them."""
 
 from __future__ import annotations
 
@@ -20,13 +18,14 @@ Array = np.ndarray[Any, Any]
 
 @dataclass
 class Fact:
-    """Knowledge about one value; None means unknown.
+    """The static facts of one value; None means unknown.
 
     Attributes:
         dtype: element type.
         shape: sizes with stand-ins in place of symbolic dimensions.
-        value: the elements.
-        grown: made by Range, Expand and their kind; folding it would store what a node makes for free.
+        value: the elements, an array of `shape`.
+        grown: computed by Range, Expand or a similar operator. Folding it would store elements that a node computes for
+            free.
     """
 
     dtype: ir.DataType | None = None
@@ -37,15 +36,15 @@ class Fact:
 
 UNKNOWN = Fact()
 _MOST_DIMENSIONS = 64
-"""Of numpy's arrays."""
+"""Most dimensions of a numpy array."""
 
 
 def _axes(node: ir.Node, arrays: Sequence[Array | None]) -> tuple[int, ...] | None:
-    """`axes` of Squeeze, Unsqueeze and Reduce*: an input since opset 13/18, an attribute before."""
-    given = arrays[1] if len(arrays) > 1 and arrays[1] is not None else attribute(node, "axes")
-    if given is not None and np.size(given) > _MOST_DIMENSIONS:
-        raise ValueError(f"{np.size(given)} axes")
-    return None if given is None else tuple(int(a) for a in np.atleast_1d(given))
+    """Returns `axes` of Squeeze, Unsqueeze and Reduce*: an input since opset 13/18, an attribute before."""
+    axes = arrays[1] if len(arrays) > 1 and arrays[1] is not None else attribute(node, "axes")
+    if axes is not None and np.size(axes) > _MOST_DIMENSIONS:
+        raise ValueError(f"{np.size(axes)} axes")
+    return None if axes is None else tuple(int(a) for a in np.atleast_1d(axes))
 
 
 def _unsqueeze(node: ir.Node, arrays: Sequence[Any]) -> Array:
@@ -55,7 +54,15 @@ def _unsqueeze(node: ir.Node, arrays: Sequence[Any]) -> Array:
 
 
 def reshape_target(shape: tuple[int, ...], target: Sequence[int], allowzero: int = 0) -> tuple[int, ...]:
-    """The sizes that ONNX Reshape gives: 0 copies (unless `allowzero`), -1 is what is left."""
+    """Returns the output sizes of ONNX's Reshape: 0 copies (unless `allowzero`), -1 is the remaining size.
+
+    Args:
+        shape: sizes of the data.
+        target: the second input.
+        allowzero: the attribute.
+    Raises:
+        ValueError: the numbers of elements differ.
+    """
     sizes = [shape[i] if d == 0 and not allowzero else int(d) for i, d in enumerate(target)]
     if -1 in sizes:
         rest = math.prod(d for d in sizes if d != -1)
@@ -72,12 +79,13 @@ def _reshape(node: ir.Node, arrays: Sequence[Any]) -> Array:
 
 
 class Disputed(ValueError):
-    """What ONNX Runtime and ONNX see in different ways: nothing is concluded from it."""
+    """ONNX Runtime and ONNX disagree about the result, so it counts as unknown."""
 
 
 def _slice_index(node: ir.Node, shape: Sequence[int], arrays: Sequence[Any]) -> tuple[slice, ...]:
-    """The part of an array of `shape` that a Slice takes; bounds are clamped as ONNX's Slice-13 says, which for
-    negative steps is not numpy's way.
+    """Returns the numpy index of a Slice of an array of `shape`.
+
+    Bounds are clamped by the rules of ONNX's Slice-13, which differ from numpy's for negative steps.
     """
     starts, ends = arrays[1].tolist(), arrays[2].tolist()
     axes = arrays[3].tolist() if len(arrays) > 3 and arrays[3] is not None else list(range(len(starts)))
@@ -99,16 +107,15 @@ def _slice_index(node: ir.Node, shape: Sequence[int], arrays: Sequence[Any]) -> 
 def _divide(node: ir.Node, arrays: Sequence[Any]) -> Array:
     a, b = arrays
     if np.issubdtype(a.dtype, np.integer):
-        return np.asarray(
-            np.sign(a) * np.sign(b) * (np.abs(a) // np.abs(b)), dtype=a.dtype
-        )  # ONNX truncates towards zero
+        # ONNX truncates towards zero
+        return np.asarray(np.sign(a) * np.sign(b) * (np.abs(a) // np.abs(b)), dtype=a.dtype)
     return np.divide(a, b)  # type: ignore[no-any-return]
 
 
 def _split_sizes(node: ir.Node, size: int, arrays: Sequence[Any]) -> list[int]:
-    given = arrays[1] if len(arrays) > 1 and arrays[1] is not None else attribute(node, "split")
-    if given is not None:
-        return [int(s) for s in given]
+    sizes = arrays[1] if len(arrays) > 1 and arrays[1] is not None else attribute(node, "split")
+    if sizes is not None:
+        return [int(s) for s in sizes]
     parts = len(node.outputs)
     chunk = -(-size // parts)
     return [min(chunk, size - i * chunk) for i in range(parts)]
@@ -129,11 +136,12 @@ def _cast_like(node: ir.Node, arrays: Sequence[Any]) -> Array:
 
 
 def _as(array: Array, dtype: np.dtype[Any], saturate: bool) -> Array:
-    """`array` as `dtype` by ONNX's Cast: numbers beyond a float8 become its largest, infinity too, unless `saturate` is
-    off.
+    """Converts `array` to `dtype` by ONNX's Cast.
+
+    Numbers beyond a float8 type, infinity included, become its largest number unless `saturate` is off.
 
     Raises:
-        ValueError: floats that the integer type cannot hold; ONNX leaves open what they become.
+        ValueError: the integer type cannot hold a float; ONNX does not define the result.
     """
     if np.dtype(array.dtype).kind == "f" and np.dtype(dtype).kind in "iu":
         whole, bounds = np.trunc(array.astype(np.float64)), np.iinfo(dtype)
@@ -151,6 +159,7 @@ def _squeeze(node: ir.Node, arrays: Sequence[Any]) -> Array:
 
 
 _LONGEST = 1 << 27
+"""Most elements of a Range."""
 
 
 def _range(node: ir.Node, arrays: Sequence[Any]) -> Array:
@@ -268,8 +277,8 @@ def _split_shape(node: ir.Node, i: list[Fact]) -> Shapes:
 
 
 def _slice_shape(node: ir.Node, i: list[Fact]) -> Shapes:
-    for fact, given in zip(i[1:], node.inputs[1:], strict=True):
-        if given is not None and fact.value is None:
+    for fact, bound in zip(i[1:], node.inputs[1:], strict=True):
+        if bound is not None and fact.value is None:
             raise ValueError("unknown bounds")
     shape = _shape(i[0])
     index = _slice_index(node, shape, [None, *(f.value for f in i[1:])])
@@ -277,7 +286,7 @@ def _slice_shape(node: ir.Node, i: list[Fact]) -> Shapes:
 
 
 def _dummy(shape: tuple[int, ...]) -> Array:
-    """An array of `shape` that takes no memory, to let numpy do shape arithmetic."""
+    """Returns an array of `shape` that takes no memory, for numpy's shape arithmetic."""
     return np.broadcast_to(np.zeros((), dtype=bool), shape)
 
 
@@ -298,8 +307,8 @@ def _reduce_shape(node: ir.Node, i: list[Fact]) -> Shapes:
             return [shape]
         axes = tuple(range(len(shape)))
     axes = tuple(a % len(shape) for a in axes)
-    kept = [1 if a in axes else d for a, d in enumerate(shape)]
-    return [tuple(d for a, d in enumerate(kept) if attribute(node, "keepdims", 1) or a not in axes)]
+    reduced = [1 if a in axes else d for a, d in enumerate(shape)]
+    return [tuple(d for a, d in enumerate(reduced) if attribute(node, "keepdims", 1) or a not in axes)]
 
 
 def _broadcast(node: ir.Node, i: list[Fact]) -> Shapes:
@@ -326,7 +335,7 @@ _BOOLEAN = {"Not", "And", "Or", "Xor", "Equal", "Less", "LessOrEqual", "Greater"
 
 
 def _dtype(number: Any) -> ir.DataType | None:
-    """Of a type as attributes give it; None where it is none."""
+    """Returns the element type of an attribute's number, or None if there is no such type."""
     try:
         return ir.DataType(number)
     except ValueError:
@@ -334,7 +343,7 @@ def _dtype(number: Any) -> ir.DataType | None:
 
 
 def output_dtypes(node: ir.Node, inputs: list[Fact]) -> list[ir.DataType | None]:
-    """Element type of each output (the same for all outputs of the operators with a rule here)."""
+    """Returns the element type of each output (the same for all outputs of the operators with a rule here)."""
     op = node.op_type
     if op in _BOOLEAN:
         dtype: ir.DataType | None = ir.DataType.BOOL
@@ -350,8 +359,8 @@ def output_dtypes(node: ir.Node, inputs: list[Fact]) -> list[ir.DataType | None]
     elif op == "DequantizeLinear":
         dtype = _dtype(attribute(node, "output_dtype", 0)) if attribute(node, "output_dtype", 0) else inputs[1].dtype
     elif op == "QuantizeLinear":
-        given = attribute(node, "output_dtype", 0)
-        dtype = inputs[2].dtype if len(inputs) > 2 else (_dtype(given) if given else ir.DataType.UINT8)
+        output_dtype = attribute(node, "output_dtype", 0)
+        dtype = inputs[2].dtype if len(inputs) > 2 else (_dtype(output_dtype) if output_dtype else ir.DataType.UINT8)
     else:
         dtype = inputs[0].dtype if inputs else None
     return [dtype] * len(node.outputs)

@@ -1,4 +1,4 @@
-"""What became another operator set in between: nodes are changed so that they mean the same in the newer one."""
+"""Raises a model's opset: nodes whose operators changed in between are rewritten to keep their meaning."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ _REDUCE = {
 
 
 def reach_opset(model: Model, version: int) -> tuple[int, str]:
-    """Let `model` have opset `version` at least, and an IR version that may carry it; how many nodes were rewritten,
-    and a line on it.
+    """Raise `model` to opset `version` or leave a newer one, and raise its IR version to one that may carry the opset.
 
+    Returns:
+        The number of rewritten nodes, and a line for the user.
     Raises:
-        JobError: an opset before 11, or a node that has no form of the same meaning; it names the node.
+        JobError: the opset is older than 11, or a node has no form of the same meaning; it names the node.
     """
     old = model.opset
     model.ir.ir_version = min(MAX_IR_VERSION, max(model.ir.ir_version or 0, lowest_ir_version(max(old, version))))
@@ -58,7 +59,7 @@ def _raise_opset(model: Model, version: int) -> int:
 
 
 def lowest_ir_version(opset: int) -> int:
-    """The lowest IR version that may carry `opset` (onnx.helper's table)."""
+    """Returns the lowest IR version that may carry `opset` (onnx.helper's table)."""
     return onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])
 
 
@@ -103,13 +104,11 @@ _SEMANTICS_CHANGED = {
     "Upsample": 10,
     "GridSample": 20, "Dropout": 12, "DFT": 20, "Clip": 11, "Pad": 11,
 }  # fmt: skip
-"""Operators whose new version does something else, and from which opset on."""
+"""Operators whose newer version behaves differently, and the first opset of that version."""
 
 
 def _batch_normalization(node: ir.Node, builder: Builder, facts: Facts) -> int | None:
-    """With one output it normalizes by the stored statistics in every version; further outputs are those of
-    training.
-    """
+    """With one output, every version normalizes by the stored statistics. Further outputs exist only in training."""
     return (
         0
         if not any(output.uses() or output.is_graph_output() for output in node.outputs[1:]) and len(node.outputs) == 1
@@ -118,7 +117,7 @@ def _batch_normalization(node: ir.Node, builder: Builder, facts: Facts) -> int |
 
 
 def _softmax(node: ir.Node, builder: Builder, facts: Facts) -> int | None:
-    """Before opset 13 all axes from `axis` (1 by default) on were one; over the last axis that is the same."""
+    """Before opset 13, Softmax merged all axes from `axis` (1 by default) on. Over the last axis nothing changed."""
     shape = facts[node.inputs[0]].shape
     axis = attribute(node, "axis", 1)
     if axis != -1 and (shape is None or axis != len(shape) - 1):
@@ -128,19 +127,19 @@ def _softmax(node: ir.Node, builder: Builder, facts: Facts) -> int | None:
 
 
 def _resize(node: ir.Node, builder: Builder, facts: Facts) -> int | None:
-    """Opset 13 dropped one way to map coordinates; the others mean the same."""
+    """Opset 13 removed one mode to map coordinates. The others kept their meaning."""
     return 0 if attribute(node, "coordinate_transformation_mode", "half_pixel") != "tf_half_pixel_for_nn" else None
 
 
 def _grid_sample(node: ir.Node, builder: Builder, facts: Facts) -> int | None:
-    """Opset 20 calls the modes of 2-D grids linear and cubic."""
+    """Opset 20 renamed the modes of 2-D grids to linear and cubic."""
     mode = attribute(node, "mode", "bilinear")
     node.attributes["mode"] = ir.AttrString("mode", {"bilinear": "linear", "bicubic": "cubic"}.get(mode, mode))
     return 1
 
 
 def _dropout(node: ir.Node, builder: Builder, facts: Facts) -> int | None:
-    """The ratio became an input in opset 12; it matters in training alone."""
+    """Opset 12 made the ratio an input. It matters only in training."""
     if "ratio" in node.attributes:
         ratio = np.array(node.attributes.pop("ratio").value, np.float32)
         node.resize_inputs(2)
@@ -154,7 +153,7 @@ _RULES: dict[str, Callable[[ir.Node, Builder, Facts], int | None]] = {
     "Resize": _resize,
     "GridSample": _grid_sample, "Dropout": _dropout,
 }  # fmt: skip
-"""What makes a node mean the same in the new version: how many nodes were changed; None where nothing does."""
+"""Functions that keep a node's meaning in the new version. Result: the number of changed nodes, or None."""
 
 
 def _check_same_meaning(node: ir.Node, old: int, new: int) -> None:

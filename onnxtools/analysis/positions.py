@@ -1,4 +1,4 @@
-"""Positions in a graph: tables that limit them, and what must move by the cache length once there is a cache."""
+"""Positions in a graph: tables that limit them, and nodes that need the cache length added once there is a cache."""
 
 from __future__ import annotations
 
@@ -12,47 +12,48 @@ from onnxtools.ir.query import attribute, constant_tensor, is_constant_expressio
 
 
 def table_rows(model: Model) -> int | None:
-    """Positions that the graph's tables have: Gather by what is counted or by an input called position, Slice as long
-    as the sequence.
+    """Returns the number of positions in the graph's smallest position table, or None if no table is recognized.
 
-    A longer sequence has no row, or a shape that does not fit. None where there is no such table, or nothing says so.
+    A position table is read by a Gather whose indices count positions or come from an input called position, or by a
+    Slice that is as long as the sequence. A longer sequence has no row, or a shape that does not fit.
     """
     tokens = token_input(model)
     facts = analyse(model) if tokens is not None else None
     shape = facts[tokens.value].shape if tokens is not None and facts is not None else None
     if tokens is None or facts is None or shape is None or isinstance((tokens.value.shape or ())[tokens.axis], int):
         return None
-    found = []
+    limits = []
     for node in model.graph:
         data = constant_tensor(node.inputs[0]) if is_op(node, "Gather", "Slice") else None
         if data is not None and len(data.shape) > 1:
             rows = data.shape.numpy()
             if is_op(node, "Gather"):
-                found += [
+                limits += [
                     int(rows[attribute(node, "axis", 0)]) - first
                     for first in _first_row(node.inputs[1], facts, shape[tokens.axis])
                 ]
             else:
-                found += [int(rows[axis]) for axis in _as_long(node, facts, shape[tokens.axis])]
-    return min(found, default=None)
+                limits += [int(rows[axis]) for axis in _as_long(node, facts, shape[tokens.axis])]
+    return min(limits, default=None)
 
 
 def _first_row(index: ir.Value | None, facts: Facts, length: int) -> list[int]:
-    """The row of position 0, where `index` counts `length` positions or is an input called position, perhaps plus a
-    constant; else none.
+    """Returns the row of position 0 as a list of one, or [] if `index` is no positions.
+
+    Positions are `length` consecutive numbers, or an input called position, perhaps plus a constant.
     """
-    known = facts[index].value
-    if known is not None:
-        rows = np.unique(known)
+    indices = facts[index].value
+    if indices is not None:
+        rows = np.unique(indices)
         return [int(rows[0])] if len(rows) == length and rows[-1] - rows[0] == length - 1 else []
     first, value = 0, index
     while value is not None and (node := value.producer()) is not None:
         if is_op(node, "Add"):
-            added = [facts[v].value for v in node.inputs]
-            place = next((i for i, array in enumerate(added) if array is not None and array.size == 1), None)
+            addends = [facts[v].value for v in node.inputs]
+            place = next((i for i, array in enumerate(addends) if array is not None and array.size == 1), None)
             if place is None:
                 return []
-            first += int(added[place].reshape(-1)[0])  # type: ignore[union-attr]
+            first += int(addends[place].reshape(-1)[0])  # type: ignore[union-attr]
             value = node.inputs[1 - place]
         elif is_op(node, "Cast", "Identity", "Reshape", "Unsqueeze", "Squeeze"):
             value = node.inputs[0]
@@ -62,7 +63,7 @@ def _first_row(index: ir.Value | None, facts: Facts, length: int) -> list[int]:
 
 
 def _as_long(node: ir.Node, facts: Facts, length: int) -> list[int]:
-    """Axes that a Slice cuts to `length`."""
+    """Returns the axes that a Slice cuts to `length`."""
     if len(node.inputs) < 3 or (
         len(node.inputs) > 4 and node.inputs[4] is not None and not np.all(facts[node.inputs[4]].value == 1)
     ):
@@ -82,13 +83,17 @@ def _as_long(node: ir.Node, facts: Facts, length: int) -> list[int]:
 def shift_positions(
     model: Model, facts: Facts, size: int, past: ir.Value, past_1d: ir.Value, builder: Builder
 ) -> list[str]:
-    """Let internally counted positions start at `past` instead of 0.
+    """Let positions that the graph counts itself start at `past` instead of 0.
 
     Args:
+        model: the model; it is changed in place.
+        facts: its facts.
         size: the (stand-in) sequence length.
-        past: int64 scalar, `past_1d`: the same with shape [1].
+        past: tokens in the cache, an int64 scalar.
+        past_1d: the same with shape [1].
+        builder: inserts the new nodes.
     Returns:
-        Names of the nodes that were changed: Range(0, sequence) and Slice(table, 0:sequence).
+        Names of the changed nodes: Range(0, sequence) and Slice(table, 0:sequence).
     """
     changed: list[str] = []
     for node in list(model.graph):
@@ -126,7 +131,7 @@ def _counts(facts: Facts, node: ir.Node, size: int) -> bool:
 
 
 def _slices_table(facts: Facts, node: ir.Node, size: int) -> bool:
-    """Slice(constant table, 0, sequence) along one axis, where the sequence is not the whole table."""
+    """Whether `node` is Slice(constant table, 0, sequence) along one axis."""
     data = node.inputs[0]
     starts, ends = facts[node.inputs[1]].value, facts[node.inputs[2]].value
     if starts is None or ends is None or starts.size != 1 or starts.item() != 0 or ends.item() != size:

@@ -27,8 +27,8 @@ class Product:
     Attributes:
         node: MatMul, Gemm or Conv.
         weight: the initializer, behind Q/DQ, Cast, Identity and Transpose.
-        axis: the axis of the stored weight that is summed over (K).
-        index: which input of the node the weight is.
+        axis: the axis of the stored weight that the product sums over (K).
+        index: the index of the weight among the node's inputs.
         path: the nodes between weight and product, product side first.
     """
 
@@ -40,21 +40,23 @@ class Product:
 
     @property
     def tensor(self) -> ir.TensorProtocol:
-        found = constant_tensor(self.weight)
-        assert found is not None
-        return found
+        """The stored weight."""
+        tensor = constant_tensor(self.weight)
+        assert tensor is not None
+        return tensor
 
     @property
     def activation(self) -> ir.Value:
         """The other operand."""
-        found = self.node.inputs[1 - self.index]
-        assert found is not None
-        return found
+        activation = self.node.inputs[1 - self.index]
+        assert activation is not None
+        return activation
 
     @property
     def obstacle(self) -> str:
-        """Why the rows of the activation are not its tokens, so that nothing can be learnt of its channels; empty where
-        they are.
+        """The reason why the rows of the activation are not its tokens; "" if they are.
+
+        Without such rows nothing can be learnt about the channels.
         """
         if self.index == 0 and self.node.op_type != "Conv":
             return "the weight is the first operand of the product"
@@ -66,23 +68,27 @@ class Product:
 
     @property
     def quantized(self) -> bool:
+        """Whether the weight is dequantized on its path to the product."""
         return any(node.op_type.endswith("DequantizeLinear") for node in self.path)
 
 
 def weight_products(model: Model) -> Iterator[Product]:
-    """Every MatMul, Gemm and Conv of the main graph with a constant operand of rank 2 or more, in graph order."""
+    """Yields every MatMul, Gemm and Conv of the main graph with a constant operand of rank 2 or more, in graph order.
+
+    A node with two such operands is yielded twice.
+    """
     for node in model.graph:
         if node.domain not in ("", "ai.onnx") or node.op_type not in ("MatMul", "Gemm", "Conv"):
             continue
         for index in (1, 0) if node.op_type != "Conv" else (1,):
-            found = _trace(node, index)
-            if found is not None:
-                yield found
+            product = _trace(node, index)
+            if product is not None:
+                yield product
 
 
 def products_behind(value: ir.Value | None, products: Collection[ir.Node]) -> set[ir.Node]:
-    """The nearest of `products` that `value` is computed from, through whatever lies between."""
-    found: set[ir.Node] = set()
+    """Returns the nearest of `products` that `value` is computed from, through any other nodes."""
+    nearest: set[ir.Node] = set()
     waiting: list[ir.Value | None] = [value]
     seen: set[ir.Node] = set()
     while waiting:
@@ -91,10 +97,10 @@ def products_behind(value: ir.Value | None, products: Collection[ir.Node]) -> se
             continue
         seen.add(node)
         if node in products:
-            found.add(node)
+            nearest.add(node)
         else:
             waiting += node.inputs
-    return found
+    return nearest
 
 
 def _trace(node: ir.Node, index: int) -> Product | None:

@@ -1,1 +1,1 @@
-"""Ground floor: errors, options, reading of untrusted input, progress, memory, entry points. Imports no other room."""
+"""Errors, options, reading of untrusted input, progress, memory, entry points. It imports no other package of ours."""

@@ -1,7 +1,7 @@
-"""Modules of others that are imported when something of them is used, and not before.
+"""Third-party modules that are imported at their first use.
 
-`importlib.util.LazyLoader` does not help with a module that others import at their top: `import x` itself asks the
-module for its `__spec__` and so loads it (Python 3.11).
+`importlib.util.LazyLoader` does not help with a module that others import at their top: `import x` itself reads the
+module's `__spec__` and so loads it (Python 3.11).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 
 class _Deferred(ModuleType):
-    """Stands for a module until an attribute is asked for."""
+    """Stands for a module until one of its attributes is read."""
 
     def __getattr__(self, name: str) -> Any:
         if sys.modules.get(self.__name__) is self:
@@ -26,16 +26,19 @@ class _Deferred(ModuleType):
 
 
 def defer(name: str, package: str | None = None) -> None:
-    """Let `import name` be free until the module is used; one that is imported already, or not there, is left alone.
+    """Let `import name` cost nothing until the module is used.
+
+    A module that is already imported or not installed stays as it is.
 
     Args:
-        package: what holds the module; it is not imported either.
+        name: the module's name, without `package`.
+        package: the package that holds the module. It is not imported either.
     """
-    whole = f"{package}.{name}" if package else name
+    full_name = f"{package}.{name}" if package else name
     parent = find_spec(package) if package else None
-    spec = PathFinder.find_spec(whole, parent.submodule_search_locations if parent else None)
-    if spec is None or whole in sys.modules or package in sys.modules:
+    spec = PathFinder.find_spec(full_name, parent.submodule_search_locations if parent else None)
+    if spec is None or full_name in sys.modules or package in sys.modules:
         return
-    made = _Deferred(whole)
-    made.__spec__ = spec
-    sys.modules[whole] = made
+    module = _Deferred(full_name)
+    module.__spec__ = spec
+    sys.modules[full_name] = module

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
 BY_NAME = {
@@ -11,9 +12,29 @@ BY_NAME = {
     "fp8": ir.DataType.FLOAT8E4M3FN,
     "int8": ir.DataType.INT8,
 }
-"""Element types by the names that options give them."""
+"""Element types by their names in options."""
+
+
+def of(name: str) -> ir.DataType:
+    """Returns the element type of a name: ONNX's in lower or upper case (float, float16), or numpy's (float32).
+
+    Raises:
+        KeyError: neither has such a type.
+    """
+    try:
+        return ir.DataType[name.upper()]
+    except KeyError:
+        pass
+    try:
+        return ir.DataType.from_numpy(np.dtype(name))  # onnx_ir has registered ml_dtypes' names with numpy
+    except TypeError:
+        raise KeyError(name) from None
 
 
 def itemsize(name: str) -> int:
-    """Bytes of an element, by ONNX's name in lower case (float16)."""
-    return int(ir.DataType[name.upper()].itemsize)
+    """Returns the bytes of one element of the type `name`, which is as of `of`.
+
+    Raises:
+        KeyError: there is no such type.
+    """
+    return int(of(name).itemsize)

@@ -24,9 +24,9 @@ class ModelError(JobError):
 
 
 class NoMatchError(JobError):
-    """A pass found nothing to work on, and doing nothing would mislead."""
+    """A pass found nothing to work on, and a silent no-op would mislead the user."""
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
-    """What `error` says, on one line of at most `limit` characters."""
+    """Returns the message of `error` on one line of at most `limit` characters."""
     return " ".join(str(error).split())[:limit]

@@ -1,4 +1,4 @@
-"""The line to type where an optional library is missing."""
+"""The `pip install` line for a missing optional library."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from importlib import metadata
 
 
 def install_line(extra: str) -> str:
-    """`pip install ...` of what the extra of pyproject.toml names; it works without a source tree.
+    """Returns the `pip install ...` line for the packages of an extra of pyproject.toml; it needs no source tree.
 
-    onnxruntime-gpu has the files of onnxruntime, so one goes before the other comes: installing both leaves whichever
-    was last.
+    onnxruntime-gpu and onnxruntime install the same files, so the line for `gpu` uninstalls both first: with both
+    installed, the files are those of the last one.
     """
     try:
-        wanted = metadata.requires("onnxtools") or []
+        requirements = metadata.requires("onnxtools") or []
     except metadata.PackageNotFoundError:  # a source tree that is not installed
         return f"pip install '.[{extra}]' in the source tree of onnxtools"
-    named = [
+    packages = [
         text.split(";")[0].strip().replace(" ", "")
-        for text in wanted
+        for text in requirements
         if re.search(rf"extra\s*==\s*['\"]{extra}['\"]", text)
     ]
-    line = "pip install " + " ".join(f"'{text}'" for text in named)
+    line = "pip install " + " ".join(f"'{text}'" for text in packages)
     return f"pip uninstall -y onnxruntime onnxruntime-gpu && {line}" if extra == "gpu" else line

@@ -1,6 +1,4 @@
-"""What comes from outside: regular files alone, YAML whose aliases are bounded, and values that are shown short in
-messages.
-"""
+"""Untrusted input: only regular files are opened, YAML aliases are bounded, and messages show values in short form."""
 
 from __future__ import annotations
 
@@ -17,9 +15,9 @@ import yaml
 from onnxtools.base.errors import OnnxtoolsError
 
 MAX_YAML_BYTES = 256 << 10
-"""A recipe or a NeMo configuration has some 10 KB; PyYAML reads about 100 KB a second."""
+"""A recipe or a NeMo configuration has about 10 KB. PyYAML reads about 100 KB a second."""
 MAX_YAML_NODES = 50_000
-"""Nodes of a document after its aliases are put in."""
+"""Nodes of a document after its aliases are expanded."""
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _INTEGER = "tag:yaml.org,2002:int"
 
@@ -33,12 +31,16 @@ _KINDS = (
 
 
 def check_regular(path: Path, error: type[OnnxtoolsError]) -> None:
-    """Refuse what is no regular file, without opening it: a pipe may never answer, a device never end. Links are
-    followed.
+    """Refuse a path that is no regular file, without opening it.
 
+    A pipe may never answer and a device may never end. Links are followed.
+
+    Args:
+        path: the file to check.
+        error: the class of the error to raise.
     Raises:
-        error: it is a folder, a pipe, a socket or a device.
-        OSError: it is not there, or cannot be looked at.
+        error: `path` is a folder, a pipe, a socket or a device.
+        OSError: `path` does not exist, or its status cannot be read.
     """
     mode = path.stat().st_mode
     kind = next((name for holds, name in _KINDS if holds(mode)), None)
@@ -50,7 +52,10 @@ def check_regular(path: Path, error: type[OnnxtoolsError]) -> None:
 
 
 def absent(path: Path) -> str:
-    """`path` for a message that it is not there, with what to do where it looks like a name on the Hugging Face hub."""
+    """Returns `path` for the message that it does not exist.
+
+    A path that looks like a name on the Hugging Face hub gets the command that downloads it.
+    """
     name = str(path)
     if not _HUB_NAME.fullmatch(name) or path.parent.exists():
         return name
@@ -61,8 +66,9 @@ def absent(path: Path) -> str:
 
 
 def shown(value: Any) -> str:
-    """`repr(value)` for a message: the first items of the first two levels, in about 100 characters, however large it
-    is.
+    """Returns a short `repr(value)` for a message, of at most 120 characters, however large the value is.
+
+    It shows the first items of the first two levels.
     """
     try:
         text = _SHORT.repr(value)
@@ -76,11 +82,11 @@ _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 80, 80
 
 
 def parse_yaml(text: str | bytes) -> Any:
-    """Plain data of one YAML document.
+    """Returns the plain data of one YAML document, or None if it is empty.
 
     Raises:
-        ValueError: not YAML, more than data, too large, or larger than it looks through aliases; the message is one
-            short line.
+        ValueError: `text` is not YAML, has tags other than plain data, has more than `MAX_YAML_BYTES` bytes, or has
+            more than `MAX_YAML_NODES` nodes once its aliases are expanded. The message is one short line.
     """
     if len(text) > MAX_YAML_BYTES:
         raise ValueError(f"{len(text)} bytes are more than the {MAX_YAML_BYTES} that are read")
@@ -99,27 +105,29 @@ def parse_yaml(text: str | bytes) -> Any:
 
 @contextlib.contextmanager
 def _one_line() -> Iterator[None]:
-    """Whatever PyYAML raises (IndexError for `!!int ""`, AttributeError for `!!timestamp x`) as one ValueError."""
+    """Turn any error of PyYAML (IndexError for `!!int ""`, AttributeError for `!!timestamp x`) into a ValueError."""
     try:
         yield
     except Exception as error:
         raise ValueError(" ".join(str(error).split())[:160] or type(error).__name__) from None
 
 
-def _size(node: yaml.Node, known: dict[int, int]) -> int:
-    """Nodes below and with `node`, each counted as often as aliases name it.
+def _size(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """Counts `node` and the nodes below it. A node counts once for every alias that names it.
 
+    Args:
+        sizes: the counts of the collections visited so far, by `id`; 0 while a collection is being counted.
     Raises:
-        ValueError: a node that holds itself.
+        ValueError: a node holds itself, or an integer has more than 40 digits.
     """
     if not isinstance(node, yaml.CollectionNode):
         if node.tag == _INTEGER and len(node.value) > 40:
             raise ValueError(f"the integer {node.value[:20]}... has {len(node.value)} digits")
         return 1
-    if known.get(id(node)) == 0:
+    if sizes.get(id(node)) == 0:
         raise ValueError("an alias stands inside what it names")
-    if id(node) not in known:
-        known[id(node)] = 0
+    if id(node) not in sizes:
+        sizes[id(node)] = 0
         parts = node.value if isinstance(node, yaml.SequenceNode) else [part for pair in node.value for part in pair]
-        known[id(node)] = 1 + sum(_size(part, known) for part in parts)
-    return known[id(node)]
+        sizes[id(node)] = 1 + sum(_size(part, sizes) for part in parts)
+    return sizes[id(node)]

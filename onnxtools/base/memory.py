@@ -1,4 +1,4 @@
-"""How much memory this process has needed, and how much it can still have."""
+"""Memory of this process: its peak use, the amount still available, and the release of mapped pages."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _RELEASE_SECONDS = 0.05
 
 
 def peak_mib() -> float:
-    """Peak resident set of this process so far, in MiB.
+    """Returns the peak resident set size of this process so far, in MiB.
 
-    Linux: VmHWM. `getrusage` would count what the parent held when it forked, so a small job started by a large
-    process would look large.
+    On Linux this is VmHWM. `getrusage` also counts the memory that the parent held at the fork, so a small job
+    started by a large process would look large.
     """
     status = Path("/proc/self/status")
     if status.exists():
@@ -29,30 +29,31 @@ def peak_mib() -> float:
 
 
 def available_bytes() -> int | None:
-    """Bytes that a new allocation can have: what the kernel calls available, and what a limit on the address space
-    leaves. None where neither is known.
+    """Returns the bytes that a new allocation can have, or None if unknown.
+
+    This is the smaller of the kernel's MemAvailable and the rest of the address space under RLIMIT_AS.
     """
-    found = []
+    limits = []
     meminfo, statm = Path("/proc/meminfo"), Path("/proc/self/statm")
     if meminfo.exists():
-        found += [
+        limits += [
             int(line.split()[1]) << 10 for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:")
         ]
     import resource
 
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit != resource.RLIM_INFINITY and statm.exists():
-        found.append(limit - int(statm.read_text().split()[0]) * resource.getpagesize())
-    return max(0, min(found)) if found else None
+        limits.append(limit - int(statm.read_text().split()[0]) * resource.getpagesize())
+    return max(0, min(limits)) if limits else None
 
 
 @contextlib.contextmanager
 def releasing_pages(files: Iterable[Path]) -> Iterator[None]:
-    """Give pages of the mapped `files` back 20 times a second, whoever mapped them: a library that reads each weight
-    once keeps them all.
+    """Release the resident pages of the mapped `files` 20 times a second.
 
-    Only mappings that are there at the beginning, and must stay until the end, and that nobody can write to are
-    touched: a page used again is read again, from the page cache. Linux only; elsewhere this does nothing.
+    A library that reads each weight once would keep all pages resident. It does not matter which code mapped the files.
+    Only read-only mappings that exist at the beginning are released, and they must exist until the end. A page that is
+    used again is read again from the page cache. Linux only; elsewhere this does nothing.
     """
     spans, done = list(_read_only_spans({bytes(file.resolve()) for file in files})), threading.Event()
     if not spans:
@@ -76,12 +77,11 @@ def releasing_pages(files: Iterable[Path]) -> Iterator[None]:
 
 
 def _read_only_spans(names: set[bytes]) -> Iterator[tuple[int, int]]:
-    """Addresses where this process has files of these names mapped for reading alone."""
+    """Yields (start, end) addresses of the read-only mappings of files with these names in this process."""
     maps = Path("/proc/self/maps")
     for line in maps.read_bytes().split(b"\n") if maps.exists() else ():
-        span, rights, *rest = (
-            line.split(maxsplit=5)[:6] if line else (b"", b"")
-        )  # proc(5): address perms offset dev inode pathname
+        # proc(5): address perms offset dev inode pathname
+        span, rights, *rest = line.split(maxsplit=5)[:6] if line else (b"", b"")
         if rights.startswith(b"r--") and len(rest) == 4 and rest[3] in names:
             start, end = span.split(b"-")
             yield int(start, 16), int(end, 16)

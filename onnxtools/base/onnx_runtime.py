@@ -1,4 +1,4 @@
-"""ONNX Runtime, imported in one place that knows how its two packages break each other."""
+"""The one import of ONNX Runtime. It reports how ONNX Runtime's two packages break each other."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ _LOG = logging.getLogger("onnxtools")
 
 @functools.cache
 def onnxruntime() -> Any:
-    """The module `onnxruntime`, which the packages onnxruntime and onnxruntime-gpu both install.
+    """Returns the module `onnxruntime`, which the packages onnxruntime and onnxruntime-gpu both install.
 
-    pip lets both be there; the one that came last has overwritten the files of the other, and uninstalling either
-    removes files of both.
+    pip allows both packages at once. The package installed last has overwritten the files of the other, and
+    uninstalling either removes files of both.
 
     Raises:
-        JobError: it is not installed, or its files are not whole.
+        JobError: ONNX Runtime is not installed, or some of its files are missing.
     """
     versions = _installed()
     try:
         module = importlib.import_module("onnxruntime")
-        module.InferenceSession  # noqa: B018  # what is left of an uninstalled package imports, and has nothing
+        module.InferenceSession  # noqa: B018  # the remains of an uninstalled package import, but have no attributes
     except (ImportError, AttributeError) as error:
         if not versions:
             raise JobError(
@@ -51,7 +51,7 @@ def onnxruntime() -> Any:
 
 
 def _installed() -> list[str]:
-    """The installed packages of ONNX Runtime, each with its version."""
+    """Returns the installed packages of ONNX Runtime, each as "NAME VERSION"."""
     packages = []
     for package in _PACKAGES:
         try:

@@ -1,6 +1,4 @@
-"""Options as dataclass fields: their help texts and switches, and plain data (YAML, the command line) as their
-values.
-"""
+"""Options as dataclass fields: their help texts and flags, and the conversion of plain data (YAML, command line)."""
 
 from __future__ import annotations
 
@@ -25,16 +23,19 @@ def option(
     minimum: float | None = None,
     **display: Any,
 ) -> Any:
-    """A field of a pass, or of a command's options, with its help text.
+    """Returns a dataclass field of a pass, or of a command's options, with its help text.
 
     Args:
-        default: the value when the user says nothing.
+        default: the value if the user gives none.
         help: one sentence, shown by `--help`.
-        flags: extra command-line switches, each standing for a value (`{"--opset19": 19}`).
-        bare: the value that the option has when it is given without one.
-        path: it names a file or folder; the provenance keeps the last part alone, since a model may be given away.
+        flags: extra command-line flags and the value that each sets (`{"--opset19": 19}`).
+        bare: the value of the option if it is given without a value.
+        path: the option names a file or folder. The provenance records only the last part of the path, since the model
+            may be published.
         minimum: the least value of a number.
-        display: of the command line alone: `short` ("-o"), `metavar`, `required`, and `switch` (no --no- form).
+        display: settings of the command line only: `short` ("-o"), `metavar`, `required`, and `switch` (no --no- form).
+    Raises:
+        TypeError: `default` is a list, dict or set.
     """
     metadata = {"help": help, "flags": dict(flags or {}), "bare": bare, "path": path, "minimum": minimum, **display}
     if isinstance(default, (list, dict, set)):
@@ -43,24 +44,28 @@ def option(
 
 
 def convert_fields(cls: type[Any], owner: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Plain data as values for the fields of the dataclass `cls`; `owner` names it in errors.
+    """Converts plain data to values for the fields of the dataclass `cls`.
 
+    Args:
+        cls: a dataclass with type annotations.
+        owner: the name of the pass or command in errors.
+        options: values by option name, with `-` or `_`.
     Raises:
-        UsageError: an unknown option or a value of the wrong type.
+        UsageError: an option is unknown or its value has the wrong type.
     """
     types = typing.get_type_hints(cls)
-    known = {f.name for f in dataclasses.fields(cls)}
+    field_names = {f.name for f in dataclasses.fields(cls)}
     values: dict[str, Any] = {}
     for key, value in options.items():
         name = str(key).replace("-", "_")
-        if name not in known:
-            raise UsageError(f"{owner}: unknown option {key!r}; it has {', '.join(sorted(known)) or 'none'}")
+        if name not in field_names:
+            raise UsageError(f"{owner}: unknown option {key!r}; it has {', '.join(sorted(field_names)) or 'none'}")
         values[name] = convert_option(owner, name, types[name], value)
     return values
 
 
 def choices(annotation: Any) -> tuple[Any, ...]:
-    """The values of a `Literal` annotation (or of an optional one), else ()."""
+    """Returns the values of a `Literal` annotation, or of an optional one, else ()."""
     if get_origin(annotation) is Literal:
         return get_args(annotation)
     for inner in get_args(annotation):
@@ -70,22 +75,24 @@ def choices(annotation: Any) -> tuple[Any, ...]:
 
 
 def base_type(annotation: Any) -> Any:
-    """The plain type that a person writes for a field: the first of bool, int, float, str, Path in a union, else
-    itself.
-    """
+    """Returns the plain type of a field's value: the first of bool, int, float, str, Path in a union, else itself."""
     return next((t for t in get_args(annotation) if t in (bool, int, float, str, Path)), annotation)
 
 
 def convert_option(owner: str, name: str, annotation: Any, value: Any) -> Any:
-    """`value` as the type of the field `name`, or a UsageError that says what it should have been."""
-    wanted = choices(annotation)
+    """Converts `value` to the type `annotation` of the field `name`.
+
+    Raises:
+        UsageError: the value has another type, or is none of the choices. The message names the expected type.
+    """
+    allowed = choices(annotation)
     optional = type(None) in get_args(annotation)
     if value is None and optional:
         return None
-    if wanted:
-        if value not in wanted:
+    if allowed:
+        if value not in allowed:
             quoted = "; YAML reads on, off, yes and no as booleans, so quote words" if isinstance(value, bool) else ""
-            raise UsageError(f"{owner}: {name} is {shown(value)}; choose one of {', '.join(map(str, wanted))}{quoted}")
+            raise UsageError(f"{owner}: {name} is {shown(value)}; choose one of {', '.join(map(str, allowed))}{quoted}")
         return value
     if get_origin(annotation) is tuple:
         items = value if isinstance(value, (list, tuple)) else [value]

@@ -1,4 +1,4 @@
-"""How far a job is: bars on a terminal (of bytes, and of things), a line every half minute elsewhere."""
+"""Progress of a job: bars of bytes or items on a terminal, and one line every 30 seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -12,13 +12,18 @@ from collections.abc import Callable, Iterator
 DELAY_SECONDS = 2.0
 EVERY_SECONDS = 30.0
 
-_under_way: list[Callable[[], str]] = []
-"""What is counted right now, the innermost last; each gives its line."""
+_progress_lines: list[Callable[[], str]] = []
+"""Functions that return the line of each running count, the innermost last."""
 
 
 @contextlib.contextmanager
 def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yield `advance(count)`, safe to call from several threads; `total` and `count` are in the same unit (bytes)."""
+    """Yields `advance(count)`, which several threads may call.
+
+    Args:
+        label: the text beside the bar.
+        total: bytes in all; `count` is in bytes too.
+    """
     done, lock = 0, threading.Lock()
     if not sys.stderr.isatty():
 
@@ -27,7 +32,7 @@ def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
             with lock:
                 done += count
 
-        with _told(lambda: f"{label}: {done / max(1, total):.0%} of {total / 1e9:.1f} GB"):
+        with _heartbeat_line(lambda: f"{label}: {done / max(1, total):.0%} of {total / 1e9:.1f} GB"):
             yield count_only
         return
     from rich.console import Console
@@ -61,7 +66,13 @@ def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
 
 @contextlib.contextmanager
 def counted(label: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
-    """A bar of things, with the time left; yields what advances it, by one or by a count."""
+    """Shows a bar of items with the remaining time. Yields `advance(count=1)`.
+
+    Args:
+        label: the text beside the bar.
+        total: items in all.
+        done: items that are finished at the start.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -69,21 +80,22 @@ def counted(label: str, total: int, done: int = 0) -> Iterator[Callable[..., Non
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task(label, total=total, completed=done)
-        with _told(lambda: f"{label}: {bar.tasks[0].completed:.0f} of {total}"):
+        with _heartbeat_line(lambda: f"{label}: {bar.tasks[0].completed:.0f} of {total}"):
             yield lambda count=1: bar.advance(task, count)
 
 
 @contextlib.contextmanager
-def _told(line: Callable[[], str]) -> Iterator[None]:
-    _under_way.append(line)
+def _heartbeat_line(line: Callable[[], str]) -> Iterator[None]:
+    """Let `Heartbeat` print `line()` while the context lasts."""
+    _progress_lines.append(line)
     try:
         yield
     finally:
-        _under_way.remove(line)
+        _progress_lines.remove(line)
 
 
 class Heartbeat(logging.Handler):
-    """A line on stderr every `seconds`: what is counted right now, else what was begun last (the log's last line)."""
+    """Prints a line on stderr every `seconds`: the innermost running count, else the last message of the log."""
 
     def __init__(self, seconds: float = EVERY_SECONDS) -> None:
         super().__init__(logging.INFO)
@@ -92,10 +104,12 @@ class Heartbeat(logging.Handler):
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Remember the message for the next line."""
         self.last = record.getMessage()
 
     @contextlib.contextmanager
     def beating(self) -> Iterator[None]:
+        """Print lines while the context lasts. One object can be used once."""
         self._thread.start()
         try:
             yield
@@ -105,6 +119,6 @@ class Heartbeat(logging.Handler):
     def _beat(self) -> None:
         started = time.monotonic()
         while not self._ended.wait(self.seconds):
-            with contextlib.suppress(IndexError, OSError, ValueError):  # it ended meanwhile, or stderr is closed
-                line = _under_way[-1]() if _under_way else self.last or "at work"
+            with contextlib.suppress(IndexError, OSError, ValueError):  # the count ended meanwhile, or stderr is closed
+                line = _progress_lines[-1]() if _progress_lines else self.last or "at work"
                 print(f"[{time.monotonic() - started:.0f} s] {line}", file=sys.stderr, flush=True)

@@ -1,5 +1,6 @@
-"""Passes, engine builders, model families and runtimes are found through Python entry points, so that other packages
-can add theirs.
+"""Finds passes, engine builders, model families and runtimes through Python entry points.
+
+Other packages can add theirs:
 
 [project.entry-points."onnxtools.passes"]
 my-pass = "my_package.module:MyPass"
@@ -24,30 +25,30 @@ _KIND = {PASSES: "pass", BUILDERS: "builder", FAMILIES: "family", RUNTIMES: "run
 
 @functools.cache
 def names(group: str = PASSES) -> dict[str, EntryPoint]:
-    """Entry points of `group` by name; nothing is imported."""
+    """Returns the entry points of `group` by name. Nothing is imported."""
     return {point.name: point for point in entry_points(group=group)}
 
 
 def load(name: str, group: str = PASSES) -> Any:
-    """Import what `name` stands for.
+    """Imports the object that is registered as `name` in `group`.
 
     Raises:
-        UsageError: nobody registered that name; close names are suggested.
-        JobError: it needs a library that is not installed.
+        UsageError: the name is not registered (the message suggests close names), or its module cannot be imported.
+        JobError: its module needs a library that is not installed.
     """
-    known = names(group)
-    if name not in known:
-        close = difflib.get_close_matches(name, known, n=3)
-        hint = f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(sorted(known))}"
+    points = names(group)
+    if name not in points:
+        close = difflib.get_close_matches(name, points, n=3)
+        hint = f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(sorted(points))}"
         raise UsageError(f"no {_KIND[group]} is named {name!r}; {hint}")
     try:
-        return known[name].load()
+        return points[name].load()
     except (ImportError, AttributeError) as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
-        if missing is not None and not known[name].value.startswith(missing):
+        if missing is not None and not points[name].value.startswith(missing):
             raise JobError(f"{_KIND[group]} {name!r} needs {missing!r}, which is not installed; install it") from error
-        distribution = known[name].dist
-        package = distribution.name if distribution is not None else known[name].value
+        distribution = points[name].dist
+        package = distribution.name if distribution is not None else points[name].value
         raise UsageError(
             f"{_KIND[group]} {name!r} of package {package!r} cannot be imported ({error}); repair or uninstall the "
             "package"
@@ -55,10 +56,13 @@ def load(name: str, group: str = PASSES) -> Any:
 
 
 def load_object(option: str, place: str) -> Any:
-    """Import `package.module:name`, which `option` was given as.
+    """Imports the object `place`, written `package.module:name`.
 
+    Args:
+        option: the command-line option that names the object, for errors.
+        place: the object's module and name.
     Raises:
-        UsageError: it is not written so, or cannot be imported.
+        UsageError: `place` has another form, or cannot be imported.
     """
     module, _, name = place.partition(":")
     if not module or not name:

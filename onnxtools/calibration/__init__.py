@@ -1,1 +1,1 @@
-"""Running a model over texts, a layer at a time, to learn what its activations look like."""
+"""Runs a model on texts, layer by layer, and collects statistics of its activations."""

@@ -1,4 +1,4 @@
-"""`Calibrated`: the options that every pass with calibration has."""
+"""`Calibrated`: the options of every pass that calibrates."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from onnxtools.pipeline.passbase import Pass
 
 @dataclass(frozen=True)
 class Calibrated(Pass):
-    """A pass that may look at activations."""
+    """A pass that may collect statistics of activations.
+
+    Raises:
+        UsageError: `calib_size` or `calib_length` is less than 1.
+        JobError: `calib` is no file.
+    """
 
     calib: str | None = option(
         None, "Calibration data: texts (.jsonl, .txt), or inputs of the graph (.npz).", path=True

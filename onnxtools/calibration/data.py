@@ -1,4 +1,4 @@
-"""Calibration data: texts as the graph's inputs, one at a time and so without padding."""
+"""Calibration data: texts as the graph's inputs, one text at a time and therefore without padding."""
 
 from __future__ import annotations
 
@@ -21,10 +21,14 @@ from onnxtools.ir.model import Model
 
 
 class Samples(Sequence[Feeds]):
-    """Feeds of the graph, made when they are asked for.
+    """Feeds of the graph, one for each text. An item is computed when it is read.
 
+    Args:
+        model: the graph that the feeds are for.
+        texts: token ids of each text.
+        feeds: arrays by input name; used if there are no `texts`.
     Attributes:
-        digest: of the data, for the calibration cache.
+        digest: SHA-256 of the data in hexadecimal, for the calibration cache.
     """
 
     def __init__(self, model: Model, texts: Sequence[Sequence[int]], feeds: Sequence[Feeds] = ()) -> None:
@@ -44,11 +48,16 @@ class Samples(Sequence[Feeds]):
 
 
 def read_samples(model: Model, options: Calibrated) -> Samples:
-    """The data that `options` name.
+    """Reads the calibration data that `options` name.
+
+    Texts are cut to `calib_length` tokens, and to the number of positions of the model. Texts of one token are left
+    out.
 
     Raises:
-        UsageError: none is named, or it cannot be read.
-        JobError: no tokenizer, tokens outside the vocabulary, inputs that are not the graph's.
+        UsageError: `options` name no data or no tokenizer, a line has neither text nor tokens in `calib_field`, or no
+            text has two tokens.
+        JobError: the file cannot be read, the graph has no input of token ids, a token is outside the vocabulary, or an
+            array does not fit the graph's input.
     """
     if options.calib is None:
         raise UsageError(
@@ -86,23 +95,26 @@ def read_samples(model: Model, options: Calibrated) -> Samples:
 
 
 def _texts(path: Path, options: Calibrated, model: Model) -> list[list[int]]:
-    """Tokens of up to `calib_size` texts."""
+    """Returns the token ids of up to `calib_size` texts."""
     if path.suffix == ".jsonl":
-        found = [_field(path, number, row, options.calib_field) for number, row in read_jsonl(path, options.calib_size)]
-        tokenizer = _tokenizer(options, model) if any(isinstance(text, str) for text in found) else None
-        return [
-            text if isinstance(text, list) else tokenizer.encode(text) if tokenizer is not None else []
-            for text in found
-        ]
+        texts = [_field(path, number, row, options.calib_field) for number, row in read_jsonl(path, options.calib_size)]
+        tokenizer = _tokenizer(options, model) if any(isinstance(text, str) for text in texts) else None
+        return [_encoded(text, tokenizer) for text in texts]
     try:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise JobError(f"{path}: cannot be read as UTF-8 text ({error}); name a .jsonl, .txt or .npz file") from None
-    wanted = options.calib_size * options.calib_length
-    ids = _tokenizer(options, model).encode(content[: 16 * wanted])[
-        :wanted
-    ]  # a token is hardly ever longer than 16 characters on average
+    limit = options.calib_size * options.calib_length
+    # The average token is hardly ever longer than 16 characters.
+    ids = _tokenizer(options, model).encode(content[: 16 * limit])[:limit]
     return [ids[start : start + options.calib_length] for start in range(0, len(ids), options.calib_length)]
+
+
+def _encoded(text: str | list[int], tokenizer: Tokenizer | None) -> list[int]:
+    """Returns the token ids of a text. A list has token ids already, and needs no tokenizer."""
+    if isinstance(text, list):
+        return text
+    return tokenizer.encode(text) if tokenizer is not None else []
 
 
 def _tokenizer(options: Calibrated, model: Model) -> Tokenizer:
@@ -126,9 +138,12 @@ def _field(path: Path, number: int, row: dict[str, Any], name: str) -> str | lis
 
 
 def _check_array(path: Path, value: ir.Value, array: np.ndarray[Any, Any]) -> None:
-    """Type, rank and fixed sizes are the input's, and there is something in it."""
+    """Checks that `array` has the type, rank and fixed sizes of the input `value`, is not empty and is finite.
+
+    The input of a cache may be empty.
+    """
     dims = value.shape
-    wanted = f"{value.dtype} [{', '.join(map(str, dims))}]" if dims is not None else str(value.dtype)
+    expected = f"{value.dtype} [{', '.join(map(str, dims))}]" if dims is not None else str(value.dtype)
     same = value.dtype is None or array.dtype == (
         np.float32 if value.dtype == ir.DataType.BFLOAT16 else value.dtype.numpy()
     )
@@ -138,8 +153,8 @@ def _check_array(path: Path, value: ir.Value, array: np.ndarray[Any, Any]) -> No
         )
     if not same:
         raise JobError(
-            f"{path}: {value.name!r} is {array.dtype} {list(array.shape)}, but the graph's input is {wanted}; write it "
-            "so"
+            f"{path}: {value.name!r} is {array.dtype} {list(array.shape)}, but the graph's input is {expected}; write "
+            "it so"
         )
     if not array.size and not may_be_past(value.name):
         raise JobError(f"{path}: {value.name!r} is empty; write one text or more")
@@ -148,6 +163,7 @@ def _check_array(path: Path, value: ir.Value, array: np.ndarray[Any, Any]) -> No
 
 
 def _check_range(path: Path, texts: Sequence[Sequence[int]], size: int) -> None:
+    """Checks that all token ids are in a vocabulary of `size`."""
     for number, text in enumerate(texts, 1):
         worst = max(text) if max(text) >= size else min(text)
         if not 0 <= worst < size:
@@ -158,7 +174,7 @@ def _check_range(path: Path, texts: Sequence[Sequence[int]], size: int) -> None:
 
 
 def _text_feeds(model: Model, ids: Sequence[int]) -> Feeds:
-    """One row of `ids`, positions from 0, nothing masked, an empty cache."""
+    """Returns the feeds of one row of `ids`: positions from 0, nothing masked, and an empty cache."""
     feeds = random_feeds(model, batch=1, sequence=len(ids))
     tokens = token_input(model)
     assert tokens is not None
@@ -167,5 +183,5 @@ def _text_feeds(model: Model, ids: Sequence[int]) -> Feeds:
         if value is tokens.value:
             feeds[name] = np.asarray(ids, feeds[name].dtype).reshape(feeds[name].shape)
         elif value.dtype is not None and not value.dtype.is_floating_point() and not is_ids_like(value):
-            feeds[name] = np.zeros_like(feeds[name])  # where to write into a static cache
+            feeds[name] = np.zeros_like(feeds[name])  # the write index of a static cache
     return feeds

@@ -1,7 +1,7 @@
-"""The calibration run: segment after segment, all texts through each, what flows between them on the disk.
+"""The calibration run: segment after segment, with all texts through each. Values between segments are on disk.
 
-Memory: one segment's weights in float32, one text's activations in it, and what the observers keep. The values that are
-handed on lie in files, one for each text; those of finished segments are removed.
+Memory: one segment's weights in float32, one text's activations in it, and the statistics of the observers. Values
+between segments are files, one for each value and text. The files of finished segments are removed.
 """
 
 from __future__ import annotations
@@ -38,12 +38,15 @@ Findings = dict[str, Array]
 
 
 def file_name(name: str) -> str:
-    """A file's name for the value called `name`: names may hold slashes, differ in little and be long."""
+    """Returns a file name for the value called `name`: 32 hexadecimal digits of its SHA-256.
+
+    Names of values may have slashes, differ in little and be long.
+    """
     return hashlib.sha256(name.encode()).hexdigest()[:32]
 
 
 class _Spool:
-    """Values between segments: one file for each value and text."""
+    """The values between segments: one .npy file for each value and text."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -67,30 +70,39 @@ class _Spool:
 
 
 class StoredWeight(RowTensor):
-    """A weight in a file of the calibration."""
+    """A weight in a file of the calibration run, as `Calibration.store` writes it.
+
+    Args:
+        path: the .npy file. It is mapped into memory.
+        dtype: element type of the weight.
+        name: name of the weight.
+        owner: keeps the file's temporary folder alive as long as this tensor.
+    """
 
     __slots__ = ("_array", "_owner")
 
     def __init__(self, path: Path, dtype: ir.DataType, name: str, owner: object) -> None:
         self._array = np.load(path, mmap_mode="r")
-        self._owner = owner  # a temporary folder goes when nothing refers to it any more
+        self._owner = owner  # a temporary folder is removed when nothing refers to it any more
         super().__init__(self._array.shape, dtype, name)
 
     def rows(self, start: int, stop: int, scratch: Scratch | None = None) -> Array:
+        """Returns a copy of the rows `start:stop` in the weight's type. `scratch` is not used."""
         kind, rows = self.dtype.numpy(), np.array(self._array[start:stop])
         return rows.astype(kind) if self.dtype == ir.DataType.INT4 else rows.view(kind)
 
 
 _SAMPLED_ROWS = 8
+"""Rows of a computed weight that `fingerprint` reads at each place."""
 _GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
 
 def fingerprint(model: Model) -> str:
-    """Of the model as it is in memory, which a pass may have changed: nodes with their attributes, and each weight that
-    is not in a file.
+    """Returns the SHA-256, in hexadecimal, of the model in memory, which a pass may have changed.
 
-    Of a weight that is computed while it is read, the first and middle rows: its recipe is the pass's, whatever the
-    row.
+    It covers the nodes with their attributes, the names, types and shapes of the weights, and the elements of weights
+    that are not in a file. Of a weight that is computed while it is read, it covers the first and the middle rows: the
+    pass computes every row in the same way.
     """
     digest = hashlib.sha256()
     for node in (
@@ -123,7 +135,12 @@ def fingerprint(model: Model) -> str:
 
 
 class Layer:
-    """A segment whose turn it is."""
+    """The segment that is being calibrated.
+
+    Attributes:
+        segment: the segment.
+        products: its products with a stored weight.
+    """
 
     def __init__(self, calibration: Calibration, segment: Segment) -> None:
         self.segment, self.products = segment, segment.products
@@ -131,29 +148,35 @@ class Layer:
         self._ran = False
 
     def observe(self, observers: Mapping[ir.Value, Sequence[Observer]]) -> None:
-        """Run all texts through the segment; each observer sees its value, as float32 [tokens, channels] or as it is
-        where the rank is not 2 or 3.
+        """Run all texts through the segment and pass each value to its observers.
+
+        Observers get float32 [tokens, channels]. A value of rank 4 keeps its shape.
+
+        Raises:
+            JobError: ONNX Runtime failed, or a value is infinite or NaN.
         """
         self._calibration.through(self.segment, observers)
         self._ran = True
 
     def run_again(self) -> None:
-        """Run all texts with the weights as they are now, so that later segments see what changed."""
+        """Run all texts again with the current weights, so that later segments get the changed values."""
         self._calibration.through(self.segment, {})
 
     def finish(self) -> None:
+        """Run all texts if `observe` has not, so that later segments get their values."""
         if not self._ran:
             self._calibration.through(self.segment, {})
 
 
 class Calibration:
-    """Texts and a place for what flows between segments. Use as a context manager.
+    """The calibration texts, and the folder for the values between segments. Use it as a context manager.
 
     Args:
-        options: whose calibration data and cache are used.
-        key: what else the findings depend on; a cache of another key is not used.
+        model: the model; a note on the texts is added to it.
+        options: the pass whose calibration data and cache are used.
+        key: anything else on which the findings depend. A cache of another key is not used.
     Raises:
-        UsageError, JobError: as `read_samples` and `segments`.
+        UsageError, JobError: as in `read_samples` and `segments`.
     """
 
     def __init__(self, model: Model, options: Calibrated, key: str = "") -> None:
@@ -193,7 +216,7 @@ class Calibration:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None and self._cache is not None:
-            return  # a later run goes on from here
+            return  # a later run resumes here
         shutil.rmtree(self._folder / "values", ignore_errors=True)
 
     def _open_cache(self) -> None:
@@ -210,12 +233,12 @@ class Calibration:
                     "an empty folder with --calib-cache"
                 )
             try:
-                known = json.loads(note.read_text())
+                recorded = json.loads(note.read_text())
             except ValueError:
-                known = None
-            if known == self._key:
+                recorded = None
+            if recorded == self._key:
                 return
-            if not isinstance(known, dict) or set(known) != set(self._key):
+            if not isinstance(recorded, dict) or set(recorded) != set(self._key):
                 raise JobError(
                     f"{note}: is no note of a calibration, or damaged; name an empty folder with --calib-cache, or "
                     "remove this one"
@@ -228,14 +251,16 @@ class Calibration:
     def findings(
         self, look: Callable[[Layer], Findings], nodes: Collection[ir.Node] | None = None
     ) -> Iterator[tuple[Segment, Findings]]:
-        """What `look` finds at each segment, in order; findings that the cache has are not looked for again.
+        """Yields the segments in order, each with the findings of `look`.
 
-        `look` may call `Layer.observe` and `run_again`; its arrays must be small.
+        Findings in the cache are read, and `look` is not called for them.
 
         Args:
-            nodes: what `look` looks at; segments behind the last of them are left out. None: all.
+            look: returns the findings of a layer, arrays by name. It may call `Layer.observe` and `run_again`. Its
+                arrays must be small.
+            nodes: the nodes that `look` needs; segments after the last of them are left out. None means all segments.
         Raises:
-            JobError: the cache is damaged.
+            JobError: the cache is damaged, or a run failed.
         """
         numbers = [
             n
@@ -248,18 +273,18 @@ class Calibration:
                 path = self._folder / f"{number:04}.npz"
                 _LOG.info("%s: calibration, segment %d of %d", self._label, number + 1, count)
                 if path.is_file():
-                    found = self._cached(path)
+                    findings = self._read_findings(path)
                     self._tick(len(self.samples))
                 else:
                     layer = Layer(self, segment)
-                    found = look(layer)
+                    findings = look(layer)
                     layer.finish()
                     with replacing(path) as tmp, open(tmp, "wb") as file:
-                        np.savez(file, **found)  # type: ignore[arg-type]
+                        np.savez(file, **findings)  # type: ignore[arg-type]
                     self._spool.keep_only(segment.kept)
-                yield segment, found
+                yield segment, findings
 
-    def _cached(self, path: Path) -> Findings:
+    def _read_findings(self, path: Path) -> Findings:
         try:
             with np.load(path) as archive:
                 return {name: archive[name] for name in archive.files}
@@ -270,14 +295,21 @@ class Calibration:
             ) from None
 
     def store(self, weight: str, array: Array) -> None:
-        """Keep the computed elements of the weight of that name on the disk."""
+        """Write the computed elements of the weight of that name to disk."""
         path = self._folder / "weights" / f"{file_name(weight)}.npy"
         path.parent.mkdir(exist_ok=True)
         with replacing(path) as tmp, open(tmp, "wb") as file:
             np.save(file, _plain(array))
 
     def stored(self, weight: str, dtype: ir.DataType) -> StoredWeight:
-        """What `store` was given, which need not be in memory; its file lives as long as it."""
+        """Returns the weight that `store` wrote, mapped from its file. The file lives as long as the tensor.
+
+        Args:
+            weight: name of the weight.
+            dtype: element type of the stored array.
+        Raises:
+            JobError: the file is missing.
+        """
         path = self._folder / "weights" / f"{file_name(weight)}.npy"
         if not path.is_file():
             raise JobError(f"{path}: is missing from the calibration cache; remove the folder {str(self._folder)!r}")
@@ -289,42 +321,49 @@ class Calibration:
         return dtype is not None and dtype.is_floating_point()
 
     def through(self, segment: Segment, observers: Mapping[ir.Value, Sequence[Observer]]) -> None:
-        """All texts through `segment`: what it makes for later ones is spooled, observers see theirs."""
+        """Run all texts through `segment`: store its values for later segments, and pass others to the observers.
+
+        Args:
+            segment: the segment to run.
+            observers: by value; the values are outputs or inputs of the segment's nodes.
+        Raises:
+            JobError: ONNX Runtime failed, or an observed value is infinite or NaN.
+        """
         inner = {value for node in segment.nodes for value in node.outputs}
-        wanted = [value for value in dict.fromkeys([*segment.kept, *observers]) if value in inner]
-        if not wanted and not observers:
+        outputs = [value for value in dict.fromkeys([*segment.kept, *observers]) if value in inner]
+        if not outputs and not observers:
             self._tick(len(self.samples))
             return
         session: SegmentSession | None = None
         for text, feeds in enumerate(self.samples):
             received = {value: self._spool.get(value, text) for value in segment.received}
-            if session is None and wanted:
+            if session is None and outputs:
                 types = {value: ir.DataType.from_numpy(array.dtype).value for value, array in received.items()}
-                session = SegmentSession(self.model, segment, types, wanted)
-            found = (
+                session = SegmentSession(self.model, segment, types, outputs)
+            results = (
                 {}
                 if session is None
                 else session(feeds, {value.name or "": array for value, array in received.items()})
             )
             for value in segment.kept:
-                if value in found:
-                    self._spool.put(value, text, found[value])
+                if value in results:
+                    self._spool.put(value, text, results[value])
             for value, several in observers.items():
-                array = _rows(found.get(value, received.get(value, feeds.get(value.name or ""))), value)
+                array = _rows(results.get(value, received.get(value, feeds.get(value.name or ""))), value)
                 for observer in several:
                     observer.add(array)
             self._tick()
 
 
 def _plain(array: Array) -> Array:
-    """As a type that numpy's file format knows."""
+    """Returns `array` in a type that numpy's file format knows: int4 as int8, other foreign types as their bits."""
     if array.dtype == ir.DataType.INT4.numpy():
         return array.astype(np.int8)
     return array if array.dtype.isbuiltin else array.view(f"u{array.dtype.itemsize}")
 
 
 def _rows(array: Array | None, value: ir.Value) -> Array:
-    """[tokens, channels] of activations; keys and values [batch, heads, sequence, head_dim] stay."""
+    """Returns activations as float32 [tokens, channels]; an array of rank 4 (keys and values) keeps its shape."""
     assert array is not None, value.name
     array = array.astype(np.float32, copy=False)
     if not np.isfinite(array).all():
@@ -336,7 +375,11 @@ def _rows(array: Array | None, value: ir.Value) -> Array:
 
 
 def _count(feeds: Mapping[str, Array]) -> int:
-    """Tokens of a text: elements of the first integer input of rank 2, else of the first axes of the first input."""
+    """Returns the number of tokens of a text.
+
+    This is the size of the first integer input of rank 2. Without one it is the size of the first input without its
+    last axis.
+    """
     arrays = list(feeds.values())
     first = next((a for a in arrays if a.ndim == 2 and a.dtype.kind == "i"), None)
     return int(first.size) if first is not None else int(np.prod(arrays[0].shape[:-1]))

@@ -1,10 +1,10 @@
-"""Cutting a graph where little flows, so that it can be run a piece at a time.
+"""Cuts a graph where few values are alive, so that it can be run piece by piece.
 
 A node is *heavy* when it looks up the token embedding, reads hidden states, is a product with a stored weight, or comes
-after such a node. Everything else (masks, positions, shapes) is cheap and is computed again in each segment that wants
-it. Between two segments only values of heavy nodes are handed on; a cut is made wherever the number of floating-point
-ones among them is small, and a product has been seen: in a decoder behind attention and behind the MLP, where the
-residual stream is all there is.
+after such a node. Every other node (masks, positions, shapes) is cheap and is computed again in each segment that needs
+it. Between two segments only values of heavy nodes are passed on. The graph is cut wherever few floating-point values
+are alive and a product came before: in a decoder after attention and after the MLP, where only the residual stream is
+alive.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class Segment:
     """A run of nodes that is executed as one graph.
 
     Attributes:
-        heavy: the nodes that are this segment's own, in graph order.
-        nodes: these and the cheap ones that they need.
-        received: values that earlier segments made.
-        kept: values of this or earlier segments that later ones want.
-        products: those among the nodes.
+        heavy: the heavy nodes of this segment alone, in graph order.
+        nodes: these and the cheap nodes that they need, in graph order.
+        received: values that earlier segments computed.
+        kept: values of this or earlier segments that later segments need.
+        products: the products with a stored weight among `heavy`.
     """
 
     heavy: tuple[ir.Node, ...]
@@ -42,10 +42,11 @@ class Segment:
 
 
 def segments(model: Model) -> list[Segment]:
-    """The main graph in pieces, in order.
+    """Returns the segments of the main graph, in order.
 
     Raises:
-        JobError: nothing to calibrate, or operators that ONNX Runtime cannot run.
+        JobError: the graph has no product with a stored weight, has functions or TransformerEngine's operators, or has
+            a node with a graph inside.
     """
     if model.ir.functions or any(node.domain == "trt" for node in model.graph):
         raise JobError(f"{model.path}: has functions or TransformerEngine's operators; run `onnxtools convert` first")
@@ -71,15 +72,15 @@ def segments(model: Model) -> list[Segment]:
         value: max(places[user] for user, _ in value.uses() if user in places)
         for node in heavy
         for value in node.outputs
-        if _wanted(value, places)
+        if _has_heavy_user(value, places)
     }
-    found, start = [], 0
+    pieces, start = [], 0
     for stop in _cuts(heavy, last, set(products)):
         part = heavy[start:stop]
         inputs = (value for node in part for value in node.inputs if value is not None)
         received = _unique(value for value in inputs if _place(value, places, start) < start)
         kept = tuple(value for node in heavy[:stop] for value in node.outputs if last.get(value, -1) >= stop)
-        found.append(
+        pieces.append(
             Segment(
                 tuple(part),
                 _with_cheap(part, places, model),
@@ -89,10 +90,10 @@ def segments(model: Model) -> list[Segment]:
             )
         )
         start = stop
-    return found
+    return pieces
 
 
-def _wanted(value: ir.Value, places: dict[ir.Node, int]) -> bool:
+def _has_heavy_user(value: ir.Value, places: dict[ir.Node, int]) -> bool:
     return any(user in places for user, _ in value.uses())
 
 
@@ -122,7 +123,7 @@ def _through_casts(value: ir.Value) -> ir.Value:
 
 
 def _is_hidden(value: ir.Value) -> bool:
-    """A graph input of activations: floating-point, and neither a cache nor a mask."""
+    """Whether `value` is a graph input of activations: floating-point, and neither a cache nor a mask."""
     name = (value.name or "").lower()
     return (
         value.is_graph_input()
@@ -134,14 +135,22 @@ def _is_hidden(value: ir.Value) -> bool:
 
 
 def _cuts(heavy: list[ir.Node], last: dict[ir.Value, int], products: set[ir.Node]) -> list[int]:
-    """Ends of segments: places after which few floating-point values are alive; the end of the graph is one."""
+    """Returns the ends of the segments, as indices into `heavy`.
+
+    Few floating-point values are alive after each of them. The last one is the end of the graph.
+
+    Args:
+        heavy: the heavy nodes in graph order.
+        last: by value, the index of its last heavy user.
+        products: the products with a stored weight.
+    """
     alive: set[ir.Value] = set()
     counts: list[int] = []
     places = {node: index for index, node in enumerate(heavy)}
     for index, node in enumerate(heavy):
         alive.update(value for value in node.outputs if last.get(value, -1) > index)
         alive = {value for value in alive if last[value] > index}
-        # Products that share their input stay together: they are quantized as one.
+        # Products that share an input stay in one segment: they are quantized together.
         split = any(places[user] <= index for value in alive for user, _ in value.uses() if user in products)
         counts.append(_MOST_ALIVE + 1 if split else sum(not _is_integer(value) for value in alive))
     chosen = [len(heavy)]
@@ -157,23 +166,23 @@ def _cuts(heavy: list[ir.Node], last: dict[ir.Value, int], products: set[ir.Node
 
 
 _MOST_ALIVE = 4
-"""Values that a cut may hand on."""
+"""Most floating-point values that may be alive at a cut."""
 
 
 def _cuts_at(counts: list[int], limit: int, heavy: list[ir.Node], products: set[ir.Node]) -> list[int]:
-    """A cut wherever at most `limit` values are alive, a product came before it and one comes after it."""
-    cuts, seen = [], False
+    """Returns a cut wherever at most `limit` values are alive and both sides have a product."""
+    cuts, has_product = [], False
     remaining = sum(node in products for node in heavy)
     for index, node in enumerate(heavy[:-1]):
-        seen, remaining = seen or node in products, remaining - (node in products)
-        if seen and remaining and counts[index] <= limit:
+        has_product, remaining = has_product or node in products, remaining - (node in products)
+        if has_product and remaining and counts[index] <= limit:
             cuts.append(index + 1)
-            seen = False
+            has_product = False
     return [*cuts, len(heavy)]
 
 
 def _largest(cuts: list[int], heavy: list[ir.Node], products: set[ir.Node]) -> int:
-    """Products in the largest segment."""
+    """Returns the number of products in the largest segment."""
     return max(
         sum(node in products for node in heavy[start:stop]) for start, stop in zip([0, *cuts], cuts, strict=False)
     )
@@ -184,7 +193,7 @@ def _is_integer(value: ir.Value) -> bool:
 
 
 def _with_cheap(part: list[ir.Node], places: dict[ir.Node, int], model: Model) -> tuple[ir.Node, ...]:
-    """`part` and all that it needs beside heavy values, in graph order."""
+    """Returns the nodes of `part` and the cheap nodes that they need, in graph order."""
     needed, todo = set(part), list(part)
     while todo:
         for value in todo.pop().inputs:
@@ -196,7 +205,7 @@ def _with_cheap(part: list[ir.Node], places: dict[ir.Node, int], model: Model) -
 
 
 def _place(value: ir.Value, places: Mapping[ir.Node, int], otherwise: int) -> int:
-    """The place of the node that computes `value`, or `otherwise`."""
+    """Returns the place of the node that computes `value`, or `otherwise`."""
     node = value.producer()
     return otherwise if node is None else places.get(node, otherwise)
 
@@ -206,11 +215,11 @@ def _unique(values: Iterable[ir.Value]) -> tuple[ir.Value, ...]:
 
 
 def outer_inputs(segment: Segment) -> tuple[list[ir.Value], list[ir.Value]]:
-    """(graph inputs, constants) that the nodes of `segment` read."""
-    made = {value for node in segment.nodes for value in node.outputs} | set(segment.received)
+    """Returns the graph inputs and the constants that the nodes of `segment` read."""
+    inner = {value for node in segment.nodes for value in node.outputs} | set(segment.received)
     others = _unique(
-        value for node in segment.nodes for value in node.inputs if value is not None and value not in made
+        value for node in segment.nodes for value in node.inputs if value is not None and value not in inner
     )
-    return [v for v in others if v.is_graph_input()], [
-        v for v in others if not v.is_graph_input() and constant_tensor(v) is not None
-    ]
+    inputs = [value for value in others if value.is_graph_input()]
+    constants = [value for value in others if not value.is_graph_input() and constant_tensor(value) is not None]
+    return inputs, constants

@@ -1,8 +1,8 @@
-"""One segment of a graph as a session of ONNX Runtime, in float32, its weights given as inputs.
+"""Runs one segment of a graph as a session of ONNX Runtime, in float32, with its weights as inputs.
 
-Weights that are inputs are not folded, packed or converted by the runtime, so that a segment needs the memory of its
-float32 weights once, and another weight can be tried without another session. float16 and bfloat16 are computed in
-float32: the CPU has no kernels for them, and calibration should not see their rounding.
+ONNX Runtime does not fold, pack or convert weights that are inputs. A segment therefore needs the memory of its float32
+weights once, and a changed weight needs no new session. float16 and bfloat16 are computed in float32: the CPU has no
+kernels for them, and their rounding should not affect calibration.
 """
 
 from __future__ import annotations
@@ -27,12 +27,19 @@ _NARROW = {ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 _NARROW_TYPES = {dtype.value for dtype in _NARROW}
 _FLOAT = onnx.TensorProto.FLOAT
 _SMALL = 4096
-"""Elements of a constant that becomes part of the graph."""
+"""Most elements of a constant that becomes an initializer of the segment; larger ones become inputs."""
 
 
 class SegmentSession:
-    """Runs `segment`; `received_types` are the ONNX element types of what it receives, `wanted` the values to
-    return.
+    """A session that runs `segment` on the CPU.
+
+    Args:
+        model: the model of the segment.
+        segment: the segment to run.
+        received_types: ONNX element types (`onnx.TensorProto.DataType`) of the values that it receives.
+        wanted: the values to return.
+    Raises:
+        JobError: ONNX Runtime cannot load the segment.
     """
 
     def __init__(
@@ -43,41 +50,45 @@ class SegmentSession:
         self._tables: set[ir.Value] = set()
         self._session = _load(self._proto(model, received_types), segment.nodes[0].name or "")
         self._types = {value.name: value.type for value in self._session.get_inputs()}
-        self._held: dict[str, tuple[Any, Any]] = {}
+        self._ort_weights: dict[str, tuple[Any, Any]] = {}
         self.refresh()
 
     def refresh(self) -> None:
-        """Read the weights, changed ones included."""
-        self._held = {}
+        """Read the weights again, so that the next run uses the changed ones."""
+        self._ort_weights = {}
         for value, name in self._weights.items():
             array = self._stored(value)
-            self._held[name] = (array, ort_value(array, self._types[name]))
+            self._ort_weights[name] = (array, ort_value(array, self._types[name]))
 
     def _stored(self, value: ir.Value) -> Array:
         tensor = constant_tensor(value)
         assert tensor is not None
         shape = tensor.shape.numpy()
         if value in self._tables and isinstance(tensor, ir.ExternalTensor):
-            return np.memmap(
-                external_path(tensor), tensor.dtype.numpy(), "r", tensor.offset or 0, tuple(shape)
-            )  # only the rows in use are read
+            # A memory map reads only the rows in use.
+            return np.memmap(external_path(tensor), tensor.dtype.numpy(), "r", tensor.offset or 0, tuple(shape))
         array = elements(tensor)
         return array.astype(np.float32) if tensor.dtype in _NARROW and value not in self._tables else array
 
     def __call__(self, feeds: Feeds, received: Mapping[str, Array]) -> dict[ir.Value, Array]:
-        """Values by what they are of.
+        """Run the segment once.
 
+        Args:
+            feeds: arrays by the name of the graph input; other names are ignored.
+            received: arrays by the name of the received value.
+        Returns:
+            The arrays of the values `wanted`.
         Raises:
             JobError: ONNX Runtime failed.
         """
-        values = {name: held for name, (_, held) in self._held.items()}
-        kept = []  # ONNX Runtime reads the arrays in place
+        values = {name: ort_weight for name, (_, ort_weight) in self._ort_weights.items()}
+        arrays = []  # ONNX Runtime reads the arrays in place
         for name, array in {**feeds, **received}.items():
             if name in self._types and name not in values:
                 array = (
                     array.astype(np.float32) if self._types[name] == "tensor(float)" else np.asarray(array, order="C")
                 )
-                kept.append(array)
+                arrays.append(array)
                 values[name] = ort_value(array, self._types[name])
         try:
             results = self._session.run_with_ort_values([value.name for value in self.wanted], values)
@@ -121,7 +132,7 @@ class SegmentSession:
             return
         self._weights[value] = name
         if tensor.dtype in _NARROW and all(is_op(node, "Gather") and index == 0 for node, index in value.uses()):
-            # A table of which few rows are used stays as it is on disk.
+            # A table whose rows are looked up keeps its type and stays on disk.
             self._tables.add(value)
             graph.input.append(_info(value, tensor.dtype.value))
         else:

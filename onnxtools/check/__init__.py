@@ -1,1 +1,1 @@
-"""Does a graph still compute the same? Runs it on ONNX Runtime, and compares."""
+"""Checks whether a changed graph still computes the same: runs both graphs on ONNX Runtime and compares."""

@@ -1,4 +1,4 @@
-"""Facts about a model for people and `--json`, and the differences between two models."""
+"""Describes a model as plain data, for people and for `--json`, and lists the differences of two models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ from onnxtools.ir.query import attribute, is_op
 
 
 def describe(model: Model, *, sparsity: bool = False) -> dict[str, Any]:
-    """Plain data; weights are read only for `sparsity`."""
+    """Returns a summary of `model` as plain data (dicts, lists, strings, numbers).
+
+    Args:
+        model: the model.
+        sparsity: also count the zeros of the weights. Weights are read for this alone.
+    """
     return {
         "path": str(model.path),
         "sha256": model.sha256,
@@ -39,6 +44,7 @@ def _op(node: ir.Node) -> str:
 
 
 def shape_of(value: ir.Value) -> list[int | str]:
+    """Returns sizes and names of the dimensions, with "?" for a dimension without a name; [] for an unknown shape."""
     return [d if isinstance(d, int) else d.value or "?" for d in value.shape or ()]
 
 
@@ -96,21 +102,23 @@ def _sparsity(model: Model) -> list[dict[str, Any]]:
 
     rows = []
     for product in {p.weight: p for p in weight_products(model)}.values():
-        counted = count_2_4(product.tensor, product.axis)
+        counts = count_2_4(product.tensor, product.axis)
         rows.append(
             {
                 "name": product.weight.name,
                 "shape": [int(d) for d in product.tensor.shape.numpy()],
-                "zeros": counted.zero_fraction,
-                "is_2_4": counted.is_2_4,
+                "zeros": counts.zero_fraction,
+                "is_2_4": counts.is_2_4,
             }
         )
     return rows
 
 
 def differences(a: Model, b: Model) -> dict[str, list[dict[str, Any]]]:
-    """What `b` has that `a` has not, and the other way round: operators, inputs and outputs, weights by type,
-    opsets.
+    """Returns the differences of two models: opsets, operators, inputs and outputs, weights by type, initializers.
+
+    Each difference has the keys `name`, `before` (in `a`) and `after` (in `b`). A value is None where a model lacks
+    the entry.
     """
     x, y = describe(a), describe(b)
     return {
@@ -133,8 +141,10 @@ def differences(a: Model, b: Model) -> dict[str, list[dict[str, Any]]]:
 
 
 def engine_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Of two manifests: builder, graph and options, inputs and outputs, profiles, types of layer outputs, layers,
-    size.
+    """Returns the differences of two engine manifests, in the form of `differences`.
+
+    They cover the builder, graph and size, the options, inputs and outputs, profiles, types of layer outputs, and
+    layers.
     """
 
     def io(m: Mapping[str, Any]) -> dict[str, str]:
@@ -144,7 +154,7 @@ def engine_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, 
             for t in m[kind]
         }
 
-    def made(m: Mapping[str, Any]) -> dict[str, Any]:
+    def build_of(m: Mapping[str, Any]) -> dict[str, Any]:
         return {
             "builder": f"{m['backend']['name']} {m['backend']['version']}",
             "graph": m["graph"]["sha256"][:12],
@@ -152,7 +162,7 @@ def engine_differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, 
         }
 
     parts: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
-        "made": made, "options": lambda m: m["spec"], "io": io,
+        "made": build_of, "options": lambda m: m["spec"], "io": io,
         "profiles": lambda m: {p["name"]: p["inputs"] for p in m["profiles"]},
         "types": lambda m: m["audit"]["outputs"], "layers": lambda m: m["layers"]["types"],
     }  # fmt: skip

@@ -1,6 +1,6 @@
-"""Running a graph on ONNX Runtime (CPU) to judge a transform.
+"""Runs a graph on ONNX Runtime (CPU) to check a transform.
 
-Speed is not the aim; see `onnxtools.engines` for that.
+Speed is not the aim; `onnxtools.engines` is for speed.
 """
 
 from __future__ import annotations
@@ -30,16 +30,23 @@ _F32 = onnx.TensorProto.FLOAT
 
 
 class Runner:
-    """One graph, loaded once, run on feeds.
+    """A graph that is loaded once and run on feeds.
 
-    `trt::` operators run through their definition as ONNX functions. bfloat16, which ONNX Runtime's CPU provider does
-    not compute in, is computed in float32: `notes` says so. What ONNX Runtime has no kernel for falls back on
-    onnx.reference when the model is small.
+    `trt::` operators run as ONNX functions that follow their definition. ONNX Runtime's CPU provider does not compute
+    in bfloat16: such values are computed in float32, and `notes` says so. If ONNX Runtime has no kernel for an
+    operator, a small model runs on onnx.reference.
 
     Args:
-        only: return just these values; what they do not need is not loaded.
-        rows: of tables that tokens look up, load the first so many rows.
+        model: the model whose main graph is run.
+        only: names of the values to return; nodes that they do not need are not loaded. None for the graph's outputs.
+        rows: load only the first so many rows of embedding tables; used with `only`.
         seconds: a run that takes longer is ended.
+    Attributes:
+        notes: how the computation differs from the graph, a line each.
+        inputs: `onnx.ValueInfoProto` by name.
+        outputs: names in the graph's order.
+    Raises:
+        JobError: the graph cannot be loaded, or too many changed weights are in memory.
     """
 
     def __init__(
@@ -55,7 +62,7 @@ class Runner:
     def _load(self, proto: onnx.ModelProto, model: Model) -> Any:
         ort = onnxruntime()
         options = session_options(folder=model.path.parent if model.path is not None else None)
-        self._mapped = _map_foreign(options, proto, model)  # ONNX Runtime reads them in place
+        self._mapped = _map_foreign(options, proto, model)  # ONNX Runtime reads the arrays in place
         data = proto.SerializeToString()
         try:
             session = open_session(data, options=options, qdq_as_written=True)
@@ -111,10 +118,12 @@ class Runner:
         return run
 
     def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Outputs by name.
+        """Run the graph and return its outputs by name.
 
+        Args:
+            feeds: arrays by input name; other names are ignored.
         Raises:
-            JobError: an input is missing, or the runtime failed.
+            JobError: an input is missing, the run took longer than `seconds`, or the runtime failed.
         """
         missing = [name for name in self.inputs if name not in feeds]
         if missing:
@@ -123,7 +132,14 @@ class Runner:
 
 
 def ort_value(array: Array, type_name: str) -> Any:
-    """`array` for ONNX Runtime, without a copy where it is contiguous; it must stay alive as long as the value."""
+    """Returns `array` as an `onnxruntime.OrtValue`, without a copy if it is contiguous.
+
+    The array must then live as long as the value.
+
+    Args:
+        array: bfloat16 and float8 arrays may have any dtype of the same size.
+        type_name: ONNX Runtime's name of the type, such as tensor(float), or ONNX's in lower case.
+    """
     ort = onnxruntime()
     if "float8e4m3fn" in type_name:
         return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(
@@ -137,8 +153,9 @@ def ort_value(array: Array, type_name: str) -> Any:
 
 
 def to_numpy(value: Any) -> Array:
+    """Returns an `onnxruntime.OrtValue` as an array; FLOAT8E4M3FN as ml_dtypes.float8_e4m3fn."""
     array = value.numpy()
-    if "float8e4m3fn" in value.data_type():  # handed out as its bytes
+    if "float8e4m3fn" in value.data_type():  # ONNX Runtime returns the bytes
         import ml_dtypes
 
         return array.view(ml_dtypes.float8_e4m3fn)  # type: ignore[no-any-return]
@@ -146,15 +163,21 @@ def to_numpy(value: Any) -> Array:
 
 
 def _map_foreign(options: Any, proto: onnx.ModelProto, model: Model) -> list[Array]:
-    """Give ONNX Runtime the weights that lie in other folders than the graph (a Hugging Face cache) from memory: it
-    looks into one folder.
-    """
+    """Pass the weights outside the graph's folder (in a Hugging Face cache) to ONNX Runtime from memory.
 
+    ONNX Runtime reads data files from one folder only. The returned arrays must live as long as the session.
+    """
     folder = model.path.parent.resolve() if model.path is not None else None
-    wanted = {tensor.name for tensor in proto.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL}
+    external_names = {
+        tensor.name for tensor in proto.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL
+    }
     names, arrays = [], []
     for value, tensor in model.weights():
-        if value.name in wanted and isinstance(tensor, ir.ExternalTensor) and Path(tensor.base_dir).resolve() != folder:
+        if (
+            value.name in external_names
+            and isinstance(tensor, ir.ExternalTensor)
+            and Path(tensor.base_dir).resolve() != folder
+        ):
             names.append(value.name)
             arrays.append(np.ascontiguousarray(elements(tensor)))
     if names:
@@ -170,8 +193,9 @@ def _map_foreign(options: Any, proto: onnx.ModelProto, model: Model) -> list[Arr
 def _runnable(
     model: Model, notes: list[str], only: Sequence[str] | None = None, rows: int | None = None
 ) -> onnx.ModelProto:
-    """A proto that ONNX Runtime takes: functions for `trt::`, no stale types, float32 for bfloat16; of the values
-    `only` where they are named.
+    """Returns a proto that ONNX Runtime takes: functions for `trt::`, no stale types, float32 for bfloat16.
+
+    With `only`, it is the part of the graph that computes these values.
     """
     if only is not None:
         proto = part(model, only, rows=rows)
@@ -213,7 +237,7 @@ def _with_te_functions(proto: onnx.ModelProto, model: Model) -> onnx.ModelProto:
 
 
 def _retype_fp8_bytes(proto: onnx.ModelProto) -> None:
-    """uint8 initializers that feed a dequantize directly hold FP8 bytes (fp8_model_init)."""
+    """Change the type of uint8 initializers that feed a dequantize: they hold FP8 bytes (fp8_model_init)."""
     read = {
         node.input[0] for node in proto.graph.node if node.domain == "trt" and node.op_type == "TRT_FP8DequantizeLinear"
     }
@@ -247,7 +271,12 @@ def _bf16_as_fp32(proto: onnx.ModelProto, model: Model) -> None:
 
 
 def widen_node(node: onnx.NodeProto, types: Container[int]) -> None:
-    """Let a node that makes or holds values of `types` make or hold float32."""
+    """Change element types in the attributes of `node` to float32: those of outputs, and those of its tensors.
+
+    Args:
+        node: the node to change.
+        types: the `onnx.TensorProto.DataType` to replace.
+    """
     for attribute in node.attribute:
         if attribute.name in ("to", "output_dtype", "dtype") and attribute.i in types:
             attribute.i = _F32

@@ -18,12 +18,12 @@ That is right for uint8 only; with FP8 it changes the result.
 
 
 def session_options(*, threads: int = 0, folder: Path | None = None, spinning: bool = True) -> Any:
-    """onnxruntime.SessionOptions that print nothing: errors come back as exceptions.
+    """Returns onnxruntime.SessionOptions that print nothing; errors are raised as exceptions.
 
     Args:
-        threads: of one operator on the CPU; 0 for all cores.
-        folder: where the data files of a graph in memory lie.
-        spinning: whether threads wait for work by spinning, which is faster and takes the cores from numpy between
+        threads: threads of one operator on the CPU; 0 for all cores.
+        folder: the folder of the data files of a graph in memory.
+        spinning: whether threads wait for work by spinning. This is faster, but takes the cores from numpy between
             runs.
     """
     ort = onnxruntime()
@@ -40,11 +40,14 @@ def session_options(*, threads: int = 0, folder: Path | None = None, spinning: b
 def open_session(
     source: str | bytes, providers: Sequence[Any] = CPU, options: Any = None, *, qdq_as_written: bool = False
 ) -> Any:
-    """An onnxruntime.InferenceSession of a file's path or of a serialized graph; raises what ONNX Runtime raises.
+    """Opens an onnxruntime.InferenceSession. Errors of ONNX Runtime are not translated.
 
     Args:
-        qdq_as_written: compute QuantizeLinear and DequantizeLinear as nodes of their own. ONNX Runtime's fusions take
-            FP8 for INT8 (FACTS-te-nemo, 1.7).
+        source: the path of a file, or a serialized graph.
+        providers: execution providers, the preferred one first.
+        options: onnxruntime.SessionOptions; `session_options()` by default. `qdq_as_written` changes them.
+        qdq_as_written: compute QuantizeLinear and DequantizeLinear as separate nodes. ONNX Runtime's fusions treat
+            FP8 as INT8 (FACTS-te-nemo, 1.7).
     """
     ort = onnxruntime()
     options = options or session_options()

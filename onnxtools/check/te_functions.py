@@ -1,7 +1,7 @@
 """TransformerEngine's custom operators as ONNX functions, so that ONNX Runtime can run an export as it is.
 
-These follow the operators' definition (dequantized value = stored value * scale) with Div, Clip and Cast; they share
-no code with the passes that rewrite the operators, and so can judge them.
+The functions follow the operators' definition (dequantized value = stored value * scale) with Div, Clip and Cast. They
+share no code with the passes that rewrite the operators, and so can check them.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ TRT_FP8DequantizeLinear (x, scale) => (y)
 }
 """  # fmt: skip
 
-# The scale is the smallest power of two >= amax / 448; Log alone may miss exact powers by a rounding, hence the two
-# corrections.
+# The scale is the smallest power of two >= amax / 448. Log alone may miss exact powers by a rounding error, hence the
+# two corrections.
 _MX = """
 <domain: "trt", opset_import: ["" : 19]>
 TRT_MXFP8DynamicQuantize (x) => (y, scale)
@@ -90,12 +90,16 @@ TRT_MXFP8DequantizeLinear (x, scale) => (y)
 
 
 def functions(opset: int) -> list[onnx.FunctionProto]:
-    """All `trt::` functions, importing the model's default operator set (they must agree with it)."""
+    """Returns all `trt::` functions.
+
+    Args:
+        opset: the version of the default operator set that they import. It must be the model's.
+    """
     parsed = [parser.parse_function(text.strip()) for text in (*_FP8, *_MX)]
     for function in parsed:
         function.opset_import[0].version = opset
         if function.name.startswith("TRT_MXFP8"):
-            # Written by `te-mxfp8-to-qdq --keep-mx` for TensorRT; these are the only values it takes.
+            # `te-mxfp8-to-qdq --keep-mx` writes these attributes for TensorRT, which takes no other values.
             function.attribute_proto.extend(
                 [onnx.helper.make_attribute("axis", -1), onnx.helper.make_attribute("block_size", 32)]
             )

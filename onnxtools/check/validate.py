@@ -1,6 +1,6 @@
-"""Does a transformed model still compute the same?
+"""Checks whether a transformed model still computes the same.
 
-Full runs, incremental decoding, and the first value that differs.
+It compares full runs and incremental decoding, and finds the first value that differs.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from onnxtools.ir.model import Model
 from onnxtools.ir.query import has_dynamic_scales
 
 FP8_TOLERANCE = 0.1
-"""FP8 rounds to 3 bits: one flipped rounding is 6% of a value."""
+"""FP8 rounds to 3 bits of fraction: one flipped rounding is 6% of a value."""
 STEP_TOLERANCE = 0.25
-"""For steps of a model whose quantization scales come from the data: another scale flips many roundings."""
+"""For steps of a model whose quantization scales are computed from the data: another scale flips many roundings."""
 LAYER_BUDGET = 256 << 20
-"""Bytes of inner values held at once while looking for the first divergent one."""
+"""Bytes of inner values in memory at once while the first divergent one is searched."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Difference:
     Attributes:
         max_abs: largest |a - b|.
         rel_l2: ||a - b|| / ||a||.
-        cosine: of the flattened tensors; 1 is the same direction.
+        cosine: cosine of the angle between the flattened tensors; 1 is the same direction.
     """
 
     max_abs: float
@@ -44,7 +44,12 @@ class Difference:
 
     @classmethod
     def of(cls, a: Array, b: Array) -> Difference:
-        if np.asarray(a).dtype.kind in "OSU":  # texts
+        """Compares two arrays of the same shape, in float64.
+
+        Infinite and NaN elements of `a` are left out if `b` has the same ones; else the difference is infinite. Texts
+        are equal or infinitely different.
+        """
+        if np.asarray(a).dtype.kind in "OSU":  # strings
             return cls(0.0, 0.0, 1.0) if np.array_equal(a, b) else cls(float("inf"), float("inf"), 0.0)
         x, y = (np.asarray(t).astype(np.float64).ravel() for t in (a, b))
         finite = np.isfinite(x)
@@ -62,7 +67,14 @@ class Difference:
 
 @dataclass
 class Row:
-    """One comparison: what was compared, the difference, and whether it is within tolerance."""
+    """One comparison.
+
+    Attributes:
+        check: the run that was compared, for reports.
+        output: name of the output.
+        difference: its difference from the reference.
+        passed: whether the difference is within the tolerance.
+    """
 
     check: str
     output: str
@@ -72,7 +84,13 @@ class Row:
 
 @dataclass
 class Verdict:
-    """All comparisons of one validation."""
+    """All comparisons of one validation.
+
+    Attributes:
+        tolerance: largest accepted relative L2.
+        rows: the comparisons.
+        notes: remarks for the user, a line each.
+    """
 
     tolerance: float
     rows: list[Row] = field(default_factory=list)
@@ -80,9 +98,21 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
+        """Whether there are comparisons and all of them passed."""
         return bool(self.rows) and all(row.passed for row in self.rows)
 
     def add(self, check: str, output: str, a: Array, b: Array, tolerance: float | None = None) -> None:
+        """Compare `b` with the reference `a` and add a row.
+
+        Args:
+            check: the run, for reports.
+            output: name of the output.
+            a: output of the reference.
+            b: output of the model.
+            tolerance: largest accepted relative L2, in place of the verdict's.
+        Raises:
+            JobError: the shapes differ.
+        """
         if a.shape != b.shape:
             raise JobError(
                 f"output {output!r} has the shape {list(b.shape)}, the reference {list(a.shape)}; compare models with "
@@ -90,7 +120,7 @@ class Verdict:
             )
         difference = Difference.of(a, b)
         limit = self.tolerance if tolerance is None else tolerance
-        # Infinities may hide tokens and pad vocabularies; that nothing is finite means damage.
+        # Infinities may hide tokens and pad vocabularies. An output without any finite element is damaged.
         damaged = (
             a.size > 0
             and a.dtype.kind in "fV"
@@ -105,15 +135,17 @@ class Verdict:
         self.rows.append(Row(check, output, difference, difference.rel_l2 <= limit and not damaged))
 
     def as_json(self) -> dict[str, Any]:
+        """Returns the verdict as plain data."""
         rows = [{"check": r.check, "output": r.output, **asdict(r.difference), "passed": r.passed} for r in self.rows]
         return {"passed": self.passed, "tolerance": self.tolerance, "rows": rows, "notes": self.notes}
 
 
 def default_tolerance(model: Model) -> float:
-    """Relative L2 that rounding alone may cause: float32 1e-5, float16 1e-2, bfloat16, 16-bit FP8 graphs and FP8 caches
-    0.1.
+    """Returns the relative L2 that rounding alone may cause.
 
-    FP8 rounds to 3 bits, so one 16-bit rounding before it can flip a value by 6%; a few layers make percents of that.
+    It is 1e-5 for float32, 1e-2 for float16, and 0.1 for bfloat16, for float16 graphs with FP8 and for FP8 caches. FP8
+    rounds to 3 bits of fraction, so one 16-bit rounding before it can change a value by 6%. Over a few layers this
+    adds up to some percent.
     """
     types = {tensor.dtype for _, tensor in model.weights()}
     types |= {value.dtype for value in (*model.graph.inputs, *model.graph.outputs) if value.dtype is not None}
@@ -125,11 +157,13 @@ def default_tolerance(model: Model) -> float:
 
 
 def has_fp8(model: Model) -> bool:
+    """Whether `model` has TransformerEngine's operators in its main graph, or FP8 E4M3 or E8M0 weights."""
     fp8 = (ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E8M0)
     return any(n.domain == "trt" for n in model.graph) or any(t.dtype in fp8 for _, t in model.weights())
 
 
 def is_cached(model: Model) -> bool:
+    """Whether `model` has a KV cache."""
     return bool(cache_inputs(model))
 
 
@@ -142,13 +176,18 @@ def validate(
     sequence: int = 16,
     seed: int = 0,
 ) -> Verdict:
-    """Compare `model` with `reference` on the same inputs; a model with a KV cache is also decoded in several steps.
+    """Compare `model` with `reference` on the same inputs. A model with a KV cache is also decoded in several steps.
 
     Args:
-        feeds: inputs of the reference (full sequence); random by rule when None.
+        reference: the model before the transform.
+        model: the transformed model.
+        feeds: inputs of the reference (full sequence), arrays by name; random by rule when None.
         tolerance: largest accepted relative L2; by element type when None.
+        batch: rows of random inputs.
+        sequence: tokens of a row of random inputs.
+        seed: of random inputs.
     Raises:
-        JobError: a model does not run, or they share no output.
+        JobError: a model does not run, the models share no output, or an output's shape differs.
     """
     verdict = Verdict(
         tolerance if tolerance is not None else max(default_tolerance(reference), default_tolerance(model))
@@ -199,14 +238,16 @@ def validate_ranks(
     feeds: Feeds | None = None,
     tolerance: float | None = None,
 ) -> Verdict:
-    """Compare what the ranks of a partitioned model compute together with `reference`, in full runs.
+    """Compare the common result of the ranks of a partitioned model with `reference`, in full runs.
 
     Args:
+        reference: the model before the partition.
+        ranks: the graphs of the ranks.
         compute: runs the ranks together (`Partition.compute`).
         feeds: inputs of the reference; random by rule when None.
         tolerance: largest accepted relative L2; by element type when None.
     Raises:
-        JobError: a graph does not run, or they share no output.
+        JobError: a graph does not run, the models share no output, or an output's shape differs.
     """
     verdict = Verdict(default_tolerance(reference) if tolerance is None else tolerance)
     run, runs = Runner(reference), [Runner(rank) for rank in ranks]
@@ -218,7 +259,7 @@ def validate_ranks(
 
 
 def _probes(model: Model, batch: int, sequence: int, seed: int, notes: list[str]) -> list[Probe]:
-    """All inputs by rule; the long one where it is cheap enough."""
+    """Returns all inputs by rule, and the long one if it is cheap enough. Adds notes on the others to `notes`."""
     all_probes, probe_notes = probes(model, batch, sequence, seed)
     notes += probe_notes
     far = long_probe(model, seed)
@@ -230,6 +271,7 @@ def _probes(model: Model, batch: int, sequence: int, seed: int, notes: list[str]
 
 
 def is_quantized(model: Model) -> bool:
+    """Whether the main graph has a DequantizeLinear (TransformerEngine's included) or MatMulNBits."""
     return any(node.op_type.endswith(("DequantizeLinear", "MatMulNBits")) for node in model.graph)
 
 
@@ -241,7 +283,7 @@ def _compare(
     probe: Probe,
     tolerance: float | None = None,
 ) -> None:
-    """Add one row for each shared output, and a note for each that only one model has."""
+    """Add one row for each shared output, and a note on the outputs that only one model has."""
     shared = [name for name in expected if name in actual]
     if not shared:
         raise JobError(f"the models share no output: {', '.join(expected)} against {', '.join(actual)}")
@@ -254,13 +296,28 @@ def _compare(
             verdict.notes.append(note)
 
 
+def run_once(model: Model, feeds: Feeds) -> Feeds:
+    """Runs the model on ONNX Runtime, with an empty cache if it has one, and returns the outputs by name.
+
+    Args:
+        model: the model.
+        feeds: arrays by input name; cache inputs are not needed.
+    Raises:
+        JobError: the model does not run on these inputs.
+    """
+    return Runner(model)(_with_empty_cache(model, feeds))
+
+
 def _with_empty_cache(model: Model, feeds: Feeds) -> Feeds:
     caches = cache_inputs(model)
     return {**feeds, **empty_cache(model, _token_shape(model, feeds)[0])} if caches else feeds
 
 
 def empty_cache(model: Model, batch: int) -> Feeds:
-    """Cache inputs of length 0; none of a model without a cache."""
+    """Returns cache inputs of length 0 for `batch` rows, arrays by name; {} for a model without a cache.
+
+    A cache of fixed length has all its slots, filled with zeros.
+    """
     spec = CacheSpec.find(model)
     return spec.feeds(batch) if spec is not None else {}
 
@@ -274,7 +331,7 @@ def _token_shape(model: Model, feeds: Mapping[str, Array]) -> tuple[int, int]:
 
 
 def split_points(sequence: int) -> list[list[int]]:
-    """Ways to cut a sequence into steps: prefill at once, one by one, prefill then steps, uneven chunks."""
+    """Returns ways to cut `sequence` tokens into steps: all at once, one by one, prefill then steps, uneven chunks."""
     ways = [
         [sequence],
         [1] * sequence,
@@ -291,8 +348,18 @@ def split_points(sequence: int) -> list[list[int]]:
 
 
 def decode(model: Model, run: Runner, feeds: Feeds, steps: Sequence[int]) -> dict[str, Array]:
-    """Feed `steps` tokens at a time, carrying the cache; outputs other than the cache, joined along the sequence (axis
-    1).
+    """Run the model in steps and carry its cache from step to step.
+
+    Args:
+        model: the model of `run`.
+        run: runs the model.
+        feeds: inputs of the full sequence, arrays by name; the cache starts empty.
+        steps: tokens of each step.
+    Returns:
+        Outputs other than the cache, by name. Those with an axis for the new tokens are joined along it; of others the
+        last step's.
+    Raises:
+        JobError: the model does not run, a cache input has no output, or there is no input of token ids.
     """
     batch, _ = _token_shape(model, feeds)
     spec = CacheSpec.find(model) or CacheSpec()
@@ -321,8 +388,9 @@ def decode(model: Model, run: Runner, feeds: Feeds, steps: Sequence[int]) -> dic
 
 
 def _sequence_axis(model: Model, output: str) -> int | None:
-    """The axis of an output along which steps are joined; None where each step replaces the one before (last-token
-    logits).
+    """Returns the axis of an output along which the steps are joined.
+
+    It is None if each step replaces the output of the previous one (logits of the last token).
     """
     value = next(v for v in model.graph.outputs if v.name == output)
     names = [d.value if isinstance(d, ir.SymbolicDim) else None for d in value.shape or ()]
@@ -332,21 +400,21 @@ def _sequence_axis(model: Model, output: str) -> int | None:
 
 
 def _new_tokens(model: Model) -> str:
-    """What the dimension of new tokens is called."""
+    """Returns the name of the dimension of new tokens."""
     tokens = token_input(model)
     dim = tokens.value.shape[tokens.axis] if tokens is not None and tokens.value.shape is not None else None
     return dim.value or "sequence" if isinstance(dim, ir.SymbolicDim) else "sequence"
 
 
 def _joined(old: Array, new: Array, axis: int) -> Array:
-    """Concatenation that also takes FP8, which numpy joins only as bytes."""
+    """Concatenates along `axis`. FP8 is joined as bytes, since numpy cannot join it."""
     bytes_ = new.dtype.itemsize == 1
     parts = [old.view(np.uint8), new.view(np.uint8)] if bytes_ else [old, new]
     return np.concatenate(parts, axis).view(new.dtype)
 
 
 def _part(name: str, array: Array, model: Model, done: int, step: int) -> Array:
-    """The slice of a full-sequence input that one step needs: new tokens, or everything up to them for a mask."""
+    """Returns the part of a full-sequence input for one step: the new tokens, or all tokens so far for a mask."""
     value, new = next(v for v in model.graph.inputs if v.name == name), _new_tokens(model)
     index: list[slice] = []
     for dim in value.shape or ():
@@ -369,11 +437,13 @@ def _validate_decoding(
     tolerance: float | None,
     reference_steps: Callable[[Sequence[int]], Mapping[str, Array]] | None,
 ) -> None:
-    """At once and in steps: in all ways on the plain inputs, in one way on others.
+    """Compare runs at once and in steps: in all ways of `split_points` on the plain inputs, in one way on others.
 
     Args:
-        own: what a reference that has a cache too gives in the same steps. Where neither it nor the model gives in
-            steps what the reference gives at once (its attention is not causal), the steps of both must be the same.
+        expected: outputs of the reference in a full run.
+        tolerance: for runs in steps, in place of the verdict's.
+        reference_steps: runs a reference with a cache in the same steps. If neither its steps nor the model's agree
+            with its full run (its attention is not causal), the steps of both must agree.
     """
     _, sequence = _token_shape(model, probe.feeds)
     for steps in [[sequence], [sequence - 1, 1]] if probe.title and sequence > 1 else split_points(sequence):
@@ -394,20 +464,15 @@ def _validate_decoding(
 
 
 def _worst(a: Mapping[str, Array], b: Mapping[str, Array], probe: Probe) -> float:
-    """The largest relative L2 of outputs of one shape that both have, where `probe` is no padding."""
+    """Returns the largest relative L2 of the shared outputs of equal shape, over the real tokens of `probe`."""
     both = [name for name in a if name in b and a[name].shape == b[name].shape]
     return max((Difference.of(probe.of_real(a[name]), probe.of_real(b[name])).rel_l2 for name in both), default=0.0)
 
 
 def _brief(steps: Sequence[int]) -> str:
-    ones = len(steps) - len([s for s in steps if s != 1])
-    return (
-        f"1 x {len(steps)}"
-        if ones == len(steps)
-        else "+".join(map(str, steps))
-        if len(steps) <= 4
-        else f"{steps[0]}+1 x {len(steps) - 1}"
-    )
+    if all(step == 1 for step in steps):
+        return f"1 x {len(steps)}"
+    return "+".join(map(str, steps)) if len(steps) <= 4 else f"{steps[0]}+1 x {len(steps) - 1}"
 
 
 # --- first divergence -------------------------------------------------------------------------------------------------
@@ -415,7 +480,15 @@ def _brief(steps: Sequence[int]) -> str:
 
 @dataclass(frozen=True)
 class Divergence:
-    """The first shared value that differs, and the node that makes it in the second model."""
+    """The first shared value that differs.
+
+    Attributes:
+        value: its name.
+        node: name of the node that computes it in the second model.
+        op_type: operator of the node.
+        difference: the difference from the reference.
+        compared: values compared so far, this one included.
+    """
 
     value: str
     node: str
@@ -425,10 +498,20 @@ class Divergence:
 
 
 def first_divergence(reference: Model, model: Model, feeds: Feeds, tolerance: float) -> Divergence | None:
-    """Walk the values that both graphs name alike, in order, a bounded number of bytes at a time.
+    """Compare the values that have the same name in both graphs, in order, a bounded number of bytes at a time.
 
-    Only the values of one group are outputs at once, and ONNX Runtime drops what they do not need, so memory stays
-    within `LAYER_BUDGET` and the graph stays as fused as it can be.
+    Only the values of one group are outputs at once. ONNX Runtime frees other values as soon as it can, so memory for
+    values stays near `LAYER_BUDGET`, and the graph stays as fused as it can be.
+
+    Args:
+        reference: the model before the transform.
+        model: the transformed model.
+        feeds: inputs of the reference, arrays by name.
+        tolerance: largest accepted relative L2.
+    Returns:
+        The first value whose difference is larger; None if there is none.
+    Raises:
+        JobError: a graph does not run.
     """
     from onnxtools.analysis.facts import analyse
 

@@ -1,1 +1,1 @@
-"""Reading checkpoints: what lies where in the files, one tensor at a time. Knows formats, not models."""
+"""Reads checkpoints: the places of the tensors in the files, one tensor at a time. It knows formats, not models."""

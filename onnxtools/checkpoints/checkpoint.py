@@ -1,4 +1,4 @@
-"""`Checkpoint`: the configuration of a model and where its weights lie."""
+"""`Checkpoint`: the configuration of a model, and references to its weights."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from onnxtools.base.errors import ModelError
 from onnxtools.base.inputs import check_regular, shown
 
 MAX_JSON_BYTES = 100 << 20
-"""Configurations and headers beyond this size are refused unread (the limit of the safetensors library)."""
+"""Larger configurations and headers are refused unread (the limit of the safetensors library)."""
 
 
 @dataclass
 class Checkpoint:
-    """An opened checkpoint; nothing but headers has been read.
+    """An opened checkpoint. Only its configuration and headers have been read.
 
     Attributes:
-        path: what the user named.
+        path: the file or folder that the user named.
         architecture: Hugging Face's `model_type`, GGUF's `general.architecture`, or `megatron` for NeMo's GPT.
-        config: the model's configuration as the format spells it.
-        tensors: by the checkpoint's own names; raw ones are references into the files, others are computed row by row.
-        files: what belongs beside an exported model (tokenizer, generation settings): name to path or content.
-        notes: what people should know about the reading.
+        config: the model's configuration in the terms of the format.
+        tensors: weights by the checkpoint's names. Raw ones are references into the files, others are computed row by
+            row.
+        files: the files that belong beside an exported model (tokenizer, generation settings): path or content by name.
+        notes: lines for the user.
     """
 
     path: Path
@@ -41,7 +42,14 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Region:
-    """A byte range of a file: a whole file, or a member that lies uncompressed in an archive."""
+    """A byte range of a file: a whole file, or an uncompressed member of an archive.
+
+    Attributes:
+        path: the file, without links.
+        start: first byte.
+        size: bytes.
+        label: the name in errors.
+    """
 
     path: Path
     start: int
@@ -50,16 +58,23 @@ class Region:
 
     @classmethod
     def of(cls, path: Path) -> Region:
-        """The whole file; links are followed, since ONNX refuses weights behind a link.
+        """Returns the whole file. Links are followed, since ONNX refuses weights behind a link.
 
         Raises:
-            ModelError: it is a pipe or a device.
+            ModelError: `path` is a folder, a pipe or a device.
+            OSError: the file does not exist.
         """
         check_regular(path, ModelError)
         real = path.resolve()
         return cls(real, 0, real.stat().st_size, str(path))
 
     def read(self, offset: int, size: int) -> bytes:
+        """Returns `size` bytes from `offset` of the region.
+
+        Raises:
+            ModelError: the file ends early.
+            OSError: the file cannot be read.
+        """
         with open(self.path, "rb") as file:
             file.seek(self.start + offset)
             data = file.read(size)
@@ -68,10 +83,10 @@ class Region:
         return data
 
     def tensor(self, name: str, dtype: ir.DataType, shape: tuple[int, ...], offset: int) -> ir.ExternalTensor:
-        """A weight whose raw little-endian bytes start at `offset` of the region.
+        """Returns a weight whose raw little-endian bytes start at `offset` of the region. It is not read.
 
         Raises:
-            ModelError: it reaches beyond the region.
+            ModelError: the weight reaches beyond the region.
         """
         size = dtype.itemsize
         for extent in shape:
@@ -89,10 +104,10 @@ class Region:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of reasonable size.
+    """Returns the JSON object in the file `path`.
 
     Raises:
-        ModelError: missing, unreadable, too large, or no JSON object.
+        ModelError: the file is missing, unreadable, larger than `MAX_JSON_BYTES`, or holds no JSON object.
     """
     with reading(path):
         check_regular(path, ModelError)
@@ -102,19 +117,19 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def member(folder: Path, name: str) -> Path:
-    """The file `name` of a checkpoint's folder, behind any link.
+    """Returns the path of the file `name` of a checkpoint's folder, with links resolved.
 
     Links are followed within the folder, and from a snapshot of the Hugging Face cache to the blobs of its own
     repository (huggingface_hub's guide "Understand caching": REPOSITORY/snapshots/REVISION/FILE ->
-    REPOSITORY/blobs/HASH). Any other link could hand out a file that the checkpoint's author has never had.
+    REPOSITORY/blobs/HASH). Any other link could expose a file that the checkpoint's author never had.
 
     Raises:
-        ModelError: a link that leads elsewhere, or in a circle.
+        ModelError: a link leads elsewhere, to nothing, or in a circle.
     """
     path, home = folder / name, folder.resolve()
     try:
         real = path.resolve(strict=True)
-    except (OSError, RuntimeError):  # absent: whoever opens it says so
+    except (OSError, RuntimeError):  # absent: the caller that opens it reports that
         if path.is_symlink():
             raise ModelError(f"{path}: is a link to nothing; fetch the checkpoint again") from None
         return path
@@ -126,29 +141,42 @@ def member(folder: Path, name: str) -> Path:
 
 
 def json_object(data: bytes, label: str) -> dict[str, Any]:
+    """Parses a JSON object.
+
+    Args:
+        data: the text.
+        label: names the data in errors.
+    Raises:
+        ModelError: `data` is no JSON object, or has a key twice in one object.
+    """
     try:
-        found = json.loads(data, object_pairs_hook=_unique)
+        content = json.loads(data, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{label}: not JSON ({' '.join(str(error).split())[:120]}); fetch the file again") from None
-    if not isinstance(found, dict):
-        raise ModelError(f"{label}: holds a {type(found).__name__}, not a JSON object; fetch the file again")
-    return found
+    if not isinstance(content, dict):
+        raise ModelError(f"{label}: holds a {type(content).__name__}, not a JSON object; fetch the file again")
+    return content
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    """Returns the pairs of one JSON object as a dict, or raises ValueError if a key repeats."""
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
         seen: set[str] = set()
         for name, _ in pairs:
             if name in seen:
                 raise ValueError(f"{shown(name)} stands twice in one object")
             seen.add(name)
-    return found
+    return entries
 
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn what the operating system says about `path` into one line."""
+    """Turn an error of the operating system about `path` into one line.
+
+    Raises:
+        ModelError: an OSError was raised inside.
+    """
     try:
         yield
     except FileNotFoundError as error:
@@ -160,8 +188,8 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def nested(config: Mapping[str, Any], *keys: str) -> Any:
-    """`config[key][key]...`, or None where a key is missing."""
-    found: Any = config
+    """Returns `config[key][key]...`, or None if a key is missing."""
+    value: Any = config
     for key in keys:
-        found = found.get(key) if isinstance(found, Mapping) else None
-    return found
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value

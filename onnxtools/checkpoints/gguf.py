@@ -1,4 +1,4 @@
-"""GGUF files (llama.cpp); quantized weights become float rows, by the `gguf` package, while they are written."""
+"""Reads GGUF files (llama.cpp). The `gguf` package de-quantizes weights while they are written."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _QUANTIZED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 
 
 class QuantizedRows(RowTensor):
-    """A block-quantized weight as fp32: every row is a whole number of blocks, de-quantized by the `gguf` package."""
+    """A block-quantized weight as float32. A row is a whole number of blocks; the `gguf` package de-quantizes them."""
 
     __slots__ = ("_bytes", "_kind")
 
@@ -44,6 +44,7 @@ class QuantizedRows(RowTensor):
         self.sources = (self._bytes,)
 
     def rows(self, start: int, stop: int, scratch: Scratch | None = None) -> np.ndarray:
+        """Returns the rows `start:stop` as float32. The packed bytes may be read into `scratch`."""
         from gguf.quants import dequantize
 
         from onnxtools.storage.rows import read_rows
@@ -55,10 +56,10 @@ class QuantizedRows(RowTensor):
 
 
 def read_gguf(path: Path) -> Checkpoint:
-    """Open a GGUF file; metadata and the table of tensors are read, no weight.
+    """Opens a GGUF file. It reads the metadata and the table of tensors, and of the weights only the rotary factors.
 
     Raises:
-        ModelError: damaged, or a weight type that is not supported.
+        ModelError: the file is missing or damaged, or a weight type is not supported.
     """
     with reading(path):
         region = Region.of(path)
@@ -88,11 +89,11 @@ def _architecture(region: Region, metadata: Mapping[str, Any]) -> str:
 
 
 def _kind(region: Region, entry: TensorEntry) -> Any:
-    """The `gguf` package's type of the tensor, of those that can be read."""
+    """Returns the tensor's GGMLQuantizationType, if it can be read."""
     from gguf.constants import GGMLQuantizationType
 
-    known = {kind.value: kind for kind in GGMLQuantizationType}
-    kind = known.get(entry.kind)
+    kinds = {kind.value: kind for kind in GGMLQuantizationType}
+    kind = kinds.get(entry.kind)
     if kind is None or kind.name not in (*_RAW, *_QUANTIZED):
         name = kind.name if kind is not None else f"of the unknown type {entry.kind}"
         raise ModelError(
@@ -109,8 +110,9 @@ def _tensor(region: Region, entry: TensorEntry, kind: Any) -> ir.TensorProtocol:
 
 
 def _rope_factors(region: Region, tensors: Mapping[str, ir.TensorProtocol]) -> tuple[float, ...]:
-    """What each rotary frequency is divided by: `rope_freqs.weight`, which llama.cpp writes of Llama 3.1 and later; ()
-    where it is absent.
+    """Returns the divisors of the rotary frequencies: `rope_freqs.weight`, or () if it is absent.
+
+    llama.cpp writes it for Llama 3.1 and later.
     """
     tensor = tensors.get(ROPE_FACTORS)
     if tensor is None:

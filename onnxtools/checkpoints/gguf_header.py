@@ -1,7 +1,7 @@
-"""The header of a GGUF file: metadata and the table of tensors (format: ggml's docs/gguf.md, versions 2 and 3).
+"""Reads the header of a GGUF file: metadata and the table of tensors (format: ggml's docs/gguf.md, versions 2 and 3).
 
-The `gguf` package's reader believes what a file says of itself; here every size is held against the file before
-anything is made.
+The `gguf` package's reader trusts the sizes that a file claims. This reader compares every size with the file before it
+allocates memory.
 """
 
 from __future__ import annotations
@@ -18,18 +18,25 @@ from onnxtools.checkpoints.checkpoint import Region
 
 MAX_KEYS, MAX_TENSORS, MAX_RANK = 1 << 16, 1 << 17, 8
 MAX_ELEMENTS = 1 << 22
-"""Elements of all arrays together; a vocabulary of 262,144 tokens with its types, scores and merges has about 1.3
-million.
+"""Most elements of all arrays together.
+
+A vocabulary of 262,144 tokens with its types, scores and merges has about 1.3 million.
 """
 
+# gguf-py's GGUFValueType: struct codes of the scalar types, then STRING and ARRAY.
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One row of the table of tensors; `offset` is from the beginning of the file, `shape` has the slowest axis
-    first.
+    """One row of the table of tensors.
+
+    Attributes:
+        name: the tensor's name.
+        shape: sizes of the axes, the slowest first.
+        kind: number of the GGMLQuantizationType.
+        offset: bytes from the beginning of the file.
     """
 
     name: str
@@ -39,10 +46,10 @@ class TensorEntry:
 
 
 def read_header(region: Region) -> tuple[dict[str, Any], list[TensorEntry]]:
-    """Metadata by key, as numbers, booleans, texts and flat lists of them; and the tensors in the file's order.
+    """Returns the metadata by key, as numbers, booleans, texts and flat lists of them, and the tensors in file order.
 
     Raises:
-        ModelError: no GGUF file, one of another version or byte order, or a size that the file cannot have.
+        ModelError: the file is no GGUF file, has another version or byte order, or claims an impossible size.
     """
     with open(region.path, "rb") as file:
         reader = _Reader(file, region)
@@ -71,41 +78,46 @@ def read_header(region: Region) -> tuple[dict[str, Any], list[TensorEntry]]:
 
 
 class _Reader:
-    """Reads values one after the other, none beyond the end."""
+    """Reads values one after the other, and none beyond the end of the region."""
 
     def __init__(self, file: BinaryIO, region: Region) -> None:
-        self._file, self._label, self._left = file, region.label, region.size
+        self._file, self._label, self._remaining = file, region.label, region.size
         self._elements = 0
 
     def damaged(self, what: str) -> ModelError:
+        """Returns the error for a damaged file; `what` says what is wrong."""
         return ModelError(f"{self._label}: not a GGUF file, or a damaged one: {what}; fetch it again")
 
     def take(self, size: int) -> bytes:
-        if size > self._left:
+        """Reads `size` bytes. Raises ModelError if the file has fewer."""
+        if size > self._remaining:
             raise ModelError(
-                f"{self._label}: not a GGUF file, or a truncated one: it needs {size} bytes where {self._left} are "
-                "left; fetch it again"
+                f"{self._label}: not a GGUF file, or a truncated one: it needs {size} bytes where {self._remaining} "
+                "are left; fetch it again"
             )
-        self._left -= size
+        self._remaining -= size
         return self._file.read(size)
 
     def number(self, code: str) -> Any:
+        """Reads one number of the `struct` format `code`."""
         return struct.unpack(code, self.take(struct.calcsize(code)))[0]
 
     def count(self, what: str, most: int, smallest: int) -> int:
-        """How many `what` there are; each takes `smallest` bytes or more."""
-        found: int = self.number("<Q")
-        if found > min(most, self._left // smallest):
-            raise self.damaged(f"it claims {found} {what}")
-        return found
+        """Reads the number of `what`: at most `most`, each of at least `smallest` bytes."""
+        total: int = self.number("<Q")
+        if total > min(most, self._remaining // smallest):
+            raise self.damaged(f"it claims {total} {what}")
+        return total
 
     def text(self) -> str:
+        """Reads a UTF-8 text with its length."""
         try:
             return self.take(self.number("<Q")).decode("utf-8")
         except UnicodeDecodeError:
             raise self.damaged("a text is no UTF-8") from None
 
     def value(self, kind: int) -> Any:
+        """Reads a metadata value of GGUF type `kind`."""
         if kind == _STRING:
             return self.text()
         if kind == _ARRAY:
@@ -130,7 +142,7 @@ class _Reader:
         return list(np.frombuffer(self.take(count * code.itemsize), code).tolist())
 
     def entry(self) -> TensorEntry:
-        """A row of the table, its offset from the beginning of the data."""
+        """Reads one row of the table. Its offset counts from the beginning of the data."""
         name, rank = self.text(), self.number("<I")
         if rank > MAX_RANK:
             raise self.damaged(f"tensor {shown(name)} has {rank} axes")

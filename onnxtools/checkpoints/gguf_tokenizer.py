@@ -1,8 +1,8 @@
-"""The tokenizer inside a GGUF file's metadata as the files that Hugging Face's `tokenizers` and `transformers` read.
+"""Converts the tokenizer in a GGUF file's metadata to the files that Hugging Face's libraries read.
 
-The text is written here, without the `tokenizers` package. What each name in `tokenizer.ggml.pre` means, and what holds
-where a key is absent, is llama.cpp's (src/llama-vocab.cpp); the shapes are those of the published tokenizer.json of
-each family.
+This module writes the JSON itself, without the `tokenizers` package. The meaning of each name in `tokenizer.ggml.pre`,
+and the defaults for absent keys, are llama.cpp's (src/llama-vocab.cpp). The JSON has the structure of the published
+tokenizer.json of each family.
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ from typing import Any
 
 from onnxtools.base.errors import JobError
 
-# tokenizer.ggml.token_type; 1 is a normal token, 5 an unused one, which no merge reaches.
+# tokenizer.ggml.token_type (gguf-py's TokenType). 1 is a normal token, 5 an unused one, which no merge reaches.
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
 _NAMED = {"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unknown_token_id", "pad": "padding_token_id"}
-# Tokens that end an answer, beside eos: of a turn, and of a message with a tool call.
+# Tokens that end an answer, besides eos: the end of a turn, and the end of a message with a tool call.
 _ENDS = ("eot_token_id", "eom_token_id")
 _SPACE = "▁"
 _LONGEST = 512
+"""Most characters of a SentencePiece token."""
 
 
 def byte_level(use_regex: bool, prefix: bool = False) -> dict[str, Any]:
-    """`use_regex` splits by GPT-2's own regex first; `prefix` puts a space in front of a text."""
+    """Returns a ByteLevel step. `use_regex` splits by GPT-2's regex first; `prefix` adds a space before the text."""
     return {"type": "ByteLevel", "add_prefix_space": prefix, "trim_offsets": True, "use_regex": use_regex}
 
 
@@ -36,7 +37,12 @@ def _sequence(*steps: dict[str, Any]) -> dict[str, Any]:
 
 
 def words(digits: str, prefix: bool = False) -> dict[str, Any]:
-    """The regex of cl100k and its descendants, which differ in how digits are grouped; `prefix` as in `byte_level`."""
+    """Returns the pre-tokenizer of cl100k and its descendants, which differ in the regex for groups of digits.
+
+    Args:
+        digits: the regex for digits.
+        prefix: as in `byte_level`.
+    """
     regex = (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
         + digits
@@ -46,13 +52,13 @@ def words(digits: str, prefix: bool = False) -> dict[str, Any]:
 
 
 ONE_DIGIT = r"\p{N}"
-"""How Qwen 2 groups digits: not at all."""
+"""The regex for digits of Qwen 2, which does not group them."""
 
 _GPT2 = byte_level(True)
 _DIGITS = _sequence({"type": "Digits", "individual_digits": True}, byte_level(True))
 _LLAMA3 = words(r"\p{N}{1,3}")
 _QWEN2 = words(ONE_DIGIT)
-# What llama.cpp does when a file names no pre-tokenizer, or "default": no model's own, but what the file's users run.
+# llama.cpp's choice if a file names no pre-tokenizer, or "default": no model's own, but the one that users run.
 _DEFAULT = _sequence(
     _split(r"[\p{P}\$\+<=>\^~\|]+"),
     _split(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"),
@@ -69,10 +75,10 @@ _PRE = {
 
 
 def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, str]:
-    """File name to text: tokenizer.json, tokenizer_config.json, special_tokens_map.json and generation_config.json.
+    """Returns tokenizer.json, tokenizer_config.json, special_tokens_map.json and generation_config.json: text by name.
 
     Raises:
-        JobError: the metadata holds no tokenizer, one of a kind that is not supported, or one that contradicts itself.
+        JobError: the metadata holds no tokenizer, or its kind is not supported, or it contradicts itself.
     """
     kind = _get(metadata, "model")
     if kind is None:
@@ -86,7 +92,7 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, str]:
     names = _names(metadata, types, kind)
     special = {role: i for role, key in _NAMED.items() if (i := _token_id(metadata, key, names)) is not None}
     if kind == "llama":
-        # llama.cpp's defaults for SentencePiece; a byte-level vocabulary has no such habit.
+        # These are llama.cpp's defaults for SentencePiece. A byte-level vocabulary has no such defaults.
         special = {role: i for i, role in enumerate(("unk", "bos", "eos")) if i < len(names)} | special
     vocab = {name: i for i, name in enumerate(names)}
     ends = _ends(metadata, names, special)
@@ -108,7 +114,7 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, str]:
         if kind == "llama"
         else _byte_level_bpe(metadata, vocab)
     )
-    adds = _adds(metadata, kind, special)
+    adds = _added_roles(metadata, kind, special)
     tokenizer = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, **parts}
     tokenizer["post_processor"] = template(adds, {role: names[i] for role, i in special.items()}, special)
     tokenizer["model"]["vocab"] = vocab
@@ -156,8 +162,9 @@ def _types(metadata: Mapping[str, Any]) -> list[int]:
 
 
 def _names(metadata: Mapping[str, Any], types: list[int], kind: str) -> list[str]:
-    """The tokens' texts; SentencePiece's user-defined tokens are matched in the plain text, so theirs has plain
-    spaces.
+    """Returns the tokens' texts.
+
+    SentencePiece matches user-defined tokens in the plain text, so their texts get plain spaces.
     """
     tokens = _list(metadata, "tokens", str)
     names = [
@@ -202,8 +209,8 @@ def _byte_level_bpe(metadata: Mapping[str, Any], vocab: Mapping[str, int]) -> di
                 f"tokenizer.ggml.merges has {merge!r}, whose parts or result are no tokens; fetch the file again"
             )
         merges.append([left, right])
-    # Without unk_token a byte that is no token is dropped, as by the original (SmolLM2 lacks 21: rare control
-    # characters, bytes of unassigned planes).
+    # Without unk_token a byte that is no token is dropped, as in the original tokenizer (SmolLM2 lacks 21 bytes: rare
+    # control characters, bytes of unassigned planes).
     return {
         "normalizer": {"type": "NFC"} if _PRE[pre] is _QWEN2 else None,
         "pre_tokenizer": _PRE[pre],
@@ -213,6 +220,7 @@ def _byte_level_bpe(metadata: Mapping[str, Any], vocab: Mapping[str, int]) -> di
 
 
 def bpe(merges: list[list[str]], **settings: Any) -> dict[str, Any]:
+    """Returns the `model` of a BPE tokenizer.json, without its `vocab`; `settings` replace the defaults."""
     base = {
         "type": "BPE",
         "dropout": None,
@@ -224,8 +232,9 @@ def bpe(merges: list[list[str]], **settings: Any) -> dict[str, Any]:
 
 
 def _sentencepiece(metadata: Mapping[str, Any], names: list[str], types: list[int], unknown: str) -> dict[str, Any]:
-    """SentencePiece's BPE as Llama 2's tokenizer.json has it: no words, spaces as U+2581, unknown characters as
-    bytes.
+    """Returns SentencePiece's BPE in the form of Llama 2's tokenizer.json.
+
+    Texts are not split into words, spaces are U+2581, and unknown characters become bytes.
     """
     prefix = _get(metadata, "add_space_prefix", True)
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
@@ -248,12 +257,13 @@ def _sentencepiece(metadata: Mapping[str, Any], names: list[str], types: list[in
 
 
 def _merges_by_score(metadata: Mapping[str, Any], names: list[str], types: list[int]) -> list[list[str]]:
-    """Every split of a piece into two others, best score first: SentencePiece joins the neighbours whose union scores
-    best.
+    """Returns every split of a piece into two others, best score first.
+
+    SentencePiece joins the neighbours whose union has the best score.
 
     Raises:
-        JobError: two pieces score the same. SentencePiece then joins the leftmost, and a list of merges cannot say
-            that; in practice the scores are placeholders of a conversion that lost them.
+        JobError: two pieces have the same score. SentencePiece then joins the leftmost, which a list of merges cannot
+            express. In practice such scores are placeholders of a conversion that lost them.
     """
     scores = _list(metadata, "scores", (float, int))
     if len(scores) != len(names):
@@ -274,11 +284,11 @@ def _merges_by_score(metadata: Mapping[str, Any], names: list[str], types: list[
 
 
 def _pairs(name: str, pieces: Mapping[str, float]) -> list[list[str]]:
-    """Every cut of a piece into two.
+    """Returns every split of a piece into two pieces.
 
     Raises:
-        JobError: it is longer than any vocabulary's (SentencePiece stops at 16 characters by default): the cuts take
-            quadratic time.
+        JobError: the piece is longer than any real one (SentencePiece stops at 16 characters by default). The splits
+            take quadratic time.
     """
     if len(name) > _LONGEST:
         raise JobError(
@@ -288,14 +298,21 @@ def _pairs(name: str, pieces: Mapping[str, float]) -> list[list[str]]:
     return [[name[:cut], name[cut:]] for cut in range(1, len(name)) if name[:cut] in pieces and name[cut:] in pieces]
 
 
-def _adds(metadata: Mapping[str, Any], kind: str, special: Mapping[str, int]) -> set[str]:
-    """Which of bos and eos every text gets."""
+def _added_roles(metadata: Mapping[str, Any], kind: str, special: Mapping[str, int]) -> set[str]:
+    """Returns the roles, bos or eos, whose tokens are added to every text."""
     bos = kind == "llama" or _PRE[_get(metadata, "pre", "default")] is _LLAMA3
-    wanted = {"bos": _get(metadata, "add_bos_token", bos), "eos": _get(metadata, "add_eos_token", False)}
-    return {role for role, wants in wanted.items() if wants and role in special}
+    settings = {"bos": _get(metadata, "add_bos_token", bos), "eos": _get(metadata, "add_eos_token", False)}
+    return {role for role, enabled in settings.items() if enabled and role in special}
 
 
 def template(adds: set[str], names: Mapping[str, str], ids: Mapping[str, int]) -> dict[str, Any] | None:
+    """Returns the TemplateProcessing post-processor of tokenizer.json, or None if it adds no token.
+
+    Args:
+        adds: the roles ("bos", "eos") whose tokens are added.
+        names: texts of the tokens by role.
+        ids: ids of the tokens by role.
+    """
     if not adds:
         return None
 
@@ -316,7 +333,7 @@ def template(adds: set[str], names: Mapping[str, str], ids: Mapping[str, int]) -
 
 
 def _chat_template(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Templates besides the default one (for tool use, say) have keys of their own."""
+    """Returns the `chat_template` entry, or {}. Templates other than the default (e.g. for tools) have own keys."""
     key = "tokenizer.chat_template"
     named = {"default": metadata[key]} if key in metadata else {}
     named |= {name.removeprefix(f"{key}."): text for name, text in metadata.items() if name.startswith(f"{key}.")}

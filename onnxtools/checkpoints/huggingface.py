@@ -1,4 +1,4 @@
-"""Hugging Face folders: config.json beside safetensors or .bin weights, one file or shards with an index."""
+"""Reads Hugging Face folders: config.json beside safetensors or .bin weights, one file or shards with an index."""
 
 from __future__ import annotations
 
@@ -20,10 +20,14 @@ BESIDE = (
 
 
 def read_folder(folder: Path, *, weights: bool = True) -> Checkpoint:
-    """Open a folder written by `save_pretrained`; with `weights=False` only its configuration.
+    """Opens a folder written by `save_pretrained`.
 
+    Args:
+        folder: the folder.
+        weights: False reads only the configuration.
     Raises:
-        ModelError: no config.json, no weights, damaged files, or links that lead out of the folder (see `member`).
+        ModelError: there is no config.json or no weights, a file is damaged, or a link leads out of the folder (see
+            `member`).
     """
     config = read_json(member(folder, "config.json"))
     files: dict[str, Path | bytes] = {name: path for name in BESIDE if (path := member(folder, name)).is_file()}
@@ -37,7 +41,7 @@ def read_folder(folder: Path, *, weights: bool = True) -> Checkpoint:
 
 
 def _weights(folder: Path) -> dict[str, ir.TensorProtocol]:
-    """Of the first of transformers' names that is there: a later one is a leftover of an earlier save.
+    """Returns the weights of the first of transformers' file names that exists: later ones are leftovers of old saves.
 
     The order is that of transformers' modeling_utils.py, `_get_resolved_checkpoint_files`.
     """
@@ -58,7 +62,14 @@ def _state(path: Path) -> dict[str, ir.TensorProtocol]:
 
 
 def state_dict(found: object, label: str) -> dict[str, ir.TensorProtocol]:
-    """The tensors of a loaded object, which must map names to tensors."""
+    """Returns the tensors of a loaded object, by name. Other values are left out.
+
+    Args:
+        found: the object, which must be a dict.
+        label: the name of the file in errors.
+    Raises:
+        ModelError: the object is no dict.
+    """
     if not isinstance(found, dict):
         raise ModelError(f"{label}: holds a {type(found).__name__}, not a state dict; save model.state_dict()")
     return {name: tensor for name, tensor in found.items() if isinstance(tensor, (ir.ExternalTensor, ir.Tensor))}

@@ -1,6 +1,4 @@
-"""Merging the shards of tensor- and pipeline-parallel Megatron checkpoints, lazily (rules: FACTS 6.5, Megatron's
-layers).
-"""
+"""Merges the shards of tensor- and pipeline-parallel Megatron checkpoints lazily (FACTS 6.5, Megatron's layers)."""
 
 from __future__ import annotations
 
@@ -23,25 +21,30 @@ _COLUMN = (
     "linear_fc1",
     "fc1_",
 )
-"""Split over ranks along the outputs (rows of [out, in]), biases too."""
+"""Weights that ranks split along the outputs (rows of [out, in]), with their biases."""
 _ROW = ("dense.weight", "proj.weight", "dense_4h_to_h.weight", "linear_fc2.weight", "fc2_weight", "linear_proj.weight")
-"""Split over ranks along the inputs (columns); the biases are whole on every rank."""
+"""Weights that ranks split along the inputs (columns). Their biases are whole on every rank."""
 _FC1 = ("dense_h_to_4h.", "linear_fc1.", "layernorm_mlp.fc1_")
 _LAYER = re.compile(r"(\.layers\.)(\d+)(\.)")
 
 
 def merge(stages: Sequence[Sequence[Mapping[str, Any]]], config: Mapping[str, Any], label: str) -> dict[str, Any]:
-    """One state dict from [pipeline rank][tensor rank] ones.
+    """Returns one state dict from the state dicts of [pipeline rank][tensor rank].
 
+    Args:
+        stages: the state dicts.
+        config: NeMo's configuration of the model.
+        label: the name of the checkpoint in errors.
     Raises:
-        ModelError: ranks that do not hold the same names, or layers that do not divide.
+        ModelError: the tensor ranks do not hold the same names, the layers do not divide into the stages, or the
+            pipeline is virtual.
     """
     if int(config.get("virtual_pipeline_model_parallel_size") or 1) > 1:
         raise ModelError(
             f"{label}: was trained with a virtual pipeline, whose order of layers is not supported; merge it with NeMo "
             "first"
         )
-    found: dict[str, Any] = {}
+    state: dict[str, Any] = {}
     per_stage = int(config.get("num_layers") or 0) // len(stages)
     if len(stages) > 1 and per_stage * len(stages) != int(config.get("num_layers") or 0):
         raise ModelError(
@@ -56,17 +59,17 @@ def merge(stages: Sequence[Sequence[Mapping[str, Any]]], config: Mapping[str, An
             shards = [shard[name] for shard in stage if name in shard]
             if len(shards) < len(stage):
                 raise ModelError(f"{label}: {name!r} is not in every tensor-parallel shard; fetch the checkpoint again")
-            found.setdefault(_global_name(name, rank * per_stage), _merged(name, shards, config, gated))
-    return found
+            state.setdefault(_global_name(name, rank * per_stage), _merged(name, shards, config, gated))
+    return state
 
 
 def _global_name(name: str, first_layer: int) -> str:
-    """The name with its layer counted over all pipeline stages."""
+    """Returns the name with its layer counted over all pipeline stages."""
     return _LAYER.sub(lambda match: f"{match[1]}{int(match[2]) + first_layer}{match[3]}", name)
 
 
 def _by_parts(shards: list[Any], count: int, name: str) -> Any:
-    """Shards that are `count` equal parts each: the first parts of all, then the second ones, ..."""
+    """Merges shards of `count` equal parts each: the first parts of all shards, then the second ones, ..."""
     sizes = [int(shard.shape.numpy()[0]) // count for shard in shards]
     return vstack(
         [

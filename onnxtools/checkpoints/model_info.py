@@ -1,6 +1,4 @@
-"""`ModelInfo`: what is known of a model beyond its inputs and outputs, from its own description or from the files of
-other exporters.
-"""
+"""`ModelInfo`: a model's special tokens and positions, from its own description or from files of other exporters."""
 
 from __future__ import annotations
 
@@ -16,20 +14,22 @@ from onnxtools.checkpoints.special_tokens import ids_by_name
 from onnxtools.ir.description import INFO_FILE, MODEL_KEY
 
 FOREIGN = ("generation_config.json", "genai_config.json", "config.json")
-"""Configurations beside the graphs of other exporters."""
+"""Configurations that other exporters write beside their graphs."""
 _TOKENS = ("eos_token_id", "bos_token_id", "pad_token_id")
 _POSITIONS = ("context_length", "max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length")
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What is known of a model beyond its inputs and outputs.
+    """Facts about a model that its inputs and outputs do not show.
 
     Attributes:
-        folder: where its tokenizer is looked for.
-        eos_token_ids: tokens that end a text; empty where nobody knows.
-        max_positions: tokens that a sequence may have; None where nobody knows.
-        raw: the content of onnxtools.json.
+        folder: the folder of its tokenizer.
+        eos_token_ids: tokens that end a text; empty if unknown.
+        pad_token_id: the padding token; the first end token, or 0, if unknown.
+        bos_token_id: the token that begins a text, or None.
+        max_positions: most tokens of a sequence; None if unknown.
+        raw: the content of onnxtools.json; None if there is none.
     """
 
     folder: Path
@@ -41,11 +41,13 @@ class ModelInfo:
 
     @classmethod
     def read(cls, path: Path, metadata: Mapping[str, str]) -> ModelInfo:
-        """Of the graph's metadata, else of the onnxtools.json beside it, else of the configurations that other
-        exporters put there.
+        """Reads the description in the graph's metadata, else onnxtools.json beside it, else other exporters' files.
 
+        Args:
+            path: the graph or engine.
+            metadata: its metadata.
         Raises:
-            JobError: what is there cannot be read, or says what no model has.
+            JobError: a file cannot be read, or holds impossible values.
         """
         if MODEL_KEY in metadata:
             raw = json_object(metadata[MODEL_KEY].encode(errors="replace"), f"{path}: its metadata {MODEL_KEY}")
@@ -53,32 +55,32 @@ class ModelInfo:
             raw = read_json(path.parent / INFO_FILE)
         else:
             return cls._foreign(path)
-        says = raw.get("tokens"), nested(raw, "model", "max_position_embeddings")
-        if not isinstance(says[0], Mapping) or says[1] is None:
+        tokens, positions = raw.get("tokens"), nested(raw, "model", "max_position_embeddings")
+        if not isinstance(tokens, Mapping) or positions is None:
             raise JobError(
                 f"{path}: its {INFO_FILE} has no tokens, or no max_position_embeddings; export the model again"
             )
         return cls._of(
             path.parent,
-            {**says[0], "eos_token_id": says[0].get("eos_token_ids")},
-            says[1],
+            {**tokens, "eos_token_id": tokens.get("eos_token_ids")},
+            positions,
             f"{path}: its {INFO_FILE}",
             raw,
         )
 
     @classmethod
     def _foreign(cls, path: Path) -> ModelInfo:
-        """Of generation_config.json, else genai_config.json (ONNX Runtime GenAI), config.json, tokenizer_config.json,
-        each where the former are silent.
+        """Reads other exporters' files.
 
-        They lie beside the graph, or above it where its folder is called `onnx` (Optimum's and transformers.js's
-        layout).
+        A value comes from the first file that holds it, in the order generation_config.json, genai_config.json (ONNX
+        Runtime GenAI), config.json, tokenizer_config.json. The files lie beside the graph, or in the parent folder if
+        the graph's folder is called `onnx` (the layout of Optimum and transformers.js).
         """
         above = path.parent.name == "onnx" and not any((path.parent / name).exists() for name in FOREIGN)
         folder = path.parent.parent if above else path.parent
-        found = {name: read_json(folder / name) if (folder / name).exists() else {} for name in FOREIGN}
-        genai, config = nested(found["genai_config.json"], "model") or {}, found["config.json"]
-        sources = [found["generation_config.json"], genai, config, nested(config, "text_config") or {}]
+        configs = {name: read_json(folder / name) if (folder / name).exists() else {} for name in FOREIGN}
+        genai, config = nested(configs["genai_config.json"], "model") or {}, configs["config.json"]
+        sources = [configs["generation_config.json"], genai, config, nested(config, "text_config") or {}]
         merged = {
             key: value
             for source in reversed(sources)
@@ -95,10 +97,10 @@ class ModelInfo:
     def _of(
         cls, folder: Path, tokens: Mapping[str, Any], positions: Any, label: str, raw: Mapping[str, Any] | None
     ) -> ModelInfo:
-        """Checked.
+        """Checks the values and returns the facts.
 
         Raises:
-            JobError: ids that are no numbers of 0 or more, or positions that are none of 1 or more.
+            JobError: an id is no integer of 0 or more, or `positions` is no integer of 1 or more.
         """
         try:
             ids = token_ids({key: tokens.get(key) for key in _TOKENS})
@@ -116,10 +118,12 @@ class ModelInfo:
 
 
 def token_ids(config: Mapping[str, Any]) -> dict[str, Any]:
-    """bos, eos and pad ids of a Hugging Face configuration; generation_config.json decides where it speaks.
+    """Returns `bos_token_id`, `eos_token_ids` (a tuple) and `pad_token_id` of a Hugging Face configuration.
+
+    Values of generation_config.json (the key `_generation`) take precedence.
 
     Raises:
-        ModelError: an id that is none.
+        ModelError: an id is no integer from 0 to 2^31 - 1.
     """
     both = {**config, **{key: value for key, value in config.get("_generation", {}).items() if value is not None}}
     eos = both.get("eos_token_id")
@@ -132,7 +136,7 @@ def token_ids(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _token_id(value: Any, name: str) -> int | None:
-    """A token; None where there is none, which older configurations spell -1."""
+    """Returns a token id; None if there is no token, which older configurations write as -1."""
     if value is None or (value == -1 and isinstance(value, int)):
         return None
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 31:

@@ -1,4 +1,4 @@
-"""Calls into `tokenizers`, whose Rust code panics on some files and texts: every failure becomes one JobError."""
+"""Calls of `tokenizers`, whose Rust code panics on some files and texts: every failure becomes a JobError."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ _lock = threading.RLock()
 
 @contextlib.contextmanager
 def native_call(what: str) -> Iterator[None]:
-    """Around a call of `tokenizers`; `what` begins the error's line.
+    """Context manager for a call of `tokenizers`.
 
+    Args:
+        what: the beginning of the error's line.
     Raises:
-        JobError: it failed or panicked. What a panic wrote to stderr is dropped.
+        JobError: the call failed or panicked. The panic's text on stderr is dropped.
     """
-    with _stderr_kept() as kept:
+    with _captured_stderr() as captured:
         try:
             yield
         except OnnxtoolsError:
@@ -30,23 +32,23 @@ def native_call(what: str) -> Iterator[None]:
         except BaseException as error:  # PanicException of pyo3 is no Exception, and its class cannot be imported
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
-            if kept is not None:
-                kept.truncate(0)
+            if captured is not None:
+                captured.truncate(0)
             raise JobError(f"{what} ({' '.join(str(error).split())[:120] or type(error).__name__})") from None
 
 
-class _Kept:
-    """Where stderr goes meanwhile: one file for the process, since a call is made for every token."""
+class _Capture:
+    """The file for stderr during a call: one file for the process, since there is a call for every token."""
 
     file: BinaryIO | None = None
 
 
 @contextlib.contextmanager
-def _stderr_kept() -> Iterator[BinaryIO | None]:
-    """Keep what is written to the file descriptor of stderr, and write it there afterwards; None where that is not
-    possible.
+def _captured_stderr() -> Iterator[BinaryIO | None]:
+    """Redirect the file descriptor of stderr to a file, and write the file's content to stderr afterwards.
 
-    Rust's panic hook writes to the descriptor itself before Python learns of the panic.
+    It yields the file, or None if stderr is closed. Rust's panic hook writes to the descriptor itself, before Python
+    gets the panic.
     """
     with _lock:
         try:
@@ -55,9 +57,9 @@ def _stderr_kept() -> Iterator[BinaryIO | None]:
             yield None
             return
         try:
-            if _Kept.file is None:
-                _Kept.file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  # lives as long as the process
-            file = _Kept.file
+            if _Capture.file is None:
+                _Capture.file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  # lives as long as the process
+            file = _Capture.file
             os.dup2(file.fileno(), _STDERR)
             try:
                 yield file

@@ -1,4 +1,4 @@
-"""NeMo: .nemo archives (tar), their unpacked folders, and Lightning .ckpt files; shards of several ranks are merged."""
+"""Reads NeMo: .nemo archives (tar), their unpacked folders, and Lightning .ckpt files. It merges the ranks' shards."""
 
 from __future__ import annotations
 
@@ -26,30 +26,27 @@ _SHARD = re.compile(r"(?:tp_rank_(\d+)_pp_rank_(\d+)|mp_rank_(\d+))/[^/]+\.ckpt$
 _MAX_MEMBERS = 200_000
 _MAX_TOKENIZER = 256 << 20
 _MAX_HEADER = 16 << 20
-"""Bytes of one header of a tar: its longest names, not its files."""
+"""Most bytes of one header of a tar, which holds names but no files."""
 _MAX_RATIO, _FREE = 100, 64 << 20
-"""How many times its compressed size an archive may hold, beyond the first 64 MiB; gzip shrinks zeros 1000 times,
-weights 1.3 times.
-"""
+"""An archive may unpack to 64 MiB plus 100 times its size. gzip shrinks zeros 1000 times, weights 1.3 times."""
 _TOKENIZER = {
     ("model", ".model"): "tokenizer.model",
     ("vocab_file", ".json"): "vocab.json",
     ("vocab_file", ".txt"): "vocab.txt",
     ("merge_file", ".txt"): "merges.txt",
 }
-"""Entry of the configuration's `tokenizer`, and suffix of the file that it names in the archive, to what it is called
-beside the model.
-"""
+"""File names beside the model, by the entry of the configuration's `tokenizer` and the suffix of the file it names."""
 _NEW = "; export it from NeMo with `nemo.export` or convert it to a Hugging Face folder first"
 
 
 def read_nemo(path: Path, *, weights: bool = True) -> Checkpoint:
-    """Open a .nemo archive or its unpacked folder.
+    """Opens a .nemo archive or its unpacked folder.
 
     Args:
-        weights: False reads the configuration alone; the vocabulary is then its `override_vocab_size`.
+        path: the archive or folder.
+        weights: False reads only the configuration; the vocabulary is then its `override_vocab_size`.
     Raises:
-        ModelError: no configuration, no weights, unsafe members, or a format of NeMo 2.
+        ModelError: there is no configuration or no weights, a member is unsafe, or the format is that of NeMo 2.
     """
     with reading(path):
         members = _folder_members(path) if path.is_dir() else _archive_members(path)
@@ -57,20 +54,25 @@ def read_nemo(path: Path, *, weights: bool = True) -> Checkpoint:
 
 
 def read_ckpt(path: Path) -> Checkpoint:
-    """Open a Lightning checkpoint: weights under `state_dict`, the configuration under `hyper_parameters`, or in a
-    model_config.yaml beside it.
+    """Opens a Lightning checkpoint.
+
+    Its weights are under `state_dict`. Its configuration is under `hyper_parameters`, or in a model_config.yaml beside
+    it.
+
+    Raises:
+        ModelError: the file is damaged, or there is no configuration or no embedding.
     """
     with reading(path):
-        found = read_torch(Region.of(path))
-    if not isinstance(found, dict):
-        raise ModelError(f"{path}: holds a {type(found).__name__}, not a checkpoint; save a state dict")
-    config = nested(found, "hyper_parameters", "cfg") or nested(found, "hyper_parameters")
+        content = read_torch(Region.of(path))
+    if not isinstance(content, dict):
+        raise ModelError(f"{path}: holds a {type(content).__name__}, not a checkpoint; save a state dict")
+    config = nested(content, "hyper_parameters", "cfg") or nested(content, "hyper_parameters")
     beside = path.parent / "model_config.yaml"
     if not config and beside.is_file():
         config = _config(Region.of(member(path.parent, beside.name)))
     if not isinstance(config, dict):
         raise ModelError(f"{path}: has no hyper_parameters.cfg; put its model_config.yaml beside it")
-    state = found.get("state_dict", found)
+    state = content.get("state_dict", content)
     return _checkpoint(path, config, merge([[_with_extra_state(state)]], config, str(path)), {})
 
 
@@ -96,7 +98,7 @@ def _open(path: Path, members: dict[str, Region], weights: bool) -> Checkpoint:
 def _checkpoint(
     path: Path, config: dict[str, Any], tensors: dict[str, ir.TensorProtocol], files: dict[str, Path | bytes]
 ) -> Checkpoint:
-    """The padded vocabulary is the embedding's: the configuration does not hold it."""
+    """Returns the checkpoint. Its padded vocabulary size is the embedding's: the configuration does not hold it."""
     table = next((t for name, t in tensors.items() if name.endswith("embedding.word_embeddings.weight")), None)
     if table is None:
         raise ModelError(f"{path}: has no embedding.word_embeddings.weight; is it a GPT?")
@@ -104,17 +106,17 @@ def _checkpoint(
 
 
 def _tokenizer(members: dict[str, Region], config: dict[str, Any]) -> dict[str, Path | bytes]:
-    """The tokenizer's files under the names of Hugging Face: those that the configuration names, and those that have
-    such a name.
+    """Returns the tokenizer's files under Hugging Face's names.
 
-    An archive may hold anything; what it calls package.json does not belong beside a model.
+    These are the files that the configuration names, and the files that have such a name in the archive. An archive may
+    hold anything else, e.g. a package.json, which does not belong beside a model.
     """
     named: dict[str, str] = {}
     for entry, suffix in _TOKENIZER:
         value = nested(config, "tokenizer", entry)
         if isinstance(value, str) and value.endswith(suffix):
             named[value.removeprefix("nemo:")] = _TOKENIZER[entry, suffix]
-    found: dict[str, Path | bytes] = {}
+    files: dict[str, Path | bytes] = {}
     for name, region in members.items():
         bare = re.sub(r"^[0-9a-f]{32}_", "", name)
         target = named.get(name) or (bare if bare in BESIDE else None)
@@ -124,43 +126,43 @@ def _tokenizer(members: dict[str, Region], config: dict[str, Any]) -> dict[str, 
                     f"{region.label}: has {region.size} bytes, more than a tokenizer's file has; do not trust this "
                     "archive"
                 )
-            found[target] = region.read(0, region.size)
-    return found
+            files[target] = region.read(0, region.size)
+    return files
 
 
-def _with_extra_state(found: Any) -> dict[str, Any]:
-    """A shard's state: tensors, and TransformerEngine's `_extra_state` whatever it is."""
+def _with_extra_state(shard: Any) -> dict[str, Any]:
+    """Returns a shard's state: its tensors, and TransformerEngine's `_extra_state` of any type."""
     extra = (
-        {name: value for name, value in found.items() if name.endswith("_extra_state")}
-        if isinstance(found, dict)
+        {name: value for name, value in shard.items() if name.endswith("_extra_state")}
+        if isinstance(shard, dict)
         else {}
     )
-    return {**state_dict(found, "a shard"), **extra}
+    return {**state_dict(shard, "a shard"), **extra}
 
 
 def _config(region: Region) -> dict[str, Any]:
     try:
-        found = parse_yaml(region.read(0, min(region.size, MAX_YAML_BYTES + 1)))
+        config = parse_yaml(region.read(0, min(region.size, MAX_YAML_BYTES + 1)))
     except ValueError as error:
         raise ModelError(
             f"{region.label}: its model_config.yaml is not YAML that is read ({error}); save the checkpoint again"
         ) from None
-    if not isinstance(found, dict):
+    if not isinstance(config, dict):
         raise ModelError(f"{region.label}: its model_config.yaml is no mapping; save the checkpoint again")
-    return found
+    return config
 
 
 def _ranks(path: Path, members: dict[str, Region]) -> list[list[Region]]:
-    """Weight files as [pipeline rank][tensor rank]; every rank must be there."""
+    """Returns the weight files as [pipeline rank][tensor rank]. A missing rank is an error."""
     if "model_weights.ckpt" in members:
         return [[members["model_weights.ckpt"]]]
-    found = {}
+    shards = {}
     for name, region in members.items():
         match = _SHARD.search(name)
         if match:
             tensor, pipeline, single = match.groups()
-            found[int(pipeline or 0), int(tensor if single is None else single)] = region
-    if not found:
+            shards[int(pipeline or 0), int(tensor if single is None else single)] = region
+    if not shards:
         last = [region for name, region in members.items() if name.endswith(".ckpt") and "/" not in name]
         if len(last) == 1:
             return [last]
@@ -168,14 +170,14 @@ def _ranks(path: Path, members: dict[str, Region]) -> list[list[Region]]:
             f"{path}: has no model_weights.ckpt and no mp_rank_XX or tp_rank_XX_pp_rank_XXX folders; check that the "
             "checkpoint is whole"
         )
-    pipelines, tensors = (max(key[axis] for key in found) + 1 for axis in (0, 1))
-    absent = pipelines * tensors - len(found)
-    if absent:  # the first is found after as many looks as there are shards, however large a rank is claimed
-        p, t = next((p, t) for p in range(pipelines) for t in range(tensors) if (p, t) not in found)
+    pipelines, tensors = (max(key[axis] for key in shards) + 1 for axis in (0, 1))
+    absent = pipelines * tensors - len(shards)
+    if absent:  # the search takes at most as many steps as there are shards, however large a claimed rank is
+        p, t = next((p, t) for p in range(pipelines) for t in range(tensors) if (p, t) not in shards)
         raise ModelError(
             f"{path}: the shard of pipeline rank {p}, tensor rank {t} is missing ({absent} in all); fetch it"
         )
-    return [[found[p, t] for t in range(tensors)] for p in range(pipelines)]
+    return [[shards[p, t] for t in range(tensors)] for p in range(pipelines)]
 
 
 def _folder_members(folder: Path) -> dict[str, Region]:
@@ -184,8 +186,9 @@ def _folder_members(folder: Path) -> dict[str, Region]:
 
 
 def _archive_members(path: Path) -> dict[str, Region]:
-    """Members by name without `./`; read in place in a plain tar, extracted to a temporary folder from a compressed
-    one.
+    """Returns the members by name, without `./`.
+
+    Those of a plain tar are read in place. Those of a compressed tar are extracted to a temporary folder.
     """
     whole = Region.of(path)
     with open(whole.path, "rb") as file:
@@ -210,23 +213,25 @@ def _archive_members(path: Path) -> dict[str, Region]:
 
 
 class _Headers(io.RawIOBase):
-    """What tarfile reads of an archive: no header of more than `_MAX_HEADER` bytes, nothing beyond `limit`."""
+    """The file that tarfile reads: it refuses headers of more than `_MAX_HEADER` bytes, and reads beyond `limit`."""
 
     def __init__(self, file: BinaryIO | gzip.GzipFile, whole: Region, limit: int | None = None) -> None:
         self._file, self._whole, self._limit = file, whole, limit
 
     def read(self, size: int = -1) -> bytes:
+        """Returns at most `size` bytes. Raises ModelError if the size or the new position is beyond its limit."""
         if not 0 <= size <= _MAX_HEADER:
             raise ModelError(f"{self._whole.label}: a header in it claims {size} bytes; do not trust this file")
         self._check(self.tell() + size)
         return self._file.read(size)
 
-    def seek(self, offset: int, whence: int = 0) -> int:
-        if whence == 0:
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if whence == io.SEEK_SET:
             self._check(offset)
         return self._file.seek(offset, whence)
 
     def tell(self) -> int:
+        """Returns the position in the unpacked archive, in bytes."""
         return self._file.tell()
 
     def _check(self, end: int) -> None:
@@ -238,7 +243,7 @@ class _Headers(io.RawIOBase):
 
 
 def _members(whole: Region, archive: tarfile.TarFile) -> Iterator[tuple[str, tarfile.TarInfo]]:
-    """The files of an archive with their names in it; links, devices and ways out of it are refused."""
+    """Yields the files of an archive with their names. Links, devices and paths that lead out of it are refused."""
     for count, entry in enumerate(archive):
         if count == _MAX_MEMBERS:
             raise ModelError(
@@ -269,26 +274,26 @@ def _fits(whole: Region, entry: tarfile.TarInfo) -> int:
 
 
 def _extract(whole: Region, archive: tarfile.TarFile) -> dict[str, Region]:
-    """The members as files of a temporary folder, which goes with the process, or with the next run after a kill."""
-    own = OwnFolder("onnxtools-nemo-")
-    _kept.append(own)
-    room = shutil.disk_usage(own.path).free
-    found: dict[str, Region] = {}
+    """Extracts the members to a temporary folder, which the process removes, or after a kill the next run."""
+    folder = OwnFolder("onnxtools-nemo-")
+    _folders.append(folder)
+    room = shutil.disk_usage(folder.path).free
+    members: dict[str, Region] = {}
     for name, entry in _members(whole, archive):
         room -= entry.size
         if room < 0:
             raise ModelError(
-                f"{whole.label}: unpacked it needs more than the free space of {own.path.parent}; free space there or "
-                "unpack it elsewhere and name the folder"
+                f"{whole.label}: unpacked it needs more than the free space of {folder.path.parent}; free space there "
+                "or unpack it elsewhere and name the folder"
             )
         source = archive.extractfile(entry)
         assert source is not None
-        target = own.path / f"{len(found)}"
+        target = folder.path / f"{len(members)}"
         with open(target, "wb") as out:
             shutil.copyfileobj(source, out, _MAX_HEADER)
-        found[name] = Region(target, 0, entry.size, f"{whole.label}: {name}")
-    return found
+        members[name] = Region(target, 0, entry.size, f"{whole.label}: {name}")
+    return members
 
 
-_kept: list[OwnFolder] = []
-"""Folders that weights are read from until the process ends."""
+_folders: list[OwnFolder] = []
+"""Temporary folders that hold weights until the process ends."""

@@ -1,4 +1,4 @@
-"""Which reader opens a path."""
+"""Chooses the reader for a path."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ from onnxtools.checkpoints.checkpoint import Checkpoint
 
 
 def open_checkpoint(path: Path, *, weights: bool = True) -> Checkpoint:
-    """As `_open`; whatever a damaged file makes a reader raise becomes one line."""
+    """Opens a Hugging Face folder, a .nemo archive or folder, a .ckpt, or a GGUF file.
+
+    Any other error of a reader on a damaged file becomes a ModelError of one line.
+
+    Args:
+        path: the folder or file.
+        weights: False reads the configuration of a folder alone.
+    Raises:
+        ModelError: the path does not exist, no reader knows it, or it is damaged.
+    """
     try:
         return _open(path, weights)
     except OnnxtoolsError:
@@ -23,13 +32,7 @@ def open_checkpoint(path: Path, *, weights: bool = True) -> Checkpoint:
 
 
 def _open(path: Path, weights: bool) -> Checkpoint:
-    """Open a Hugging Face folder, a .nemo archive or folder, a .ckpt, or a GGUF file.
-
-    Args:
-        weights: False reads the configuration of a folder alone.
-    Raises:
-        ModelError: no such path, or nothing that a reader knows.
-    """
+    """Does the work of `open_checkpoint`. A damaged file may raise any exception."""
     if not path.exists():
         raise ModelError(f"{absent(path)}: no such file or folder; check the path")
     if path.is_dir():

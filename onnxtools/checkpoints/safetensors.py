@@ -1,4 +1,4 @@
-"""safetensors files: 8 bytes of header length, a JSON header, raw tensors (format: the safetensors README)."""
+"""Reads safetensors files: 8 bytes of header length, a JSON header, raw tensors (format: the safetensors README)."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _DTYPES = {
 
 
 def read_safetensors(path: Path) -> dict[str, ir.TensorProtocol]:
-    """The tensors of one file, by name; only the header is read.
+    """Returns the tensors of one file by name, as references into the file. Only the header is read.
 
     Raises:
-        ModelError: missing, truncated, or a header that does not fit the file.
+        ModelError: the file is missing or truncated, or its header does not fit it.
     """
     with reading(path):
         region = Region.of(path)
@@ -39,21 +39,21 @@ def read_safetensors(path: Path) -> dict[str, ir.TensorProtocol]:
         header = json_object(region.read(8, length), f"{path}: header")
     header.pop("__metadata__", None)
     data = Region(region.path, 8 + length, region.size - 8 - length, str(path))
-    placed = {name: _tensor(data, name, entry) for name, entry in header.items()}
+    tensors = {name: _tensor(data, name, entry) for name, entry in header.items()}
     # The format has no holes and no overlaps, so that every byte belongs to one tensor.
-    at = data.start
-    for tensor in sorted(placed.values(), key=lambda t: (t.offset or 0, t.nbytes)):
-        if tensor.offset != at:
+    offset = data.start
+    for tensor in sorted(tensors.values(), key=lambda t: (t.offset or 0, t.nbytes)):
+        if tensor.offset != offset:
             raise ModelError(
                 f"{path}: tensor {tensor.name!r} begins at byte {(tensor.offset or 0) - data.start}, not at "
-                f"{at - data.start} where the one before ends"
+                f"{offset - data.start} where the one before ends"
             )
-        at += tensor.nbytes
-    if at != data.start + data.size:
+        offset += tensor.nbytes
+    if offset != data.start + data.size:
         raise ModelError(
-            f"{path}: {data.start + data.size - at} bytes after the last tensor belong to nothing; fetch it again"
+            f"{path}: {data.start + data.size - offset} bytes after the last tensor belong to nothing; fetch it again"
         )
-    return dict(placed)
+    return dict(tensors)
 
 
 def _tensor(data: Region, name: str, entry: object) -> ir.ExternalTensor:
@@ -79,15 +79,18 @@ def _tensor(data: Region, name: str, entry: object) -> ir.ExternalTensor:
 def read_sharded(
     folder: Path, index_name: str, read: Callable[[Path], dict[str, ir.TensorProtocol]]
 ) -> dict[str, ir.TensorProtocol]:
-    """The tensors of all files of `folder` that the index of shards names, each opened by `read`; its map and the files
-    must agree.
+    """Returns the tensors of all files of `folder` that the index of shards names. Index and files must agree.
 
+    Args:
+        folder: the folder of the index and the shards.
+        index_name: file name of the index.
+        read: reads one shard.
     Raises:
-        ModelError: a file is missing or lies elsewhere, or a tensor is not where the index says.
+        ModelError: a file is missing or outside the folder, or a tensor is not in the file that the index names.
     """
     index = folder / index_name
     places = _weight_map(member(folder, index_name), index)
-    found: dict[str, ir.TensorProtocol] = {}
+    merged: dict[str, ir.TensorProtocol] = {}
     for file in sorted(set(places.values())):
         tensors = read(member(folder, file))
         absent = sorted(name for name, place in places.items() if place == file and name not in tensors)
@@ -96,13 +99,14 @@ def read_sharded(
                 f"{folder / file}: has no tensor {absent[0]!r}, which {index_name} places there ({len(absent)} in "
                 "all); fetch both again"
             )
-        found.update({name: tensor for name, tensor in tensors.items() if places.get(name, file) == file})
-    return found
+        merged.update({name: tensor for name, tensor in tensors.items() if places.get(name, file) == file})
+    return merged
 
 
 def _weight_map(path: Path, index: Path) -> dict[str, str]:
-    """Tensor name to file name, as the index of shards at `path` gives it; only files in the folder of `index`, its
-    name, are accepted.
+    """Returns the file name of each tensor from the index of shards at `path`.
+
+    Files must be in the folder of the index. `index` is the path of the index in errors.
     """
     places = read_json(path).get("weight_map")
     if not isinstance(places, dict) or not places:

@@ -1,5 +1,4 @@
-"""What the files beside a tokenizer add to it: special tokens, and the whole of it where there are only vocab.json and
-merges.txt.
+"""Special tokens from the files beside a tokenizer, and tokenizers that have only vocab.json and merges.txt.
 
 The rules are those of transformers 5 (tokenization_utils_base.py, `_from_pretrained`).
 """
@@ -33,12 +32,12 @@ _DEFAULT = "<|endoftext|>"
 
 @dataclass
 class Named:
-    """What tokenizer_config.json, special_tokens_map.json and added_tokens.json of a folder say.
+    """The content of a folder's tokenizer_config.json, special_tokens_map.json and added_tokens.json.
 
     Attributes:
         config: the content of tokenizer_config.json.
-        roles: text of the tokens that have one.
-        tokens: every added token by its text, as tokenizer.json's `added_tokens` has it; `id` may be missing.
+        roles: the text of the token of each role (`ROLES`).
+        tokens: every added token by its text, in the form of tokenizer.json's `added_tokens`; `id` may be missing.
     """
 
     config: dict[str, Any] = field(default_factory=dict)
@@ -47,53 +46,59 @@ class Named:
 
 
 def named(folder: Path) -> Named:
-    """Of `folder`; empty where no such file is there.
+    """Reads the special tokens of `folder`. The result is empty if the folder has none of the files.
 
     Raises:
-        JobError: a file that is no JSON object, or a token that is neither text nor an object.
+        JobError: a file is no JSON object, or a token is neither a text nor an object.
     """
-    found = Named(_optional(folder / "tokenizer_config.json"))
+    listing = Named(_optional(folder / "tokenizer_config.json"))
     label = str(folder / "tokenizer_config.json")
-    decoder = found.config.get("added_tokens_decoder")
-    says = dict(found.config)
+    decoder = listing.config.get("added_tokens_decoder")
+    says = dict(listing.config)
     if decoder is None:
         says |= _optional(folder / "special_tokens_map.json")
     for role in ROLES:
         if says.get(f"{role}_token") is not None:
-            found.roles[role] = _add(found, says[f"{role}_token"], label, special=True)
+            listing.roles[role] = _add(listing, says[f"{role}_token"], label, special=True)
     more = says.get("extra_special_tokens") or says.get("additional_special_tokens") or []
     for token in more.values() if isinstance(more, dict) else more if isinstance(more, list) else []:
-        _add(found, token, label, special=True)
-    listed = (
+        _add(listing, token, label, special=True)
+    by_id = (
         decoder if decoder is not None else {id: text for text, id in _optional(folder / "added_tokens.json").items()}
     )
-    if not isinstance(listed, dict):
-        raise JobError(f"{label}: added_tokens_decoder is {shown(listed)}, not an object; fetch the file again")
-    for id, token in listed.items():
-        text = _add(found, token, label, special=False)
-        found.tokens[text]["id"] = _id(id, label)
-    return found
+    if not isinstance(by_id, dict):
+        raise JobError(f"{label}: added_tokens_decoder is {shown(by_id)}, not an object; fetch the file again")
+    for id, token in by_id.items():
+        text = _add(listing, token, label, special=False)
+        listing.tokens[text]["id"] = _id(id, label)
+    return listing
 
 
 def _optional(path: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
-def _add(found: Named, token: Any, label: str, *, special: bool) -> str:
-    """Enter a token given as text, or as an object with its flags; the first that names it decides them, but special it
-    stays.
+def _add(listing: Named, token: Any, label: str, *, special: bool) -> str:
+    """Add a token to `listing` and return its text.
+
+    The first entry of a token decides its flags. An object with `special` (from `added_tokens_decoder`) overrides
+    `single_word`, `lstrip` and `rstrip`. `special` itself is not changed.
+
+    Args:
+        token: a text, or an object with `content` and flags.
+        special: the token is special whatever its flags say.
     """
     flags = token if isinstance(token, Mapping) else {"content": token}
     text = flags.get("content")
     if not isinstance(text, str) or not text:
         raise JobError(f"{label}: {shown(token)} is no token; it takes a text, or an object with `content`")
-    entry = {key: bool(flags.get(key, False)) for key in ("single_word", "lstrip", "rstrip")}
+    options = {key: bool(flags.get(key, False)) for key in ("single_word", "lstrip", "rstrip")}
     special = special or bool(flags.get("special"))
-    known = found.tokens.setdefault(
-        text, {"content": text, **entry, "normalized": bool(flags.get("normalized", not special)), "special": special}
+    entry = listing.tokens.setdefault(
+        text, {"content": text, **options, "normalized": bool(flags.get("normalized", not special)), "special": special}
     )
-    if "special" in flags:  # `added_tokens_decoder` knows the flags best
-        known |= entry
+    if "special" in flags:  # the flags of `added_tokens_decoder` take precedence
+        entry |= options
     return text
 
 
@@ -105,8 +110,13 @@ def _id(value: Any, label: str) -> int:
 
 
 def ids_by_name(folder: Path, wanted: Sequence[str]) -> dict[str, int]:
-    """Those of `wanted` (`eos_token_id` and the like) whose token the files in `folder` name by its text, as far as
-    they say its id too.
+    """Returns the ids of tokens that the files in `folder` name by their text.
+
+    Args:
+        folder: the folder of the tokenizer.
+        wanted: keys such as `eos_token_id`. A key without a token or id is left out of the result.
+    Raises:
+        JobError: as in `named`.
     """
     says = named(folder)
     roles = {key: says.roles[role] for role in ROLES if (key := f"{role}_token_id") in wanted and role in says.roles}
@@ -120,30 +130,35 @@ def ids_by_name(folder: Path, wanted: Sequence[str]) -> dict[str, int]:
 
 
 def _added_ids(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The added tokens of a tokenizer.json."""
+    """Returns the ids of the added tokens of a tokenizer.json, by text."""
     listed = content.get("added_tokens")
     entries = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
     return {str(entry.get("content")): entry.get("id") for entry in entries}
 
 
 def add_named(tokenizer: Any, folder: Path) -> None:
-    """Make the special tokens that the files in `folder` name special in `tokenizer` too, as far as its vocabulary has
-    them.
+    """Add the special tokens of `folder` to `tokenizer` (a `tokenizers.Tokenizer`), if they are in its vocabulary.
+
+    Raises:
+        JobError: as in `named`.
     """
     import tokenizers
 
-    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    existing = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     for text, entry in named(folder).tokens.items():
-        if text not in known and tokenizer.token_to_id(text) is not None and entry["special"]:
+        if text not in existing and tokenizer.token_to_id(text) is not None and entry["special"]:
             flags = {key: entry[key] for key in ("single_word", "lstrip", "rstrip", "normalized")}
             tokenizer.add_special_tokens([tokenizers.AddedToken(text, special=True, **flags)])
 
 
 def from_merges(vocabulary: Path, merges: Path) -> Any:
-    """The byte-level BPE of vocab.json and merges.txt, with the tokens that the files beside them add.
+    """Returns the byte-level BPE of vocab.json and merges.txt, a `tokenizers.Tokenizer`, with its added tokens.
 
+    Args:
+        vocabulary: the path of vocab.json; its folder has the files with the added tokens.
+        merges: the path of merges.txt.
     Raises:
-        JobError: the folder's tokenizer class splits text in a way that is not known here, or a file is damaged.
+        JobError: the folder's tokenizer class is not supported, or a file is damaged.
     """
     import tokenizers
 
@@ -176,8 +191,9 @@ def from_merges(vocabulary: Path, merges: Path) -> Any:
 
 
 def _number(says: Named, vocab: dict[str, int]) -> None:
-    """Give every added token its id: the vocabulary's, its own, or the next free one; `vocab` gets those that it
-    lacks.
+    """Give every added token an id, and add missing tokens to `vocab`.
+
+    The id is the one in `vocab`, else the one in the token's entry, else the next free one.
     """
     for text, entry in says.tokens.items():
         if text in vocab:
@@ -192,7 +208,7 @@ def _number(says: Named, vocab: dict[str, int]) -> None:
 
 
 def _around(says: Named) -> dict[str, Any] | None:
-    """The tokens that every text gets, by `add_bos_token` and `add_eos_token`."""
+    """Returns the post-processor for the tokens around every text, by `add_bos_token` and `add_eos_token`."""
     adds: set[str] = {
         role for role in ("bos", "eos") if says.config.get(f"add_{role}_token") is True and role in says.roles
     }

@@ -1,4 +1,4 @@
-"""TransformerEngine's `_extra_state`: FP8 scales, in a pickle or a torch.save archive inside the checkpoint."""
+"""Reads TransformerEngine's `_extra_state`: FP8 scales in a pickle or torch.save archive inside the checkpoint."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ from onnxtools.base.inputs import shown
 from onnxtools.checkpoints.torch_file import loads
 
 _MOST = 4096
+"""Most scales of a module."""
 Array = np.ndarray[Any, Any]
 
 
 def forward_scales(extra: Any, label: str) -> Array | None:
-    """`scale_fwd` of a module, float32 [3 x GEMMs]: activation, weight, output of each; None where the module has no
-    FP8 state.
+    """Returns `scale_fwd` of a module, float32 [3 x GEMMs]: the scales of activation, weight and output of each GEMM.
+
+    The result is None if the module has no FP8 state.
 
     Args:
-        extra: BytesIO (TransformerEngine 1.x), a uint8 tensor (2023, and 2.x), or nothing.
+        extra: BytesIO (TransformerEngine 1.x), a uint8 tensor (2023, and 2.x), or None.
+        label: names the module in errors.
     Raises:
-        ModelError: damaged, scales that no FP8 cast can use, or a pickle that wants more than data.
+        ModelError: the state is damaged, a scale is not a positive number, or the pickle needs more than data.
     """
     data = _bytes(extra, label)
     if not data:

@@ -1,4 +1,4 @@
-"""Text around tokens: the tokenizer beside a model, stop texts, streaming."""
+"""Converts text to tokens and back: the tokenizer beside a model, stop texts, streaming."""
 
 from __future__ import annotations
 
@@ -13,19 +13,25 @@ from onnxtools.checkpoints.native import native_call
 
 
 class Tokenizer:
-    """A tokenizer.json, read by Hugging Face's `tokenizers`."""
+    """A tokenizer of Hugging Face's `tokenizers`.
+
+    Attributes:
+        path: its tokenizer.json, or vocab.json.
+    """
 
     def __init__(self, inner: Any, path: Path) -> None:
         self._inner, self.path = inner, path
 
     @classmethod
     def open(cls, place: Path) -> Tokenizer:
-        """Of a folder with tokenizer.json (or vocab.json and merges.txt), or of the file itself.
+        """Opens the tokenizer of a folder.
 
-        Truncation and padding that a training script left in tokenizer.json are switched off, as by transformers.
+        Truncation and padding that a training script left in tokenizer.json are switched off, as in transformers.
 
+        Args:
+            place: a folder with tokenizer.json (or vocab.json and merges.txt), or the tokenizer.json itself.
         Raises:
-            JobError: there is none, it cannot be read, or its patterns take unreasonable time.
+            JobError: there is no tokenizer, it cannot be read, or its patterns take unreasonable time.
         """
         import tokenizers
 
@@ -52,15 +58,16 @@ class Tokenizer:
         return cls(inner, path)
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of `text`, with the special tokens that this tokenizer puts around a text.
+        """Returns the token ids of `text`, with the special tokens that this tokenizer adds to a text.
 
         Raises:
             UsageError: `text` is no valid Unicode.
+            JobError: the tokenizer failed.
         """
         return self._encode(text, True)
 
     def pieces(self, text: str) -> list[int]:
-        """Tokens of `text` alone."""
+        """Returns the token ids of `text` without special tokens. Raises the errors of `encode`."""
         return self._encode(text, False)
 
     def _encode(self, text: str, special: bool) -> list[int]:
@@ -68,53 +75,72 @@ class Tokenizer:
             return list(self._inner.encode(_valid(text), add_special_tokens=special).ids)
 
     def pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Tokens of a context that is not empty and of what continues it: both are encoded as one text and cut where
-        the context's own tokens end; white space at the context's end belongs to the continuation.
+        """Returns the token ids of a context and of its continuation.
 
-        lm-eval's rule (api/model.py, `TemplateLM._encode_pair`). Encoded alone, a continuation gets the word mark that
-        SentencePiece puts in front of every text.
+        Both are encoded as one text, which is cut after as many tokens as the context alone has. White space at the end
+        of the context belongs to the continuation. This is lm-eval's rule (api/model.py, `TemplateLM._encode_pair`):
+        encoded alone, a continuation would get the word mark that SentencePiece puts in front of every text.
+
+        Args:
+            context: a text that is not empty.
+            continuation: the text after it.
+        Raises:
+            UsageError, JobError: as in `encode`.
         """
         bare = context.rstrip()
         before = self.encode(bare)
         return before, self.encode(context + continuation)[len(before) :]
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
-        """Text of `ids`; `special` keeps tokens such as the end of text."""
+        """Returns the text of `ids`.
+
+        Args:
+            ids: token ids.
+            special: keep special tokens such as the end of text.
+        Raises:
+            JobError: the tokenizer failed.
+        """
         with native_call(f"{self.path}: cannot decode tokens, check the tokenizer"):
             return str(self._inner.decode(list(ids), skip_special_tokens=not special))
 
     def continuation(self, before: Sequence[int], new: Sequence[int]) -> str:
-        """Text of `new` where it follows `before`: a tokenizer may drop the space in front of a text's first word."""
+        """Returns the text of the tokens `new` after the tokens `before`.
+
+        `new` is not decoded alone, since a tokenizer may drop the space in front of a text's first word.
+        """
         tail = self.decode(before[-_TAIL:])
         both = self.decode([*before[-_TAIL:], *new])
         return both[len(tail) :] if both.startswith(tail) else self.decode(new)
 
     def token(self, id: int) -> str:
-        """The vocabulary's spelling of one token."""
+        """Returns the vocabulary's spelling of one token.
+
+        Raises:
+            JobError: the tokenizer failed.
+        """
         with native_call(f"{self.path}: has no token {id}, use the model's own tokenizer"):
             return str(self._inner.id_to_token(int(id)))
 
     def offsets(self, ids: Sequence[int]) -> list[int]:
-        """Where the text of each token begins in the text of all, in characters."""
+        """Returns the start of each token's text in the text of all tokens, in characters."""
         return [len(self.decode(ids[:end], special=True)) for end in range(len(ids))]
 
 
 _TAIL = 16
-"""Tokens of a prompt that decide how its continuation is spelt."""
+"""Last tokens of a prompt that can change the text of its continuation."""
 
 
 _RUNS, _PATIENCE = (50, 100, 200, 400, 800, 1600), 0.5
-"""Characters of one kind that follow one another in the probes, and seconds of the processor that all may take; real
-tokenizers take 0.01.
-"""
+"""Lengths of the probes' runs of one character, and seconds of CPU time for all probes; real tokenizers take 0.01."""
 
 
 def _probe(inner: Any, path: Path) -> None:
-    """Encode and decode runs of one character, each twice as long as the one before: there a bad pattern takes cubic or
-    exponential time, which nothing could interrupt later.
+    """Encode and decode runs of one character, each twice as long as the previous one.
+
+    A bad pattern takes cubic or exponential time on such runs, and nothing could interrupt it later.
 
     Raises:
-        JobError: it panics, or takes more than `_PATIENCE` seconds.
+        JobError: the tokenizer panics, or takes more than `_PATIENCE` seconds.
     """
     start = time.thread_time()
     for length in _RUNS:
@@ -122,7 +148,7 @@ def _probe(inner: Any, path: Path) -> None:
             with native_call(f"{path}: is no usable tokenizer, fetch the model's own"):
                 try:
                     ids = inner.encode(f"{character * length}{'!' if character != '!' else 'a'}").ids
-                except Exception:  # a text that this vocabulary cannot spell; panics are no Exception
+                except Exception:  # this vocabulary cannot spell the text; a panic is no Exception
                     continue
                 inner.decode(ids)
             if time.thread_time() - start > _PATIENCE:
@@ -141,10 +167,16 @@ def _valid(text: str) -> str:
 
 
 class Streams:
-    """New text of each row as its tokens come, and the stop texts in it.
+    """Streams the new text of each row token by token, and finds stop texts in it.
 
-    A token may hold half a character, and a text may turn out to be the beginning of a stop text: such an end is held
-    back until it is decided, or `flush`.
+    A token may be part of a character, and the end of a text may be the beginning of a stop text. Such an end is held
+    back until later tokens decide it, or until `flush`.
+
+    Args:
+        tokenizer: decodes the tokens.
+        prompts: token ids before each row's new tokens.
+        stop: stop texts.
+        show: called with the row and its new text; None shows nothing.
     """
 
     def __init__(
@@ -157,17 +189,17 @@ class Streams:
         self.tokenizer, self.stop, self.show = tokenizer, stop, show
         self._prompts = prompts
         self._ids: list[list[int]] = [[] for _ in prompts]
-        self._said = [""] * len(prompts)
+        self._shown = [""] * len(prompts)
 
     def __call__(self, row: int, token: int) -> bool:
-        """Take a token; True where a stop text is complete."""
+        """Add a token to `row`. Returns True if the row's text now has a complete stop text."""
         self._ids[row].append(token)
-        text, found = self._text(row)
-        self._say(row, text if found else text[: _undecided(text.rstrip("\ufffd"), self.stop)])
-        return found
+        text, stopped = self._text(row)
+        self._say(row, text if stopped else text[: _undecided(text.rstrip("\ufffd"), self.stop)])
+        return stopped
 
     def flush(self) -> None:
-        """Show what was held back."""
+        """Show the text that was held back."""
         for row in range(len(self._ids)):
             self._say(row, self._text(row)[0])
 
@@ -175,14 +207,14 @@ class Streams:
         return cut_at(self.tokenizer.continuation(self._prompts[row], self._ids[row]), self.stop)
 
     def _say(self, row: int, text: str) -> None:
-        if len(text) > len(self._said[row]):
+        if len(text) > len(self._shown[row]):
             if self.show is not None:
-                self.show(row, text[len(self._said[row]) :])
-            self._said[row] = text
+                self.show(row, text[len(self._shown[row]) :])
+            self._shown[row] = text
 
 
 def _undecided(text: str, stop: Sequence[str]) -> int:
-    """Where the longest end of `text` begins that may still become a stop text."""
+    """Returns the start of the longest end of `text` that may become a stop text; len(text) if there is none."""
     return min(
         (
             start
@@ -195,6 +227,6 @@ def _undecided(text: str, stop: Sequence[str]) -> int:
 
 
 def cut_at(text: str, stop: Sequence[str]) -> tuple[str, bool]:
-    """`text` up to the first stop text, and whether there was one."""
+    """Returns `text` up to its first stop text, and whether it has one. Empty stop texts are ignored."""
     places = [place for place in (text.find(s) for s in stop if s) if place >= 0]
     return (text[: min(places)], True) if places else (text, False)

@@ -1,10 +1,11 @@
-"""Files of torch.save (zip format) without torch: the pickle is read by a restricted unpickler, tensors stay in the
-file.
+"""Reads files of torch.save (zip format) without torch. A restricted unpickler reads the pickle.
+
+Tensors stay in the file.
 
 The rules are those of `torch.load(weights_only=True)`, and narrower: a global that is not on the list below is refused
 by name, so no code of the file can run. The list: https://docs.pytorch.org/docs/stable/notes/serialization.html
-What a pickle makes takes no state, since a state may set any attribute, and keys are plain, since hash() of nested
-tuples takes exponential time or the whole stack.
+Unpickled objects take no state, since a state may set any attribute. Keys are plain, since hash() of nested tuples
+takes exponential time or the whole stack.
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from onnxtools.base.dtypes import of
 from onnxtools.base.errors import ModelError
 from onnxtools.base.inputs import shown
 from onnxtools.checkpoints.checkpoint import Region
 
 MAX_PICKLE_BYTES = 256 << 20
-"""The pickle holds names and shapes, no weights; the state dict of a 175B model has about 1 MB."""
+"""The pickle has names and shapes, no weights: the state dict of a 175B model has about 1 MB."""
 MAX_OPCODES = 4_000_000
-"""A tensor takes about 30; the state dict of a mixture of 50,000 experts' weights has 1.5 million."""
+"""A tensor takes about 30 opcodes: the state dict of a mixture of experts with 50,000 weights has 1.5 million."""
 _MAX_RANK = 64
 _LOCAL_HEADER = 30  # bytes before the name in a zip entry (APPNOTE.TXT, 4.3.7)
 
@@ -41,13 +43,11 @@ _DTYPES = {
     "BoolStorage": ir.DataType.BOOL,
     "UntypedStorage": ir.DataType.UINT8,
 }  # fmt: skip
-_SCALARS = {
-    "float64": ir.DataType.DOUBLE, "float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16,
-    "bfloat16": ir.DataType.BFLOAT16,
-    "int64": ir.DataType.INT64, "int32": ir.DataType.INT32, "int16": ir.DataType.INT16, "int8": ir.DataType.INT8,
-    "uint8": ir.DataType.UINT8,
-    "bool": ir.DataType.BOOL, "float8_e4m3fn": ir.DataType.FLOAT8E4M3FN, "float8_e5m2": ir.DataType.FLOAT8E5M2,
-}  # fmt: skip
+_SCALARS = (
+    "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool", "float8_e4m3fn",
+    "float8_e5m2",
+)  # fmt: skip
+"""Element types of torch that are read; numpy and ml_dtypes have the same names."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,20 @@ class _StorageType:
 
 @dataclass(frozen=True)
 class _Storage:
-    """Bytes of one storage: where they lie, or the bytes themselves."""
+    """One storage of torch.
+
+    Attributes:
+        dtype: element type.
+        region: where the bytes are in the file; None if they are in `data`.
+        data: the bytes themselves.
+    """
 
     dtype: ir.DataType
     region: Region | None
     data: bytes = b""
 
     def tensor(self, offset: int, shape: tuple[int, ...]) -> ir.TensorProtocol:
+        """Returns the contiguous tensor of `shape` that starts at element `offset`."""
         if self.region is not None:
             return self.region.tensor("", self.dtype, shape, offset * int(self.dtype.itemsize))
         array = np.frombuffer(
@@ -73,10 +80,13 @@ class _Storage:
 
 
 def read_torch(region: Region) -> Any:
-    """The object in a file of torch.save; tensors are references into the file.
+    """Returns the object in a file of torch.save. Its tensors are references into the file.
 
+    Args:
+        region: the file, or the part of a file.
     Raises:
-        ModelError: not that format, damaged, or a pickle that wants more than data.
+        ModelError: the file has another format or is damaged, or its pickle needs more than data.
+        OSError: the file cannot be read.
     """
     with open(region.path, "rb") as file:
         window = _Window(file, region.start, region.size)
@@ -110,7 +120,7 @@ def read_torch(region: Region) -> Any:
             RuntimeError,
             EOFError,
             UnicodeDecodeError,
-        ) as error:  # another header, a wrong sum, encrypted
+        ) as error:  # a wrong header or checksum, or an encrypted entry
             raise ModelError(f"{region.label}: its data.pkl is damaged ({error}); fetch it again") from None
 
     def storage(persistent: Any) -> _Storage:
@@ -124,7 +134,7 @@ def read_torch(region: Region) -> Any:
 
 
 def _storage_id(persistent: Any, label: str) -> tuple[ir.DataType, str]:
-    """('storage', type, key, location, elements) of torch.serialization."""
+    """Returns type and key of a persistent id ('storage', type, key, location, elements) of torch.serialization."""
     if (
         isinstance(persistent, tuple)
         and len(persistent) == 5
@@ -136,7 +146,7 @@ def _storage_id(persistent: Any, label: str) -> tuple[ir.DataType, str]:
 
 
 def _stored(region: Region, info: zipfile.ZipInfo) -> Region:
-    """Where the bytes of an entry lie; torch never compresses them."""
+    """Returns the region of an entry's bytes. torch never compresses them."""
     if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
         raise ModelError(
             f"{region.label}: {info.filename!r} is compressed, which torch.save never does; save it again with "
@@ -165,7 +175,7 @@ def _unpickle(payload: bytes, storage: Callable[[Any], _Storage], label: str) ->
 
 
 def _load(stream: io.BytesIO, storage: Callable[[Any], _Storage], label: str, *, nested: bool = False) -> Any:
-    """The next pickle of `stream`, looked through before anything of it is made."""
+    """Loads the next pickle of `stream`, after all its opcodes have been checked."""
     start = stream.tell()
     for count, (opcode, _, _) in enumerate(pickletools.genops(stream)):
         if opcode.name in _REFUSED:
@@ -195,13 +205,11 @@ _REFUSED = {
     "FROZENSET",
     "ADDITEMS",
 }
-"""Opcodes that make objects in other ways than calling a global, that allocate what they only claim, or that hash
-anything.
-"""
+"""Refused opcodes: they create objects without a global, allocate the size that they claim, or hash any object."""
 
 
 def _plain_key(key: Any, label: str) -> Any:
-    """A key of a state dict or a configuration: text, a number, or a short tuple of those."""
+    """Returns `key` if it is a text, bytes, a number, None, or a short tuple of these; else raises ModelError."""
     parts = key if isinstance(key, tuple) and len(key) <= 8 else (key,)
     if not all(part is None or isinstance(part, (str, bytes, int, float)) for part in parts):
         raise ModelError(
@@ -211,10 +219,10 @@ def _plain_key(key: Any, label: str) -> Any:
 
 
 class _Unpickler(pickle._Unpickler):
-    """Knows tensors and plain containers; refuses every other global by name.
+    """Creates tensors and plain containers, and refuses every other global by name.
 
-    The reader in Python, since only there an opcode can be given another meaning; its memo is a dictionary, so an index
-    costs nothing.
+    It extends the Python implementation of pickle, since the C implementation cannot override an opcode. Its memo is a
+    dictionary, so a large index allocates nothing.
     """
 
     stack: list[Any]
@@ -225,16 +233,17 @@ class _Unpickler(pickle._Unpickler):
         self._storage, self._label, self._nested = storage, label, nested
 
     def _build(self) -> None:
-        """BUILD: of a BytesIO its bytes; the state of a state dict (`_metadata`) and of objects that stand for others
-        is dropped.
+        """BUILD: write the bytes of a BytesIO, and drop the state of other objects.
+
+        These are state dicts (their `_metadata`) and `_Opaque`.
         """
-        state, made = self.stack.pop(), self.stack[-1]
-        if isinstance(made, io.BytesIO) and isinstance(state, tuple) and state and isinstance(state[0], bytes):
-            made.write(state[0])
-        elif type(made) not in (OrderedDict, _Opaque):
+        state, instance = self.stack.pop(), self.stack[-1]
+        if isinstance(instance, io.BytesIO) and isinstance(state, tuple) and state and isinstance(state[0], bytes):
+            instance.write(state[0])
+        elif type(instance) not in (OrderedDict, _Opaque):
             raise ModelError(
-                f"{self._label}: its pickle sets attributes of a {type(made).__name__}, which no state dict does; do "
-                "not trust this file"
+                f"{self._label}: its pickle sets attributes of a {type(instance).__name__}, which no state dict does; "
+                "do not trust this file"
             )
 
     def _set_item(self) -> None:
@@ -264,32 +273,38 @@ class _Unpickler(pickle._Unpickler):
         **pickle._Unpickler.dispatch, pickle.BUILD[0]: _build, pickle.SETITEM[0]: _set_item,
         pickle.SETITEMS[0]: _set_items,
         pickle.DICT[0]: _dictionary,
-        # What `find_class` gives out are functions, and a new object of one of them is what it returns.
+        # `find_class` returns functions, so NEWOBJ calls the function, as REDUCE does.
         pickle.NEWOBJ[0]: pickle._Unpickler.dispatch[pickle.REDUCE[0]],
     }  # fmt: skip
 
     def persistent_load(self, pid: Any) -> _Storage:
+        """Returns the storage of a persistent id."""
         return self._storage(pid)
 
     def find_class(self, module: str, name: str) -> Any:
-        if module.startswith("transformer_engine."):  # the recipe beside FP8 scales: kept as data, never made
+        """Returns the replacement of a global.
+
+        Raises:
+            ModelError: the global is not on the list.
+        """
+        if module.startswith("transformer_engine."):  # the recipe beside FP8 scales; its class is never imported
             return _Opaque
         if module in ("torch", "torch.storage") and name in _DTYPES:
             return _StorageType(_DTYPES[name])
         if module == "torch" and name in _SCALARS:
-            return _SCALARS[name]
+            return of(name)
         allowed = _GLOBALS.get((module, name))
         if allowed is None or (self._nested and allowed is _load_from_bytes):
-            wanted = " ".join(f"{module}.{name}".split())[:120]
+            requested = " ".join(f"{module}.{name}".split())[:120]
             raise ModelError(
-                f"{self._label}: its pickle wants {wanted}, which is not data and may run code; refused: "
+                f"{self._label}: its pickle wants {requested}, which is not data and may run code; refused: "
                 "load it where you trust it and save the state dict alone"
             )
         return allowed
 
 
 class _Opaque:
-    """Stands for an object of a class that is not imported."""
+    """A placeholder for an object of a class that is not imported."""
 
     def __init__(self, *_: Any) -> None: ...
 
@@ -329,8 +344,9 @@ def _rebuild_parameter(tensor: ir.TensorProtocol, *_: Any) -> ir.TensorProtocol:
 
 
 def _load_from_bytes(data: bytes) -> _Storage:
-    """A storage inside a plain pickle of a tensor: torch's older format (five pickles, then the count and the
-    bytes).
+    """Returns the storage inside a plain pickle of a tensor.
+
+    This is torch's older format: five pickles, then the count of elements and the bytes.
     """
     stream = io.BytesIO(data)
     kinds: dict[str, ir.DataType] = {}
@@ -349,16 +365,16 @@ def _load_from_bytes(data: bytes) -> _Storage:
 
 
 def _ordered(*arguments: Any) -> OrderedDict[Any, Any]:
-    """OrderedDict, as Python 2 pickled it: a list of pairs, or nothing."""
+    """OrderedDict in the form of Python 2: a list of pairs, or no argument."""
     return OrderedDict((_plain_key(key, "a state dict"), value) for key, value in (arguments[0] if arguments else ()))
 
 
 def _nothing(*_: Any) -> None:
-    """Stands for torch.device."""
+    """A placeholder for torch.device."""
 
 
 def _latin1(text: str, _: str = "") -> bytes:
-    """How protocol 2 spells bytes."""
+    """Returns bytes in the form of pickle protocol 2."""
     return text.encode("latin1")
 
 
@@ -384,10 +400,15 @@ _GLOBALS: dict[tuple[str, str], Any] = {
 
 
 def loads(data: bytes, label: str) -> Any:
-    """A pickle or a torch.save archive in memory (the extra state of TransformerEngine), read by the same rules.
+    """Returns the object in a pickle or torch.save archive in memory (TransformerEngine's extra state).
 
+    The rules of `read_torch` apply.
+
+    Args:
+        data: the pickle or the archive.
+        label: names the data in errors.
     Raises:
-        ModelError: damaged, or it wants more than data.
+        ModelError: the data is damaged, or its pickle needs more than data.
     """
     if not data.startswith(b"PK"):
         return _unpickle(data, lambda pid: _Storage(_storage_id(pid, label)[0], None), label)
@@ -398,7 +419,7 @@ def loads(data: bytes, label: str) -> Any:
             if sum(info.file_size for info in archive.infolist()) > MAX_PICKLE_BYTES:
                 raise ModelError(f"{label}: claims more than {MAX_PICKLE_BYTES} bytes; do not trust this file")
 
-            read = functools.cache(archive.read)  # once each, however often the pickle names it
+            read = functools.cache(archive.read)  # reads each entry once, however often the pickle names it
 
             def storage(persistent: Any) -> _Storage:
                 kind, key = _storage_id(persistent, label)
@@ -415,24 +436,29 @@ class _Window(io.RawIOBase):
     """A read-only view of a byte range of an open file (a zip archive inside a tar)."""
 
     def __init__(self, file: io.BufferedReader, start: int, size: int) -> None:
-        self._file, self._start, self._size, self._at = file, start, size, 0
+        self._file, self._start, self._size, self._position = file, start, size, 0
 
     def seekable(self) -> bool:
+        """Always True."""
         return True
 
     def readable(self) -> bool:
+        """Always True."""
         return True
 
     def tell(self) -> int:
-        return self._at
+        """Returns the position in the range, in bytes."""
+        return self._position
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        self._at = max(0, offset + (0, self._at, self._size)[whence])
-        return self._at
+        """Sets the position in the range, and returns it."""
+        self._position = max(0, offset + (0, self._position, self._size)[whence])
+        return self._position
 
     def read(self, size: int = -1) -> bytes:
-        left = max(0, self._size - self._at)
-        self._file.seek(self._start + self._at)
-        data = self._file.read(left if size < 0 else min(size, left))
-        self._at += len(data)
+        """Returns at most `size` bytes, or all that remain in the range if `size` is negative."""
+        remaining = max(0, self._size - self._position)
+        self._file.seek(self._start + self._position)
+        data = self._file.read(remaining if size < 0 else min(size, remaining))
+        self._position += len(data)
         return data

@@ -14,7 +14,9 @@ from onnxtools.base.options import option
 from onnxtools.cli.flags import PATH, from_parameters, make_command
 
 if TYPE_CHECKING:
+    from onnxtools.check.feeds import Feeds
     from onnxtools.check.validate import Divergence
+    from onnxtools.ir.model import Model
 
 
 _HELP = """Compare MODEL with REFERENCE on the same inputs.
@@ -44,6 +46,12 @@ class ValidateOptions:
     batch: int = option(2, "Batch of random inputs.", minimum=1)
     sequence: int = option(16, "Tokens of random inputs.", minimum=1)
     seed: int = option(0, "Seed of random inputs.")
+    save_inputs: Path | None = option(
+        None, "Write the inputs as Polygraphy's JSON, for `polygraphy run --load-inputs`.", path=True
+    )
+    save_outputs: Path | None = option(
+        None, "Write what REFERENCE computes from them, for `polygraphy run --load-outputs`.", path=True
+    )
     per_layer: bool = option(False, "Find the first value, by name, that differs between the two graphs.", switch=True)
 
 
@@ -68,6 +76,8 @@ def _models(reference: Path, model: Path, options: ValidateOptions, as_json: boo
     o = options
     a, b = Model.load(reference), Model.load(model)
     feeds = read_feeds(o.inputs) if o.inputs else None
+    if o.save_inputs is not None or o.save_outputs is not None:
+        _save(o, a, feeds or random_feeds(a, o.batch, o.sequence, o.seed))
     verdict = validate(a, b, feeds, o.tolerance, o.batch, o.sequence, o.seed)
     result = verdict.as_json()
     if o.per_layer:
@@ -81,6 +91,16 @@ def _models(reference: Path, model: Path, options: ValidateOptions, as_json: boo
         if o.per_layer:
             _show_divergence(divergence)
     sys.exit(0 if verdict.passed else 1)
+
+
+def _save(options: ValidateOptions, reference: Model, feeds: Feeds) -> None:
+    from onnxtools.check.polygraphy_data import save_inputs, save_outputs
+    from onnxtools.check.validate import run_once
+
+    if options.save_inputs is not None:
+        save_inputs(options.save_inputs, feeds)
+    if options.save_outputs is not None:
+        save_outputs(options.save_outputs, run_once(reference, feeds))
 
 
 def _show_divergence(divergence: Divergence | None) -> None:

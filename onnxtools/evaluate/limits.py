@@ -18,14 +18,15 @@ from typing import Any
 import numpy as np
 import onnx
 
-from onnxtools.base.dtypes import itemsize
+from onnxtools.base.dtypes import itemsize, of
 from onnxtools.base.onnx_runtime import onnxruntime
 from onnxtools.check.sessions import CPU, CUDA, open_session, session_options
 from onnxtools.evaluate.timing import BenchmarkOptions, Timing
 from onnxtools.ir.description import described
 from onnxtools.ir.model import Model
 
-_ELEMS = {"float": onnx.TensorProto.FLOAT, "float16": onnx.TensorProto.FLOAT16, "bfloat16": onnx.TensorProto.BFLOAT16}
+_TIMED = ("float", "float16", "bfloat16")
+"""Element types, by ONNX's names, whose rates are measured."""
 _TABLES = {
     ("Gather", 0),
     ("RotaryEmbedding", 1),
@@ -34,7 +35,6 @@ _TABLES = {
     ("GroupQueryAttention", 8),
 }
 """(operator, input index) whose weight is a table of embeddings, cosines or sines."""
-_BYTES = {"float": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
@@ -118,12 +118,12 @@ def measure_rates(device: str, dtype: str, threads: int = 0) -> Rates:
         dtype: ONNX's name in lower case; float16 on CUDA and float on the CPU stand in for unsupported types.
         threads: threads of the CPU; 0 is all cores.
     """
-    if dtype not in _ELEMS or (device != "cuda" and dtype == "bfloat16"):
+    if dtype not in _TIMED or (device != "cuda" and dtype == "bfloat16"):
         dtype = "float16" if device == "cuda" else "float"
     elements, size = (1 << 29, 8192) if device == "cuda" else (1 << 26, 1536)
     copied = _best(_session(device, dtype, "Neg", 1, threads), [[elements]], device, dtype)
     multiplied = _best(_session(device, dtype, "MatMul", 2, threads), [[size, size]] * 2, device, dtype)
-    return Rates(2 * elements * _BYTES[dtype] / copied, 2 * size**3 / multiplied)
+    return Rates(2 * elements * itemsize(dtype) / copied, 2 * size**3 / multiplied)
 
 
 def raised(rates: Rates, needed: Work, timings: Sequence[Timing], steps: int) -> Rates:
@@ -155,7 +155,7 @@ def raised(rates: Rates, needed: Work, timings: Sequence[Timing], steps: int) ->
 def _session(device: str, dtype: str, op: str, inputs: int, threads: int) -> Any:
     rank = 1 if op == "Neg" else 2
     names = ["a", "b"][:inputs]
-    info = [onnx.helper.make_tensor_value_info(name, _ELEMS[dtype], [None] * rank) for name in [*names, "y"]]
+    info = [onnx.helper.make_tensor_value_info(name, of(dtype).value, [None] * rank) for name in [*names, "y"]]
     graph = onnx.helper.make_graph([onnx.helper.make_node(op, names, ["y"])], op, info[:-1], info[-1:])
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 19)], ir_version=9)
     return open_session(model.SerializeToString(), CUDA if device == "cuda" else CPU, session_options(threads=threads))
@@ -172,9 +172,9 @@ def _best(session: Any, shapes: list[list[int]], device: str, dtype: str, runs: 
             ort.OrtValue.ortvalue_from_numpy(array if dtype == "float" else array.astype(np.float16), device, 0)
         )
         if dtype == "bfloat16":  # bits of a float16 are a valid bfloat16 of another value; the time is the same
-            inputs[-1] = ort.OrtValue.ortvalue_from_shape_and_type(shape, _ELEMS[dtype], device, 0)
+            inputs[-1] = ort.OrtValue.ortvalue_from_shape_and_type(shape, of(dtype).value, device, 0)
         binding.bind_ortvalue_input(name, inputs[-1])
-    output = ort.OrtValue.ortvalue_from_shape_and_type(shapes[0], _ELEMS[dtype], device, 0)
+    output = ort.OrtValue.ortvalue_from_shape_and_type(shapes[0], of(dtype).value, device, 0)
     binding.bind_ortvalue_output("y", output)
     times = []
     for _ in range(runs):

@@ -18,9 +18,8 @@ from onnxtools.exporter.config import Activation, DecoderConfig, Mlp, Norm
 from onnxtools.exporter.export_options import ExportOptions
 from onnxtools.exporter.family import Weights
 from onnxtools.ir.edit import Builder
-from onnxtools.numerics.fp8 import quantize_rows
+from onnxtools.numerics import formats
 from onnxtools.storage.lazy import Tensor, cast
-from onnxtools.storage.rows import StreamedTensor
 
 FLOAT, INT64, FP8 = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.FLOAT8E4M3FN
 
@@ -127,8 +126,8 @@ class Layers:
 
     def _fp8_weight(self, weight: str, scale: float, name: str) -> ir.Value:
         """The weight behind DequantizeLinear; it is converted to FP8 when it is written."""
-        rows = quantize_rows(np.float32(scale).reshape(1), 0)
-        stored = self.build.initializer(StreamedTensor(self._weights[weight], rows, dtype=FP8, name=weight), weight)
+        codes = formats.quantized(self._weights[weight], formats.FP8, np.asarray(scale, np.float32), axis=1)
+        stored = self.build.initializer(codes, weight)
         return self._dequantized(stored, scale, f"{name}/weight")
 
     def mlp(self, hidden: ir.Value, c: Mlp, weight: str, name: str) -> ir.Value:

@@ -1,1 +1,1 @@
-"""`Model`, and what reads and edits its graph."""
+"""`Model`, and functions that read and edit its graph."""

@@ -1,7 +1,7 @@
-"""The model's own description: `onnxtools.model` in its metadata, and onnxtools.json beside it, which say the same.
+"""The model's own description: `onnxtools.model` in its metadata and onnxtools.json beside it, with equal content.
 
-This is the only place that writes it, and with `checkpoints.model_info` the only one that reads it.
-`exporter.export.describe` says what is in it.
+Only this module writes it. Only this module and `checkpoints.model_info` read it. `exporter.export.describe` documents
+its content.
 """
 
 from __future__ import annotations
@@ -13,39 +13,42 @@ from typing import Any
 from onnxtools.ir.model import Model
 
 MODEL_KEY = "onnxtools.model"
-"""Of the metadata of graph and model. TensorRT's parser keeps that of neither; a manifest repeats it."""
+"""Key in the metadata of graph and model. TensorRT's parser keeps neither, so a manifest repeats the description."""
 INFO_FILE = "onnxtools.json"
-"""For people and for engines."""
+"""The file beside the graph, for people and for engines."""
 
 
 def described(model: Model) -> dict[str, Any]:
-    """What `model` says of itself, as exported; empty where it says nothing, or nothing of our making."""
+    """Returns the description in the model's metadata, or {} if there is none that onnxtools wrote."""
     return _parsed(model.graph.metadata_props) or _parsed(model.ir.metadata_props)
 
 
 def _parsed(metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
-        found = json.loads(metadata.get(MODEL_KEY, "{}"))
+        info = json.loads(metadata.get(MODEL_KEY, "{}"))
     except (ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) and isinstance(found.get("model"), dict) else {}
+    return info if isinstance(info, dict) and isinstance(info.get("model"), dict) else {}
 
 
 def write(model: Model, info: Mapping[str, Any]) -> bytes:
-    """Put `info` into the metadata; the content of onnxtools.json."""
+    """Write `info` into the metadata. Returns the content of onnxtools.json, UTF-8 JSON."""
     for props in (model.graph.metadata_props, model.ir.metadata_props):
         props[MODEL_KEY] = json.dumps(info)
     return (json.dumps(info, indent=2) + "\n").encode()
 
 
 def text(model: Model) -> str | None:
-    """The description as it stands in the metadata, for an engine's manifest."""
+    """Returns the JSON text of the description in the model's metadata, or None, for an engine's manifest."""
     return model.ir.metadata_props.get(MODEL_KEY)
 
 
 def record_dtypes(model: Model, *, cache: str | None = None, compute: str | None = None) -> None:
-    """Let the description follow where the type of the model's cache or its computation has changed (fp16, fp8,
-    ...).
+    """Update the description after a pass changed the types of the model.
+
+    Args:
+        cache: the cache's new type (fp16, fp8, ...); None leaves it.
+        compute: the computation's new type; None leaves it.
     """
     for props in (model.graph.metadata_props, model.ir.metadata_props):
         info = _parsed(props)

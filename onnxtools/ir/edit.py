@@ -1,4 +1,4 @@
-"""`Builder`: inserts nodes and initializers under free names; and how values take each other's place."""
+"""`Builder` inserts nodes and initializers under free names; other functions replace and remove values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from onnxtools.ir.model import Model
 
 
 def rename_or_bypass(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
-    """Let every user of `old`, graph outputs included, use `new`; a graph output keeps its name, type and shape."""
+    """Replace every use of `old`, graph outputs included, by `new`. A graph output keeps its name, type and shape."""
     output = old.is_graph_output()
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
     if output:
@@ -22,7 +22,7 @@ def rename_or_bypass(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
 
 
 def replace_keeping_name(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
-    """`rename_or_bypass`, and `new` takes over the name of `old`, so that tools and people can follow the value."""
+    """Like `rename_or_bypass`, but `new` always gets the name of `old`, so that people and tools can follow it."""
     output = old.is_graph_output()
     rename_or_bypass(graph, old, new)
     if not output:
@@ -31,7 +31,11 @@ def replace_keeping_name(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
 
 
 class Names:
-    """Hands out value and node names that the graph does not use yet."""
+    """Generates value and node names that the graph does not use yet: the given name, or the name with _1, _2, ...
+
+    Attributes:
+        taken: all names in use.
+    """
 
     def __init__(self, graph: ir.Graph) -> None:
         self.taken: set[str | None] = {*graph.initializers, *(v.name for v in graph.inputs)}
@@ -52,8 +56,8 @@ class Names:
 class Builder:
     """Inserts nodes and initializers with unique names; each call returns the new value.
 
-    Nodes go right before `before` (or at the end of the graph), so a sorted graph stays sorted when the
-    inputs are produced earlier.
+    Nodes are inserted right before `before`, or at the end of the graph if it is None. A sorted graph stays sorted if
+    the inputs are produced earlier.
     """
 
     def __init__(self, model: Model) -> None:
@@ -75,7 +79,15 @@ class Builder:
         domain: str = "",
         **attributes: Any,
     ) -> ir.Value:
-        """Append one node called `name`; its value is `name`/output_0. Several outputs: use `ops`."""
+        """Insert one node called `name`. Returns its first output, called `name`/output_0.
+
+        Args:
+            outputs: number of outputs; `ops` returns them all.
+            dtype: element type to record; None records none.
+            shape: shape to record; None records none.
+            domain: the operator's domain.
+            attributes: the node's attributes.
+        """
         value = self.ops(op_type, inputs, name, outputs=outputs, domain=domain, **attributes)[0]
         if dtype is not None:
             value.dtype = dtype
@@ -93,6 +105,7 @@ class Builder:
         domain: str = "",
         **attributes: Any,
     ) -> Sequence[ir.Value]:
+        """Insert one node called `name`. Returns its outputs, called `name`/output_0, `name`/output_1, ..."""
         name = self.names(name)
         node = ir.node(op_type, list(inputs), attributes, domain=domain, num_outputs=outputs, name=name)
         for index, value in enumerate(node.outputs):
@@ -104,7 +117,10 @@ class Builder:
         return node.outputs
 
     def constant(self, array: np.ndarray | Sequence[int], name: str, dtype: ir.DataType | None = None) -> ir.Value:
-        """An initializer; equal small constants are shared."""
+        """Returns an initializer with the elements of `array`. Constants of equal type, shape and bytes are shared.
+
+        A sequence of integers becomes int64. `dtype` is the ONNX type of an array that numpy cannot type itself.
+        """
         data = np.asarray(array, dtype=np.int64) if not isinstance(array, np.ndarray) else array
         tensor = ir.Tensor(data, dtype=dtype)  # ir.tensor() checks protocols, which takes 100 us
         key = (tensor.dtype, data.shape, data.tobytes())
@@ -113,6 +129,7 @@ class Builder:
         return self._constants[key]
 
     def initializer(self, tensor: ir.TensorProtocol, name: str) -> ir.Value:
+        """Register `tensor` as an initializer called `name`, or `name`_1, ... if that is in use."""
         name = self.names(name)
         tensor.name = name
         value = ir.Value(
@@ -123,7 +140,7 @@ class Builder:
 
 
 def remove_unused(model: Model) -> int:
-    """Drop nodes, initializers and opset imports that nothing uses; returns how many nodes and initializers went."""
+    """Remove unused nodes, initializers and opset imports. Returns the number of removed nodes and initializers."""
     before = len(model.graph) + len(model.graph.initializers)
     from onnx_ir.passes.common import RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
 
@@ -133,7 +150,7 @@ def remove_unused(model: Model) -> int:
 
 
 def forget_types(values: Iterable[ir.Value]) -> None:
-    """Drop recorded types and shapes that may no longer hold."""
+    """Remove the recorded types and shapes of `values`, which may no longer hold."""
     for value in values:
         value.type = None
         value.shape = None

@@ -1,4 +1,4 @@
-"""Part of a graph: what some of its values need, and nothing else. Weights that it does not need are not looked at."""
+"""Extracts the part of a graph that some of its values need. Weights outside the part are not read."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from onnxtools.storage.lazy import row_range, shape_of
 from onnxtools.storage.rows import RowTensor
 
 TABLE_ROWS = 1024
-"""Rows of an embedding table that a part keeps: token ids in it must be below."""
+"""Rows of an embedding table in a part. Token ids must be below."""
 
 
 def needed(model: Model, values: Iterable[ir.Value]) -> tuple[set[ir.Node], set[ir.Value]]:
-    """The nodes of the main graph that `values` are computed from, and the inputs and initializers that these read."""
+    """Returns the nodes of the main graph that compute `values`, and the inputs and initializers that they read."""
     nodes: set[ir.Node] = set()
     leaves: set[ir.Value] = set()
     main, waiting = set(model.graph), list(values)
@@ -34,7 +34,7 @@ def needed(model: Model, values: Iterable[ir.Value]) -> tuple[set[ir.Node], set[
 
 
 def _read_by(node: ir.Node) -> Iterator[ir.Value]:
-    """Inputs of a node, and what the graphs inside it read from outside (and, harmlessly, their own values)."""
+    """Yields the inputs of a node and all values that the graphs inside it read, their own ones included (harmless)."""
     yield from (value for value in node.inputs if value is not None)
     for graph in graphs_inside(node):
         for inner in graph.all_nodes():
@@ -43,11 +43,14 @@ def _read_by(node: ir.Node) -> Iterator[ir.Value]:
 
 
 def part(model: Model, names: Sequence[str], *, rows: int | None = None) -> onnx.ModelProto:
-    """A model whose outputs are the values called `names`.
+    """Returns a model whose outputs are the values called `names`.
 
     Args:
-        rows: keep so many rows of tables that tokens or positions look up.
+        model: the model; it is not changed.
+        names: node outputs or graph inputs of its main graph.
+        rows: keep only so many rows of tables that tokens or positions look up; None keeps all.
     Raises:
+        KeyError: the main graph has no such value.
         OnnxtoolsError: a weight cannot be computed.
     """
     by_name = {value.name: value for node in model.graph for value in node.outputs} | {
@@ -63,21 +66,21 @@ def part(model: Model, names: Sequence[str], *, rows: int | None = None) -> onnx
     for value in sorted((v for v in leaves if v not in main), key=lambda v: v.name or ""):
         tensor = value.const_value
         if tensor is not None:
-            kept = _some_rows(value, tensor, rows) if rows is not None else tensor
-            proto = _serialized(kept)
+            part_tensor = _some_rows(value, tensor, rows) if rows is not None else tensor
+            proto = _serialized(part_tensor)
             proto.name = value.name or ""
             graph.initializer.append(proto)
     graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in model.ir.opset_imports.items()]
-    made = onnx.ModelProto(ir_version=model.ir.ir_version, graph=graph, opset_import=opsets)
-    made.functions.extend(ir.serde.serialize_function(function) for function in model.ir.functions.values())
-    return made
+    model_proto = onnx.ModelProto(ir_version=model.ir.ir_version, graph=graph, opset_import=opsets)
+    model_proto.functions.extend(ir.serde.serialize_function(function) for function in model.ir.functions.values())
+    return model_proto
 
 
 def _serialized(tensor: ir.TensorProtocol) -> onnx.TensorProto:
     try:
         return ir.serde.serialize_tensor(tensor)
-    except Exception as error:  # onnx_ir wraps what a weight raises while it is computed
+    except Exception as error:  # onnx_ir wraps the error of a weight that cannot be computed
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, OnnxtoolsError):
             cause = cause.__cause__ or cause.__context__
@@ -85,7 +88,7 @@ def _serialized(tensor: ir.TensorProtocol) -> onnx.TensorProto:
 
 
 def is_table(value: ir.Value) -> bool:
-    """Whether nothing but lookups along the first axis reads the weight."""
+    """Whether the weight is read, and only by Gather along its first axis."""
     return bool(value.uses()) and all(
         is_op(node, "Gather") and index == 0 and node.attributes.get_int("axis", 0) == 0 for node, index in value.uses()
     )
@@ -99,20 +102,21 @@ def _some_rows(value: ir.Value, tensor: ir.TensorProtocol, rows: int) -> ir.Tens
 
 
 def beginning(model: Model, limit: int, count: int = 24) -> tuple[list[str], int, int]:
-    """Values of the first nodes whose weights come to `limit` bytes at most, tables counted with `TABLE_ROWS` rows.
+    """Returns values of the first nodes whose weights have at most `limit` bytes. Tables count `TABLE_ROWS` rows.
 
     Returns:
-        Up to `count` names, spread over these nodes and in their order; how many nodes; the bytes of their weights.
+        Up to `count` names of values, spread over these nodes and in graph order; the number of these nodes; the bytes
+        of their weights.
     """
-    used: set[ir.Value] = set()
+    weights: set[ir.Value] = set()
     nbytes = nodes = 0
     names: list[str] = []
     for node in model.graph:
-        new = [v for v in _read_by(node) if v.is_initializer() and v not in used and v.const_value is not None]
+        new = [v for v in _read_by(node) if v.is_initializer() and v not in weights and v.const_value is not None]
         size = nbytes + sum(_part_bytes(v) for v in new)
         if size > limit:
             break
-        used.update(new)
+        weights.update(new)
         nbytes, nodes = size, nodes + 1
         names += [v.name for v in node.outputs if v.name and v.uses()]
     step = max(1, -(-len(names) // count))

@@ -1,4 +1,4 @@
-"""How a model was made: the passes that its metadata records."""
+"""The passes that a model's metadata records."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ PROVENANCE_KEY = "onnxtools.provenance"
 
 
 def provenance(model: Model) -> list[dict[str, Any]]:
-    """What the model's metadata says of how it was made, oldest first; entries that are not ours are left out."""
+    """Returns the entries of the model's provenance, oldest first. Entries of another form are left out."""
     try:
-        found = json.loads(model.ir.metadata_props.get(PROVENANCE_KEY, "[]"))
+        entries = json.loads(model.ir.metadata_props.get(PROVENANCE_KEY, "[]"))
     except (ValueError, RecursionError):
         return []
-    return [entry for entry in found if _is_entry(entry)] if isinstance(found, list) else []
+    return [entry for entry in entries if _is_entry(entry)] if isinstance(entries, list) else []
 
 
 def _is_entry(entry: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Questions to a graph: operators, attributes, constants."""
+"""Queries on a graph: operators, attributes, constants."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ TE_QDQ = ("TRT_FP8QuantizeLinear", "TRT_FP8DequantizeLinear", "TRT_MXFP8DynamicQ
 
 
 def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
-    """The tensor behind an initializer or a Constant node, without reading it; None for anything else.
+    """Returns the tensor of an initializer or a Constant node, without reading it; None for other values.
 
-    A graph input that also has an initializer may be overridden by the caller, so it is no constant.
+    A caller may override a graph input that also has an initializer, so it is no constant.
     """
     if value is None or value.is_graph_input():
         return None
@@ -38,7 +38,7 @@ def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
 
 
 def small_constant(value: ir.Value | None, limit: int = 4096) -> np.ndarray | None:
-    """The elements of a constant of at most `limit` elements, else None."""
+    """Returns the elements of a constant of at most `limit` elements, else None."""
     tensor = constant_tensor(value)
     return tensor.numpy() if tensor is not None and tensor.size <= limit else None
 
@@ -60,18 +60,19 @@ def is_constant_expression(value: ir.Value | None) -> bool:
 
 
 def is_op(node: ir.Node | None, *op_types: str, domain: str = "") -> bool:
+    """Whether `node` is one of the operators `op_types` of `domain`; "" is ONNX's own domain."""
     return node is not None and node.op_type in op_types and (node.domain or "").replace("ai.onnx", "") == domain
 
 
 def stored_dtype(value: ir.Value | None) -> ir.DataType | None:
-    """The type of a value, of its tensor where it has one."""
+    """Returns the element type of a value: of its tensor if it has one, else the recorded one, which may be None."""
     if value is None:
         return None
     return value.const_value.dtype if value.const_value is not None else value.dtype
 
 
 def is_fp8_qdq(node: ir.Node) -> bool:
-    """Whether `node` quantizes to FP8 or back, in ONNX's way or in TransformerEngine's."""
+    """Whether `node` quantizes to FP8 or dequantizes it, by ONNX's operators or TransformerEngine's."""
     if is_op(node, *TE_QDQ, domain="trt"):
         return True
     if not is_op(node, "QuantizeLinear", "DequantizeLinear"):
@@ -83,19 +84,20 @@ def is_fp8_qdq(node: ir.Node) -> bool:
 
 
 def has_dynamic_scales(model: Model) -> bool:
-    """Whether a QuantizeLinear takes its scale from the data (TransformerEngine's current scaling)."""
+    """Whether a QuantizeLinear's scale is computed from the data (TransformerEngine's current scaling)."""
     return any(is_op(node, "QuantizeLinear") and not is_constant_expression(node.inputs[1]) for node in model.graph)
 
 
 def attribute(node: ir.Node, name: str, default: Any = None) -> Any:
-    found = node.attributes.get(name)
-    return default if found is None else found.value
+    """Returns the value of an attribute of `node`, or `default` if it has none."""
+    attr = node.attributes.get(name)
+    return default if attr is None else attr.value
 
 
 def graphs_inside(node: ir.Node) -> Iterator[ir.Graph]:
-    """The graphs that are attributes of an If, Loop or Scan."""
-    for held in node.attributes.values():
-        if held.type == ir.AttributeType.GRAPH:
-            yield held.as_graph()
-        elif held.type == ir.AttributeType.GRAPHS:
-            yield from held.as_graphs()
+    """Yields the graphs that are attributes of `node` (If, Loop, Scan)."""
+    for attr in node.attributes.values():
+        if attr.type == ir.AttributeType.GRAPH:
+            yield attr.as_graph()
+        elif attr.type == ir.AttributeType.GRAPHS:
+            yield from attr.as_graphs()

@@ -1,4 +1,4 @@
-"""Which part of a partitioned model a graph is, and the folder that holds all of them: rank0.onnx, rank1.onnx ..."""
+"""The rank of a graph in a partitioned model, and the folder with the graphs of all ranks (rank0.onnx, rank1.onnx)."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Rank:
 
     Attributes:
         number: from 0 to `world` - 1.
-        world: how many ranks there are.
-        source: sha256 of the graph that was partitioned.
+        world: number of ranks.
+        source: SHA-256 of the partitioned graph.
         partition: name of the partition.
         options: its options, as plain data.
     """
@@ -37,7 +37,7 @@ class Rank:
 
     @classmethod
     def read(cls, model: Model) -> Rank | None:
-        """What the metadata says; None of a model that is no rank.
+        """Reads the rank from the metadata of `model`; None if it is no rank.
 
         Raises:
             ModelError: the metadata is damaged.
@@ -54,25 +54,34 @@ class Rank:
         return rank
 
     def write(self, model: Model) -> None:
+        """Write the rank into the metadata of `model`."""
         model.ir.metadata_props[RANK_KEY] = json.dumps(dataclasses.asdict(self))
 
     @property
     def split(self) -> tuple[Any, ...]:
-        """What all ranks of one partition have in common."""
+        """The values that all ranks of one partition share."""
         return self.world, self.source, self.partition, json.dumps(self.options, sort_keys=True)
 
 
 def rank_path(folder: Path, number: int) -> Path:
+    """Returns the path of the graph of rank `number` in `folder`."""
     return folder / f"rank{number}.onnx"
 
 
 def save_ranks(
     ranks: Sequence[Model], folder: Path, *, copy_weights: bool = False, beside: Beside | None = None
 ) -> list[SaveReport]:
-    """Write each rank to `folder`, atomically one by one; rank 0 comes last, so that a folder with it is whole.
+    """Write each rank to `folder`, one after the other, each atomically.
+
+    Rank 0 is written last, so a folder with rank 0 is complete.
 
     Args:
+        ranks: the graphs in the order of their numbers.
+        folder: is created if it does not exist.
+        copy_weights: as in `Model.save`.
         beside: files that belong to the model; they are written with each rank.
+    Returns:
+        A report for each rank, in the order of `ranks`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     reports = [
@@ -83,10 +92,10 @@ def save_ranks(
 
 
 def load_ranks(folder: Path) -> list[Model]:
-    """The graphs of all ranks in `folder`, in order; no weight is read.
+    """Returns the graphs of all ranks in `folder`, in order. No weight is read.
 
     Raises:
-        ModelError: a file is missing or no rank, or the files are of different partitions.
+        ModelError: a file is missing or is no rank, or the files are of different partitions.
     """
     first = Model.load(rank_path(folder, 0))
     ranks = [first, *(Model.load(rank_path(folder, number)) for number in range(1, _rank(first).world))]

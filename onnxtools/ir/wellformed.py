@@ -1,6 +1,6 @@
-"""What an ONNX file must be before anything is made of it; each refusal names the object.
+"""Checks that an ONNX file is well-formed before it is used; each refusal names the object.
 
-onnx_ir and ONNX Runtime take much for granted. Here every message of the file is looked at once, no weight is read.
+onnx_ir and ONNX Runtime take much for granted. This module visits every message of the file once and reads no weight.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from google.protobuf.message import Message
 from onnxtools.base.errors import ModelError
 
 _LONGEST_NAME = 255
-"""Bytes of a file's name (POSIX file systems)."""
+"""Longest file name, in bytes (POSIX file systems)."""
 _MAX_ELEMENTS = 1 << 62
 _MAX_EXPANDED = 5_000_000
-"""Nodes that a model may have once its functions are inlined: far above any model, and a few seconds' work."""
+"""Most nodes of a model after its functions are inlined: far above any model, and a few seconds' work."""
 _TENSOR_TYPES = set(onnx.TensorProto.DataType.values()) - {onnx.TensorProto.UNDEFINED}
 _BITS = {
     **dict.fromkeys(("FLOAT", "INT32", "UINT32"), 32), **dict.fromkeys(("DOUBLE", "INT64", "UINT64", "COMPLEX64"), 64),
@@ -30,7 +30,7 @@ _BITS = {
     **dict.fromkeys(("FLOAT16", "BFLOAT16", "INT16", "UINT16"), 16),
     **dict.fromkeys(("INT4", "UINT4", "FLOAT4E2M1"), 4), **dict.fromkeys(("INT2", "UINT2"), 2),
 }  # fmt: skip
-"""Width of an element; 8 where it is not listed. Strings have none."""
+"""Bits of an element; 8 if the type is not listed. Strings have no width."""
 _FIELDS = {
     "int32_data": ("INT32", "INT16", "INT8", "UINT16", "UINT8", "BOOL", "FLOAT16", "BFLOAT16", "FLOAT8E4M3FN",
         "FLOAT8E4M3FNUZ", "FLOAT8E5M2", "FLOAT8E5M2FNUZ",
@@ -39,12 +39,17 @@ _FIELDS = {
     "uint64_data": ("UINT64", "UINT32"),
     "string_data": ("STRING",),
 }  # fmt: skip
-"""The field that holds the elements of each type where they are not raw bytes (onnx.proto)."""
+"""The field that holds the elements of each type unless they are raw bytes (onnx.proto)."""
 
 
 def check(proto: onnx.ModelProto, path: Path) -> list[str]:
-    """Refuse what is no valid model; mend what is harmless, a line each.
+    """Refuse an invalid model, and repair harmless faults in `proto`.
 
+    Args:
+        proto: the model; it is changed in place.
+        path: the file, for errors.
+    Returns:
+        One line for each kind of repair.
     Raises:
         ModelError: names the object.
     """
@@ -71,12 +76,12 @@ def check(proto: onnx.ModelProto, path: Path) -> list[str]:
 
 
 def _check_texts(message: Message) -> None:
-    """protobuf gives a text that is not UTF-8 as bytes, or raises when it is read.
+    """Check that every text is UTF-8. protobuf returns any other text as bytes, or raises when it is read.
 
     Raises:
-        UnicodeDecodeError: for the first of any field.
+        UnicodeDecodeError: for the first text that is not UTF-8.
     """
-    if isinstance(message, onnx.TensorProto):  # its other fields may be gigabytes, and reading them copies them
+    if isinstance(message, onnx.TensorProto):  # its other fields may hold gigabytes, and reading them copies them
         texts: list[Any] = [
             message.name,
             message.doc_string,
@@ -96,23 +101,22 @@ def _check_texts(message: Message) -> None:
 
 
 def fault(path: Path) -> str:
-    """What onnx.checker, or onnx's strict shape inference, says against the file, on one line; "" where it says
-    nothing.
+    """Returns the error of onnx.checker or of onnx's strict shape inference on one line, or "" if there is none.
 
-    For when something went wrong with it: it reads the whole file, and takes seconds on a large one.
+    It reads the whole file and takes seconds on a large one, so it is meant for a file that another library refused.
     """
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except Exception as error:  # of several libraries
-        said = " ".join(str(error).split())
-        return (
-            "" if re.search(r"Field '(shape|type)' of '\w+' is required", said) else said[:200] or type(error).__name__
-        )  # outputs need none to run
+        message = " ".join(str(error).split())
+        if re.search(r"Field '(shape|type)' of '\w+' is required", message):
+            return ""  # outputs need no recorded type or shape to run
+        return message[:200] or type(error).__name__
     return ""
 
 
 def _graphs(graph: onnx.GraphProto, path: Path) -> Iterator[onnx.GraphProto]:
-    """The graph and those inside its nodes."""
+    """Yields the graph and the graphs inside its nodes."""
     yield graph
     for node in graph.node:
         for attribute in node.attribute:
@@ -150,7 +154,7 @@ def _check_graph(graph: onnx.GraphProto, path: Path, opset: int) -> None:
 
 
 def _is_known(kind: onnx.TypeProto) -> bool:
-    """Whether the element types in a type are ONNX's; a missing type is left to inference."""
+    """Whether the element types in a type are ONNX's. A missing type is left to inference."""
     which = kind.WhichOneof("value")
     if which in ("tensor_type", "sparse_tensor_type"):
         return getattr(kind, which).elem_type in (*_TENSOR_TYPES, 0)
@@ -185,7 +189,7 @@ def _check_nodes(nodes: Iterable[onnx.NodeProto], path: Path, opset: int, *, ins
 
 @functools.cache
 def _schema(op_type: str, opset: int) -> onnx.defs.OpSchema | None:
-    """ONNX's definition; None where the operator is none of ONNX's (exporters put plugins there)."""
+    """Returns ONNX's definition, or None if ONNX has no such operator (exporters put plugins into its domain)."""
     try:
         return onnx.defs.get_schema(op_type, opset, "")
     except onnx.defs.SchemaError:
@@ -193,22 +197,21 @@ def _schema(op_type: str, opset: int) -> onnx.defs.OpSchema | None:
 
 
 def _check_signature(node: onnx.NodeProto, opset: int, path: Path) -> None:
-    """The attributes have the types of ONNX's definition, none that must be there is missing, and there are as many
-    inputs and outputs as it takes.
-    """
+    """Check a node against ONNX's definition: attribute types, required attributes, numbers of inputs and outputs."""
     schema = _schema(node.op_type, opset)
     if schema is None:
         return
     where = f"{path}: node {node.name!r} ({node.op_type}, opset {opset})"
-    given = {attribute.name: int(attribute.type) for attribute in node.attribute}
-    for name, kind in given.items():
+    attribute_types = {attribute.name: int(attribute.type) for attribute in node.attribute}
+    for name, kind in attribute_types.items():
         if name in schema.attributes and kind != schema.attributes[name].type.value:  # type: ignore[attr-defined]
-            wanted = schema.attributes[name].type.name  # type: ignore[attr-defined]
+            expected = schema.attributes[name].type.name  # type: ignore[attr-defined]
             raise ModelError(
-                f"{where}: attribute {name!r} is no {wanted}, as the operator takes it; export the model again"
+                f"{where}: attribute {name!r} is no {expected}, as the operator takes it; export the model again"
             )
     missing = next(
-        (name for name, attribute in schema.attributes.items() if attribute.required and name not in given), None
+        (name for name, attribute in schema.attributes.items() if attribute.required and name not in attribute_types),
+        None,
     )
     if missing is not None:
         raise ModelError(f"{where}: has no attribute {missing!r}, which the operator needs; export the model again")
@@ -223,29 +226,29 @@ def _check_signature(node: onnx.NodeProto, opset: int, path: Path) -> None:
         )
 
 
-_HELD = {
+_VALUE_FIELDS = {
     onnx.AttributeProto.FLOAT: "f", onnx.AttributeProto.INT: "i", onnx.AttributeProto.STRING: "s",
     onnx.AttributeProto.TENSOR: "t",
     onnx.AttributeProto.GRAPH: "g", onnx.AttributeProto.SPARSE_TENSOR: "sparse_tensor",
     onnx.AttributeProto.TYPE_PROTO: "tp",
 }  # fmt: skip
-"""The field that an attribute of one value has it in; those of lists may be empty."""
+"""The field of AttributeProto that holds the value, by type. The fields of lists may be empty."""
 
 
 def _is_complete(attribute: onnx.AttributeProto) -> bool:
-    """Whether the attribute has a type and, where that is of one value, the value."""
+    """Whether the attribute has a type and, if that is the type of a single value, the value."""
     if (
         attribute.type == onnx.AttributeProto.UNDEFINED
         or attribute.type not in onnx.AttributeProto.AttributeType.values()
     ):
         return False
-    field = _HELD.get(attribute.type)
-    # proto3 writers leave out numbers and texts that are zero or empty
+    field = _VALUE_FIELDS.get(attribute.type)
+    # proto3 writers omit numbers that are zero and texts that are empty
     return field is None or field in ("f", "i", "s") or attribute.HasField(field)
 
 
 def check_tensor(tensor: onnx.TensorProto, path: Path) -> None:
-    """Refuse a tensor whose type, sizes and elements do not fit each other.
+    """Refuse a tensor whose type, sizes and elements do not fit together. No data file is opened.
 
     Raises:
         ModelError: names the tensor.
@@ -296,16 +299,16 @@ def _check_elements(tensor: onnx.TensorProto, where: str, kind: str, count: int)
     bits = _BITS.get(kind, 8)
     per_entry = 8 // bits if bits < 8 else 1
     needed = 2 * count if kind.startswith("COMPLEX") else -(-count // per_entry)
-    given = len(getattr(tensor, field))
-    if given != needed:
+    stored = len(getattr(tensor, field))
+    if stored != needed:
         raise ModelError(
-            f"{where} has {given} elements and its shape {list(tensor.dims)} needs {needed}; the file is damaged, "
+            f"{where} has {stored} elements and its shape {list(tensor.dims)} needs {needed}; the file is damaged, "
             "export the model again"
         )
 
 
 def _forget_negative_sizes(value: onnx.ValueInfoProto) -> int:
-    """Older exporters write -1 for a size that is not known."""
+    """Clear negative sizes: older exporters write -1 for an unknown size. Returns the number of cleared sizes."""
     if value.type.WhichOneof("value") != "tensor_type":
         return 0
     dims = [dim for dim in value.type.tensor_type.shape.dim if dim.HasField("dim_value") and dim.dim_value < 0]
@@ -315,7 +318,7 @@ def _forget_negative_sizes(value: onnx.ValueInfoProto) -> int:
 
 
 def _check_expansion(proto: onnx.ModelProto, path: Path) -> None:
-    """Refuse functions that call themselves, or each other so often that nothing could be done with them inlined."""
+    """Refuse functions that call themselves, or that exceed `_MAX_EXPANDED` nodes when they are inlined."""
     functions = {(f.domain, f.name, f.overload): f for f in proto.functions}
     sizes: dict[tuple[str, str, str], int] = {}
     waiting: set[tuple[str, str, str]] = set()
@@ -330,22 +333,22 @@ def _check_expansion(proto: onnx.ModelProto, path: Path) -> None:
         return sizes[key]
 
     def total(nodes: Iterable[onnx.NodeProto]) -> int:
-        found = 0
+        count = 0
         for node in nodes:
             key = (node.domain, node.op_type, node.overload)
-            found += size(key) if key in functions else 1
+            count += size(key) if key in functions else 1
             for attribute in node.attribute:
                 for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-                    found += total(inner.node)
-        return found
+                    count += total(inner.node)
+        return count
 
     try:
-        found = total(proto.graph.node) if functions else 0
+        expanded = total(proto.graph.node) if functions else 0
     except RecursionError:
         raise ModelError(
             f"{path}: its functions are nested too deeply to be inlined; inline them with onnx.inliner first"
         ) from None
-    if found > _MAX_EXPANDED:
+    if expanded > _MAX_EXPANDED:
         raise ModelError(
             f"{path}: its functions come to more than {_MAX_EXPANDED} nodes when they are inlined; export the model "
             "again"
@@ -372,7 +375,7 @@ def _check_names(proto: onnx.ModelProto, path: Path) -> list[str]:
     node_names: set[str] = set()
     renamed = 0
     for index, node in enumerate(proto.graph.node):
-        node.name = node.name or f"{node.op_type}_{index}"  # errors, checks and TensorRT all speak of nodes by name
+        node.name = node.name or f"{node.op_type}_{index}"  # errors, checks and TensorRT all identify nodes by name
         domain = "" if node.domain == "ai.onnx" else node.domain
         if domain not in domains and not (domain == "" and "ai.onnx" in domains):
             raise ModelError(
@@ -396,30 +399,30 @@ def _check_names(proto: onnx.ModelProto, path: Path) -> list[str]:
 
 def _check_defined(graph: onnx.GraphProto, outer: set[str], path: Path) -> None:
     """Refuse uses of values that nothing defines, in the graph and its subgraphs."""
-    known = (
+    defined = (
         outer
         | {v.name for v in graph.input}
         | {t.name for t in graph.initializer}
         | {t.values.name for t in graph.sparse_initializer}
     )
-    known |= {name for node in graph.node for name in node.output}
+    defined |= {name for node in graph.node for name in node.output}
     for node in graph.node:
         for name in node.input:
-            if name and name not in known:
+            if name and name not in defined:
                 raise ModelError(
                     f"{path}: node {node.name!r} ({node.op_type}) uses the value {name!r}, which nothing defines; "
                     "export the model again"
                 )
         for attribute in node.attribute:
             for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-                _check_defined(inner, known, path)
+                _check_defined(inner, defined, path)
     for value in graph.output:
-        if value.name not in known:
+        if value.name not in defined:
             raise ModelError(f"{path}: nothing defines the output {value.name!r}; export the model again")
 
 
-def _unique(name: str, taken: set[str]) -> str:
+def _unique(name: str, names: set[str]) -> str:
     index = 1
-    while f"{name}_{index}" in taken:
+    while f"{name}_{index}" in names:
         index += 1
     return f"{name}_{index}"

@@ -8,8 +8,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from onnxtools.storage.rows import RowFunction
-
 Array = np.ndarray[Any, Any]
 
 E4M3_MAX = 448.0
@@ -19,13 +17,18 @@ MX_BLOCK = 32
 
 
 def to_e4m3(x: Array) -> Array:
-    """Round float32 to float8_e4m3fn, to nearest even, saturating at 448 (QuantizeLinear-19 with `saturate=1`).
+    """Round to float8_e4m3fn, to nearest even, saturating at 448 (QuantizeLinear-19 with `saturate=1`).
 
-    NaN stays NaN. ml_dtypes alone would turn 500 into NaN, hence the clip.
+    NaN stays NaN. ml_dtypes alone would turn 500 into NaN, so the values are clipped first.
 
-    float32 goes through its upper 16 bits, the last of which is set where a lower one is (rounding to odd). What is
-    left has 7 bits of fraction, more than the 3 + 2 that make a second rounding exact (Boldo and Melquiond, IEEE TC 57,
-    2008), and only 65,536 values: a table is four times as fast as the conversion.
+    float32 is first rounded to odd: the upper 16 bits are kept, and the last of them is set if a lower bit is. The
+    result has 7 bits of fraction, more than the 3 + 2 that make a second rounding exact (Boldo and Melquiond, IEEE TC
+    57, 2008). It has only 65,536 values, so a table replaces the conversion and is four times as fast.
+
+    Args:
+        x: float32, or another floating-point type, of any shape.
+    Returns:
+        float8_e4m3fn of the shape of `x`.
     """
     if x.dtype != np.float32:
         return np.clip(x, -E4M3_MAX, E4M3_MAX).astype(ml_dtypes.float8_e4m3fn)
@@ -37,69 +40,33 @@ def to_e4m3(x: Array) -> Array:
 
 @functools.cache
 def _e4m3_table() -> Array:
-    """The E4M3 byte of every float32 whose lower 16 bits are zero."""
+    """Returns the E4M3 byte of every float32 whose lower 16 bits are zero, indexed by its upper 16 bits."""
     every = (np.arange(1 << 16, dtype=np.uint32) << 16).view(np.float32)
     with np.errstate(invalid="ignore"):
         return np.clip(every, -E4M3_MAX, E4M3_MAX).astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
 
 
 def _divide(x: Array, scale: Any) -> Array:
-    """x / scale in float32; a quotient that overflows saturates later."""
+    """Returns x / scale in float32. An overflow becomes infinite, and `to_e4m3` saturates it."""
     with np.errstate(over="ignore", invalid="ignore"):
         return np.asarray(x.astype(np.float32) / scale)
 
 
-def quantize_rows(scale: Array, axis: int) -> RowFunction:
-    """A row function w -> e4m3(w / scale), in float32.
-
-    Args:
-        scale: float32; one element, or one for each index of `axis`.
-        axis: the axis that a scale vector runs along.
-    """
-    if scale.size == 1:
-        return _per_tensor(np.float32(scale.reshape(())))
-
-    def per_axis(rows: Array, start: int) -> Array:
-        along = scale[start : start + len(rows)] if axis == 0 else scale
-        shape = [1] * rows.ndim
-        shape[axis] = len(along)
-        return to_e4m3(_divide(rows, along.reshape(shape)))
-
-    return per_axis
-
-
-def _per_tensor(scale: np.float32) -> RowFunction:
-    tables: dict[np.dtype[Any], Array] = {}
-
-    def quantize(rows: Array, start: int) -> Array:
-        if rows.dtype.itemsize != 2:
-            return to_e4m3(_divide(rows, scale))
-        # 16-bit weights have only 65,536 values: quantize each of them once and look the rest up.
-        if rows.dtype not in tables:
-            every = np.arange(1 << 16, dtype=np.uint16).view(rows.dtype)
-            tables[rows.dtype] = to_e4m3(_divide(every, scale)).view(np.uint8)
-        return np.take(tables[rows.dtype], rows.view(np.uint16)).view(ml_dtypes.float8_e4m3fn)
-
-    return quantize
-
-
 def mx_scale_rows(rows: Array, start: int) -> Array:
-    """E8M0 scales [r, K/32] of rows [r, K]: the smallest power of two >= amax/448, as TransformerEngine's kernels
-    round.
+    """Returns the E8M0 scales [r, K/32] of rows [r, K]: the smallest power of two >= amax/448.
 
-    All-zero blocks get 2^-127, the smallest E8M0 value.
+    TransformerEngine's kernels round in the same way. Blocks of zeros get 2^-127, the smallest E8M0 value.
     """
     blocks = np.abs(rows.astype(np.float32)).reshape(*rows.shape[:-1], -1, MX_BLOCK).max(axis=-1)
     ratio = blocks / np.float32(E4M3_MAX)
-    mantissa, exponent = np.frexp(
-        ratio
-    )  # ratio = mantissa * 2^exponent with the mantissa in [0.5, 1): exact, where log2 rounds
+    # ratio = mantissa * 2^exponent with the mantissa in [0.5, 1): exact, where log2 rounds
+    mantissa, exponent = np.frexp(ratio)
     exponent = np.where(ratio == 0, -127, exponent - (mantissa == 0.5))
     code = np.clip(exponent + 127, 0, 254).astype(np.uint8)
     return np.asarray(code.view(ml_dtypes.float8_e8m0fnu))
 
 
 def mx_data_rows(rows: Array, start: int) -> Array:
-    """float8_e4m3fn data [r, K] of rows [r, K], each block of 32 divided by its `mx_scale_rows` scale."""
+    """Returns float8_e4m3fn data [r, K] of rows [r, K]: each block of 32 is divided by its `mx_scale_rows` scale."""
     scale = np.repeat(mx_scale_rows(rows, start).astype(np.float32), MX_BLOCK, axis=-1)
     return to_e4m3(_divide(rows, scale))

@@ -1,16 +1,16 @@
 """2:4 structured sparsity by magnitude, in plain numpy integer arithmetic.
 
 Floating-point numbers with the sign bit cleared order like unsigned integers (IEEE 754-2019, 5.10; OCP FP8
-likewise), so magnitudes are compared as integer keys. The difference of two keys fits the signed type and its
-sign bit is the comparison. In a group a, b, c, d with s = [b < a] and t = [d < c] two facts decide:
+likewise), so magnitudes are compared as integer keys. The difference of two keys fits the signed type, and its
+sign bit is the result of the comparison. In a group a, b, c, d with s = [b < a] and t = [d < c] two facts decide:
 
     U = [max(c, d) < min(a, b)]   a and b stay           keep a: s & W | U       keep c: t & ~U | ~W
     W = [min(c, d) < max(a, b)]   if not, c and d stay   keep b: ~s & W | U      keep d: ~t & ~U | ~W
 
-Otherwise the larger of each pair stays. That is 30 vector operations for four elements. Only sign bits matter
-until one arithmetic shift spreads them over the word; there are no booleans and no branches, and all buffers
-stay in the cache. Groups that lie in memory as four neighbours are split by casts from double
-words to halves, which numpy vectorizes (strided access it does not). Integers are little endian, as in ONNX.
+Otherwise the larger of each pair stays. This takes 30 vector operations for four elements. Only sign bits matter
+until one arithmetic shift spreads them over the word. There are no booleans and no branches, and all buffers stay in
+the cache. If the four elements of a group are neighbours in memory, casts from double words to halves split them: numpy
+vectorizes these casts, but not strided access. Integers are little endian, as in ONNX.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from onnxtools.storage.rows import read_rows, slabs
 Array = np.ndarray[Any, Any]
 
 LANE_BYTES = 256 * 1024
-"""Bytes of each of the four lanes that are worked on at once; the scratch of a call is 12 lanes (3 MiB).
+"""Bytes of each of the four lanes of a slab. The scratch of a call is 12 lanes (3 MiB).
 
-One thread is as fast with 64 KiB, but two are then no faster than one: each numpy call gives up the
-interpreter lock and must last longer than getting it back takes (256 KiB: 1.4 to 1.7 times one thread).
+One thread is as fast with 64 KiB, but two threads are then no faster than one: each numpy call releases the interpreter
+lock and must last longer than reacquiring it takes. With 256 KiB, two threads are 1.4 to 1.7 times as fast as one.
 """
 PIECE_BYTES = 256 * 1024
-"""Arrays that are not C-contiguous are copied in pieces of at most this size."""
+"""Arrays that are not C-contiguous are copied in pieces of at most this many bytes."""
 
 _NAMES = ("float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 _COUNTED = (*_NAMES, "int8")
@@ -43,16 +43,16 @@ _COUNTED = (*_NAMES, "int8")
 def prune_2_4(weight: Array, axis: int, out: Array | None = None) -> Array:
     """Zero the two smallest magnitudes in every four consecutive elements along `axis`.
 
-    What a stable ascending sort of |w| puts first goes: of equal magnitudes the lower index. -0 equals 0; NaN
-    is larger than infinity (NaNs among themselves order by payload); what is pruned becomes +0, what is kept
-    keeps its bits. The result does not depend on how a tensor is cut into whole groups; threads may call.
+    The first two elements of a stable ascending sort of |w| are pruned: of equal magnitudes, the lower index. -0 equals
+    0. NaN is larger than infinity, and NaNs are ordered by payload. Pruned elements become +0, kept ones keep their
+    bits. The result does not depend on how a tensor is cut into whole groups. Several threads may call at once.
 
     Args:
-        weight: any rank >= 1, any strides, may be read-only or a memory map; float32, float16, bfloat16,
+        weight: any rank >= 1, any strides; it may be read-only or a memory map. float32, float16, bfloat16,
             float8_e4m3fn or float8_e5m2 in native byte order.
-        axis: its length must be a multiple of 4.
-        out: of the shape and dtype of `weight`; `weight` itself, or memory that does not overlap it. A new
-            C-contiguous array by default. With `out` a call needs under 8 MiB of memory, whatever the size.
+        axis: the axis of the groups; its length must be a multiple of 4.
+        out: an array of the shape and dtype of `weight`: `weight` itself, or memory that does not overlap it. A new
+            C-contiguous array by default. With `out` a call needs less than 8 MiB of memory, whatever the size.
     Returns:
         `out`.
     Raises:
@@ -78,7 +78,14 @@ def prune_2_4(weight: Array, axis: int, out: Array | None = None) -> Array:
 
 @dataclass
 class Sparsity:
-    """Zeros of a weight: elements, zero elements, groups of four along K, groups with at least two zeros."""
+    """Zeros of a weight.
+
+    Attributes:
+        elements: elements in all.
+        zeros: elements that are zero.
+        groups: groups of four along K.
+        sparse_groups: groups with at least two zeros.
+    """
 
     elements: int = 0
     zeros: int = 0
@@ -87,19 +94,23 @@ class Sparsity:
 
     @property
     def is_2_4(self) -> bool:
+        """Whether there are groups and each has at least two zeros."""
         return self.groups > 0 and self.sparse_groups == self.groups
 
     @property
     def zero_fraction(self) -> float:
+        """Zeros / elements, 0 to 1; 0 of an empty weight."""
         return self.zeros / self.elements if self.elements else 0.0
 
 
 def is_2_4(weight: Array, axis: int) -> tuple[int, int]:
-    """(groups of four along `axis` with at least two zeros, groups in all), in less than 8 MiB of memory.
+    """Counts the groups of four along `axis` with at least two zeros, in less than 8 MiB of memory.
 
     Args:
-        weight: as of `prune_2_4`; also int8.
-        axis: as of `prune_2_4`.
+        weight: as in `prune_2_4`, or int8.
+        axis: as in `prune_2_4`.
+    Returns:
+        Groups with at least two zeros, and groups in all.
     Raises:
         ValueError: the axis, its length or the dtype does not fit.
     """
@@ -119,23 +130,26 @@ def is_2_4(weight: Array, axis: int) -> tuple[int, int]:
 
 
 def count_2_4(tensor: ir.TensorProtocol, axis: int) -> Sparsity:
-    """`is_2_4` of a stored weight, read a slab at a time; axes that are no multiple of 4 have no groups."""
-    found = Sparsity()
+    """Counts zeros and groups (`is_2_4`) of a stored weight, and reads it slab by slab.
+
+    There are no groups if the length of `axis` is no multiple of 4, or if the type has no 2:4 pruning.
+    """
+    counts = Sparsity()
     whole = int(tensor.shape.numpy()[axis]) % 4 == 0 and tensor.dtype.numpy().name in _COUNTED
     for start, stop in slabs(tensor, 4 if axis == 0 else 1):
         rows = read_rows(tensor, start, stop)
-        found.elements += rows.size
+        counts.elements += rows.size
         values = rows.astype(np.float32) if rows.dtype.itemsize == 1 else rows
-        found.zeros += rows.size - int(np.count_nonzero(values))
+        counts.zeros += rows.size - int(np.count_nonzero(values))
         if whole:
             sparse, groups = is_2_4(rows, axis)
-            found.sparse_groups += sparse
-            found.groups += groups
-    return found
+            counts.sparse_groups += sparse
+            counts.groups += groups
+    return counts
 
 
 def _check(weight: Array, axis: int, names: tuple[str, ...] = _NAMES) -> int:
-    """The axis counted from the front."""
+    """Returns `axis` counted from the front. Raises the errors of `prune_2_4`."""
     if weight.dtype.name not in names or not weight.dtype.isnative:
         raise ValueError(f"{weight.dtype} has no 2:4 pruning; use {', '.join(names)} in native byte order")
     if not -weight.ndim <= axis < weight.ndim:
@@ -146,20 +160,20 @@ def _check(weight: Array, axis: int, names: tuple[str, ...] = _NAMES) -> int:
 
 
 def _clear(size: int) -> Array:
-    """All bits but the sign of a `size`-byte integer."""
+    """Returns the mask of all bits but the sign of a `size`-byte integer."""
     signed = np.dtype(f"i{size}")
     return np.array(np.iinfo(signed).max, signed)
 
 
 def _groups(array: Array, axis: int) -> Array:
-    """Signed integers [groups, 4, elements after the axis]; a view where C-contiguous, else a copy."""
+    """Returns signed integers [groups, 4, elements after the axis]: a view of a C-contiguous array, else a copy."""
     after = math.prod(array.shape[axis + 1 :])
     lanes = np.ascontiguousarray(array).view(f"i{array.dtype.itemsize}")
     return lanes.reshape(array.size // (4 * after), 4, after)
 
 
 def _pieces(array: Array, axis: int, whole: bool) -> Iterator[tuple[slice, ...]]:
-    """Indices that cover `array`: one if `whole`, else parts of PIECE_BYTES, by halving the longest axis."""
+    """Yields indices that cover `array`: one if `whole`, else parts of PIECE_BYTES, by halving the longest axis."""
     todo = [tuple(slice(0, size) for size in array.shape)] if array.size else []
     units = [4 if i == axis else 1 for i in range(array.ndim)]
     while todo:
@@ -168,23 +182,23 @@ def _pieces(array: Array, axis: int, whole: bool) -> Iterator[tuple[slice, ...]]
         if whole or 4 * math.prod(counts) * array.dtype.itemsize <= PIECE_BYTES:
             yield index
             continue
-        at = counts.index(max(counts))
-        low, high = index[at].start, index[at].stop
-        middle = low + counts[at] // 2 * units[at]
-        todo += [(*index[:at], slice(*ends), *index[at + 1 :]) for ends in ((low, middle), (middle, high))]
+        longest = counts.index(max(counts))
+        low, high = index[longest].start, index[longest].stop
+        middle = low + counts[longest] // 2 * units[longest]
+        todo += [(*index[:longest], slice(*ends), *index[longest + 1 :]) for ends in ((low, middle), (middle, high))]
 
 
 def _slabs(x: Array) -> Iterator[tuple[slice, slice, slice]]:
-    """Indices that cut [groups, 4, n] into slabs whose lanes fit LANE_BYTES; long rows are cut evenly."""
+    """Yields indices that cut [groups, 4, n] into slabs whose lanes fit LANE_BYTES. Long rows are cut evenly."""
     lane = LANE_BYTES // x.dtype.itemsize
     width = -(-x.shape[2] // -(-x.shape[2] // lane))
     for top in range(0, x.shape[0], lane // width):
-        for left in range(0, x.shape[2], width):
-            yield slice(top, top + lane // width), slice(None), slice(left, left + width)
+        for column in range(0, x.shape[2], width):
+            yield slice(top, top + lane // width), slice(None), slice(column, column + width)
 
 
 class _Kernel:
-    """Scratch and constants of one call. Slabs are signed integers [h, 4, w] of at most LANE_BYTES a lane."""
+    """Scratch memory and constants of one call. Slabs are signed integers [h, 4, w] of at most LANE_BYTES a lane."""
 
     def __init__(self, weight: Array) -> None:
         bits = 8 * weight.dtype.itemsize
@@ -197,7 +211,7 @@ class _Kernel:
         self.memory = np.empty((3, size + 64), signed)  # the 64 keep rows from aliasing in the cache
 
     def rows(self, x: Array, out: Array) -> None:
-        """Each lane lies in rows: the pairs p = (a, c) and q = (b, d) are stacked copies."""
+        """Prune a slab whose lanes are rows: the pairs p = (a, c) and q = (b, d) are stacked copies."""
         h, _, w = x.shape
         n = h * w
         a, b, c = self.memory[:, : 4 * n]
@@ -216,7 +230,7 @@ class _Kernel:
         np.bitwise_and(x, result.reshape(2, 2, h, w).transpose(2, 1, 0, 3), out=out)
 
     def neighbours(self, x: Array, out: Array) -> None:
-        """The four lie together: p = (a, c, ...), q = (b, d, ...) are low and high halves of double words."""
+        """Prune a slab of neighbours: p = (a, c, ...) and q = (b, d, ...) are low and high halves of double words."""
         n = x.size // 2
         a, b, c = self.memory[:, : 2 * n]
         result, aw, bw, bits = c.reshape(2, n), a.view(self.word), b.view(self.word), self.bits
@@ -244,13 +258,13 @@ class _Kernel:
         np.bitwise_and(x.reshape(-1), a, out=out.reshape(-1))
 
     def _swap(self, words: Array, out: Array, spare: Array) -> None:
-        """Exchange the halves of every word."""
+        """Exchanges the halves of every word."""
         np.right_shift(words, self.bits, out=out)
         np.left_shift(words, self.bits, out=spare)
         np.bitwise_or(out, spare, out=out)
 
     def _keep(self, result: Array, both: Array, sure: Array) -> None:
-        """From result[0] = (s, t), both = (W, ~U), sure = (U, ~W): result = masks of (a, c) and (b, d)."""
+        """Turn result[0] = (s, t), both = (W, ~U), sure = (U, ~W) into result = masks of (a, c) and (b, d)."""
         first, second = result
         np.bitwise_and(first, both, out=first)
         np.bitwise_or(first, sure, out=first)

@@ -1,6 +1,4 @@
-"""Layout of a data file, and the writing of it: source bytes are copied by the kernel, computed weights stream
-through.
-"""
+"""Lays out and writes a data file: the kernel copies source bytes, and computed weights are streamed."""
 
 from __future__ import annotations
 
@@ -32,8 +30,11 @@ ALIGNMENT = 4096
 
 @dataclass
 class Move:
-    """Bytes that go into the new data file at `offset`, and the initializers that they are, each of its own type and
-    shape.
+    """A byte range of the new data file, and the initializers that it holds.
+
+    Attributes:
+        values: the initializers and their tensors. All have the same bytes, each has its own type and shape.
+        offset: where the bytes start in the new data file.
     """
 
     values: list[tuple[ir.Value, ir.TensorProtocol]]
@@ -41,15 +42,22 @@ class Move:
 
     @property
     def tensor(self) -> ir.TensorProtocol:
-        return self.values[0][1]
+        """The tensor whose bytes are written."""
+        _, tensor = self.values[0]
+        return tensor
 
     @property
     def is_copy(self) -> bool:
+        """Whether the bytes already lie in a data file."""
         return isinstance(self.tensor, ir.ExternalTensor)
 
 
 def layout(moving: list[tuple[ir.Value, ir.TensorProtocol]]) -> list[Move]:
-    """Give every distinct weight an offset; neighbours in one source file stay neighbours, so runs copy at once."""
+    """Give every distinct weight an offset, in bytes.
+
+    Neighbours in one source file stay neighbours, so that one copy moves a run of them. Weights with the same bytes in
+    a source file share one `Move`.
+    """
     moves: list[Move] = []
     by_source: dict[tuple[object, ...], Move] = {}
     for value, tensor in moving:
@@ -83,7 +91,12 @@ def layout(moving: list[tuple[ir.Value, ir.TensorProtocol]]) -> list[Move]:
 
 
 def write_data(moves: list[Move], tmp: Path) -> None:
-    """Write the bytes of `moves` into the file `tmp`, several pieces at once."""
+    """Write the bytes of `moves` into the existing file `tmp`, with `WORKERS` threads.
+
+    Raises:
+        ModelError: a source file is too short, or a weight cannot be computed.
+        OSError: the file cannot be written.
+    """
     total = max(move.offset + move.tensor.nbytes for move in moves)
     with open(tmp, "rb+") as file:
         fd = file.fileno()
@@ -104,7 +117,7 @@ _Job = Callable[[int, Callable[[int], None]], None]
 
 
 def _jobs(moves: list[Move]) -> Iterator[_Job]:
-    """Independent pieces of work, each writing its own byte range."""
+    """Yields independent jobs. Each writes its own byte range."""
     run: list[Move] = []
     for move in [m for m in moves if m.is_copy]:
         if run and not _adjacent(run[-1], move):
@@ -141,7 +154,19 @@ def _copy_job(run: list[Move]) -> _Job:
 
 
 def copy_range(source: int, target: int, start: int, offset: int, length: int, done: Callable[[int], None]) -> None:
-    """Copy bytes between open files inside the kernel; falls back to read and write where it cannot."""
+    """Copy bytes between open files inside the kernel; where it cannot, read and write them.
+
+    Args:
+        source: file descriptor to read.
+        target: file descriptor to write.
+        start: first byte in `source`.
+        offset: first byte in `target`.
+        length: bytes to copy.
+        done: called with the bytes of each piece.
+    Raises:
+        ModelError: `source` ends early.
+        OSError: reading or writing failed.
+    """
     while length:
         size = min(length, 64 << 20)
         try:
@@ -179,7 +204,7 @@ def _compute_job(move: Move) -> _Job:
 
 
 def refer(move: Move, data_file: Path) -> None:
-    """Let the initializers of `move` be external tensors in `data_file`."""
+    """Make the initializers of `move` external tensors in `data_file`."""
     for value, tensor in move.values:
         value.const_value = ir.ExternalTensor(
             data_file.name, move.offset, tensor.nbytes, tensor.dtype, shape=ir.Shape(list(tensor.shape.numpy())),

@@ -1,6 +1,4 @@
-"""Where the tensors of an onnx_ir model are: its initializers, and tensors that are attributes; in data files or
-not.
-"""
+"""Finds the tensors of an onnx_ir model, initializers and attributes, and checks those in data files."""
 
 from __future__ import annotations
 
@@ -15,11 +13,11 @@ from onnxtools.base.errors import ModelError
 from onnxtools.storage.rows import external_path
 
 ExternalAttribute = tuple[MutableMapping[str, Any], str, ir.ExternalTensor]
-"""A node's or function's attributes, the name of one, and its tensor."""
+"""The attributes of a node or function, the name of one of them, and its tensor."""
 
 
 def weights(model: ir.Model) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
-    """(value, tensor) of every initializer, subgraphs included."""
+    """Yields (value, tensor) of every initializer, those of subgraphs included."""
     for graph in model.graphs():
         for value in graph.initializers.values():
             if value.const_value is not None:
@@ -27,20 +25,20 @@ def weights(model: ir.Model) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
 
 
 def nodes(model: ir.Model) -> Iterator[ir.Node]:
-    """Every node, those of subgraphs and functions included."""
+    """Yields every node, those of subgraphs and functions included."""
     yield from model.graph.all_nodes()
     for function in model.functions.values():
         yield from function.all_nodes()
 
 
 def _attributes(model: ir.Model) -> Iterator[MutableMapping[str, Any]]:
-    """Of every node, and what attributes of functions are by default."""
+    """Yields the attributes of every node, and the default attributes of every function."""
     yield from (node.attributes for node in nodes(model))
     yield from (function.attributes for function in model.functions.values())
 
 
 def external_attributes(model: ir.Model) -> Iterator[ExternalAttribute]:
-    """Every attribute whose tensor lies in a data file: in subgraphs, functions and their defaults too."""
+    """Yields every attribute whose tensor lies in a data file, in subgraphs, functions and their defaults too."""
     for attributes in _attributes(model):
         for name, attribute in list(attributes.items()):
             if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
@@ -48,7 +46,7 @@ def external_attributes(model: ir.Model) -> Iterator[ExternalAttribute]:
 
 
 def external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
-    """Whatever lies in data files: initializers, and attributes of nodes."""
+    """Yields every tensor in a data file: initializers and attributes (TENSOR and TENSORS)."""
     for _, tensor in weights(model):
         if isinstance(tensor, ir.ExternalTensor):
             yield tensor
@@ -61,12 +59,16 @@ def external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
 
 
 def check_external(tensor: ir.ExternalTensor, model_path: Path) -> None:
-    """Refuse a data file that is missing, too short, no file, outside the model's folder, or a link that leads out of
-    it.
+    """Refuse a tensor whose data file is missing, too short, no regular file, a link, or outside the model's folder.
 
-    The rules are onnx's own (a data file behind a link, or outside the folder, is refused by onnx and onnx_ir); the
-    links of a Hugging Face cache lead from `snapshots/REVISION/` into the `blobs/` of the same repository and are
-    followed.
+    The rules are onnx's own: onnx and onnx_ir refuse a data file behind a link or outside the folder. The links of a
+    Hugging Face cache lead from `snapshots/REVISION/` into the `blobs/` of the same repository and are followed.
+
+    Args:
+        tensor: its `base_dir` is the model's folder.
+        model_path: the graph file, for errors.
+    Raises:
+        ModelError: names the weight and its data file.
     """
     location = str(tensor.location)
     where = f"{model_path}: weight {tensor.name!r} lies in external data {location!r}"
@@ -99,7 +101,7 @@ def check_external(tensor: ir.ExternalTensor, model_path: Path) -> None:
 
 
 def hub_blob(link: Path) -> Path | None:
-    """The file that a link of a Hugging Face cache leads to; None where it is another link.
+    """Returns the file that a link of a Hugging Face cache leads to, or None for any other link.
 
     huggingface_hub's layout: `REPOSITORY/snapshots/REVISION/NAME` is a link to `REPOSITORY/blobs/HASH`.
     """

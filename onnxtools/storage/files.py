@@ -1,8 +1,9 @@
-"""Files that appear whole or not at all, and temporary ones that the next run removes where a run was killed.
+"""Atomic file writes, and temporary files that the next run removes after a run was killed.
 
-A temporary file is called `.NAME.TOKEN.tmp`, with a random token, so that its name cannot be foretold; it is made with
-O_EXCL and O_NOFOLLOW, so that a link planted there is not followed; and its maker holds a lock (flock) on it, which the
-kernel drops when the process ends, however it ends. What matches the name and is not locked was left by a killed run.
+A temporary file is called `.NAME.TOKEN.tmp`. The token is random, so that nobody can predict the name. The file is
+created with O_EXCL and O_NOFOLLOW, so that a link planted there is not followed. The process that creates it holds a
+lock (flock) on it. The kernel drops the lock when the process ends, however it ends. An unlocked file of such a name is
+the leftover of a killed run.
 """
 
 from __future__ import annotations
@@ -24,36 +25,43 @@ from onnxtools.base.errors import JobError
 
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<token>[0-9a-f]{8})\.(?P<kind>tmp|old)")
 _LOCK_SECONDS = 10.0
-"""A process that was stopped while it renamed its files must not hold up others for ever."""
+"""Longest wait for a folder's lock. A process that is stopped while it renames files must not block others forever."""
 
 
 def new_token() -> str:
-    """Of one run that writes; all its temporary files carry it."""
+    """Returns the random token of one run. The names of all its temporary files contain it."""
     return secrets.token_hex(4)
 
 
 def temporary(path: Path, token: str, kind: str = "tmp") -> Path:
-    """The temporary name of `path`; `old` is where the file that is replaced waits until all is done."""
+    """Returns the temporary name of `path`.
+
+    Args:
+        path: the final name.
+        token: of the run (`new_token`).
+        kind: `tmp` for a new file, `old` for the replaced file while the run is unfinished.
+    """
     return path.with_name(f".{path.name}.{token}.{kind}")
 
 
 def refuse_special(path: Path) -> None:
-    """A device or a pipe must not be replaced by a file.
+    """Refuse to replace a device or a pipe by a file.
 
     Raises:
-        JobError: `path` is one.
+        JobError: `path` is a device or a pipe.
     """
     if path.exists() and not path.is_file() and not path.is_dir():
         raise JobError(f"{path}: is a device or a pipe, no file; name a file")
 
 
 def write_error(path: Path, error: OSError) -> JobError:
+    """Returns the error for a file that cannot be written; it names the operating system's reason."""
     reason = error.strerror or str(error)
     return JobError(f"{path}: cannot be written ({reason}); free space or choose another folder")
 
 
 def flush(path: Path) -> None:
-    """Wait until the bytes of `path`, or the names in the folder `path`, are on the disk."""
+    """Wait until the bytes of the file `path`, or the names in the folder `path`, are on the disk (fsync)."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -62,15 +70,20 @@ def flush(path: Path) -> None:
 
 
 def real_target(path: Path) -> Path:
-    """Where a file at `path` really lies: a link stays, and what it leads to is replaced."""
+    """Returns the path to write for `path`: for a link its target, so that the link stays."""
     return path.resolve() if path.is_symlink() else path
 
 
 def create(path: Path, like: Path | None = None) -> int:
-    """A new empty file, locked, with the mode and owner of the file at `like` where there is one; its descriptor.
+    """Create an empty file and lock it.
 
+    Args:
+        path: the new file.
+        like: a file whose mode and owner the new file gets, if it exists.
+    Returns:
+        The open file's descriptor.
     Raises:
-        FileExistsError: something is there, be it a link.
+        FileExistsError: `path` exists, be it a link.
         OSError: the folder is missing or not writable.
     """
     while True:
@@ -79,21 +92,22 @@ def create(path: Path, like: Path | None = None) -> int:
         )
         if try_lock(fd) and os.fstat(fd).st_nlink:
             break
-        os.close(fd)  # another run took it for a dead one before it was locked, and removes it
+        os.close(fd)  # before it was locked, another run took it for a leftover and removes it
         while path.exists():
             time.sleep(0.001)
     if like is not None:
-        _take_after(fd, real_target(like))
+        _copy_mode_and_owner(fd, real_target(like))
     return fd
 
 
 class NewFile:
-    """A temporary file beside `path`, empty at first, that `commit` gives its name. It has the mode and owner of
-    `like`, by default `path`.
+    """A temporary file beside `path` that `commit` renames to `path`.
+
+    It is empty at first and has the mode and owner of `like`, by default of `path`.
 
     Attributes:
-        path: its name to be; of a link, what it leads to.
-        tmp: where to write.
+        path: the final name. If it was a link, the link's target.
+        tmp: the temporary file to write.
     """
 
     def __init__(self, path: Path, token: str, like: Path | None = None) -> None:
@@ -104,22 +118,23 @@ class NewFile:
 
     @property
     def is_named(self) -> bool:
-        """Whether it has its name. The file system is asked: a signal may come between a rename and a note of it."""
+        """Whether `commit` has renamed the file. The file system decides: a signal may directly follow the rename."""
         return not self.tmp.exists()
 
     def commit(self, *, durable: bool, path: Path | None = None) -> None:
-        """Rename it to `path`.
+        """Rename the temporary file to its final name.
 
         Args:
-            durable: its bytes are on the disk before, so that a power cut leaves the old file or the new one.
+            durable: flush its bytes to the disk first, so that a power cut leaves the old file or the new one.
+            path: another final name.
         """
         self.path = path or self.path
         if durable:
-            flush(self.tmp)  # whoever wrote it may have made another file of this name
+            flush(self.tmp)  # the writer may have created another file of this name
         self.tmp.replace(self.path)
 
     def close(self) -> None:
-        """Remove the temporary file, where it has not got its name."""
+        """Remove the temporary file unless it was renamed, and release its lock."""
         if self._fd >= 0:
             self.tmp.unlink(missing_ok=True)
             os.close(self._fd)
@@ -127,7 +142,7 @@ class NewFile:
 
 
 def try_lock(fd: int) -> bool:
-    """Try to lock; False where another process has it. File systems without locks count as free."""
+    """Try to lock an open file; False if another process holds the lock. A file system without locks counts as free."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -137,8 +152,8 @@ def try_lock(fd: int) -> bool:
     return True
 
 
-def _take_after(fd: int, old: Path) -> None:
-    """Give the open file the mode of `old`, and its owner where we may."""
+def _copy_mode_and_owner(fd: int, old: Path) -> None:
+    """Give the open file the mode of `old`, and its owner if permitted."""
     try:
         status = old.stat()
     except OSError:
@@ -151,8 +166,9 @@ def _take_after(fd: int, old: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it becomes `path` (flushed first if `path` exists), else it
-    goes.
+    """Yields a temporary path beside `path`, which replaces `path` on success and is removed on failure.
+
+    If `path` exists, the new bytes are flushed to the disk before the replacement.
 
     Raises:
         JobError: the folder is missing or not writable, or the disk is full.
@@ -176,10 +192,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def make_parent(path: Path) -> None:
-    """Create the folder of an output.
+    """Create the folder of the output `path`.
 
     Raises:
-        JobError: it cannot be created; names the reason.
+        JobError: the folder cannot be created; names the reason.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -188,7 +204,7 @@ def make_parent(path: Path) -> None:
 
 
 def probe(path: Path) -> None:
-    """Refuse, before any work, a place where no file can be made.
+    """Refuse, before any work, a path where no file can be created.
 
     Raises:
         JobError: names the reason.
@@ -200,26 +216,26 @@ def probe(path: Path) -> None:
         raise write_error(path, error) from error
 
 
-# --- what killed runs left --------------------------------------------------------------------------------------------
+# --- leftovers of killed runs -----------------------------------------------------------------------------------------
 
 
 def sweep(folder: Path, names: set[str]) -> None:
     """Remove temporary files of `names` in `folder` whose process is gone.
 
-    Where a run was killed while it renamed its files, `.old` copies of those that it had replaced lie there beside a
-    file that it had not yet renamed: then the old ones come back.
+    A run that was killed while it renamed its files leaves `.old` copies of the files that it had replaced, and a
+    `.tmp` file that it had not yet renamed. In that case the old files are restored.
     """
     runs: dict[str, list[tuple[Path, Path, str]]] = {}
     for entry in folder.iterdir():
         match = _TEMPORARY.fullmatch(entry.name)
         if match is not None and match["name"] in names and not entry.is_symlink():
             runs.setdefault(match["token"], []).append((entry, folder / match["name"], match["kind"]))
-    for left in runs.values():
-        waiting = [tmp for tmp, _, kind in left if kind == "tmp"]
+    for files in runs.values():
+        waiting = [tmp for tmp, _, kind in files if kind == "tmp"]
         with contextlib.ExitStack() as stack:
             if not all(stack.enter_context(taken(tmp)) for tmp in waiting):
                 continue
-            for entry, path, kind in left:
+            for entry, path, kind in files:
                 with contextlib.suppress(OSError):
                     if kind == "old" and waiting:
                         entry.replace(path)
@@ -228,9 +244,10 @@ def sweep(folder: Path, names: set[str]) -> None:
 
 @contextlib.contextmanager
 def taken(path: Path) -> Iterator[bool]:
-    """Whether a file or folder of this user was locked by nobody; then nobody else has it as long as the context lasts.
+    """Yields whether a file or folder of this user was unlocked; if so, it stays locked while the context lasts.
 
-    Whoever removes it must hold it: between a look and a removal another run may have made a file of this name its own.
+    A caller must remove it inside the context: between a check and a removal, another run may create and lock a file of
+    this name.
     """
     try:
         fd = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | os.O_NONBLOCK)
@@ -244,8 +261,9 @@ def taken(path: Path) -> Iterator[bool]:
 
 
 def _lock_own(fd: int) -> bool:
-    """Lock a regular file or folder of this user; False where it is none, is locked, or its file system has no
-    locks.
+    """Lock a regular file or folder of this user.
+
+    False if it is no such file or folder, if it is locked, or if its file system has no locks.
     """
     status = os.fstat(fd)
     if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)) or status.st_uid != os.geteuid():
@@ -257,13 +275,14 @@ def _lock_own(fd: int) -> bool:
     return True
 
 
-_own: set[Path] = set()
+_own_folders: set[Path] = set()
 """The folders that this process has locked."""
 
 
 class OwnFolder:
-    """A temporary folder that goes with the object, or, after a kill, with the next run that makes one of the same
-    prefix.
+    """A temporary folder that is removed with the object.
+
+    After a kill, the next run that creates one of the same prefix removes it.
 
     Attributes:
         path: the folder.
@@ -274,10 +293,11 @@ class OwnFolder:
         where = parent or Path(tempfile.gettempdir())
         remove_dead(prefix, where)
         self.path, fd = _locked_folder(prefix, where)
-        _own.add(self.path.resolve())
+        _own_folders.add(self.path.resolve())
         self._finalizer = weakref.finalize(self, _remove_folder, self.path, fd)
 
     def close(self) -> None:
+        """Remove the folder now."""
         self._finalizer()
 
     def __enter__(self) -> Path:
@@ -288,7 +308,7 @@ class OwnFolder:
 
 
 def remove_dead(prefix: str, where: Path) -> None:
-    """Remove folders of `OwnFolder` whose process is gone."""
+    """Remove the folders of `OwnFolder` called `prefix`* in the folder `where` whose process is gone."""
     for entry in where.glob(f"{prefix}*"):
         if entry.is_dir() and not entry.is_symlink():
             with taken(entry) as is_dead:
@@ -297,7 +317,7 @@ def remove_dead(prefix: str, where: Path) -> None:
 
 
 def _locked_folder(prefix: str, parent: Path) -> tuple[Path, int]:
-    """A new folder and its lock; made again where another run took it for a dead one before it was locked."""
+    """Returns a new folder and its lock. Tries again if another run removed the folder before it was locked."""
     while True:
         path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
         with contextlib.suppress(FileNotFoundError):
@@ -308,7 +328,7 @@ def _locked_folder(prefix: str, parent: Path) -> tuple[Path, int]:
 
 
 def _remove_folder(path: Path, fd: int) -> None:
-    _own.discard(path.resolve())
+    _own_folders.discard(path.resolve())
     shutil.rmtree(path, ignore_errors=True)
     with contextlib.suppress(OSError):
         os.close(fd)
@@ -316,12 +336,12 @@ def _remove_folder(path: Path, fd: int) -> None:
 
 @contextlib.contextmanager
 def naming(folder: Path) -> Iterator[None]:
-    """One process at a time gives files of `folder` their names; where one has stopped for good, others go on after a
-    while.
+    """Let only one process at a time rename files in `folder`.
 
-    A folder of our own is locked for as long as it lives, and nobody else names files in it.
+    If another process holds the lock for more than `_LOCK_SECONDS`, this one goes on without it. An `OwnFolder` of this
+    process is already locked, and nobody else renames files in it.
     """
-    if folder.resolve() in _own:
+    if folder.resolve() in _own_folders:
         yield
         return
     fd = os.open(folder, os.O_RDONLY)

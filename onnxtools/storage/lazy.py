@@ -1,4 +1,4 @@
-"""Weights made from others without reading them: slices, stacks, casts. What is a plain byte range stays one."""
+"""Weights derived from others without reading them: slices, stacks, casts. A plain byte range stays one."""
 
 from __future__ import annotations
 
@@ -16,11 +16,15 @@ Tensor = ir.TensorProtocol
 
 
 def shape_of(tensor: Tensor) -> tuple[int, ...]:
+    """Returns the sizes of the axes."""
     return tuple(int(extent) for extent in tensor.shape.numpy())
 
 
 def row_range(tensor: Tensor, start: int, stop: int) -> Tensor:
-    """Rows `start:stop`; of a weight in a file a shorter byte range, so that it can still be copied or referred to."""
+    """Returns the rows `start:stop`, in the weight's own type.
+
+    For a weight in a file this is a shorter byte range, so that it can still be copied or referred to.
+    """
     shape = (stop - start, *shape_of(tensor)[1:])
     if shape == shape_of(tensor):
         return tensor
@@ -34,7 +38,7 @@ def row_range(tensor: Tensor, start: int, stop: int) -> Tensor:
 
 
 def vstack(tensors: Sequence[Tensor], name: str) -> Tensor:
-    """The rows of all, one after the other; neighbours in a file become one byte range."""
+    """Returns the rows of all tensors, one after the other. Neighbours in a file become one byte range."""
     parts = [tensors[0]]
     for tensor in tensors[1:]:
         joined = _joined(parts[-1], tensor)
@@ -43,7 +47,7 @@ def vstack(tensors: Sequence[Tensor], name: str) -> Tensor:
 
 
 def _joined(a: Tensor, b: Tensor) -> Tensor | None:
-    """`a` and `b` as one byte range where `b` follows `a` in the file."""
+    """Returns `a` and `b` as one byte range if `b` follows `a` in the file, else None."""
     if not (isinstance(a, ir.ExternalTensor) and isinstance(b, ir.ExternalTensor)) or external_path(a) != external_path(
         b
     ):
@@ -63,7 +67,7 @@ def _joined(a: Tensor, b: Tensor) -> Tensor | None:
 
 
 class _Stack(RowTensor):
-    """Row ranges (tensor, start, stop) of weights of one width and type, one after the other."""
+    """Concatenates row ranges (tensor, start, stop) of weights of one width and type."""
 
     __slots__ = ("_parts",)
 
@@ -79,17 +83,17 @@ class _Stack(RowTensor):
         self._parts = parts
 
     def rows(self, start: int, stop: int, scratch: Scratch | None = None) -> np.ndarray:
-        found, at = [], 0
+        pieces, first_row = [], 0
         for tensor, first, last in self._parts:
-            low, high = max(start, at), min(stop, at + last - first)
+            low, high = max(start, first_row), min(stop, first_row + last - first)
             if low < high:
-                found.append(_read(tensor, first + low - at, first + high - at))
-            at += last - first
-        return found[0] if len(found) == 1 else np.concatenate(found)
+                pieces.append(_read(tensor, first + low - first_row, first + high - first_row))
+            first_row += last - first
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
 def _read(tensor: Tensor, start: int, stop: int) -> np.ndarray:
-    """Any rows, read in the multiples that the weight asks for."""
+    """Reads the rows `start:stop`, in ranges that are multiples of the weight's `row_multiple`."""
     step = tensor.row_multiple if isinstance(tensor, RowTensor) else 1
     low = start // step * step
     high = min(-(-stop // step) * step, shape_of(tensor)[0])
@@ -97,20 +101,20 @@ def _read(tensor: Tensor, start: int, stop: int) -> np.ndarray:
 
 
 class _Beside(RowTensor):
-    """The columns of all, side by side."""
+    """Concatenates the columns of its sources."""
 
     def rows(self, start: int, stop: int, scratch: Scratch | None = None) -> np.ndarray:
         return np.concatenate([_read(source, start, stop) for source in self.sources], axis=1)
 
 
 def hstack(tensors: Sequence[Tensor], name: str) -> Tensor:
-    """Matrices of the same rows side by side."""
+    """Returns matrices [rows, K_i] of one type side by side, [rows, sum of K_i]."""
     shapes = [shape_of(tensor) for tensor in tensors]
     return _Beside((shapes[0][0], sum(shape[1] for shape in shapes)), tensors[0].dtype, name, tensors)
 
 
 def columns(tensor: Tensor, start: int, stop: int) -> Tensor:
-    """Columns `start:stop` of a matrix, or those elements of a vector."""
+    """Returns the columns `start:stop` of a matrix, or the elements `start:stop` of a vector."""
     if len(shape_of(tensor)) == 1:
         return row_range(tensor, start, stop)
     shape = (shape_of(tensor)[0], stop - start)
@@ -124,19 +128,19 @@ def columns(tensor: Tensor, start: int, stop: int) -> Tensor:
 
 
 def pick_rows(tensor: Tensor, ranges: Sequence[tuple[int, int]], name: str) -> Tensor:
-    """Several row ranges, in this order."""
+    """Returns the rows of several ranges (start, stop), in this order."""
     return vstack([row_range(tensor, start, stop) for start, stop in ranges], name)
 
 
 def plus_one(tensor: Tensor) -> Tensor:
-    """`1 + tensor` in fp32: the gain of a zero-centred norm (LayerNorm1p)."""
+    """Returns `1 + tensor` in float32: the gain of a zero-centred norm (LayerNorm1p)."""
     return StreamedTensor(
         tensor, lambda rows, _: rows.astype(np.float32) + 1, dtype=ir.DataType.FLOAT, name=tensor.name or ""
     )
 
 
 def half_rotation(tensor: Tensor, heads: int) -> Tensor:
-    """Rows of queries or keys from llama.cpp's neighbouring rotary pairs to Hugging Face's halves.
+    """Reorders rows of queries or keys from llama.cpp's neighbouring rotary pairs to Hugging Face's halves.
 
     llama.cpp's converter stores channel j of half h of a head at 2 j + h (convert_hf_to_gguf.py, `permute`).
     """
@@ -151,7 +155,7 @@ def half_rotation(tensor: Tensor, heads: int) -> Tensor:
 
 
 def equal(a: Tensor, b: Tensor) -> bool:
-    """Whether two weights of one shape hold the same numbers; read a piece at a time."""
+    """Whether two weights of one shape hold the same numbers. It reads 1024 rows at a time."""
     if (
         isinstance(a, ir.ExternalTensor)
         and isinstance(b, ir.ExternalTensor)
@@ -166,9 +170,10 @@ def equal(a: Tensor, b: Tensor) -> bool:
 
 
 def cast(tensor: Tensor, dtype: ir.DataType) -> Tensor:
-    """The weight in another float type, rounded to nearest even.
+    """Returns the weight in another float type, rounded to nearest even.
 
-    Writing it raises a ModelError where a value is beyond the type, infinite or NaN; minus infinity, of masks, stays.
+    Reading the result raises a ModelError if a value overflows the type, is plus infinity or NaN. Minus infinity stays,
+    since masks hold it.
     """
     if tensor.dtype == dtype:
         return tensor
@@ -177,9 +182,8 @@ def cast(tensor: Tensor, dtype: ir.DataType) -> Tensor:
         with np.errstate(over="ignore", invalid="ignore"):
             result = block.astype(dtype.numpy())
         finite = np.isfinite(result)
-        if (
-            not finite.all() and not (finite | (block == -np.inf) & (result == -np.inf)).all()
-        ):  # minus infinity is a mask
+        # minus infinity is a mask
+        if not finite.all() and not (finite | (block == -np.inf) & (result == -np.inf)).all():
             if not (np.isfinite(block) | (block == -np.inf)).all():
                 raise ModelError(f"weight {tensor.name!r} has infinite or NaN elements; restore it")
             raise ModelError(
@@ -192,7 +196,7 @@ def cast(tensor: Tensor, dtype: ir.DataType) -> Tensor:
 
 
 class RandomRows(RowTensor):
-    """Normal random numbers that depend on the name and the place alone, not on how rows are cut."""
+    """Normal random numbers that depend only on the name and the position, not on how the rows are cut."""
 
     __slots__ = ("_deviation", "_mean")
 
@@ -202,6 +206,7 @@ class RandomRows(RowTensor):
         self._mean, self._deviation = np.float32(mean), np.float32(deviation)
 
     def rows(self, start: int, stop: int, scratch: Scratch | None = None) -> np.ndarray:
+        """Returns the rows `start:stop` in the type `dtype`; `start` is a multiple of `row_multiple`."""
         step, inner = self.row_multiple, shape_of(self)[1:]
         blocks = range(start // step, -(-stop // step))
         out = np.empty((stop - start, *inner), self.dtype.numpy())
@@ -216,7 +221,7 @@ class RandomRows(RowTensor):
 
 
 def flatten(groups: Sequence[Sequence[tuple[int, int]]]) -> list[tuple[int, int]]:
-    """Row ranges of several groups as one list, neighbours joined."""
+    """Returns the row ranges (start, stop) of all groups as one list, with neighbours joined."""
     joined: list[tuple[int, int]] = []
     for start, stop in itertools.chain.from_iterable(groups):
         if joined and joined[-1][1] == start:

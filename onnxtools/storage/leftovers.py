@@ -1,4 +1,4 @@
-"""Removes what no graph needs any more: the data file of a graph that was replaced, and what killed runs left."""
+"""Removes files that no graph needs: the data file of a replaced graph, and leftovers of killed runs."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ _NO_GRAPHS = {
 
 
 def remove_unmentioned(data: Path) -> None:
-    """Delete a data file of ours, unless some file in the folder still mentions it: a graph, a copy of one, or one that
-    is being written.
+    """Delete a data file that onnxtools wrote, unless another file in its folder mentions it.
+
+    Such a file is a graph, a copy of a graph, or a graph that is being written.
     """
     if not any(_mentions(file, data.name.encode()) for file in data.parent.iterdir() if file.name != data.name):
         with contextlib.suppress(OSError):
@@ -51,12 +52,17 @@ def _mentions(file: Path, name: bytes) -> bool:
     except ValueError:  # an empty file cannot be mapped
         return False
     except OSError:
-        return True  # it cannot be read, so it may
+        return True  # it cannot be read, so it may mention the name
 
 
 def remove_leftovers(path: Path, beside: Iterable[str]) -> None:
-    """What runs that were killed left of this output: temporary files, data files whose graph has no name yet, reserved
-    names.
+    """Remove the leftovers of killed runs for the output `path`.
+
+    These are temporary files, data files whose graph was not renamed yet, and empty files that reserve a name.
+
+    Args:
+        path: the graph file.
+        beside: names of the other files that are written with the graph.
     """
     path = real_target(path)
     data: list[Path] = []

@@ -1,4 +1,4 @@
-"""What a graph says of the files that were written with it: its data file, and the sha256 of each file beside it."""
+"""The record in a graph of the files written with it: its data file, and the sha256 of each file beside it."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from typing import Any
 import onnx
 
 FILES_KEY = "onnxtools.files"
-"""Metadata of the model: the data file that was written with the graph, and the sha256 of each file beside it."""
+"""Key in the model's metadata of the record, in JSON."""
 Beside = Mapping[str, Path | bytes]
-"""Files that belong to a model, by name: their content, or where it lies."""
+"""Files that belong to a model, by name: their content, or the path of their content."""
 
 
 def sha256(path: Path) -> str:
-    """Of a small file."""
+    """Returns the hexadecimal SHA-256 of a file. The file is read whole."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def recorded(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What a graph says of its files: `data`, a name or "", and `beside`, name to sha256.
+    """Returns the record in a graph's metadata: `data`, a file name or "", and `beside`, sha256 by file name.
 
-    Empty where it says nothing sensible.
+    Both are empty if there is no valid record.
     """
     try:
-        found = json.loads(metadata.get(FILES_KEY, "{}"))
-        data, beside = found.get("data", ""), found.get("beside", {})
+        record = json.loads(metadata.get(FILES_KEY, "{}"))
+        data, beside = record.get("data", ""), record.get("beside", {})
     except (ValueError, AttributeError, RecursionError):
         return {"data": "", "beside": {}}
     plain = (
@@ -44,18 +44,18 @@ def recorded(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def files_of(path: Path) -> dict[str, Any]:
-    """`recorded` of the graph in the file at `path`; no weight is read."""
+    """Returns `recorded` of the graph in the file `path`. No weight in a data file is read."""
     proto = onnx.ModelProto()
     try:
         if path.is_file() and path.stat().st_size < 1 << 31:
             proto.ParseFromString(path.read_bytes())
         return recorded({entry.key: entry.value for entry in proto.metadata_props})
-    except Exception:  # protobuf raises its own; what is no graph records nothing
+    except Exception:  # protobuf raises errors of its own; a file that is no graph has no record
         return recorded({})
 
 
 def recorded_data(path: Path) -> str:
-    """The data file that was written with the graph at `path`; "" where there is none that we wrote."""
+    """Returns the name of the data file that onnxtools wrote with the graph at `path`, or "" if there is none."""
     name = str(files_of(path)["data"])
     return (
         name if name in (file.name for file in path.parent.glob("*.data")) and name.startswith(f"{path.name}.") else ""

@@ -1,7 +1,7 @@
 """Weights that are read a slab of rows at a time, so that no transform holds a whole tensor.
 
-Every reader here uses `pread` into an ordinary buffer instead of a memory map: mapped pages count towards the
-resident set, and a 10 GB model must pass through 200 MB.
+Every reader here reads into an ordinary buffer instead of a memory map: mapped pages count towards the resident set,
+and a 10 GB model must pass through 200 MB.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ import onnx_ir as ir
 from onnxtools.base.errors import ModelError
 
 SLAB_BYTES = 8 << 20
-"""Bytes of source weight that are in memory at once for each worker."""
+"""Bytes of source weights that each worker holds in memory at once."""
 WORKERS = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-"""Threads that work on weights: no more than the cores that Slurm, a container or `taskset` leaves to this process."""
+"""Threads that work on weights: at most the cores that Slurm, a container or `taskset` leaves to this process."""
 
 
 def external_path(tensor: ir.ExternalTensor) -> Path:
-    """The data file of `tensor` (its location is relative to the model's folder)."""
+    """Returns the path of the data file of `tensor` (its location is relative to the model's folder)."""
     return Path(tensor.base_dir) / tensor.location
 
 
 def row_bytes(tensor: ir.TensorProtocol) -> int:
-    """Bytes of one row (all axes but the first); the whole tensor where the rank is 0."""
+    """Returns the bytes of one row (all axes but the first); of the whole tensor if the rank is 0."""
     shape = tensor.shape.numpy()
     rows = shape[0] if shape else 1
     return tensor.nbytes // rows if rows else 0
 
 
 def _working_bytes(tensor: ir.TensorProtocol) -> int:
-    """Bytes in memory for one row: of the tensor, or of what it is made from where that is larger."""
+    """Returns the bytes in memory for one row: of the tensor or of its largest source, whichever is more."""
     sources = tensor.sources if isinstance(tensor, RowTensor) else ()
     return max([row_bytes(tensor), *map(_working_bytes, sources)])
 
 
 def slabs(tensor: ir.TensorProtocol, multiple: int = 1, limit: int = SLAB_BYTES) -> Iterator[tuple[int, int]]:
-    """Cut the rows of `tensor` into ranges of about `limit` bytes whose bounds are multiples of `multiple`."""
+    """Yields ranges (start, stop) of rows of about `limit` bytes, whose starts are multiples of `multiple`."""
     shape = tensor.shape.numpy()
     rows = int(shape[0]) if shape else 1
     if isinstance(tensor, RowTensor):
@@ -56,13 +56,13 @@ def slabs(tensor: ir.TensorProtocol, multiple: int = 1, limit: int = SLAB_BYTES)
 
 
 class Scratch:
-    """Memory that one worker reads slab after slab into: fresh pages for each cost more than the work on them."""
+    """A buffer that one worker reuses for every slab: fresh pages for each slab cost more than the work on them."""
 
     def __init__(self) -> None:
         self._memory = np.empty(0, np.uint8)
 
     def array(self, shape: list[int], dtype: np.dtype[Any]) -> np.ndarray:
-        """An array over the memory, which grows as needed; valid until the next call."""
+        """Returns an uninitialized array in the buffer, which grows as needed. It is valid until the next call."""
         size = math.prod(shape) * dtype.itemsize
         if size > self._memory.nbytes:
             self._memory = np.empty(size, np.uint8)
@@ -78,15 +78,18 @@ _local = _Local()
 
 
 def thread_scratch() -> Scratch:
-    """The scratch of the thread that asks."""
+    """Returns the scratch of the calling thread."""
     return _local.scratch
 
 
 def read_rows(tensor: ir.TensorProtocol, start: int, stop: int, scratch: Scratch | None = None) -> np.ndarray:
-    """Rows `start:stop` along the first axis, shape [stop - start, ...]; a scalar counts as one row, shape [1].
+    """Returns the rows `start:stop` along the first axis, shape [stop - start, ...]. A scalar is one row, shape [1].
 
-    The rows are the caller's to overwrite. With `scratch` they may lie in it. Only whole-byte dtypes: packed 4-bit
+    The caller may overwrite the rows. With `scratch` they may lie in it. The type must have whole bytes: packed 4-bit
     tensors have no byte address for a row.
+
+    Raises:
+        ModelError: the data file ends early.
     """
     if isinstance(tensor, RowTensor):
         return tensor.rows(start, stop, scratch)
@@ -112,25 +115,28 @@ def read_rows(tensor: ir.TensorProtocol, start: int, stop: int, scratch: Scratch
 
 
 def elements(tensor: ir.TensorProtocol) -> np.ndarray:
-    """All of a small weight, the caller's to overwrite (whole-byte types)."""
+    """Returns all elements of a small weight of a whole-byte type. The caller may overwrite them."""
     shape = tuple(tensor.shape.numpy())
     return read_rows(tensor, 0, int(shape[0]) if shape else 1).reshape(shape)
 
 
 RowFunction = Callable[[np.ndarray, int], np.ndarray]
-"""(rows, index of the first row) -> the transformed rows, made in place or new; must not depend on how rows were
-cut.
+"""(rows, index of the first row) -> the transformed rows, in place or new. The result must not depend on how the rows
+were cut.
 """
 
 
 class RowTensor(ir.LazyTensor):
-    """A weight whose rows are computed when they are asked for, so that it is never whole in memory.
+    """A weight whose rows are computed on demand, so that it is never whole in memory.
 
-    Subclasses give `rows`; whole-byte types only.
+    Subclasses implement `rows`. Only whole-byte types are supported.
 
     Args:
-        sources: the weights it is made from.
-        row_multiple: rows are asked for in ranges that start and end on multiples of this many.
+        shape: sizes of the axes.
+        dtype: element type.
+        name: the weight's name.
+        sources: the weights that it is computed from.
+        row_multiple: ranges of rows start on multiples of it, and end on multiples of it or at the last row.
     """
 
     __slots__ = ("row_multiple", "sources")
@@ -151,7 +157,10 @@ class RowTensor(ir.LazyTensor):
         self.row_multiple = math.lcm(row_multiple, *(s.row_multiple for s in sources if isinstance(s, RowTensor)))
 
     def rows(self, start: int, stop: int, scratch: Scratch | None = None) -> np.ndarray:
-        """Rows `start:stop`, shape [stop - start, ...], the caller's to overwrite; they may lie in `scratch`."""
+        """Returns the rows `start:stop`, shape [stop - start, ...].
+
+        The caller may overwrite them. They may lie in `scratch`.
+        """
         raise NotImplementedError
 
     def _materialize(self) -> ir.TensorProtocol:
@@ -161,19 +170,20 @@ class RowTensor(ir.LazyTensor):
         return ir.Tensor(array, name=self.name, dtype=self.dtype)
 
     def tofile(self, file: BinaryIO) -> None:
+        """Write the elements to `file` slab by slab, in ONNX's byte order."""
         for start, stop in slabs(self):
             file.write(raw_bytes(self.rows(start, stop)))
 
 
 class StreamedTensor(RowTensor):
-    """A weight defined as a row-wise function of another weight; evaluated slab by slab while it is written.
+    """A weight that is a row-wise function of another weight. It is evaluated slab by slab while it is written.
 
     Args:
-        source: the weight that is read, never changed.
+        source: the weight that is read. It is never changed.
         function: maps rows [r, ...] of `source` to rows [r, ...] of this tensor.
         dtype: element type of the result.
         row_multiple: slabs start and end on multiples of this many rows (4 when 2:4 groups lie along the rows).
-        shape: of the result, the source's by default; the first axis must be the source's.
+        shape: shape of the result, by default the source's. The first axis must be the source's.
     """
 
     __slots__ = ("function",)
@@ -186,15 +196,18 @@ class StreamedTensor(RowTensor):
         self.function = function
 
     def rows(self, start: int, stop: int, scratch: Scratch | None = None) -> np.ndarray:
+        """Returns the rows `start:stop` of `function`, applied to the rows of the source."""
         return self.function(read_rows(self.sources[0], start, stop, scratch), start)
 
 
 _CACHED = 1 << 15
+"""Pairs of int4 elements that are packed at once, so that the temporaries stay in the cache."""
 
 
 def raw_bytes(array: np.ndarray) -> memoryview:
-    """The bytes of `array` in ONNX order (little endian, row-major) without a copy where it is contiguous; int4 packed,
-    low nibble first.
+    """Returns the bytes of `array` in ONNX order: little endian, row-major, int4 packed with the low nibble first.
+
+    A contiguous array is not copied, except int4.
     """
     if array.dtype == ml_dtypes.int4:
         flat = array.reshape(-1).view(np.uint8)

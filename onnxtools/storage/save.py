@@ -2,14 +2,14 @@
 
 Invariants of every save:
 1. A reader sees the old file or the new one, never half of one: everything is written to temporary files and renamed,
-   the graph last. Where an older file is replaced, the new bytes are on the disk first, so a power cut leaves one of
-   the two; a new file is as durable as after `cp`.
-2. A data file is never overwritten: a new one takes a free name with O_EXCL, so two runs never share one. A graph says
-   which data file was written with it; that one goes when the graph is replaced, unless another file of the folder
-   mentions it. Nothing else is ever removed.
-3. A weight that no pass changed is not read: in the same folder the new graph refers to the old data file, elsewhere
+   the graph last. If an older file is replaced, the new bytes are on the disk first, so a power cut leaves one of the
+   two. A new file is as durable as after `cp`.
+2. A data file is never overwritten: a new one takes a free name with O_EXCL, so two runs never share one. A graph
+   records the data file that was written with it. That file is removed when the graph is replaced, unless another file
+   of the folder mentions it. Nothing else is ever removed.
+3. A weight that no pass changed is not read: in the same folder the new graph refers to the old data file; elsewhere
    the kernel copies the bytes (`copy_file_range`, which shares extents where the file system can).
-4. The tokenizer's and other side files get their names together with the graph, which records their hashes.
+4. The tokenizer's and other side files are renamed together with the graph, which records their hashes.
 """
 
 from __future__ import annotations
@@ -46,12 +46,22 @@ from onnxtools.storage.rows import RowTensor
 INLINE_BYTES = 1024
 """Smaller tensors stay in the graph file, as onnx's own `size_threshold` does."""
 INLINE_TOTAL = 1 << 30
-"""A model whose new weights exceed this gets a data file (a protobuf cannot exceed 2 GiB)."""
+"""A model with more bytes of new weights gets a data file (a protobuf cannot exceed 2 GiB)."""
 
 
 @dataclass
 class SaveReport:
-    """What a save did, for people: bytes written, bytes referred to, and where."""
+    """Report of a save, for people.
+
+    Attributes:
+        path: the graph file.
+        data_file: the new data file, if any.
+        written_bytes: bytes of computed weights in it.
+        copied_bytes: bytes of copied weights in it.
+        referenced: names of the existing data files that the graph refers to.
+        left_out: name and bytes of a data file that was not written (`weights=False`).
+        beside: the files that were written with the graph.
+    """
 
     path: Path
     data_file: Path | None = None
@@ -62,6 +72,7 @@ class SaveReport:
     beside: list[Path] = field(default_factory=list)
 
     def lines(self) -> Iterator[str]:
+        """Yields the report, one sentence a line."""
         if self.referenced:
             yield (
                 f"weights stay in {', '.join(sorted(self.referenced))} (not copied; --copy-weights makes the output "
@@ -70,9 +81,9 @@ class SaveReport:
         if self.left_out is not None:
             yield f"no weights written: {self.left_out[0]} would hold {_size(self.left_out[1])}"
         if self.data_file is not None:
-            made = f"{_size(self.written_bytes)} computed" if self.written_bytes else ""
+            computed = f"{_size(self.written_bytes)} computed" if self.written_bytes else ""
             copied = f"{_size(self.copied_bytes)} copied" if self.copied_bytes else ""
-            yield f"weights written to {self.data_file.name} ({', '.join(filter(None, (made, copied)))})"
+            yield f"weights written to {self.data_file.name} ({', '.join(filter(None, (computed, copied)))})"
 
 
 def _size(count: int) -> str:
@@ -88,22 +99,23 @@ def save(
     weights: bool = True,
     beside: Beside | None = None,
 ) -> SaveReport:
-    """Write `model` to `path`; weights go where the rules above say.
+    """Write `model` to `path`, by the rules above.
 
     Args:
         origin: the file that `model` was read from, for errors.
         copy_weights: put every external weight into the output's own data file.
         weights: False writes a graph that refers to a data file which is not written (shapes only).
-        beside: files that get their names together with the graph.
+        beside: files that are renamed together with the graph.
     Returns:
-        What was written, copied and referred to.
+        The bytes and files that were written, copied and referred to.
     Raises:
-        JobError: the target cannot be written, or a data file that the graph refers to is gone meanwhile.
+        JobError: the target cannot be written, or the graph exceeds 2 GiB.
+        ModelError: a data file that the graph refers to is missing or too short, or a weight cannot be computed.
     """
     if path.is_dir():
         raise JobError(f"{path}: is a folder; name a file")
     refuse_special(path)
-    made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
+    new_folders = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
@@ -111,13 +123,13 @@ def save(
     except OSError as error:
         raise write_error(path, error) from error
     finally:
-        for folder in made:
-            with contextlib.suppress(OSError):  # it holds the model
+        for folder in new_folders:
+            with contextlib.suppress(OSError):  # a folder that holds the model is not empty and stays
                 folder.rmdir()
 
 
 class _Save:
-    """One save. What it makes under temporary names goes with `stack`, where it has not got its name by then."""
+    """One save. `stack` removes the temporary files that were not renamed."""
 
     def __init__(
         self,
@@ -143,7 +155,7 @@ class _Save:
         self.durable = path.exists()
 
     def run(self) -> SaveReport:
-        """Write, or leave the model in memory as it was."""
+        """Write the files. On failure, restore the model in memory."""
         remove_leftovers(self.path, self.beside)
         recorded = self.model.metadata_props.pop(FILES_KEY, None)
         try:
@@ -158,7 +170,7 @@ class _Save:
         return self.report
 
     def _write(self) -> None:
-        """Everything under temporary names, then the names."""
+        """Write everything under temporary names, then rename the files."""
         data, name = self._data() if self.moves else (None, None)
         files = [
             self._file(name, content) for name, content in self.beside.items() if not self._is_there(name, content)
@@ -168,7 +180,7 @@ class _Save:
         graph.tmp.write_bytes(_serialize(self.model, self.origin))
         try:
             if data is not None:
-                data.commit(durable=self.durable, path=name)  # a graph must never refer to a file that is not there
+                data.commit(durable=self.durable, path=name)  # a graph must never refer to a missing file
             with naming(graph.path.parent):
                 self._name(graph, files)
         except BaseException:
@@ -200,13 +212,15 @@ class _Save:
             remove_unmentioned(self.path.parent / stale)
 
     def _new(self, path: Path, like: Path | None = None) -> NewFile:
-        made = NewFile(path, self.token, like)
-        self.stack.callback(made.close)
-        return made
+        file = NewFile(path, self.token, like)
+        self.stack.callback(file.close)
+        return file
 
     def _data(self) -> tuple[NewFile | None, Path]:
-        """The data file under its temporary name, and the name that is reserved for it; no file where weights are left
-        out.
+        """Write the data file under its temporary name.
+
+        Returns:
+            The temporary file, or None if weights are left out, and the name reserved for it.
         """
         if real_target(self.path).parent.resolve() != self.path.parent.resolve():
             raise JobError(
@@ -214,21 +228,21 @@ class _Save:
                 "itself"
             )
         name = self._reserved()
-        made = None
+        file = None
         if self.weights:
-            made = self._new(self.path.with_name(f"{self.path.name}.data"), like=self.path)
+            file = self._new(self.path.with_name(f"{self.path.name}.data"), like=self.path)
             self.report.data_file = name
-            write_data(self.moves, made.tmp)
+            write_data(self.moves, file.tmp)
             self.report.written_bytes = sum(move.tensor.nbytes for move in self.moves if not move.is_copy)
             self.report.copied_bytes = sum(move.tensor.nbytes for move in self.moves if move.is_copy)
         else:
             self.report.left_out = (name.name, sum(move.tensor.nbytes for move in self.moves))
         for move in self.moves:
             refer(move, name)
-        return made, name
+        return file, name
 
     def _reserved(self) -> Path:
-        """`MODEL.onnx.data`, or `MODEL.onnx.N.data` where there is one: an empty file keeps the name for us."""
+        """Reserve `MODEL.onnx.data`, or `MODEL.onnx.N.data` if it is taken, by an empty file."""
         for name in _data_names(self.path):
             with contextlib.suppress(FileExistsError):
                 fd = create(name, self.path)
@@ -237,7 +251,7 @@ class _Save:
         raise AssertionError
 
     def _is_there(self, name: str, content: Path | bytes) -> bool:
-        """Whether the file has this content already, or is its own source."""
+        """Whether the file already has this content, or is the source of the content."""
         target = self.path.with_name(name)
         if not target.is_file():
             return False
@@ -246,12 +260,12 @@ class _Save:
         return target.read_bytes() == (content if isinstance(content, bytes) else content.read_bytes())
 
     def _file(self, name: str, content: Path | bytes) -> NewFile:
-        made = self._new(self.path.with_name(name))
-        made.tmp.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
-        return made
+        file = self._new(self.path.with_name(name))
+        file.tmp.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+        return file
 
     def _record(self, data: Path | None, new: Mapping[str, Path]) -> None:
-        """Say in the graph what belongs to it; `new` files have temporary names."""
+        """Record in the graph the files that belong to it. `new` maps names to temporary files."""
         beside = {name: sha256(new.get(name, self.path.with_name(name))) for name in self.beside}
         if data is not None or beside:
             self.model.metadata_props[FILES_KEY] = json.dumps(
@@ -260,7 +274,7 @@ class _Save:
 
 
 def _release(path: Path, fd: int) -> None:
-    """Remove an empty file that kept a name, where nothing has taken it."""
+    """Remove the empty file that reserved a name, unless another file replaced it."""
     with contextlib.suppress(OSError):
         if os.fstat(fd).st_ino == path.stat().st_ino:
             path.unlink()
@@ -276,8 +290,9 @@ def _data_names(path: Path) -> Iterator[Path]:
 def _embed_attributes(
     model: ir.Model, folder: Path, origin: Path | None, copy_weights: bool, report: SaveReport
 ) -> None:
-    """Tensors in data files that are attributes of nodes, where they cannot be referred to: functions have no
-    initializers.
+    """Embed the tensors of attributes that lie in data files which the output cannot refer to.
+
+    They cannot become initializers, since functions have none.
     """
     for attributes, name, tensor in external_attributes(model):
         if not copy_weights and Path(tensor.base_dir).resolve() == folder.resolve():
@@ -293,14 +308,16 @@ def _embed_attributes(
 
 
 def to_proto(model: ir.Model, origin: Path | None) -> onnx.ModelProto:
-    """`model` as ONNX's own message, weights in memory evaluated; `origin` names it in errors.
+    """Returns `model` as ONNX's own message. Weights in memory are evaluated, external ones stay references.
 
+    Args:
+        origin: the name of the model in errors.
     Raises:
-        OnnxtoolsError: a weight cannot be computed.
+        OnnxtoolsError: a weight cannot be computed, or onnx_ir cannot serialize the model.
     """
     try:
         return ir.to_proto(model)
-    except Exception as error:  # onnx_ir wraps what a weight raises while it is computed
+    except Exception as error:  # onnx_ir wraps the error of a weight that cannot be computed
         cause: BaseException = error
         while not isinstance(cause, OnnxtoolsError) and (deeper := cause.__cause__ or cause.__context__) is not None:
             cause = deeper

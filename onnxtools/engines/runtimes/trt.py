@@ -15,10 +15,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import ml_dtypes
 import numpy as np
 
 from onnxtools.analysis.decoder_io import DecoderIO, Port, decoder_io
+from onnxtools.base.dtypes import itemsize, of
 from onnxtools.base.errors import JobError
 from onnxtools.base.extras import install_line
 from onnxtools.checkpoints.model_info import ModelInfo
@@ -259,7 +259,7 @@ class TrtRuntime:
                 (present_buffer, past_buffer) if swapped else (past_buffer, present_buffer)
             )
         tokens = ids.shape[1] if io.logits_all else 1
-        logits = np.empty((len(ids), tokens, self.vocab_size), _dtype(io.logits.dtype))
+        logits = np.empty((len(ids), tokens, self.vocab_size), of(io.logits.dtype).numpy())
         addresses[io.logits.name] = self.buffer(io.logits.name, logits.nbytes)
         for name, shape in shapes.items():
             if not context.set_input_shape(name, shape):
@@ -290,7 +290,7 @@ class TrtSession:
                 "longer cache"
             )
         for cache in io.caches:
-            size = int(np.prod(cache.shape(slots, length))) * _dtype(cache.past.dtype).itemsize
+            size = int(np.prod(cache.shape(slots, length))) * itemsize(cache.past.dtype)
             runtime.buffer(cache.past.name, size)
             if io.kind == "concat":
                 runtime.buffer(cache.present.name, size)
@@ -335,7 +335,7 @@ class TrtSession:
         runtime = self._runtime
         for cache in runtime.io.caches:
             address = runtime.buffers[cache.present.name if self._swapped else cache.past.name][0]
-            array = np.empty(cache.shape(self.slots, self._mask.shape[1]), _dtype(cache.past.dtype))
+            array = np.empty(cache.shape(self.slots, self._mask.shape[1]), of(cache.past.dtype).numpy())
             runtime.copy(array.ctypes.data, address, array.nbytes, "cudaMemcpyDeviceToHost")
             runtime.sync()
             picked = np.ascontiguousarray(np.take(array, rows, axis=1 if cache.axis == 0 else 0))
@@ -345,12 +345,3 @@ class TrtSession:
 
     def close(self) -> None:
         """The buffers stay with the runtime."""
-
-
-def _dtype(name: str) -> np.dtype[Any]:
-    """The numpy or ml_dtypes type of a name of numpy or, for `float`, ONNX."""
-    return (
-        np.dtype(getattr(ml_dtypes, name))
-        if hasattr(ml_dtypes, name)
-        else np.dtype({"float": "float32"}.get(name, name))
-    )

@@ -15,9 +15,8 @@ from onnxtools.base.options import option
 from onnxtools.ir.edit import Builder, remove_unused, rename_or_bypass, replace_keeping_name
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import attribute, constant_tensor, is_op
-from onnxtools.numerics.fp8 import quantize_rows
+from onnxtools.numerics.formats import FP8, quantized
 from onnxtools.pipeline.passbase import Pass, PassResult
-from onnxtools.storage.rows import StreamedTensor
 
 Q, DQ = "TRT_FP8QuantizeLinear", "TRT_FP8DequantizeLinear"
 _FP8 = ir.DataType.FLOAT8E4M3FN
@@ -194,10 +193,10 @@ class _Rewriter:
             return False
         tensor = constant_tensor(weight)
         assert tensor is not None
-        rank = len(tensor.shape)
-        axis = attribute(node, "axis", 1) % rank if rank else 0
-        rows = quantize_rows(np.asarray(scale, dtype=np.float32), axis)
-        stored = StreamedTensor(tensor, rows, dtype=_FP8, name=weight.name or "weight")
+        if scale.size > 1 and len(tensor.shape) != 2:
+            return False
+        channels = attribute(node, "axis", 1) % 2
+        stored = quantized(tensor, FP8, scale, 1 - channels)
         rename_or_bypass(self.model.graph, node.outputs[0], self.builder.initializer(stored, f"{weight.name}_fp8"))
         return True
 

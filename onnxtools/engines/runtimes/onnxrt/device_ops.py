@@ -7,12 +7,10 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 
+from onnxtools.base.dtypes import of
 from onnxtools.base.onnx_runtime import onnxruntime
 from onnxtools.check.sessions import CPU, CUDA, open_session
-
-_NUMPY = {"float": np.float32, "float16": np.float16, "double": np.float64}
 
 
 class DeviceOps:
@@ -38,10 +36,11 @@ class DeviceOps:
     def zeros(self, shape: list[int], dtype: str) -> Any:
         """A value of zeros; `dtype` is ONNX's name of the type in lower case."""
         ort = onnxruntime()
-        if dtype in _NUMPY:
-            return self.value(np.zeros(shape, _NUMPY[dtype]))
-        elem = int(ir.DataType[dtype.upper()].value)  # the other types have no numpy type; their zero is all bits zero
-        bits = np.zeros(shape, np.uint8 if "8" in dtype else np.uint16)
+        kind = of(dtype)
+        if kind.numpy().isbuiltin == 1:
+            return self.value(np.zeros(shape, kind.numpy()))
+        elem = int(kind.value)  # numpy itself lacks the type, and ONNX Runtime takes its bits; zero is all bits zero
+        bits = np.zeros(shape, f"u{kind.numpy().itemsize}")
         if self.device == "cpu":
             return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, elem)
         value = ort.OrtValue.ortvalue_from_shape_and_type(shape, elem, self.device, 0)
