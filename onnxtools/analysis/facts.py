@@ -65,13 +65,11 @@ class Facts:
 
 
 def _constant_fact(tensor: ir.TensorProtocol) -> Fact:
-    shape = tuple(int(d) for d in tensor.shape.numpy())
-    fact = Fact(tensor.dtype, shape)
-    whole = tensor.dtype in _WHOLE_TYPES
-    if tensor.dtype == ir.DataType.STRING:
-        return Fact(tensor.dtype, tuple(int(d) for d in tensor.shape.numpy()))
+    fact = Fact(tensor.dtype, tuple(int(d) for d in tensor.shape.numpy()))
+    if tensor.dtype not in _WHOLE_TYPES:
+        return fact
     small = tensor.dtype.is_floating_point() or (tensor.dtype.itemsize == 1 and tensor.dtype != ir.DataType.BOOL)
-    if whole and tensor.size <= (FLOAT_LIMIT if small else CONSTANT_LIMIT):
+    if tensor.size <= (FLOAT_LIMIT if small else CONSTANT_LIMIT):
         fact.value = elements(tensor)
     return fact
 

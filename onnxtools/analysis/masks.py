@@ -16,6 +16,12 @@ BLOCKING = -1e3
 
 Exporters write -1e4, -65504, the lowest float or -inf.
 """
+HIDDEN = -1e4
+"""Added to the scores of hidden keys; exp(-1e4) is 0 in every floating type, and fp16 can hold -1e4."""
+HALF_LOWEST = {
+    ir.DataType.FLOAT: -3.4e38 / 2, ir.DataType.FLOAT16: -65504.0 / 2, ir.DataType.BFLOAT16: -3.38e38 / 2,
+}  # fmt: skip
+"""Added to the scores of hidden keys where these may be large; the sum with a score stays finite."""
 
 
 class MaskError(Exception):

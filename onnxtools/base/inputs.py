@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from onnxtools.base.errors import OnnxtoolsError
+from onnxtools.base.errors import OnnxtoolsError, one_line
 
 MAX_YAML_BYTES = 256 << 10
 """A recipe or a NeMo configuration has about 10 KB. PyYAML reads about 100 KB a second."""
@@ -109,7 +109,7 @@ def _one_line() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ValueError(" ".join(str(error).split())[:160] or type(error).__name__) from None
+        raise ValueError(one_line(error, 160) or type(error).__name__) from None
 
 
 def _size(node: yaml.Node, sizes: dict[int, int]) -> int:

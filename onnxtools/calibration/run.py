@@ -243,6 +243,7 @@ class Calibration:
                     f"{note}: is no note of a calibration, or damaged; name an empty folder with --calib-cache, or "
                     "remove this one"
                 )
+            _LOG.info("%s: is of another model or of other options; begun anew", self._folder)
             shutil.rmtree(self._folder)
         self._folder.mkdir(parents=True, exist_ok=True)
         with replacing(note) as tmp:

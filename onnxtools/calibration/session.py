@@ -19,7 +19,7 @@ from onnxtools.calibration.segments import Segment, outer_inputs
 from onnxtools.check.feeds import Array, Feeds
 from onnxtools.check.runner import ort_value, to_numpy, widen_node
 from onnxtools.check.sessions import open_session, session_options
-from onnxtools.ir.model import Model
+from onnxtools.ir.model import MAX_IR_VERSION, Model
 from onnxtools.ir.query import constant_tensor, is_op
 from onnxtools.storage.rows import elements, external_path
 
@@ -122,7 +122,9 @@ class SegmentSession:
                 graph.node.append(onnx.helper.make_node("Cast", [proto.output[0]], [name], to=_FLOAT))
         graph.output.extend(onnx.ValueInfoProto(name=value.name) for value in self.wanted)
         opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in model.graph.opset_imports.items()]
-        return onnx.ModelProto(ir_version=min(model.ir.ir_version or 10, 13), graph=graph, opset_import=opsets)
+        return onnx.ModelProto(
+            ir_version=min(model.ir.ir_version or 10, MAX_IR_VERSION), graph=graph, opset_import=opsets
+        )
 
     def _add_constant(self, graph: onnx.GraphProto, value: ir.Value) -> None:
         tensor, name = constant_tensor(value), value.name or ""

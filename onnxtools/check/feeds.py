@@ -12,7 +12,8 @@ import onnx_ir as ir
 
 from onnxtools.analysis.cache import may_be_past, positions, settle_sizes
 from onnxtools.analysis.facts import analyse, dim_name, dim_terms, is_ids_like, is_past_length, stand_ins, token_input
-from onnxtools.base.errors import JobError
+from onnxtools.analysis.masks import HIDDEN
+from onnxtools.base.errors import JobError, one_line
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import attribute, constant_tensor, is_op
 
@@ -231,9 +232,8 @@ def _feed(value: ir.Value, batch: int, sequence: int, generator: np.random.Gener
             causal = np.triu(np.ones(shape[-2:], dtype=bool), shape[-1] - shape[-2] + 1)
             return np.broadcast_to(causal if _true_hides(value) else ~causal, shape).copy()
         if value.dtype.is_floating_point() and len(shape) == 4:
-            return np.broadcast_to(np.triu(np.full(shape[-2:], -10000.0), shape[-1] - shape[-2] + 1), shape).astype(
-                dtype
-            )
+            causal = np.triu(np.full(shape[-2:], HIDDEN), shape[-1] - shape[-2] + 1)
+            return np.broadcast_to(causal, shape).astype(dtype)
         return (
             np.ones(shape, dtype=dtype)
             if value.dtype in (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
@@ -355,5 +355,5 @@ def read_feeds(path: Path) -> Feeds:
         first = data[0] if isinstance(data, list) else data
         return {name: np.asarray(array) for name, array in first.items()}
     except Exception as error:
-        detail = " ".join(str(error).split())[:200]
+        detail = one_line(error, 200)
         raise JobError(f"{path}: no readable inputs ({detail}); write an .npz or a Polygraphy JSON file") from error

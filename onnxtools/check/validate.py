@@ -251,7 +251,8 @@ def validate_ranks(
     """
     verdict = Verdict(default_tolerance(reference) if tolerance is None else tolerance)
     run, runs = Runner(reference), [Runner(rank) for rank in ranks]
-    cases = [Probe("", feeds)] if feeds is not None else probes(reference, 2, 16, 0)[0]
+    cases, verdict.notes = ([Probe("", feeds)], []) if feeds is not None else probes(reference)
+    verdict.notes += dict.fromkeys(note for runner in (run, *runs) for note in runner.notes)
     for probe in cases:
         complete = _with_empty_cache(reference, probe.feeds)
         _compare(verdict, probe.title or "ranks", run(complete), compute(runs, complete), probe)

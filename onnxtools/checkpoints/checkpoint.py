@@ -11,7 +11,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from onnxtools.base.errors import ModelError
+from onnxtools.base.errors import ModelError, one_line
 from onnxtools.base.inputs import check_regular, shown
 
 MAX_JSON_BYTES = 100 << 20
@@ -152,7 +152,7 @@ def json_object(data: bytes, label: str) -> dict[str, Any]:
     try:
         content = json.loads(data, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{label}: not JSON ({' '.join(str(error).split())[:120]}); fetch the file again") from None
+        raise ModelError(f"{label}: not JSON ({one_line(error, 120)}); fetch the file again") from None
     if not isinstance(content, dict):
         raise ModelError(f"{label}: holds a {type(content).__name__}, not a JSON object; fetch the file again")
     return content

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from onnxtools.base.errors import JobError, OnnxtoolsError
+from onnxtools.base.errors import JobError, OnnxtoolsError, one_line
 
 _STDERR = 2
 _lock = threading.RLock()
@@ -34,7 +34,7 @@ def native_call(what: str) -> Iterator[None]:
                 raise
             if captured is not None:
                 captured.truncate(0)
-            raise JobError(f"{what} ({' '.join(str(error).split())[:120] or type(error).__name__})") from None
+            raise JobError(f"{what} ({one_line(error, 120) or type(error).__name__})") from None
 
 
 class _Capture:

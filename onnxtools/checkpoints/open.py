@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from onnxtools.base.errors import ModelError, OnnxtoolsError
+from onnxtools.base.errors import ModelError, OnnxtoolsError, one_line
 from onnxtools.base.inputs import absent
 from onnxtools.checkpoints.checkpoint import Checkpoint
 
@@ -25,7 +25,7 @@ def open_checkpoint(path: Path, *, weights: bool = True) -> Checkpoint:
     except OnnxtoolsError:
         raise
     except Exception as error:
-        detail = " ".join(str(error).split())[:120]
+        detail = one_line(error, 120)
         raise ModelError(
             f"{path}: is damaged, or not what its name says ({type(error).__name__}: {detail}); fetch it again"
         ) from error

@@ -25,7 +25,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxtools.base.dtypes import of
-from onnxtools.base.errors import ModelError
+from onnxtools.base.errors import ModelError, one_line
 from onnxtools.base.inputs import shown
 from onnxtools.checkpoints.checkpoint import Region
 
@@ -169,8 +169,7 @@ def _unpickle(payload: bytes, storage: Callable[[Any], _Storage], label: str) ->
         raise
     except Exception as error:  # a damaged pickle raises nearly anything
         raise ModelError(
-            f"{label}: its pickle is damaged ({type(error).__name__}: {' '.join(str(error).split())[:100]}); fetch it "
-            "again"
+            f"{label}: its pickle is damaged ({type(error).__name__}: {one_line(error, 100)}); fetch it again"
         ) from None
 
 

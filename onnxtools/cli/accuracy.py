@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onnxtools.base.errors import JobError, UsageError
+from onnxtools.base.errors import JobError, UsageError, one_line
 from onnxtools.base.options import option
 from onnxtools.base.progress import counted
 from onnxtools.cli.flags import from_parameters
@@ -126,8 +126,7 @@ def _hub_rows(limit: int | None) -> list[tuple[str, str]]:
         rows = datasets.load_dataset(name, configuration, split="test")
     except Exception as error:  # not installed, offline, or whatever the hub answers
         raise JobError(
-            f"{name} cannot be fetched ({type(error).__name__}: {' '.join(str(error).split())[:100]}); give the data "
-            "with --path"
+            f"{name} cannot be fetched ({type(error).__name__}: {one_line(error, 100)}); give the data with --path"
         ) from None
     return [split_text(str(row["text"])) for row in rows][:limit]
 

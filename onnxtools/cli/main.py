@@ -158,6 +158,7 @@ def _end(error: BaseException, given: list[str]) -> NoReturn:
 
 def _unexpected(error: Exception, given: list[str]) -> NoReturn:
     """An exception that nobody raised on purpose: of a damaged file, or a fault of ours."""
+    from onnxtools.base.errors import one_line
     from onnxtools.ir.wellformed import fault
 
     for path in (Path(word) for word in given if word.endswith(".onnx")):
@@ -166,8 +167,7 @@ def _unexpected(error: Exception, given: list[str]) -> NoReturn:
             _fail(f"{path}: is no valid ONNX model ({why}); export it again", 1)
     notes = "; ".join(getattr(error, "__notes__", []))
     _fail(
-        f"internal error, {type(error).__name__}: {' '.join(str(error).split())[:300]}; "
-        f"{notes or 'run again with --debug and report it'}",
+        f"internal error, {type(error).__name__}: {one_line(error)}; {notes or 'run again with --debug and report it'}",
         1,
     )
 

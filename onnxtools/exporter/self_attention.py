@@ -13,12 +13,12 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxtools.analysis.cache import CacheSpec
+from onnxtools.analysis.masks import HALF_LOWEST
 from onnxtools.exporter.config import SelfAttention
 from onnxtools.exporter.layers import FLOAT, INT64, Layers
 from onnxtools.exporter.ort_layers import MICROSOFT, OrtLayers
 
 _Q, _K, _V = "q", "k", "v"
-_LOWEST = {ir.DataType.FLOAT: -3.4e38, ir.DataType.FLOAT16: -65504.0, ir.DataType.BFLOAT16: -3.38e38}
 """About the lowest finite number of each type; half of it hides a token."""
 
 
@@ -145,7 +145,7 @@ class Attention:
             visible = op("And", [visible, real], "/model/mask/visible")
         elif self.kind != "scatter":
             visible = op("Unsqueeze", [visible, build.constant([0, 1], "axes_0_1")], "/model/mask/visible")
-        low = _LOWEST[self.layers.dtype] / 2
+        low = HALF_LOWEST[self.layers.dtype]
         return op(
             "Where",
             [visible, self.layers.scalar(0.0, "mask_visible"), self.layers.scalar(low, "mask_hidden")],

@@ -18,15 +18,13 @@ from onnxtools.base.inputs import absent, check_regular
 from onnxtools.ir.wellformed import check
 from onnxtools.storage import external
 from onnxtools.storage.external import ExternalAttribute
-from onnxtools.storage.records import Beside
+from onnxtools.storage.records import MAX_PROTO_BYTES, Beside
 from onnxtools.storage.rows import external_path
 from onnxtools.storage.save import SaveReport, save, to_proto
 
 MAX_IR_VERSION = 13
 """ONNX Runtime 1.31 loads IR <= 13; onnx 1.23 would write 14."""
 _LOG = logging.getLogger("onnxtools")
-_MAX_PROTO_BYTES = 1 << 31
-"""Largest size of a protobuf message."""
 
 
 @dataclass
@@ -206,9 +204,9 @@ def _read_proto(path: Path) -> tuple[onnx.ModelProto, str]:
         if path.is_dir():
             raise ModelError(f"{path}: is a folder; name the .onnx file in it")
         check_regular(path, ModelError)
-        if (size := path.stat().st_size) >= _MAX_PROTO_BYTES:
+        if (size := path.stat().st_size) >= MAX_PROTO_BYTES:
             raise ModelError(
-                f"{path}: has {size} bytes, and no ONNX graph can have more than {_MAX_PROTO_BYTES}; keep its weights "
+                f"{path}: has {size} bytes, and no ONNX graph can have more than {MAX_PROTO_BYTES}; keep its weights "
                 "in a data file"
             )
         data = path.read_bytes()

@@ -16,7 +16,7 @@ import onnx
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
-from onnxtools.base.errors import ModelError
+from onnxtools.base.errors import ModelError, one_line
 
 _LONGEST_NAME = 255
 """Longest file name, in bytes (POSIX file systems)."""
@@ -108,7 +108,7 @@ def fault(path: Path) -> str:
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except Exception as error:  # of several libraries
-        message = " ".join(str(error).split())
+        message = one_line(error, 2000)
         if re.search(r"Field '(shape|type)' of '\w+' is required", message):
             return ""  # outputs need no recorded type or shape to run
         return message[:200] or type(error).__name__

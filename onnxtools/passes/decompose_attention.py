@@ -9,15 +9,13 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxtools.analysis.facts import Facts, analyse
+from onnxtools.analysis.masks import HIDDEN
 from onnxtools.analysis.operators import Fact
 from onnxtools.base.errors import JobError
 from onnxtools.ir.edit import Builder, remove_unused, replace_keeping_name
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import attribute, is_op
 from onnxtools.pipeline.passbase import Pass, PassResult
-
-LOWEST = -10000.0
-"""Value added to the scores of hidden keys; exp(-1e4) is 0 in every floating type, and fp16 can hold -1e4."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +115,7 @@ def _causal(node: ir.Node, query: ir.Value, key: ir.Value, dtype: ir.DataType, b
     rows, columns = (_count(value, f"{name}/{part}", build) for value, part in ((query, "queries"), (key, "keys")))
     column = build.op("Unsqueeze", [rows, build.constant([1], "axes_1")], f"{name}/Column")
     hidden = build.op("Greater", [columns, column], f"{name}/Greater")
-    fill, none = (build.constant(np.array(n, dtype=dtype.numpy()), "mask", dtype) for n in (LOWEST, 0))
+    fill, none = (build.constant(np.array(n, dtype=dtype.numpy()), "mask", dtype) for n in (HIDDEN, 0))
     return build.op("Where", [hidden, fill, none], f"{name}/Where")
 
 
@@ -133,5 +131,5 @@ def _masked(scores: ir.Value, mask: ir.Value, facts: Facts, dtype: ir.DataType, 
     """Applies `attn_mask`: a boolean mask says which keys take part, a numeric mask is added."""
     if facts[mask].dtype != ir.DataType.BOOL:
         return build.op("Add", [scores, mask], f"{name}/Mask")
-    fill = build.constant(np.array(LOWEST, dtype=dtype.numpy()), "mask", dtype)
+    fill = build.constant(np.array(HIDDEN, dtype=dtype.numpy()), "mask", dtype)
     return build.op("Where", [mask, scores, fill], f"{name}/Mask")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from onnxtools.base.errors import JobError
+from onnxtools.base.errors import JobError, one_line
 from onnxtools.ir.model import Model
 from onnxtools.pipeline.passbase import Pass, PassResult
 
@@ -26,7 +26,6 @@ class InlineFunctions(Pass):
             InlinePass()(model.ir)
         except ValueError as error:  # functions of another opset, or recursive functions
             raise JobError(
-                f"{model.path}: its functions cannot be inlined ({' '.join(str(error).split())[:200]}); export the "
-                "model at one opset"
+                f"{model.path}: its functions cannot be inlined ({one_line(error, 200)}); export the model at one opset"
             ) from None
         return PassResult(True, count, [f"{count} functions inlined"])

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from onnxtools.analysis.cache import is_present
 from onnxtools.analysis.facts import token_input
-from onnxtools.base.errors import JobError, OnnxtoolsError
+from onnxtools.base.errors import JobError, OnnxtoolsError, one_line
 from onnxtools.base.memory import peak_mib
 from onnxtools.check.feeds import Array, Feeds, Probe, long_probe, probes, too_costly
 from onnxtools.check.runner import Runner
@@ -122,7 +122,7 @@ def _check(model: Model) -> str | None:
     try:
         onnx.checker.check_model(skeleton(model), full_check=True)
     except Exception as error:  # the checker raises several types
-        return " ".join(str(error).split())[:300]
+        return one_line(error)
     return None
 
 

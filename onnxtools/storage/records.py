@@ -10,6 +10,8 @@ from typing import Any
 
 import onnx
 
+MAX_PROTO_BYTES = 1 << 31
+"""No protobuf is larger."""
 FILES_KEY = "onnxtools.files"
 """Key in the model's metadata of the record, in JSON."""
 Beside = Mapping[str, Path | bytes]
@@ -47,7 +49,7 @@ def files_of(path: Path) -> dict[str, Any]:
     """Returns `recorded` of the graph in the file `path`. No weight in a data file is read."""
     proto = onnx.ModelProto()
     try:
-        if path.is_file() and path.stat().st_size < 1 << 31:
+        if path.is_file() and path.stat().st_size < MAX_PROTO_BYTES:
             proto.ParseFromString(path.read_bytes())
         return recorded({entry.key: entry.value for entry in proto.metadata_props})
     except Exception:  # protobuf raises errors of its own; a file that is no graph has no record

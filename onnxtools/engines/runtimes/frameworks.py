@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxtools.base.errors import JobError
+from onnxtools.base.errors import JobError, one_line
 from onnxtools.base.extras import install_line
 from onnxtools.checkpoints.model_info import ModelInfo
 from onnxtools.engines.runtimes.onnxrt.ort_session import device_name
@@ -113,8 +113,7 @@ class FrameworksRuntime:
             )
         except Exception as error:  # transformers passes on any exception of its dependencies
             raise JobError(
-                f"{self.path}: transformers cannot load it ({' '.join(str(error).split())[:160]}); name another with "
-                "--checkpoint"
+                f"{self.path}: transformers cannot load it ({one_line(error, 160)}); name another with --checkpoint"
             ) from None
 
     def open(self, slots: int, length: int) -> TorchSession:

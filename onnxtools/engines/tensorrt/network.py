@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from onnxtools.analysis.masks import HALF_LOWEST
 from onnxtools.base.errors import JobError
 from onnxtools.engines.build.builder import TensorInfo
 from onnxtools.ir.model import Model
@@ -131,7 +132,7 @@ def _additive(trt: Any, network: Any, attention: Any) -> Any:
     mask, dtype = attention.mask, attention.get_input(0).dtype
     shape = (1,) * len(mask.shape)
     half = dtype.name == "HALF"
-    lowest = float(np.finfo(np.float16 if half else np.float32).min) / 2
+    lowest = HALF_LOWEST[ir.DataType.FLOAT16 if half else ir.DataType.FLOAT]
 
     def constant(value: float) -> Any:
         array = np.full(shape, value, dtype=np.float16 if half else np.float32)
