@@ -12,24 +12,31 @@ from onnx import TensorProto, helper, save
 import onnxtools
 
 
+def is_removable(node: ir.Node, keep: str) -> bool:
+    """Whether a Dropout only hands its input on: no mask is read, and no training mode can be set."""
+    return (
+        (node.domain, node.op_type) == ("", "Dropout")
+        and node.name != keep
+        and (len(node.inputs) < 3 or node.inputs[2] is None)
+        and not any(mask.uses() or mask.is_graph_output() for mask in node.outputs[1:])
+        and not node.outputs[0].is_graph_output()
+    )
+
+
 @dataclass(frozen=True)
 class RemoveDropout(onnxtools.Pass):
-    """Let whoever reads a Dropout read its input instead; one whose mask is read stays."""
+    """Let the readers of a Dropout read its input; a Dropout that may drop, or whose mask is read, stays."""
 
     name = "remove-dropout"
 
     keep: str = onnxtools.option("", "Name of a Dropout that stays.")
 
     def apply(self, model: onnxtools.Model) -> onnxtools.PassResult:
-        nodes = [node for node in model.graph if node.op_type == "Dropout" and node.name != self.keep]
-        removable = [node for node in nodes if not any(mask.uses() for mask in node.outputs[1:])]
-        for node in removable:
-            source, result = node.inputs[0], node.outputs[0]
-            if source is None or result.is_graph_output():
-                continue
-            ir.convenience.replace_all_uses_with(result, source)
-            model.graph.remove(node, safe=True)
-        return onnxtools.PassResult(bool(removable), len(removable), [f"{len(removable)} Dropout nodes removed"])
+        nodes = [node for node in model.nodes_everywhere() if is_removable(node, self.keep)]
+        for node in nodes:
+            node.outputs[0].replace_all_uses_with(node.inputs[0])
+            node.graph.remove(node, safe=True)
+        return onnxtools.PassResult(bool(nodes), len(nodes), [f"{len(nodes)} Dropout nodes removed"])
 
 
 def make(path: Path) -> None:

@@ -54,6 +54,6 @@ def test_options_of_passes_stand_in_the_reference() -> None:
     for name, point in registry.names().items():
         if not point.module.startswith("onnxtools."):
             continue
-        assert f"<!-- options {point.value} -->" in page, name
+        assert f"<!-- options {point.value} -->" in page, f"add a section for {name} to docs/reference/passes.md"
         fields = [field.name for field in dataclasses.fields(load_pass(name))]
         assert [row[0] for row in options(*point.value.split(":"))] == fields, name

@@ -79,3 +79,28 @@ def test_the_plug_in_package_is_a_command(tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert ops(tmp_path / "out.onnx") == ["Relu"]
+
+
+def test_the_pass_of_the_examples_leaves_what_may_drop(tmp_path: Path) -> None:
+    """A mask that is read, a training mode, an output of the graph; and it counts what it removed alone."""
+    import runpy
+
+    import onnxtools
+
+    nodes = [
+        helper.make_node("Dropout", ["x"], ["a"], name="plain"),
+        helper.make_node("Dropout", ["a", "", "on"], ["b"], name="training"),
+        helper.make_node("Dropout", ["b"], ["c", "mask"], name="masked"),
+        helper.make_node("Cast", ["mask"], ["m"], to=1),
+        helper.make_node("Add", ["c", "m"], ["d"]),
+        helper.make_node("Dropout", ["d"], ["y"], name="last"),
+    ]
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in "xy")
+    on = [helper.make_tensor("on", TensorProto.BOOL, [], [True])]
+    graph = helper.make_graph(nodes, "g", [x], [y], on)
+    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9), tmp_path / "m.onnx")
+    for program in ("01_own_pass.py", "04_plug_in_package/remove_dropout.py"):
+        model = onnxtools.load(tmp_path / "m.onnx")
+        result = runpy.run_path(str(EXAMPLES / program))["RemoveDropout"]().apply(model)
+        assert result.matches == 1
+        assert [node.name for node in model.graph if node.op_type == "Dropout"] == ["training", "masked", "last"]

@@ -7,12 +7,23 @@ import onnx_ir as ir
 from onnxtools import Model, Pass, PassResult, option
 
 
+def is_removable(node: ir.Node, keep: str) -> bool:
+    """Whether a Dropout only hands its input on: no mask is read, and no training mode can be set."""
+    return (
+        (node.domain, node.op_type) == ("", "Dropout")
+        and node.name != keep
+        and (len(node.inputs) < 3 or node.inputs[2] is None)
+        and not any(mask.uses() or mask.is_graph_output() for mask in node.outputs[1:])
+        and not node.outputs[0].is_graph_output()
+    )
+
+
 @dataclass(frozen=True)
 class RemoveDropout(Pass):
-    """Let whoever reads a Dropout read its input instead.
+    """Let the readers of a Dropout read its input.
 
     Rules:
-      - a Dropout whose mask is read, or whose result is an output of the graph, stays.
+      - a Dropout with a training_mode input, whose mask is read, or whose result is an output of the graph, stays.
     """
 
     name = "remove-dropout"
@@ -21,12 +32,8 @@ class RemoveDropout(Pass):
     keep: str = option("", "Name of a Dropout that stays.")
 
     def apply(self, model: Model) -> PassResult:
-        count = 0
-        for node in list(model.graph):
-            if node.op_type != "Dropout" or node.name == self.keep or any(mask.uses() for mask in node.outputs[1:]):
-                continue
-            if node.inputs[0] is not None and not node.outputs[0].is_graph_output():
-                ir.convenience.replace_all_uses_with(node.outputs[0], node.inputs[0])
-                model.graph.remove(node, safe=True)
-                count += 1
-        return PassResult(count > 0, count, [f"{count} Dropout nodes removed"])
+        nodes = [node for node in model.nodes_everywhere() if is_removable(node, self.keep)]
+        for node in nodes:
+            node.outputs[0].replace_all_uses_with(node.inputs[0])
+            node.graph.remove(node, safe=True)
+        return PassResult(bool(nodes), len(nodes), [f"{len(nodes)} Dropout nodes removed"])

@@ -25,8 +25,22 @@ _KIND = {PASSES: "pass", BUILDERS: "builder", FAMILIES: "family", RUNTIMES: "run
 
 @functools.cache
 def names(group: str = PASSES) -> dict[str, EntryPoint]:
-    """Returns the entry points of `group` by name. Nothing is imported."""
+    """Returns the entry points of `group` by name; nothing is imported."""
     return {point.name: point for point in entry_points(group=group)}
+
+
+def _check_unique(name: str, group: str) -> None:
+    """Raise UsageError if two packages register `name`: which of them is found would be chance."""
+    places = {
+        point.value: point.dist.name if point.dist is not None else point.value
+        for point in entry_points(group=group)
+        if point.name == name
+    }
+    if len(places) > 1:
+        packages = " and by ".join(sorted(places.values()))
+        raise UsageError(
+            f"the {_KIND[group]} {name!r} is registered by {packages}; uninstall one, or rename its entry point"
+        )
 
 
 def load(name: str, group: str = PASSES) -> Any:
@@ -41,6 +55,7 @@ def load(name: str, group: str = PASSES) -> Any:
         close = difflib.get_close_matches(name, points, n=3)
         hint = f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(sorted(points))}"
         raise UsageError(f"no {_KIND[group]} is named {name!r}; {hint}")
+    _check_unique(name, group)
     try:
         return points[name].load()
     except (ImportError, AttributeError) as error:

@@ -35,8 +35,8 @@ class RunOptions:
     force: bool = option(False, "Let the output replace the input.", switch=True)
     check: bool | None = option(
         None,
-        "Compare with the input on ONNX Runtime after each pass: in full, or a part of a large model without it being "
-        "said. [default: on]",
+        "Compare with the input on ONNX Runtime after each pass; without this option a part of a large model. "
+        "[default: on]",
     )
     inputs: Path | None = option(
         None, "Inputs for the check: .npz or Polygraphy JSON. [default: random by rule]", path=True

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from onnxtools.base import registry
 from onnxtools.base.errors import JobError, UsageError
 from onnxtools.base.options import option
 from onnxtools.cli.flags import PATH, make_command
@@ -26,7 +27,8 @@ class RuntimeChoice:
 
     runtime: tuple[str, ...] = option(
         (),
-        "onnxrt (:cpu, :cuda, :nograph, :nokernels), trt, frameworks (:eager, :sdpa, :nocache). [default: by the file]",
+        f"{', '.join(registry.names(registry.RUNTIMES))}; onnxrt has :cpu, :cuda, :nograph and :nokernels, frameworks "
+        ":eager, :sdpa and :nocache. [default: by the file]",
         metavar="NAME[:VARIANT]",
     )
     tokenizer: Path | None = option(None, "tokenizer.json, or a folder with it. [default: beside the model]", path=True)

@@ -301,6 +301,12 @@ def check_plain(config: Mapping[str, Any], family: str) -> None:
             f"{family}: has a quantization_config: its weights are stored quantized, which is not supported; export "
             "the original checkpoint"
         )
+    windows = [kind for kind in config.get("layer_types") or () if kind != "full_attention"]
+    if windows or config.get("use_sliding_window") is True:
+        raise ModelError(
+            f"{family}: has layers of {shown(windows[0]) if windows else 'sliding_window'} attention, which is not "
+            "supported; every token must see all before it"
+        )
     for name, value in _REFUSED.items():
         if config.get(name) is value:
             raise ModelError(

@@ -113,6 +113,12 @@ def _bound(checkpoint: Checkpoint, options: ExportOptions) -> tuple[DecoderConfi
             "does"
         )
     source.check(str(checkpoint.path), family.ignored)
+    forgotten = [name for name in weight_shapes(config) if name not in tensors]
+    if forgotten:
+        raise ModelError(
+            f"{checkpoint.path}: the family {family.name!r} gives no {forgotten[0]!r} ({len(forgotten)} weights); mend "
+            "its `weights`"
+        )
     scales = family.scales(config, source)
     if scales:
         checkpoint.notes.append(f"FP8 scales of {len(scales)} linear layers became QuantizeLinear and DequantizeLinear")

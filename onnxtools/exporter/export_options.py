@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from onnxtools.base import registry
 from onnxtools.base.errors import UsageError
 from onnxtools.base.options import option
 
@@ -39,7 +40,8 @@ class ExportOptions:
         False, "Random weights. The sizes come from a folder with config.json, or from --family and the options below."
     )
     family: str | None = option(
-        None, "Family of a random model without a folder: gpt2, gpt_bigcode, llama, nemotron, megatron. [default: gpt2]"
+        None,
+        f"Family of a random model without a folder: {', '.join(registry.names(registry.FAMILIES))}. [default: gpt2]",
     )
     n_layer: int | None = option(None, "Layers of a random model.")
     n_embd: int | None = option(None, "Hidden size of a random model.")

@@ -6,6 +6,7 @@ Other packages add families through the entry-point group `onnxtools.families`.
 from __future__ import annotations
 
 import fnmatch
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,11 +14,12 @@ from typing import Any
 import onnx_ir as ir
 
 from onnxtools.base import registry
-from onnxtools.base.errors import ModelError
+from onnxtools.base.errors import ModelError, OnnxtoolsError
 from onnxtools.exporter.config import DecoderConfig
 from onnxtools.storage.lazy import Tensor, equal, shape_of
 
 _SHOWN = 8
+_LOG = logging.getLogger("onnxtools")
 
 
 @dataclass(frozen=True)
@@ -148,10 +150,14 @@ def family_for(architecture: str, label: str) -> Family:
     Raises:
         ModelError: no family does.
     """
-    families = [registry.load(name, registry.FAMILIES) for name in registry.names(registry.FAMILIES)]
+    families: list[Family] = []
+    for name in registry.names(registry.FAMILIES):
+        try:
+            families.append(registry.load(name, registry.FAMILIES))
+        except OnnxtoolsError as error:  # of another package; the other families work
+            _LOG.warning("%s", error)
     for family in families:
         if architecture in family.architectures:
-            match: Family = family
-            return match
+            return family
     architectures = sorted({name for family in families for name in family.architectures})
     raise ModelError(f"{label}: the architecture {architecture!r} is not supported; {', '.join(architectures)} are")

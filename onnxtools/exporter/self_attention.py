@@ -19,7 +19,6 @@ from onnxtools.exporter.layers import FLOAT, INT64, Layers
 from onnxtools.exporter.ort_layers import MICROSOFT, OrtLayers
 
 _Q, _K, _V = "q", "k", "v"
-"""About the lowest finite number of each type; half of it hides a token."""
 
 
 @dataclass

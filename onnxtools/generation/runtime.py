@@ -151,6 +151,9 @@ class Session(Protocol):
 class Runtime(Protocol):
     """A causal language model on some runtime.
 
+    The class is called with (path: Path, options: RuntimeOptions). `variants`, a tuple of keys of `VARIANTS`, names the
+    words that may follow its name; `cpu` and `cuda` without it.
+
     Attributes:
         name: the runtime's name with its variant, as the user gave it.
         device: `cpu`, or `cuda` and the card's name.
@@ -227,9 +230,11 @@ def open_runtime(spec: str, model: str | os.PathLike[str], options: RuntimeOptio
 
     model = Path(model)
     name, *words = spec.split(":")
+    kind = registry.load(name, registry.RUNTIMES)
+    variants = getattr(kind, "variants", ("cpu", "cuda"))
     for word in words:
-        if word not in VARIANTS:
-            raise UsageError(f"runtime {spec!r}: no variant is called {word!r}; known: {', '.join(VARIANTS)}")
+        if word not in variants:
+            raise UsageError(f"runtime {spec!r}: {name} has no variant {word!r}; it has {', '.join(variants)}")
         options = dataclasses.replace(options, **VARIANTS[word])
     if name == "trt" and model.suffix == ".onnx":
         raise UsageError(
@@ -239,7 +244,7 @@ def open_runtime(spec: str, model: str | os.PathLike[str], options: RuntimeOptio
         raise UsageError(
             f"{model}: is no .onnx file, which --runtime onnxrt runs; `onnxtools export` makes one of a checkpoint"
         )
-    runtime: Runtime = registry.load(name, registry.RUNTIMES)(model, options)
+    runtime: Runtime = kind(model, options)
     _check_whole(runtime, spec)
     runtime.name = spec
     return runtime
@@ -257,9 +262,10 @@ def _check_whole(runtime: Any, spec: str) -> None:
         if not name.startswith("_") and not hasattr(runtime, name)
     )
     if missing:
+        place = f"{type(runtime).__module__}.{type(runtime).__name__}"
         raise JobError(
-            f"runtime {spec!r} ({type(runtime).__module__}.{type(runtime).__name__}) has no {', '.join(missing)}; its "
-            "package is for another onnxtools"
+            f"runtime {spec!r} ({place}) has no {', '.join(missing)}, which onnxtools.generation.runtime.Runtime has; "
+            "add it, or install a newer package"
         )
 
 

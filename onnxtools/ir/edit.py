@@ -13,8 +13,15 @@ from onnxtools.ir.model import Model
 
 
 def rename_or_bypass(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
-    """Replace every use of `old`, graph outputs included, by `new`. A graph output keeps its name, type and shape."""
+    """Replace every use of `old`, graph outputs included, by `new`. A graph output keeps its name, type and shape.
+
+    An input or another output of the graph keeps its own name too, so an Identity stands between it and the output.
+    """
     output = old.is_graph_output()
+    if output and (new.is_graph_input() or new.is_graph_output()):
+        node = ir.node("Identity", [new], name=f"{old.name}/Identity")
+        graph.append(node)
+        new = node.outputs[0]
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
     if output:
         name, old.name = old.name, f"{old.name}__replaced"

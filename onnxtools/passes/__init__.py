@@ -1,1 +1,1 @@
-"""The transforms, one a file. Imported as `onnxtools.passes` (a symbolic link), never as `passes`."""
+"""The transforms, one a file. The top-level `passes` is a symbolic link to this folder."""

@@ -83,7 +83,8 @@ class Pass(Configured):
     """Base of all passes. Subclasses are frozen dataclasses named in the entry-point group `onnxtools.passes`.
 
     Class attributes:
-        name: the command and recipe name, kebab-case.
+        name: the command and recipe name, kebab-case; the entry point has the same one. The first line of the help is
+            that of the module's docstring, the rules are those of the class's.
         numerics: how the outputs may change; decides how the numeric check judges.
         example: a command line for `--help`.
         runs_code: it runs code that a recipe names, which must be allowed.

@@ -117,3 +117,26 @@ def test_the_registry_imports_nothing() -> None:
     heavy = "any(m.startswith('onnxtools.passes') or m in ('onnx', 'numpy') for m in sys.modules)"
     code = f"import sys; from onnxtools.base import registry; registry.names(); sys.exit({heavy})"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_a_name_of_two_packages_is_refused_with_both_named(package: Path, tmp_path: Path) -> None:
+    """Which of two is found depends on the order of the path, so neither runs."""
+    other = package / "rival-2.0.dist-info"
+    other.mkdir()
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: rival\nVersion: 2.0\n")
+    (other / "entry_points.txt").write_text("[onnxtools.passes]\nnegate = rival:Negate\n")
+    done = onnxtools(package, "negate", linear(tmp_path / "in.onnx"), tmp_path / "o.onnx")
+    assert done.returncode == 2
+    assert "'negate' is registered by rival and by third-party" in done.stderr
+
+
+def test_a_family_that_cannot_be_imported_stops_no_other(package: Path, tmp_path: Path) -> None:
+    points = package / "third_party-1.0.dist-info" / "entry_points.txt"
+    points.write_text("[onnxtools.families]\nbroken = third_party_absent:FAMILY\n")
+    code = "from onnxtools.exporter.family import family_for; print(family_for('llama', 'x').name)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(package)}, capture_output=True, text=True,
+        check=False, cwd=ROOT,
+    )  # fmt: skip
+    assert done.stdout == "llama\n", done.stderr
+    assert "family 'broken'" in done.stderr, "it is said"

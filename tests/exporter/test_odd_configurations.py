@@ -115,6 +115,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers"),
     ("llama", {"eos_token_id": "x"}, "eos_token_id"),
     ("llama", {"hidden_act": ["silu"]}, "hidden_act"),
+    ("llama", {"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+    ("llama", {"use_sliding_window": True}, "sliding_window"),
 ]
 
 

@@ -207,3 +207,9 @@ def test_tokens_outside_the_vocabulary_and_texts_beyond_the_positions_are_errors
     with pytest.raises(JobError, match=r"text of 60 tokens and 5 new ones exceed the model's 64 positions"):
         generate(runtime, [[1] * 60], GenerationOptions(max_new_tokens=5))
     assert len(generate(runtime, [[1] * 60], GenerationOptions(max_new_tokens=4))[0][0].token_ids) == 4
+
+
+@pytest.mark.parametrize(("spec", "says"), [("onnxrt:eager", "no variant 'eager'"), ("frameworks:nograph", "nograph")])
+def test_a_variant_of_another_runtime_is_refused_with_its_own(spec: str, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        open_runtime(spec, "model.onnx", RuntimeOptions())

@@ -54,6 +54,8 @@ class FrameworksRuntime:
         JobError: PyTorch or transformers is not installed, or transformers cannot load the checkpoint.
     """
 
+    variants = ("cpu", "cuda", "eager", "sdpa", "nocache")
+
     def __init__(self, path: Path, options: RuntimeOptions) -> None:
         try:
             import torch

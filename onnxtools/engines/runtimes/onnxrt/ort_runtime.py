@@ -22,6 +22,8 @@ from onnxtools.generation.runtime import Floats, Ids, Logits, Prompts, check_len
 class OrtRuntime(OrtModel):
     """See the module; the attributes are those of `Runtime`."""
 
+    variants = ("cpu", "cuda", "nograph", "nokernels")
+
     _idle: Static | None = None
 
     def open(self, slots: int, length: int) -> OrtSession:
