@@ -42,7 +42,7 @@ $(DOCS): requirements/docs.txt requirements/build.txt pyproject.toml
 
 # Pages into site/, without a network; a broken link or a name that is not in the sources is an error.
 docs: $(DOCS)
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 test: lint
 	$(PYTEST) $(TESTS)

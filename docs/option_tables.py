@@ -49,4 +49,20 @@ def options(module: str, name: str) -> Iterator[tuple[str, str, str, str]]:
         ):
             default, text = field.value.args[:2]
             kind = ast.unparse(field.annotation).replace("|", "\\|")
-            yield field.target.id, kind, f"`{ast.unparse(default)}`", ast.literal_eval(text).replace("|", "\\|")
+            words = _text(text).replace("|", "\\|") + _flags(field.value)
+            yield ast.unparse(field.target), kind, f"`{ast.unparse(default)}`", words
+
+
+def _text(node: ast.expr) -> str:
+    """The help of an option; what an f-string computes stands as ..."""
+    parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+    return "".join(str(part.value) if isinstance(part, ast.Constant) else "..." for part in parts)
+
+
+def _flags(call: ast.Call) -> str:
+    """The switches that stand for a value of the option."""
+    flags = next((keyword.value for keyword in call.keywords if keyword.arg == "flags"), None)
+    if not isinstance(flags, ast.Dict):
+        return ""
+    pairs = zip(flags.keys, flags.values, strict=True)
+    return " " + ", ".join(f"`{ast.literal_eval(key)}` is {ast.unparse(value)}" for key, value in pairs if key) + "."

@@ -105,6 +105,7 @@ def find_attention(model: Model, facts: Facts) -> list[Attention]:
     Args:
         model: the model.
         facts: its facts (`analyse`).
+
     Raises:
         JobError: a Softmax feeds a matrix product of activations, but the block cannot be traced. The message names the
             Softmax and the reason.

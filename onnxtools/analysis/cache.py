@@ -156,6 +156,7 @@ class CacheSpec:
         Args:
             rows: sequences.
             length: tokens in a cache of dynamic length.
+
         Returns:
             Arrays of the inputs' types; float32 for bfloat16, which numpy lacks.
         """

@@ -91,6 +91,7 @@ def decoder_io(path: Path, inputs: Sequence[Port], outputs: Sequence[Port], *, g
         inputs: all inputs.
         outputs: all outputs.
         gqa: the graph holds com.microsoft.GroupQueryAttention.
+
     Raises:
         JobError: an input cannot be fed, the cache has an unknown form, or there are no logits.
     """

@@ -78,6 +78,7 @@ def hidden_by_addition(array: Array) -> tuple[Array, float]:
 
     Returns:
         The hidden keys, booleans of the mask's shape, and the lowest value, 0.0 if no key is hidden.
+
     Raises:
         MaskError: the mask holds values other than zero and blocking ones: a position bias.
     """

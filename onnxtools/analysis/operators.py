@@ -60,6 +60,7 @@ def reshape_target(shape: tuple[int, ...], target: Sequence[int], allowzero: int
         shape: sizes of the data.
         target: the second input.
         allowzero: the attribute.
+
     Raises:
         ValueError: the numbers of elements differ.
     """

@@ -32,6 +32,7 @@ def reach_opset(model: Model, version: int) -> tuple[int, str]:
 
     Returns:
         The number of rewritten nodes, and a line for the user.
+
     Raises:
         JobError: the opset is older than 11, or a node has no form of the same meaning; it names the node.
     """

@@ -92,6 +92,7 @@ def shift_positions(
         past: tokens in the cache, an int64 scalar.
         past_1d: the same with shape [1].
         builder: inserts the new nodes.
+
     Returns:
         Names of the changed nodes: Range(0, sequence) and Slice(table, 0:sequence).
     """

@@ -38,6 +38,7 @@ def check_regular(path: Path, error: type[OnnxtoolsError]) -> None:
     Args:
         path: the file to check.
         error: the class of the error to raise.
+
     Raises:
         error: `path` is a folder, a pipe, a socket or a device.
         OSError: `path` does not exist, or its status cannot be read.
@@ -117,6 +118,7 @@ def _size(node: yaml.Node, sizes: dict[int, int]) -> int:
 
     Args:
         sizes: the counts of the collections visited so far, by `id`; 0 while a collection is being counted.
+
     Raises:
         ValueError: a node holds itself, or an integer has more than 40 digits.
     """

@@ -19,6 +19,7 @@ def read_jsonl(path: Path, limit: int | None = None) -> list[tuple[int, dict[str
     Args:
         path: the file, in UTF-8.
         limit: read at most so many objects; None reads all.
+
     Raises:
         JobError: the file cannot be read, a line is no JSON object or is longer than `MAX_LINE`, or the file has no
             objects.

@@ -34,6 +34,7 @@ def option(
             may be published.
         minimum: the least value of a number.
         display: settings of the command line only: `short` ("-o"), `metavar`, `required`, and `switch` (no --no- form).
+
     Raises:
         TypeError: `default` is a list, dict or set.
     """
@@ -50,6 +51,7 @@ def convert_fields(cls: type[Any], owner: str, options: Mapping[str, Any]) -> di
         cls: a dataclass with type annotations.
         owner: the name of the pass or command in errors.
         options: values by option name, with `-` or `_`.
+
     Raises:
         UsageError: an option is unknown or its value has the wrong type.
     """

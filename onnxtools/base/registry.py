@@ -76,6 +76,7 @@ def load_object(option: str, place: str) -> Any:
     Args:
         option: the command-line option that names the object, for errors.
         place: the object's module and name.
+
     Raises:
         UsageError: `place` has another form, or cannot be imported.
     """

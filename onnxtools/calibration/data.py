@@ -27,6 +27,7 @@ class Samples(Sequence[Feeds]):
         model: the graph that the feeds are for.
         texts: token ids of each text.
         feeds: arrays by input name; used if there are no `texts`.
+
     Attributes:
         digest: SHA-256 of the data in hexadecimal, for the calibration cache.
     """

@@ -175,6 +175,7 @@ class Calibration:
         model: the model; a note on the texts is added to it.
         options: the pass whose calibration data and cache are used.
         key: anything else on which the findings depend. A cache of another key is not used.
+
     Raises:
         UsageError, JobError: as in `read_samples` and `segments`.
     """
@@ -260,6 +261,7 @@ class Calibration:
             look: returns the findings of a layer, arrays by name. It may call `Layer.observe` and `run_again`. Its
                 arrays must be small.
             nodes: the nodes that `look` needs; segments after the last of them are left out. None means all segments.
+
         Raises:
             JobError: the cache is damaged, or a run failed.
         """
@@ -308,6 +310,7 @@ class Calibration:
         Args:
             weight: name of the weight.
             dtype: element type of the stored array.
+
         Raises:
             JobError: the file is missing.
         """
@@ -327,6 +330,7 @@ class Calibration:
         Args:
             segment: the segment to run.
             observers: by value; the values are outputs or inputs of the segment's nodes.
+
         Raises:
             JobError: ONNX Runtime failed, or an observed value is infinite or NaN.
         """

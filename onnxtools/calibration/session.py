@@ -38,6 +38,7 @@ class SegmentSession:
         segment: the segment to run.
         received_types: ONNX element types (`onnx.TensorProto.DataType`) of the values that it receives.
         wanted: the values to return.
+
     Raises:
         JobError: ONNX Runtime cannot load the segment.
     """
@@ -76,8 +77,10 @@ class SegmentSession:
         Args:
             feeds: arrays by the name of the graph input; other names are ignored.
             received: arrays by the name of the received value.
+
         Returns:
             The arrays of the values `wanted`.
+
         Raises:
             JobError: ONNX Runtime failed.
         """

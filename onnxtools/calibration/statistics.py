@@ -190,6 +190,7 @@ class RotationRange:
     Args:
         dim: rotated channels (the first ones); pairs are (i, i + dim/2). With 0 no channel is rotated.
         neighbours: pairs are (2i, 2i + 1).
+
     Attributes:
         amax: float32 [head_dim] of keys [batch, heads, sequence, head_dim]; 0-dimensional before the first text.
     """

@@ -46,6 +46,7 @@ class Probe:
 
         Args:
             array: [batch, sequence, ...] or [batch, heads, sequence, channels]; another shape is returned as it is.
+
         Returns:
             [tokens, ...]; `array` itself if all tokens are real.
         """
@@ -72,6 +73,7 @@ def probes(
         sequence: tokens of a row.
         seed: of the random numbers.
         rows: draw token ids from the first so many rows of the embedding table; None for all.
+
     Raises:
         JobError: an input has no type or shape, takes texts, or would be too large.
     """
@@ -181,6 +183,7 @@ def long_probe(model: Model, seed: int = 0) -> Probe | None:
     Args:
         model: the graph to feed.
         seed: of the random token ids.
+
     Raises:
         JobError: as in `probes`.
     """

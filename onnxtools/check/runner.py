@@ -41,10 +41,12 @@ class Runner:
         only: names of the values to return; nodes that they do not need are not loaded. None for the graph's outputs.
         rows: load only the first so many rows of embedding tables; used with `only`.
         seconds: a run that takes longer is ended.
+
     Attributes:
         notes: how the computation differs from the graph, a line each.
         inputs: `onnx.ValueInfoProto` by name.
         outputs: names in the graph's order.
+
     Raises:
         JobError: the graph cannot be loaded, or too many changed weights are in memory.
     """
@@ -122,6 +124,7 @@ class Runner:
 
         Args:
             feeds: arrays by input name; other names are ignored.
+
         Raises:
             JobError: an input is missing, the run took longer than `seconds`, or the runtime failed.
         """

@@ -110,6 +110,7 @@ class Verdict:
             a: output of the reference.
             b: output of the model.
             tolerance: largest accepted relative L2, in place of the verdict's.
+
         Raises:
             JobError: the shapes differ.
         """
@@ -186,6 +187,7 @@ def validate(
         batch: rows of random inputs.
         sequence: tokens of a row of random inputs.
         seed: of random inputs.
+
     Raises:
         JobError: a model does not run, the models share no output, or an output's shape differs.
     """
@@ -246,6 +248,7 @@ def validate_ranks(
         compute: runs the ranks together (`Partition.compute`).
         feeds: inputs of the reference; random by rule when None.
         tolerance: largest accepted relative L2; by element type when None.
+
     Raises:
         JobError: a graph does not run, the models share no output, or an output's shape differs.
     """
@@ -303,6 +306,7 @@ def run_once(model: Model, feeds: Feeds) -> Feeds:
     Args:
         model: the model.
         feeds: arrays by input name; cache inputs are not needed.
+
     Raises:
         JobError: the model does not run on these inputs.
     """
@@ -356,9 +360,11 @@ def decode(model: Model, run: Runner, feeds: Feeds, steps: Sequence[int]) -> dic
         run: runs the model.
         feeds: inputs of the full sequence, arrays by name; the cache starts empty.
         steps: tokens of each step.
+
     Returns:
         Outputs other than the cache, by name. Those with an axis for the new tokens are joined along it; of others the
         last step's.
+
     Raises:
         JobError: the model does not run, a cache input has no output, or there is no input of token ids.
     """
@@ -509,8 +515,10 @@ def first_divergence(reference: Model, model: Model, feeds: Feeds, tolerance: fl
         model: the transformed model.
         feeds: inputs of the reference, arrays by name.
         tolerance: largest accepted relative L2.
+
     Returns:
         The first value whose difference is larger; None if there is none.
+
     Raises:
         JobError: a graph does not run.
     """

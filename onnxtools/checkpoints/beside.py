@@ -37,6 +37,7 @@ def check_beside(path: Path, known: Mapping[str, str]) -> None:
     Args:
         path: the graph file.
         known: their sha256 by name, as the graph records it.
+
     Raises:
         JobError: names the first that has changed.
     """

@@ -146,6 +146,7 @@ def json_object(data: bytes, label: str) -> dict[str, Any]:
     Args:
         data: the text.
         label: names the data in errors.
+
     Raises:
         ModelError: `data` is no JSON object, or has a key twice in one object.
     """

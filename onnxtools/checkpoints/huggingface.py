@@ -25,6 +25,7 @@ def read_folder(folder: Path, *, weights: bool = True) -> Checkpoint:
     Args:
         folder: the folder.
         weights: False reads only the configuration.
+
     Raises:
         ModelError: there is no config.json or no weights, a file is damaged, or a link leads out of the folder (see
             `member`).
@@ -67,6 +68,7 @@ def state_dict(found: object, label: str) -> dict[str, ir.TensorProtocol]:
     Args:
         found: the object, which must be a dict.
         label: the name of the file in errors.
+
     Raises:
         ModelError: the object is no dict.
     """

@@ -35,6 +35,7 @@ def merge(stages: Sequence[Sequence[Mapping[str, Any]]], config: Mapping[str, An
         stages: the state dicts.
         config: NeMo's configuration of the model.
         label: the name of the checkpoint in errors.
+
     Raises:
         ModelError: the tensor ranks do not hold the same names, the layers do not divide into the stages, or the
             pipeline is virtual.

@@ -46,6 +46,7 @@ class ModelInfo:
         Args:
             path: the graph or engine.
             metadata: its metadata.
+
         Raises:
             JobError: a file cannot be read, or holds impossible values.
         """

@@ -21,6 +21,7 @@ def native_call(what: str) -> Iterator[None]:
 
     Args:
         what: the beginning of the error's line.
+
     Raises:
         JobError: the call failed or panicked. The panic's text on stderr is dropped.
     """

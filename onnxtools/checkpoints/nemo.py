@@ -45,6 +45,7 @@ def read_nemo(path: Path, *, weights: bool = True) -> Checkpoint:
     Args:
         path: the archive or folder.
         weights: False reads only the configuration; the vocabulary is then its `override_vocab_size`.
+
     Raises:
         ModelError: there is no configuration or no weights, a member is unsafe, or the format is that of NeMo 2.
     """

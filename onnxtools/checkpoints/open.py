@@ -17,6 +17,7 @@ def open_checkpoint(path: Path, *, weights: bool = True) -> Checkpoint:
     Args:
         path: the folder or file.
         weights: False reads the configuration of a folder alone.
+
     Raises:
         ModelError: the path does not exist, no reader knows it, or it is damaged.
     """

@@ -85,6 +85,7 @@ def read_sharded(
         folder: the folder of the index and the shards.
         index_name: file name of the index.
         read: reads one shard.
+
     Raises:
         ModelError: a file is missing or outside the folder, or a tensor is not in the file that the index names.
     """

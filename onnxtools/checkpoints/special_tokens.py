@@ -115,6 +115,7 @@ def ids_by_name(folder: Path, wanted: Sequence[str]) -> dict[str, int]:
     Args:
         folder: the folder of the tokenizer.
         wanted: keys such as `eos_token_id`. A key without a token or id is left out of the result.
+
     Raises:
         JobError: as in `named`.
     """
@@ -157,6 +158,7 @@ def from_merges(vocabulary: Path, merges: Path) -> Any:
     Args:
         vocabulary: the path of vocab.json; its folder has the files with the added tokens.
         merges: the path of merges.txt.
+
     Raises:
         JobError: the folder's tokenizer class is not supported, or a file is damaged.
     """

@@ -25,6 +25,7 @@ def forward_scales(extra: Any, label: str) -> Array | None:
     Args:
         extra: BytesIO (TransformerEngine 1.x), a uint8 tensor (2023, and 2.x), or None.
         label: names the module in errors.
+
     Raises:
         ModelError: the state is damaged, a scale is not a positive number, or the pickle needs more than data.
     """

@@ -30,6 +30,7 @@ class Tokenizer:
 
         Args:
             place: a folder with tokenizer.json (or vocab.json and merges.txt), or the tokenizer.json itself.
+
         Raises:
             JobError: there is no tokenizer, it cannot be read, or its patterns take unreasonable time.
         """
@@ -84,6 +85,7 @@ class Tokenizer:
         Args:
             context: a text that is not empty.
             continuation: the text after it.
+
         Raises:
             UsageError, JobError: as in `encode`.
         """
@@ -97,6 +99,7 @@ class Tokenizer:
         Args:
             ids: token ids.
             special: keep special tokens such as the end of text.
+
         Raises:
             JobError: the tokenizer failed.
         """

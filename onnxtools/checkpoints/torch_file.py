@@ -84,6 +84,7 @@ def read_torch(region: Region) -> Any:
 
     Args:
         region: the file, or the part of a file.
+
     Raises:
         ModelError: the file has another format or is damaged, or its pickle needs more than data.
         OSError: the file cannot be read.
@@ -406,6 +407,7 @@ def loads(data: bytes, label: str) -> Any:
     Args:
         data: the pickle or the archive.
         label: names the data in errors.
+
     Raises:
         ModelError: the data is damaged, or its pickle needs more than data.
     """

@@ -90,6 +90,8 @@ def _callback(model: Path, as_json: bool, **values: Any) -> None:
     choice: RuntimeChoice = from_parameters(RuntimeChoice, values)
     models = (model,) if compare is None else (model, compare)
     job = Job(models, options, choice, from_parameters(RuntimeOptions, values))
+    if kind == "lambada" and options.stride is not None:
+        raise UsageError("--stride is for wikitext; leave it out with LAMBADA")
     if kind == "wikitext" and options.resume is not None:
         raise UsageError("--resume is for LAMBADA; leave it out with --dataset wikitext")
     result = _lambada(job, file) if kind == "lambada" else _wikitext(job, file)

@@ -58,6 +58,8 @@ def _callback(paths: tuple[Path, ...], as_json: bool, **values: Any) -> None:
     if options.print_trtexec and spec.backend not in ("auto", "trtexec"):
         raise UsageError(f"--print-trtexec prints a line for trtexec, not for --backend {spec.backend}; leave one out")
     folder = options.output_folder
+    if options.output is not None:
+        _check_output(paths, options.output, folder)
     jobs = _jobs((*paths, options.output) if options.output is not None else paths, folder)
     if options.print_trtexec:
         _lines(jobs, spec, as_json)
@@ -68,6 +70,17 @@ def _callback(paths: tuple[Path, ...], as_json: bool, **values: Any) -> None:
         _one(jobs[0], spec, options.force, as_json)
     else:
         _several(jobs, spec, options, as_json)
+
+
+def _check_output(paths: tuple[Path, ...], output: Path, folder: Path | None) -> None:
+    """Raise UsageError where -o cannot be the one engine's place."""
+    engines = [path for path in paths if path.suffix != ".onnx" and not path.is_dir()]
+    if engines:
+        raise UsageError(f"ENGINE is {engines[0]} and -o is {output}; name one")
+    if output.suffix == ".onnx":
+        raise UsageError(f"-o {output} is where the engine goes, and .onnx is a model's; name it .engine")
+    if len(paths) > 1 or folder is not None:
+        raise UsageError(f"-o {output} is of one model without --output-folder; leave it out")
 
 
 def _jobs(paths: tuple[Path, ...], folder: Path | None) -> list[Job]:

@@ -15,7 +15,17 @@ from onnxtools.base.errors import JobError, UsageError
 from onnxtools.base.options import base_type, choices, convert_fields
 from onnxtools.storage.files import refuse_special
 
-PATH = click.Path(path_type=Path)
+
+class _Path(click.Path):
+    """A path; the empty text, which Path would take for the current folder, is refused."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("the path is empty; name a file or folder", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+PATH = _Path(path_type=Path)
 
 
 OUTPUT_OPTION = click.Option(
@@ -126,6 +136,8 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> click.Option:
     names = [*([m["short"]] if "short" in m else ()), name, field.name]
     common: dict[str, Any] = {"help": help_text, "default": None, "show_default": False}
     common.update({key: m[key] for key in ("metavar", "required") if key in m})
+    if m.get("required"):
+        del common["default"]  # click takes any default for a value that was given
     inner = hint if get_origin(hint) is tuple else base_type(hint)
     if inner is bool:
         if hint is bool and field.default is False and m.get("switch"):

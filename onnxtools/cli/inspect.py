@@ -1,6 +1,4 @@
-"""Show what a model or engine contains: operators, types, weights, inputs and outputs, quantization, sparsity,
-cache.
-"""
+"""Show what a model or engine contains: operators, types, weights, quantization, sparsity, cache."""
 
 from __future__ import annotations
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 
-from onnxtools.base.errors import UsageError
+from onnxtools.base.errors import JobError, UsageError
+from onnxtools.base.inputs import absent
 from onnxtools.base.options import option
 from onnxtools.cli.flags import PATH, from_parameters, make_command
 from onnxtools.cli.passes import RunOptions, transform
@@ -49,6 +49,8 @@ def _callback(recipe: Path, as_json: bool, **values: Any) -> None:
 
     options: PipelineOptions = from_parameters(PipelineOptions, values)
     plan = read_recipe(recipe, options.input, options.output)
+    if plan.against is not None and not plan.against.is_file() and plan.against.resolve() != plan.output.resolve():
+        raise JobError(f"{recipe}: validate.against is {absent(plan.against)}: no such file; check the path")
     coding = next((pass_.name for pass_ in plan.passes if pass_.runs_code), None)
     if coding is not None and not options.allow_code:
         raise UsageError(
@@ -57,12 +59,14 @@ def _callback(recipe: Path, as_json: bool, **values: Any) -> None:
     result, show = transform(plan.passes, plan.input, plan.output, from_parameters(RunOptions, values))
     if not as_json:
         show(recipe.name)
-    passed = True
+    passed, problem = True, ""
     if plan.against is not None:
         from onnxtools.check.validate import validate
+        from onnxtools.cli.validate import failure
 
         verdict = validate(Model.load(plan.against), Model.load(plan.output), tolerance=plan.tolerance)
         result["validate"], passed = verdict.as_json(), verdict.passed
+        problem = "" if passed else failure(verdict, plan.output)
         if not as_json:
             verdict_table(
                 verdict, f"{plan.against} against {plan.output} (tolerance {verdict.tolerance:g}, relative L2)"
@@ -80,7 +84,8 @@ def _callback(recipe: Path, as_json: bool, **values: Any) -> None:
         console().print("  not built: validation failed", style="yellow")
     if as_json:
         print_json(result)
-    sys.exit(0 if passed else 1)
+    if not passed:
+        raise JobError(problem)
 
 
 command = make_command(

@@ -60,7 +60,7 @@ def read_recipe(path: Path, input_path: Path | None = None, output_path: Path | 
         raise UsageError(f"{path}: build needs the key 'engine', the file to write")
     spec = _spec({key: value for key, value in build.items() if key != "engine"}) if build else None
     tolerance = check.get("tolerance")
-    if tolerance is not None and not isinstance(tolerance, (int, float)):
+    if tolerance is not None and not (isinstance(tolerance, (int, float)) and tolerance >= 0):
         raise UsageError(f"{path}: validate.tolerance is {shown(tolerance)}; it takes a number such as 0.00001")
     return Recipe(source, target, passes, _path(path, check, "against"), tolerance, engine, spec)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +10,12 @@ import click
 
 from onnxtools.base.errors import JobError, UsageError
 from onnxtools.base.options import option
+from onnxtools.check.polygraphy_data import check_place
 from onnxtools.cli.flags import PATH, from_parameters, make_command
 
 if TYPE_CHECKING:
     from onnxtools.check.feeds import Feeds
-    from onnxtools.check.validate import Divergence
+    from onnxtools.check.validate import Divergence, Verdict
     from onnxtools.ir.model import Model
 
 
@@ -45,7 +45,7 @@ class ValidateOptions:
     )
     batch: int = option(2, "Batch of random inputs.", minimum=1)
     sequence: int = option(16, "Tokens of random inputs.", minimum=1)
-    seed: int = option(0, "Seed of random inputs.")
+    seed: int = option(0, "Seed of random inputs.", minimum=0)
     save_inputs: Path | None = option(
         None, "Write the inputs as Polygraphy's JSON, for `polygraphy run --load-inputs`.", path=True
     )
@@ -54,17 +54,27 @@ class ValidateOptions:
     )
     per_layer: bool = option(False, "Find the first value, by name, that differs between the two graphs.", switch=True)
 
+    def __post_init__(self) -> None:
+        for name in ("batch", "sequence", "seed"):
+            if self.inputs is not None and getattr(self, name) != getattr(type(self), name):
+                raise UsageError(f"--{name} is of random inputs and --inputs names a file; leave one out")
+
 
 def _callback(reference: Path, model: Path | None, as_json: bool, **values: Any) -> None:
+    options: ValidateOptions = from_parameters(ValidateOptions, values)
     engines = [path for path in (reference, model) if path is not None and path.suffix != ".onnx"]
     if model is None or engines:
         others = [path for path in (reference, model) if path is not None and path not in engines]
         if len(engines) != 1:
             raise UsageError("compare two models, or an engine with its model; name MODEL too")
+        if options != ValidateOptions():
+            raise UsageError("an engine is compared with its manifest and computes nothing here; leave the options out")
         _engine(engines[0], others[0] if others else None, as_json)
         return
     assert model is not None
-    _models(reference, model, from_parameters(ValidateOptions, values), as_json)
+    check_place(options.save_inputs, reference, model)
+    check_place(options.save_outputs, reference, model, options.save_inputs)
+    _models(reference, model, options, as_json)
 
 
 def _models(reference: Path, model: Path, options: ValidateOptions, as_json: bool) -> None:
@@ -90,7 +100,8 @@ def _models(reference: Path, model: Path, options: ValidateOptions, as_json: boo
         verdict_table(verdict, f"{reference} against {model} (tolerance {verdict.tolerance:g}, relative L2)")
         if o.per_layer:
             _show_divergence(divergence)
-    sys.exit(0 if verdict.passed else 1)
+    if not verdict.passed:
+        raise JobError(failure(verdict, model))
 
 
 def _save(options: ValidateOptions, reference: Model, feeds: Feeds) -> None:
@@ -101,6 +112,19 @@ def _save(options: ValidateOptions, reference: Model, feeds: Feeds) -> None:
         save_inputs(options.save_inputs, feeds)
     if options.save_outputs is not None:
         save_outputs(options.save_outputs, run_once(reference, feeds))
+
+
+def failure(verdict: Verdict, model: Path) -> str:
+    """The line of a comparison that failed."""
+    failed = [row for row in verdict.rows if not row.passed]
+    worst = max(failed, key=lambda row: row.difference.rel_l2, default=None)
+    if worst is None:
+        return f"{model}: nothing was compared; see the notes"
+    difference, limit = worst.difference.rel_l2, verdict.tolerance
+    return (
+        f"{model}: {len(failed)} of {len(verdict.rows)} comparisons failed, the worst {worst.check!r} of "
+        f"{worst.output!r} (rel L2 {difference:.1e}, tolerance {limit:g}); find the first value with --per-layer"
+    )
 
 
 def _show_divergence(divergence: Divergence | None) -> None:

@@ -65,6 +65,10 @@ class PickedLogits:
         return ids[list(self.slots)], best[list(self.slots)]
 
 
+MAX_THREADS = 1024
+"""More than any machine has cores; 100,000 fill the memory before anything runs."""
+
+
 @dataclass(frozen=True)
 class RuntimeOptions:
     """How a runtime is opened; these are flags of `run`, `benchmark`, `accuracy` and `summarize`."""
@@ -90,8 +94,8 @@ class RuntimeOptions:
     cache: bool = option(True, "Let the runtime `frameworks` keep a KV cache.")
 
     def __post_init__(self) -> None:
-        if self.threads < 0:
-            raise UsageError(f"threads is {self.threads}; give a number of threads, or 0 for all cores")
+        if not 0 <= self.threads <= MAX_THREADS:
+            raise UsageError(f"threads is {self.threads}; give 1 to {MAX_THREADS}, or 0 for all cores")
 
 
 VARIANTS: Mapping[str, Mapping[str, Any]] = {

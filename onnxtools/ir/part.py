@@ -49,6 +49,7 @@ def part(model: Model, names: Sequence[str], *, rows: int | None = None) -> onnx
         model: the model; it is not changed.
         names: node outputs or graph inputs of its main graph.
         rows: keep only so many rows of tables that tokens or positions look up; None keeps all.
+
     Raises:
         KeyError: the main graph has no such value.
         OnnxtoolsError: a weight cannot be computed.

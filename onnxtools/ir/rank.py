@@ -80,6 +80,7 @@ def save_ranks(
         folder: is created if it does not exist.
         copy_weights: as in `Model.save`.
         beside: files that belong to the model; they are written with each rank.
+
     Returns:
         A report for each rank, in the order of `ranks`.
     """
@@ -97,6 +98,8 @@ def load_ranks(folder: Path) -> list[Model]:
     Raises:
         ModelError: a file is missing or is no rank, or the files are of different partitions.
     """
+    if not rank_path(folder, 0).is_file():
+        raise ModelError(f"{folder}: has no rank0.onnx, which a folder of a partitioned model has; name a model file")
     first = Model.load(rank_path(folder, 0))
     ranks = [first, *(Model.load(rank_path(folder, number)) for number in range(1, _rank(first).world))]
     split = _rank(first).split

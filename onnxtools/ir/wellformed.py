@@ -48,8 +48,10 @@ def check(proto: onnx.ModelProto, path: Path) -> list[str]:
     Args:
         proto: the model; it is changed in place.
         path: the file, for errors.
+
     Returns:
         One line for each kind of repair.
+
     Raises:
         ModelError: names the object.
     """

@@ -32,8 +32,10 @@ def compensated(weight: Array, gram: Array, choose: Choose) -> Array:
         weight: [N, K], any floating-point type; not changed.
         gram: X^T X / tokens, [K, K].
         choose: called once for each column, in order.
+
     Returns:
         float64 [N, K].
+
     Raises:
         numpy.linalg.LinAlgError: the damped Hessian is not positive definite.
     """

@@ -88,6 +88,7 @@ def magnitudes(tensor: ir.TensorProtocol, axis: int, block: int = 0) -> Array:
         axis: the axis that the product sums over (K).
         block: 0 for one magnitude for each index of the other axis, shape [N]. Otherwise the elements of a block along
             `axis`; it must divide K. The result then keeps the matrix's rank, with K / block along `axis`.
+
     Raises:
         ModelError: an element is infinite or NaN.
     """

@@ -27,6 +27,7 @@ def to_e4m3(x: Array) -> Array:
 
     Args:
         x: float32, or another floating-point type, of any shape.
+
     Returns:
         float8_e4m3fn of the shape of `x`.
     """

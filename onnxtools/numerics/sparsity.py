@@ -53,8 +53,10 @@ def prune_2_4(weight: Array, axis: int, out: Array | None = None) -> Array:
         axis: the axis of the groups; its length must be a multiple of 4.
         out: an array of the shape and dtype of `weight`: `weight` itself, or memory that does not overlap it. A new
             C-contiguous array by default. With `out` a call needs less than 8 MiB of memory, whatever the size.
+
     Returns:
         `out`.
+
     Raises:
         ValueError: the axis, its length, the dtype or `out` does not fit.
     """
@@ -109,8 +111,10 @@ def is_2_4(weight: Array, axis: int) -> tuple[int, int]:
     Args:
         weight: as in `prune_2_4`, or int8.
         axis: as in `prune_2_4`.
+
     Returns:
         Groups with at least two zeros, and groups in all.
+
     Raises:
         ValueError: the axis, its length or the dtype does not fit.
     """

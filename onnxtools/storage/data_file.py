@@ -163,6 +163,7 @@ def copy_range(source: int, target: int, start: int, offset: int, length: int, d
         offset: first byte in `target`.
         length: bytes to copy.
         done: called with the bytes of each piece.
+
     Raises:
         ModelError: `source` ends early.
         OSError: reading or writing failed.

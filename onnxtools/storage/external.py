@@ -67,6 +67,7 @@ def check_external(tensor: ir.ExternalTensor, model_path: Path) -> None:
     Args:
         tensor: its `base_dir` is the model's folder.
         model_path: the graph file, for errors.
+
     Raises:
         ModelError: names the weight and its data file.
     """

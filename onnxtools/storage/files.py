@@ -80,8 +80,10 @@ def create(path: Path, like: Path | None = None) -> int:
     Args:
         path: the new file.
         like: a file whose mode and owner the new file gets, if it exists.
+
     Returns:
         The open file's descriptor.
+
     Raises:
         FileExistsError: `path` exists, be it a link.
         OSError: the folder is missing or not writable.

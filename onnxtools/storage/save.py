@@ -106,8 +106,10 @@ def save(
         copy_weights: put every external weight into the output's own data file.
         weights: False writes a graph that refers to a data file which is not written (shapes only).
         beside: files that are renamed together with the graph.
+
     Returns:
         The bytes and files that were written, copied and referred to.
+
     Raises:
         JobError: the target cannot be written, or the graph exceeds 2 GiB.
         ModelError: a data file that the graph refers to is missing or too short, or a weight cannot be computed.
@@ -312,6 +314,7 @@ def to_proto(model: ir.Model, origin: Path | None) -> onnx.ModelProto:
 
     Args:
         origin: the name of the model in errors.
+
     Raises:
         OnnxtoolsError: a weight cannot be computed, or onnx_ir cannot serialize the model.
     """

@@ -38,5 +38,18 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     assert "absent" in refuse("validate", model, model, "--save-inputs", tmp_path / "absent" / "in.json")
 
 
+def test_no_file_of_another_kind_is_replaced(tmp_path: Path) -> None:
+    model, other, data = linear(tmp_path / "m.onnx"), tmp_path / "onnxtools.json", tmp_path / "in.json"
+    other.write_text("{}")
+    before = model.read_bytes()
+    assert "does not end in .json" in refuse("validate", model, model, "--save-inputs", model, code=2)
+    assert "no data of Polygraphy" in refuse("validate", model, model, "--save-outputs", other)
+    assert "named twice" in refuse("validate", model, model, "--save-inputs", data, "--save-outputs", data, code=2)
+    assert model.read_bytes() == before and other.read_text() == "{}" and not data.exists()
+    for _ in range(2):  # its own file is replaced
+        done = succeed("validate", model, model, "--save-inputs", data)
+    assert "[I]" not in done.out and "[W]" not in done.out
+
+
 def _weight() -> np.ndarray:
     return normal(64, 128)

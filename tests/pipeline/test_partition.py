@@ -124,7 +124,7 @@ def test_folders_that_are_not_whole_are_refused(mlp: Path, tmp_path: Path) -> No
     save_ranks(partitioned(mlp, Columns()).ranks, two)
     save_ranks(partitioned(mlp, Columns(world=4)).ranks, four)
     none.mkdir()
-    assert "rank0.onnx: no such file" in refuse("build", none)
+    assert "none: has no rank0.onnx" in refuse("build", none)
     (two / "rank1.onnx").rename(tmp_path / "away.onnx")
     assert "rank1.onnx: no such file" in refuse("build", two)
     (four / "rank1.onnx").rename(two / "rank1.onnx")
