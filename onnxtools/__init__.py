@@ -18,7 +18,7 @@ from onnxtools.base.version import __version__
 if TYPE_CHECKING:
     from onnxtools.base.errors import JobError, ModelError, NoMatchError, OnnxtoolsError, UsageError
     from onnxtools.base.options import option
-    from onnxtools.check.validate import Verdict, validate
+    from onnxtools.check.validate import RandomInputs, Verdict, validate
     from onnxtools.engines.build.builder import Engine
     from onnxtools.engines.build.engine import build
     from onnxtools.engines.build.spec import EngineSpec
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "base.errors": ("JobError", "ModelError", "NoMatchError", "OnnxtoolsError", "UsageError"),
     "base.options": ("option",),
-    "check.validate": ("Verdict", "validate"),
+    "check.validate": ("RandomInputs", "Verdict", "validate"),
     "engines.build.builder": ("Engine",),
     "engines.build.engine": ("build",),
     "engines.build.spec": ("EngineSpec",),
@@ -62,9 +62,9 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "Builder", "Engine", "EngineSpec", "ExportOptions", "Exported", "Generated", "GenerationOptions", "Instrument",
     "JobError", "Model", "ModelError", "NoMatchError", "OnnxtoolsError", "Partition", "Pass", "PassManager",
-    "PassResult", "Rank", "Report", "Runtime", "RuntimeOptions", "SaveReport", "Session", "Step", "UsageError",
-    "Verdict", "__version__", "build", "export", "generate", "load", "load_pass", "load_ranks", "open_runtime",
-    "option", "save_ranks", "validate",
+    "PassResult", "RandomInputs", "Rank", "Report", "Runtime", "RuntimeOptions", "SaveReport", "Session", "Step",
+    "UsageError", "Verdict", "__version__", "build", "export", "generate", "load", "load_pass", "load_ranks",
+    "open_runtime", "option", "save_ranks", "validate",
 ]  # fmt: skip
 
 

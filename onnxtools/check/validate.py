@@ -168,14 +168,27 @@ def is_cached(model: Model) -> bool:
     return bool(cache_inputs(model))
 
 
+@dataclass(frozen=True)
+class RandomInputs:
+    """Sizes of the inputs that a comparison makes up.
+
+    Attributes:
+        batch: rows.
+        sequence: tokens of a row.
+        seed: seed of the random numbers.
+    """
+
+    batch: int = 2
+    sequence: int = 16
+    seed: int = 0
+
+
 def validate(
     reference: Model,
     model: Model,
     feeds: Feeds | None = None,
     tolerance: float | None = None,
-    batch: int = 2,
-    sequence: int = 16,
-    seed: int = 0,
+    random: RandomInputs | None = None,
 ) -> Verdict:
     """Compare `model` with `reference` on the same inputs. A model with a KV cache is also decoded in several steps.
 
@@ -184,9 +197,7 @@ def validate(
         model: the transformed model.
         feeds: inputs of the reference (full sequence), arrays by name; random by rule when None.
         tolerance: largest accepted relative L2; by element type when None.
-        batch: rows of random inputs.
-        sequence: tokens of a row of random inputs.
-        seed: of random inputs.
+        random: sizes and seed of random inputs; 2 rows of 16 tokens when None.
 
     Raises:
         JobError: a model does not run, the models share no output, or an output's shape differs.
@@ -203,7 +214,8 @@ def validate(
             "scales are computed from the data (current scaling): a step sees fewer tokens than the full run, so "
             f"steps may differ by {STEP_TOLERANCE:g}"
         )
-    for probe in [Probe("", feeds)] if feeds is not None else _probes(reference, batch, sequence, seed, verdict.notes):
+    random = random or RandomInputs()
+    for probe in [Probe("", feeds)] if feeds is not None else _probes(reference, random, verdict.notes):
         try:
             expected = run_a(_with_empty_cache(reference, probe.feeds))
         except JobError as error:
@@ -262,11 +274,11 @@ def validate_ranks(
     return verdict
 
 
-def _probes(model: Model, batch: int, sequence: int, seed: int, notes: list[str]) -> list[Probe]:
+def _probes(model: Model, random: RandomInputs, notes: list[str]) -> list[Probe]:
     """Returns all inputs by rule, and the long one if it is cheap enough. Adds notes on the others to `notes`."""
-    all_probes, probe_notes = probes(model, batch, sequence, seed)
+    all_probes, probe_notes = probes(model, random.batch, random.sequence, random.seed)
     notes += probe_notes
-    far = long_probe(model, seed)
+    far = long_probe(model, random.seed)
     if far is not None and not (why := too_costly(model, far.feeds)):
         all_probes.append(far)
     elif far is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,13 +61,19 @@ def pass_command(name: str) -> click.Command:
     def callback(
         input_path: Path, output_path: Path | None, output_option: Path | None, as_json: bool, **values: Any
     ) -> None:
+        from onnxtools.cli.render import print_json
+
         output_path = one_output(output_path, output_option, f"{name} INPUT OUTPUT")
         pass_ = from_parameters(pass_type, values)
         extra: dict[str, Any] = {}
         if searched:
             budget: BudgetOptions = from_parameters(BudgetOptions, values)
             pass_, extra = search(pass_, input_path, output_path, budget, as_json)
-        run_passes([pass_], input_path, output_path, from_parameters(RunOptions, values), as_json, name, extra)
+        result, show = transform([pass_], input_path, output_path, from_parameters(RunOptions, values))
+        if as_json:
+            print_json({**result, **extra})
+        else:
+            show(name)
 
     arguments = [
         click.Argument(["input_path"], metavar="INPUT", type=PATH),
@@ -121,25 +127,6 @@ def write_model(model: Model, output: Path, passes: Sequence[Pass], copy_weights
     LOG.info("writing %s", output)
     copy = copy_weights if copy_weights is not None else any(pass_.rewrites_weights for pass_ in passes)
     return model.save(output, copy_weights=copy, beside=files)
-
-
-def run_passes(
-    passes: list[Pass],
-    input_path: Path,
-    output_path: Path,
-    options: RunOptions,
-    as_json: bool,
-    title: str,
-    extra: Mapping[str, Any],
-) -> None:
-    """Load, run, save, report; `extra` goes into the JSON."""
-    from onnxtools.cli.render import print_json
-
-    result, show = transform(passes, input_path, output_path, options)
-    if as_json:
-        print_json({**result, **extra})
-    else:
-        show(title)
 
 
 def transform(

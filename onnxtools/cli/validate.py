@@ -79,7 +79,7 @@ def _callback(reference: Path, model: Path | None, as_json: bool, **values: Any)
 
 def _models(reference: Path, model: Path, options: ValidateOptions, as_json: bool) -> None:
     from onnxtools.check.feeds import random_feeds, read_feeds
-    from onnxtools.check.validate import first_divergence, validate
+    from onnxtools.check.validate import RandomInputs, first_divergence, validate
     from onnxtools.cli.render import print_json, verdict_table
     from onnxtools.ir.model import Model
 
@@ -88,7 +88,7 @@ def _models(reference: Path, model: Path, options: ValidateOptions, as_json: boo
     feeds = read_feeds(o.inputs) if o.inputs else None
     if o.save_inputs is not None or o.save_outputs is not None:
         _save(o, a, feeds or random_feeds(a, o.batch, o.sequence, o.seed))
-    verdict = validate(a, b, feeds, o.tolerance, o.batch, o.sequence, o.seed)
+    verdict = validate(a, b, feeds, o.tolerance, RandomInputs(o.batch, o.sequence, o.seed))
     result = verdict.as_json()
     if o.per_layer:
         feeds = feeds or random_feeds(a, o.batch, o.sequence, o.seed)

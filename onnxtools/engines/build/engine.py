@@ -19,6 +19,7 @@ from onnxtools.engines.build.builder import Builder, Engine, get_builder
 from onnxtools.engines.build.gpus import with_capability
 from onnxtools.engines.build.manifest import (
     FORMAT,
+    BuildRecord,
     hash_file,
     hash_weights,
     make_manifest,
@@ -144,21 +145,12 @@ class _Build:
             seconds = time.monotonic() - started
             audit = summary(built.engine_layers, built.precisions)
             _check_audit(model, spec, audit)
-            manifest = make_manifest(
-                model,
-                described,
-                spec,
-                builder,
-                profiles,
-                checked,
-                built,
-                engine=self.engine_path.name,
-                path=path,
-                weights=weights.result(),
-                audit=audit,
-                notes=notes,
-                seconds=seconds,
-            )
+            record = BuildRecord(
+                model=model, origin=described, spec=spec, builder=builder, profiles=profiles, checked=checked,
+                built=built, engine=self.engine_path.name, path=path, weights=weights.result(), audit=audit,
+                notes=notes, seconds=seconds,
+            )  # fmt: skip
+            manifest = make_manifest(record)
             manifest_tmp.write_text(json.dumps(manifest, indent=2) + "\n")
         return Engine(self.engine_path, manifest, last=self.last)
 

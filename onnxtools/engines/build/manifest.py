@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,25 +48,11 @@ def hash_weights(model: Model) -> list[dict[str, Any]]:
     return [hash_file(path) for path in sorted({external_path(tensor) for tensor in model.external_tensors()})]
 
 
-def make_manifest(
-    model: Model,
-    origin: Model,
-    spec: EngineSpec,
-    builder: Builder,
-    profiles: Sequence[Profile],
-    checked: Preflight,
-    built: Built,
-    *,
-    engine: str,
-    path: str | None,
-    weights: list[dict[str, Any]],
-    audit: dict[str, Any],
-    notes: Sequence[str],
-    seconds: float,
-) -> dict[str, Any]:
-    """The manifest as plain data.
+@dataclass(frozen=True)
+class BuildRecord:
+    """One build, of which a manifest is record.
 
-    Args:
+    Attributes:
         model: the model that was built.
         origin: the user's model, which differs from `model` if it was pruned for the build.
         checked: the result of the checks before the build.
@@ -78,38 +64,57 @@ def make_manifest(
         notes: further notes for people.
         seconds: wall time of parsing, building and writing.
     """
+
+    model: Model
+    origin: Model
+    spec: EngineSpec
+    builder: Builder
+    profiles: Sequence[Profile]
+    checked: Preflight
+    built: Built
+    engine: str
+    path: str | None
+    weights: list[dict[str, Any]]
+    audit: dict[str, Any]
+    notes: Sequence[str]
+    seconds: float
+
+
+def make_manifest(record: BuildRecord) -> dict[str, Any]:
+    """The manifest of a build as plain data."""
+    model, origin, spec, built = record.model, record.origin, record.spec, record.built
     props = origin.ir.metadata_props
     graph = {
         "file": origin.path.name if origin.path else None,
         "sha256": origin.sha256,
-        "path": path,
+        "path": record.path,
         "info": description.text(origin),
         "beside": recorded(props)["beside"],
     }
-    rank = Rank.read(origin)
+    rank, sparsity = Rank.read(origin), record.checked.sparsity
     return {
         "format": FORMAT,
         "onnxtools": __version__,
-        "backend": {"name": builder.name, "version": builder.version()},
-        "engine": {"file": engine, "bytes": built.size, "sha256": built.sha256},
+        "backend": {"name": record.builder.name, "version": record.builder.version()},
+        "engine": {"file": record.engine, "bytes": built.size, "sha256": built.sha256},
         "graph": {**graph, "opset": model.opset, "ir_version": model.ir.ir_version},
         **({"rank": asdict(rank)} if rank is not None else {}),
-        "weights": weights,
+        "weights": record.weights,
         "weight_bytes": origin.weight_bytes(),
         "provenance": provenance(model),
         "spec": spec.as_json(),
         "compute_capabilities": list(spec.compute_capability),
-        "profiles": [profile.as_json() for profile in profiles],
+        "profiles": [profile.as_json() for profile in record.profiles],
         "io_source": built.io_source,
         "inputs": [info.as_json() for info in built.inputs],
         "outputs": [info.as_json() for info in built.outputs],
         "layers": {"source": "parsed network", "types": built.layers, "output_dtypes": built.precisions},
-        "audit": audit,
-        "sparsity": checked.sparsity.built(built.engine_layers).as_json() if checked.sparsity is not None else None,
+        "audit": record.audit,
+        "sparsity": sparsity.built(built.engine_layers).as_json() if sparsity is not None else None,
         "mends": built.mends,
-        "notes": [*model.notes, *checked.notes, *built.notes, *notes],
+        "notes": [*model.notes, *record.checked.notes, *built.notes, *record.notes],
         "warnings": built.warnings,
-        "build_seconds": round(seconds, 3),
+        "build_seconds": round(record.seconds, 3),
         "peak_rss_mib": round(peak_mib(), 1),
     }
 
