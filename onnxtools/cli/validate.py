@@ -62,6 +62,9 @@ class ValidateOptions:
 
 def _callback(reference: Path, model: Path | None, as_json: bool, **values: Any) -> None:
     options: ValidateOptions = from_parameters(ValidateOptions, values)
+    for path in (reference, model):
+        if path is not None and path.is_dir():
+            raise JobError(f"{path}: is a folder; name a model or an engine")
     engines = [path for path in (reference, model) if path is not None and path.suffix != ".onnx"]
     if model is None or engines:
         others = [path for path in (reference, model) if path is not None and path not in engines]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import linear, normal, refuse
+from tests.support import fixture_path, linear, normal, refuse
 
 
 @pytest.fixture
@@ -59,3 +59,11 @@ def test_a_recipe_is_checked_before_anything_is_written(
     recipe.write_text(f"input: m.onnx\noutput: o.onnx\npasses: [cleanup]\nvalidate: {check}\n")
     assert says in refuse("pipeline", recipe, code=code)
     assert not (tmp_path / "o.onnx").exists()
+
+
+def test_what_a_command_cannot_read_is_said_with_the_next_step(graph: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "is a folder; name a model" in refuse("validate", tmp_path / "empty", graph)
+    assert "no Hugging Face folder" in refuse("run", tmp_path / "empty", "--prompt", "x")
+    te = fixture_path("te_gpt_fp8_ds_dyn")
+    assert "run `onnxtools convert` first" in refuse("benchmark", te, "--iterations", "1", "--runtime", "onnxrt")

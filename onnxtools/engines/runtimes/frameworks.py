@@ -57,6 +57,7 @@ class FrameworksRuntime:
     variants = ("cpu", "cuda", "eager", "sdpa", "nocache")
 
     def __init__(self, path: Path, options: RuntimeOptions) -> None:
+        self.path = _checkpoint(path, options)
         try:
             import torch
             import transformers
@@ -67,7 +68,6 @@ class FrameworksRuntime:
         self.torch = torch
         self.name, self.pads, self.has_cache = "frameworks", True, options.cache
         self.notes: list[str] = []
-        self.path = _checkpoint(path, options)
         if options.threads:
             torch.set_num_threads(options.threads)
         device = options.device if options.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")

@@ -172,6 +172,11 @@ def _session(source: str | bytes, settings: Any, providers: Sequence[Any], model
             raise JobError(
                 f"{model.path}: is bf16, for which ONNX Runtime has no kernels on the CPU; {advice}"
             ) from None
+        if any(node.domain == "trt" for node in model.nodes_everywhere()):
+            raise JobError(
+                f"{model.path}: has TransformerEngine's operators, which ONNX Runtime has not; run `onnxtools convert` "
+                "first"
+            ) from None
         raise JobError(f"{model.path}: ONNX Runtime cannot load the graph: {one_line(error)}") from None
 
 
