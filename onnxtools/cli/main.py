@@ -15,6 +15,7 @@ import errno
 import importlib
 import importlib.util
 import os
+import re
 import signal
 import sys
 import threading
@@ -30,6 +31,7 @@ from onnxtools.cli.logs import LOG, add_options, quiet, said
 
 COMMANDS = ("pipeline", "validate", "build", "run", "benchmark", "accuracy", "summarize", "inspect", "diff")
 FIRST = "export"
+_SUMMARY = re.compile(r'"""([^\\\n]+?)(?:"""|\n)')
 MAX_LINE = 2000
 """Characters of an error: names in a damaged file may be very long."""
 MAIN_PASSES = ("convert", "add-kv-cache", "precision", "quantize", "prune")
@@ -76,8 +78,9 @@ def short_help(name: str) -> str:
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         return ""
-    text = ast.get_docstring(ast.parse(Path(spec.origin).read_text())) or ""
-    return text.split("\n", 1)[0]
+    source = Path(spec.origin).read_text()
+    first = _SUMMARY.match(source)  # parsing whole modules would take a third of the time of --help
+    return first[1] if first else (ast.get_docstring(ast.parse(source)) or "").split("\n", 1)[0]
 
 
 @click.group(
