@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -50,6 +50,7 @@ class SelfAttention:
         rope: rotation of queries and keys; None for learned positions.
         bias: whether the q/k/v projections have biases.
         output_bias: whether the output projection has a bias.
+        window: tokens that a token sees, itself among them; None where it sees all before it.
     """
 
     heads: int
@@ -59,6 +60,7 @@ class SelfAttention:
     rope: Rope | None = None
     bias: bool = False
     output_bias: bool = False
+    window: int | None = None
 
     @property
     def q_size(self) -> int:
@@ -178,6 +180,7 @@ class DecoderConfig:
             "mlp_bias": mlp.bias,
             "norm_bias": self.norm.bias,
             "linear_in_out": self.linear_in_out,
+            **({} if attention.window is None else {"sliding_window": attention.window}),
             **({} if plain else {"blocks": [dataclasses.asdict(other) for other in self.blocks]}),
         }
 
@@ -290,8 +293,11 @@ _REFUSED: dict[str, object] = {"add_cross_attention": True, "is_causal": False}
 """Settings of Hugging Face configurations, each with the value that makes a model of another kind."""
 
 
-def check_plain(config: Mapping[str, Any], family: str) -> None:
+def check_plain(config: Mapping[str, Any], family: str, *, windows: bool = False) -> None:
     """Refuse configurations of models that are no plain causal decoder.
+
+    Args:
+        windows: the family reads sliding windows itself (`windows_of`).
 
     Raises:
         ModelError: stored quantization, cross-attention, or attention that is not causal.
@@ -301,17 +307,37 @@ def check_plain(config: Mapping[str, Any], family: str) -> None:
             f"{family}: has a quantization_config: its weights are stored quantized, which is not supported; export "
             "the original checkpoint"
         )
-    windows = [kind for kind in config.get("layer_types") or () if kind != "full_attention"]
-    if windows or config.get("use_sliding_window") is True:
+    known = ("full_attention", "sliding_attention") if windows else ("full_attention",)
+    kinds = config.get("layer_types") or ()
+    others = [kind for kind in kinds if kind not in known] if isinstance(kinds, (list, tuple)) else [kinds]
+    if others or (not windows and config.get("use_sliding_window") is True):
         raise ModelError(
-            f"{family}: has layers of {shown(windows[0]) if windows else 'sliding_window'} attention, which is not "
-            "supported; every token must see all before it"
+            f"{family}: has layers of {shown(others[0]) if others else 'sliding_window'} attention, which is not "
+            f"supported; {' and '.join(known)} {'are' if windows else 'is'}"
         )
     for name, value in _REFUSED.items():
         if config.get(name) is value:
             raise ModelError(
                 f"{family}: {name} is {str(value).lower()}, which is not supported; only causal decoders are"
             )
+
+
+def windows_of(config: Mapping[str, Any], family: str, kinds: Sequence[str]) -> list[int | None]:
+    """The window of each layer, None where a token sees all before it.
+
+    Args:
+        kinds: `full_attention` or `sliding_attention` of each layer, where the configuration has no layer_types.
+
+    Raises:
+        ModelError: layer_types are not one for each layer, or there is no window for a sliding layer.
+    """
+    stated = config.get("layer_types")
+    if stated is not None and (not isinstance(stated, list) or len(stated) != len(kinds)):
+        raise ModelError(f"{family}: layer_types is {shown(stated)}; it names the attention of {len(kinds)} layers")
+    layers = stated or kinds
+    sliding = "sliding_attention" in layers
+    window = integer(config, family, "sliding_window") if sliding else None
+    return [window if kind == "sliding_attention" else None for kind in layers]
 
 
 def head_dim_of(family: str, hidden: Any, heads: Any) -> int:

@@ -61,7 +61,8 @@ class Attention:
         if self.kind == "gqa":
             self._lengths = self._make_lengths()
         else:
-            self._mask = self._make_mask()
+            windows = dict.fromkeys(block.attention.window for block in self.config.blocks)
+            self._masks = {window: self._make_mask(window) for window in windows}
         self._tables = self._make_tables()
 
     # --- inputs ------------------------------------------------------------------------------------------------------
@@ -121,34 +122,42 @@ class Attention:
         shape = self.layers.op("Concat", [self.inputs.batch, self.inputs.new], "/model/positions/shape", axis=0)
         return self.layers.op("Expand", [counted, shape], "/model/positions")
 
-    def _make_mask(self) -> ir.Value:
-        """The additive mask [batch or 1, 1, new, total]: a token sees itself and earlier tokens, except padding."""
+    def _make_mask(self, window: int | None) -> ir.Value:
+        """The additive mask [batch or 1, 1, new, total]: a token sees itself and earlier tokens, except padding.
+
+        With a window it sees the last `window` of these.
+        """
         op, build, inputs = self.layers.op, self.build, self.inputs
+        root = "/model/mask" if window is None else f"/model/mask_{window}"
         if self.kind == "scatter":
             total = self._first  # the whole buffer; slots behind the new tokens count as future tokens
             assert inputs.write_indices is not None
-            start = op("Unsqueeze", [inputs.write_indices, build.constant([1], "axis_1")], "/model/mask/start")
-            places = op("Add", [start, self._range(self._zero(), inputs.new, "/model/mask/new")], "/model/mask/places")
-            query = op("Unsqueeze", [places, build.constant([1, 3], "axes_1_3")], "/model/mask/query")
+            start = op("Unsqueeze", [inputs.write_indices, build.constant([1], "axis_1")], f"{root}/start")
+            places = op("Add", [start, self._range(self._zero(), inputs.new, f"{root}/new")], f"{root}/places")
+            query = op("Unsqueeze", [places, build.constant([1, 3], "axes_1_3")], f"{root}/query")
         else:
-            total = op("Add", [self._first, inputs.new], "/model/mask/total") if self._pasts else inputs.new
+            total = op("Add", [self._first, inputs.new], f"{root}/total") if self._pasts else inputs.new
             query = op(
                 "Unsqueeze",
-                [self._range(self._first, inputs.new, "/model/mask/new"), build.constant([1], "axis_1")],
-                "/model/mask/query",
+                [self._range(self._first, inputs.new, f"{root}/new"), build.constant([1], "axis_1")],
+                f"{root}/query",
             )
-        visible = op("LessOrEqual", [self._range(self._zero(), total, "/model/mask/keys"), query], "/model/mask/causal")
+        keys = self._range(self._zero(), total, f"{root}/keys")
+        visible = op("LessOrEqual", [keys, query], f"{root}/causal")
+        if window is not None:
+            oldest = op("Sub", [query, build.constant([window], "window")], f"{root}/oldest")
+            visible = op("And", [visible, op("Greater", [keys, oldest], f"{root}/near")], f"{root}/window")
         if inputs.mask is not None:
-            real = op("Cast", [inputs.mask], "/model/mask", to=ir.DataType.BOOL.value)
-            real = op("Unsqueeze", [real, build.constant([1, 2], "axes_1_2")], "/model/mask/real")
-            visible = op("And", [visible, real], "/model/mask/visible")
+            real = op("Cast", [inputs.mask], root, to=ir.DataType.BOOL.value)
+            real = op("Unsqueeze", [real, build.constant([1, 2], "axes_1_2")], f"{root}/real")
+            visible = op("And", [visible, real], f"{root}/visible")
         elif self.kind != "scatter":
-            visible = op("Unsqueeze", [visible, build.constant([0, 1], "axes_0_1")], "/model/mask/visible")
+            visible = op("Unsqueeze", [visible, build.constant([0, 1], "axes_0_1")], f"{root}/visible")
         low = HALF_LOWEST[self.layers.dtype]
         return op(
             "Where",
             [visible, self.layers.scalar(0.0, "mask_visible"), self.layers.scalar(low, "mask_hidden")],
-            "/model/mask",
+            root,
         )
 
     def _make_lengths(self) -> tuple[ir.Value, ir.Value]:
@@ -256,6 +265,7 @@ class Attention:
             kv_num_heads=c.kv_heads,
             scale=c.scale,
             do_rotary=int(self._tables is not None),
+            **({} if c.window is None else {"local_window_size": c.window}),
         )
         for kind, value in zip(("key", "value"), outputs[1:], strict=True):
             self._present(value, n, kind)
@@ -273,7 +283,7 @@ class Attention:
             )
         if self.options.opset >= 23:
             wide = {} if self.layers.dtype == FLOAT else {"softmax_precision": FLOAT.value}
-            context = self.layers.op("Attention", [q, k, v, self._mask], name, scale=c.scale, **wide)
+            context = self.layers.op("Attention", [q, k, v, self._masks[c.window]], name, scale=c.scale, **wide)
         else:
             context = self._primitive(q, k, v, c, name)
         return self.layers.op("Transpose", [context], f"{name}/context", perm=[0, 2, 1, 3])
@@ -340,7 +350,7 @@ class Attention:
         k, v = self._repeated(k, c, f"{name}/key"), self._repeated(v, c, f"{name}/value")
         scaled = op("Mul", [q, self.layers.scalar(c.scale, "attention_scale")], f"{name}/{_Q}/scaled")
         scores = op("MatMul", [scaled, op("Transpose", [k], f"{name}/key", perm=[0, 1, 3, 2])], f"{name}/qk")
-        masked = self.layers.cast(op("Add", [scores, self._mask], f"{name}/scores"), FLOAT, f"{name}/scores")
+        masked = self.layers.cast(op("Add", [scores, self._masks[c.window]], f"{name}/scores"), FLOAT, f"{name}/scores")
         probabilities = self.layers.cast(
             op("Softmax", [masked], name, axis=-1), self.layers.dtype, f"{name}/probabilities"
         )

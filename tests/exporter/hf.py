@@ -44,6 +44,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "llama_llama3": ("Llama", {**_LLAMA, "rope_parameters": _LLAMA3}),
     "llama_yarn": ("Llama", {**_LLAMA, "rope_parameters": _YARN}),
+    "mistral": ("Mistral", {**_LLAMA, "sliding_window": 5}),
+    "mistral_full": ("Mistral", {**_LLAMA, "sliding_window": None}),
+    "qwen2": ("Qwen2", {**_LLAMA, "tie_word_embeddings": True}),
+    "qwen2_windows": (
+        "Qwen2",
+        {**_LLAMA, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    ),
     "nemotron": (
         "Nemotron",
         {

@@ -179,7 +179,7 @@ def test_onnxtools_json_and_the_files_beside(llama: tuple[Path, Any], tmp_path: 
 # --- random weights and configuration files ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gpt_bigcode", "llama", "nemotron", "megatron"])
+@pytest.mark.parametrize("family", ["gpt2", "gpt_bigcode", "llama", "mistral", "nemotron", "qwen2", "megatron"])
 def test_random_weights_of_every_family_run(family: str, tmp_path: Path) -> None:
     sizes = [
         "--n-layer",

@@ -117,6 +117,12 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"hidden_act": ["silu"]}, "hidden_act"),
     ("llama", {"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
     ("llama", {"use_sliding_window": True}, "sliding_window"),
+    ("mistral", {"sliding_window": 0}, "sliding_window"),
+    ("mistral", {"layer_types": ["full_attention"]}, "2 layers"),
+    ("mistral", {"layer_types": 5}, "5 attention"),
+    ("mistral", {"layer_types": ["chunked_attention"] * 2}, "chunked_attention"),
+    ("qwen2", {"max_window_layers": "x"}, "max_window_layers"),
+    ("qwen2", {"layer_types": ["sliding_attention"] * 2, "sliding_window": None}, "sliding_window"),
 ]
 
 

@@ -29,13 +29,16 @@ from onnxtools.exporter.rope import rope_of
 from onnxtools.storage.lazy import Tensor
 
 
-def config(raw: Mapping[str, Any], family: str = "llama", partial: float | None = None) -> DecoderConfig:
-    """The decoder of a Llama config.json, or of a family like it; `partial` as in `rope_of`.
+def config(
+    raw: Mapping[str, Any], family: str = "llama", partial: float | None = None, *, windows: bool = False
+) -> DecoderConfig:
+    """The decoder of a Llama config.json, or of a family like it; `partial` as in `rope_of`, `windows` as in
+    `check_plain`.
 
     Raises:
         ModelError: a setting that is missing, damaged or not supported.
     """
-    check_plain(raw, family)
+    check_plain(raw, family, windows=windows)
     hidden, heads = integer(raw, family, "hidden_size"), integer(raw, family, "num_attention_heads")
     head_dim = raw.get("head_dim")
     head_dim = head_dim_of(family, hidden, heads) if head_dim is None else integer(raw, family, "head_dim")
