@@ -24,16 +24,22 @@ _KIND = {PASSES: "pass", BUILDERS: "builder", FAMILIES: "family", RUNTIMES: "run
 
 
 @functools.cache
+def _registered(group: str) -> tuple[EntryPoint, ...]:
+    """Returns all entry points of `group`. Finding them reads the metadata of every installed package."""
+    return tuple(entry_points(group=group))
+
+
+@functools.cache
 def names(group: str = PASSES) -> dict[str, EntryPoint]:
     """Returns the entry points of `group` by name; nothing is imported."""
-    return {point.name: point for point in entry_points(group=group)}
+    return {point.name: point for point in _registered(group)}
 
 
 def _check_unique(name: str, group: str) -> None:
     """Raise UsageError if two packages register `name`: which of them is found would be chance."""
     places = {
         point.value: point.dist.name if point.dist is not None else point.value
-        for point in entry_points(group=group)
+        for point in _registered(group)
         if point.name == name
     }
     if len(places) > 1:

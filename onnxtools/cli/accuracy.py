@@ -226,7 +226,8 @@ def _score_wikitext(job: Job, path: Path, runtime: Runtime, tokenizer: Tokenizer
         tokens = tokens[: windows.end(options.limit)]
         words = len(tokenizer.decode(tokens).split())
     if len(tokens) < 2 or not words:
-        raise UsageError(f"the text has {len(tokens)} tokens and {words} words; perplexity needs two and one")
+        file = options.path or options.dataset
+        raise UsageError(f"{file}: has {len(tokens)} tokens and {words} words; perplexity needs two and one")
     with counted(f"{path.name} ({runtime.name})", len(list(windows.of(tokens)))) as tick:
         return score_wikitext(runtime, tokens, words, windows, options.batch_size, tick)
 

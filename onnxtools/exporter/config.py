@@ -340,6 +340,15 @@ def windows_of(config: Mapping[str, Any], family: str, kinds: Sequence[str]) -> 
     return [window if kind == "sliding_attention" else None for kind in layers]
 
 
+def windowed(block: Block, windows: Sequence[int | None]) -> tuple[Block, ...]:
+    """`block` with a window for each layer; layers of one window share their block."""
+    blocks = {
+        window: dataclasses.replace(block, attention=dataclasses.replace(block.attention, window=window))
+        for window in windows
+    }
+    return tuple(blocks[window] for window in windows)
+
+
 def head_dim_of(family: str, hidden: Any, heads: Any) -> int:
     """hidden_size / heads.
 

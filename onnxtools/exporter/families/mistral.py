@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from onnxtools.exporter.config import DecoderConfig, windows_of
+from onnxtools.exporter.config import DecoderConfig, windowed, windows_of
 from onnxtools.exporter.families import llama
 from onnxtools.exporter.family import Family
 
@@ -20,16 +20,8 @@ def config(raw: Mapping[str, Any]) -> DecoderConfig:
     raw = {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096, **raw}
     base = llama.config(raw, "mistral", windows=True)
     kind = "full_attention" if raw["sliding_window"] is None else "sliding_attention"
-    return with_windows(base, windows_of(raw, "mistral", [kind] * len(base.blocks)))
-
-
-def with_windows(base: DecoderConfig, windows: Sequence[int | None]) -> DecoderConfig:
-    """`base` with a window for each layer; layers of one window share their block."""
-    blocks = {
-        window: replace(base.blocks[0], attention=replace(base.blocks[0].attention, window=window))
-        for window in windows
-    }
-    return replace(base, blocks=tuple(blocks[window] for window in windows))
+    windows = windows_of(raw, "mistral", [kind] * len(base.blocks))
+    return replace(base, blocks=windowed(base.blocks[0], windows))
 
 
 FAMILY = Family(

@@ -8,8 +8,8 @@ from typing import Any
 
 from onnxtools.base.errors import ModelError
 from onnxtools.base.inputs import shown
-from onnxtools.exporter.config import DecoderConfig, flag, repeated, windows_of
-from onnxtools.exporter.families import llama, mistral
+from onnxtools.exporter.config import DecoderConfig, flag, windowed, windows_of
+from onnxtools.exporter.families import llama
 from onnxtools.exporter.family import Family
 
 
@@ -23,13 +23,12 @@ def config(raw: Mapping[str, Any]) -> DecoderConfig:
     base = llama.config({**raw, "attention_bias": None}, "qwen2", windows=True)
     block = base.blocks[0]
     block = replace(block, attention=replace(block.attention, bias=True))
-    base = replace(base, blocks=repeated("qwen2", block, len(base.blocks)))
     first = raw["max_window_layers"]
     if isinstance(first, bool) or not isinstance(first, int) or first < 0:
         raise ModelError(f"qwen2: max_window_layers is {shown(first)}; it must be an integer of 0 or more")
-    windowed = flag(raw, "qwen2", "use_sliding_window", False) and raw["sliding_window"] is not None
-    kinds = ["sliding_attention" if windowed and n >= first else "full_attention" for n in range(len(base.blocks))]
-    return mistral.with_windows(base, windows_of(raw, "qwen2", kinds))
+    slides = flag(raw, "qwen2", "use_sliding_window", False) and raw["sliding_window"] is not None
+    kinds = ["sliding_attention" if slides and n >= first else "full_attention" for n in range(len(base.blocks))]
+    return replace(base, blocks=windowed(block, windows_of(raw, "qwen2", kinds)))
 
 
 FAMILY = Family(
