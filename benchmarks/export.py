@@ -49,8 +49,8 @@ torch.onnx.export(model, (ids,), sys.argv[2] + "/torch.onnx", dynamo=True, exter
 
 def checkpoint(folder: Path, gigabytes: float) -> int:
     """A Llama in fp16 of about this size as save_pretrained lays it out; returns the bytes of the largest tensor."""
-    from onnxtools.exporter.config import weight_shapes
     from onnxtools.exporter.families.llama import config
+    from onnxtools.exporter.weight_shapes import weight_shapes
 
     one = {**LLAMA, "num_hidden_layers": 1}
     sizes = [

@@ -340,4 +340,6 @@ def rotation(keys: ir.Value | None, facts: Facts, model: Model) -> tuple[int, bo
     info = described(model)
     rope = info["model"].get("rope") if info else None
     dim = rope.get("dim") if isinstance(rope, dict) else None
-    return (dim, False) if isinstance(dim, int) and dim > 0 else (0, False)
+    if not isinstance(rope, dict) or not isinstance(dim, int) or dim <= 0:
+        return 0, False
+    return dim, bool(rope.get("interleaved"))

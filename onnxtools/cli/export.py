@@ -110,14 +110,15 @@ def _show(exported: Exported, source: Path | None, as_json: bool) -> None:
             "files": [str(file) for file in exported.saved.beside], "notes": [*exported.notes, *exported.saved.lines()],
         })  # fmt: skip
         return
-    a, m = c.blocks[0].attention, c.blocks[0].mlp
+    a, m = c.blocks[0].attention, c.blocks[0].inner
     attention = f"{a.heads} heads of {a.head_dim}, {a.kv_heads} for keys and values"
     mlp = f"{m.size}, {m.activation}{', gated' if m.gated else ''}"
-    positions = f"rotary, {a.rope.dim} of {a.head_dim} channels, {a.rope.kind}" if a.rope is not None else "learned"
+    rotary = [f"rotary, {rope.dim} of {a.head_dim} channels, {rope.kind}" for rope in c.ropes[:1]]
+    positions = rotary[0] if rotary else "learned" if c.learned_positions else "ALiBi"
     rows = [
         ("family", c.family), ("layers", str(len(c.blocks))), ("hidden", str(c.hidden_size)), ("attention", attention),
         ("MLP", mlp),
-        ("norm", c.norm.kind), ("positions", f"{positions}, up to {c.max_position_embeddings}"),
+        ("norm", c.blocks[0].norm.kind), ("positions", f"{positions}, up to {c.max_position_embeddings}"),
         ("vocabulary", f"{c.vocab_size}{', tied' if c.tie_word_embeddings else ''}"),
         ("weights", size(exported.model.weight_bytes())),
     ]  # fmt: skip

@@ -22,10 +22,11 @@ from onnxtools.base.version import __version__
 from onnxtools.checkpoints.beside import check_folder
 from onnxtools.checkpoints.checkpoint import Checkpoint
 from onnxtools.checkpoints.open import open_checkpoint
-from onnxtools.exporter.config import DecoderConfig, weight_shapes
+from onnxtools.exporter.config import DecoderConfig
 from onnxtools.exporter.decoder import build_decoder
 from onnxtools.exporter.export_options import ExportOptions
 from onnxtools.exporter.family import Family, Source, Weights, family_for
+from onnxtools.exporter.weight_shapes import weight_shapes
 from onnxtools.ir import description
 from onnxtools.ir.description import INFO_FILE
 from onnxtools.ir.model import Model
@@ -147,7 +148,7 @@ def _configured(family: Family, raw: Mapping[str, Any], label: str) -> DecoderCo
 def _dtype(options: ExportOptions, weights: Mapping[str, Tensor]) -> ir.DataType:
     if options.dtype != "auto":
         return BY_NAME[options.dtype]
-    stored = weights["model.layers.0.self_attn.q_proj.weight"].dtype
+    stored = weights["model.layers.0.self_attn.o_proj.weight"].dtype
     return stored if stored in _FLOATS else ir.DataType.FLOAT
 
 
@@ -200,12 +201,12 @@ def _random(checkpoint: Checkpoint | None, options: ExportOptions) -> tuple[Deco
 def describe(config: DecoderConfig, options: ExportOptions, dtype: ir.DataType) -> dict[str, Any]:
     """The content of onnxtools.json: what the model is, for runtimes and engine profiles."""
     length = (options.cache_length or config.max_position_embeddings) if options.kv_cache == "scatter" else None
-    attention = config.blocks[0].attention
+    heads, of_keys, of_values = config.blocks[0].attention.cache_sizes
     cache = CacheSpec(
         options.kv_cache,
         layers=len(config.blocks),
-        heads=attention.kv_heads,
-        head_dim=attention.head_dim,
+        heads=heads,
+        head_dim=of_keys if of_keys == of_values else 0,
         dtype=dtype,
         length=length,
     )

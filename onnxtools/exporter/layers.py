@@ -7,6 +7,7 @@ the node.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -50,26 +51,72 @@ class Layers:
         self._values[name] = self.build.initializer(cast(tensor, self.dtype), name)
         return self._values[name]
 
+    def wide_weight(self, name: str) -> ir.Value:
+        """The weight `name` in fp32."""
+        if name not in self._values:
+            self._values[name] = self.build.initializer(cast(self._weights[name], FLOAT), name)
+        return self._values[name]
+
     def scalar(self, value: float, name: str, dtype: ir.DataType | None = None) -> ir.Value:
         """A constant of rank 0, in the compute type by default."""
         dtype = dtype or self.dtype
         return self.build.constant(np.array(value, dtype.numpy()), name, dtype)
 
     def embedding(self, ids: ir.Value, positions: ir.Value | None) -> ir.Value:
-        """int64 ids [batch, sequence] to [batch * sequence, hidden]; learned positions are added, if there are any."""
-        hidden = self.op("Gather", [self.weight("model.embed_tokens.weight"), ids], "/model/embed_tokens")
-        if positions is not None:
-            learned = self.op(
-                "Gather", [self.weight("model.embed_positions.weight"), positions], "/model/embed_positions"
-            )
-            hidden = self.op("Add", [hidden, learned], "/model/embed")
-        return self.op(
-            "Reshape", [hidden, self.build.constant([-1, self.config.hidden_size], "tokens_shape")], "/model/embed"
-        )
+        """int64 ids [batch, sequence] to [batch * sequence, hidden].
 
-    def norm(self, hidden: ir.Value, kind: Norm, weight: str, name: str) -> ir.Value:
-        """LayerNorm or RMSNorm over the last axis, computed in fp32 (stash_type 1)."""
-        scale = self.weight(f"{weight}.weight")
+        `positions` [batch, sequence] are those of learned vectors, which are added; None where there are none.
+        """
+        c = self.config
+        hidden = self.op("Gather", [self.weight("model.embed_tokens.weight"), ids], "/model/embed_tokens")
+        if c.embed_scale != 1:
+            hidden = self.op("Mul", [hidden, self.scalar(c.embed_scale, "embed_scale")], "/model/embed_scale")
+        if c.width != c.hidden_size:
+            return self._projected(hidden, positions)
+        if positions is not None:
+            hidden = self.op("Add", [hidden, self._learned(positions)], "/model/embed")
+        flat = self.op("Reshape", [hidden, self.build.constant([-1, c.hidden_size], "tokens_shape")], "/model/embed")
+        return flat if c.embed_norm is None else self.norm(flat, c.embed_norm, "model.embed_norm", "/model/embed_norm")
+
+    def _projected(self, narrow: ir.Value, positions: ir.Value | None) -> ir.Value:
+        """An embedding [batch, sequence, width] in the hidden size, [batch * sequence, hidden]."""
+        flat = self.op(
+            "Reshape", [narrow, self.build.constant([-1, self.config.width], "narrow_shape")], "/model/embed"
+        )
+        hidden = self.linear(flat, "model.project_in", "/model/project_in", bias=False)
+        if positions is None:
+            return hidden
+        sizes = self.build.constant([-1, self.config.hidden_size], "tokens_shape")
+        learned = self.op("Reshape", [self._learned(positions), sizes], "/model/embed_positions")
+        return self.op("Add", [hidden, learned], "/model/embed")
+
+    def _learned(self, positions: ir.Value) -> ir.Value:
+        return self.op("Gather", [self.weight("model.embed_positions.weight"), positions], "/model/embed_positions")
+
+    def norm(self, hidden: ir.Value, kind: Norm, weight: str, name: str, *, by_head: bool = False) -> ir.Value:
+        """LayerNorm or RMSNorm over the last axis, computed in fp32 (stash_type 1).
+
+        With `by_head` the gains are [heads, channels], for values [tokens, heads, channels].
+        """
+        if by_head:
+            return self._head_norm(hidden, kind, weight, name)
+        return self._norm(hidden, kind, self._gain(kind, weight), weight, name)
+
+    def _head_norm(self, hidden: ir.Value, kind: Norm, weight: str, name: str) -> ir.Value:
+        gains = self.weight(f"{weight}.weight")
+        assert gains.shape is not None
+        channels = gains.shape[-1]
+        assert isinstance(channels, int)
+        normed = self._norm(hidden, dataclasses.replace(kind, bias=False), self._ones(channels), weight, name)
+        return self.op("Mul", [normed, gains], f"{name}/gains")
+
+    def _gain(self, kind: Norm, weight: str) -> ir.Value:
+        return self.weight(f"{weight}.weight") if kind.gain else self._ones(self.config.hidden_size)
+
+    def _ones(self, size: int) -> ir.Value:
+        return self.build.constant(np.ones(size, self.dtype.numpy()), "ones", self.dtype)
+
+    def _norm(self, hidden: ir.Value, kind: Norm, scale: ir.Value, weight: str, name: str) -> ir.Value:
         if kind.kind == "layer_norm":
             bias = [self.weight(f"{weight}.bias")] if kind.bias else []
             return self.op("LayerNormalization", [hidden, scale, *bias], name, axis=-1, epsilon=kind.eps, stash_type=1)
@@ -95,8 +142,12 @@ class Layers:
         """`value` cast to `dtype`; no Cast from fp32 to fp32 where the compute type is fp32."""
         return value if self.dtype == FLOAT and dtype == FLOAT else self.op("Cast", [value], name, to=dtype.value)
 
-    def linear(self, hidden: ir.Value, weight: str, name: str, *, bias: bool) -> ir.Value:
-        """[tokens, in] to [tokens, out]; in FP8 where the checkpoint has scales for it."""
+    def linear(self, hidden: ir.Value, weight: str, name: str, *, bias: bool, in_out: bool | None = None) -> ir.Value:
+        """[tokens, in] to [tokens, out]; in FP8 where the checkpoint has scales for it.
+
+        `in_out` is whether the weight is [in, out]; None where that is the same for the whole model.
+        """
+        in_out = self.config.linear_in_out if in_out is None else in_out
         scales = self._scales.get(weight)
         if scales is None:
             stored = self.weight(f"{weight}.weight")
@@ -106,7 +157,7 @@ class Layers:
                 self._fp8_weight(f"{weight}.weight", scales.weight, name),
             )
         inputs = [hidden, stored, *([self.weight(f"{weight}.bias")] if bias else [])]
-        return self.op("Gemm", inputs, name, **({} if self.config.linear_in_out else {"transB": 1}))
+        return self.op("Gemm", inputs, name, **({} if in_out else {"transB": 1}))
 
     def _fp8(self, scale: float) -> list[ir.Value]:
         """The scale and zero point inputs of QuantizeLinear and DequantizeLinear, both of rank 0."""
@@ -130,15 +181,26 @@ class Layers:
         stored = self.build.initializer(codes, weight)
         return self._dequantized(stored, scale, f"{name}/weight")
 
-    def mlp(self, hidden: ir.Value, c: Mlp, weight: str, name: str) -> ir.Value:
-        """The MLP of a block, [tokens, hidden] to [tokens, hidden]."""
-        up = self.linear(hidden, f"{weight}.up_proj", f"{name}/up_proj", bias=c.bias)
+    def mlp(self, hidden: ir.Value, c: Mlp, weight: str, name: str, *, in_out: bool | None = None) -> ir.Value:
+        """The MLP of a block, [tokens, hidden] to [tokens, hidden]; `in_out` as in `linear`."""
+        up = self.linear(hidden, f"{weight}.up_proj", f"{name}/up_proj", bias=c.bias, in_out=in_out)
         if c.gated:
-            gate = self.linear(hidden, f"{weight}.gate_proj", f"{name}/gate_proj", bias=c.bias)
-            inner = self.op("Mul", [self.activation(gate, c.activation, f"{name}/act"), up], name)
+            gate = self.linear(hidden, f"{weight}.gate_proj", f"{name}/gate_proj", bias=c.bias, in_out=in_out)
+            inner = self._gated(gate, up, c, name)
         else:
             inner = self.activation(up, c.activation, f"{name}/act")
-        return self.linear(inner, f"{weight}.down_proj", f"{name}/down_proj", bias=c.bias)
+        return self.linear(inner, f"{weight}.down_proj", f"{name}/down_proj", bias=c.bias, in_out=in_out)
+
+    def _gated(self, gate: ir.Value, up: ir.Value, c: Mlp, name: str) -> ir.Value:
+        op = self.op
+        if c.activation != "swiglu_clamped":
+            return op("Mul", [self.activation(gate, c.activation, f"{name}/act"), up], name)
+        assert c.limit is not None
+        low, high = self.scalar(-c.limit, "limit_low"), self.scalar(c.limit, "limit_high")
+        gate = op("Min", [gate, high], f"{name}/gate")
+        up = op("Add", [op("Clip", [up, low, high], f"{name}/up"), self.scalar(1.0, "one")], f"{name}/up")
+        share = op("Sigmoid", [op("Mul", [gate, self.scalar(c.alpha, "swiglu_alpha")], f"{name}/act")], f"{name}/act")
+        return op("Mul", [op("Mul", [gate, share], f"{name}/glu"), up], name)
 
     def activation(self, x: ir.Value, kind: Activation, name: str) -> ir.Value:
         """GELU (Hendrycks and Gimpel, arXiv 1606.08415, section 2), SiLU, ReLU or its square (arXiv 2109.08668)."""
@@ -170,8 +232,22 @@ class Layers:
         half = self.op("Mul", [x, self.scalar(0.5, "half")], f"{name}/half")
         return self.op("Mul", [half, self.op("Add", [inner, self.scalar(1.0, "one")], name)], name)
 
+    def softcapped(self, x: ir.Value, cap: float, name: str, dtype: ir.DataType | None = None) -> ir.Value:
+        """cap x tanh(x / cap) (Gemma 2, arXiv 2408.00118, section 2); `dtype` is that of `x`, or the compute type."""
+        value = self.scalar(cap, "softcap", dtype)
+        return self.op("Mul", [self.op("Tanh", [self.op("Div", [x, value], name)], name), value], name)
+
     def head(self, hidden: ir.Value) -> ir.Value:
         """Logits [tokens, vocabulary] in fp32."""
-        table = "model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
-        logits = self.op("Gemm", [hidden, self.weight(table)], "/lm_head", transB=1)
-        return self.cast(logits, FLOAT, "/lm_head")
+        c = self.config
+        if c.width != c.hidden_size:
+            hidden = self.linear(hidden, "model.project_out", "/model/project_out", bias=False)
+        table = "model.embed_tokens.weight" if c.tie_word_embeddings else "lm_head.weight"
+        bias = [self.weight("lm_head.bias")] if c.head_bias else []
+        logits = self.op("Gemm", [hidden, self.weight(table), *bias], "/lm_head", transB=1)
+        logits = self.cast(logits, FLOAT, "/lm_head")
+        if c.logit_scale != 1:
+            logits = self.op("Mul", [logits, self.scalar(c.logit_scale, "logit_scale", FLOAT)], "/lm_head/scale")
+        if c.logit_softcap is not None:
+            logits = self.softcapped(logits, c.logit_softcap, "/lm_head/softcap", FLOAT)
+        return logits

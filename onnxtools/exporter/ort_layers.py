@@ -25,7 +25,7 @@ class OrtLayers(Layers):
         self, hidden: ir.Value, update: ir.Value, kind: Norm, weight: str, name: str, residual: str
     ) -> tuple[ir.Value, ir.Value]:
         bias = _take_bias(update)
-        scale = self.weight(f"{weight}.weight")
+        scale = self._gain(kind, weight)
         if kind.kind == "layer_norm":
             beta = self.weight(f"{weight}.bias") if kind.bias else None
             op, inputs = "SkipLayerNormalization", [update, hidden, scale, beta, bias]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial as bound
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,10 @@ class Rope:
 
     Attributes:
         theta: the base of the frequencies.
-        kind: default, linear, llama3 or yarn.
+        kind: default, linear, dynamic, llama3, yarn or longrope.
         scaling: the parameters of the kind, in Hugging Face's names.
         factors: extra divisors of the frequencies, [dim / 2] (GGUF's `rope_freqs.weight`); none by default.
+        interleaved: channel 2 j is rotated with 2 j + 1 instead (GPT-J).
     """
 
     dim: int
@@ -35,6 +37,7 @@ class Rope:
     kind: str = "default"
     scaling: Mapping[str, Any] = field(default_factory=dict)
     factors: tuple[float, ...] = ()
+    interleaved: bool = False
 
     def __post_init__(self) -> None:
         """Refuse sizes and factors that no model has, before tables are computed.
@@ -50,25 +53,46 @@ class Rope:
                 "positive numbers"
             )
 
+    @property
+    def switch(self) -> int | None:
+        """The longest sequence in tokens that LongRoPE rotates by its short factors; None for other kinds."""
+        return int(self.scaling["original_max_position_embeddings"]) if self.kind == "longrope" else None
+
     def tables(self, length: int) -> tuple[Array, Array]:
         """cos and sin of position x frequency, each float64 [length, dim / 2].
+
+        For LongRoPE the `switch` rows of the short factors stand before those of the long ones.
 
         Raises:
             ModelError: they would fill the memory.
         """
+        parts = [self._table(length, long=True)]
+        if self.switch is not None:
+            parts.insert(0, self._table(self.switch, long=False))
+        cos, sin = (np.concatenate(tables) if len(tables) > 1 else tables[0] for tables in zip(*parts, strict=True))
+        return cos, sin
+
+    def _table(self, length: int, *, long: bool) -> tuple[Array, Array]:
         if length * self.dim > _MAX_TABLE:
             raise ModelError(
                 f"rope: tables of {length} positions and {self.dim} channels have more than {_MAX_TABLE} numbers; "
                 "lower max_position_embeddings"
             )
-        frequencies, factor = _KINDS[self.kind](self)
+        frequencies, factor = _longrope(self, long=long) if self.kind == "longrope" else _KINDS[self.kind](self)
         if self.factors:
             frequencies = frequencies / np.asarray(self.factors)
         angles = np.outer(np.arange(length, dtype=np.float64), frequencies)
         return np.cos(angles) * factor, np.sin(angles) * factor
 
 
-def rope_of(config: Mapping[str, Any], family: str, head_dim: int, *, partial: float | None = None) -> Rope:
+def rope_of(
+    config: Mapping[str, Any],
+    family: str,
+    head_dim: int,
+    *,
+    partial: float | None = None,
+    interleaved: bool = False,
+) -> Rope:
     """The rotation of a Hugging Face configuration.
 
     It is read from `rope_scaling` and `rope_theta`, or from `rope_parameters` (transformers 5); the former win, as in
@@ -76,6 +100,7 @@ def rope_of(config: Mapping[str, Any], family: str, head_dim: int, *, partial: f
 
     Args:
         partial: share of the channels that is rotated by default; None where the family rotates all channels.
+        interleaved: neighbouring channels are rotated together.
 
     Raises:
         ModelError: a kind that is not supported, or parameters that are missing or no numbers.
@@ -92,6 +117,8 @@ def rope_of(config: Mapping[str, Any], family: str, head_dim: int, *, partial: f
         raise ModelError(f"{family}: the rope type {shown(kind)} is not supported; {', '.join(_KINDS)} are")
     original = config.get("original_max_position_embeddings") or config.get("max_position_embeddings")
     scaling = {"original_max_position_embeddings": original, **{k: v for k, v in parameters.items() if v is not None}}
+    if kind in ("yarn", "longrope") and is_positive(original) and is_positive(config.get("max_position_embeddings")):
+        scaling.setdefault("factor", config["max_position_embeddings"] / scaling["original_max_position_embeddings"])
     for name in (*_NUMBERS, *_NEEDED[kind]):
         value = scaling.get(name)
         if value is not None and not is_positive(value):
@@ -118,12 +145,23 @@ def rope_of(config: Mapping[str, Any], family: str, head_dim: int, *, partial: f
         raise ModelError(
             f"{family}: partial_rotary_factor is {share}, which this family does not have; check the model_type"
         )
-    rope = Rope(int(head_dim * share), theta, kind, scaling)
+    rope = Rope(int(head_dim * share), theta, kind, scaling, interleaved=interleaved)
+    if kind == "longrope":
+        _check_longrope(rope, family)
     if not np.isfinite(rope.tables(2)).all():
         raise ModelError(
             f"{family}: rope parameters {shown(scaling)} give no finite angles; fetch the configuration again"
         )
     return rope
+
+
+def _check_longrope(rope: Rope, family: str) -> None:
+    for name in ("short_factor", "long_factor"):
+        factors = rope.scaling.get(name)
+        if not isinstance(factors, list) or len(factors) != rope.dim // 2 or not all(map(is_positive, factors)):
+            raise ModelError(
+                f"{family}: rope's {name} is {shown(factors)}; it must be {rope.dim // 2} positive numbers"
+            )
 
 
 def is_positive(value: Any) -> bool:
@@ -139,6 +177,16 @@ def _default(rope: Rope) -> tuple[Array, float]:
 def _linear(rope: Rope) -> tuple[Array, float]:
     """Positions divided by the factor (Chen et al., arXiv 2306.15595)."""
     return _default(rope)[0] / float(rope.scaling["factor"]), 1.0
+
+
+def _longrope(rope: Rope, *, long: bool) -> tuple[Array, float]:
+    """Each frequency divided by a factor of its own, of short or long texts (Ding et al., arXiv 2402.13753)."""
+    factors = np.asarray(rope.scaling["long_factor" if long else "short_factor"], np.float64)
+    factor, original = float(rope.scaling["factor"]), float(rope.scaling["original_max_position_embeddings"])
+    attention = rope.scaling.get("attention_factor")
+    if attention is None:
+        attention = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    return _default(rope)[0] / factors, float(attention)
 
 
 def _llama3(rope: Rope) -> tuple[Array, float]:
@@ -184,9 +232,15 @@ def yarn_magnitude(factor: float, scale: float = 1.0) -> float:
     return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-_KINDS = {"default": _default, "linear": _linear, "llama3": _llama3, "yarn": _yarn}
+_KINDS: dict[str, Callable[[Rope], tuple[Array, float]]] = {
+    "default": _default, "linear": _linear, "dynamic": _default, "llama3": _llama3, "yarn": _yarn,
+    "longrope": bound(_longrope, long=True),
+}  # fmt: skip
+"""`dynamic` changes frequencies only beyond max_position_embeddings, where the tables end."""
 _NUMBERS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 _NEEDED: dict[str, tuple[str, ...]] = {
-    "default": (), "linear": ("factor",), "yarn": ("factor", "original_max_position_embeddings"),
+    "default": (), "linear": ("factor",), "dynamic": ("factor",),
+    "yarn": ("factor", "original_max_position_embeddings"),
+    "longrope": ("factor", "original_max_position_embeddings"),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }  # fmt: skip

@@ -113,18 +113,63 @@ def hstack(tensors: Sequence[Tensor], name: str) -> Tensor:
     return _Beside((shapes[0][0], sum(shape[1] for shape in shapes)), tensors[0].dtype, name, tensors)
 
 
-def columns(tensor: Tensor, start: int, stop: int) -> Tensor:
-    """Returns the columns `start:stop` of a matrix, or the elements `start:stop` of a vector."""
-    if len(shape_of(tensor)) == 1:
+def columns(tensor: Tensor, start: int, stop: int, step: int = 1) -> Tensor:
+    """Returns the columns `start:stop:step` of a matrix, or the elements `start:stop` of a vector."""
+    if len(shape_of(tensor)) == 1 and step == 1:
         return row_range(tensor, start, stop)
-    shape = (shape_of(tensor)[0], stop - start)
+    shape = (*shape_of(tensor)[:-1], len(range(start, stop, step)))
     return StreamedTensor(
         tensor,
-        lambda rows, _: np.ascontiguousarray(rows[:, start:stop]),
+        lambda rows, _: np.ascontiguousarray(rows[..., start:stop:step]),
         dtype=tensor.dtype,
         name=tensor.name or "",
         shape=shape,
     )
+
+
+class _Folded(RowTensor):
+    """[groups x rows, ...] as [groups, rows, ...]."""
+
+    def rows(self, start: int, stop: int, scratch: Scratch | None = None) -> np.ndarray:
+        each = self.shape[1]
+        assert isinstance(each, int)
+        return _read(self.sources[0], start * each, stop * each).reshape(stop - start, *shape_of(self)[1:])
+
+
+def folded(tensor: Tensor, groups: int) -> Tensor:
+    """Returns the rows of a tensor [groups x rows, ...] as [groups, rows, ...]."""
+    rows, *rest = shape_of(tensor)
+    shape = (groups, rows // groups, *rest)
+    if isinstance(tensor, ir.ExternalTensor):
+        return ir.ExternalTensor(
+            tensor.location, tensor.offset, tensor.nbytes, tensor.dtype, shape=ir.Shape(shape),
+            name=tensor.name or "", base_dir=tensor.base_dir,
+        )  # fmt: skip
+    return _Folded(shape, tensor.dtype, tensor.name or "", [tensor])
+
+
+class _Plane(RowTensor):
+    """Element `index` along the first axis."""
+
+    __slots__ = ("_index",)
+
+    def __init__(self, tensor: Tensor, index: int) -> None:
+        super().__init__(shape_of(tensor)[1:], tensor.dtype, tensor.name or "", [tensor])
+        self._index = index
+
+    def rows(self, start: int, stop: int, scratch: Scratch | None = None) -> np.ndarray:
+        return np.ascontiguousarray(_read(self.sources[0], self._index, self._index + 1)[0][start:stop])
+
+
+def plane(tensor: Tensor, index: int) -> Tensor:
+    """Returns element `index` along the first axis of a tensor [planes, ...], without this axis."""
+    if not isinstance(tensor, ir.ExternalTensor):
+        return _Plane(tensor, index)
+    size = row_bytes(tensor)
+    return ir.ExternalTensor(
+        tensor.location, (tensor.offset or 0) + index * size, size, tensor.dtype, shape=ir.Shape(shape_of(tensor)[1:]),
+        name=tensor.name or "", base_dir=tensor.base_dir,
+    )  # fmt: skip
 
 
 def pick_rows(tensor: Tensor, ranges: Sequence[tuple[int, int]], name: str) -> Tensor:

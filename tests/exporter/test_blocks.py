@@ -19,11 +19,12 @@ import torch
 import transformers
 from transformers.models.llama import modeling_llama as llama
 
-from onnxtools.exporter.config import Block, DecoderConfig, Mlp, Norm, SelfAttention, weight_shapes
+from onnxtools.exporter.config import Block, DecoderConfig, Mlp, Norm, SelfAttention
 from onnxtools.exporter.decoder import build_decoder
 from onnxtools.exporter.export_options import ExportOptions
 from onnxtools.exporter.family import Weights
 from onnxtools.exporter.rope import Rope
+from onnxtools.exporter.weight_shapes import weight_shapes
 from tests.exporter.driver import Driver
 
 HIDDEN, VOCAB, POSITIONS, EPS = 48, 61, 32, 1e-5

@@ -22,9 +22,8 @@ BASE = {
 def rope(**metadata: Any) -> Rope:
     made = llama_gguf.config({**BASE,
         **{f"llama.rope.{name.replace('__', '.')}": value for name, value in metadata.items() if name[0] != "_"},
-                              **{name: value for name, value in metadata.items() if name[0] == "_"}}).rope  # fmt: skip
-    assert made is not None
-    return made
+                              **{name: value for name, value in metadata.items() if name[0] == "_"}}).ropes  # fmt: skip
+    return made[0]
 
 
 def test_factors_divide_the_frequencies_also_of_scaled_ones() -> None:

@@ -9,31 +9,29 @@ from collections.abc import Mapping
 from typing import Any
 
 from onnxtools.checkpoints.model_info import token_ids
-from onnxtools.exporter.config import (
-    Block,
-    DecoderConfig,
-    Mlp,
-    Norm,
-    SelfAttention,
-    activation_of,
-    check_plain,
-    flag,
-    head_dim_of,
-    integer,
-    number,
-    repeated,
-    weight_shapes,
-)
-from onnxtools.exporter.family import Family, Source
+from onnxtools.exporter.config import Block, DecoderConfig, Mlp, Norm, SelfAttention, repeated
+from onnxtools.exporter.family import Family
+from onnxtools.exporter.names import Names
 from onnxtools.exporter.rope import rope_of
-from onnxtools.storage.lazy import Tensor
+from onnxtools.exporter.settings import activation_of, check_plain, flag, head_dim_of, integer, number
 
 
 def config(
-    raw: Mapping[str, Any], family: str = "llama", partial: float | None = None, *, windows: bool = False
+    raw: Mapping[str, Any],
+    family: str = "llama",
+    partial: float | None = None,
+    *,
+    windows: bool = False,
+    interleaved: bool = False,
 ) -> DecoderConfig:
-    """The decoder of a Llama config.json, or of a family like it; `partial` as in `rope_of`, `windows` as in
-    `check_plain`.
+    """The decoder of a Llama config.json, or of a family like it.
+
+    Args:
+        raw: the content of config.json.
+        family: its name, for errors and onnxtools.json.
+        partial: as in `rope_of`.
+        windows: as in `check_plain`.
+        interleaved: as in `rope_of`.
 
     Raises:
         ModelError: a setting that is missing, damaged or not supported.
@@ -48,7 +46,7 @@ def config(
         integer(raw, family, "num_key_value_heads", default=heads),
         head_dim,
         head_dim**-0.5,
-        rope=rope_of(raw, family, head_dim, partial=partial),
+        rope=rope_of(raw, family, head_dim, partial=partial, interleaved=interleaved),
         bias=bias,
         output_bias=bias,
     )
@@ -67,14 +65,12 @@ def config(
     )
 
 
-def weights(c: DecoderConfig, source: Source) -> dict[str, Tensor]:
-    """The weights, whose names in the checkpoint are the canonical ones."""
-    tensors = {name: source.take(name, *shape) for name, shape in weight_shapes(c).items() if name != "lm_head.weight"}
-    return tensors | source.head(c, "lm_head.weight", tensors["model.embed_tokens.weight"])
-
+NAMES = Names()
+ROPE_BUFFERS = ("*.rotary_emb.inv_freq",)
+"""Buffers that older checkpoints hold."""
 
 FAMILY = Family(
-    "llama", ("llama",), config, weights, ignored=("*.rotary_emb.inv_freq",),
+    "llama", ("llama",), config, NAMES.read, ignored=ROPE_BUFFERS,
     example={
         "model_type": "llama", "vocab_size": 32000, "hidden_size": 2048, "num_hidden_layers": 16,
         "num_attention_heads": 32, "num_key_value_heads": 8,

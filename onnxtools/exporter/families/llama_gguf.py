@@ -10,20 +10,11 @@ import numpy as np
 from onnxtools.base.errors import ModelError
 from onnxtools.base.inputs import shown
 from onnxtools.checkpoints.gguf import ROPE_FACTORS
-from onnxtools.exporter.config import (
-    Block,
-    DecoderConfig,
-    Mlp,
-    Norm,
-    SelfAttention,
-    head_dim_of,
-    integer,
-    number,
-    repeated,
-    weight_shapes,
-)
+from onnxtools.exporter.config import Block, DecoderConfig, Mlp, Norm, SelfAttention, repeated
 from onnxtools.exporter.family import Family, Source
 from onnxtools.exporter.rope import Rope, yarn_magnitude
+from onnxtools.exporter.settings import head_dim_of, integer, number
+from onnxtools.exporter.weight_shapes import weight_shapes
 from onnxtools.storage.lazy import Tensor, half_rotation
 
 _LAYER = {

@@ -12,21 +12,12 @@ from onnxtools.base.errors import ModelError
 from onnxtools.base.inputs import shown
 from onnxtools.checkpoints.checkpoint import nested
 from onnxtools.checkpoints.te_extra_state import forward_scales
-from onnxtools.exporter.config import (
-    Activation,
-    Block,
-    DecoderConfig,
-    Mlp,
-    Norm,
-    SelfAttention,
-    head_dim_of,
-    integer,
-    number,
-    repeated,
-)
+from onnxtools.exporter.config import Activation, Block, DecoderConfig, Mlp, Norm, SelfAttention, repeated
 from onnxtools.exporter.family import Family, FP8Scales, Source
+from onnxtools.exporter.names import group_rows
 from onnxtools.exporter.rope import Rope
-from onnxtools.storage.lazy import Tensor, flatten, pick_rows, plus_one, row_range
+from onnxtools.exporter.settings import head_dim_of, integer, number
+from onnxtools.storage.lazy import Tensor, pick_rows, plus_one, row_range
 
 _LAYER_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     # {part: (spellings of its module, or of its weight and bias)}, tried in order; `{}` is "weight" or "bias".
@@ -113,6 +104,7 @@ def config(raw: Mapping[str, Any]) -> DecoderConfig:
         blocks=repeated("megatron", Block(attention, mlp, norm), integer(raw, "megatron", "num_layers")),
         norm=norm,
         tie_word_embeddings=bool(raw.get("share_embeddings_and_output_weights", True)),
+        learned_positions=attention.rope is None,
         **_token_ids(raw),
     )
 
@@ -184,7 +176,7 @@ class _Reader:
                 f"{self.root}embedding.word_embeddings.weight", c.vocab_size, c.hidden_size
             )
         }
-        if c.rope is None:
+        if c.learned_positions:
             tensors["model.embed_positions.weight"] = take(
                 f"{self.root}embedding.position_embeddings.weight", c.max_position_embeddings, c.hidden_size
             )
@@ -200,7 +192,7 @@ class _Reader:
         return tensors
 
     def _norm_kinds(self) -> tuple[str, ...]:
-        return ("weight", "bias") if self.c.norm.bias else ("weight",)
+        return ("weight", "bias") if self.c.blocks[0].norm.bias else ("weight",)
 
     def _gain(self, kind: str, tensor: Tensor) -> Tensor:
         return plus_one(tensor) if kind == "weight" and self.centred else tensor
@@ -212,7 +204,8 @@ class _Reader:
 
     def _layer(self, n: int) -> dict[str, Tensor]:
         c, to, block = self.c, f"model.layers.{n}", self.c.blocks[n]
-        attention, mlp, tensors = block.attention, block.mlp, dict[str, Tensor]()
+        attention, mlp, tensors = block.attention, block.inner, dict[str, Tensor]()
+        assert isinstance(attention, SelfAttention)
         for kind in self._norm_kinds():
             tensors[f"{to}.input_layernorm.{kind}"] = self._gain(kind, self._take(n, "norm1", kind, c.hidden_size))
             tensors[f"{to}.post_attention_layernorm.{kind}"] = self._gain(
@@ -252,13 +245,9 @@ class _Reader:
 
         Its rows are [groups, heads / groups + 2, head_dim], or [3, heads, head_dim] with `megatron_legacy`.
         """
-        d = c.head_dim
         if self.source.config.get("megatron_legacy"):
             return [[(i * c.q_size, (i + 1) * c.q_size)] for i in range(3)]
-        each = c.heads // c.kv_heads
-        starts = [group * (each + 2) * d for group in range(c.kv_heads)]
-        spans = ((0, each), (each, each + 1), (each + 1, each + 2))
-        return [flatten([[(start + a * d, start + b * d)] for start in starts]) for a, b in spans]
+        return group_rows(c)
 
 
 _FP8_MODULES: dict[str, tuple[tuple[str, int, tuple[str, ...]], ...]] = {
@@ -296,7 +285,7 @@ def scales(c: DecoderConfig, source: Source) -> dict[str, FP8Scales]:
                 {
                     f"model.layers.{n}.{linear}": pair
                     for linear in linears
-                    if c.blocks[n].mlp.gated or linear != "mlp.gate_proj"
+                    if c.blocks[n].inner.gated or linear != "mlp.gate_proj"
                 }
             )
     return by_layer

@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from onnxtools.exporter.config import DecoderConfig, Norm, activation_of, number, repeated
+from onnxtools.exporter.config import DecoderConfig, Norm, adapted
 from onnxtools.exporter.families import llama
-from onnxtools.exporter.family import Family, Source
-from onnxtools.storage.lazy import Tensor, plus_one
+from onnxtools.exporter.family import Family
+from onnxtools.exporter.names import Names
+from onnxtools.exporter.settings import activation_of, number
 
 
 def config(raw: Mapping[str, Any]) -> DecoderConfig:
@@ -23,19 +24,12 @@ def config(raw: Mapping[str, Any]) -> DecoderConfig:
     """
     base = llama.config({"max_position_embeddings": 4096, **raw, "hidden_act": None}, "nemotron", 0.5)
     norm = Norm("layer_norm", number(raw, "nemotron", "norm_eps", default=1e-5), bias=True)
-    block = base.blocks[0]
-    mlp = replace(block.mlp, gated=False, activation=activation_of(raw, "nemotron", "hidden_act", "relu2"))
-    return replace(base, norm=norm, blocks=repeated("nemotron", replace(block, mlp=mlp, norm=norm), len(base.blocks)))
-
-
-def weights(c: DecoderConfig, source: Source) -> dict[str, Tensor]:
-    """The weights by canonical name, as of Llama; the checkpoint stores the gains of norms minus one."""
-    tensors = llama.weights(c, source)
-    return {name: plus_one(tensor) if name.endswith("norm.weight") else tensor for name, tensor in tensors.items()}
+    activation = activation_of(raw, "nemotron", "hidden_act", "relu2")
+    return replace(adapted(base, mlp={"gated": False, "activation": activation}, norm=norm), norm=norm)
 
 
 FAMILY = Family(
-    "nemotron", ("nemotron",), config, weights, ignored=("*.rotary_emb.inv_freq",),
+    "nemotron", ("nemotron",), config, Names(plus_one=True).read, ignored=llama.ROPE_BUFFERS,
     example={
         "model_type": "nemotron", "vocab_size": 256000, "hidden_size": 3072, "num_hidden_layers": 32,
         "num_attention_heads": 24, "num_key_value_heads": 8,

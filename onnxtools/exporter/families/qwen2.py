@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from onnxtools.base.errors import ModelError
 from onnxtools.base.inputs import shown
-from onnxtools.exporter.config import DecoderConfig, flag, windowed, windows_of
+from onnxtools.exporter.config import DecoderConfig, adapted, by_layer
 from onnxtools.exporter.families import llama
 from onnxtools.exporter.family import Family
+from onnxtools.exporter.settings import flag, windows_of
 
 
 def config(raw: Mapping[str, Any]) -> DecoderConfig:
@@ -19,20 +19,28 @@ def config(raw: Mapping[str, Any]) -> DecoderConfig:
     Raises:
         ModelError: a setting that is missing, damaged or not supported.
     """
-    raw = {"max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28, **raw}
+    raw = {"max_position_embeddings": 32768, **raw}
     base = llama.config({**raw, "attention_bias": None}, "qwen2", windows=True)
-    block = base.blocks[0]
-    block = replace(block, attention=replace(block.attention, bias=True))
+    return adapted(sliding(base, raw, "qwen2"), attention={"bias": True})
+
+
+def sliding(base: DecoderConfig, raw: Mapping[str, Any], family: str) -> DecoderConfig:
+    """`base` with the windows of Qwen: in the layers from `max_window_layers` on, if `use_sliding_window`.
+
+    Raises:
+        ModelError: a setting that is damaged.
+    """
+    raw = {"sliding_window": 4096, "max_window_layers": 28, **raw}
     first = raw["max_window_layers"]
     if isinstance(first, bool) or not isinstance(first, int) or first < 0:
-        raise ModelError(f"qwen2: max_window_layers is {shown(first)}; it must be an integer of 0 or more")
-    slides = flag(raw, "qwen2", "use_sliding_window", False) and raw["sliding_window"] is not None
+        raise ModelError(f"{family}: max_window_layers is {shown(first)}; it must be an integer of 0 or more")
+    slides = flag(raw, family, "use_sliding_window", False) and raw["sliding_window"] is not None
     kinds = ["sliding_attention" if slides and n >= first else "full_attention" for n in range(len(base.blocks))]
-    return replace(base, blocks=windowed(block, windows_of(raw, "qwen2", kinds)))
+    return by_layer(base, [{"window": window} for window in windows_of(raw, family, kinds)])
 
 
 FAMILY = Family(
-    "qwen2", ("qwen2",), config, llama.weights, ignored=("*.rotary_emb.inv_freq",),
+    "qwen2", ("qwen2",), config, llama.NAMES.read, ignored=llama.ROPE_BUFFERS,
     example={
         "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896, "num_hidden_layers": 24,
         "num_attention_heads": 14, "num_key_value_heads": 2, "intermediate_size": 4864,
