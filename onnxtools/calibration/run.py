@@ -355,7 +355,7 @@ class Calibration:
                     self._spool.put(value, text, results[value])
             for value, several in observers.items():
                 array = _rows(results.get(value, received.get(value, feeds.get(value.name or ""))), value)
-                for observer in several:
+                for observer in several if array.size else ():  # no token of this text chose the expert
                     observer.add(array)
             self._tick()
 

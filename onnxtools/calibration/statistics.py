@@ -21,6 +21,17 @@ class Observer(Protocol):
         """
 
 
+class RowCount:
+    """The rows of all texts, in `count`; an expert that no token chose has none."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def add(self, x: Array) -> None:
+        """Add one text, [tokens, channels]."""
+        self.count += len(x)
+
+
 class ChannelRange:
     """The largest magnitude, mean magnitude and mean square of every channel.
 

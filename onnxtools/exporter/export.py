@@ -35,10 +35,12 @@ from onnxtools.storage.save import SaveReport
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _SIZES = {
-    "n_layer": ("n_layer", "num_hidden_layers", "num_layers"), "n_embd": ("n_embd", "hidden_size"),
-    "n_head": ("n_head", "num_attention_heads"), "n_kv_head": ("num_key_value_heads", "num_query_groups"),
-    "n_inner": ("n_inner", "intermediate_size", "ffn_hidden_size"),
-    "n_positions": ("n_positions", "max_position_embeddings"), "vocab_size": ("_vocab_size", "vocab_size"),
+    "n_layer": ("n_layer", "num_hidden_layers", "num_layers", "n_layers"),
+    "n_embd": ("n_embd", "hidden_size", "d_model"), "n_head": ("n_head", "num_attention_heads", "n_heads", "num_heads"),
+    "n_kv_head": ("num_key_value_heads", "num_query_groups"),
+    "n_inner": ("n_inner", "intermediate_size", "ffn_hidden_size", "ffn_dim"),
+    "n_positions": ("n_positions", "max_position_embeddings", "max_seq_len", "seq_length"),
+    "vocab_size": ("_vocab_size", "vocab_size"),
 }  # fmt: skip
 """Size options of `export` to their spellings in configurations.
 
@@ -190,12 +192,30 @@ def _random(checkpoint: Checkpoint | None, options: ExportOptions) -> tuple[Deco
     if raw.get("_vocab_size", 0) is None:
         raise UsageError(f"export: {label} does not say how large the vocabulary is; add --vocab-size")
     config = _configured(family, raw, label)
+    _check_sizes(config, options)
     dtype = BY_NAME["fp16" if options.dtype == "auto" else options.dtype]
     tensors: dict[str, Tensor] = {}
     for name, shape in weight_shapes(config).items():
         is_gain = name.endswith("norm.weight")
         tensors[name] = RandomRows(shape, dtype, name, 1.0 if is_gain else 0.0, 0.02)
     return config, Weights(tensors), dtype
+
+
+def _check_sizes(config: DecoderConfig, options: ExportOptions) -> None:
+    """Refuse a size option that the family's configuration does not have, so that none is ignored."""
+    block = config.blocks[0]
+    made = {
+        "n_layer": len(config.blocks), "n_embd": config.hidden_size, "n_head": block.attention.heads,
+        "n_kv_head": block.attention.kv_heads, "n_inner": block.inner.size,
+        "n_positions": config.max_position_embeddings, "vocab_size": config.vocab_size,
+    }  # fmt: skip
+    for name, value in made.items():
+        asked = getattr(options, name)
+        if asked is not None and asked != value:
+            raise UsageError(
+                f"export: family {config.family} has no --{name.replace('_', '-')} of its own, it stays {value}; leave "
+                "it out, or name a folder with config.json"
+            )
 
 
 def describe(config: DecoderConfig, options: ExportOptions, dtype: ir.DataType) -> dict[str, Any]:

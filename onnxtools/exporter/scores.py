@@ -81,9 +81,10 @@ class Scores:
             weight: canonical name of the attention's module.
             name: prefix of the new nodes' names.
         """
-        # Attention has no sinks, and opset 23 leaves open whether its softcap comes before the mask.
-        has_parts = isinstance(c, SelfAttention) and (c.softcap is not None or c.sinks)
-        if self.opset >= 23 and not has_parts:
+        # Attention has no sinks, opset 23 leaves open whether its softcap comes before the mask, and TensorRT wants
+        # values as wide as keys.
+        is_plain = isinstance(c, SelfAttention) and c.softcap is None and not c.sinks
+        if self.opset >= 23 and is_plain:
             wide = {} if self.layers.dtype == FLOAT else {"softmax_precision": FLOAT.value}
             return self.layers.op("Attention", [q, k, v, self.io.mask(c)], name, scale=c.scale, **wide)
         return self._primitive(q, k, v, c, weight, name)

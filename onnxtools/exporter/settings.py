@@ -76,7 +76,7 @@ def flag(config: Mapping[str, Any], family: str, name: str, default: bool) -> bo
     return value
 
 
-_REFUSED: dict[str, object] = {"add_cross_attention": True, "is_causal": False}
+_REFUSED: dict[str, object] = {"add_cross_attention": True, "is_causal": False, "use_bidirectional_attention": True}
 """Settings of Hugging Face configurations, each with the value that makes a model of another kind."""
 
 

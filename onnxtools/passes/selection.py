@@ -16,6 +16,7 @@ from onnxtools.ir.query import is_op
 from onnxtools.pipeline.passbase import Pass
 
 LM_HEAD = "language-model head (--lm-head takes it)"
+ROUTER = "router of experts (--include takes it)"
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Selected(Pass):
             return "excluded"
         if not product.tensor.size:
             return "no elements"
+        if is_router(product.node) and not self.include:
+            return ROUTER
         return LM_HEAD if product.node is head and not self.lm_head else ""
 
     def unmatched(self, table: Sequence[dict[str, str]]) -> list[str]:
@@ -72,6 +75,21 @@ _BETWEEN = {
     "Slice",
     "Tanh",
 }
+
+
+_BEFORE_CHOICE = {"Softmax", "Sigmoid", "Add", "Cast", "Reshape", "Where", "Squeeze", "Unsqueeze"}
+
+
+def is_router(product: ir.Node) -> bool:
+    """Whether a product scores experts: a TopK chooses from it. Near scores decide there, so small errors are large."""
+    reached = [product]
+    for node in reached:
+        for reader, _ in node.outputs[0].uses():
+            if is_op(reader, "TopK"):
+                return True
+            if reader.op_type in _BEFORE_CHOICE and reader not in reached:
+                reached.append(reader)
+    return False
 
 
 def head_product(model: Model) -> ir.Node | None:

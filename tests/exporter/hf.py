@@ -12,7 +12,7 @@ import transformers
 Array = np.ndarray[Any, Any]
 _LLAMA = {
     "vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "intermediate_size": 112,
+    "intermediate_size": 96,
     "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 _GPT2 = {
@@ -32,20 +32,20 @@ _YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_ma
 
 _GROUPS = {"n_group": 2, "topk_group": 1}
 _LATENT = {
-    **_LLAMA, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "kv_lora_rank": 16,
-    "q_lora_rank": 24, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 12, "first_k_dense_replace": 1,
+    **_LLAMA, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "kv_lora_rank": 32,
+    "q_lora_rank": 32, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 16, "first_k_dense_replace": 1,
     "num_key_value_heads": 4,
 }  # fmt: skip
 _MSCALE = {**_YARN, "mscale": 0.7, "mscale_all_dim": 0.9}
-_QWEN_MOE = {**_LLAMA, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+_QWEN_MOE = {**_LLAMA, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _OSS = {**_LLAMA, "num_local_experts": 5, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 5}
 _PHI = {**_LLAMA, "num_key_value_heads": 4}
 _FALCON = {
-    "vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_hidden_size": 112,
+    "vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_hidden_size": 96,
     "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 _OPT = {
-    "vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 112,
+    "vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 96,
     "max_position_embeddings": 64, "word_embed_proj_dim": 64,
 }  # fmt: skip
 _BLOOM = {"vocab_size": 97, "hidden_size": 64, "n_layer": 2, "n_head": 4}
@@ -139,7 +139,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi": ("Phi", {**_LLAMA, **_rope(partial_rotary_factor=0.5)}),
     "phi_norms": ("Phi", {**_LLAMA, "qk_layernorm": True, **_rope(partial_rotary_factor=1.0)}),
     "gptj": ("GPTJ", {**_GPT2, "rotary_dim": 8}),
-    "gptj_inner": ("GPTJ", {**_GPT2, "rotary_dim": 16, "n_inner": 100}),
+    "gptj_inner": ("GPTJ", {**_GPT2, "rotary_dim": 16, "n_inner": 96}),
     "falcon": ("Falcon", _FALCON),
     "falcon_biased": ("Falcon", {**_FALCON, "multi_query": False, "parallel_attn": False, "bias": True}),
     "falcon_alibi": (
@@ -185,10 +185,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "helium": ("Helium", {**_LLAMA, "head_dim": 16, "pad_token_id": 0}),
     "mixtral": ("Mixtral", {**_LLAMA, "num_local_experts": 4}),
     "mixtral_window": ("Mixtral", {**_LLAMA, "num_local_experts": 5, "num_experts_per_tok": 3, "sliding_window": 5}),
-    "qwen2_moe": ("Qwen2Moe", {**_QWEN_MOE, "shared_expert_intermediate_size": 40}),
+    "qwen2_moe": ("Qwen2Moe", {**_QWEN_MOE, "shared_expert_intermediate_size": 64}),
     "qwen2_moe_mixed": (
         "Qwen2Moe",
-        {**_QWEN_MOE, "shared_expert_intermediate_size": 40, "decoder_sparse_step": 2, "norm_topk_prob": True,
+        {**_QWEN_MOE, "shared_expert_intermediate_size": 64, "decoder_sparse_step": 2, "norm_topk_prob": True,
          "qkv_bias": False},
     ),
     "qwen3_moe": ("Qwen3Moe", {**_QWEN_MOE, "head_dim": 32, "norm_topk_prob": True}),

@@ -14,6 +14,7 @@ import pytest
 
 pytest.importorskip("transformers", reason="the references are transformers' own models (make setup installs it)")
 
+from onnxtools.base import registry
 from onnxtools.exporter.export import export
 from onnxtools.exporter.export_options import ExportOptions
 from tests.exporter import hf
@@ -179,27 +180,36 @@ def test_onnxtools_json_and_the_files_beside(llama: tuple[Path, Any], tmp_path: 
 # --- random weights and configuration files ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gpt_bigcode", "llama", "mistral", "nemotron", "qwen2", "megatron"])
+LARGE = {"mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v2", "deepseek_v3", "gptj"}
+"""Families whose sizes are not all options: they take a folder with config.json."""
+SIZES = ["--n-layer", "2", "--n-embd", "64", "--n-head", "4", "--n-positions", "32", "--vocab-size", "97"]
+
+
+@pytest.mark.parametrize("family", sorted(set(registry.names(registry.FAMILIES)) - LARGE - {"llama-gguf"}))
 def test_random_weights_of_every_family_run(family: str, tmp_path: Path) -> None:
-    sizes = [
-        "--n-layer",
-        "2",
-        "--n-embd",
-        "64",
-        "--n-head",
-        "4",
-        "--n-inner",
-        "96",
-        "--n-positions",
-        "32",
-        "--vocab-size",
-        "97",
-    ]
+    sizes = SIZES if family in ("bloom", "mpt") else [*SIZES, "--n-inner", "96"]
     for name in ("a.onnx", "b.onnx"):
         succeed("export", "--random", "--family", family, *sizes, "--dtype", "fp32", "-o", tmp_path / name)
     found = [decode(tmp_path / name, "concat", IDS, mask(), (5, 1, 6)) for name in ("a.onnx", "b.onnx")]
     assert np.isfinite(found[0]).all() and found[0].std() > 0.01
     assert np.array_equal(*found), "the same sizes give the same weights"
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v2", "deepseek_v3", "gptj"])
+def test_random_weights_of_a_configuration_run(name: str, tmp_path: Path) -> None:
+    hf.make(name, tmp_path / "hf")
+    succeed("export", "--random", tmp_path / "hf", "--dtype", "fp32", "-o", tmp_path / "m.onnx")
+    found = decode(tmp_path / "m.onnx", "concat", IDS, mask(), (5, 1, 6))
+    assert np.isfinite(found).all() and found.std() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("family", "option"), [("bloom", "--n-inner"), ("mpt", "--n-inner"), ("gemma3_text", "--n-kv-head")]
+)
+def test_a_size_that_the_family_does_not_have_is_refused(family: str, option: str, tmp_path: Path) -> None:
+    arguments = ["export", "--random", "--family", family, *SIZES, option, "48", "-o", tmp_path / "m.onnx"]
+    code = 2 if option == "--n-inner" else 1
+    assert (option if code == 2 else "48") in refuse(*arguments, code=code)
 
 
 def test_random_weights_do_not_depend_on_slabs() -> None:

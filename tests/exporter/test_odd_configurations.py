@@ -123,6 +123,37 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("mistral", {"layer_types": ["chunked_attention"] * 2}, "chunked_attention"),
     ("qwen2", {"max_window_layers": "x"}, "max_window_layers"),
     ("qwen2", {"layer_types": ["sliding_attention"] * 2, "sliding_window": None}, "sliding_window"),
+    ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    ("gemma2", {"attn_logit_softcapping": 0}, "attn_logit_softcapping"),
+    ("gemma3", {"rope_parameters": {"rope_type": "default"}}, "full_attention and sliding_attention"),
+    (
+        "llama_longrope",
+        {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "short_factor": [1.0] * 7,
+                "long_factor": [1.0] * 8,
+            }
+        },
+        "short_factor",
+    ),
+    ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers"),
+    ("falcon_new", {"parallel_attn": False}, "new_decoder_architecture"),
+    ("mpt", {"attn_config": {"qk_ln": True}}, "qk_ln"),
+    ("mpt", {"attn_config": {"alibi": False}}, "alibi"),
+    ("mpt", {"attn_config": 5}, "attn_config"),
+    ("gpt_neo", {"attention_types": [[["global"], 1]]}, "2 layers"),
+    ("gpt_neo", {"attention_types": 5}, "attention_types"),
+    ("mixtral", {"num_experts_per_tok": 9}, "9 of 4 experts"),
+    ("mixtral", {"num_local_experts": 10**9}, "num_experts"),
+    ("qwen3_moe", {"mlp_only_layers": "x"}, "mlp_only_layers"),
+    ("deepseek_v2", {"topk_method": "noaux"}, "topk_method"),
+    ("deepseek_v3", {"n_group": 3}, "1 of 3 groups"),
+    ("deepseek_v3", {"first_k_dense_replace": -1}, "first_k_dense_replace"),
+    ("exaone4_hybrid", {"layer_types": None, "sliding_window_pattern": "LXG"}, "sliding_window_pattern"),
+    ("gptj", {"rotary_dim": 32}, "32 of 16 channels"),
+    ("opt", {"do_layer_norm_before": "no"}, "do_layer_norm_before"),
 ]
 
 

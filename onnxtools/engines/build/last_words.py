@@ -1,7 +1,8 @@
 """The builder's last message, kept in memory that outlives a crash of the builder's process, and the report of a crash.
 
-The module also says which graphs are built in a process of their own. TensorRT-RTX 1.7.1 ends with SIGSEGV on graphs
-with an If (silero-vad 6.2.3), without a message. The operators of language models have never caused this.
+The module also says which graphs are built in a process of their own. TensorRT-RTX 1.7.1 ends without a message: with
+SIGSEGV on graphs with an If (silero-vad 6.2.3), and with SIGFPE where norms read FP8 products of one fp32 input (OLMo
+2; in fp16 it builds). Nothing else in language models has caused this.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from __future__ import annotations
 import signal
 from typing import Any
 
+import onnx_ir as ir
+
 from onnxtools.engines.build.traps import label
 from onnxtools.ir.model import Model
-from onnxtools.ir.query import graphs_inside
+from onnxtools.ir.query import graphs_inside, is_op
 
 SIZE = 512
 """Bytes of the shared memory, the terminating zero included."""
@@ -40,15 +43,23 @@ def say(text: str) -> None:
 
 
 def unusual_node(model: Model) -> str:
-    """The label of the first node with a subgraph, else of the first with an operator that language models lack.
+    """The label of the first node with a subgraph, else of the first that language models lack or that has crashed.
 
     Returns "" if there is none.
     """
     nodes = [node for node in model.nodes_everywhere() if node.op_identifier() not in model.ir.functions]
     inner = (node for node in nodes if any(True for _ in graphs_inside(node)))
     unusual = (node for node in nodes if node.op_type not in _ORDINARY and node.domain in ("", "ai.onnx"))
-    suspect = next(inner, None) or next(unusual, None)
+    suspect = next(inner, None) or next(unusual, None) or next(filter(_is_norm_of_quantized, nodes), None)
     return label(suspect) if suspect is not None else ""
+
+
+def _is_norm_of_quantized(node: ir.Node) -> bool:
+    product = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
+    if not is_op(node, "RMSNormalization", "LayerNormalization") or product is None or product.op_type != "Gemm":
+        return False
+    weight = product.inputs[1].producer() if product.inputs[1] is not None else None
+    return weight is not None and weight.op_type == "DequantizeLinear"
 
 
 def epitaph(model: Model, title: str, code: int, words: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import onnx
 import onnx_ir as ir
@@ -13,8 +13,10 @@ from onnxtools.ir.query import attribute
 MX_DEQUANTIZE = "TRT_MXFP8DequantizeLinear"
 
 
-def lowered(model: Model) -> tuple[bytes, list[str]] | None:
+def lowered(model: Model, *more: Callable[[Model], list[str]]) -> tuple[bytes, list[str]] | None:
     """The serialized graph for TensorRT's parser, and notes on the changes; None if the file can be parsed as it is.
+
+    `more` are changes that one library alone needs; they get a copy of the graph.
 
     - MXFP8 weights: TensorRT-RTX 1.7 imports no FLOAT8E8M0 initializer. DequantizeLinear-24 with such a scale becomes
       TensorRT's own operator, whose scale is the same bytes as uint8.
@@ -36,10 +38,16 @@ def lowered(model: Model) -> tuple[bytes, list[str]] | None:
         for node in nodes
         if node.op_type == "Attention" and attribute(node, "softmax_precision") == ir.DataType.FLOAT
     }
-    if not scales and not softmax:
+    if not scales and not softmax and not more:
         return None
-    proto = model.proto()
-    notes = [*_lower_mx(proto, scales), *_lower_softmax(proto, softmax)]
+    proto, notes = model.proto(), list[str]()
+    if more:
+        copy = Model(ir.from_proto(proto), model.path)
+        for tensor in copy.external_tensors():
+            tensor.base_dir = model.path.parent if model.path is not None else ""
+        notes = [note for change in more for note in change(copy)]
+        proto = ir.to_proto(copy.ir)
+    notes += [*_lower_mx(proto, scales), *_lower_softmax(proto, softmax)]
     del proto.graph.value_info[:]
     return proto.SerializeToString(), notes
 

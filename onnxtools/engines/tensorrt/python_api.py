@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -70,6 +70,10 @@ class ApiBuilder:
         flag = getattr(self.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
         return 1 << int(flag) if strong and flag is not None else 0
 
+    def changes(self, model: Model) -> list[Callable[[Model], list[str]]]:
+        """What this library alone changes in a copy of the graph; each returns notes."""
+        return []
+
     def configure(self, config: Any, spec: EngineSpec, *, strong: bool) -> None:
         """Set the options of `config` that only this library has."""
 
@@ -89,7 +93,7 @@ class ApiBuilder:
         builder = self.trt.Builder(logger)
         network = builder.create_network(self.network_flags(strong=strong))
         parser = self.trt.OnnxParser(network, logger)  # the parser owns the weights and must outlive the build
-        lowering = lowered(model)
+        lowering = lowered(model, *self.changes(model))
         graph, changes = lowering if lowering else (None, [])
         parsed = parser.parse(graph, str(source)) if graph is not None else parser.parse_from_file(str(source))
         monitor.check()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import tensorrt_rtx as trt
@@ -9,6 +10,8 @@ import tensorrt_rtx as trt
 from onnxtools.engines.build.builder import Limits
 from onnxtools.engines.build.spec import EngineSpec
 from onnxtools.engines.tensorrt.python_api import ApiBuilder
+from onnxtools.engines.tensorrt.rtx_lowering import lower_for_rtx, needs_lowering
+from onnxtools.ir.model import Model
 
 
 class TensorRTRTXBuilder(ApiBuilder):
@@ -24,6 +27,9 @@ class TensorRTRTXBuilder(ApiBuilder):
             f"{name[2:-1]}.{name[-1]}" for name in trt.ComputeCapability.__members__ if name.startswith("SM")
         ]
         return Limits(opset=25, ir_version=13, capabilities=tuple(sorted(capabilities, key=float)))
+
+    def changes(self, model: Model) -> list[Callable[[Model], list[str]]]:
+        return [lower_for_rtx] if needs_lowering(model) else []
 
     def configure(self, config: Any, spec: EngineSpec, *, strong: bool) -> None:
         config.num_compute_capabilities = len(spec.compute_capability)

@@ -57,5 +57,6 @@ NAMES = Names(
 
 FAMILY = Family(
     "bloom", ("bloom",), config, NAMES.read,
-    example={"model_type": "bloom", "vocab_size": 250880, "hidden_size": 1024, "n_layer": 24, "n_head": 16},
+    example={"model_type": "bloom", "vocab_size": 250880, "hidden_size": 1024, "n_layer": 24, "n_head": 16,
+        "seq_length": 2048},
 )  # fmt: skip

@@ -93,6 +93,6 @@ FAMILY = Family(
     "falcon", ("falcon",), config, weights, ignored=("*.rotary_emb.inv_freq", "*.inv_freq"),
     example={
         "model_type": "falcon", "vocab_size": 65024, "hidden_size": 4544, "num_hidden_layers": 32,
-        "num_attention_heads": 71, "max_position_embeddings": 2048,
+        "num_attention_heads": 71, "ffn_hidden_size": 18176, "max_position_embeddings": 2048,
     },
 )  # fmt: skip

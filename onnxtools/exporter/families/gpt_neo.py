@@ -74,5 +74,5 @@ FAMILY = Family(
     "gpt_neo", ("gpt_neo",), config, NAMES.read,
     ignored=("*.attn.attention.bias", "*.attn.attention.masked_bias"),
     example={"model_type": "gpt_neo", "vocab_size": 50257, "hidden_size": 2048, "num_layers": 24, "num_heads": 16,
-        "max_position_embeddings": 2048},
+        "intermediate_size": 8192, "max_position_embeddings": 2048},
 )  # fmt: skip

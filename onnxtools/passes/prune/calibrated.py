@@ -54,13 +54,22 @@ def sparsegpt(weight: Array, gram: Array) -> Array:
     return compensated(weight, gram, choose)
 
 
+def _inputs(product: Product) -> int:
+    return int(product.tensor.shape.numpy()[product.axis])
+
+
 class CalibratedPruner:
-    """Prunes layer after layer; each layer sees the activations of the pruned layers before it."""
+    """Prunes layer after layer; each layer sees the activations of the pruned layers before it.
+
+    Attributes:
+        unseen: products that saw no token, as of an expert that no text chose: they are pruned by magnitude.
+    """
 
     def __init__(self, method: str, chosen: list[Product]) -> None:
         self._method = method
         self._by_node = {product.node: product for product in chosen}
         self._pruned: set[ir.Node] = set()
+        self.unseen = 0
 
     def run(self, calibration: Calibration) -> None:
         """Prune the products, layer after layer; findings of the calibration cache are used again."""
@@ -76,10 +85,14 @@ class CalibratedPruner:
         findings: Findings = {}
         for index, product in enumerate(products):
             (observed,) = observers[product.activation]
+            if not observed.count:
+                self.unseen += 1
             if isinstance(observed, ChannelRange):
-                findings[product.node.name or ""] = np.sqrt(observed.mean_square)
+                norms = np.sqrt(observed.mean_square) if observed.count else np.ones(_inputs(product))
+                findings[product.node.name or ""] = norms
             else:
-                pruned = sparsegpt(matrix(product), observed.value)
+                gram = observed.value if observed.count else np.eye(_inputs(product), dtype=np.float32)
+                pruned = sparsegpt(matrix(product), gram)
                 stored = (pruned if product.axis == 1 else np.ascontiguousarray(pruned.T)).astype(
                     product.tensor.dtype.numpy()
                 )

@@ -121,7 +121,13 @@ class Prune(Selected, Calibrated):
             return
         chosen = own_weights(model, chosen)
         with Calibration(model, self, key=repr(self)) as calibration:
-            CalibratedPruner(self.method, chosen).run(calibration)
+            pruner = CalibratedPruner(self.method, chosen)
+            pruner.run(calibration)
+        if pruner.unseen:
+            model.notes.append(
+                f"warning: {pruner.unseen} products saw no calibration token and are pruned by magnitude; calibrate on "
+                "more texts"
+            )
 
     def _notes(self, table: list[dict[str, Any]], pruned: list[dict[str, Any]]) -> list[str]:
         notes = [f"{len(pruned)} of {len(table)} weights pruned to 2:4 along K by {self.method}"]

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import onnx_ir as ir
 
 from onnxtools.analysis.facts import Facts, analyse
@@ -19,7 +20,7 @@ from onnxtools.base.errors import JobError, NoMatchError, UsageError
 from onnxtools.base.options import option
 from onnxtools.calibration.calibration_options import Calibrated
 from onnxtools.calibration.run import Calibration, Findings, Layer
-from onnxtools.calibration.statistics import Observer
+from onnxtools.calibration.statistics import Observer, RowCount
 from onnxtools.ir.description import record_dtypes
 from onnxtools.ir.edit import remove_unused
 from onnxtools.ir.model import Model
@@ -37,6 +38,7 @@ from onnxtools.passes.selection import Selected, head_product
 from onnxtools.pipeline.passbase import Pass, PassResult
 
 _TOO_SMALL = 16
+_UNSEEN = "unseen"
 """Products with K or N below this are not quantized."""
 
 
@@ -194,6 +196,12 @@ class Quantize(Selected, Calibrated):
             groups = self._behind_norms(groups, table)
         inner = [part for part in (kv, attention) if part is not None]
         scheme, findings = self._calibrated(model, facts, groups, inner)
+        unseen = [p for g in groups if f"{g.index}.{_UNSEEN}" in findings for p in g.products]
+        self._leave(table, unseen, "saw no calibration token (an expert that no text chose)")
+        if unseen:
+            extra.append(
+                f"warning: {len(unseen)} products saw no calibration token and are left; calibrate on more texts"
+            )
         self._drop_worst(groups, findings, table)
         build = QdqBuilder(model)
         self._write(groups, findings, scheme, table, build)
@@ -305,8 +313,11 @@ class Quantize(Selected, Calibrated):
                 values = {value for node in layer.segment.nodes for value in node.outputs}
                 group_observers = scheme.watch(layer_groups)
                 inner_observers = [inner_scheme.watch(values) for inner_scheme in inner]
-                layer.observe(_together([group_observers, *inner_observers]))
-                findings = scheme.conclude(layer_groups, group_observers)
+                counts = {g.activation: (RowCount(),) for g in layer_groups}
+                layer.observe(_together([group_observers, counts, *inner_observers]))  # type: ignore[list-item]
+                seen = [g for g in layer_groups if counts[g.activation][0].count]
+                findings = scheme.conclude(seen, group_observers)
+                findings.update({f"{g.index}.{_UNSEEN}": np.array(1) for g in layer_groups if g not in seen})
                 for inner_scheme, observers in zip(inner, inner_observers, strict=True):
                     findings.update(inner_scheme.conclude(observers))
                 return findings
