@@ -135,6 +135,23 @@ def test_a_model_without_a_mask_runs_prompts_of_different_lengths(form: str) -> 
     ]
 
 
+KINDS = (
+    "bloom", "mpt", "falcon_new", "cohere", "gemma2_capped", "gemma3", "gpt_oss", "mixtral", "deepseek_v3", "olmo2",
+    "opt_350m", "phi_norms", "gptj_inner", "smollm3", "qwen3_windows", "gpt_neo",
+)  # fmt: skip
+"""Families with blocks that Llama and GPT-2 lack."""
+
+
+@pytest.mark.parametrize("form", ["concat", "scatter", "gqa"])
+@pytest.mark.parametrize("name", KINDS)
+def test_greedy_tokens_of_other_families(name: str, form: str) -> None:
+    if form == "gqa" and name in ("bloom", "mpt", "deepseek_v3"):
+        pytest.skip("GroupQueryAttention has neither ALiBi nor latent attention")
+    found = generate(runtime_of(name, form), PROMPTS[:2], GenerationOptions(max_new_tokens=10, ignore_eos=True))
+    for beams, prompt in zip(found, PROMPTS, strict=False):
+        assert beams[0].token_ids == theirs(name, prompt, max_new_tokens=10, min_new_tokens=10)[0]
+
+
 @pytest.mark.parametrize("form", ["concat", "scatter", "gqa"])
 def test_last_logits_alone_give_the_same_tokens(form: str) -> None:
     found = generate(runtime_of("llama", form, "--logits", "last"), PROMPTS, GenerationOptions(max_new_tokens=12))
