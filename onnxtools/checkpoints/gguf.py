@@ -18,9 +18,14 @@ from onnxtools.checkpoints.gguf_tokenizer import tokenizer_files
 from onnxtools.storage.rows import RowTensor, Scratch, elements
 
 _RAW = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
-ROPE_FACTORS = "rope_freqs.weight"
+ROPE_FACTORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
+"""Divisors of the rotary frequencies: Llama 3.1's, and LongRoPE's for short and long texts."""
 _MAX_FACTORS = 1 << 18
-_QUANTIZED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+_QUANTIZED = (
+    "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "IQ3_XXS",
+    "IQ3_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_S", "IQ1_M", "TQ1_0", "TQ2_0", "MXFP4",
+)  # fmt: skip
+"""What the `gguf` package de-quantizes."""
 
 
 class QuantizedRows(RowTensor):
@@ -75,7 +80,8 @@ def read_gguf(path: Path) -> Checkpoint:
     packed = sorted({kind.name for kind in kinds.values() if kind.name in _QUANTIZED})
     if packed:
         notes.append(f"{', '.join(packed)} weights are de-quantized")
-    config = {**metadata, "_tensors": frozenset(tensors), "_rope_factors": _rope_factors(region, tensors)}
+    factors = {name: _rope_factors(region, tensors[name]) for name in ROPE_FACTORS if name in tensors}
+    config = {**metadata, "_tensors": frozenset(tensors), "_rope_factors": factors}
     return Checkpoint(path, f"{_architecture(region, metadata)} (gguf)", config, tensors, files, notes)
 
 
@@ -109,17 +115,11 @@ def _tensor(region: Region, entry: TensorEntry, kind: Any) -> ir.TensorProtocol:
     return QuantizedRows(region, entry.name, entry.shape, entry.offset, kind)
 
 
-def _rope_factors(region: Region, tensors: Mapping[str, ir.TensorProtocol]) -> tuple[float, ...]:
-    """Returns the divisors of the rotary frequencies: `rope_freqs.weight`, or () if it is absent.
-
-    llama.cpp writes it for Llama 3.1 and later.
-    """
-    tensor = tensors.get(ROPE_FACTORS)
-    if tensor is None:
-        return ()
+def _rope_factors(region: Region, tensor: ir.TensorProtocol) -> tuple[float, ...]:
+    """Returns the numbers of one of `ROPE_FACTORS`."""
     if tensor.nbytes > _MAX_FACTORS:
         raise ModelError(
-            f"{region.label}: {ROPE_FACTORS} has {tensor.nbytes} bytes; it holds a number for each pair of channels of "
+            f"{region.label}: {tensor.name} has {tensor.nbytes} bytes; it holds a number for each pair of channels of "
             "a head, fetch the file again"
         )
     return tuple(elements(tensor).astype(np.float64).reshape(-1).tolist())

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from onnxtools.base.errors import ModelError
+from onnxtools.checkpoints.gguf import ROPE_FACTORS
 from onnxtools.exporter.families import llama_gguf
 from onnxtools.exporter.rope import Rope, rope_of
 
@@ -30,9 +31,9 @@ def test_factors_divide_the_frequencies_also_of_scaled_ones() -> None:
     factors = tuple(float(f) for f in np.linspace(0.5, 9, 8))
     position = 37.0
     frequencies = 500.0 ** (-np.arange(0, 16, 2) / 16)
-    plain = rope(freq_base=500.0, _rope_factors=factors).tables(38)[0][37]
+    plain = rope(freq_base=500.0, _rope_factors={ROPE_FACTORS[0]: factors}).tables(38)[0][37]
     np.testing.assert_allclose(plain, np.cos(position * frequencies / factors), rtol=1e-12)
-    scaled = rope(freq_base=500.0, scaling__factor=4.0, _rope_factors=factors).tables(38)[1][37]
+    scaled = rope(freq_base=500.0, scaling__factor=4.0, _rope_factors={ROPE_FACTORS[0]: factors}).tables(38)[1][37]
     np.testing.assert_allclose(scaled, np.sin(position * frequencies / factors / 4), rtol=1e-12)
 
 
@@ -41,7 +42,7 @@ def test_factors_divide_the_frequencies_also_of_scaled_ones() -> None:
 )
 def test_factors_that_are_none_are_refused(factors: tuple[float, ...]) -> None:
     with pytest.raises(ModelError, match="must be 8 positive numbers"):
-        rope(_rope_factors=factors)
+        rope(_rope_factors={ROPE_FACTORS[0]: factors})
 
 
 @pytest.mark.parametrize("attention", [1.0, 0.7])

@@ -87,7 +87,7 @@ def _rope(raw: Mapping[str, Any], dim: int, positions: int) -> Rope:
                 f"llama-gguf: rope.scaling.{name} is {raw[f'llama.rope.scaling.{name}']} with the scaling {kind}; only "
                 "1 is supported"
             )
-    theta, factors = real("freq_base", 10000.0), raw.get("_rope_factors", ())
+    theta, factors = real("freq_base", 10000.0), raw.get("_rope_factors", {}).get(ROPE_FACTORS[0], ())
     factor = number(raw, "llama-gguf", "llama.rope.scaling.factor", "llama.rope.scale_linear", default=1.0)
     if kind == "none" or factor == 1:
         return Rope(dim, theta, factors=factors)
@@ -127,4 +127,4 @@ def _their_name(name: str) -> str:
     return f"blk.{layer}.{_LAYER[part]}.{kind}"
 
 
-FAMILY = Family("llama-gguf", ("llama (gguf)",), config, weights, ignored=(ROPE_FACTORS,))
+FAMILY = Family("llama-gguf", ("llama (gguf)",), config, weights, ignored=ROPE_FACTORS)
