@@ -52,13 +52,18 @@ def check_regular(path: Path, error: type[OnnxtoolsError]) -> None:
         )
 
 
+def is_hub_name(path: Path) -> bool:
+    """Whether a path that does not exist looks like a name on the Hugging Face hub, as OWNER/MODEL."""
+    return _HUB_NAME.fullmatch(str(path)) is not None and not path.parent.exists()
+
+
 def absent(path: Path) -> str:
     """Returns `path` for the message that it does not exist.
 
     A path that looks like a name on the Hugging Face hub gets the command that downloads it.
     """
     name = str(path)
-    if not _HUB_NAME.fullmatch(name) or path.parent.exists():
+    if not is_hub_name(path):
         return name
     return (
         f"{name} (of the Hugging Face hub? then `hf download {name} --local-dir {path.name}` first, and name that "

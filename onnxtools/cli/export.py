@@ -18,16 +18,17 @@ if TYPE_CHECKING:
 
 _HELP = """Write SOURCE as an ONNX model with a KV cache; no tracing, no GPU, no framework of the checkpoint's author.
 
-SOURCE is a Hugging Face folder (config.json with safetensors or .bin), a .nemo archive or its unpacked folder, a
-Megatron .ckpt, or a .gguf file. Weights go from their file to ours one piece at a time; in the folder of the
-checkpoint itself the graph refers to them where they lie. The tokenizer's files and onnxtools.json (what the model
-is) go beside the output.
+SOURCE is a Hugging Face folder (config.json with safetensors or .bin) or a name on its hub, a .nemo archive or its
+unpacked folder, a Megatron .ckpt, or a .gguf file. Weights go from their file to ours one piece at a time; in the
+folder of the checkpoint itself the graph refers to them where they lie. The tokenizer's files and onnxtools.json
+(what the model is) go beside the output.
 
 Every option can come from a YAML file (--config; keys as below, and `source`, `output`), and --set overrides it.
 
 \b
 Examples:
   onnxtools export ./SmolLM2 -o model.onnx
+  onnxtools export Qwen/Qwen3-0.6B -o model.onnx
   onnxtools export model.nemo -o model.onnx --dtype bf16
   onnxtools export SmolLM2.Q4_1.gguf -o model.onnx
   onnxtools export --random --n-layer 96 --n-embd 12288 --n-head 96 --no-weights -o gpt175b.onnx

@@ -21,6 +21,7 @@ from onnxtools.base.errors import ModelError, UsageError
 from onnxtools.base.version import __version__
 from onnxtools.checkpoints.beside import check_folder
 from onnxtools.checkpoints.checkpoint import Checkpoint
+from onnxtools.checkpoints.hub import fetched
 from onnxtools.checkpoints.open import open_checkpoint
 from onnxtools.exporter.config import DecoderConfig
 from onnxtools.exporter.decoder import build_decoder
@@ -69,7 +70,8 @@ def export(source: str | os.PathLike[str] | None, output: str | os.PathLike[str]
     """Write `output` (.onnx), its data file, the tokenizer's files and onnxtools.json.
 
     Args:
-        source: Hugging Face folder, .nemo archive or folder, .ckpt or .gguf; None with `options.random`.
+        source: Hugging Face folder or name on its hub, .nemo archive or folder, .ckpt or .gguf; None with
+            `options.random`.
         output: path of the .onnx file.
         options: how the graph is written.
 
@@ -80,7 +82,7 @@ def export(source: str | os.PathLike[str] | None, output: str | os.PathLike[str]
     if source is None and not options.random:
         raise UsageError("export: name a checkpoint, or say --random")
     output = Path(output)
-    checkpoint = open_checkpoint(Path(source), weights=not options.random) if source is not None else None
+    checkpoint = _checkpoint(Path(source), options) if source is not None else None
     config, weights, dtype = _random(checkpoint, options) if options.random else _bound(_opened(checkpoint), options)
     model = build_decoder(config, options, weights, dtype)
     info = describe(config, options, dtype)
@@ -91,6 +93,16 @@ def export(source: str | os.PathLike[str] | None, output: str | os.PathLike[str]
     check_folder(output, files)
     saved = model.save(output, copy_weights=options.copy_weights, weights=options.weights, beside=files)
     return Exported(model, config, saved, list(checkpoint.notes) if checkpoint is not None else [])
+
+
+def _checkpoint(source: Path, options: ExportOptions) -> Checkpoint:
+    path = fetched(source, options.revision, weights=not options.random)
+    if options.revision is not None and path == source:
+        raise UsageError(f"export: --revision is of a name of the hub, and {source} is a path; leave it out")
+    checkpoint = open_checkpoint(path, weights=not options.random)
+    if path != source:
+        checkpoint.notes.append(f"{source} at revision {path.name}, in {path}")
+    return checkpoint
 
 
 def _opened(checkpoint: Checkpoint | None) -> Checkpoint:

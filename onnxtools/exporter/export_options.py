@@ -36,6 +36,7 @@ class ExportOptions:
     copy_weights: bool = option(
         False, "Copy weights even where the graph could refer to the checkpoint in the same folder."
     )
+    revision: str | None = option(None, "Branch, tag or commit of a name of the Hugging Face hub. [default: main]")
     random: bool = option(
         False, "Random weights. The sizes come from a folder with config.json, or from --family and the options below."
     )
