@@ -28,6 +28,8 @@ def session_options(*, threads: int = 0, folder: Path | None = None, spinning: b
     """
     ort = onnxruntime()
     options = ort.SessionOptions()
+    # Otherwise ONNX Runtime rounds the activations of INT4 products to 8 bits, which the graph does not say.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
     if folder is not None:

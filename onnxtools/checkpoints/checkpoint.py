@@ -30,6 +30,7 @@ class Checkpoint:
             row.
         files: the files that belong beside an exported model (tokenizer, generation settings): path or content by name.
         notes: lines for the user.
+        spare: names of tensors that may be left over.
     """
 
     path: Path
@@ -38,6 +39,7 @@ class Checkpoint:
     tensors: dict[str, ir.TensorProtocol]
     files: dict[str, Path | bytes] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    spare: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
 from onnxtools.base.errors import ModelError
 from onnxtools.checkpoints.checkpoint import Checkpoint, Region, member, read_json, reading
+from onnxtools.checkpoints.quantized import METHODS, unpacked
 from onnxtools.checkpoints.safetensors import read_safetensors, read_sharded
 from onnxtools.checkpoints.torch_file import read_torch
 
@@ -38,7 +41,25 @@ def read_folder(folder: Path, *, weights: bool = True) -> Checkpoint:
         **config,
         "_generation": read_json(member(folder, "generation_config.json")) if "generation_config.json" in files else {},
     }
-    return Checkpoint(folder, str(config["model_type"]), config, _weights(folder) if weights else {}, files)
+    tensors = _weights(folder) if weights else {}
+    quantization = _quantization(folder, config)
+    if quantization is None or quantization.get("quant_method") not in METHODS:
+        return Checkpoint(folder, str(config["model_type"]), config, tensors, files)
+    config["quantization_config"] = None  # read here
+    read = unpacked(tensors, quantization, str(folder))
+    return Checkpoint(folder, str(config["model_type"]), config, read.tensors, files, read.notes, read.spare)
+
+
+def _quantization(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The settings of a quantized checkpoint: of config.json, or of modelopt's hf_quant_config.json."""
+    found = config.get("quantization_config")
+    if isinstance(found, dict):
+        return found
+    file = member(folder, "hf_quant_config.json")
+    if found is not None or not file.is_file():
+        return None
+    settings = read_json(file).get("quantization")
+    return {"quant_method": "modelopt", **(settings if isinstance(settings, dict) else {})}
 
 
 def _weights(folder: Path) -> dict[str, ir.TensorProtocol]:

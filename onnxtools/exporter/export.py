@@ -6,6 +6,7 @@ The tokenizer and onnxtools.json are written beside it.
 from __future__ import annotations
 
 import dataclasses
+import glob
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from onnxtools.ir import description
 from onnxtools.ir.description import INFO_FILE
 from onnxtools.ir.model import Model
 from onnxtools.storage.lazy import RandomRows, Tensor
+from onnxtools.storage.quantized_weight import QuantizedWeight
 from onnxtools.storage.save import SaveReport
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -127,7 +129,7 @@ def _bound(checkpoint: Checkpoint, options: ExportOptions) -> tuple[DecoderConfi
             "warning: the head is said to be the embedding, but a different one is stored; it is used, as transformers "
             "does"
         )
-    source.check(str(checkpoint.path), family.ignored)
+    source.check(str(checkpoint.path), (*family.ignored, *map(glob.escape, checkpoint.spare)))
     forgotten = [name for name in weight_shapes(config) if name not in tensors]
     if forgotten:
         raise ModelError(
@@ -162,7 +164,10 @@ def _configured(family: Family, raw: Mapping[str, Any], label: str) -> DecoderCo
 def _dtype(options: ExportOptions, weights: Mapping[str, Tensor]) -> ir.DataType:
     if options.dtype != "auto":
         return BY_NAME[options.dtype]
-    stored = weights["model.layers.0.self_attn.o_proj.weight"].dtype
+    first = weights["model.layers.0.self_attn.o_proj.weight"]
+    stored = first.parts.scale.dtype if isinstance(first, QuantizedWeight) else first.dtype
+    if isinstance(first, QuantizedWeight) and stored == ir.DataType.FLOAT:  # scales say nothing then
+        stored = weights["model.embed_tokens.weight"].dtype
     return stored if stored in _FLOATS else ir.DataType.FLOAT
 
 

@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from onnxtools.base.errors import JobError
 from onnxtools.exporter.config import Activation, DecoderConfig, Mlp, Norm
 from onnxtools.exporter.export_options import ExportOptions
 from onnxtools.exporter.family import Weights
 from onnxtools.ir.edit import Builder
 from onnxtools.numerics import formats
 from onnxtools.storage.lazy import Tensor, cast
+from onnxtools.storage.quantized_weight import Codes, QuantizedWeight
 
 FLOAT, INT64, FP8 = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.FLOAT8E4M3FN
 
@@ -148,6 +150,9 @@ class Layers:
         `in_out` is whether the weight is [in, out]; None where that is the same for the whole model.
         """
         in_out = self.config.linear_in_out if in_out is None else in_out
+        packed = self._weights.get(f"{weight}.weight")
+        if isinstance(packed, QuantizedWeight) and not in_out:
+            return self._quantized(hidden, packed.parts, weight, name, bias=bias)
         scales = self._scales.get(weight)
         if scales is None:
             stored = self.weight(f"{weight}.weight")
@@ -158,6 +163,44 @@ class Layers:
             )
         inputs = [hidden, stored, *([self.weight(f"{weight}.bias")] if bias else [])]
         return self.op("Gemm", inputs, name, **({} if in_out else {"transB": 1}))
+
+    def _quantized(self, hidden: ir.Value, p: Codes, weight: str, name: str, *, bias: bool) -> ir.Value:
+        """A linear layer with the checkpoint's own codes and scales behind DequantizeLinear."""
+        if p.block and self.options.opset < 21:
+            raise JobError(
+                f"weights in blocks, as {weight!r}, need DequantizeLinear of opset 21, and --opset is "
+                f"{self.options.opset}; raise it"
+            )
+        if p.input_order is not None:
+            order = self.build.constant(p.input_order, "input_order")
+            hidden = self._once("Gather", [hidden, order], f"{hidden.name}/ordered/{order.name}", axis=1)
+        if p.input_factors is not None:
+            factors = self.stored(f"{weight}.input_factors", p.input_factors)
+            hidden = self.op("Mul", [hidden, factors], f"{name}/input_factors")
+        if p.input_scale is not None:
+            hidden = self._rounded(hidden, p.input_scale, p.codes.dtype)
+        inputs = [self.build.initializer(p.codes, f"{weight}.weight"), self.stored(f"{weight}.weight_scale", p.scale)]
+        inputs += [self.build.initializer(p.zero, f"{weight}.zero_point")] if p.zero is not None else []
+        along = 0 if p.in_out else 1
+        has_rows = bool(p.scale.shape.numpy())
+        layout = {"axis": along, "block_size": p.block} if p.block else {"axis": 1 - along} if has_rows else {}
+        matrix = self.op("DequantizeLinear", inputs, f"{name}/weight", **layout)
+        biases = [self.weight(f"{weight}.bias")] if bias else []
+        return self.op("Gemm", [hidden, matrix, *biases], name, **({} if p.in_out else {"transB": 1}))
+
+    def _once(self, op_type: str, inputs: Sequence[ir.Value | None], name: str, **attributes: Any) -> ir.Value:
+        """A node that layers share."""
+        if name not in self._values:
+            self._values[name] = self.op(op_type, inputs, name, **attributes)
+        return self._values[name]
+
+    def _rounded(self, x: ir.Value, scale: float, dtype: ir.DataType) -> ir.Value:
+        """`x` rounded to FP8 or INT8 with a scale of the checkpoint; layers that share their input share the nodes."""
+        name = f"{x.name}/{dtype.name.lower()}/{scale!r}"
+        zero = self.build.constant(np.zeros((), dtype.numpy()), f"{dtype.name.lower()}_zero_point", dtype)
+        pair = [self.scalar(scale, "activation_scale"), zero]
+        stored = self._once("QuantizeLinear", [x, *pair], name)
+        return self._once("DequantizeLinear", [stored, *pair], f"{name}/back")
 
     def _fp8(self, scale: float) -> list[ir.Value]:
         """The scale and zero point inputs of QuantizeLinear and DequantizeLinear, both of rank 0."""

@@ -14,6 +14,7 @@ import onnx_ir as ir
 from onnxtools.exporter.config import Activation, Norm, SelfAttention
 from onnxtools.exporter.layers import Layers
 from onnxtools.storage.lazy import hstack, vstack
+from onnxtools.storage.quantized_weight import QuantizedWeight
 
 MICROSOFT = "com.microsoft"
 
@@ -50,11 +51,12 @@ class OrtLayers(Layers):
     ) -> tuple[ir.Value, ir.Value | None] | None:
         """One product for queries, keys and values, [tokens, q_size + 2 kv_size], and their bias.
 
-        Returns None where each projection has FP8 scales of its own. The caller adds the bias to the three-dimensional
+        Returns None where each projection has scales of its own. The caller adds the bias to the three-dimensional
         value: as the bias of the Gemm it would first be broadcast to all tokens, in a kernel slower than the addition.
         """
         parts = [f"{weight}.{part}_proj" for part in ("q", "k", "v")]
-        if any(part in self._scales for part in parts):
+        packed = (isinstance(self._weights[f"{part}.weight"], QuantizedWeight) for part in parts)
+        if any(packed) or any(part in self._scales for part in parts):
             return None
         joined = f"{weight}.qkv_proj"
         for kind in ("weight", *(["bias"] if attention.bias else [])):

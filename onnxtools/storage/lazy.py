@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxtools.base.errors import ModelError
+from onnxtools.storage.quantized_weight import QuantizedWeight
 from onnxtools.storage.rows import RowTensor, Scratch, StreamedTensor, external_path, read_rows, row_bytes
 
 Tensor = ir.TensorProtocol
@@ -28,6 +30,9 @@ def row_range(tensor: Tensor, start: int, stop: int) -> Tensor:
     shape = (stop - start, *shape_of(tensor)[1:])
     if shape == shape_of(tensor):
         return tensor
+    cut = _cut(tensor, start, stop) if isinstance(tensor, QuantizedWeight) else None
+    if cut is not None:
+        return cut
     if isinstance(tensor, ir.ExternalTensor):
         size = row_bytes(tensor)
         return ir.ExternalTensor(
@@ -39,11 +44,47 @@ def row_range(tensor: Tensor, start: int, stop: int) -> Tensor:
 
 def vstack(tensors: Sequence[Tensor], name: str) -> Tensor:
     """Returns the rows of all tensors, one after the other. Neighbours in a file become one byte range."""
+    packed = [tensor for tensor in tensors if isinstance(tensor, QuantizedWeight)]
+    whole = _stacked(packed, name) if len(packed) == len(tensors) else None
+    if whole is not None:
+        return whole
     parts = [tensors[0]]
     for tensor in tensors[1:]:
-        joined = _joined(parts[-1], tensor)
-        parts[-1:] = [parts[-1], tensor] if joined is None else [joined]
+        neighbours = _joined(parts[-1], tensor)
+        parts[-1:] = [parts[-1], tensor] if neighbours is None else [neighbours]
     return parts[0] if len(parts) == 1 else _Stack([(part, 0, shape_of(part)[0]) for part in parts], name)
+
+
+def _cut(tensor: QuantizedWeight, start: int, stop: int) -> QuantizedWeight | None:
+    """The rows `start:stop` as a quantized weight; None where the codes have outputs along their second axis."""
+    p = tensor.parts
+    if p.in_out:
+        return None
+    has_rows = bool(shape_of(p.scale))
+    scale = row_range(p.scale, start, stop) if has_rows else p.scale
+    zero = row_range(p.zero, start, stop) if p.zero is not None and has_rows else p.zero
+    return QuantizedWeight(replace(p, codes=row_range(p.codes, start, stop), scale=scale, zero=zero), tensor.name or "")
+
+
+def _stacked(weights: Sequence[QuantizedWeight], name: str) -> QuantizedWeight | None:
+    """The rows of all weights as one; None where their rows have no scales of their own, or they differ otherwise."""
+    first = weights[0].parts
+    kinds = {(p.block, p.input_scale, p.codes.dtype, p.zero is None, p.scale.dtype) for p in (w.parts for w in weights)}
+    changed = any(
+        p.in_out or p.input_order is not None or p.input_factors is not None for p in (w.parts for w in weights)
+    )
+    if len(kinds) > 1 or changed or not all(shape_of(weight.parts.scale) for weight in weights):
+        return None
+    zeros = [weight.parts.zero for weight in weights if weight.parts.zero is not None]
+    return QuantizedWeight(
+        replace(
+            first,
+            codes=vstack([weight.parts.codes for weight in weights], name),
+            scale=vstack([weight.parts.scale for weight in weights], f"{name}_scale"),
+            zero=vstack(zeros, f"{name}_zero") if zeros else None,
+        ),
+        name,
+    )
 
 
 def _joined(a: Tensor, b: Tensor) -> Tensor | None:

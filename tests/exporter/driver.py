@@ -25,6 +25,8 @@ class Driver:
     def __init__(self, path: Path, kind: str, mask: Array) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = 4
+        # Otherwise ONNX Runtime rounds the activations of INT4 products to 8 bits.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self.kind, self.mask, self.done = kind, mask, 0
         self.inputs = {value.name: value for value in self.session.get_inputs()}
