@@ -46,6 +46,7 @@ def read_folder(folder: Path, *, weights: bool = True) -> Checkpoint:
     if quantization is None or quantization.get("quant_method") not in METHODS:
         return Checkpoint(folder, str(config["model_type"]), config, tensors, files)
     config["quantization_config"] = None  # read here
+    config["_quant_method"] = quantization["quant_method"]
     read = unpacked(tensors, quantization, str(folder))
     return Checkpoint(folder, str(config["model_type"]), config, read.tensors, files, read.notes, read.spare)
 

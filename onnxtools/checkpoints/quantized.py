@@ -7,7 +7,8 @@ The layouts are told by the names beside a module's weight, as each tool writes 
 - INT4 of compressed-tensors: `weight_packed`, `weight_scale`, `weight_shape`, and `weight_zero_point`, `weight_g_idx`;
 - INT4 of modelopt (AWQ): `weight` of bytes, `weight_scale`, `pre_quant_scale`;
 - AutoAWQ and GPTQ: `qweight`, `qzeros`, `scales`, and `g_idx`;
-- bitsandbytes NF4: `weight` of bytes with `weight.absmax` and `weight.quant_map`; it is de-quantized.
+- bitsandbytes NF4: `weight` of bytes with `weight.absmax` and `weight.quant_map`; it is de-quantized;
+- MXFP4 of gpt-oss: stacks of experts, `X_blocks` and `X_scales`; they are de-quantized.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import onnx_ir as ir
 
 from onnxtools.base.errors import ModelError
 from onnxtools.base.inputs import shown
-from onnxtools.storage.lazy import Tensor, shape_of
+from onnxtools.storage.lazy import Tensor, plane, shape_of
 from onnxtools.storage.quantized_weight import Codes, QuantizedWeight
 from onnxtools.storage.rows import RowTensor, Scratch, StreamedTensor, elements, read_rows
 
@@ -33,7 +34,7 @@ _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """The column that each nibble of AutoAWQ's words holds (AutoAWQ, awq/utils/packing_utils.py)."""
 
 
-METHODS = ("fp8", "compressed-tensors", "modelopt", "awq", "gptq", "bitsandbytes")
+METHODS = ("fp8", "compressed-tensors", "modelopt", "awq", "gptq", "bitsandbytes", "mxfp4")
 """The quant_methods that are read."""
 
 
@@ -81,13 +82,22 @@ class _Reader:
             read = self._layout(module)
             if read is not None:
                 made[f"{module}.weight"] = read(module)
+        for name in [name.removesuffix("_blocks") for name in self.left if name.endswith("_blocks")]:
+            blocks, scales = self._take(f"{name}_blocks"), self._take(f"{name}_scales")
+            if len(shape_of(blocks)) != 4 or shape_of(scales) != shape_of(blocks)[:3]:
+                raise ModelError(f"{self.label}: {name}_blocks is {list(shape_of(blocks))}; fetch it again")
+            made[name] = Mxfp4(blocks, scales, name)
+            self.kinds["MXFP4, de-quantized"] += 1
         for name in [name for name in self.left if name.endswith((".k_scale", ".v_scale", ".output_scale"))]:
             self.left.pop(name)
             self.unused.add("scales of the cache")
         return {**self.left, **made}
 
     def notes(self) -> list[str]:
-        kept = [f"{count} weights keep the checkpoint's {kind}" for kind, count in self.kinds.items()]
+        kept = [
+            f"{count} weights {'were ' if 'de-quantized' in kind else 'keep the checkpoint' + chr(39) + 's '}{kind}"
+            for kind, count in self.kinds.items()
+        ]
         return kept + [f"warning: {what} are left out" for what in sorted(self.unused)]
 
     def _layout(self, module: str) -> Callable[[str], Tensor] | None:
@@ -353,6 +363,32 @@ class _Inputs(RowTensor):
         words = read_rows(self.sources[0], low, high).view(np.uint32)
         codes = words[places // 8 - low] >> (4 * (places % 8)).astype(np.uint32)[:, None] & 15
         return (codes.astype(np.int8) - 8).view(ml_dtypes.int4)
+
+
+class Mxfp4(RowTensor):
+    """De-quantized rows [..., out, in] of blocks of 32 E2M1 codes with an E8M0 scale (OCP MX specification 1.0, 5.3).
+
+    Args:
+        blocks: uint8 [..., out, in / 32, 16], the first of two codes in the low nibble.
+        scales: uint8 [..., out, in / 32].
+        name: the weight's name.
+    """
+
+    _TABLE = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+
+    def __init__(self, blocks: Tensor, scales: Tensor, name: str) -> None:
+        *leading, count, _ = shape_of(blocks)
+        super().__init__((*leading, 32 * count), ir.DataType.BFLOAT16, name, [blocks, scales])
+
+    def plane(self, index: int) -> Mxfp4:
+        """The weight of one expert."""
+        return Mxfp4(plane(self.sources[0], index), plane(self.sources[1], index), self.name or "")
+
+    def rows(self, start: int, stop: int, scratch: Scratch | None = None) -> np.ndarray:
+        packed, scales = (read_rows(source, start, stop) for source in self.sources)
+        codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], 32)
+        wide = self._TABLE[codes] * np.exp2(scales.astype(np.float32) - 127)[..., None]
+        return wide.reshape(stop - start, *shape_of(self)[1:]).astype(ml_dtypes.bfloat16)
 
 
 class _Nf4(RowTensor):

@@ -204,6 +204,9 @@ class _Plane(RowTensor):
 
 def plane(tensor: Tensor, index: int) -> Tensor:
     """Returns element `index` along the first axis of a tensor [planes, ...], without this axis."""
+    own = getattr(tensor, "plane", None)  # a tensor that cuts its sources
+    if own is not None:
+        return own(index)  # type: ignore[no-any-return]
     if not isinstance(tensor, ir.ExternalTensor):
         return _Plane(tensor, index)
     size = row_bytes(tensor)
@@ -211,6 +214,26 @@ def plane(tensor: Tensor, index: int) -> Tensor:
         tensor.location, (tensor.offset or 0) + index * size, size, tensor.dtype, shape=ir.Shape(shape_of(tensor)[1:]),
         name=tensor.name or "", base_dir=tensor.base_dir,
     )  # fmt: skip
+
+
+class _EveryRow(RowTensor):
+    """Rows `first`, `first` + `step`, ..."""
+
+    __slots__ = ("_first", "_step")
+
+    def __init__(self, tensor: Tensor, first: int, step: int) -> None:
+        rows, *rest = shape_of(tensor)
+        super().__init__((len(range(first, rows, step)), *rest), tensor.dtype, tensor.name or "", [tensor])
+        self.row_multiple, self._first, self._step = 1, first, step
+
+    def rows(self, start: int, stop: int, scratch: Scratch | None = None) -> np.ndarray:
+        low, high = self._first + start * self._step, self._first + (stop - 1) * self._step + 1
+        return np.ascontiguousarray(_read(self.sources[0], low, high)[:: self._step])
+
+
+def every_row(tensor: Tensor, first: int, step: int) -> Tensor:
+    """Returns the rows `first`, `first` + `step`, ..."""
+    return _EveryRow(tensor, first, step)
 
 
 def pick_rows(tensor: Tensor, ranges: Sequence[tuple[int, int]], name: str) -> Tensor:

@@ -122,8 +122,8 @@ CASES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "hidden not divisible": (lambda f: edit(f, hidden_size=65, head_dim=None), "65 is not divisible by 4"),
     "heads not divisible": (lambda f: edit(f, num_key_value_heads=3), "4 heads do not divide into 3"),
     "rope type": (
-        lambda f: edit(f, rope_parameters={"rope_type": "longrope", "rope_theta": 1e4}),
-        "rope type 'longrope' is not supported",
+        lambda f: edit(f, rope_parameters={"rope_type": "proportional", "rope_theta": 1e4}),
+        "rope type 'proportional' is not supported",
     ),
     "activation": (lambda f: edit(f, hidden_act="xielu"), "activation 'xielu' is not supported"),
     "no layers": (lambda f: edit(f, num_hidden_layers=-1), "num_hidden_layers is -1"),

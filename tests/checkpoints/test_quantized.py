@@ -227,6 +227,30 @@ def test_logits_are_those_of_the_numbers_that_are_stored(layout: str, form: str,
     assert ops(tmp_path / "m.onnx").count("DequantizeLinear") == (0 if layout == "nf4" else 14 + 8 * (layout in STATIC))
 
 
+def test_mxfp4_experts_of_gpt_oss(tmp_path: Path) -> None:
+    """Blocks of 32 codes along the inputs, the first of two in the low nibble, and scales 2^(s - 127)."""
+    table = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+    model, rng = hf.make("gpt_oss", tmp_path / "hf"), np.random.default_rng(9)
+    state = load_torch(tmp_path / "hf/model.safetensors")
+    meant = dict(state)
+    for name in [name for name in state if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, inputs, outputs = state.pop(name).shape
+        codes = rng.integers(0, 16, (experts, outputs, inputs // 32, 32)).astype(np.uint8)
+        scales = rng.integers(122, 125, codes.shape[:3]).astype(np.uint8)
+        state[f"{name}_blocks"] = torch.from_numpy(codes[..., 0::2] | codes[..., 1::2] << 4)
+        state[f"{name}_scales"] = torch.from_numpy(scales)
+        numbers = table[codes] * 2.0 ** (scales[..., None].astype(np.float32) - 127)
+        meant[name] = torch.from_numpy(numbers.reshape(experts, outputs, inputs).swapaxes(1, 2).copy()).float()
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, tmp_path / "hf/model.safetensors")
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    (tmp_path / "hf/config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "mxfp4"}}))
+    model.load_state_dict(meant, strict=False)
+    said = succeed("export", tmp_path / "hf", "-o", tmp_path / "m.onnx", "--dtype", "fp32").out
+    assert "4 weights were MXFP4, de-quantized" in " ".join(said.split())
+    expected = hf.logits(model, IDS, MASK)
+    assert np.abs(decode(tmp_path / "m.onnx", "concat", IDS, MASK, [9, 1, 1, 1]) - expected).max() <= 1e-4
+
+
 @pytest.mark.parametrize("layout", ["fp8 by output", "packed int4", "awq"])
 def test_fused_rows_keep_their_codes_where_they_can(layout: str, tmp_path: Path) -> None:
     """Phi-3's QKV and gate-up are cut into rows; words of outputs (AWQ) cannot be, and are de-quantized."""

@@ -11,7 +11,7 @@ from onnxtools.exporter.families import llama
 from onnxtools.exporter.family import Family, Source
 from onnxtools.exporter.names import Names
 from onnxtools.exporter.settings import integer, number, windows_of
-from onnxtools.storage.lazy import Tensor, columns, plane
+from onnxtools.storage.lazy import Tensor, columns, every_row, plane
 
 _ROPE = {
     "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
@@ -47,7 +47,7 @@ def config(raw: Mapping[str, Any]) -> DecoderConfig:
         expert,
         scores="top_softmax",
         bias=True,
-        in_out=True,
+        in_out=raw.get("_quant_method") != "mxfp4",
     )
     kinds = ["full_attention" if n % 2 else "sliding_attention" for n in range(len(base.blocks))]
     windows = windows_of(raw, "gpt_oss", kinds)
@@ -55,19 +55,24 @@ def config(raw: Mapping[str, Any]) -> DecoderConfig:
 
 
 def weights(c: DecoderConfig, source: Source) -> dict[str, Tensor]:
-    """The weights by canonical name; experts are cut from stacks, where columns of gate and up take turns."""
+    """The weights by canonical name; experts are cut from stacks, in which gate and up take turns.
+
+    The stacks are [experts, in, out], or [experts, out, in] where they were MXFP4.
+    """
     own: dict[str, Tensor] = {}
     for n, block in enumerate(c.blocks):
         moe, name = block.mlp, f"model.layers.{n}.mlp.experts"
         assert isinstance(moe, Moe)
         experts, size, hidden = moe.experts, moe.expert.size, c.hidden_size
-        gate_up = source.take(f"{name}.gate_up_proj", experts, hidden, 2 * size)
+        wide, narrow = (hidden, 2 * size), (size, hidden)
+        gate_up = source.take(f"{name}.gate_up_proj", experts, *(wide if moe.in_out else wide[::-1]))
+        down = source.take(f"{name}.down_proj", experts, *(narrow if moe.in_out else narrow[::-1]))
         gate_up_bias = source.take(f"{name}.gate_up_proj_bias", experts, 2 * size)
-        down = source.take(f"{name}.down_proj", experts, size, hidden)
         down_bias = source.take(f"{name}.down_proj_bias", experts, hidden)
         for e in range(experts):
+            both = plane(gate_up, e)
             for part, first in (("gate", 0), ("up", 1)):
-                weight = columns(plane(gate_up, e), first, 2 * size, 2)
+                weight = columns(both, first, 2 * size, 2) if moe.in_out else every_row(both, first, 2)
                 own[f"{name}.{e}.{part}_proj.weight"] = weight
                 own[f"{name}.{e}.{part}_proj.bias"] = plane(columns(gate_up_bias, first, 2 * size, 2), e)
             own[f"{name}.{e}.down_proj.weight"], own[f"{name}.{e}.down_proj.bias"] = plane(down, e), plane(down_bias, e)
