@@ -37,6 +37,7 @@ def read_folder(folder: Path, *, weights: bool = True) -> Checkpoint:
     files: dict[str, Path | bytes] = {name: path for name in BESIDE if (path := member(folder, name)).is_file()}
     if not config.get("model_type"):
         raise ModelError(f"{folder / 'config.json'}: names no model_type; fetch the configuration again")
+    _check_task(folder, config)
     config = {
         **config,
         "_generation": read_json(member(folder, "generation_config.json")) if "generation_config.json" in files else {},
@@ -49,6 +50,19 @@ def read_folder(folder: Path, *, weights: bool = True) -> Checkpoint:
     config["_quant_method"] = quantization["quant_method"]
     read = unpacked(tensors, quantization, str(folder))
     return Checkpoint(folder, str(config["model_type"]), config, read.tensors, files, read.notes, read.spare)
+
+
+_TASKS = ("SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice", "RewardModel")
+
+
+def _check_task(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a decoder with another head than that of a language model."""
+    classes = config.get("architectures")
+    name = classes[0] if isinstance(classes, list) and classes else ""
+    if isinstance(name, str) and name.endswith(_TASKS):
+        raise ModelError(
+            f"{folder}: is a {name}, with a head that gives no tokens; export a causal language model (...ForCausalLM)"
+        )
 
 
 def _quantization(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:

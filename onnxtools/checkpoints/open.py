@@ -45,6 +45,11 @@ def _open(path: Path, weights: bool) -> Checkpoint:
             from onnxtools.checkpoints.nemo import read_nemo
 
             return read_nemo(path, weights=weights)
+        if (path / "adapter_config.json").is_file():
+            raise ModelError(
+                f"{path}: is a PEFT adapter, not a model; merge it into its base model (`merge_and_unload()` of peft), "
+                "save that and export it"
+            )
         raise ModelError(
             f"{path}: has neither config.json (Hugging Face) nor model_config.yaml (NeMo); name the folder of the "
             "checkpoint"

@@ -73,6 +73,7 @@ class Source:
         self.tensors, self.config = tensors, config
         self._taken: set[str] = set()
         self._missing: list[str] = []
+        self._heads: list[str] = []
         self._misshaped: list[str] = []
 
     def __contains__(self, name: str) -> bool:
@@ -105,6 +106,7 @@ class Source:
         """
         if c.tie_word_embeddings and name not in self:
             return {}
+        self._heads = [name]
         stored = self.take(name, c.vocab_size, c.hidden_size)
         same = c.tie_word_embeddings and (
             isinstance(stored, ir.LazyTensor) or isinstance(table, ir.LazyTensor) or equal(stored, table)
@@ -128,6 +130,11 @@ class Source:
         ]
         lists = (("missing", self._missing), ("of the wrong shape", self._misshaped), ("unknown", sorted(extra)))
         problems = [f"{len(names)} weights {defect}: {_few(names)}" for defect, names in lists if names]
+        if len(self._missing) == 1 and self._missing == self._heads and not self._misshaped and not extra:
+            raise ModelError(
+                f"{label}: has no {self._missing[0]}: the model was saved without its head; export the checkpoint of "
+                "the causal language model"
+            )
         if problems:
             raise ModelError(
                 f"{label}: {'; '.join(problems)}; check that the checkpoint is whole and that its configuration "
