@@ -1,4 +1,4 @@
-"""Rewrite INT4 products to com.microsoft.MatMulNBits and FP8 products to GemmFloat8, for ONNX Runtime's kernels."""
+"""Rewrite INT4 products to com.microsoft.MatMulNBits, FP8 ones to GemmFloat8, experts to MoE, for ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from onnxtools.analysis.experts import mixtures
 from onnxtools.analysis.products import Product, weight_products
 from onnxtools.base.options import option
 from onnxtools.ir.edit import Builder, remove_unused
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import attribute, constant_tensor, is_op
+from onnxtools.passes.lower_experts import lower_mixture
 from onnxtools.passes.qdq import times
 from onnxtools.pipeline.passbase import Pass, PassResult
 from onnxtools.storage.lazy import shape_of
@@ -26,12 +28,14 @@ _BLOCKS = (16, 32, 64, 128, 256)
 
 @dataclass(frozen=True)
 class LowerOrt(Pass):
-    """Rewrite products with block-quantized INT4 weights as MatMulNBits, and with --fp8 FP8 products as GemmFloat8.
+    """Rewrite INT4 products as MatMulNBits, mixtures of experts as MoE, and with --fp8 FP8 products as GemmFloat8.
 
     Rules:
       - MatMul or Gemm whose weight is an INT4 initializer behind DequantizeLinear with blocks along K;
       - an INT4 value v is stored as v + 8 in four bits, the operator's default zero point: one bit of each is flipped;
       - the layout is [N, K / block, block / 2]; weights stored as [K, N] are transposed;
+      - a mixture of experts with a softmax router and SwiGLU of 16 or 32 bits becomes one MoE; stacks of the weights
+        are joined expert by expert while they are written;
       - --fp8: a Gemm of an activation and a weight [N, K] behind FP8 Q/DQ with one scale each, K and N multiples of 16;
       - the result is for ONNX Runtime; build engines from the file in standard operators.
 
@@ -55,11 +59,21 @@ class LowerOrt(Pass):
             elif self.fp8 and _is_fp8(product):
                 _to_gemm_float8(build, product)
                 counts["GemmFloat8"] += 1
-        notes = [f"{count} products became {name}, for ONNX Runtime alone" for name, count in counts.items()]
+        left = Counter[str]()
+        for mixture in list(mixtures(model.graph)):
+            reason = lower_mixture(build, mixture)
+            counts["MoE"] += not reason
+            left[reason] += bool(reason)
+        counts += Counter()  # without zeros
+        notes = [
+            f"{count} {'mixtures of experts' if name == 'MoE' else 'products'} became {name}, for ONNX Runtime alone"
+            for name, count in counts.items()
+        ]
         if self.fp8 and not counts["GemmFloat8"]:
             notes.append("no Gemm with FP8 Q/DQ of one scale on both sides found")
+        notes += [f"{count} mixtures of experts left: {reason}" for reason, count in (left + Counter()).items()]
         if not counts:
-            return PassResult(False, 0, [*notes, "no product with an INT4 weight in blocks along K found"])
+            return PassResult(False, 0, [*notes, "no product with an INT4 weight in blocks along K, no experts found"])
         model.graph.opset_imports["com.microsoft"] = 1
         remove_unused(model)
         return PassResult(True, counts.total(), notes)

@@ -216,6 +216,24 @@ def plane(tensor: Tensor, index: int) -> Tensor:
     )  # fmt: skip
 
 
+class _Alternating(RowTensor):
+    """Rows of two weights of one shape in turn."""
+
+    def rows(self, start: int, stop: int, scratch: Scratch | None = None) -> np.ndarray:
+        low, high = start // 2, -(-stop // 2)
+        pair = np.stack([_read(source, low, high) for source in self.sources], axis=1)
+        whole = pair.reshape(2 * (high - low), *shape_of(self)[1:])
+        return np.ascontiguousarray(whole[start - 2 * low : stop - 2 * low])
+
+
+def alternating(a: Tensor, b: Tensor, name: str) -> Tensor:
+    """Returns the rows of two weights of one shape in turn: a[0], b[0], a[1], b[1], ..."""
+    rows, *rest = shape_of(a)
+    made = _Alternating((2 * rows, *rest), a.dtype, name, [a, b])
+    made.row_multiple = 1  # `_read` keeps to the sources' own multiples
+    return made
+
+
 class _EveryRow(RowTensor):
     """Rows `first`, `first` + `step`, ..."""
 
