@@ -395,7 +395,7 @@ def _evaluate(node: ir.Node, inputs: list[Fact], facts: Facts, model: Model) -> 
     return True
 
 
-_FILTERS = {"NonZero", "Compress", "Unique", "NonMaxSuppression"}
+FILTERS = {"NonZero", "Compress", "Unique", "NonMaxSuppression"}
 """Operators whose result is at most as large as their inputs. Its size depends on the elements."""
 _REFERENCE_LIMIT = 1 << 18
 """Most elements for onnx's reference kernels. Some of them are loops in Python."""
@@ -405,7 +405,7 @@ def _is_small(node: ir.Node, inputs: list[Fact], typed: list[Fact], limit: int) 
     """Whether the reference kernel may run: the sizes of inputs and outputs are bounded before the computation."""
     if sum(i.value.size for i in inputs if i.value is not None) > _REFERENCE_LIMIT or not typed:
         return False
-    if node.op_type in _FILTERS:
+    if node.op_type in FILTERS:
         return True
     return all(fact.shape is not None and math.prod(fact.shape) <= min(limit, _REFERENCE_LIMIT) for fact in typed)
 

@@ -66,6 +66,11 @@ def unpacked(tensors: Mapping[str, Tensor], config: Mapping[str, Any], label: st
     """
     reader = _Reader(tensors, config, label)
     read = reader.read()
+    if not reader.kinds:
+        raise ModelError(
+            f"{label}: its quantization_config says {shown(config.get('quant_method'))}, and no weight is packed like "
+            "that; fetch the checkpoint again"
+        )
     return Unpacked(read, reader.notes(), tuple(reader.spare))
 
 

@@ -12,7 +12,7 @@ import transformers
 Array = np.ndarray[Any, Any]
 _LLAMA = {
     "vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "intermediate_size": 96,
+    "intermediate_size": 112,
     "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 _GPT2 = {

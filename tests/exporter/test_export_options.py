@@ -185,7 +185,7 @@ LARGE = {"mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v2", "deepsee
 SIZES = ["--n-layer", "2", "--n-embd", "64", "--n-head", "4", "--n-positions", "32", "--vocab-size", "97"]
 
 
-@pytest.mark.parametrize("family", sorted(set(registry.names(registry.FAMILIES)) - LARGE - {"llama-gguf"}))
+@pytest.mark.parametrize("family", sorted(set(registry.names(registry.FAMILIES)) - LARGE - {"gguf", "llama-gguf"}))
 def test_random_weights_of_every_family_run(family: str, tmp_path: Path) -> None:
     sizes = SIZES if family in ("bloom", "mpt") else [*SIZES, "--n-inner", "96"]
     for name in ("a.onnx", "b.onnx"):

@@ -12,7 +12,7 @@ pytest.importorskip("tensorrt_rtx", reason="engines are built with TensorRT-RTX 
 from onnxtools.base import registry
 from tests.exporter.family_table import CASES, DOC, measure, row
 
-OTHERS = {"megatron", "llama-gguf"}
+OTHERS = {"megatron", "gguf", "llama-gguf"}
 """Families of other formats, with tests of their own."""
 
 

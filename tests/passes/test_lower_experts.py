@@ -9,6 +9,8 @@ import pytest
 
 pytest.importorskip("transformers", reason="the references are transformers' own models (make setup installs it)")
 
+from onnxtools.engines.runtimes.onnxrt.ort_session import why_not_captured
+from onnxtools.ir.model import Model
 from tests.exporter import hf
 from tests.exporter.driver import decode
 from tests.support import ops, rel_l2, run, succeed
@@ -48,3 +50,12 @@ def test_what_the_operator_does_not_have_is_left_and_said(name: str, reason: str
     succeed("export", tmp_path / "hf", "-o", tmp_path / "m.onnx")
     result = run("lower-ort", tmp_path / "m.onnx", tmp_path / "ort.onnx")
     assert reason in " ".join((result.out + result.err).split())
+
+
+def test_a_graph_with_nonzero_is_not_captured_and_moe_is(tmp_path: Path) -> None:
+    """ONNX Runtime captures NonZero in a CUDA graph and then reads memory that is not there."""
+    hf.make("mixtral", tmp_path / "hf")
+    succeed("export", tmp_path / "hf", "-o", tmp_path / "m.onnx", "--kv-cache", "gqa")
+    succeed("lower-ort", tmp_path / "m.onnx", tmp_path / "ort.onnx")
+    assert "NonZero returns depends on the data; `lower-ort`" in why_not_captured(Model.load(tmp_path / "m.onnx"))
+    assert not why_not_captured(Model.load(tmp_path / "ort.onnx"))

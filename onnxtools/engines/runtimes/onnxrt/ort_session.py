@@ -13,6 +13,8 @@ import onnx_ir as ir
 
 from onnxtools.analysis.cache import settle_sizes
 from onnxtools.analysis.decoder_io import Port
+from onnxtools.analysis.experts import mixtures
+from onnxtools.analysis.facts import FILTERS
 from onnxtools.base.errors import JobError, one_line
 from onnxtools.base.extras import install_line
 from onnxtools.base.onnx_runtime import onnxruntime
@@ -22,7 +24,7 @@ from onnxtools.engines.kernels.rewrite import use_kernels
 from onnxtools.engines.runtimes.onnxrt.next_token import add_next_token
 from onnxtools.generation.runtime import RuntimeOptions
 from onnxtools.ir.model import Model
-from onnxtools.ir.query import attribute, is_fp8_qdq
+from onnxtools.ir.query import attribute, is_fp8_qdq, is_op
 
 
 def choose_device(wanted: str, notes: list[str]) -> str:
@@ -86,6 +88,19 @@ def device_memory() -> tuple[int, int] | None:
     return int(used) << 20, int(total) << 20
 
 
+def why_not_captured(model: Model) -> str:
+    """Why no run of `model` can be captured as a CUDA graph, or ''.
+
+    A graph replays launches of fixed sizes. ONNX Runtime captures operators whose results' sizes depend on the data
+    too, and the replay then reads memory that is not there (1.31, CUDA error 700).
+    """
+    node = next((node for node in model.nodes_everywhere() if is_op(node, *FILTERS)), None)
+    if node is None:
+        return ""
+    more = "; `lower-ort` makes MoE of experts, which can" if any(True for _ in mixtures(model.graph)) else ""
+    return f"the size of what {node.op_type} returns depends on the data{more}"
+
+
 def open_decoder(
     model: Model, options: RuntimeOptions, device: str, notes: list[str], *, graph: bool
 ) -> tuple[Any, bool]:
@@ -103,6 +118,10 @@ def open_decoder(
     if device == "cpu":
         return _session(str(model.path), session_options(threads=options.threads), CPU, model), False
     settings = session_options(threads=options.threads, folder=model.path.parent)
+    obstacle = why_not_captured(model) if graph else ""
+    if obstacle:
+        graph = False
+        notes.append(f"no CUDA graph: {obstacle}")
     ours = register_kernels(settings, options, notes)
     if ours:
         counts = use_kernels(model)
