@@ -25,7 +25,7 @@ import onnx_ir as ir
 
 from onnxtools.base.errors import ModelError
 from onnxtools.base.inputs import shown
-from onnxtools.storage.lazy import Tensor, plane, shape_of
+from onnxtools.storage.lazy import Tensor, cast, plane, shape_of
 from onnxtools.storage.quantized_weight import Codes, QuantizedWeight
 from onnxtools.storage.rows import RowTensor, Scratch, StreamedTensor, elements, read_rows
 
@@ -135,9 +135,14 @@ class _Reader:
         return self.left.pop(name)
 
     def _number(self, name: str) -> float | None:
-        """A tensor of one element; None where there is none."""
+        """A tensor of one positive number; None where there is none."""
         tensor = self.left.pop(name, None)
-        return None if tensor is None else float(elements(tensor).astype(np.float64).reshape(-1)[0])
+        if tensor is None:
+            return None
+        numbers = elements(tensor).astype(np.float64).reshape(-1)
+        if len(numbers) != 1 or not 0 < numbers[0] < np.inf:
+            raise ModelError(f"{self.label}: {name} is {shown(numbers.tolist())}; it must be one positive number")
+        return float(numbers[0])
 
     def _made(self, module: str, kind: str, codes: Codes) -> QuantizedWeight:
         self.kinds[kind] += 1
@@ -149,18 +154,24 @@ class _Reader:
             )
         return QuantizedWeight(codes, f"{module}.weight")
 
-    def _group(self, default: int = 128) -> int:
-        """The group size that quantization_config names."""
-        size: Any = self.config.get("group_size", self.config.get("q_group_size", default))
-        return size if isinstance(size, int) and not isinstance(size, bool) else default
+    def _words(self, name: str) -> Tensor:
+        """A tensor of int32 words of eight codes."""
+        tensor = self._take(name)
+        if tensor.dtype != ir.DataType.INT32:
+            raise ModelError(f"{self.label}: {name} is {tensor.dtype.name}; words of eight codes are INT32")
+        return tensor
 
     # --- layouts -----------------------------------------------------------------------------------------------------
 
     def _eight_bits(self, module: str) -> QuantizedWeight:
         weight = self._take(f"{module}.weight")
+        if len(shape_of(weight)) != 2:
+            raise ModelError(
+                f"{self.label}: {module}.weight is {weight.dtype.name} of rank {len(shape_of(weight))}; only matrices "
+                "are read"
+            )
         rows, columns = shape_of(weight)
-        inverse = self.left.pop(f"{module}.weight_scale_inv", None)
-        scale = self._take(f"{module}.weight_scale") if inverse is None else inverse
+        scale = self._eight_bit_scale(module)
         name = "FP8" if weight.dtype == _FP8 else "INT8"
         activation = self._number(f"{module}.input_scale")
         for extra in ("input_zero_point", "weight_zero_point"):
@@ -174,17 +185,44 @@ class _Reader:
         if shape in ((rows,), (rows, 1)):
             codes = Codes(weight, _reshaped(scale, (rows,)), input_scale=activation)
             return self._made(module, f"{name}, one scale an output", codes)
-        if len(shape) != 2 or not shape[0] or not shape[1]:
-            raise ModelError(f"{self.label}: {module} has scales {list(shape)} for {rows} x {columns}; fetch it again")
-        high, wide = -(-rows // shape[0]), -(-columns // shape[1])
-        size = self.config.get("weight_block_size") or (high, wide)
-        high, wide = int(size[0]), int(size[1])
+        high, wide = self._block(rows, columns, shape)
+        if len(shape) != 2 or shape != (-(-rows // high), -(-columns // wide)):
+            raise ModelError(
+                f"{self.label}: {module} has scales {list(shape)} for {rows} x {columns} in blocks of {high} x {wide}; "
+                "correct the block size in quantization_config"
+            )
         blocks = Codes(weight, _RepeatedRows(scale, high, rows), block=wide, input_scale=activation)
         return self._made(module, f"{name}, blocks of {high} x {wide}", blocks)
 
+    def _eight_bit_scale(self, module: str) -> Tensor:
+        factors = self.left.pop(f"{module}.SCB", None)  # bitsandbytes: the largest magnitude of each output
+        if factors is not None:
+            self.left.pop(f"{module}.weight_format", None)
+            return ir.Tensor(elements(factors).astype(np.float32) / np.float32(127), name=f"{module}.weight_scale")
+        inverse = self.left.pop(f"{module}.weight_scale_inv", None)
+        return self._take(f"{module}.weight_scale") if inverse is None else inverse
+
+    def _block(self, rows: int, columns: int, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Outputs and inputs of a block, by quantization_config, or where the scales say it without a remainder."""
+        groups = self.config.get("config_groups")
+        weights = [g.get("weights") for g in groups.values() if isinstance(g, dict)] if isinstance(groups, dict) else []
+        said = [w["block_structure"] for w in weights if isinstance(w, dict) and w.get("block_structure")]
+        size = self.config.get("weight_block_size") or (said[0] if said else None)
+        if size is None and len(shape) == 2 and all(shape) and not rows % shape[0] and not columns % shape[1]:
+            size = [rows // shape[0], columns // shape[1]]
+        pair = size if isinstance(size, list) and len(size) == 2 else [0, 0]
+        if not all(type(extent) is int and 0 < extent <= 1 << 20 for extent in pair):
+            raise ModelError(
+                f"{self.label}: the blocks of its scales are {shown(size)} in quantization_config; they must be two "
+                "positive integers"
+            )
+        return pair[0], pair[1]
+
     def _packed(self, module: str) -> QuantizedWeight:
         """compressed-tensors, pack-quantized: eight codes + 8 in a word, along the inputs."""
-        words = self._take(f"{module}.weight_packed")
+        if self.left[f"{module}.weight_packed"].dtype == ir.DataType.UINT8:
+            raise ModelError(f"{self.label}: {module} is NVFP4, which is not supported; INT4 and FP8 are")
+        words = self._words(f"{module}.weight_packed")
         rows, columns = (int(n) for n in elements(self._take(f"{module}.weight_shape")))
         scale, zeros = self._take(f"{module}.weight_scale"), self.left.pop(f"{module}.weight_zero_point", None)
         order = self._order(self.left.pop(f"{module}.weight_g_idx", None), columns)
@@ -198,28 +236,52 @@ class _Reader:
             words, lambda part, _: np.ascontiguousarray(_nibbles(part)[:, places]), dtype=_INT4,
             name=f"{module}.codes", shape=(rows, columns),
         )  # fmt: skip
-        groups = shape_of(scale)[1] if len(shape_of(scale)) == 2 else 1
-        if groups == 1 and zeros is None:
-            return self._made(module, "INT4, one scale an output", Codes(codes, _reshaped(scale, (rows,))))
-        zero = None
-        if zeros is not None:  # words of eight outputs
-            points = np.ascontiguousarray(_nibbles(elements(zeros).T)[:, :rows].T)
-            zero = ir.Tensor(points, dtype=_INT4, name=f"{module}.zeros")
+        count = int(np.prod(shape_of(scale)))
+        if zeros is None and count in (1, rows) and shape_of(scale)[-1:] in ((), (1,), (rows,)):
+            kind = "output" if count == rows else "weight"
+            plain = Codes(codes, _reshaped(scale, (rows,) if count == rows else ()))
+            return self._made(module, f"INT4, one scale {'an' if count == rows else 'a'} {kind}", plain)
+        groups = shape_of(scale)[-1]
+        if shape_of(scale) != (rows, groups) or columns % groups:
+            raise ModelError(
+                f"{self.label}: {module} has scales {list(shape_of(scale))} for {rows} x {columns}; fetch it again"
+            )
+        zero = None if zeros is None else self._zero_points(module, zeros, rows, groups)
         parts = Codes(codes, scale, zero, block=columns // groups, input_order=order)
         return self._made(module, f"INT4, blocks of {columns // groups}", parts)
+
+    def _zero_points(self, module: str, zeros: Tensor, rows: int, groups: int) -> Tensor:
+        """compressed-tensors' zero points [out, groups]: int8, or packed in words of eight outputs."""
+        if zeros.dtype == ir.DataType.INT8 and shape_of(zeros) == (rows, groups):
+            points = elements(zeros).astype(np.int8).view(ml_dtypes.int4)
+        elif zeros.dtype == ir.DataType.INT32 and shape_of(zeros) == (-(-rows // 8), groups):
+            points = np.ascontiguousarray(_nibbles(elements(zeros).T)[:, :rows].T)
+        else:
+            raise ModelError(
+                f"{self.label}: {module}.weight_zero_point is {zeros.dtype.name} {list(shape_of(zeros))}; INT32 words "
+                "of eight outputs or INT8 are read"
+            )
+        return ir.Tensor(points, dtype=_INT4, name=f"{module}.zeros")
 
     def _order(self, groups: Tensor | None, inputs: int) -> np.ndarray | None:
         """The inputs sorted by their group; None where they are sorted (or there are no groups: -1)."""
         if groups is None:
             return None
         index = elements(groups).astype(np.int64).reshape(-1)
-        if len(index) != inputs or (index < -1).any():
-            raise ModelError(f"{self.label}: a g_idx has {len(index)} entries for {inputs} inputs; fetch it again")
+        if (index == -1).all():
+            return None
+        fits = len(index) == inputs and (index >= 0).all() and index.max() < inputs
+        if not fits or len(set(np.bincount(index).tolist())) > 1:
+            raise ModelError(
+                f"{self.label}: a g_idx does not put {inputs} inputs into groups of one size; fetch it again"
+            )
         return None if (np.diff(index) >= 0).all() else np.argsort(index, kind="stable")
 
     def _modelopt_int4(self, module: str) -> QuantizedWeight:
         """modelopt, W4A16_AWQ: [out / 2, in] bytes of two neighbouring outputs, the first in the low nibble."""
         packed, scale = self._take(f"{module}.weight"), self._take(f"{module}.weight_scale")
+        if scale.dtype in (_FP8, ir.DataType.UINT8) or len(shape_of(scale)) != 2:
+            raise ModelError(f"{self.label}: {module} is NVFP4 or MXFP4, which is not supported; INT4 (W4A16_AWQ) is")
         half, columns = shape_of(packed)
 
         def rows(part: np.ndarray, _: int) -> np.ndarray:
@@ -238,7 +300,8 @@ class _Reader:
                 f"{self.label}: AWQ of version {shown(self.config.get('version'))} is not supported; gemm is"
             )
         self._bits()
-        words, zeros, scale = (self._take(f"{module}.{part}") for part in ("qweight", "qzeros", "scales"))
+        words, zeros = self._words(f"{module}.qweight"), self._words(f"{module}.qzeros")
+        scale = self._take(f"{module}.scales")
         inputs, outputs = shape_of(words)[0], 8 * shape_of(words)[1]
         columns = np.argsort(np.arange(outputs).reshape(-1, 8)[:, _AWQ_ORDER].reshape(-1), kind="stable")
         codes = StreamedTensor(
@@ -250,7 +313,8 @@ class _Reader:
     def _gptq(self, module: str) -> QuantizedWeight:
         """GPTQ: words [in / 8, out] of eight inputs, zero points [groups, out / 8], stored minus 1 before v2."""
         self._bits()
-        words, zeros, scale = (self._take(f"{module}.{part}") for part in ("qweight", "qzeros", "scales"))
+        words, zeros = self._words(f"{module}.qweight"), self._words(f"{module}.qzeros")
+        scale = self._take(f"{module}.scales")
         outputs, inputs = shape_of(words)[1], 8 * shape_of(words)[0]
         order = self._order(self.left.pop(f"{module}.g_idx", None), inputs)
         bias = self.left.get(f"{module}.bias")
@@ -265,7 +329,7 @@ class _Reader:
 
     def _bits(self) -> None:
         bits = self.config.get("bits", self.config.get("w_bit", 4))
-        if bits != 4:
+        if str(bits) != "4":
             raise ModelError(f"{self.label}: weights of {shown(bits)} bits are not supported; 4 bits are")
 
     def _blocked(
@@ -292,6 +356,8 @@ class _Reader:
         if state is None:
             raise ModelError(f"{self.label}: {name} has no quant_state; fetch the checkpoint again")
         said = json.loads(bytes(elements(self.left.pop(state)).astype(np.uint8)))
+        if packed.dtype != ir.DataType.UINT8:
+            packed = _bytes_of(packed)
         table = elements(self._take(f"{name}.quant_map")).astype(np.float32)
         absmax = elements(self._take(f"{name}.absmax"))
         if f"{name}.nested_absmax" in self.left:
@@ -299,9 +365,16 @@ class _Reader:
             steps = elements(self._take(f"{name}.nested_quant_map")).astype(np.float32)
             size = int(said["nested_blocksize"])
             absmax = steps[absmax] * np.repeat(nested, size)[: len(absmax)] + np.float32(said["nested_offset"])
+        shape, block = tuple(int(n) for n in said["shape"]), int(said["blocksize"])
+        if absmax.dtype.kind != "f" or len(absmax) != -(-int(np.prod(shape)) // block):
+            raise ModelError(
+                f"{self.label}: {name}.absmax does not fit {list(shape)} in blocks of {block}; fetch it again"
+            )
         self.kinds["NF4, de-quantized"] += 1
-        shape = tuple(int(n) for n in said["shape"])
-        return _Nf4(packed, table, absmax.astype(np.float32), int(said["blocksize"]), shape, name)
+        dtype = {"bfloat16": ir.DataType.BFLOAT16, "float16": ir.DataType.FLOAT16}.get(
+            said.get("dtype"), ir.DataType.FLOAT
+        )
+        return cast(_Nf4(packed, table, absmax.astype(np.float32), block, shape, name), dtype)
 
 
 def _nibbles(words: np.ndarray) -> np.ndarray:
@@ -319,6 +392,12 @@ def _signed(codes: np.ndarray) -> np.ndarray:
 def _reshaped(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Scales of one number or of the outputs, in memory."""
     return ir.Tensor(elements(tensor).reshape(shape), dtype=tensor.dtype, name=tensor.name)
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor that another type stands for (bnb_4bit_quant_storage), [bytes, 1]."""
+    data = elements(tensor).reshape(-1).view(np.uint8)
+    return ir.Tensor(data.reshape(-1, 1), dtype=ir.DataType.UINT8, name=tensor.name)
 
 
 class _RepeatedRows(RowTensor):

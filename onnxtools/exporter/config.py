@@ -17,7 +17,7 @@ Activation = Literal["gelu", "gelu_tanh", "silu", "relu", "relu2", "swiglu_clamp
 _LARGEST = {
     "vocab_size": 1 << 27, "hidden_size": 1 << 20, "num_hidden_layers": 1 << 12, "num_attention_heads": 1 << 14,
     "num_key_value_heads": 1 << 14, "head_dim": MAX_HEAD_DIM, "intermediate_size": 1 << 24,
-    "max_position_embeddings": 1 << 23, "num_experts": 1 << 12,
+    "max_position_embeddings": 1 << 23, "num_experts": 1 << 12, "sliding_window": 1 << 31,
 }  # fmt: skip
 """Upper limits, far above any model: a damaged configuration must not fill the memory with names and tables."""
 
@@ -458,6 +458,7 @@ def _check_block(family: str, block: Block) -> None:
         "head_dim": attention.head_dim,
         "intermediate_size": block.inner.size,
         **({"num_experts": mlp.experts} if isinstance(mlp, Moe) else {}),
+        **({"sliding_window": attention.window} if attention.window is not None else {}),
     }
     for name, value in sizes.items():
         _check_size(family, name, value)
@@ -477,7 +478,8 @@ def _check_block(family: str, block: Block) -> None:
 
 
 def _check_moe(family: str, moe: Moe) -> None:
-    if moe.groups < 1 or moe.experts % moe.groups or not 1 <= moe.top_groups <= moe.groups:
+    alone = moe.groups > 1 and moe.group_score == "top2" and moe.experts // moe.groups < 2
+    if moe.groups < 1 or moe.experts % moe.groups or not 1 <= moe.top_groups <= moe.groups or alone:
         raise ModelError(
             f"{family}: {moe.top_groups} of {moe.groups} groups are chosen of {moe.experts} experts; check the "
             "configuration"

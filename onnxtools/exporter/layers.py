@@ -179,14 +179,26 @@ class Layers:
             hidden = self.op("Mul", [hidden, factors], f"{name}/input_factors")
         if p.input_scale is not None:
             hidden = self._rounded(hidden, p.input_scale, p.codes.dtype)
-        inputs = [self.build.initializer(p.codes, f"{weight}.weight"), self.stored(f"{weight}.weight_scale", p.scale)]
+        wide = self._scale_type(p)
+        scale = self.build.initializer(cast(p.scale, wide), f"{weight}.weight_scale")
+        inputs = [self.build.initializer(p.codes, f"{weight}.weight"), scale]
         inputs += [self.build.initializer(p.zero, f"{weight}.zero_point")] if p.zero is not None else []
         along = 0 if p.in_out else 1
         has_rows = bool(p.scale.shape.numpy())
         layout = {"axis": along, "block_size": p.block} if p.block else {"axis": 1 - along} if has_rows else {}
         matrix = self.op("DequantizeLinear", inputs, f"{name}/weight", **layout)
+        if wide != self.dtype:
+            matrix = self.op("Cast", [matrix], f"{name}/weight", to=self.dtype.value)
         biases = [self.weight(f"{weight}.bias")] if bias else []
         return self.op("Gemm", [hidden, matrix, *biases], name, **({} if p.in_out else {"transB": 1}))
+
+    def _scale_type(self, p: Codes) -> ir.DataType:
+        """The type that weights are de-quantized in: the compute type, or fp32 where that would round their scales.
+
+        With a scale of the activation it is the compute type: only then do engines multiply the codes themselves.
+        """
+        exact = self.dtype == FLOAT or p.scale.dtype == self.dtype
+        return self.dtype if exact or p.input_scale is not None else FLOAT
 
     def _once(self, op_type: str, inputs: Sequence[ir.Value | None], name: str, **attributes: Any) -> ir.Value:
         """A node that layers share."""

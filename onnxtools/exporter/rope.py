@@ -105,9 +105,7 @@ def rope_of(
     Raises:
         ModelError: a kind that is not supported, or parameters that are missing or no numbers.
     """
-    parameters: Any = next(
-        (config[name] for name in ("rope_scaling", "rope_parameters") if config.get(name) is not None), {}
-    )
+    parameters: Any = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(parameters, Mapping):
         raise ModelError(
             f"{family}: rope_parameters is {shown(parameters)}, not a mapping; fetch the configuration again"
@@ -115,8 +113,14 @@ def rope_of(
     kind = next((parameters[name] for name in ("rope_type", "type") if parameters.get(name) is not None), "default")
     if not isinstance(kind, str) or kind not in _KINDS:
         raise ModelError(f"{family}: the rope type {shown(kind)} is not supported; {', '.join(_KINDS)} are")
-    original = config.get("original_max_position_embeddings") or config.get("max_position_embeddings")
-    scaling = {"original_max_position_embeddings": original, **{k: v for k, v in parameters.items() if v is not None}}
+    scaling = {
+        "original_max_position_embeddings": config.get("max_position_embeddings"),
+        **{k: v for k, v in parameters.items() if v is not None},
+    }
+    original = config.get("original_max_position_embeddings")  # outside it wins, as in transformers
+    if original is not None:
+        scaling["original_max_position_embeddings"] = original
+    original = scaling["original_max_position_embeddings"]
     if kind in ("yarn", "longrope") and is_positive(original) and is_positive(config.get("max_position_embeddings")):
         scaling.setdefault("factor", config["max_position_embeddings"] / scaling["original_max_position_embeddings"])
     for name in (*_NUMBERS, *_NEEDED[kind]):
@@ -140,6 +144,8 @@ def rope_of(
     for name in ("partial_rotary_factor", "rope_theta"):
         if not is_positive(settings[name]):
             raise ModelError(f"{family}: {name} is {shown(settings[name])}; it must be a positive number")
+    if kind == "yarn" and settings["rope_theta"] <= 1 or kind == "longrope" and scaling[_ORIGINAL] <= 1:
+        raise ModelError(f"{family}: rope type {kind} needs a rope_theta and an {_ORIGINAL} above 1; correct them")
     share, theta = float(settings["partial_rotary_factor"]), float(settings["rope_theta"])
     if partial is None and share != 1:
         raise ModelError(
@@ -237,6 +243,7 @@ _KINDS: dict[str, Callable[[Rope], tuple[Array, float]]] = {
     "longrope": bound(_longrope, long=True),
 }  # fmt: skip
 """`dynamic` changes frequencies only beyond max_position_embeddings, where the tables end."""
+_ORIGINAL = "original_max_position_embeddings"
 _NUMBERS = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 _NEEDED: dict[str, tuple[str, ...]] = {
     "default": (), "linear": ("factor",), "dynamic": ("factor",),

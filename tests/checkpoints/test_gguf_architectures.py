@@ -81,12 +81,7 @@ def write(path: Path, model: Any, architecture: gguf.MODEL_ARCH, drop: tuple[str
 
 def made(case: str, folder: Path) -> tuple[Any, gguf.MODEL_ARCH]:
     name, architecture, settings = SETTINGS[case]
-    kind, plain = hf.CASES[name]
-    hf.CASES["gguf"] = (kind, {**plain, **settings})
-    try:
-        return hf.make("gguf", folder), architecture
-    finally:
-        del hf.CASES["gguf"]
+    return hf.make(name, folder, settings), architecture
 
 
 @pytest.mark.parametrize("case", SETTINGS)

@@ -190,7 +190,7 @@ STATIC = {"modelopt fp8"}
 def made(layout: str, folder: Path, model_name: str = "llama") -> Any:
     """A packed checkpoint in `folder`; returns transformers' model of the numbers that it means."""
     settings, pack = LAYOUTS[layout]
-    model = hf.make(model_name, folder)
+    model = hf.make(model_name, folder, {"intermediate_size": 96})
     state: dict[str, Any] = {
         name: torch.from_numpy(array) for name, array in load_file(folder / "model.safetensors").items()
     }
@@ -230,7 +230,7 @@ def test_logits_are_those_of_the_numbers_that_are_stored(layout: str, form: str,
 def test_mxfp4_experts_of_gpt_oss(tmp_path: Path) -> None:
     """Blocks of 32 codes along the inputs, the first of two in the low nibble, and scales 2^(s - 127)."""
     table = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
-    model, rng = hf.make("gpt_oss", tmp_path / "hf"), np.random.default_rng(9)
+    model, rng = hf.make("gpt_oss", tmp_path / "hf", {"intermediate_size": 96}), np.random.default_rng(9)
     state = load_torch(tmp_path / "hf/model.safetensors")
     meant = dict(state)
     for name in [name for name in state if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
@@ -316,3 +316,79 @@ def test_a_missing_part_is_named(part: str, tmp_path: Path) -> None:
     del state[f"model.layers.1.mlp.up_proj.{part}"]
     save_file({n: torch.from_numpy(a) for n, a in state.items()}, tmp_path / "hf/model.safetensors")
     assert f"mlp.up_proj.{part} is missing" in refuse("export", tmp_path / "hf", "-o", tmp_path / "m.onnx")
+
+
+def edited(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    state = load_torch(folder / "model.safetensors")
+    change(state)
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors")
+
+
+UP = "model.layers.1.mlp.up_proj"
+DAMAGED: dict[str, tuple[str, Callable[[dict[str, Any]], None], str]] = {
+    "groups of other sizes": ("gptq act-order", lambda s: s[f"{UP}.g_idx"].fill_(1), "groups of one size"),
+    "words of int64": ("gptq", lambda s: s.update({f"{UP}.qweight": s[f"{UP}.qweight"].long()}), "words of eight"),
+    "an activation scale of 0": ("modelopt fp8", lambda s: s[f"{UP}.input_scale"].zero_(), "one positive number"),
+    "several activation scales": (
+        "modelopt fp8", lambda s: s.update({f"{UP}.input_scale": torch.ones(3)}), "one positive number"
+    ),
+    "scales of other blocks": (
+        "fp8 blocks", lambda s: s.update({f"{UP}.weight_scale_inv": torch.ones(2, 2)}), "in blocks of 32 x 16"
+    ),
+    "zero points of another type": (
+        "packed zero points",
+        lambda s: s.update({f"{UP}.weight_zero_point": s[f"{UP}.weight_zero_point"].long()}),
+        "weight_zero_point is INT64",
+    ),
+    "magnitudes without their table": ("nf4", lambda s: s.pop(f"{UP}.weight.nested_absmax"), "absmax does not fit"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_parts_are_named(case: str, tmp_path: Path) -> None:
+    layout, change, words = DAMAGED[case]
+    made(layout, tmp_path / "hf")
+    edited(tmp_path / "hf", change)
+    assert words in refuse("export", tmp_path / "hf", "-o", tmp_path / "m.onnx")
+
+
+def test_blocks_without_their_size_are_not_guessed(tmp_path: Path) -> None:
+    """40 rows in blocks of 32 have two rows of scales, and so have 40 rows in blocks of 20."""
+    settings = {
+        "quant_method": "compressed-tensors",
+        "config_groups": {"g": {"weights": {"block_structure": [32, 16]}}},
+    }
+    model = made("fp8 blocks", tmp_path / "hf", "llama")
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    (tmp_path / "hf/config.json").write_text(json.dumps({**config, "quantization_config": settings}))
+    succeed("export", tmp_path / "hf", "-o", tmp_path / "m.onnx", "--dtype", "fp32")
+    expected = hf.logits(model, IDS, MASK)
+    assert np.abs(decode(tmp_path / "m.onnx", "concat", IDS, MASK, [12]) - expected).max() <= 1e-4
+    edited(tmp_path / "hf", lambda s: s.update({f"{UP}.weight_scale_inv": torch.ones(5, 4)}))  # 96 is no multiple of 5
+    (tmp_path / "hf/config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
+    assert "two positive integers" in refuse("export", tmp_path / "hf", "-o", tmp_path / "n.onnx")
+
+
+def test_bitsandbytes_int8(tmp_path: Path) -> None:
+    def pack(w: Array) -> tuple[Parts, Array]:
+        largest = np.abs(w).max(axis=1).astype(np.float32)
+        codes = np.rint(w * (127 / largest)[:, None]).astype(np.int8)
+        return {"weight": codes, "SCB": largest}, codes * (largest / 127)[:, None]
+
+    LAYOUTS["bnb int8"] = ({"quant_method": "bitsandbytes", "load_in_8bit": True}, pack)
+    try:
+        model = made("bnb int8", tmp_path / "hf")
+    finally:
+        del LAYOUTS["bnb int8"]
+    succeed("export", tmp_path / "hf", "-o", tmp_path / "m.onnx", "--dtype", "fp32")
+    expected = hf.logits(model, IDS, MASK)
+    assert np.abs(decode(tmp_path / "m.onnx", "concat", IDS, MASK, [12]) - expected).max() <= 1e-4
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_scales_are_not_rounded_to_the_compute_type(dtype: str, tmp_path: Path) -> None:
+    made("fp8 by output", tmp_path / "hf")
+    succeed("export", tmp_path / "hf", "-o", tmp_path / "m.onnx", "--dtype", dtype)
+    scale = next(t for t in onnx.load(tmp_path / "m.onnx").graph.initializer if t.name == f"{UP}.weight_scale")
+    theirs = load_torch(tmp_path / "hf/model.safetensors")[f"{UP}.weight_scale"].reshape(-1)
+    np.testing.assert_array_equal(onnx.numpy_helper.to_array(scale), theirs.numpy())

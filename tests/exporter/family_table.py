@@ -41,12 +41,8 @@ def measure(family: str, folder: Path) -> list[str]:
     and 0.2 (a router that is nearly undecided decides otherwise); FP8, INT4, 2:4: the pass on the fp16 graph, and its
     own check; engine: TensorRT-RTX builds all three for 8.9.
     """
-    kind, settings = hf.CASES[CASES[family]]
-    if "intermediate_size" in settings:  # INT4 in blocks of 32
-        settings = {**settings, "intermediate_size": 96}
-    hf.CASES["table"] = (kind, settings)
-    model = hf.make("table", folder / "hf")
-    del hf.CASES["table"]
+    has_size = "intermediate_size" in hf.CASES[CASES[family]][1]
+    model = hf.make(CASES[family], folder / "hf", {"intermediate_size": 96} if has_size else {})  # blocks of 32
     rng = np.random.default_rng(3)
     ids, mask = rng.integers(3, 97, (2, sum(SPLITS))), np.ones((2, sum(SPLITS)), np.int64)
     expected, found = hf.logits(model, ids, mask), []

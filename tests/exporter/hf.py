@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -225,11 +226,13 @@ CONFIGS = {"Gemma3": "Gemma3Text"}
 """Classes of configurations that are not called like their models."""
 
 
-def make(name: str, folder: Path, **saving: Any) -> Any:
-    """The model `name`, saved into `folder`; no parameter has the value it is initialized with, so that a wrong mapping
-    shows.
+def make(name: str, folder: Path, changes: Mapping[str, Any] | None = None, **saving: Any) -> Any:
+    """The model `name`, saved into `folder`, with `changes` of its settings.
+
+    No parameter has the value it is initialized with, so that a wrong mapping shows.
     """
     kind, settings = CASES[name]
+    settings = {**settings, **(changes or {})}
     torch.manual_seed(7)
     config = getattr(transformers, f"{CONFIGS.get(kind, kind)}Config")(**settings)
     model = getattr(transformers, f"{kind}{'ForCausalLM' if kind != 'GPT2' else 'LMHeadModel'}")(config).eval()

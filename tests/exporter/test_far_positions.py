@@ -25,13 +25,8 @@ ROTATED = (
 
 
 def far(name: str, folder: Path) -> Any:
-    kind, settings = hf.CASES[name]
-    longest = "max_seq_len" if kind == "Mpt" else "max_position_embeddings"
-    hf.CASES["far"] = (kind, {**settings, longest: 8192})
-    try:
-        return hf.make("far", folder)
-    finally:
-        del hf.CASES["far"]
+    longest = "max_seq_len" if hf.CASES[name][0] == "Mpt" else "max_position_embeddings"
+    return hf.make(name, folder, {longest: 8192})
 
 
 @pytest.mark.parametrize("opset", ["19", "24"])

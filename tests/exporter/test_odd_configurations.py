@@ -43,9 +43,62 @@ EQUAL: dict[str, tuple[str, dict[str, Any]]] = {
             "original_max_position_embeddings": 8,
         },
     ),
+    "the original length outside wins": (
+        "llama",
+        {
+            "rope_parameters": "absent",
+            "rope_scaling": {**LLAMA3, "rope_theta": 1e4, "original_max_position_embeddings": 16},
+            "original_max_position_embeddings": 40,
+        },
+    ),
+    "an older name of LongRoPE": (
+        "phi3",
+        {
+            "rope_parameters": "absent",
+            "rope_scaling": {"rope_type": "yarn", "short_factor": [1.3] * 8, "long_factor": [2.5] * 8},
+            "original_max_position_embeddings": 10,
+        },
+    ),
+    "windows of Qwen2-MoE": (
+        "qwen2_moe",
+        {"layer_types": "absent", "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 3},
+    ),
+    "GPT-NeoX's older names": ("gpt_neox", {"rope_parameters": "absent", "rotary_pct": 0.5, "rotary_emb_base": 500.0}),
+    "Gemma 3's older names": (
+        "gemma3",
+        {
+            "rope_parameters": "absent",
+            "rope_theta": 5000.0,
+            "rope_local_base_freq": 100.0,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        },
+    ),
+    "Gemma 2's exact GELU": ("gemma2", {"hidden_activation": "gelu"}),
     "no scaling of the scores": ("gpt2", {"scale_attn_weights": False}),
     "a norm's epsilon": ("llama", {"rms_norm_eps": 0.25}),
 }
+
+
+SAME: list[tuple[str, dict[str, Any]]] = [
+    ("llama_linear", {"rope_scaling": {}}),
+    ("mixtral_window", {"layer_types": ["full_attention"] * 2}),
+    ("starcoder2_window", {"layer_types": ["full_attention"] * 2}),
+    ("phi3_window", {"layer_types": ["full_attention"] * 2}),
+    ("qwen3_moe_mixed", {"layer_types": ["full_attention"] * 2}),
+    ("gemma3", {"attn_logit_softcapping": 2.0}),
+    ("bigcode_mqa", {"scale_attn_by_inverse_layer_idx": True}),
+    ("glm", {"attention_bias": "absent"}),
+]
+"""Settings that transformers does not read, or that are its defaults."""
+
+
+@pytest.mark.parametrize(("name", "changes"), SAME, ids=[f"{name}-{next(iter(changes))}" for name, changes in SAME])
+def test_settings_without_effect_in_transformers_have_none(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    folder = edited(tmp_path / "hf", name, changes)
+    succeed("export", folder, "-o", tmp_path / "m.onnx")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    found = decode(tmp_path / "m.onnx", "concat", IDS, MASK, [20])
+    assert max_abs(found, hf.logits(model, IDS, MASK)) <= 1e-4
 
 
 @pytest.mark.parametrize("case", EQUAL)
@@ -153,6 +206,12 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("deepseek_v3", {"first_k_dense_replace": -1}, "first_k_dense_replace"),
     ("exaone4_hybrid", {"layer_types": None, "sliding_window_pattern": "LXG"}, "sliding_window_pattern"),
     ("gptj", {"rotary_dim": 32}, "32 of 16 channels"),
+    ("mistral", {"sliding_window": 10**30}, "sliding_window"),
+    ("gpt_neo", {"window_size": 10**30}, "sliding_window"),
+    ("gpt_neo", {"attention_types": [[["global", "local"], 10**9]]}, "attention_types"),
+    ("gpt_neo", {"attention_types": [[["global", ["local"]], 1]]}, "attention_types"),
+    ("deepseek_v3", {"n_group": 4}, "4 groups"),
+    ("llama_yarn", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0, "factor": 4.0}}, "rope_theta"),
     ("opt", {"do_layer_norm_before": "no"}, "do_layer_norm_before"),
 ]
 

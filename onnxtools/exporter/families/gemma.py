@@ -21,9 +21,10 @@ def config(raw: Mapping[str, Any], family: str = "gemma", *, windows: bool = Fal
     """
     raw = {"max_position_embeddings": 8192, "head_dim": 256, "tie_word_embeddings": True, **raw}
     base = llama.config({**raw, "hidden_act": None}, family, windows=windows)
-    name = "hidden_activation" if raw.get("hidden_activation") is not None else "hidden_act"
-    # "gelu" in the first configurations means the tanh form (transformers, GemmaConfig).
-    activation = activation_of({**raw, **({name: None} if raw.get(name) == "gelu" else {})}, family, name, "gelu_new")
+    name = "hidden_act" if family == "gemma" else "hidden_activation"
+    # "gelu" in the first configurations of Gemma 1 means the tanh form (transformers, GemmaConfig).
+    is_older = family == "gemma" and raw.get(name) == "gelu"
+    activation = activation_of({**raw, **({name: None} if is_older else {})}, family, name, "gelu_pytorch_tanh")
     return replace(adapted(base, mlp={"activation": activation}), embed_scale=base.hidden_size**0.5)
 
 

@@ -23,8 +23,9 @@ def config(raw: Mapping[str, Any]) -> DecoderConfig:
         ModelError: a setting that is missing, damaged or not supported.
     """
     raw = {"max_position_embeddings": 131072, **raw}
-    every = integer(raw, "gemma3_text", "sliding_window_pattern", "_sliding_window_pattern", default=6)
-    plain = {**raw, "rope_parameters": None, "rope_scaling": None}
+    every = integer(raw, "gemma3_text", "sliding_window_pattern", default=6)
+    # transformers caps no scores of this family.
+    plain = {**raw, "rope_parameters": None, "rope_scaling": None, "attn_logit_softcapping": None}
     base = gemma2.capped(plain, "gemma3_text", every)
     head_dim, norm = base.blocks[0].attention.head_dim, base.blocks[0].norm
     full, local = _ropes(raw, head_dim)

@@ -18,7 +18,8 @@ def config(raw: Mapping[str, Any], family: str = "glm") -> DecoderConfig:
         ModelError: a setting that is missing, damaged or not supported.
     """
     raw = {
-        "max_position_embeddings": 131072, "num_key_value_heads": 2, "head_dim": 128, "rms_norm_eps": 1.5625e-7, **raw,
+        "max_position_embeddings": 131072, "num_key_value_heads": 2, "head_dim": 128, "rms_norm_eps": 1.5625e-7,
+        "attention_bias": True, **raw,
     }  # fmt: skip
     return adapted(llama.config(raw, family, 0.5, interleaved=True), attention={"output_bias": False})
 

@@ -22,7 +22,9 @@ def config(raw: Mapping[str, Any]) -> DecoderConfig:
     Raises:
         ModelError: a setting that is missing, damaged or not supported.
     """
-    base = gpt2.config({"activation_function": "gelu_pytorch_tanh", **raw}, "gpt_bigcode")
+    # transformers does not scale by layer in this family.
+    raw = {"activation_function": "gelu_pytorch_tanh", **raw, "scale_attn_by_inverse_layer_idx": None}
+    base = gpt2.config(raw, "gpt_bigcode")
     shared = {"kv_heads": 1} if flag(raw, "gpt_bigcode", "multi_query", True) else {}
     return replace(adapted(base, attention=shared), linear_in_out=False)
 

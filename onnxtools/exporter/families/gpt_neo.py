@@ -42,11 +42,17 @@ def config(raw: Mapping[str, Any]) -> DecoderConfig:
     return by_layer(base, [{"window": window if kind == "local" else None} for kind in _kinds(raw, layers)])
 
 
+_MOST = 1 << 12
+"""Layers that a pattern may name."""
+
+
 def _kinds(raw: Mapping[str, Any], layers: int) -> list[str]:
     """`global` or `local` for each layer: attention_types are [[[kinds], times], ...]."""
     types = raw.get("attention_types") or [[["global", "local"], -(-layers // 2)]]
     try:
-        kinds = [kind for pattern, times in types for _ in range(times) for kind in pattern]
+        if any(len(pattern) * times > _MOST for pattern, times in types):
+            raise ValueError("too many layers")
+        kinds = [str(kind) for pattern, times in types for _ in range(times) for kind in pattern]
     except (TypeError, ValueError):
         kinds = []
     if len(kinds) < layers or not set(kinds) <= {"global", "local"}:

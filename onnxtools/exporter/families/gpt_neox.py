@@ -20,7 +20,7 @@ def config(raw: Mapping[str, Any]) -> DecoderConfig:
         ModelError: a setting that is missing, damaged or not supported.
     """
     older = {"partial_rotary_factor": raw.get("rotary_pct"), "rope_theta": raw.get("rotary_emb_base")}
-    raw = {"attention_bias": True, **{k: v for k, v in older.items() if v is not None}, **raw, "head_dim": None}
+    raw = {"attention_bias": True, **raw, **{k: v for k, v in older.items() if v is not None}, "head_dim": None}
     activation = activation_of(raw, "gpt_neox", "hidden_act", "gelu")
     norm = Norm("layer_norm", number(raw, "gpt_neox", "layer_norm_eps", default=1e-5), bias=True)
     base = llama.config({**raw, "hidden_act": None, "mlp_bias": True, "num_key_value_heads": None}, "gpt_neox", 0.25)

@@ -18,7 +18,7 @@ def config(raw: Mapping[str, Any]) -> DecoderConfig:
     Raises:
         ModelError: a setting that is missing, damaged or not supported.
     """
-    raw = {"rope_theta": 1000000.0, "sliding_window": None, "rms_norm_eps": 1e-5, **raw}
+    raw = {"rope_theta": 1000000.0, "sliding_window": None, "rms_norm_eps": 1e-5, **raw, "layer_types": None}
     base = mistral.config(raw, "mixtral")
     expert = base.blocks[0].mlp
     assert isinstance(expert, Mlp)

@@ -20,11 +20,12 @@ def config(raw: Mapping[str, Any]) -> DecoderConfig:
     """
     raw = {
         "max_position_embeddings": 4096, "original_max_position_embeddings": 4096, "sliding_window": None,
-        "rms_norm_eps": 1e-5, **raw, "attention_bias": None,
+        "rms_norm_eps": 1e-5, **raw, "attention_bias": None, "layer_types": None,
     }  # fmt: skip
-    scaling = raw.get("rope_scaling")
-    if isinstance(scaling, Mapping) and scaling.get("type") in ("su", "yarn"):  # older names
-        raw["rope_scaling"] = {**scaling, "type": "longrope"}
+    for name in ("rope_scaling", "rope_parameters"):
+        scaling = raw.get(name)
+        if isinstance(scaling, Mapping) and "long_factor" in scaling:  # "su" and "yarn" are older names
+            raw[name] = {**scaling, "rope_type": "longrope"}
     base = llama.config(raw, "phi3", 1.0, windows=True)
     kind = "full_attention" if raw["sliding_window"] is None else "sliding_attention"
     return by_layer(base, [{"window": window} for window in windows_of(raw, "phi3", [kind] * len(base.blocks))])

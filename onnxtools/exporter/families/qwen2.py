@@ -31,12 +31,22 @@ def sliding(base: DecoderConfig, raw: Mapping[str, Any], family: str) -> Decoder
         ModelError: a setting that is damaged.
     """
     raw = {"sliding_window": 4096, "max_window_layers": 28, **raw}
-    first = raw["max_window_layers"]
-    if isinstance(first, bool) or not isinstance(first, int) or first < 0:
-        raise ModelError(f"{family}: max_window_layers is {shown(first)}; it must be an integer of 0 or more")
+    first = first_window(raw, family)
     slides = flag(raw, family, "use_sliding_window", False) and raw["sliding_window"] is not None
     kinds = ["sliding_attention" if slides and n >= first else "full_attention" for n in range(len(base.blocks))]
     return by_layer(base, [{"window": window} for window in windows_of(raw, family, kinds)])
+
+
+def first_window(raw: Mapping[str, Any], family: str) -> int:
+    """`max_window_layers`, an integer of 0 or more.
+
+    Raises:
+        ModelError: it is none.
+    """
+    first = raw["max_window_layers"]
+    if isinstance(first, bool) or not isinstance(first, int) or first < 0:
+        raise ModelError(f"{family}: max_window_layers is {shown(first)}; it must be an integer of 0 or more")
+    return first
 
 
 FAMILY = Family(

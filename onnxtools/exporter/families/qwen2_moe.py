@@ -8,11 +8,11 @@ from typing import Any
 
 from onnxtools.base.errors import ModelError
 from onnxtools.base.inputs import shown
-from onnxtools.exporter.config import DecoderConfig, Mlp, Moe, adapted
+from onnxtools.exporter.config import DecoderConfig, Mlp, Moe, adapted, by_layer
 from onnxtools.exporter.families import llama, qwen2
 from onnxtools.exporter.family import Family
 from onnxtools.exporter.names import Names
-from onnxtools.exporter.settings import flag, integer
+from onnxtools.exporter.settings import flag, integer, windows_of
 
 
 def config(raw: Mapping[str, Any]) -> DecoderConfig:
@@ -22,7 +22,15 @@ def config(raw: Mapping[str, Any]) -> DecoderConfig:
         ModelError: a setting that is missing, damaged or not supported.
     """
     raw = {"max_position_embeddings": 32768, **raw}
-    base = qwen2.sliding(llama.config({**raw, "attention_bias": None}, "qwen2_moe", windows=True), raw, "qwen2_moe")
+    base = llama.config({**raw, "attention_bias": None}, "qwen2_moe", windows=True)
+    raw = {"sliding_window": 4096, "max_window_layers": 28, **raw}
+    slides = flag(raw, "qwen2_moe", "use_sliding_window", False)
+    first = qwen2.first_window(raw, "qwen2_moe")  # in this family the layers from here on see all
+    kinds = [
+        "sliding_attention" if slides and n % 2 == 0 and n < first else "full_attention"
+        for n in range(len(base.blocks))
+    ]
+    base = by_layer(base, [{"window": window} for window in windows_of(raw, "qwen2_moe", kinds)])
     base = adapted(base, attention={"bias": flag(raw, "qwen2_moe", "qkv_bias", True)})
     return sparse(
         base, raw, "qwen2_moe", shared=integer(raw, "qwen2_moe", "shared_expert_intermediate_size", default=5632)

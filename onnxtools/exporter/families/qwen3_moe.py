@@ -16,7 +16,7 @@ def config(raw: Mapping[str, Any]) -> DecoderConfig:
     Raises:
         ModelError: a setting that is missing, damaged or not supported.
     """
-    raw = {"head_dim": None, **raw}
+    raw = {"head_dim": None, **raw, "layer_types": None}  # transformers reads none here
     # In this family max_window_layers does not limit the windows.
     return qwen2_moe.sparse(qwen3.config({**raw, "max_window_layers": 0}, "qwen3_moe"), raw, "qwen3_moe")
 

@@ -21,7 +21,7 @@ def config(raw: Mapping[str, Any]) -> DecoderConfig:
     """
     raw = {
         "max_position_embeddings": 4096, "num_key_value_heads": 2, "tie_word_embeddings": True, "sliding_window": None,
-        **raw,
+        **raw, "layer_types": None,
     }  # fmt: skip
     bias, activation = (
         flag(raw, "starcoder2", "use_bias", True),
