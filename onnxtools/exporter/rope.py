@@ -144,7 +144,7 @@ def rope_of(
     for name in ("partial_rotary_factor", "rope_theta"):
         if not is_positive(settings[name]):
             raise ModelError(f"{family}: {name} is {shown(settings[name])}; it must be a positive number")
-    if kind == "yarn" and settings["rope_theta"] <= 1 or kind == "longrope" and scaling[_ORIGINAL] <= 1:
+    if (kind == "yarn" and settings["rope_theta"] <= 1) or (kind == "longrope" and scaling[_ORIGINAL] <= 1):
         raise ModelError(f"{family}: rope type {kind} needs a rope_theta and an {_ORIGINAL} above 1; correct them")
     share, theta = float(settings["partial_rotary_factor"]), float(settings["rope_theta"])
     if partial is None and share != 1:
