@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -23,6 +24,7 @@ from onnxtools.ir.edit import Builder
 from onnxtools.numerics import formats
 from onnxtools.storage.lazy import Tensor, cast
 from onnxtools.storage.quantized_weight import Codes, QuantizedWeight
+from onnxtools.storage.rows import elements
 
 FLOAT, INT64, FP8 = ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.FLOAT8E4M3FN
 
@@ -195,10 +197,14 @@ class Layers:
     def _scale_type(self, p: Codes) -> ir.DataType:
         """The type that weights are de-quantized in: the compute type, or fp32 where that would round their scales.
 
-        With a scale of the activation it is the compute type: only then do engines multiply the codes themselves.
+        With a scale of the activation it is the compute type, as far as it holds the scales as normal numbers: only
+        then do engines multiply the codes themselves.
         """
-        exact = self.dtype == FLOAT or p.scale.dtype == self.dtype
-        return self.dtype if exact or p.input_scale is not None else FLOAT
+        if self.dtype == FLOAT or p.scale.dtype == self.dtype:
+            return self.dtype
+        least = float(ml_dtypes.finfo(self.dtype.numpy()).tiny)  # type: ignore[no-untyped-call]
+        fits = p.input_scale is not None and float(elements(p.scale).astype(np.float32).min()) >= least
+        return self.dtype if fits else FLOAT
 
     def _once(self, op_type: str, inputs: Sequence[ir.Value | None], name: str, **attributes: Any) -> ir.Value:
         """A node that layers share."""
