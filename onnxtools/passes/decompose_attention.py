@@ -26,7 +26,7 @@ class DecomposeAttention(Pass):
       - scores = (Q * scale) K^T + mask, scale = 1/sqrt(channels) by default; keys and values of grouped queries are
         repeated;
       - `is_causal` becomes a mask from positions, top-left aligned as the operator is without past inputs;
-      - softcap, extra outputs, past inputs and `nonpad_kv_seqlen` are refused by name.
+      - softcap, windows (opset 25), extra outputs, past inputs and `nonpad_kv_seqlen` are refused by name.
     """
 
     name = "decompose-attention"
@@ -49,8 +49,9 @@ class DecomposeAttention(Pass):
 def _decompose(node: ir.Node, facts: Facts, build: Builder) -> None:
     extra = [i for i, v in enumerate(node.inputs) if v is not None and i >= 4]
     used_outputs = [o for o in node.outputs[1:] if o.uses() or o.is_graph_output()]
-    if extra or used_outputs or attribute(node, "softcap", 0.0):
-        feature = f"input {extra[0]}" if extra else "a second output" if used_outputs else "softcap"
+    unknown = [name for name, value in node.attributes.items() if name not in _KNOWN and _is_set(value)]
+    if extra or used_outputs or unknown:
+        feature = f"input {extra[0]}" if extra else "a second output" if used_outputs else unknown[0]
         raise JobError(
             f"node {node.name!r} (Attention) uses {feature}, which add-kv-cache cannot rewrite; export full-sequence "
             "attention without a cache"
@@ -82,6 +83,15 @@ def _decompose(node: ir.Node, facts: Facts, build: Builder) -> None:
         result = build.op("Reshape", [result, build.constant([0, 0, -1], "merge")], f"{name}/Reshape")
     result.dtype, result.shape = dtype, node.outputs[0].shape
     replace_keeping_name(build.graph, node.outputs[0], result)
+
+
+_KNOWN = {"scale", "is_causal", "q_num_heads", "kv_num_heads", "softmax_precision", "qk_matmul_output_mode"}
+"""Attributes that are read, or that say nothing about the first output."""
+
+
+def _is_set(value: ir.Attr) -> bool:
+    """Whether an attribute asks for something; 0 (softcap) and -1 (windows of opset 25) do not."""
+    return value.value not in (0, 0.0, -1)
 
 
 def _heads(node: ir.Node, index: int, facts: Facts, build: Builder) -> ir.Value:
