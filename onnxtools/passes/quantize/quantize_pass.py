@@ -30,11 +30,13 @@ from onnxtools.passes.precision import Precision
 from onnxtools.passes.qdq import COMPUTED, QdqBuilder, is_quantized
 from onnxtools.passes.quantize.attention_operands import AttentionScheme, operands, score_products
 from onnxtools.passes.quantize.cache_tensors import KvScheme, caches
+from onnxtools.passes.quantize.convolutions import ConvScheme
 from onnxtools.passes.quantize.groups import Group, group
 from onnxtools.passes.quantize.int4 import Int4Scheme, block_size
 from onnxtools.passes.quantize.linear import LinearScheme
 from onnxtools.passes.quantize.scheme import Scheme
 from onnxtools.passes.selection import Selected, head_product
+from onnxtools.passes.set_opset import SetOpset
 from onnxtools.pipeline.passbase import Pass, PassResult
 
 _TOO_SMALL = 16
@@ -55,6 +57,8 @@ class Quantize(Selected, Calibrated):
       - --attention: queries, keys and values of attention too (and its probabilities, where it is MatMul and Softmax);
       - --kv-cache: new keys and values are quantized before they are written, all are dequantized when they are read;
       - --gptq needs the Gram matrix of each input: K x K numbers in memory, and time that grows with N x K x K;
+      - Conv in FP8 and INT8: one scale for the input, one for each output channel of the weight;
+      - the opset is raised where the format needs it;
       - products with K or N below 16, the head, and the products that --exclude names are not quantized;
       - the result is standard ONNX: Q/DQ-19, and DequantizeLinear-21 for blocks.
     """
@@ -172,29 +176,26 @@ class Quantize(Selected, Calibrated):
     def rewrites_weights(self) -> bool:
         return True
 
-    def requires(self, model: Model) -> None:
-        if model.opset < self.form.opset:
-            raise JobError(
-                f"{self.form.name} needs opset {self.form.opset} and the model is at {model.opset}; raise it with "
-                "`onnxtools set-opset`"
-            )
-
     def apply(self, model: Model) -> PassResult:
+        raised = SetOpset(version=self.form.opset).apply(model).notes if model.opset < self.form.opset else []
+        extra = [f"{self.form.name} needs opset {self.form.opset}: {note}" for note in raised]
         chosen, table = self._choose(model) if self.kind != "none" else ([], [])
         facts = analyse(model)
         kv = KvScheme(FP8 if self.kv_kind == "fp8" else INT8, caches(model, facts)) if self.kv_kind != "none" else None
         attention = AttentionScheme(FP8, operands(model, facts)) if self.attention else None
-        if self.kind != "none" and not table:
+        convolutions = ConvScheme(self.form, self._convolutions(model, table))
+        if self.kind != "none" and not table and not convolutions.products:
             raise NoMatchError(
-                f"{model.path}: has no MatMul or Gemm with a stored weight, so there is nothing to quantize; see it "
-                "with `onnxtools inspect`"
+                f"{model.path}: has no MatMul, Gemm or Conv with a stored weight, so there is nothing to quantize; see "
+                "it with `onnxtools inspect`"
             )
-        if not chosen and kv is None and attention is None:
+        if not chosen and kv is None and attention is None and not convolutions.products:
             return PassResult(False, 0, self._notes(table), table)
-        groups, extra = group(model, chosen, facts), list[str]()
-        if self.kind == "int8" and not self.all_layers:
+        groups = group(model, chosen, facts)
+        if self.kind == "int8" and not self.all_layers and not convolutions.products:
             groups = self._behind_norms(groups, table)
-        inner = [part for part in (kv, attention) if part is not None]
+        more = (kv, attention, convolutions if convolutions.products else None)
+        inner = [part for part in more if part is not None]
         scheme, findings = self._calibrated(model, facts, groups, inner)
         unseen = [p for g in groups if f"{g.index}.{_UNSEEN}" in findings for p in g.products]
         self._leave(table, unseen, "saw no calibration token (an expert that no text chose)")
@@ -213,6 +214,7 @@ class Quantize(Selected, Calibrated):
             table += [
                 attention.emit(build, findings, operand) for operand in attention.operands if not operand.is_quantized()
             ]
+        table += [convolutions.emit(build, findings, product) for product in convolutions.products]
         model.graph.sort()
         remove_unused(model)
         return PassResult(
@@ -245,6 +247,23 @@ class Quantize(Selected, Calibrated):
             if not reason:
                 chosen.append(product)
         return own_weights(model, chosen), table
+
+    def _convolutions(self, model: Model, table: list[dict[str, Any]]) -> list[Product]:
+        """The convolutions that FP8 and INT8 with static scales quantize; the reason why others stay is in `table`."""
+        found = [p for p in weight_products(model) if p.node.op_type == "Conv"]
+        if self.kind not in ("fp8", "int8") or self.per_token or self.alpha is not None:
+            return []
+        chosen = []
+        for product in found:
+            reason = self.reason_excluded(product, None) or ("quantized already" if product.path else "")
+            if not reason and product.tensor.dtype not in COMPUTED:
+                reason = f"type {product.tensor.dtype.name}"
+            if not reason:
+                chosen.append(product)
+                continue
+            row = {"layer": product.node.name or "", "weight": product.weight.name or "", "scheme": "", "scale": ""}
+            table.append({**row, "snr_db": None, "error": None, "left": reason})
+        return chosen
 
     def _reason(self, product: Product, head: ir.Node | None) -> str:
         excluded = self.reason_excluded(product, head)
@@ -292,7 +311,7 @@ class Quantize(Selected, Calibrated):
     # --- calibration -------------------------------------------------------------------------------------------------
 
     def _calibrated(
-        self, model: Model, facts: Facts, groups: list[Group], inner: Sequence[KvScheme | AttentionScheme]
+        self, model: Model, facts: Facts, groups: list[Group], inner: Sequence[KvScheme | AttentionScheme | ConvScheme]
     ) -> tuple[Scheme, Findings]:
         blocks = (
             {p.node.name or "": block_size(g.channels, self.block_size) for g in groups for p in g.products}
