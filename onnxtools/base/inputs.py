@@ -19,6 +19,7 @@ MAX_YAML_BYTES = 256 << 10
 MAX_YAML_NODES = 50_000
 """Nodes of a document after its aliases are expanded."""
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_FILE_SUFFIXES = {".engine", ".gguf", ".json", ".nemo", ".onnx", ".plan", ".pt", ".safetensors", ".yaml"}
 _INTEGER = "tag:yaml.org,2002:int"
 
 _KINDS = (
@@ -53,8 +54,15 @@ def check_regular(path: Path, error: type[OnnxtoolsError]) -> None:
 
 
 def is_hub_name(path: Path) -> bool:
-    """Whether a path that does not exist looks like a name on the Hugging Face hub, as OWNER/MODEL."""
-    return _HUB_NAME.fullmatch(str(path)) is not None and not path.parent.exists()
+    """Whether a path that does not exist looks like a name on the Hugging Face hub, as OWNER/MODEL.
+
+    What ends as the files that are read here is a file that is missing.
+    """
+    return (
+        _HUB_NAME.fullmatch(str(path)) is not None
+        and path.suffix.lower() not in _FILE_SUFFIXES
+        and not path.parent.exists()
+    )
 
 
 def absent(path: Path) -> str:

@@ -123,6 +123,13 @@ def test_random_weights_fetch_no_weights(hub: type[Hub], tmp_path: Path) -> None
     assert "config.json" in hub.asked and "model.safetensors" not in hub.asked
 
 
+@pytest.mark.parametrize("name", ["out/model.onnx", "out/SmolLM2.Q4_K_M.gguf", "out/gpt.NEMO"])
+def test_a_file_that_is_missing_is_no_name_of_the_hub(hub: type[Hub], name: str, tmp_path: Path) -> None:
+    line = refuse("export", name, "-o", tmp_path / "m.onnx")
+    assert "no such file" in line and "hf download" not in line
+    assert not hub.asked
+
+
 @pytest.mark.parametrize(("name", "words"), [("me/absent", "neither a path nor a model"), ("me/gated", "is gated")])
 def test_what_the_hub_refuses_is_one_line(hub: type[Hub], name: str, words: str, tmp_path: Path) -> None:
     assert words in refuse("export", name, "-o", tmp_path / "m.onnx")
