@@ -11,7 +11,7 @@ from pathlib import Path
 from onnxtools.base.errors import JobError, one_line
 from onnxtools.base.inputs import is_hub_name
 
-_PLAIN = ["*.json", "*.model", "*.txt", "*.jinja"]
+_PLAIN = ["*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja"]
 _WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
 _OLDER = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 _LEFT = ["*/*", "consolidated*", "*.fp16.safetensors"]

@@ -152,29 +152,40 @@ def add_named(tokenizer: Any, folder: Path) -> None:
             tokenizer.add_special_tokens([tokenizers.AddedToken(text, special=True, **flags)])
 
 
+def has_merges(folder: Path) -> bool:
+    """Whether `folder` has vocab.json and merges.txt of a class whose other rules `from_merges` knows.
+
+    Raises:
+        JobError: as in `named`.
+    """
+    return all((folder / name).exists() for name in ("vocab.json", "merges.txt")) and _class(named(folder)) in (
+        *_GPT2,
+        *_QWEN2,
+    )
+
+
+def _class(says: Named) -> str | None:
+    """The class of the tokenizer, without the ending that says how it is written; "" is no name of a class."""
+    kind = says.config.get("tokenizer_class")
+    return kind.removesuffix("Fast") if isinstance(kind, str) else None if kind is None else ""
+
+
 def from_merges(vocabulary: Path, merges: Path) -> Any:
     """Returns the byte-level BPE of vocab.json and merges.txt, a `tokenizers.Tokenizer`, with its added tokens.
 
     Args:
-        vocabulary: the path of vocab.json; its folder has the files with the added tokens.
+        vocabulary: the path of vocab.json; its folder has the files with the added tokens (see `has_merges`).
         merges: the path of merges.txt.
 
     Raises:
-        JobError: the folder's tokenizer class is not supported, or a file is damaged.
+        JobError: a file is damaged.
     """
     import tokenizers
 
     for path in (vocabulary, merges):
         check_regular(path, JobError)
     says = named(vocabulary.parent)
-    kind = says.config.get("tokenizer_class")
-    name = kind.removesuffix("Fast") if isinstance(kind, str) else kind
-    if name not in (*_GPT2, *_QWEN2):
-        raise JobError(
-            f"{vocabulary.parent}: vocab.json and merges.txt are of a {shown(kind)}, whose rules they do not hold; "
-            "write its tokenizer.json: "
-            f"transformers.AutoTokenizer.from_pretrained({str(vocabulary.parent)!r}).save_pretrained(...)"
-        )
+    name = _class(says)
     vocab, pairs = tokenizers.models.BPE.read_file(str(vocabulary), str(merges))
     for role in ("unk", "bos", "eos"):  # these classes' defaults
         if _DEFAULT in vocab and role not in says.roles:

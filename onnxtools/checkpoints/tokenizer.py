@@ -16,7 +16,7 @@ class Tokenizer:
     """A tokenizer of Hugging Face's `tokenizers`.
 
     Attributes:
-        path: its tokenizer.json, or vocab.json.
+        path: its tokenizer.json, or the file that it was made from.
     """
 
     def __init__(self, inner: Any, path: Path) -> None:
@@ -29,25 +29,28 @@ class Tokenizer:
         Truncation and padding that a training script left in tokenizer.json are switched off, as in transformers.
 
         Args:
-            place: a folder with tokenizer.json (or vocab.json and merges.txt), or the tokenizer.json itself.
+            place: a folder with tokenizer.json, with vocab.json and merges.txt, or with what transformers converts; or
+                the tokenizer.json itself.
 
         Raises:
             JobError: there is no tokenizer, it cannot be read, or its patterns take unreasonable time.
         """
         import tokenizers
 
-        from onnxtools.checkpoints.special_tokens import add_named, from_merges
+        from onnxtools.checkpoints.converted_tokenizer import converted, source_of
+        from onnxtools.checkpoints.special_tokens import add_named, from_merges, has_merges
 
         path = place / "tokenizer.json" if place.is_dir() else place
-        vocabulary, merges = (path.parent / name for name in ("vocab.json", "merges.txt"))
         with native_call(f"{path}: is no readable tokenizer, fetch the model's own"):
             if path.exists():
                 check_regular(path, JobError)
                 inner = tokenizers.Tokenizer.from_file(str(path))
                 add_named(inner, path.parent)
-            elif vocabulary.exists() and merges.exists():
-                path = vocabulary
-                inner = from_merges(vocabulary, merges)
+            elif has_merges(path.parent):
+                path = path.with_name("vocab.json")
+                inner = from_merges(path, path.with_name("merges.txt"))
+            elif place.is_dir() and (source := source_of(place)) is not None:
+                path, inner = source, converted(place)
             else:
                 raise JobError(
                     f"{absent(path)}: there is no tokenizer; put the model's tokenizer.json there, or name one with "

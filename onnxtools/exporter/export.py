@@ -22,6 +22,7 @@ from onnxtools.base.errors import ModelError, UsageError
 from onnxtools.base.version import __version__
 from onnxtools.checkpoints.beside import check_folder
 from onnxtools.checkpoints.checkpoint import Checkpoint
+from onnxtools.checkpoints.converted_tokenizer import add_tokenizer
 from onnxtools.checkpoints.hub import fetched
 from onnxtools.checkpoints.open import open_checkpoint
 from onnxtools.exporter.config import DecoderConfig
@@ -104,6 +105,7 @@ def _checkpoint(source: Path, options: ExportOptions) -> Checkpoint:
     checkpoint = open_checkpoint(path, weights=not options.random)
     if path != source:
         checkpoint.notes.append(f"{source} at revision {path.name}, in {path}")
+    add_tokenizer(checkpoint)
     return checkpoint
 
 

@@ -157,10 +157,15 @@ def test_vocabulary_and_merges_are_read_as_transformers_reads_them(name: str, tm
         )
 
 
-def test_a_class_with_rules_of_its_own_is_refused_by_name(tmp_path: Path) -> None:
-    v.write_parts(tmp_path / "f", "<s>", "</s>", tokenizer_config={"tokenizer_class": "RobertaTokenizer"})
-    with pytest.raises(JobError, match=r"'RobertaTokenizer'.*AutoTokenizer.from_pretrained"):
-        Tokenizer.open(tmp_path / "f")
+def test_a_class_with_rules_of_its_own_is_read_by_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is the reference (make setup installs it)")
+    v.write_parts(tmp_path, "<s>", "</s>", tokenizer_config={"tokenizer_class": "RobertaTokenizer"})
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), Tokenizer.open(tmp_path)
+    for text in TEXTS:
+        assert ours.encode(text) == theirs(text).input_ids, text
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(JobError, match=r"vocab\.json: .*pip install transformers"):
+        Tokenizer.open(tmp_path)
 
 
 def test_special_tokens_named_beside_a_tokenizer_json_are_special(tmp_path: Path) -> None:
