@@ -21,11 +21,11 @@ def source_of(folder: Path) -> Path | None:
     return next((path for pattern in _SOURCES for path in sorted(folder.glob(pattern)) if path.is_file()), None)
 
 
-def converted(folder: Path) -> Any:
-    """Returns the tokenizer of `folder` as transformers converts it, a `tokenizers.Tokenizer`.
+def converted(source: Path) -> Any:
+    """Returns the tokenizer of a file as transformers converts it, a `tokenizers.Tokenizer`.
 
     Args:
-        folder: a folder with a tokenizer's file (`source_of`) and tokenizer_config.json or config.json.
+        source: the tokenizer's file (see `source_of`); tokenizer_config.json or config.json is beside it.
 
     Raises:
         JobError: transformers or a package that it needs is not installed, or it cannot convert the tokenizer.
@@ -34,15 +34,15 @@ def converted(folder: Path) -> Any:
         from transformers import AutoTokenizer
     except ImportError:
         raise JobError(
-            f"{source_of(folder)}: transformers makes a tokenizer.json of it: pip install transformers sentencepiece "
+            f"{source}: transformers makes a tokenizer.json of it: pip install transformers sentencepiece "
             "tiktoken protobuf"
         ) from None
-    with native_call(f"{source_of(folder)}: transformers cannot make a tokenizer.json of it; fetch the model's own"):
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    with native_call(f"{source}: transformers cannot make a tokenizer.json of it; fetch the model's own"):
+        tokenizer = AutoTokenizer.from_pretrained(str(source.parent), local_files_only=True, trust_remote_code=False)
         inner = getattr(tokenizer, "backend_tokenizer", None)
         if inner is None:
             raise JobError(
-                f"{source_of(folder)}: {type(tokenizer).__name__} of transformers has no form as tokenizer.json; name "
+                f"{source}: {type(tokenizer).__name__} of transformers has no form as tokenizer.json; name "
                 "another tokenizer with --tokenizer"
             )
         return inner
@@ -57,7 +57,7 @@ def add_tokenizer(checkpoint: Checkpoint) -> None:
     try:
         if has_merges(folder):  # what `Tokenizer.open` reads itself
             return
-        checkpoint.files["tokenizer.json"] = converted(folder).to_str().encode()
+        checkpoint.files["tokenizer.json"] = converted(source).to_str().encode()
     except JobError as error:
         checkpoint.notes.append(f"warning: no tokenizer.json was written: {error}")
     else:

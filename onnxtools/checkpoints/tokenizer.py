@@ -50,7 +50,7 @@ class Tokenizer:
                 path = path.with_name("vocab.json")
                 inner = from_merges(path, path.with_name("merges.txt"))
             elif place.is_dir() and (source := source_of(place)) is not None:
-                path, inner = source, converted(place)
+                path, inner = source, converted(source)
             else:
                 raise JobError(
                     f"{absent(path)}: there is no tokenizer; put the model's tokenizer.json there, or name one with "
