@@ -19,7 +19,7 @@ MAX_YAML_BYTES = 256 << 10
 MAX_YAML_NODES = 50_000
 """Nodes of a document after its aliases are expanded."""
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-_FILE_SUFFIXES = {".engine", ".gguf", ".json", ".nemo", ".onnx", ".plan", ".pt", ".safetensors", ".yaml"}
+_FILE_SUFFIXES = {".ckpt", ".engine", ".gguf", ".json", ".nemo", ".onnx", ".plan", ".pt", ".safetensors", ".yaml"}
 _INTEGER = "tag:yaml.org,2002:int"
 
 _KINDS = (

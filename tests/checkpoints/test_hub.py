@@ -123,7 +123,7 @@ def test_random_weights_fetch_no_weights(hub: type[Hub], tmp_path: Path) -> None
     assert "config.json" in hub.asked and "model.safetensors" not in hub.asked
 
 
-@pytest.mark.parametrize("name", ["out/model.onnx", "out/SmolLM2.Q4_K_M.gguf", "out/gpt.NEMO"])
+@pytest.mark.parametrize("name", ["out/model.onnx", "out/SmolLM2.Q4_K_M.gguf", "out/gpt.NEMO", "out/gpt.ckpt"])
 def test_a_file_that_is_missing_is_no_name_of_the_hub(hub: type[Hub], name: str, tmp_path: Path) -> None:
     line = refuse("export", name, "-o", tmp_path / "m.onnx")
     assert "no such file" in line and "hf download" not in line
