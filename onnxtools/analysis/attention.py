@@ -22,18 +22,10 @@ from onnxtools.ir.query import attribute, is_op
 _UNARY = {"Cast", "Identity", "QuantizeLinear", "DequantizeLinear", "Tanh", "Clip", "Dropout", "Relu", "Sigmoid"}
 _BINARY = {"Mul", "Div", "Add", "Sub", "Where", "Max", "Min"}
 _AFTER_SOFTMAX = {
-    "Cast",
-    "Identity",
-    "QuantizeLinear",
-    "DequantizeLinear",
-    "Dropout",
-    "Reshape",
-    "Transpose",
-    "Mul",
-    "Where",
-    "Unsqueeze",
-    "Squeeze",
-}
+    "Cast", "Identity", "QuantizeLinear", "DequantizeLinear", "Dropout", "Reshape", "Transpose", "Mul", "Where",
+    "Unsqueeze", "Squeeze", "Slice",
+}  # fmt: skip
+"""A Slice takes the attention sinks off."""
 
 
 @dataclass
@@ -120,8 +112,10 @@ def find_attention(model: Model, facts: Facts) -> list[Attention]:
 
 
 def _over_last_axis(node: ir.Node, facts: Facts) -> bool:
-    shape = facts[node.inputs[0]].shape
-    axis = attribute(node, "axis", -1)
+    return _is_last(attribute(node, "axis", -1), facts[node.inputs[0]].shape)
+
+
+def _is_last(axis: int, shape: tuple[int, ...] | None) -> bool:
     return axis == -1 or shape is None or axis == len(shape) - 1
 
 
@@ -195,6 +189,8 @@ def _up_to_product(value: ir.Value | None, facts: Facts) -> _Path | None:
             candidates = [0]
         elif node.op_type in _BINARY:
             candidates = [1, 2] if node.op_type == "Where" else list(range(len(node.inputs)))
+        elif node.op_type == "Concat" and _is_last(attribute(node, "axis"), facts[node.outputs[0]].shape):
+            candidates = [0]  # attention sinks stand beside the keys
         else:
             continue
         for index in reversed(candidates):

@@ -80,6 +80,8 @@ class CacheTensor:
         axis: the axis of tokens.
         shape: the input's sizes; a dynamic one is a name or None.
         dtype: element type.
+        slots: fewest slots of a dynamic length that the operator takes: a window of ONNX Runtime GenAI has no shorter
+            cache. Slots beyond the past hold anything.
     """
 
     past: str
@@ -87,6 +89,7 @@ class CacheTensor:
     axis: int
     shape: tuple[Dim, ...]
     dtype: ir.DataType
+    slots: int = 0
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,8 @@ class CacheSpec:
             present, is_new = present_of(value.name or "", outputs) or (None, False)
             assert value.shape is not None and value.dtype is not None
             shape = tuple(dim if isinstance(dim, int) else dim.value for dim in value.shape)
-            tensors.append(CacheTensor(value.name or "", present, token_axis(shape), shape, value.dtype))
+            axis = token_axis(shape)
+            tensors.append(CacheTensor(value.name or "", present, axis, shape, value.dtype, _fewest_slots(value)))
             policies.add(is_new)
         first = tensors[0]
         heads, size = (first.shape[1], first.shape[3]) if len(first.shape) == 4 and first.axis == 2 else (None, None)
@@ -163,7 +167,7 @@ class CacheSpec:
         feeds = {}
         for tensor in self.tensors:
             shape = [
-                dim if isinstance(dim, int) else length if is_past_length(str(dim or "")) else rows
+                dim if isinstance(dim, int) else max(length, tensor.slots) if is_past_length(str(dim or "")) else rows
                 for dim in tensor.shape
             ]
             dtype = np.dtype(np.float32) if tensor.dtype == ir.DataType.BFLOAT16 else tensor.dtype.numpy()
@@ -262,6 +266,16 @@ def token_axis(shape: Sequence[Dim]) -> int:
     """
     named = (axis for axis, dim in enumerate(shape) if isinstance(dim, str) and ("past" in dim or "cache" in dim))
     return next(named, 2)
+
+
+def _fewest_slots(past: ir.Value) -> int:
+    """Returns the window of a GroupQueryAttention that keeps no more than it (`sliding_window_cache`), else 0."""
+    windows = [
+        int(attribute(node, "local_window_size", 0))
+        for node, _ in past.uses()
+        if is_op(node, "GroupQueryAttention", domain="com.microsoft") and attribute(node, "sliding_window_cache", 0)
+    ]
+    return max(windows, default=0)
 
 
 def settle_sizes(model: Model) -> None:

@@ -63,6 +63,10 @@ class Facts:
     def __setitem__(self, value: ir.Value, fact: Fact) -> None:
         self._facts[value] = fact
 
+    def __contains__(self, value: ir.Value) -> bool:
+        """Whether a fact of `value` has been computed or read."""
+        return value in self._facts
+
 
 def _constant_fact(tensor: ir.TensorProtocol) -> Fact:
     fact = Fact(tensor.dtype, tuple(int(d) for d in tensor.shape.numpy()))
@@ -254,7 +258,7 @@ def infer_node(node: ir.Node, facts: Facts, model: Model) -> None:
         _infer_sequence_at(node, inputs, facts)
         return
     if domain == "" and node.op_type in ("If", "Loop", "Scan"):
-        _infer_branches(node, facts)
+        _infer_branches(node, inputs, facts, model)
         return
     inputs_known = domain == "" and all(
         i.value is not None for v, i in zip(node.inputs, inputs, strict=True) if v is not None
@@ -346,12 +350,20 @@ def _infer_sequence_at(node: ir.Node, inputs: list[Fact], facts: Facts) -> None:
     facts[node.outputs[0]] = Fact(data.dtype, tuple(shape))
 
 
-def _infer_branches(node: ir.Node, facts: Facts) -> None:
+def _infer_branches(node: ir.Node, inputs: list[Fact], facts: Facts, model: Model) -> None:
     """Infer the output types of a node with inner graphs from the outputs of the first of these graphs."""
     inner = next((a.as_graph() for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH), None)
+    if inner is not None:
+        # A body of Loop takes a count and a condition first, a node of Loop its limit and a condition.
+        for value, fact in zip(inner.inputs, inputs, strict=False):
+            facts[value] = Fact(value.dtype or fact.dtype)
+        for each in inner:
+            infer_node(each, facts, model)
     branch_outputs = list(inner.outputs)[1 if node.op_type == "Loop" else 0 :] if inner is not None else []
     for index, output in enumerate(node.outputs):
-        facts[output] = Fact(output.dtype or (branch_outputs[index].dtype if index < len(branch_outputs) else None))
+        facts[output] = Fact(
+            output.dtype or (facts[branch_outputs[index]].dtype if index < len(branch_outputs) else None)
+        )
 
 
 def sequence_sizes(split: ir.Node, size: int, facts: Facts) -> list[int] | None:
@@ -449,9 +461,25 @@ def _infer_by_schema(node: ir.Node, inputs: list[Fact], facts: Facts, model: Mod
     """Infer one node by onnx's own inference, which is slower but knows every operator."""
     inferred = _by_schema(node, inputs, model)
     for index, output in enumerate(node.outputs):
-        facts[output] = (
-            inferred[index] if index < len(inferred) and inferred[index].dtype is not None else Fact(output.dtype)
-        )
+        if index < len(inferred) and inferred[index].dtype is not None:
+            facts[output] = inferred[index]
+        else:  # stand-in sizes that do not fit say nothing about the type
+            facts[output] = Fact(output.dtype or _same_type(node, index, inputs, model))
+
+
+def _same_type(node: ir.Node, index: int, inputs: list[Fact], model: Model) -> ir.DataType | None:
+    """Returns the type of the inputs that output `index` shares its type with by the operator's schema."""
+    try:
+        version = model.ir.opset_imports.get(node.domain, 1)
+        schema = onnx.defs.get_schema(node.op_type, version, "" if node.domain == "ai.onnx" else node.domain)
+    except onnx.defs.SchemaError:
+        return None
+    formals, results = schema.inputs, schema.outputs
+    if not formals or not results:
+        return None
+    wanted = results[min(index, len(results) - 1)].type_str
+    types = (i.dtype for place, i in enumerate(inputs) if formals[min(place, len(formals) - 1)].type_str == wanted)
+    return next((dtype for dtype in types if dtype is not None), None)
 
 
 def _by_schema(node: ir.Node, inputs: list[Fact], model: Model) -> list[Fact]:

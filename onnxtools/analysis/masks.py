@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxtools.analysis.facts import Facts
+from onnxtools.ir.query import is_op
 
 Array = np.ndarray[Any, Any]
 BLOCKING = -1e3
@@ -107,6 +108,8 @@ def mask_constants(value: ir.Value, facts: Facts) -> set[int]:
             continue
         seen.add(current)
         node = current.producer()
+        if is_op(node, "Shape", "Size"):
+            continue  # the constants above describe other values
         if node is not None and node.op_type != "Constant":
             todo.extend(v for v in node.inputs if v is not None)
             continue

@@ -186,6 +186,28 @@ def _trilu(node: ir.Node, arrays: Sequence[Any]) -> Array:
     return np.triu(arrays[0], k) if attribute(node, "upper", 1) else np.tril(arrays[0], k)
 
 
+def _gather_nd(node: ir.Node, arrays: Sequence[Any]) -> Array:
+    data, index = arrays
+    if attribute(node, "batch_dims", 0):
+        raise ValueError("batch_dims")
+    return np.asarray(data[tuple(np.moveaxis(index, -1, 0))])
+
+
+def _scatter_nd(node: ir.Node, arrays: Sequence[Any]) -> Array:
+    data, index, updates = arrays
+    if attribute(node, "reduction", "none") != "none":
+        raise ValueError("reduction")
+    result = np.array(data)
+    result[tuple(np.moveaxis(index, -1, 0))] = updates
+    return result
+
+
+def _cum_sum(node: ir.Node, arrays: Sequence[Any]) -> Array:
+    if attribute(node, "exclusive", 0) or attribute(node, "reverse", 0):
+        raise ValueError("exclusive or reverse")
+    return np.cumsum(arrays[0], axis=int(arrays[1]), dtype=arrays[0].dtype)
+
+
 def _ufunc(function: Callable[..., Any]) -> Callable[[ir.Node, Sequence[Any]], Any]:
     return lambda node, arrays: function(*arrays)
 
@@ -205,8 +227,8 @@ _UNARY: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 _SAME_SHAPE_ONLY = {
     "Tanh", "Erf", "Sigmoid", "Relu", "Gelu", "Softmax", "LogSoftmax", "Clip", "LayerNormalization", "RMSNormalization",
-    "Trilu", "QuantizeLinear",
-    "DequantizeLinear", "Dropout", "CumSum", "Swish", "IsNaN", "Elu", "LeakyRelu", "Softplus", "HardSwish",
+    "SimplifiedLayerNormalization", "Trilu", "QuantizeLinear", "DequantizeLinear",
+    "Dropout", "CumSum", "Swish", "IsNaN", "Elu", "LeakyRelu", "Softplus", "HardSwish",
     "BitwiseNot",
 }  # fmt: skip
 _BROADCAST_ONLY = {"Div", "Max", "Min", "Mod", "PRelu", "BitwiseAnd", "BitwiseOr", "Sum", "Mean"}
@@ -221,7 +243,7 @@ VALUE_RULES: dict[str, Callable[[ir.Node, Sequence[Any]], Any]] = {
     "Split": _split, "Range": _range, "ConstantOfShape": _constant_of_shape, "Expand": _expand, "Trilu": _trilu,
     "Size": lambda n, a: np.int64(a[0].size), "Flatten": lambda n,
     a: a[0].reshape(math.prod(a[0].shape[: attribute(n, "axis", 1)]), -1),
-    "Tile": lambda n, a: np.tile(a[0], a[1]),
+    "Tile": lambda n, a: np.tile(a[0], a[1]), "GatherND": _gather_nd, "ScatterND": _scatter_nd, "CumSum": _cum_sum,
 }  # fmt: skip
 
 # --- shapes -----------------------------------------------------------------------------------------------------------
@@ -327,6 +349,7 @@ SHAPE_RULES: dict[str, Callable[[ir.Node, list[Fact]], Shapes]] = {
     "ConstantOfShape": lambda n, i: [tuple(_value(i[0]))],
     "Flatten": lambda n, i: [(math.prod(_shape(i[0])[: attribute(n, "axis", 1)]), math.prod(_shape(i[0])[attribute(n,
         "axis", 1) :]))],
+    "ScatterND": lambda n, i: [_shape(i[0])],
     **dict.fromkeys(["ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceSumSquare", "ReduceL2", "ReduceProd"],
         _reduce_shape),
     "Tile": lambda n, i: [tuple(a * b for a, b in zip(_shape(i[0]), _value(i[1]), strict=True))],

@@ -9,11 +9,13 @@ import onnx
 import onnx_ir as ir
 
 from onnxtools.analysis.facts import Facts, analyse
-from onnxtools.base.errors import JobError
-from onnxtools.ir.edit import Builder
+from onnxtools.base.errors import JobError, one_line
+from onnxtools.ir.edit import Builder, replace_keeping_name
 from onnxtools.ir.model import MAX_IR_VERSION, Model
 from onnxtools.ir.query import attribute
 
+MAX_OPSET = 25
+"""The newest opset that the tools write."""
 _REDUCE = {
     "ReduceMean",
     "ReduceMax",
@@ -34,22 +36,26 @@ def reach_opset(model: Model, version: int) -> tuple[int, str]:
         The number of rewritten nodes, and a line for the user.
 
     Raises:
-        JobError: the opset is older than 11, or a node has no form of the same meaning; it names the node.
+        JobError: a node has no form of the same meaning; it names the node.
     """
     old = model.opset
     model.ir.ir_version = min(MAX_IR_VERSION, max(model.ir.ir_version or 0, lowest_ir_version(max(old, version))))
     if old >= version:
         return 0, f"opset {old} kept (already at or above {version}; nothing is lowered)"
+    if model.ir.functions:
+        name = next(iter(model.ir.functions.values())).name
+        raise JobError(
+            f"the function {name!r} has operators of opset {old} too; run `onnxtools inline-functions` or `onnxtools "
+            "convert` first"
+        )
     rewritten = _raise_opset(model, version)
     return rewritten, f"opset {old} -> {version}, {rewritten} nodes rewritten"
 
 
 def _raise_opset(model: Model, version: int) -> int:
+    if model.opset < _OLDEST:
+        _convert_old(model)
     old = model.opset
-    if old < 11:
-        raise JobError(
-            f"opset {old} is older than any exporter of these models; export the model again with opset 17 or later"
-        )
     builder, facts, rewritten = Builder(model), analyse(model), 0
     for node in list(model.graph.all_nodes()):
         if node.domain in ("", "ai.onnx"):
@@ -57,6 +63,36 @@ def _raise_opset(model: Model, version: int) -> int:
             rewritten += _upgrade(node, old, version, builder, facts)
     model.ir.opset_imports[""] = version
     return rewritten
+
+
+_OLDEST = 11
+"""The rules here start at this opset."""
+
+
+def _convert_old(model: Model) -> None:
+    """Raise an opset before 11 to 11 by onnx's own converter, which reads the weights.
+
+    Raises:
+        JobError: the model is beyond 2 GiB, or the converter has no rule for a node.
+    """
+    if model.weight_bytes() >= onnx.checker.MAXIMUM_PROTOBUF:
+        raise JobError(
+            f"opset {model.opset} is raised by onnx's converter, which takes models below 2 GiB; export the model "
+            "again with opset 17 or later"
+        )
+    from onnx import version_converter
+
+    proto = ir.to_proto(ir.Model(model.graph, ir_version=max(model.ir.ir_version or 0, 4)))
+    onnx.load_external_data_for_model(proto, str(model.path.parent) if model.path is not None else "")
+    try:
+        converted = version_converter.convert_version(proto, _OLDEST)
+    except Exception as error:  # it raises RuntimeError and others, with the node in the text
+        raise JobError(
+            f"opset {model.opset}: onnx's converter stops at {one_line(error)}; export the model again with opset 17 "
+            "or later"
+        ) from None
+    model.ir = ir.from_proto(converted)
+    model.lift_constants()
 
 
 def lowest_ir_version(opset: int) -> int:
@@ -103,7 +139,7 @@ def _split(node: ir.Node, builder: Builder) -> int:
 _SEMANTICS_CHANGED = {
     "Softmax": 13, "LogSoftmax": 13, "Hardmax": 13, "BatchNormalization": 14, "GroupNormalization": 21, "Resize": 13,
     "Upsample": 10,
-    "GridSample": 20, "Dropout": 12, "DFT": 20, "Clip": 11, "Pad": 11,
+    "GridSample": 20, "Dropout": 12, "DFT": 20, "Clip": 11, "Pad": 11, "RoiAlign": 16,
 }  # fmt: skip
 """Operators whose newer version behaves differently, and the first opset of that version."""
 
@@ -118,12 +154,53 @@ def _batch_normalization(node: ir.Node, builder: Builder, facts: Facts) -> int |
 
 
 def _softmax(node: ir.Node, builder: Builder, facts: Facts) -> int | None:
-    """Before opset 13, Softmax merged all axes from `axis` (1 by default) on. Over the last axis nothing changed."""
-    shape = facts[node.inputs[0]].shape
-    axis = attribute(node, "axis", 1)
-    if axis != -1 and (shape is None or axis != len(shape) - 1):
+    """Before opset 13, Softmax merged all axes from `axis` (1 by default) on: over the last axis nothing changed.
+
+    Elsewhere the axes are merged by a Flatten, and a Reshape takes them apart again.
+    """
+    data, axis = node.inputs[0], attribute(node, "axis", 1)
+    shape = facts[data].shape
+    if axis == -1 or (shape is not None and axis == len(shape) - 1):
+        node.attributes["axis"] = ir.AttrInt64("axis", -1)
+        return 1
+    if data is None or node.graph is not builder.graph:
         return None
-    node.attributes["axis"] = ir.AttrInt64("axis", -1)
+    sizes = builder.op("Shape", [data], f"{node.name}/sizes")
+    flat = builder.op("Flatten", [data], f"{node.name}/Flatten", axis=axis)
+    merged = builder.op(node.op_type, [flat], f"{node.name}/merged", axis=-1)
+    replace_keeping_name(builder.graph, node.outputs[0], builder.op("Reshape", [merged, sizes], f"{node.name}/Reshape"))
+    builder.graph.remove(node, safe=True)
+    return 1
+
+
+def _group_normalization(node: ir.Node, builder: Builder, facts: Facts) -> int | None:
+    """Opset 21 has a scale and a bias for each channel; before, each group had one."""
+    shape, groups = facts[node.inputs[0]].shape, attribute(node, "num_groups")
+    if shape is None or len(shape) < 2 or shape[1] in facts.dims.values() or node.graph is not builder.graph:
+        return None
+    for index in (1, 2):
+        column = builder.op("Unsqueeze", [node.inputs[index], builder.constant([1], "axes")], f"{node.name}/column")
+        sizes = builder.constant([groups, shape[1] // groups], "group_sizes")
+        wide = builder.op("Expand", [column, sizes], f"{node.name}/Expand")
+        channels = builder.op("Reshape", [wide, builder.constant([-1], "flat")], f"{node.name}/channels")
+        node.replace_input_with(index, channels)
+    return 1
+
+
+def _dft(node: ir.Node, builder: Builder, facts: Facts) -> int | None:
+    """Opset 20 made the axis an input, and the last axis of the signal its default."""
+    axis = np.array(attribute(node, "axis", 1), np.int64)
+    node.attributes.pop("axis", None)
+    node.resize_inputs(3)
+    node.replace_input_with(2, builder.constant(axis, f"{node.name}/axis"))
+    return 1
+
+
+def _roi_align(node: ir.Node, builder: Builder, facts: Facts) -> int | None:
+    """Opset 16 moves the corners of a region by half a pixel unless it is told not to."""
+    mode = "coordinate_transformation_mode"
+    if mode not in node.attributes:
+        node.attributes[mode] = ir.AttrString(mode, "output_half_pixel")
     return 1
 
 
@@ -152,7 +229,8 @@ def _dropout(node: ir.Node, builder: Builder, facts: Facts) -> int | None:
 _RULES: dict[str, Callable[[ir.Node, Builder, Facts], int | None]] = {
     "BatchNormalization": _batch_normalization, "Softmax": _softmax, "LogSoftmax": _softmax, "Hardmax": _softmax,
     "Resize": _resize,
-    "GridSample": _grid_sample, "Dropout": _dropout,
+    "GridSample": _grid_sample, "Dropout": _dropout, "RoiAlign": _roi_align, "DFT": _dft,
+    "GroupNormalization": _group_normalization,
 }  # fmt: skip
 """Functions that keep a node's meaning in the new version. Result: the number of changed nodes, or None."""
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from onnxtools.ir.model import Model
-from onnxtools.ir.query import attribute, constant_tensor
+from onnxtools.ir.query import attribute, constant_tensor, is_constant_expression, is_op
 
 _THROUGH = {
     "QuantizeLinear",
@@ -58,6 +58,8 @@ class Product:
 
         Without such rows nothing can be learnt about the channels.
         """
+        if is_constant_expression(self.activation):
+            return "both operands are constants (fold-constants multiplies them)"
         if self.index == 0 and self.node.op_type != "Conv":
             return "the weight is the first operand of the product"
         return (
@@ -84,6 +86,53 @@ def weight_products(model: Model) -> Iterator[Product]:
             product = _trace(node, index)
             if product is not None:
                 yield product
+
+
+@dataclass(frozen=True)
+class Unreached:
+    """An operator with weights that no pass for products reaches.
+
+    Attributes:
+        node: its name.
+        weight: name of the weight, "" if it is computed.
+        reason: why, for people.
+    """
+
+    node: str
+    weight: str
+    reason: str
+
+
+_OTHER_PRODUCTS = {
+    "ConvTranspose": "transposed convolution", "LSTM": "recurrent", "GRU": "recurrent", "RNN": "recurrent",
+}  # fmt: skip
+
+
+def unreached(model: Model) -> Iterator[Unreached]:
+    """Yields the operators with stored weights that `weight_products` leaves out, so that no pass hides them."""
+    products = ("MatMul", "Gemm", "Conv")
+    for node in model.graph.all_nodes():
+        if not is_op(node, *products, *_OTHER_PRODUCTS):
+            continue
+        weight = next((v for v in node.inputs[:2] if v is not None and constant_tensor(v) is not None), None)
+        place = (node.name or "", (weight.name if weight is not None else "") or "")
+        if node.op_type in _OTHER_PRODUCTS:
+            if weight is not None:
+                yield Unreached(*place, _OTHER_PRODUCTS[node.op_type])
+        elif node.graph is not model.graph:
+            if weight is not None:
+                yield Unreached(*place, "inside If, Loop or Scan (fold-constants inlines a known branch)")
+        elif weight is None and any(is_constant_expression(v) for v in node.inputs[:2]) and not _traced(node):
+            yield Unreached(*place, "its weight is computed from constants (fold-constants --max-elements does it)")
+    for function in model.ir.functions.values():
+        for node in function:
+            if is_op(node, *products, *_OTHER_PRODUCTS):
+                name = f"{function.domain}.{function.name}"
+                yield Unreached(node.name or "", "", f"inside the function {name} (inline-functions first)")
+
+
+def _traced(node: ir.Node) -> bool:
+    return any(_trace(node, index) is not None for index in ((1, 0) if node.op_type != "Conv" else (1,)))
 
 
 def products_behind(value: ir.Value | None, products: Collection[ir.Node]) -> set[ir.Node]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxtools.analysis.cache import may_be_past, positions
+from onnxtools.analysis.cache import CacheSpec, may_be_past, positions
 from onnxtools.analysis.facts import is_ids_like, token_input
 from onnxtools.base.errors import JobError, UsageError
 from onnxtools.base.jsonl import read_jsonl
@@ -67,13 +67,7 @@ def read_samples(model: Model, options: Calibrated) -> Samples:
         )
     path = Path(options.calib)
     if path.suffix == ".npz":
-        feeds = read_feeds(path)
-        missing = [value.name for value in model.graph.inputs if value.name not in feeds]
-        if missing:
-            raise JobError(f"{path}: has no {missing[0]!r}, an input of the graph; write one array for each input")
-        for value in model.graph.inputs:
-            _check_array(path, value, feeds[value.name or ""])
-        return Samples(model, [], [{name: feeds[name] for name in (value.name or "" for value in model.graph.inputs)}])
+        return Samples(model, [], _arrays(path, model))
     tokens = token_input(model)
     if tokens is None:
         raise JobError(
@@ -93,6 +87,44 @@ def read_samples(model: Model, options: Calibrated) -> Samples:
     else:
         _check_range(path, texts, size)
     return Samples(model, texts)
+
+
+def _arrays(path: Path, model: Model) -> list[Feeds]:
+    """Returns the feeds in an .npz file; a cache that it leaves out starts empty.
+
+    A graph of a fixed batch takes arrays of several batches, one after the other along axis 0.
+    """
+    feeds = read_feeds(path)
+    named = [value for value in model.graph.inputs if value.name in feeds]
+    lonely = next((v.name for v in model.graph.inputs if v.name not in feeds and not may_be_past(v.name)), None)
+    if lonely is not None:
+        raise JobError(f"{path}: has no {lonely!r}, an input of the graph; write one array for each input")
+    parts = {_batches(value, feeds[value.name or ""]) for value in named}
+    count = parts.pop() if len(parts) == 1 else 1
+    pieces = [{v.name or "": np.split(feeds[v.name or ""], count)[i] if count > 1 else feeds[v.name or ""]
+               for v in named} for i in range(count)]  # fmt: skip
+    for value in named:
+        _check_array(path, value, pieces[0][value.name or ""])
+    return [_with_caches(model, piece) for piece in pieces]
+
+
+def _batches(value: ir.Value, array: np.ndarray[Any, Any]) -> int:
+    """Returns how many batches of the graph's fixed size `array` holds along axis 0; 1 if it is not so."""
+    fixed = value.shape[0] if value.shape else None
+    whole = isinstance(fixed, int) and fixed > 0 and array.ndim > 0 and len(array) and len(array) % fixed == 0
+    return len(array) // fixed if whole and isinstance(fixed, int) else 1
+
+
+def _with_caches(model: Model, feeds: Feeds) -> Feeds:
+    """Returns `feeds` in the graph's order, with empty caches in place of those that are left out."""
+    spec, tokens = CacheSpec.find(model), token_input(model)
+    ids = feeds.get(tokens.value.name or "") if tokens is not None else None
+    rows = ids.shape[tokens.batch_axis] if ids is not None and tokens is not None else 1
+    complete = {**(spec.feeds(rows) if spec is not None else {}), **feeds}
+    missing = next((value.name for value in model.graph.inputs if value.name not in complete), None)
+    if missing is not None:
+        raise JobError(f"{model.path}: the calibration data has no {missing!r}; write one array for each input")
+    return {value.name or "": complete[value.name or ""] for value in model.graph.inputs}
 
 
 def _texts(path: Path, options: Calibrated, model: Model) -> list[list[int]]:
@@ -185,4 +217,5 @@ def _text_feeds(model: Model, ids: Sequence[int]) -> Feeds:
             feeds[name] = np.asarray(ids, feeds[name].dtype).reshape(feeds[name].shape)
         elif value.dtype is not None and not value.dtype.is_floating_point() and not is_ids_like(value):
             feeds[name] = np.zeros_like(feeds[name])  # the write index of a static cache
-    return feeds
+    spec = CacheSpec.find(model)
+    return {**feeds, **(spec.feeds(1) if spec is not None else {})}

@@ -354,7 +354,8 @@ class Calibration:
                 if value in results:
                     self._spool.put(value, text, results[value])
             for value, several in observers.items():
-                array = _rows(results.get(value, received.get(value, feeds.get(value.name or ""))), value)
+                infinite = all(getattr(observer, "takes_infinity", False) for observer in several)
+                array = _rows(results.get(value, received.get(value, feeds.get(value.name or ""))), value, infinite)
                 for observer in several if array.size else ():  # no token of this text chose the expert
                     observer.add(array)
             self._tick()
@@ -367,16 +368,20 @@ def _plain(array: Array) -> Array:
     return array if array.dtype.isbuiltin else array.view(f"u{array.dtype.itemsize}")
 
 
-def _rows(array: Array | None, value: ir.Value) -> Array:
-    """Returns activations as float32 [tokens, channels]; an array of rank 4 (keys and values) keeps its shape."""
+def _rows(array: Array | None, value: ir.Value, infinite: bool) -> Array:
+    """Returns activations as float32 [tokens, channels]; an array of rank 4 (keys and values) keeps its shape.
+
+    Raises:
+        JobError: an element is NaN, or infinite where that is not `infinite`.
+    """
     assert array is not None, value.name
     array = array.astype(np.float32, copy=False)
-    if not np.isfinite(array).all():
+    if np.isnan(array).any() or not (infinite or np.isfinite(array).all()):
         raise JobError(
             f"value {value.name!r} is infinite or NaN while calibrating; look for damaged weights before it with "
             "`onnxtools validate`"
         )
-    return array if array.ndim == 4 else array.reshape(-1, array.shape[-1])
+    return array if array.ndim == 4 else array.reshape(-1, array.shape[-1] if array.ndim else 1)
 
 
 def _count(feeds: Mapping[str, Array]) -> int:

@@ -21,6 +21,11 @@ class Observer(Protocol):
         """
 
 
+def tokens_of(x: Array) -> Array:
+    """Returns the rows of an activation, [tokens, channels]: every axis but the last counts tokens."""
+    return x.reshape(-1, x.shape[-1])
+
+
 class RowCount:
     """The rows of all texts, in `count`; an expert that no token chose has none."""
 
@@ -28,8 +33,8 @@ class RowCount:
         self.count = 0
 
     def add(self, x: Array) -> None:
-        """Add one text, [tokens, channels]."""
-        self.count += len(x)
+        """Add one text, [..., channels]."""
+        self.count += len(tokens_of(x))
 
 
 class ChannelRange:
@@ -48,7 +53,7 @@ class ChannelRange:
 
     def add(self, x: Array) -> None:
         """Add the rows of one text, [..., channels]."""
-        x = x.reshape(-1, x.shape[-1])
+        x = tokens_of(x)
         size = np.abs(x)
         self.amax = np.maximum(self.amax, size.max(axis=0, initial=0))
         self._sum = self._sum + size.sum(axis=0, dtype=np.float64)
@@ -75,6 +80,19 @@ class Largest:
     def add(self, x: Array) -> None:
         """Add one text, any shape."""
         self.amax = max(self.amax, float(np.abs(x).max(initial=0)))
+
+
+class LargestFinite:
+    """The largest finite magnitude of all elements, in `amax`: masks hold infinities."""
+
+    takes_infinity = True
+
+    def __init__(self) -> None:
+        self.amax = 0.0
+
+    def add(self, x: Array) -> None:
+        """Add one text, any shape."""
+        self.amax = max(self.amax, float(np.abs(x).max(initial=0, where=np.isfinite(x))))
 
 
 class Histogram:
@@ -117,7 +135,8 @@ class TokenSample:
         self._row_count = 0
 
     def add(self, x: Array) -> None:
-        """Add the tokens of one text, [tokens, channels]."""
+        """Add the tokens of one text, [..., channels]."""
+        x = tokens_of(x)
         first = -self._token_count % self._step
         self._token_count += len(x)
         rows = x[first :: self._step][: self._limit - self._row_count]
@@ -152,8 +171,8 @@ class Gram:
         self.count = 0
 
     def add(self, x: Array) -> None:
-        """Add the tokens of one text, float32 [tokens, channels]."""
-        x = equal_tokens(x)
+        """Add the tokens of one text, float32 [..., channels]."""
+        x = equal_tokens(tokens_of(x))
         product = x.T @ x
         self._sum = product if self._sum is None else np.add(self._sum, product, out=self._sum)
         self.count += len(x)
@@ -182,6 +201,7 @@ class BlockGram:
 
     def add(self, x: Array) -> None:
         """Add the tokens of one text, float32 [tokens, channels]."""
+        x = tokens_of(x)
         cut = (equal_tokens(x) if self._equal else x).reshape(len(x), -1, self._size).transpose(1, 2, 0)
         self._sum = self._sum + (cut @ cut.transpose(0, 2, 1)).astype(np.float64)
         self._count += len(x)

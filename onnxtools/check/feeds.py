@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -340,6 +341,18 @@ def _rows(table: ir.Value | None, axis: int) -> int | None:
             axis = -1 - axis if order is None else order[axis]
         table = node.inputs[0]
     return None
+
+
+def in_types_of(model: Model, feeds: Mapping[str, Array]) -> Feeds:
+    """Returns `feeds` with floats in the floating-point types of the model's inputs; bfloat16 stays float32."""
+    types = {value.name: value.dtype for value in model.graph.inputs}
+    typed = dict(feeds)
+    for name, array in feeds.items():
+        kind = types.get(name)
+        if kind is not None and kind.is_floating_point() and array.dtype.kind in "fV":
+            wanted = np.dtype(np.float32) if kind == ir.DataType.BFLOAT16 else kind.numpy()
+            typed[name] = array if array.dtype == wanted else array.astype(wanted)
+    return typed
 
 
 def read_feeds(path: Path) -> Feeds:

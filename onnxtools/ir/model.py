@@ -24,6 +24,8 @@ from onnxtools.storage.save import SaveReport, save, to_proto
 
 MAX_IR_VERSION = 13
 """ONNX Runtime 1.31 loads IR <= 13; onnx 1.23 would write 14."""
+_UNKNOWN = ("?", "-1", "None", "unk")
+"""Names that exporters give to every dimension that they do not know; Paddle's is "?"."""
 _LOG = logging.getLogger("onnxtools")
 
 
@@ -66,6 +68,7 @@ class Model:
         loaded._follow_hub_links()
         loaded.lift_constants()
         loaded._drop_initializer_inputs()
+        loaded._forget_unknown_names()
         loaded._sort()
         return loaded
 
@@ -130,8 +133,19 @@ class Model:
             RemoveInitializersFromInputsPass()(self.ir)
             self.notes.append(
                 f"{len(both)} initializers were listed as graph inputs (IR {self.ir.ir_version}); they are constants "
-                "now"
+                "now, and the IR version is 4"
             )
+            self.ir.ir_version = 4
+
+    def _forget_unknown_names(self) -> None:
+        """Let dimensions that an exporter calls unknown be so: one name would make one size of all of them."""
+        for graph in self.ir.graphs():
+            values = [*graph.inputs, *graph.outputs, *(value for node in graph for value in node.outputs)]
+            for value in values:
+                dims = list(value.shape or ())
+                if any(isinstance(dim, ir.SymbolicDim) and dim.value in _UNKNOWN for dim in dims):
+                    known = [None if isinstance(d, ir.SymbolicDim) and d.value in _UNKNOWN else d for d in dims]
+                    value.shape = ir.Shape(known)
 
     def _sort(self) -> None:
         try:

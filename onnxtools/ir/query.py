@@ -94,6 +94,11 @@ def attribute(node: ir.Node, name: str, default: Any = None) -> Any:
     return default if attr is None else attr.value
 
 
+def attributes_of(node: ir.Node) -> dict[str, Any]:
+    """Returns the attributes of `node` by name, as `Builder.op` takes them."""
+    return {name: attr.value for name, attr in node.attributes.items()}
+
+
 def graphs_inside(node: ir.Node) -> Iterator[ir.Graph]:
     """Yields the graphs that are attributes of `node` (If, Loop, Scan)."""
     for attr in node.attributes.values():

@@ -17,7 +17,7 @@ class DropStaleTypes(Pass):
     """Exporters record some values wrongly, and a checker or runtime that believes them refuses the graph.
 
     TransformerEngine records the rank-0 scale of current scaling as [1], and FP8 data as uint8. Later passes infer the
-    dropped types and shapes again; graph inputs and outputs stay as declared.
+    dropped types and shapes again. Graph inputs stay as declared; an output of a wrong rank gets the right one.
     """
 
     name = "drop-stale-types"
@@ -30,6 +30,11 @@ class DropStaleTypes(Pass):
         ]
         for value in stale:
             value.shape = value.type = None
+        for value in model.graph.outputs:
+            shape = facts[value].shape
+            if shape is not None and value.shape is not None and len(shape) != len(value.shape):
+                value.shape = ir.Shape([None if facts.dims else size for size in shape])
+                stale.append(value)
         if not stale:
             return PassResult(False, 0, ["every recorded type and shape agrees with the graph"])
         return PassResult(

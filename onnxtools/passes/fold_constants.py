@@ -102,6 +102,7 @@ def _remove_neutral(node: ir.Node, views: list[Facts], model: Model) -> int:
             data is not None
             and views[0][data].value is None
             and all(_neutral(view, data, side, node.outputs[0], neutral) for view in views)
+            and any(view[side].value is not None for view in views)
         ):
             rename_or_bypass(model.graph, node.outputs[0], data)
             return 1

@@ -11,7 +11,9 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from onnxtools.analysis.cache import cache_inputs, present_of
 from onnxtools.analysis.facts import Facts, analyse
+from onnxtools.analysis.opsets import MAX_OPSET
 from onnxtools.analysis.products import weight_products
 from onnxtools.analysis.readers import readers
 from onnxtools.base.dtypes import BY_NAME
@@ -19,7 +21,7 @@ from onnxtools.base.errors import JobError, ModelError
 from onnxtools.base.options import option
 from onnxtools.calibration.calibration_options import Calibrated
 from onnxtools.calibration.run import Calibration, Findings, Layer
-from onnxtools.calibration.statistics import Largest
+from onnxtools.calibration.statistics import LargestFinite
 from onnxtools.ir.description import record_dtypes
 from onnxtools.ir.edit import Builder, remove_unused
 from onnxtools.ir.model import Model
@@ -31,12 +33,24 @@ from onnxtools.storage.rows import StreamedTensor, elements
 FLOAT = ir.DataType.FLOAT
 _FP16_MAX = 65504.0
 
+_RECURRENT = ("LSTM", "GRU", "RNN")
 _WIDE = {
     "Softmax", "LogSoftmax", "Exp", "Log", "Pow", "Sqrt", "Reciprocal", "ReduceMean", "ReduceSum", "ReduceSumSquare",
     "ReduceL2", "ReduceLogSumExp", "Sin", "Cos", "CumSum", "RotaryEmbedding", "If", "Loop", "Scan",
+    *_RECURRENT,
 }  # fmt: skip
-"""Operators that lose too much precision in 16 bits: softmax, the parts of norms, angles."""
-_SPREADING = _WIDE - {"Softmax", "LogSoftmax", "RotaryEmbedding"}
+"""Operators that lose too much precision in 16 bits: softmax, the parts of norms, angles, states that go round."""
+_SPREADING = _WIDE - {"Softmax", "LogSoftmax", "RotaryEmbedding", *_RECURRENT}
+_REARRANGING = ("Squeeze", "Transpose", "Reshape", "Unsqueeze", "Identity")
+"""Behind a recurrent operator these stay fp32 too, so that the cast stands at the product.
+
+ONNX Runtime 1.32 crashes on Cast, Squeeze, Transpose, MatMul in fp16.
+"""
+_DEFAULT_FLOAT = {
+    "RandomNormal": "dtype", "RandomUniform": "dtype", "HannWindow": "output_datatype",
+    "HammingWindow": "output_datatype", "BlackmanWindow": "output_datatype", "MelWeightMatrix": "output_datatype",
+}  # fmt: skip
+"""Operators that make float32 if their attribute is left out."""
 _ELEMENTWISE = {"Add", "Sub", "Mul", "Div", "Neg"}
 _BOUNDING = {"Max", "Clip", "Expand", "Abs"}
 """Operators that keep a length away from zero before something is divided by it."""
@@ -111,7 +125,7 @@ class Precision(Calibrated):
                 values = [
                     v for node in layer.segment.heavy for v in node.outputs if v.uses() and not is_op(node, "Constant")
                 ]
-                observers = {value: (Largest(),) for value in values if calibration.is_float(value)}
+                observers = {value: (LargestFinite(),) for value in values if calibration.is_float(value)}
                 layer.observe(observers)
                 return {value.name or "": np.array(observer.amax) for value, (observer,) in observers.items()}
 
@@ -143,6 +157,8 @@ class _Narrowing:
         self._cut: list[str] = []
         self._limit = float(ml_dtypes.finfo(dtype.numpy()).max)  # type: ignore[no-untyped-call]
         self._wide_count: dict[str, int] = {}
+        self._later: dict[str, int] = {}
+        """Operators that take the type at a later opset, and this opset."""
 
     def run(self) -> int:
         """Rewrite the model; returns how many nodes were narrowed."""
@@ -156,8 +172,11 @@ class _Narrowing:
         narrowed = 0
         for node in nodes:
             narrowed += self._rewrite(node, node in wide)
-        for index, value in enumerate(list(self.model.graph.outputs)):
-            self._output(index, value)
+        outputs = list(self.model.graph.outputs)
+        names = {value.name or "" for value in outputs}
+        presents = {found[0] for past in cache_inputs(self.model) if (found := present_of(past.name or "", names))}
+        for index, value in enumerate(outputs):
+            self._output(index, value, value.name in presents)
         return narrowed
 
     def notes(self, narrowed: int) -> list[str]:
@@ -167,6 +186,10 @@ class _Narrowing:
             f"{len(self._casts)} casts",
             f"kept in fp32: {wide}" if wide else "nothing kept in fp32",
         ]
+        if self._later:
+            names, opset = ", ".join(sorted(self._later)), max(self._later.values())
+            notes.append(f"{names} takes {self.dtype.name.lower()} from opset {opset}: `onnxtools set-opset --version "
+                         f"{opset}` first")  # fmt: skip
         return notes + (
             [f"constants beyond the type cut to half of its lowest: {', '.join(self._cut[:3])}"] if self._cut else []
         )
@@ -174,6 +197,7 @@ class _Narrowing:
     def _wide(self, nodes: list[ir.Node]) -> set[ir.Node]:
         """Nodes that stay in fp32: by operator, by schema, and elementwise ones that read outputs of such nodes."""
         wide: set[ir.Node] = set()
+        rearranged: set[ir.Node] = set()
         for node in nodes:
             if not self._is_float(node):
                 continue
@@ -182,6 +206,9 @@ class _Narrowing:
             behind = node.op_type in _ELEMENTWISE | _BOUNDING and any(
                 m is not None and m in wide and m.op_type in spreading for m in makers
             )
+            recurrent = is_op(node, *_REARRANGING) and any(m is not None and m in rearranged for m in makers[:1])
+            if is_op(node, *_RECURRENT) or recurrent:
+                rearranged.add(node)
             explicit = (
                 is_op(node, "Cast") and attribute(node, "to") == FLOAT.value and self._float_value(node.inputs[0])
             )
@@ -190,12 +217,23 @@ class _Narrowing:
                 node.op_type in _WIDE
                 or explicit
                 or behind
+                or recurrent
                 or needs_fp32
                 or not _takes(node, self.dtype, self.model.opset)
             ):
                 wide.add(node)
+                self._note_later(node)
                 self._wide_count[node.op_type] = self._wide_count.get(node.op_type, 0) + 1
         return wide
+
+    def _note_later(self, node: ir.Node) -> None:
+        """Remember a product that is kept only because the graph's opset is too old for it."""
+        if node.op_type not in ("MatMul", "Gemm", "Conv", "ConvTranspose") or node.op_type in self._later:
+            return
+        if not _takes(node, self.dtype, self.model.opset):
+            later = range(self.model.opset + 1, MAX_OPSET + 1)
+            opset = next((version for version in later if _takes(node, self.dtype, version)), None)
+            self._later.update({node.op_type: opset} if opset is not None else {})
 
     def _find_angles(self, nodes: list[ir.Node]) -> set[ir.Value]:
         """Values that the angles of sines and cosines are computed from, in subgraphs too.
@@ -279,9 +317,12 @@ class _Narrowing:
 
     def _retype(self, node: ir.Node) -> None:
         """Rewrite the attributes that name the type or hold a tensor of it."""
-        for name in ("to", "dtype", "output_dtype"):
-            if attribute(node, name) == FLOAT.value:
+        for name in ("to", "dtype", "output_dtype", "output_datatype"):
+            by_default = FLOAT.value if _DEFAULT_FLOAT.get(node.op_type) == name else None
+            if attribute(node, name, by_default) == FLOAT.value:
                 node.attributes[name] = ir.AttrInt64(name, self.dtype.value)
+        if is_op(node, "ConstantOfShape") and "value" not in node.attributes:
+            node.attributes["value"] = ir.AttrTensor("value", ir.Tensor(np.zeros(1, self.dtype.numpy())))
         tensor = node.attributes.get("value")
         if tensor is not None and tensor.type == ir.AttributeType.TENSOR and tensor.as_tensor().dtype == FLOAT:
             node.attributes["value"] = ir.AttrTensor(
@@ -364,14 +405,18 @@ class _Narrowing:
         with np.errstate(over="ignore"):
             return lowered.astype(self.dtype.numpy())
 
-    def _output(self, index: int, value: ir.Value) -> None:
-        """Cast output `index` to fp32 if it is the logits; with `keep_io` cast every output."""
+    def _output(self, index: int, value: ir.Value, is_present: bool) -> None:
+        """Cast output `index` to fp32 if it is the logits, and to the type of its input if it is a cache.
+
+        With `keep_io` cast every output to fp32.
+        """
         dtype = self._types.get(value)
-        if dtype is None or dtype == FLOAT or not (self.keep_io or value.name == "logits"):
+        wanted = FLOAT if self.keep_io or value.name == "logits" else self.dtype if is_present else dtype
+        if dtype is None or dtype == wanted or wanted is None:
             return
         self.build.before = None
         name, value.name = value.name, self.build.names(f"{value.name}/{dtype.name.lower()}")
-        output = self.build.op("Cast", [value], f"{name}/Cast", dtype=FLOAT, to=FLOAT.value)
+        output = self.build.op("Cast", [value], f"{name}/Cast", dtype=wanted, to=wanted.value)
         output.name, output.shape = name, value.shape
         self.model.graph.outputs[index] = output
 

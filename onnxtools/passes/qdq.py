@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnxtools.analysis.products import Product
 from onnxtools.ir.edit import Builder
 from onnxtools.ir.model import Model
-from onnxtools.ir.query import attribute, constant_tensor, is_op, stored_dtype
+from onnxtools.ir.query import attribute, is_op, stored_dtype
 from onnxtools.numerics.formats import Format, magnitudes, quantized, scale_of
 
 Array = np.ndarray[Any, Any]
@@ -182,8 +182,4 @@ def weight_scale(product: Product, form: Format, *, per_channel: bool, block: in
 
 def is_quantized(product: Product) -> bool:
     """Whether the weight or the activation already goes through Q/DQ."""
-    return (
-        product.quantized
-        or is_op(product.activation.producer(), "DequantizeLinear")
-        or constant_tensor(product.activation) is not None
-    )
+    return product.quantized or is_op(product.activation.producer(), "DequantizeLinear")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from onnxtools.analysis.opsets import lowest_ir_version, reach_opset
+from onnxtools.analysis.opsets import MAX_OPSET, lowest_ir_version, reach_opset
 from onnxtools.base.errors import JobError, UsageError
 from onnxtools.base.options import option
 from onnxtools.ir.model import MAX_IR_VERSION, Model
@@ -12,7 +12,6 @@ from onnxtools.pipeline.passbase import Pass, PassResult
 
 _IR_OF_4_BITS = 10
 """First IR version with 4-bit types."""
-MAX_OPSET = 25
 """TensorRT 11's parser takes opset <= 25, ONNX Runtime 1.31 <= 26."""
 
 

@@ -112,10 +112,13 @@ class Checker(Instrument):
     def _judge(self, model: Model, culprit: str) -> None:
         reason = _check(model)
         if reason is not None and self._valid:
-            raise JobError(
-                f"{culprit} made an invalid graph: {reason}; please report it (--no-check writes it nevertheless)"
-            )
+            wrong = "existing shape" in reason or "existing type" in reason
+            hint = "a recorded shape is wrong: run `onnxtools drop-stale-types` first" if wrong else "please report it"
+            raise JobError(f"{culprit} made an invalid graph: {reason}; {hint} (--no-check writes it nevertheless)")
         self._valid = reason is None
+
+
+_OWN_INPUTS = "random inputs do not fit every graph: --inputs takes the model's own"
 
 
 def _check(model: Model) -> str | None:
@@ -195,7 +198,7 @@ class NumericCheck(Instrument):
         except OnnxtoolsError as error:
             if self.feeds is not None:
                 raise  # inputs that the user named must work
-            self._skip = str(error)
+            self._skip = f"{error}; {_OWN_INPUTS}"
 
     def _start(self, model: Model) -> _Compared:
         if self.feeds is not None:

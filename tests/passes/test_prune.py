@@ -6,7 +6,6 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-import onnx
 import pytest
 from onnx import TensorProto, helper
 
@@ -24,6 +23,7 @@ from tests.support import (
     initializers,
     linear,
     normal,
+    refuse,
     stored,
     succeed,
     write,
@@ -154,8 +154,6 @@ def test_the_head_on_request(tmp_path: Path) -> None:
     [
         (["--include", "w"], {"w"}),
         (["--include", "lm_*", "--lm-head"], {"head"}),
-        (["--exclude", "proj"], set()),
-        (["--include", "*", "--exclude", "w"], set()),
     ],
 )
 def test_patterns(flags: list[str], pruned: set[str], tmp_path: Path) -> None:
@@ -164,11 +162,16 @@ def test_patterns(flags: list[str], pruned: set[str], tmp_path: Path) -> None:
     assert {name for name in before if not np.array_equal(before[name], after[name])} == pruned
 
 
+@pytest.mark.parametrize("flags", [["--exclude", "proj"], ["--include", "*", "--exclude", "w"]])
+def test_patterns_that_leave_nothing_are_an_error(flags: list[str], tmp_path: Path) -> None:
+    told = refuse("prune", gpt(tmp_path / "in.onnx"), tmp_path / "out.onnx", *flags)
+    assert "nothing is pruned" in told and "1 left: excluded" in told
+    assert not (tmp_path / "out.onnx").exists()
+
+
 def test_an_axis_that_is_no_multiple_of_four_is_reported(tmp_path: Path) -> None:
     path = linear(tmp_path / "in.onnx", normal(62, 8))
-    result = succeed("prune", path, tmp_path / "out.onnx")
-    assert "K = 62 is no multiple of 4" in result.out
-    assert same(tmp_path / "out.onnx", "w", normal(62, 8))
+    assert "K = 62 is no multiple of 4" in refuse("prune", path, tmp_path / "out.onnx")
 
 
 def test_a_weight_summed_along_two_axes_is_left_and_said(tmp_path: Path) -> None:
@@ -177,8 +180,7 @@ def test_a_weight_summed_along_two_axes_is_left_and_said(tmp_path: Path) -> None
         helper.make_node("Gemm", ["a", "w"], ["y"], "second", transB=1),
     ]
     path = write(tmp_path / "in.onnx", nodes, [info("x", [4, 16])], [info("y", [4, 16])], stored(w=normal(16, 16)))
-    assert "summed along two different axes" in succeed("prune", path, tmp_path / "out.onnx").out
-    assert np.array_equal(initializers(tmp_path / "out.onnx")["w"], normal(16, 16))
+    assert "summed along two different axes" in refuse("prune", path, tmp_path / "out.onnx")
 
 
 def test_it_says_what_pruning_costs(tmp_path: Path) -> None:
@@ -203,10 +205,7 @@ def test_bf16_and_unsupported_types_are_told_apart(tmp_path: Path) -> None:
         [info("y", [4, 8], TensorProto.DOUBLE)],
         stored(w=weight),
     )
-    assert "DOUBLE cannot be pruned" in succeed("prune", path, tmp_path / "out.onnx").out
-    assert (
-        onnx.load(path).graph.initializer[0].raw_data == onnx.load(tmp_path / "out.onnx").graph.initializer[0].raw_data
-    )
+    assert "DOUBLE cannot be pruned" in refuse("prune", path, tmp_path / "out.onnx")
 
 
 def test_a_weight_folded_in_the_same_run_is_pruned_after_rounding(tmp_path: Path) -> None:

@@ -335,6 +335,8 @@ _ROLES: list[tuple[str, Callable[[str], bool]]] = [
 ]
 
 
+_BATCHES = ("n", "b", "bs", "batches")
+"""Names of axis 0 in models of images."""
 _GIVE = "give --min-shapes, --opt-shapes and --max-shapes"
 
 
@@ -347,6 +349,8 @@ def _roles(value: ir.Value) -> list[str]:
     for axis, dim in enumerate(value.shape):
         name = "" if isinstance(dim, int) else (dim.value or "").lower()
         role = next((role for role, matches in _ROLES if matches(name)), "")
+        if not role and axis == 0 and name in _BATCHES:
+            role = "batch"
         if not role and not isinstance(dim, int):
             if not ids:
                 place = f"axis {axis} ({name or 'unnamed'}) of input {value.name!r} {_text(value)}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -23,43 +23,14 @@ from onnxtools.ir.query import has_dynamic_scales
 from onnxtools.passes.decompose_attention import DecomposeAttention
 from onnxtools.passes.kv_cache.dynamic_shapes import make_dynamic
 from onnxtools.passes.kv_cache.layout import from_bnsh, to_bnsh
-from onnxtools.passes.kv_cache.locality import check_locality, restrict_to_new_tokens
-from onnxtools.passes.kv_cache.mask import MaskRewriter, check_positions_follow_past
+from onnxtools.passes.kv_cache.locality import check_locality, check_positions_follow_past, restrict_to_new_tokens
+from onnxtools.passes.kv_cache.mask import MaskRewriter
+from onnxtools.passes.kv_cache.renewal import Renewal
+from onnxtools.passes.kv_cache.scores import ScoreReplay
 from onnxtools.pipeline.passbase import Pass, PassResult
 
 _LARGEST_MASK = 4100
 """Longest sequence, in positions, that a mask is evaluated for."""
-
-_SCALE_OPS = {
-    "Abs",
-    "ReduceMax",
-    "ReduceMin",
-    "Max",
-    "Min",
-    "Div",
-    "Mul",
-    "Reciprocal",
-    "Cast",
-    "Identity",
-    "Reshape",
-    "Neg",
-    "Add",
-    "Clip",
-}
-"""Operators that compute a current-scaling factor; none of them depends on the layout of the tensor."""
-
-_ROW_OPS = {
-    "IsNaN", "IsInf", "Not", "And", "Or", "Xor", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Where",
-    "Sub", "ReduceSum", "ReduceMean", "ReduceProd", "Sign",
-}  # fmt: skip
-"""Operators that find rows without a visible key (torch's safe softmax): pointwise, or over the last axis."""
-
-
-def _reduces_all_or_last(node: ir.Node, facts: Facts) -> bool:
-    """Whether the reduction is over all axes or the last axis alone, so that the number of axes does not matter."""
-    source = facts[node.inputs[1]].value if len(node.inputs) > 1 else node.attributes.get("axes")
-    axes = [int(a) for a in (source.value if isinstance(source, ir.Attr) else source)] if source is not None else []
-    return axes in ([], [-1])
 
 
 @dataclass(frozen=True)
@@ -134,7 +105,6 @@ class AddKvCache(Pass):
         restrict_to_new_tokens(
             lowering.grown_inputs(),
             originals,
-            lowering.wide_nodes(),
             lowering.past_1d,
             lowering.total,
             lowering.builder,
@@ -285,7 +255,8 @@ class _Concat:
         )
         self.mask: MaskRewriter | None = None
         self._decoded: dict[ir.Value, ir.Value] = {}
-        self._renewed: dict[ir.Value, ir.Value] = {}
+        self.renewal: Renewal
+        self.scores: ScoreReplay
         self.past: ir.Value
         self.past_1d: ir.Value
         self.total: ir.Value
@@ -294,11 +265,6 @@ class _Concat:
         """Mask inputs that now span the total length."""
         assert self.mask is not None
         return [value for value in self.model.graph.inputs if value.name in self.mask.inputs]
-
-    def wide_nodes(self) -> set[ir.Node]:
-        """Nodes of the original graph that are part of a grown mask."""
-        assert self.mask is not None
-        return self.mask.kept
 
     def notes(self, blocks: list[Attention]) -> list[str]:
         first = blocks[0].key
@@ -338,78 +304,21 @@ class _Concat:
         values = self._cached(index, "value", block.value, pasts[1], f"{prefix}/value")
         transposed = build.op("Transpose", [keys], f"{prefix}/key/Transpose", perm=[0, 1, 3, 2])
         scores = build.op("MatMul", [query, transposed], f"{prefix}/qk/MatMul")
-        assert self.mask is not None
-        scores = self.mask.replay(scores, block, f"{prefix}/scores")
+        scores = self.scores.replay(scores, block, f"{prefix}/scores")
         probabilities = build.op("Softmax", [scores], f"{prefix}/Softmax", axis=-1)
         for old, new in ((block.softmax.inputs[0], scores), (block.softmax.outputs[0], probabilities)):
             assert old is not None
-            self._renewed[old] = new
+            self.renewal.values[old] = new
         for node, data in block.probabilities:
-            probabilities = self._replay_node(probabilities, node, data, f"{prefix}/probabilities")
+            probabilities = self.renewal.node(probabilities, node, data, f"{prefix}/probabilities")
         context = build.op("MatMul", [probabilities, values], f"{prefix}/pv/MatMul")
         rename_or_bypass(
             self.model.graph, block.output, from_bnsh(build, self.tokens, context, block, f"{prefix}/context")
         )
 
-    def _replay_node(self, value: ir.Value, node: ir.Node, data: int, prefix: str) -> ir.Value:
-        """Apply `node` to `value` in place of its data input.
-
-        Scales that were computed from the old data are computed from the new data.
-        """
-        old = node.inputs[data]
-        assert old is not None
-        self._renewed[old] = value
-        if node.op_type in ("Reshape", "Transpose", "Identity", "Dropout", "Squeeze", "Unsqueeze"):
-            new = value
-        else:
-            inputs = [value if i == data else self._renew(v, prefix) for i, v in enumerate(node.inputs)]
-            new = self.builder.op(node.op_type, inputs, f"{prefix}/{node.op_type}", **_attributes(node))
-        self._renewed[node.outputs[0]] = new
-        return new
-
-    def _renew(self, value: ir.Value | None, prefix: str) -> ir.Value | None:
-        """`value`, computed from the rebuilt attention where it was computed from the old one.
-
-        Such values are quantization scales and tests for rows without a visible key.
-        """
-        if value is None or value in self._renewed:
-            return None if value is None else self._renewed[value]
-        node, fact = value.producer(), self.facts[value]
-        square = fact.shape is not None and len(fact.shape) > 1 and fact.shape[-1] == self.size
-        if node is None or fact.value is not None or (square and not self._is_of_attention(value)):
-            assert self.mask is not None
-            return self.mask.extend(value) if square else value
-        inputs = [self._renew(v, prefix) for v in node.inputs]
-        if inputs == list(node.inputs):
-            self._renewed[value] = value
-            return value
-        rank = len(self.facts[node.inputs[0]].shape or ())
-        if node.op_type not in _SCALE_OPS | _ROW_OPS or (
-            node.op_type.startswith("Reduce") and rank not in (2, 4) and not _reduces_all_or_last(node, self.facts)
-        ):
-            raise JobError(
-                f"node {node.name!r} ({node.op_type}) reads the inside of attention; only quantization scales and "
-                "tests of its rows may"
-            )
-        self._renewed[value] = self.builder.op(node.op_type, inputs, f"{prefix}/{node.op_type}", **_attributes(node))
-        return self._renewed[value]
-
-    def _is_of_attention(self, value: ir.Value) -> bool:
-        """Whether `value` is computed from a rebuilt value; if not, it is a mask."""
-        waiting, seen = [value], {value}
-        while waiting:
-            current = waiting.pop()
-            if self._renewed.get(current, current) is not current:
-                return True
-            node = current.producer()
-            new = {v for v in (node.inputs if node is not None else ()) if v is not None} - seen
-            seen |= new
-            waiting += new
-        return False
-
     def _replay(self, value: ir.Value, operand: Operand, prefix: str) -> ir.Value:
         for node, data in operand.replay:
-            value = self._replay_node(value, node, data, prefix)
+            value = self.renewal.node(value, node, data, prefix)
         return value
 
     # --- cache inputs and outputs -------------------------------------------------------------------------------------
@@ -439,7 +348,9 @@ class _Concat:
         )
         new = build.op("Squeeze", [new, zero], "/model/kv/new", dtype=ir.DataType.INT64, shape=[])
         self.total = build.op("Add", [self.past, new], "/model/kv/total", dtype=ir.DataType.INT64, shape=[])
-        self.mask = MaskRewriter(self.model, self.facts, build, self.size, self.past, self.total)
+        self.mask = MaskRewriter(self.model, self.facts, build, self.tokens, self.past, self.total)
+        self.renewal = Renewal(self.facts, build, self.mask)
+        self.scores = ScoreReplay(build, self.mask, self.renewal)
 
     def _cached(self, index: int, kind: str, operand: Operand, past: ir.Value, prefix: str) -> ir.Value:
         """Append new keys or values to the cache; returns [batch, query heads, total, channels] in the graph's type."""
@@ -511,7 +422,3 @@ class _Concat:
         value = build.op("Expand", [value, build.constant(copies, "kv_repeat")], f"{prefix}/Expand")
         target = [0, operand.head_count * operand.repeat, -1, operand.head_size]
         return build.op("Reshape", [value, build.constant(target, "kv_shape")], f"{prefix}/Repeat")
-
-
-def _attributes(node: ir.Node) -> dict[str, Any]:
-    return {name: attribute.value for name, attribute in node.attributes.items()}

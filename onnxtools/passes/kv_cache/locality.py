@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import onnx_ir as ir
 
-from onnxtools.analysis.facts import Facts, analyse, token_input
+from onnxtools.analysis.facts import Facts, analyse, is_past_length, stand_ins, token_input
 from onnxtools.base.errors import JobError
 from onnxtools.ir.edit import Builder
 from onnxtools.ir.model import Model
@@ -64,7 +67,6 @@ def _size_at(shape: tuple[int, ...] | None, axis: int) -> int | None:
 def restrict_to_new_tokens(
     inputs: list[ir.Value],
     originals: set[ir.Node],
-    wide: set[ir.Node],
     past_1d: ir.Value,
     total: ir.Value,
     builder: Builder,
@@ -76,25 +78,22 @@ def restrict_to_new_tokens(
     Args:
         inputs: mask inputs of the graph, [batch, total].
         originals: nodes of the exporter.
-        wide: the nodes of `originals` that are part of a mask and take all keys.
         past_1d: length of the cache before the step, int64 [1].
         total: length of the cache after the step, an int64 scalar.
 
     Returns:
         How many slices were added.
     """
-    return sum(_restrict(value, originals, wide, past_1d, total, builder) for value in inputs)
+    return sum(_restrict(value, originals, past_1d, total, builder) for value in inputs)
 
 
-def _restrict(
-    value: ir.Value, originals: set[ir.Node], wide: set[ir.Node], past_1d: ir.Value, total: ir.Value, builder: Builder
-) -> int:
+def _restrict(value: ir.Value, originals: set[ir.Node], past_1d: ir.Value, total: ir.Value, builder: Builder) -> int:
     cuts = 0
     for user, index in list(value.uses()):
         if user not in originals or user.op_type == "Shape":
             continue
-        if user in wide or is_op(user, "Cast", "Identity", "Not", "Neg"):
-            cuts += _restrict(user.outputs[0], originals, wide, past_1d, total, builder)
+        if is_op(user, "Cast", "Identity", "Not", "Neg"):
+            cuts += _restrict(user.outputs[0], originals, past_1d, total, builder)
             continue
         whole = user.outputs[0] if is_op(user, "CumSum") else value
         builder.before = user
@@ -113,3 +112,50 @@ def _restrict(
 def _cut(value: ir.Value, past_1d: ir.Value, total: ir.Value, builder: Builder, user: ir.Node) -> ir.Value:
     end = builder.op("Unsqueeze", [total, builder.constant([0], "axes_0")], f"{user.name}/total")
     return builder.op("Slice", [value, past_1d, end, builder.constant([-1], "last_axis")], f"{user.name}/new_tokens")
+
+
+_SHAPE_ARGUMENTS = {
+    "Reshape", "Expand", "Slice", "Tile", "ConstantOfShape", "Unsqueeze", "Squeeze", "Split", "Pad", "Resize",
+}  # fmt: skip
+
+
+def check_positions_follow_past(model: Model) -> None:
+    """Refuse a cached graph in which a token's position depends on how the sequence was cut into steps.
+
+    The graph is analysed once as a step (past P, S new tokens) and once as a full run (past 0, P + S tokens). A value
+    that follows from shapes alone and is combined with data must hold, in the step, the last S entries of the full run.
+
+    Raises:
+        JobError: names the node and the value.
+    """
+    sizes = stand_ins(model)
+    tokens = token_input(model)
+    past = next((size for name, size in sizes.items() if is_past_length(name)), None)
+    step = analyse(model, sizes)
+    if tokens is None or past is None or (shape := step[tokens.value].shape) is None:
+        return
+    size = shape[tokens.axis]
+    whole = analyse(
+        model,
+        {name: 0 if is_past_length(name) else past + size if value == size else value for name, value in sizes.items()},
+    )
+    for node in model.graph:
+        if any(step[o].value is not None for o in node.outputs):
+            continue
+        for value in node.inputs[:1] if node.op_type in _SHAPE_ARGUMENTS and node.domain == "" else node.inputs:
+            a, b = step[value].value, whole[value].value
+            if value is not None and a is not None and b is not None and size in a.shape and not _is_tail(a, b, past):
+                raise JobError(
+                    f"node {node.name!r} ({node.op_type}) uses {value.name!r}, whose positions do not follow the cache;"
+                    " export the model with a position_ids input"
+                )
+
+
+def _is_tail(step: Any, whole: Any, past: int) -> bool:
+    """Whether `step` is `whole` without its first `past` entries along every axis that is `past` entries shorter."""
+    if step.ndim != whole.ndim:
+        return False
+    index = tuple(
+        slice(past, None) if b == a + past else slice(None) for a, b in zip(step.shape, whole.shape, strict=True)
+    )
+    return np.array_equal(whole[index], step)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import onnx_ir as ir
 
 from onnxtools.analysis.facts import Array
-from onnxtools.analysis.products import Product, weight_products
+from onnxtools.analysis.products import Product, unreached, weight_products
 from onnxtools.analysis.readers import is_embedding, own_weights, readers
 from onnxtools.base.errors import NoMatchError, UsageError
 from onnxtools.base.options import option
@@ -96,6 +96,15 @@ class Prune(Selected, Calibrated):
                     "shape": shape,
                     "left": reason,
                 }
+            )
+        table += [
+            {"weight": place.weight, "node": place.node, "dtype": "", "shape": "", "left": place.reason}
+            for place in unreached(model)
+        ]
+        if not chosen:
+            reasons = Counter(row["left"] for row in table)
+            raise NoMatchError(
+                f"{model.path}: nothing is pruned: " + "; ".join(f"{n} left: {text}" for text, n in reasons.items())
             )
         self._prune(model, chosen)
         pruned = [row for row in table if not row["left"]]

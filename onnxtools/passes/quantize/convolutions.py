@@ -11,10 +11,11 @@ import onnx_ir as ir
 
 from onnxtools.analysis.products import Product
 from onnxtools.calibration.run import Findings
-from onnxtools.calibration.statistics import Largest, Observer
+from onnxtools.calibration.statistics import Histogram, Largest, Observer
 from onnxtools.numerics.formats import Format, scale_of
 from onnxtools.passes.qdq import QdqBuilder
 from onnxtools.passes.quantize.groups import signal_to_noise
+from onnxtools.passes.quantize.ranges import Method, largest
 from onnxtools.storage.rows import StreamedTensor, elements
 
 Array = np.ndarray[Any, Any]
@@ -26,6 +27,7 @@ class ConvScheme:
 
     form: Format
     products: Sequence[Product]
+    method: Method = "max"
 
     @property
     def nodes(self) -> set[ir.Node]:
@@ -34,13 +36,19 @@ class ConvScheme:
 
     def watch(self, values: set[ir.Value]) -> dict[ir.Value, tuple[Observer, ...]]:
         """Observers of the inputs of the convolutions whose outputs are among `values`."""
-        return {p.activation: (Largest(),) for p in self.products if p.node.outputs[0] in values}
+        observer = Largest if self.method == "max" else Histogram
+        return {p.activation: (observer(),) for p in self.products if p.node.outputs[0] in values}
 
     def conclude(self, seen: dict[ir.Value, tuple[Any, ...]]) -> Findings:
         """`conv.<node name>`: the largest magnitude of the input, rank 0."""
         return {
-            f"conv.{p.node.name}": np.array(seen[p.activation][-1].amax) for p in self.products if p.activation in seen
+            f"conv.{p.node.name}": np.array(self._range(seen[p.activation][-1]))
+            for p in self.products
+            if p.activation in seen
         }
+
+    def _range(self, observer: Any) -> float:
+        return float(observer.amax) if self.method == "max" else largest(observer, self.method, self.form)
 
     def emit(self, build: QdqBuilder, found: Findings, product: Product) -> dict[str, Any]:
         """Add the Q/DQ nodes of one convolution; returns its row of the result table."""

@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxtools.analysis.facts import Facts, analyse
-from onnxtools.analysis.products import Product, weight_products
+from onnxtools.analysis.products import Product, unreached, weight_products
 from onnxtools.analysis.readers import own_weights
 from onnxtools.base.errors import JobError, NoMatchError, UsageError
 from onnxtools.base.options import option
@@ -24,6 +24,7 @@ from onnxtools.calibration.statistics import Observer, RowCount
 from onnxtools.ir.description import record_dtypes
 from onnxtools.ir.edit import remove_unused
 from onnxtools.ir.model import Model
+from onnxtools.ir.query import is_op
 from onnxtools.numerics.formats import FP8, INT4, INT8, Format
 from onnxtools.passes.lower_ort import LowerOrt
 from onnxtools.passes.precision import Precision
@@ -183,17 +184,15 @@ class Quantize(Selected, Calibrated):
         facts = analyse(model)
         kv = KvScheme(FP8 if self.kv_kind == "fp8" else INT8, caches(model, facts)) if self.kv_kind != "none" else None
         attention = AttentionScheme(FP8, operands(model, facts)) if self.attention else None
-        convolutions = ConvScheme(self.form, self._convolutions(model, table))
-        if self.kind != "none" and not table and not convolutions.products:
-            raise NoMatchError(
-                f"{model.path}: has no MatMul, Gemm or Conv with a stored weight, so there is nothing to quantize; see "
-                "it with `onnxtools inspect`"
-            )
+        convolutions = ConvScheme(self.form, self._convolutions(model, table), self.calib_method)
+        if self.kind != "none":
+            table += [_row(place.node, place.weight, place.reason) for place in unreached(model)]
         if not chosen and kv is None and attention is None and not convolutions.products:
-            return PassResult(False, 0, self._notes(table), table)
+            raise NoMatchError(_nothing(model, table))
         groups = group(model, chosen, facts)
-        if self.kind == "int8" and not self.all_layers and not convolutions.products:
-            groups = self._behind_norms(groups, table)
+        if self.kind == "int8" and not self.all_layers:
+            groups = self._behind_norms(groups, table, bool(convolutions.products))
+        extra += self._left_out_of(convolutions)
         more = (kv, attention, convolutions if convolutions.products else None)
         inner = [part for part in more if part is not None]
         scheme, findings = self._calibrated(model, facts, groups, inner)
@@ -233,37 +232,42 @@ class Quantize(Selected, Calibrated):
             )
         for product in products:
             reason = self._reason(product, head)
-            table.append(
-                {
-                    "layer": product.node.name or "",
-                    "weight": product.weight.name or "",
-                    "scheme": "",
-                    "scale": "",
-                    "snr_db": None,
-                    "error": None,
-                    "left": reason,
-                }
-            )
+            table.append(_row(product.node.name, product.weight.name, reason))
             if not reason:
                 chosen.append(product)
         return own_weights(model, chosen), table
 
     def _convolutions(self, model: Model, table: list[dict[str, Any]]) -> list[Product]:
         """The convolutions that FP8 and INT8 with static scales quantize; the reason why others stay is in `table`."""
-        found = [p for p in weight_products(model) if p.node.op_type == "Conv"]
-        if self.kind not in ("fp8", "int8") or self.per_token or self.alpha is not None:
-            return []
+        static = self.kind in ("fp8", "int8") and not self.per_token and self.alpha is None
         chosen = []
-        for product in found:
-            reason = self.reason_excluded(product, None) or ("quantized already" if product.path else "")
+        for product in weight_products(model):
+            if product.node.op_type != "Conv" or self.kind == "none":
+                continue
+            between = next((node.op_type for node in product.path if node.op_type != "Identity"), None)
+            reason = self.reason_excluded(product, None)
+            if not reason and not static:
+                reason = "convolution (--fp8 and --int8 with static scales take it)"
+            if not reason and (product.quantized or is_op(product.activation.producer(), "DequantizeLinear")):
+                reason = "quantized already"
+            if not reason and between is not None:
+                reason = f"its weight goes through {between} (fold-constants computes it)"
             if not reason and product.tensor.dtype not in COMPUTED:
                 reason = f"type {product.tensor.dtype.name}"
-            if not reason:
+            if reason:
+                table.append(_row(product.node.name, product.weight.name, reason))
+            else:
                 chosen.append(product)
-                continue
-            row = {"layer": product.node.name or "", "weight": product.weight.name or "", "scheme": "", "scale": ""}
-            table.append({**row, "snr_db": None, "error": None, "left": reason})
         return chosen
+
+    def _left_out_of(self, convolutions: ConvScheme) -> list[str]:
+        """What the options do not do to convolutions."""
+        if not convolutions.products:
+            return []
+        notes = ["--gptq rounds MatMul and Gemm; convolutions are rounded to the nearest"] if self.gptq else []
+        if self.exclude_worst:
+            notes.append("--exclude-worst counts MatMul and Gemm: the output error of convolutions is not measured")
+        return notes
 
     def _reason(self, product: Product, head: ir.Node | None) -> str:
         excluded = self.reason_excluded(product, head)
@@ -291,9 +295,9 @@ class Quantize(Selected, Calibrated):
                 return f"K = {size} is no multiple of 32"
         return ""
 
-    def _behind_norms(self, groups: list[Group], table: list[dict[str, Any]]) -> list[Group]:
+    def _behind_norms(self, groups: list[Group], table: list[dict[str, Any]], has_others: bool) -> list[Group]:
         foldable = [g for g in groups if g.fold is not None and g.fold.kind == "norm"]
-        if not foldable:
+        if not foldable and not has_others:
             raise JobError("no product reads the output of a norm alone; --all-layers quantizes all products")
         self._leave(
             table,
@@ -415,6 +419,33 @@ class Quantize(Selected, Calibrated):
         return notes + [
             f"{count} left: {reason}" for reason, count in Counter(row["left"] for row in table if row["left"]).items()
         ]
+
+
+def _row(node: str | None, weight: str | None, left: str) -> dict[str, Any]:
+    """One row of the result table, of a place that is left for now or for good."""
+    row = {"layer": node or "", "weight": weight or "", "scheme": "", "scale": ""}
+    return {**row, "snr_db": None, "error": None, "left": left}
+
+
+def _nothing(model: Model, table: list[dict[str, Any]]) -> str:
+    """Why a model has nothing to quantize, and what to do about it."""
+    packed = sum(is_op(node, *_PACKED, domain="com.microsoft") for node in model.graph)
+    if packed:
+        return (
+            f"{model.path}: {packed} of its products are quantized already ({', '.join(_PACKED)}); start from the "
+            "model in its own precision"
+        )
+    if not table:
+        return (
+            f"{model.path}: has no MatMul, Gemm or Conv with a stored weight, so there is nothing to quantize; see it "
+            "with `onnxtools inspect`"
+        )
+    reasons = Counter(row["left"] for row in table)
+    return f"{model.path}: nothing is quantized: " + "; ".join(f"{n} left: {reason}" for reason, n in reasons.items())
+
+
+_PACKED = ("MatMulNBits", "QMoE")
+"""ONNX Runtime's operators with packed weights."""
 
 
 def _together(parts: Sequence[dict[ir.Value, tuple[Observer, ...]]]) -> dict[ir.Value, tuple[Observer, ...]]:
