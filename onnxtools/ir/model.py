@@ -38,12 +38,14 @@ class Model:
         path: the file that it was read from, or None for a model built in memory.
         sha256: hexadecimal hash of the graph file as read. External weights are not hashed, since that would read them.
         notes: one line for each repair at loading, and for each note of a pass.
+        unnamed: whether the file has one name, such as "?", for all dimensions that its exporter did not know.
     """
 
     ir: ir.Model
     path: Path | None = None
     sha256: str = ""
     notes: list[str] = field(default_factory=list)
+    unnamed: bool = False
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Model:
@@ -144,6 +146,7 @@ class Model:
             for value in values:
                 dims = list(value.shape or ())
                 if any(isinstance(dim, ir.SymbolicDim) and dim.value in _UNKNOWN for dim in dims):
+                    self.unnamed = True
                     known = [None if isinstance(d, ir.SymbolicDim) and d.value in _UNKNOWN else d for d in dims]
                     value.shape = ir.Shape(known)
 

@@ -22,6 +22,7 @@ def lowered(model: Model, *more: Callable[[Model], list[str]]) -> tuple[bytes, l
       TensorRT's own operator, whose scale is the same bytes as uint8.
     - Attention with `softmax_precision`: the parser refuses the attribute. TensorRT's fused attention computes its
       softmax in fp32 anyway, so only fp32 is dropped.
+    - Dimensions that an exporter calls unknown, all by one name: TensorRT would make one size of them.
     External weights stay where they are: parse with the file's path.
     """
     nodes = list(model.graph.all_nodes())
@@ -38,7 +39,7 @@ def lowered(model: Model, *more: Callable[[Model], list[str]]) -> tuple[bytes, l
         for node in nodes
         if node.op_type == "Attention" and attribute(node, "softmax_precision") == ir.DataType.FLOAT
     }
-    if not scales and not softmax and not more:
+    if not scales and not softmax and not more and not model.unnamed:
         return None
     proto, notes = model.proto(), list[str]()
     if more:
