@@ -14,7 +14,7 @@ TESTS ?= tests
 
 export PYTHON
 
-.PHONY: setup demo test lint docs lock clean
+.PHONY: setup demo test test-exporters lint docs lock clean
 
 setup: $(DEV)
 
@@ -47,9 +47,21 @@ docs: $(DOCS)
 test: lint
 	$(PYTEST) $(TESTS)
 
+# Graphs that optimum and ONNX Runtime GenAI write today, instead of the stored ones (fixtures/exporters).
+test-exporters: $(DEV)
+	$(PYTHON) -m venv .venv-exporters/optimum && $(PYTHON) -m venv .venv-exporters/genai
+	.venv-exporters/optimum/bin/pip install -q torch==2.13.0
+	.venv-exporters/optimum/bin/pip install -q optimum-onnx==0.1.0 transformers==4.57.6 onnxruntime torch==2.13.0
+	.venv-exporters/genai/bin/pip install -q torch==2.13.0
+	.venv-exporters/genai/bin/pip install -q onnxruntime-genai==0.18.0 transformers==5.24.0 onnx-ir torch==2.13.0
+	rm -rf .venv-exporters/graphs && mkdir .venv-exporters/graphs
+	.venv-exporters/optimum/bin/python fixtures/exporters/make.py optimum .venv-exporters/graphs
+	.venv-exporters/genai/bin/python fixtures/exporters/make.py genai .venv-exporters/graphs
+	ONNXTOOLS_EXPORTED=.venv-exporters/graphs $(PYTEST) tests/foreign
+
 # The newest versions, after a change of pyproject.toml or from time to time; what CI calls the newest is then the lock.
 lock:
 	requirements/lock .venv-lock
 
 clean:
-	rm -rf $(VENV) .venv-lock .venv-newest build site *.egg-info demo-out .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-lock .venv-newest .venv-exporters build site *.egg-info demo-out .mypy_cache .ruff_cache .pytest_cache

@@ -300,27 +300,47 @@ def _infer_te(node: ir.Node, inputs: list[Fact], facts: Facts) -> None:
         facts[node.outputs[1]] = Fact(ir.DataType.FLOAT8E8M0, (*shape[:-1], -(-shape[-1] // 32)))
 
 
-def _infer_contributed(node: ir.Node, inputs: list[Fact], facts: Facts) -> None:
-    """Infer ONNX Runtime's own operators, which `export --kv-cache gqa` and `lower-ort` write.
+_LIKE_FIRST = {
+    "SkipSimplifiedLayerNormalization", "SkipLayerNormalization", "SimplifiedLayerNormalization", "FastGelu",
+    "BiasGelu", "QuickGelu", "Gelu", "RotaryEmbedding", "MoE", "QMoE", "BiasAdd",
+}  # fmt: skip
+"""ONNX Runtime's operators whose outputs have the shape of their first input."""
 
-    Most outputs have the type and shape of the first input.
+
+def _infer_contributed(node: ir.Node, inputs: list[Fact], facts: Facts) -> None:
+    """Infer ONNX Runtime's own operators, which `export --kv-cache gqa`, `lower-ort` and GenAI's builder write.
+
+    Others have their recorded types and no shapes.
     """
-    first = inputs[0]
-    shapes = [first.shape] * len(node.outputs)
-    if node.op_type == "GroupQueryAttention" and first.shape is not None and inputs[3].shape is not None:
-        heads, shared = attribute(node, "num_heads"), attribute(node, "kv_num_heads")
-        width = first.shape[2] if inputs[1].shape is not None else first.shape[2] * heads // (heads + 2 * shared)
-        past = inputs[3].shape
-        present = (*past[:2], past[2] + first.shape[1], past[3])
-        shapes = [(*first.shape[:2], width), present, present]
-    elif node.op_type == "MatMulNBits" and first.shape is not None:
-        shapes = [(*first.shape[:-1], attribute(node, "N"))]
-    dtypes = [
-        first.dtype,
-        *(inputs[3].dtype if node.op_type == "GroupQueryAttention" else first.dtype for _ in node.outputs[1:]),
-    ]
+    first, op = inputs[0], node.op_type
+    shapes: list[tuple[int, ...] | None] = [None] * len(node.outputs)
+    dtypes: list[ir.DataType | None] = [None] * len(node.outputs)
+    if op == "GroupQueryAttention" and first.shape is not None and len(first.shape) == 3:
+        shapes, dtypes = _grouped_attention(node, inputs, first.shape)
+    elif op == "MatMulNBits" and first.shape is not None:
+        shapes, dtypes = [(*first.shape[:-1], attribute(node, "N"))], [first.dtype]
+    elif op == "GatherBlockQuantized" and first.shape is not None and inputs[1].shape is not None:
+        packed = 8 // attribute(node, "bits", 4) if first.dtype == ir.DataType.UINT8 else 1
+        plain = not attribute(node, "gather_axis", 0)
+        shapes = [(*inputs[1].shape, *first.shape[1:-1], first.shape[-1] * packed) if plain else None]
+        dtypes = [inputs[2].dtype]
+    elif op in _LIKE_FIRST:
+        shapes, dtypes = [first.shape] * len(node.outputs), [first.dtype] * len(node.outputs)
     for output, shape, dtype in zip(node.outputs, shapes, dtypes, strict=True):
         facts[output] = Fact(output.dtype or dtype, shape)
+
+
+def _grouped_attention(
+    node: ir.Node, inputs: list[Fact], query: tuple[int, ...]
+) -> tuple[list[tuple[int, ...] | None], list[ir.DataType | None]]:
+    """Returns shapes and types of a GroupQueryAttention's outputs: the context, and the caches if it has any."""
+    heads, shared = attribute(node, "num_heads"), attribute(node, "kv_num_heads")
+    width = query[2] if inputs[1].shape is not None else query[2] * heads // (heads + 2 * shared)
+    past = inputs[3].shape if len(inputs) > 3 else None
+    present = (*past[:2], past[2] + query[1], past[3]) if past is not None and len(past) == 4 else None
+    others = len(node.outputs) - 1
+    cached = inputs[3].dtype if len(inputs) > 3 else inputs[0].dtype
+    return [(*query[:2], width), *[present] * others], [inputs[0].dtype, *[cached] * others]
 
 
 def _infer_shape_op(node: ir.Node, source: Fact, facts: Facts) -> None:

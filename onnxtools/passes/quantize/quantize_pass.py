@@ -429,12 +429,10 @@ def _row(node: str | None, weight: str | None, left: str) -> dict[str, Any]:
 
 def _nothing(model: Model, table: list[dict[str, Any]]) -> str:
     """Why a model has nothing to quantize, and what to do about it."""
-    packed = sum(is_op(node, *_PACKED, domain="com.microsoft") for node in model.graph)
+    packed = Counter(node.op_type for node in model.graph if is_op(node, *_PACKED, domain="com.microsoft"))
     if packed:
-        return (
-            f"{model.path}: {packed} of its products are quantized already ({', '.join(_PACKED)}); start from the "
-            "model in its own precision"
-        )
+        kinds = ", ".join(f"{count} {kind}" for kind, count in packed.items())
+        return f"{model.path}: its products are quantized already ({kinds}); start from the model in its own precision"
     if not table:
         return (
             f"{model.path}: has no MatMul, Gemm or Conv with a stored weight, so there is nothing to quantize; see it "
