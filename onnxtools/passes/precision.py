@@ -34,23 +34,22 @@ FLOAT = ir.DataType.FLOAT
 _FP16_MAX = 65504.0
 
 _RECURRENT = ("LSTM", "GRU", "RNN")
+_GENERATED = (
+    "RandomNormal", "RandomUniform", "HannWindow", "HammingWindow", "BlackmanWindow", "MelWeightMatrix",
+)  # fmt: skip
+"""Operators that make float32 unless they are told otherwise; ONNX Runtime makes no other type."""
 _WIDE = {
     "Softmax", "LogSoftmax", "Exp", "Log", "Pow", "Sqrt", "Reciprocal", "ReduceMean", "ReduceSum", "ReduceSumSquare",
     "ReduceL2", "ReduceLogSumExp", "Sin", "Cos", "CumSum", "RotaryEmbedding", "If", "Loop", "Scan",
-    *_RECURRENT,
+    *_RECURRENT, *_GENERATED,
 }  # fmt: skip
 """Operators that lose too much precision in 16 bits: softmax, the parts of norms, angles, states that go round."""
-_SPREADING = _WIDE - {"Softmax", "LogSoftmax", "RotaryEmbedding", *_RECURRENT}
+_SPREADING = _WIDE - {"Softmax", "LogSoftmax", "RotaryEmbedding", *_RECURRENT, *_GENERATED}
 _REARRANGING = ("Squeeze", "Transpose", "Reshape", "Unsqueeze", "Identity")
 """Behind a recurrent operator these stay fp32 too, so that the cast stands at the product.
 
 ONNX Runtime 1.32 crashes on Cast, Squeeze, Transpose, MatMul in fp16.
 """
-_DEFAULT_FLOAT = {
-    "RandomNormal": "dtype", "RandomUniform": "dtype", "HannWindow": "output_datatype",
-    "HammingWindow": "output_datatype", "BlackmanWindow": "output_datatype", "MelWeightMatrix": "output_datatype",
-}  # fmt: skip
-"""Operators that make float32 if their attribute is left out."""
 _ELEMENTWISE = {"Add", "Sub", "Mul", "Div", "Neg"}
 _BOUNDING = {"Max", "Clip", "Expand", "Abs"}
 """Operators that keep a length away from zero before something is divided by it."""
@@ -317,9 +316,8 @@ class _Narrowing:
 
     def _retype(self, node: ir.Node) -> None:
         """Rewrite the attributes that name the type or hold a tensor of it."""
-        for name in ("to", "dtype", "output_dtype", "output_datatype"):
-            by_default = FLOAT.value if _DEFAULT_FLOAT.get(node.op_type) == name else None
-            if attribute(node, name, by_default) == FLOAT.value:
+        for name in ("to", "dtype", "output_dtype"):
+            if attribute(node, name) == FLOAT.value:
                 node.attributes[name] = ir.AttrInt64(name, self.dtype.value)
         if is_op(node, "ConstantOfShape") and "value" not in node.attributes:
             node.attributes["value"] = ir.AttrTensor("value", ir.Tensor(np.zeros(1, self.dtype.numpy())))
