@@ -95,7 +95,7 @@ SENTINEL = 1 << 30
 
 
 def mask_constants(value: ir.Value, facts: Facts) -> set[int]:
-    """Returns the magnitudes of the integer scalars that the mask is computed from.
+    """Returns the magnitudes of the scalars that the mask is computed from, rounded down.
 
     A window of w shows only in a sequence longer than w, so a caller needs the candidates for w.
     """
@@ -114,13 +114,11 @@ def mask_constants(value: ir.Value, facts: Facts) -> set[int]:
             todo.extend(v for v in node.inputs if v is not None)
             continue
         array = facts[current].value
-        if (
-            array is not None
-            and array.size == 1
-            and array.dtype.kind in "iu"
-            and abs(int(array.reshape(-1)[0])) < SENTINEL
-        ):
-            scalars.add(abs(int(array.reshape(-1)[0])))
+        if array is None or array.size != 1 or array.dtype.kind not in "iuf":
+            continue
+        number = abs(float(array.reshape(-1)[0]))
+        if number < SENTINEL and (array.dtype.kind != "f" or number < -BLOCKING):
+            scalars.add(int(number))
     return scalars
 
 

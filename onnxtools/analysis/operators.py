@@ -188,24 +188,32 @@ def _trilu(node: ir.Node, arrays: Sequence[Any]) -> Array:
 
 def _gather_nd(node: ir.Node, arrays: Sequence[Any]) -> Array:
     data, index = arrays
-    if attribute(node, "batch_dims", 0):
-        raise ValueError("batch_dims")
-    return np.asarray(data[tuple(np.moveaxis(index, -1, 0))])
+    batch = data.shape[: attribute(node, "batch_dims", 0)]
+    pieces = [data[place][tuple(np.moveaxis(index[place], -1, 0))] for place in np.ndindex(*batch)]
+    return np.asarray(np.reshape(pieces, (*batch, *index.shape[len(batch) : -1], *data.shape[len(batch)
+        + index.shape[-1] :])))  # fmt: skip
+
+
+_SCATTERS: dict[str, np.ufunc] = {"add": np.add, "mul": np.multiply, "max": np.maximum, "min": np.minimum}
 
 
 def _scatter_nd(node: ir.Node, arrays: Sequence[Any]) -> Array:
     data, index, updates = arrays
-    if attribute(node, "reduction", "none") != "none":
-        raise ValueError("reduction")
-    result = np.array(data)
-    result[tuple(np.moveaxis(index, -1, 0))] = updates
+    result, places = np.array(data), tuple(np.moveaxis(index, -1, 0))
+    reduction = attribute(node, "reduction", "none")
+    if reduction == "none":
+        result[places] = updates
+    else:
+        _SCATTERS[reduction].at(result, places, updates)
     return result
 
 
 def _cum_sum(node: ir.Node, arrays: Sequence[Any]) -> Array:
-    if attribute(node, "exclusive", 0) or attribute(node, "reverse", 0):
-        raise ValueError("exclusive or reverse")
-    return np.cumsum(arrays[0], axis=int(arrays[1]), dtype=arrays[0].dtype)
+    data, axis = arrays[0], int(arrays[1])
+    data = np.flip(data, axis) if attribute(node, "reverse", 0) else data
+    total = np.cumsum(data, axis=axis, dtype=data.dtype)
+    total = total - data if attribute(node, "exclusive", 0) else total
+    return np.asarray(np.flip(total, axis) if attribute(node, "reverse", 0) else total)
 
 
 def _ufunc(function: Callable[..., Any]) -> Callable[[ir.Node, Sequence[Any]], Any]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +197,15 @@ def long_probe(model: Model, seed: int = 0) -> Probe | None:
     return Probe(f"{length} tokens", random_feeds(model, 1, length, seed)) if length > SEQUENCE else None
 
 
+def many_tokens(model: Model, length: int, seed: int = 0) -> Probe | None:
+    """Returns one row of `length` tokens, or of as many as the model has positions; None if its sequence is fixed."""
+    tokens = token_input(model)
+    if tokens is None or any(isinstance(dim, int) for dim in tokens.value.shape or ()):
+        return None
+    length = min(length, positions(model) or length)
+    return Probe(f"{length} tokens", random_feeds(model, 1, length, seed)) if length > SEQUENCE else None
+
+
 def random_feeds(
     model: Model, batch: int = BATCH, sequence: int = SEQUENCE, seed: int = 0, rows: int | None = None
 ) -> Feeds:
@@ -341,6 +350,50 @@ def _rows(table: ir.Value | None, axis: int) -> int | None:
             axis = -1 - axis if order is None else order[axis]
         table = node.inputs[0]
     return None
+
+
+Run = Callable[[Feeds], Mapping[str, Array]]
+"""Runs a graph: its inputs by name to its outputs by name."""
+
+
+def with_causal_mask(model: Model, run: Run, wanted: list[Probe]) -> list[Probe]:
+    """Returns the probes with the mask input marked so that earlier tokens do not see later ones.
+
+    Exporters mark real tokens with 1 or padding with 1, and visible pairs either way; where all is padding, attention
+    is spread over all tokens. What a mark means shows when the last token of the first probe is another one.
+    """
+    tokens, plain = token_input(model), wanted[0].feeds
+    masks = [v.name or "" for v in model.graph.inputs if "mask" in (v.name or "").lower() and v.name in plain]
+    ids = plain.get(tokens.value.name or "") if tokens is not None else None
+    if len(masks) != 1 or tokens is None or ids is None or ids.ndim != 2 or ids.shape[tokens.axis] < 2:
+        return wanted
+    other = np.array(ids)
+    last = (slice(None), -1) if tokens.axis else (-1, slice(None))
+    other[last] = np.where(other[last] > 0, other[last] - 1, other[last] + 1)
+    for marks in _MARKS:
+        feeds = {**plain, masks[0]: marks(plain[masks[0]])}
+        try:
+            a, b = (run({**feeds, tokens.value.name or "": array}) for array in (ids, other))
+        except JobError:
+            continue
+        early = [(x, b[name]) for name, x in a.items() if x.ndim > 1 and x.shape[:2] == ids.shape]
+        cut = (slice(None), slice(None, -1)) if tokens.axis else (slice(None, -1),)
+        if early and all(np.allclose(x[cut], y[cut], rtol=1e-3, atol=1e-3) for x, y in early):
+            return [replace(probe, feeds={**probe.feeds, masks[0]: marks(probe.feeds[masks[0]])}) for probe in wanted]
+    return wanted
+
+
+def _inverted(array: Array) -> Array:
+    return ~array if array.dtype == bool else (1 - array).astype(array.dtype)
+
+
+def _visible_pairs(array: Array) -> Array:
+    return np.broadcast_to(np.tri(*array.shape[-2:]), array.shape).astype(array.dtype) if array.ndim > 2 else array
+
+
+_MARKS: list[Callable[[Array], Array]] = [
+    lambda array: array, _inverted, _visible_pairs, lambda array: _inverted(_visible_pairs(array)),
+]  # fmt: skip
 
 
 def in_types_of(model: Model, feeds: Mapping[str, Array]) -> Feeds:

@@ -113,7 +113,10 @@ def instruments(passes: list[Pass], model: Model, options: RunOptions, output: P
         each = bool(options.check) or model.weight_bytes() < CHECK_LIMIT
         chosen += [
             NumericCheck(
-                read_feeds(options.inputs) if options.inputs else None, options.tolerance, full=bool(options.check)
+                read_feeds(options.inputs) if options.inputs else None,
+                options.tolerance,
+                full=bool(options.check),
+                decodes=any(pass_.adds_cache for pass_ in passes),
             ),
             Checker(each=each),
         ]

@@ -15,11 +15,22 @@ from onnxtools.analysis.cache import is_present
 from onnxtools.analysis.facts import token_input
 from onnxtools.base.errors import JobError, OnnxtoolsError, one_line
 from onnxtools.base.memory import peak_mib
-from onnxtools.check.feeds import Array, Feeds, Probe, long_probe, probes, too_costly
+from onnxtools.check.feeds import (
+    Array,
+    Feeds,
+    Probe,
+    in_types_of,
+    long_probe,
+    many_tokens,
+    probes,
+    too_costly,
+    with_causal_mask,
+)
 from onnxtools.check.runner import Runner
-from onnxtools.check.validate import Difference, default_tolerance, empty_cache, is_cached, validate_ranks
+from onnxtools.check.validate import Difference, decode, default_tolerance, empty_cache, is_cached, validate_ranks
 from onnxtools.ir.model import Model
 from onnxtools.ir.part import TABLE_ROWS, beginning
+from onnxtools.ir.query import has_dynamic_scales
 from onnxtools.pipeline.manager import Instrument, Step
 from onnxtools.pipeline.partition import Partition
 from onnxtools.pipeline.passbase import Pass
@@ -181,10 +192,18 @@ class NumericCheck(Instrument):
     `PART_LIMIT` bytes; `measures['sampled']` says how much that was and what it cost. A pass that declares itself exact
     or rounding must stay within `tolerance`; of a lossy one a difference above `WARN` is said and one above `FAIL`
     refused, and what it made becomes the reference of the next.
+
+    Args:
+        feeds: inputs of the user, in place of those by rule.
+        tolerance: largest accepted relative L2; by element type when None.
+        full: compare a large model as a whole too.
+        decodes: a pass gives the model a cache: it is also compared on a text beyond most windows, and in steps.
     """
 
-    def __init__(self, feeds: Feeds | None = None, tolerance: float | None = None, *, full: bool = False) -> None:
-        self.feeds, self.tolerance, self.full = feeds, tolerance, full
+    def __init__(
+        self, feeds: Feeds | None = None, tolerance: float | None = None, *, full: bool = False, decodes: bool = False
+    ) -> None:
+        self.feeds, self.tolerance, self.full, self.decodes = feeds, tolerance, full, decodes
         self._before: _Compared | None = None
         self._skip = ""
         self._sampled = ""
@@ -207,13 +226,15 @@ class NumericCheck(Instrument):
             found, self._notes = probes(model)
             if not self.full and (why := too_costly(model, found[0].feeds)):
                 raise JobError(f"a run of the graph would cost too much: {why}; --check runs it nevertheless")
-            far = long_probe(model)
-            return self._full(model, [*found, far] if far is not None and not too_costly(model, far.feeds) else found)
+            more = [long_probe(model), many_tokens(model, _BEYOND_WINDOWS) if self.decodes else None]
+            return self._full(model, [*found, *(p for p in more if p is not None and not too_costly(model, p.feeds))])
         return self._part(model)
 
     def _full(self, model: Model, wanted: Sequence[Probe]) -> _Compared:
         """All outputs on each of the inputs; of those beyond the plain ones, where the graph runs on them."""
         run, kept = Runner(model, seconds=self._seconds), _Compared([], None, [])
+        if self.decodes and self.feeds is None:
+            wanted = with_causal_mask(model, lambda feeds: run(self._complete(model, feeds)), list(wanted))
         for probe in wanted:
             try:
                 found = run(self._complete(model, probe.feeds))
@@ -303,10 +324,43 @@ class NumericCheck(Instrument):
         if self._before.names is not None:
             step.measures["sampled"] = self._sampled
         self._judge(pass_, model, step, worst, where)
+        if pass_.adds_cache:
+            self._judge_steps(pass_, model, step)
         if self._before.names is not None:
             self._before = self._part(model)
         elif pass_.numerics == "lossy":
             self._before = _Compared(self._before.probes, None, actual)
+
+    def _judge_steps(self, pass_: Pass, model: Model, step: Step) -> None:
+        """Decode the inputs in steps: a model that is not causal, or a mask that was misread, shows in them alone.
+
+        Raises:
+            JobError: the steps differ from the full run of the graph before.
+        """
+        assert self._before is not None
+        if self._before.names is not None or has_dynamic_scales(model):
+            reason = "of so large a model" if self._before.names is not None else "under current scaling"
+            step.result.notes.append(f"steps {reason} were not compared with a full run: `onnxtools validate` does it")
+            return
+        run = Runner(model, seconds=self._seconds)
+        for probe, expected in zip(self._before.probes, self._before.expected, strict=True):
+            for way in _ways(model, probe):
+                found = decode(model, run, in_types_of(model, probe.feeds), way)
+                pairs = [(probe.of_real(expected[n]), probe.of_real(found[n])) for n in expected if n in found]
+                worst = max((Difference.of(a, b).rel_l2 for a, b in pairs if a.shape == b.shape), default=0.0)
+                if not worst <= self._allowed(pass_, model):
+                    title = f"{probe.title}, " if probe.title else ""
+                    raise JobError(
+                        f"pass {pass_.name!r}: decoding in steps differs by {worst:.2e} (relative L2) from the full "
+                        f"run ({title}{way[0]} + {way[1]} + {way[2]} tokens): earlier tokens see later ones, or a mask "
+                        "depends on more than positions and padding; nothing was written (--no-check skips this)"
+                    )
+
+    def _allowed(self, pass_: Pass, model: Model) -> float:
+        """The largest relative L2 of a pass that is exact or rounds."""
+        if self.tolerance is not None:
+            return self.tolerance
+        return max(default_tolerance(model), _REORDERED if pass_.numerics == "rounding" else 0.0)
 
     def _again(self, model: Model) -> list[dict[str, Array]]:
         """The same values of the graph as it is now; of inner ones, those that it still has."""
@@ -361,11 +415,7 @@ class NumericCheck(Instrument):
                     "`onnxtools accuracy`"
                 )
             return
-        allowed = (
-            self.tolerance
-            if self.tolerance is not None
-            else max(default_tolerance(model), _REORDERED if pass_.numerics == "rounding" else 0.0)
-        )
+        allowed = self._allowed(pass_, model)
         if worst > allowed:
             limit = f"{worst:.2e} (relative L2){where}, more than {allowed:.0e}"
             raise JobError(
@@ -374,6 +424,19 @@ class NumericCheck(Instrument):
             )
 
 
+def _ways(model: Model, probe: Probe) -> list[list[int]]:
+    """Returns ways to cut a probe into steps: in the middle and near its ends. A short text is not cut."""
+    tokens = token_input(model)
+    ids = probe.feeds.get(tokens.value.name or "") if tokens is not None else None
+    length = ids.shape[tokens.axis] if ids is not None and tokens is not None else 0
+    if length < 4:
+        return []
+    half = length // 2
+    return [[half, 1, length - half - 1], [1, length - 2, 1]]
+
+
+_BEYOND_WINDOWS = 600
+"""Tokens of a text that is decoded in steps: the windows of most models are shorter, GPT-Neo's is 256."""
 _REORDERED = 1e-4
 """What sums in another order may come to, as in ONNX Runtime's own INT4 products (measured: 2.5e-5)."""
 

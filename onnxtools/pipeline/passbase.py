@@ -86,11 +86,13 @@ class Pass(Configured):
         name: the command and recipe name, kebab-case; the entry point has the same one. The first line of the help is
             that of the module's docstring, the rules are those of the class's.
         numerics: how the outputs may change; decides how the numeric check judges.
+        adds_cache: whether the result decodes in steps; the numeric check then does so too.
         example: a command line for `--help`.
         runs_code: it runs code that a recipe names, which must be allowed.
     """
 
     numerics: ClassVar[Numerics] = "exact"
+    adds_cache: ClassVar[bool] = False
     runs_code: ClassVar[bool] = False
 
     @property

@@ -128,6 +128,22 @@ def gathered(r: np.random.Generator) -> Case:
     return [x, r.integers(-x.shape[axis], x.shape[axis], r.integers(1, 4, r.integers(0, 3)))], {"axis": axis}, 1
 
 
+def gathered_nd(r: np.random.Generator) -> Case:
+    x, batch = some(r, *FLOATS, *INTEGERS, rank=3), int(r.integers(2))
+    depth = int(r.integers(1, 4 - batch))
+    places = np.stack([r.integers(-size, size, (*x.shape[:batch], 2)) for size in x.shape[batch : batch + depth]], -1)
+    return [x, places], {"batch_dims": batch}, 1
+
+
+def scattered_nd(r: np.random.Generator) -> Case:
+    """Each place once: ONNX leaves the order of several writes to one place open."""
+    x, depth = some(r, np.float32, np.int64, np.int32, rank=3), int(r.integers(1, 4))
+    all_places = np.stack(np.meshgrid(*map(np.arange, x.shape[:depth]), indexing="ij"), -1).reshape(-1, depth)
+    places = r.permutation(all_places)[: r.integers(1, len(all_places) + 1)]
+    updates = np.ones((len(places), *x.shape[depth:])).astype(x.dtype) * 3
+    return [x, places, updates], {"reduction": ["none", "add", "mul", "max", "min"][r.integers(5)]}, 1
+
+
 def padded(r: np.random.Generator) -> Case:
     x = some(r)
     mode = ["constant", "edge", "wrap"][r.integers(3)]
@@ -194,7 +210,7 @@ FUZZED: dict[str, Make] = {
     "ConstantOfShape": lambda r: ([r.integers(0, 4, 2)],
         {"value": numpy_helper.from_array(np.array([3], [np.int64, np.float32, np.bool_][r.integers(3)]))}, 1),
     "GatherElements": like(lambda r, x: np.zeros(x.shape, np.int64)),
-    "GatherND": like(lambda r, x: np.zeros((2, 1), np.int64)),
+    "GatherND": gathered_nd, "ScatterND": scattered_nd,
     "ScatterElements": lambda r: ([(x := some(r)), np.zeros(x.shape, np.int64), x],
         {"axis": 0, "reduction": ["none", "add", "max"][r.integers(3)]}, 1),
     "BitShift": lambda r: ([np.arange(4, dtype=np.uint32), np.ones(4, np.uint32)],

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from onnxtools.analysis.attention import Attention, Operand, find_attention
 from onnxtools.analysis.cache import CacheSpec, Dim, is_foreign_past
 from onnxtools.analysis.facts import Facts, Tokens, analyse, token_input
-from onnxtools.analysis.masks import mask_constants, prime_above
+from onnxtools.analysis.opsets import reach_opset
 from onnxtools.analysis.positions import shift_positions
 from onnxtools.base.dtypes import BY_NAME
 from onnxtools.base.errors import JobError, NoMatchError, UsageError
@@ -23,14 +23,16 @@ from onnxtools.ir.query import has_dynamic_scales
 from onnxtools.passes.decompose_attention import DecomposeAttention
 from onnxtools.passes.kv_cache.dynamic_shapes import make_dynamic
 from onnxtools.passes.kv_cache.layout import from_bnsh, to_bnsh
-from onnxtools.passes.kv_cache.locality import check_locality, check_positions_follow_past, restrict_to_new_tokens
+from onnxtools.passes.kv_cache.locality import (
+    check_locality,
+    check_positions_follow_past,
+    check_same_for_longer,
+    restrict_to_new_tokens,
+)
 from onnxtools.passes.kv_cache.mask import MaskRewriter
 from onnxtools.passes.kv_cache.renewal import Renewal
 from onnxtools.passes.kv_cache.scores import ScoreReplay
 from onnxtools.pipeline.passbase import Pass, PassResult
-
-_LARGEST_MASK = 4100
-"""Longest sequence, in positions, that a mask is evaluated for."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class AddKvCache(Pass):
 
     name = "add-kv-cache"
     numerics = "rounding"
+    adds_cache = True
     example = "onnxtools add-kv-cache qdq.onnx kv.onnx"
 
     policy: Literal["concat", "new"] = option(
@@ -87,9 +90,9 @@ class AddKvCache(Pass):
             )
 
     def apply(self, model: Model) -> PassResult:
-        notes: list[str] = []
+        notes = [f"Shape needs opset 15: {reach_opset(model, 15)[1]}"] if model.opset < 15 else []
         _read_lengths_from_ids(model)
-        facts = _analyse_for_masks(model)
+        facts = analyse(model)
         blocks = find_attention(model, facts)
         if not blocks:
             einsum = next((node.name for node in model.graph if node.op_type == "Einsum"), None)
@@ -97,6 +100,7 @@ class AddKvCache(Pass):
             raise NoMatchError(
                 f"no attention (Softmax between two MatMuls of activations) was found{hint}; nothing can be cached"
             )
+        check_same_for_longer(model)
         originals = set(model.graph)
         lowering = _Concat(self, model, facts)
         for index, block in enumerate(blocks):
@@ -114,6 +118,7 @@ class AddKvCache(Pass):
             notes += make_dynamic(model, lowering.tokens, lowering.past_1d, lowering.total, originals, lowering.builder)
         else:
             shifted = shift_positions(model, facts, lowering.size, lowering.past, lowering.past_1d, lowering.builder)
+        model.graph.sort()
         _name_dimensions(model, lowering.tokens)
         check_locality(model, originals)
         forget_types(output for node in model.graph for output in node.outputs if not output.is_graph_output())
@@ -143,38 +148,6 @@ def _length(tokens: Tokens, facts: Facts) -> int:
     shape = facts[tokens.value].shape
     assert shape is not None
     return shape[tokens.axis]
-
-
-def _analyse_for_masks(model: Model) -> Facts:
-    """Facts for a sequence that is long enough for a sliding window to show in the masks.
-
-    A mask that is sliced from a stored table limits the sequence to the length of the table; lengths that the graph
-    does not allow are skipped.
-    """
-    facts = analyse(model)
-    size = _length(_tokens(model), facts)
-    numbers: set[int] = set()
-    for node in model.graph:
-        for value in node.inputs if node.op_type in ("Where", "Add", "And", "Or") else ():
-            shape = facts[value].shape
-            if (
-                value is not None
-                and facts[value].value is not None
-                and shape is not None
-                and shape[-2:] == (size, size)
-            ):
-                numbers |= mask_constants(value, facts)
-    for number in sorted((n for n in numbers if n >= size), reverse=True):
-        if number > _LARGEST_MASK:
-            raise JobError(
-                f"a mask is computed from the constant {number}; windows beyond {_LARGEST_MASK} positions cannot be "
-                "checked"
-            )
-        longer = prime_above(number + 1)
-        longer_facts = analyse(model, {name: longer if value == size else value for name, value in facts.dims.items()})
-        if all(longer_facts[o].shape is not None for node in model.graph for o in node.outputs):
-            return longer_facts
-    return facts
 
 
 def _read_lengths_from_ids(model: Model) -> None:

@@ -55,9 +55,21 @@ def _mixes(node: ir.Node, facts: Facts, size: int) -> bool:
         return size in shape[axis:]
     if op == "MatMul":
         return shape[-1] == size
-    if op == "Conv":
+    if op in ("TopK", "ArgMax", "ArgMin", "LpNormalization"):
+        return bool(shape[attribute(node, "axis", -1 if op in ("TopK", "LpNormalization") else 0)] == size)
+    if op in _OVER_IMAGES:
         return size in shape[2:]
+    if op in ("Pad", "ReverseSequence") or op in _ALONG_TIME:
+        return op != "Pad" or shape != facts[node.outputs[0]].shape
     return op == "Concat" and shape[attribute(node, "axis")] == size
+
+
+_OVER_IMAGES = {
+    "Conv", "ConvTranspose", "MaxPool", "AveragePool", "LpPool", "GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool",
+    "InstanceNormalization", "GroupNormalization", "MeanVarianceNormalization",
+}  # fmt: skip
+"""Operators that mix the axes behind the second one."""
+_ALONG_TIME = {"LSTM", "GRU", "RNN"}
 
 
 def _size_at(shape: tuple[int, ...] | None, axis: int) -> int | None:
@@ -92,6 +104,10 @@ def _restrict(value: ir.Value, originals: set[ir.Node], past_1d: ir.Value, total
     for user, index in list(value.uses()):
         if user not in originals or user.op_type == "Shape":
             continue
+        if is_op(user, "CumSum") and attribute(user, "reverse", 0):
+            raise JobError(f"node {user.name!r} (CumSum) counts {value.name!r} from its end, which moves in each step")
+        if is_op(user, "ArgMax", "ArgMin") and not attribute(user, "select_last_index", 0):
+            continue  # the first real token, a place in the whole mask
         if is_op(user, "Cast", "Identity", "Not", "Neg"):
             cuts += _restrict(user.outputs[0], originals, past_1d, total, builder)
             continue
@@ -112,6 +128,41 @@ def _restrict(value: ir.Value, originals: set[ir.Node], past_1d: ir.Value, total
 def _cut(value: ir.Value, past_1d: ir.Value, total: ir.Value, builder: Builder, user: ir.Node) -> ir.Value:
     end = builder.op("Unsqueeze", [total, builder.constant([0], "axes_0")], f"{user.name}/total")
     return builder.op("Slice", [value, past_1d, end, builder.constant([-1], "last_axis")], f"{user.name}/new_tokens")
+
+
+_ARITHMETIC = {"Add", "Sub", "Mul", "Div", "Pow", "Max", "Min", "Where", "MatMul", "Gemm", "Mod"}
+
+
+def check_same_for_longer(model: Model) -> None:
+    """Refuse a graph in which a number that meets data changes with the length of the text.
+
+    Such a number (a scale by the logarithm of the length, angles of dynamic NTK) is another one in a longer text, so
+    what was computed for earlier tokens no longer holds. Masks are looked at where they are rewritten.
+
+    Raises:
+        JobError: names the node and the value.
+    """
+    sizes, tokens = stand_ins(model), token_input(model)
+    facts = analyse(model, sizes)
+    shape = facts[tokens.value].shape if tokens is not None else None
+    if tokens is None or shape is None or shape[tokens.axis] not in sizes.values():
+        return
+    size = shape[tokens.axis]
+    longer = analyse(model, {name: 61 if length == size else length for name, length in sizes.items()})
+    for node in model.graph:
+        if not is_op(node, *_ARITHMETIC) or any(facts[o].value is not None for o in node.outputs):
+            continue
+        if any(len(shape := facts[o].shape or ()) > 2 and shape[-1] == size for o in node.outputs):
+            continue  # scores and their masks
+        for value in node.inputs:
+            a, b = facts[value].value, longer[value].value
+            if value is None or a is None or b is None or a.ndim != b.ndim:
+                continue
+            if not np.array_equal(b[tuple(slice(0, n) for n in a.shape)], a, equal_nan=a.dtype.kind == "f"):
+                raise JobError(
+                    f"node {node.name!r} ({node.op_type}) uses {value.name!r}, which changes with the length of the "
+                    "text: what a cache holds of earlier tokens would no longer be right"
+                )
 
 
 _SHAPE_ARGUMENTS = {

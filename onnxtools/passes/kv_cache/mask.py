@@ -21,6 +21,10 @@ _POINTWISE = {
 }  # fmt: skip
 
 
+_AXES = ("Unsqueeze", "Squeeze")
+"""Operators that may stand between a mask input of pairs and the scores; such an input has rows of new tokens alone."""
+
+
 class MaskRewriter:
     """Writes the masks of the exporter again, grown to the total length.
 
@@ -63,6 +67,10 @@ class MaskRewriter:
             window = f", sliding window of {pattern.window}" if pattern.window else ""
             lines.append(f"mask from positions ({keys}{window}) written for the total length")
         lines += [f"mask input {name!r} now spans total_sequence = past + new tokens" for name in sorted(self.inputs)]
+        lines += [
+            f"warning: mask input {name!r} decides for each pair of tokens who sees whom; it must be causal"
+            for name in sorted(self._whole.pairs)
+        ]
         if self._whole.square:
             lines.append(
                 f"{self._whole.square} masks follow no rule: each step computes them for all pairs of tokens and takes "
@@ -170,17 +178,21 @@ class MaskRewriter:
 
     def _extend(self, value: ir.Value) -> ir.Value:
         if not self.counts_keys(value):
-            return value
+            # A flag of each row, or one number: where padding is in it, it is computed from the whole mask.
+            return self._whole.value(value) if any(map(self.rules.is_padding, self.rules.sources(value))) else value
         known, dtype, node = self.facts[value].value, self.facts[value].dtype, value.producer()
-        if known is not None and np.all(known == known.reshape(-1)[0]):
+        rule, flat = self.rules.rule(value), known is not None and np.all(known == known.reshape(-1)[0])
+        shows_all = rule is not None and rule.pattern is None and rule.padding is None
+        if known is not None and flat and (shows_all or not self.facts.dims):
             return self.builder.constant(np.array(known.reshape(-1)[0]), "mask_constant", dtype)
-        rule = self.rules.rule(value)
         if rule is not None and rule.fill is not None:
             return self.additive(rule, rule.fill, dtype)
         if rule is not None:
             hidden = self._hidden(rule)
             return self.builder.op("Not", [hidden], "/model/mask/visible") if rule.visible else hidden
-        if node is None or not self._is_square(value) or node.op_type not in {*_POINTWISE, "Expand"}:
+        pairs = self.rules.reads_pairs(value)
+        further = {*_POINTWISE, "Expand", *(_AXES if pairs else ())}
+        if node is None or not self._is_square(value) or node.op_type not in further:
             return self._whole.value(value)
         if node.op_type in ("Expand", "Identity") and node.inputs[0] is not None:
             return self.extend(node.inputs[0])

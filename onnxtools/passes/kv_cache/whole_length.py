@@ -26,6 +26,7 @@ class WholeLength:
 
     Attributes:
         inputs: names of the mask inputs that now span the total length.
+        pairs: those of them that have an entry for each pair of tokens.
         square: values that are computed for all pairs of tokens.
     """
 
@@ -33,6 +34,7 @@ class WholeLength:
         self.facts, self.rules, self.builder = facts, rules, builder
         self.past, self.total = past, total
         self.inputs: set[str] = set()
+        self.pairs: set[str] = set()
         self.square = 0
         self._copies: dict[ir.Value, ir.Value] = {}
         self._lengths: dict[str, ir.Value] = {}
@@ -44,13 +46,17 @@ class WholeLength:
             MaskError: it depends on more than sizes and padding, or the export is static.
         """
         shape = self.facts[value].shape or ()
+        if value.is_graph_input() and self._is_mask(value):
+            return self.grow_input(value)
+        if not self.rules.is_same_for_longer(value):
+            raise MaskError("changes with the length of the text, so that earlier tokens depend on later ones")
         for source in self.rules.sources(value):
             if not self._is_mask(source):
                 raise MaskError(f"depends on the input {source.name!r}")
         if self.rules.size in shape[:-2]:
             raise MaskError(f"has the shape {list(shape)}, which is no mask of keys")
         whole = self._copy(value)
-        if shape[-2:-1] != (self.rules.size,) or value.is_graph_input():
+        if shape[-2:-1] != (self.rules.size,):
             return whole
         self.square += 1
         rows = self.builder.constant([-2], "row_axis")
@@ -69,6 +75,8 @@ class WholeLength:
         shape[-1] = ir.SymbolicDim("total_sequence")
         value.shape = ir.Shape(shape)
         self.inputs.add(value.name or "")
+        if len(shape) > 2 and shape[-2] != 1:
+            self.pairs.add(value.name or "")
         return value
 
     def _length(self, name: str) -> ir.Value:
@@ -87,8 +95,9 @@ class WholeLength:
             self._refuse_static(value)
             return value
         if value.is_graph_input():
-            if not self._is_mask(value):
-                raise MaskError(f"depends on the input {value.name!r}")
+            if not self.rules.is_padding(value):
+                raise MaskError(f"rearranges the input {value.name!r}, which has an entry for each pair of tokens"
+                                if self._is_mask(value) else f"depends on the input {value.name!r}")  # fmt: skip
             return self.grow_input(value)
         if node is None or any(graphs_inside(node)):
             raise MaskError(f"comes from {value.name!r}, which has graphs inside" if node else "has no source")
