@@ -99,7 +99,7 @@ def stand_ins(model: Model, above: int = 10) -> dict[str, int]:
     totals: list[str] = []
     past = _growing_past(model)
     for value in model.graph.inputs:
-        ids = is_ids_like(value)
+        ids = is_ids_like(value) or (len(value.shape or ()) == 2 and "mask" in (value.name or "").lower())
         for axis, dim in enumerate(value.shape or ()):
             if isinstance(dim, int):
                 continue
@@ -492,7 +492,7 @@ def _same_type(node: ir.Node, index: int, inputs: list[Fact], model: Model) -> i
     try:
         version = model.ir.opset_imports.get(node.domain, 1)
         schema = onnx.defs.get_schema(node.op_type, version, "" if node.domain == "ai.onnx" else node.domain)
-    except onnx.defs.SchemaError:
+    except (onnx.defs.SchemaError, TypeError):  # an unknown operator, or a version beyond 64 bits
         return None
     formals, results = schema.inputs, schema.outputs
     if not formals or not results:

@@ -113,6 +113,8 @@ def call(
 
 
 def _called(args: tuple[str, ...], where: Path, before: int, after: float, number: int, count: Any) -> None:
+    for handled in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(handled, signal.SIG_DFL)  # pytest's own would answer
     os.chdir(where)
     os.environ["TMPDIR"] = tempfile.tempdir = str(where / "tmp")
     for stream in (1, 2):

@@ -34,6 +34,9 @@ from onnxtools.passes.kv_cache.renewal import Renewal
 from onnxtools.passes.kv_cache.scores import ScoreReplay
 from onnxtools.pipeline.passbase import Pass, PassResult
 
+_ENCODERS = ("encoder_", "decoder_input_ids")
+"""Beginnings of the names of inputs that an encoder-decoder alone has."""
+
 
 @dataclass(frozen=True)
 class AddKvCache(Pass):
@@ -79,6 +82,12 @@ class AddKvCache(Pass):
         cached = [v.name or "" for v in model.graph.inputs if is_foreign_past(v.name)]
         if cached:
             raise JobError(f"the model already has a KV cache (input {cached[0]!r}); start from the model without one")
+        encoder = next((v.name for v in model.graph.inputs if (v.name or "").startswith(_ENCODERS)), None)
+        if encoder is not None:
+            raise JobError(
+                f"the model is a part of an encoder-decoder (input {encoder!r}); add-kv-cache serves models that only "
+                "decode"
+            )
         if self.dtype == "fp8" and model.opset < 19:
             raise JobError(
                 f"an fp8 cache needs opset 19 and the model is at {model.opset}; run `onnxtools convert IN OUT "

@@ -152,12 +152,11 @@ def check_same_for_longer(model: Model) -> None:
     for node in model.graph:
         if not is_op(node, *_ARITHMETIC) or any(facts[o].value is not None for o in node.outputs):
             continue
-        if any(len(shape := facts[o].shape or ()) > 2 and shape[-1] == size for o in node.outputs):
-            continue  # scores and their masks
+        scores = any(len(shape := facts[o].shape or ()) > 2 and shape[-1] == size for o in node.outputs)
         for value in node.inputs:
             a, b = facts[value].value, longer[value].value
-            if value is None or a is None or b is None or a.ndim != b.ndim:
-                continue
+            if value is None or a is None or b is None or a.ndim != b.ndim or (scores and a.shape[-1:] == (size,)):
+                continue  # masks of scores are looked at elsewhere
             if not np.array_equal(b[tuple(slice(0, n) for n in a.shape)], a, equal_nan=a.dtype.kind == "f"):
                 raise JobError(
                     f"node {node.name!r} ({node.op_type}) uses {value.name!r}, which changes with the length of the "

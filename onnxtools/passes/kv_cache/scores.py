@@ -31,6 +31,7 @@ class ScoreReplay:
     def __init__(self, builder: Builder, masks: MaskRewriter, renewal: Renewal) -> None:
         self.builder, self.masks, self.renewal = builder, masks, renewal
         self._masked = False
+        self._unread: set[str] = set()
 
     def replay(self, scores: ir.Value, block: Attention, prefix: str) -> ir.Value:
         """Apply the block's scaling and masking to `scores` [batch, heads, sequence, total].
@@ -38,7 +39,7 @@ class ScoreReplay:
         Raises:
             JobError: the block has no causal mask, or a mask that cannot be extended.
         """
-        self._masked = False
+        self._masked, self._unread = False, set()
         self.renewal.values[block.product_qk.outputs[0]] = scores
         for node, data in block.scores:
             try:
@@ -47,6 +48,11 @@ class ScoreReplay:
                 where = f"attention at {block.softmax.name!r}: the mask of node {node.name!r} ({node.op_type})"
                 raise JobError(f"{where} {error}; it cannot be extended to a cache") from None
             self.renewal.values[node.outputs[0]] = scores
+        if not self._masked and self._unread:
+            raise JobError(
+                f"attention at {block.softmax.name!r} has no causal mask that is understood: it depends on the inputs "
+                f"{', '.join(sorted(self._unread))}"
+            )
         if not self._masked:
             raise JobError(
                 f"attention at {block.softmax.name!r} has no causal mask: earlier tokens see later ones, so a cache "
@@ -76,6 +82,8 @@ class ScoreReplay:
             rule = self.masks.rules.rule(side) if node.op_type in ("Add", "Sub") else None
             if rule is not None and rule.pattern is None and rule.padding is None:
                 return scores  # adds zeros
+            sources = self.masks.rules.sources(side)
+            self._unread |= {v.name or "" for v in sources if len(sources) > 1 or not self.masks.rules.is_padding(v)}
             first = node.op_type == "Add" or (node.op_type == "Sub" and data == 0)
             self._masked |= first and self.masks.rules.hides_later(side, node.op_type)
             inputs[index] = self._with_heads(self.masks.extend(side), side, block)
