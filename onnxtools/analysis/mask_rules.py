@@ -97,12 +97,25 @@ class MaskRules:
                 fills = [self._agrees(rule, value, marks) for marks in _padded(self.rows, self.size)]
             except MaskError:
                 continue
+            if not self._ignores_numbers(rule, value):
+                return None
             if source is None:
                 return self._at_length(rule, value)
             if all(fill is not None for fill in fills):
                 fill = None if rule.fill is None else max(fill for fill in fills if fill is not None)
                 return self._at_length(replace(rule, fill=fill), value)
         return None
+
+    def _ignores_numbers(self, rule: MaskRule, value: ir.Value) -> bool:
+        """Whether tokens marked 2 are real ones too; False where numbers tell packed texts apart.
+
+        Arithmetic such as (1 - mask) * lowest makes no mask of a 2: it counts on 0 and 1.
+        """
+        packed = np.ones((self.rows, self.size), np.int64) + (np.arange(self.size) >= self.size // 2)
+        try:
+            return self._agrees(rule, value, packed) is not None
+        except MaskError:
+            return True
 
     def _at_length(self, rule: MaskRule, value: ir.Value) -> MaskRule | None:
         """Returns the rule that also holds for a long text: with a window that did not show before, or None."""
@@ -264,7 +277,7 @@ class MaskRules:
         What is hidden from padding, and from a token that sees no key, has no meaning.
 
         Args:
-            marks: int64 [rows, size]: 0 marks padding, 1 and 2 real tokens.
+            marks: int64 [rows, size]: 0 marks padding, other numbers real tokens.
         """
         if rule.padding is None:
             return rule.fill or 0.0
@@ -356,9 +369,8 @@ LONGEST_TEXT = 4100
 
 
 def _padded(rows: int, size: int) -> list[Array]:
-    """Returns marks [rows, size]: nothing padded, the left, the right, single places, and real tokens marked 2."""
+    """Returns marks [rows, size]: nothing padded, the left, the right, and single places."""
     left, right = np.arange(size) >= size // 3, np.arange(size) < size - size // 4
     sides = [np.stack([a, b][:rows] + [a] * (rows - 2)) for a, b in ((left, right), (right, left))]
     scattered = list(np.random.default_rng(0).random((2, rows, size)) < 0.6)
-    packed = np.ones((rows, size), np.int64) + (np.arange(size) >= size // 2)
-    return [np.ones((rows, size), np.int64), *(marks.astype(np.int64) for marks in (*sides, *scattered)), packed]
+    return [np.ones((rows, size), np.int64), *(marks.astype(np.int64) for marks in (*sides, *scattered))]
