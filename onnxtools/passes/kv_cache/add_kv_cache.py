@@ -46,8 +46,10 @@ class AddKvCache(Pass):
       - attention is found by structure; each block is rebuilt as MatMul, scale, mask, Softmax, MatMul over
         [batch, heads, sequence, channels], so no reshape inside it depends on the exporter's idea of the lengths;
       - the cache holds keys after rotary embedding and before heads are repeated (grouped and multi-query attention);
-      - a mask made from positions is evaluated; a causal or sliding-window mask is written again for position
-        `past + i`; a mask input grows to the total length; any other mask is an error;
+      - a mask is evaluated; one that hides later tokens, tokens beyond a window and padding is written again for
+        position `past + i`; another one is computed for the whole length; a mask input grows to the total length;
+      - masks and numbers that change with the length of the text are errors, and so are operators through which tokens
+        meet outside attention;
       - positions counted in the graph (Range, sliced tables) start at the past length; `position_ids` inputs stay.
     """
 
