@@ -13,9 +13,11 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxtools.analysis.cache import positions
-from onnxtools.analysis.facts import Facts, Tokens, infer_node
+from onnxtools.analysis.facts import Facts, Tokens
+from onnxtools.analysis.mask_views import MaskViews
 from onnxtools.analysis.masks import (
     BLOCKING,
+    SENTINEL,
     MaskError,
     Pattern,
     hidden_by_addition,
@@ -24,14 +26,10 @@ from onnxtools.analysis.masks import (
     prime_above,
     square,
 )
-from onnxtools.analysis.operators import UNKNOWN, Fact
 from onnxtools.base.errors import JobError
 from onnxtools.ir.model import Model
-from onnxtools.ir.query import attribute, is_op
 
 Array = np.ndarray[Any, Any]
-_LIMIT = 1 << 27
-"""Most elements of a mask that is evaluated; two rows of a window of 4096 have 2^26."""
 
 
 @dataclass(frozen=True)
@@ -61,21 +59,20 @@ class MaskRules:
 
     Args:
         model: the model.
-        facts: its facts; the sequence has `size` tokens in them.
+        facts: its facts.
         tokens: its token ids.
-        size: tokens of a sequence.
+
+    Attributes:
+        views: evaluates masks.
+        size: tokens of a text in `facts`.
     """
 
-    def __init__(self, model: Model, facts: Facts, tokens: Tokens, size: int) -> None:
-        self.model, self.facts, self.tokens, self.size = model, facts, tokens, size
-        shape = facts[tokens.value].shape
-        assert shape is not None and tokens.value.shape is not None
-        self._batch = shape[tokens.batch_axis]
-        self.rows = self._batch if isinstance(tokens.value.shape[tokens.batch_axis], int) else 2
-        self._order = {node: index for index, node in enumerate(model.graph)}
-        self._views: dict[tuple[ir.Value | None, int, bytes], Facts] = {}
-        self._read: dict[ir.Value, frozenset[ir.Value]] = {}
+    def __init__(self, model: Model, facts: Facts, tokens: Tokens) -> None:
+        self.facts, self.tokens = facts, tokens
+        self.views = MaskViews(model, facts, tokens)
+        self.size = self.views.size
         self._rules: dict[ir.Value, MaskRule | None] = {}
+        assert tokens.value.shape is not None
         self._fixed = isinstance(tokens.value.shape[tokens.axis], int)
         self._limit = positions(model)
 
@@ -87,14 +84,14 @@ class MaskRules:
 
     def _rule(self, value: ir.Value) -> MaskRule | None:
         known = self.facts[value].value
-        source = self._padding(value) if known is None else None
+        source = self.views.padding(value) if known is None else None
         if known is None and source is None:
             return None
         for real in (1, 0) if known is None else (1,):
             try:
-                array = known if known is not None else self._elements(value, source, self._all(), real)
+                array = known if known is not None else self.views.elements(value, source, self.views.all_real(), real)
                 rule = replace(self._split(array), padding=source, real=real)
-                fills = [self._agrees(rule, value, marks) for marks in _padded(self.rows, self.size)]
+                fills = [self._agrees(rule, value, marks) for marks in _padded(self.views.rows, self.size)]
             except MaskError:
                 continue
             if not self._ignores_numbers(rule, value):
@@ -111,7 +108,7 @@ class MaskRules:
 
         Arithmetic such as (1 - mask) * lowest makes no mask of a 2: it counts on 0 and 1.
         """
-        packed = np.ones((self.rows, self.size), np.int64) + (np.arange(self.size) >= self.size // 2)
+        packed = np.ones((self.views.rows, self.size), np.int64) + (np.arange(self.size) >= self.size // 2)
         try:
             return self._agrees(rule, value, packed) is not None
         except MaskError:
@@ -121,11 +118,9 @@ class MaskRules:
         """Returns the rule that also holds for a long text: with a window that did not show before, or None."""
         for length in self._lengths(value):
             try:
-                array = self._elements(value, rule.padding, self._all(length, 1), rule.real)
+                array = self.views.elements(value, rule.padding, self.views.all_real(length, 1), rule.real)
             except MaskError:
                 continue  # a table of positions may be shorter
-            finally:
-                self._views = {key: view for key, view in self._views.items() if key[1] == self.size}
             if array.shape[-2:] != (length, length):
                 continue
             try:
@@ -147,7 +142,7 @@ class MaskRules:
         """
         if self._fixed:
             return []
-        limit = self._limit or LONGEST_TEXT
+        limit = self._limit or SENTINEL
         windows = [n for n in mask_constants(value, self.facts) if LONG_TEXT <= n < limit]
         if windows and max(windows) > LONGEST_TEXT:
             raise JobError(
@@ -180,11 +175,11 @@ class MaskRules:
         known = self.facts[value].value
         if known is not None and length is None:
             return known
-        source = self._padding(value) if known is None else None
+        source = self.views.padding(value) if known is None else None
         if known is None and source is None:
             return None
         try:
-            return self._elements(value, source, self._all(length), 1)
+            return self.views.elements(value, source, self.views.all_real(length), 1)
         except MaskError:
             return None
 
@@ -214,7 +209,9 @@ class MaskRules:
 
     def reads_pairs(self, value: ir.Value) -> bool:
         """Whether the mask comes from an input with an entry for each pair of tokens."""
-        return any((self.facts[source].shape or ())[-2:] == (self.size, self.size) for source in self.sources(value))
+        return any(
+            (self.facts[source].shape or ())[-2:] == (self.size, self.size) for source in self.views.sources(value)
+        )
 
     def _hides(self, array: Array) -> bool:
         """Whether added numbers [..., size, size] hide all later keys, and leave each token one that it sees."""
@@ -223,38 +220,6 @@ class MaskRules:
         blocked = array.reshape(-1, self.size, self.size) <= BLOCKING
         later = np.triu(np.ones((self.size, self.size), bool), 1)
         return bool(blocked[:, later].all() and not blocked.all(axis=-1).any())
-
-    def sources(self, value: ir.Value) -> frozenset[ir.Value]:
-        """Returns the graph inputs whose elements, not only whose sizes, `value` is computed from."""
-        waiting, found, seen = [value], set[ir.Value](), {value}
-        while waiting:
-            current = waiting.pop()
-            node = current.producer()
-            if current.is_graph_input():
-                found.add(current)
-            elif current in self._read:
-                found |= self._read[current]
-            elif node is not None and not is_op(node, "Shape", "Size"):
-                new = {v for v in node.inputs if v is not None} - seen
-                seen |= new
-                waiting += new
-        self._read[value] = frozenset(found)
-        return self._read[value]
-
-    def is_padding(self, value: ir.Value) -> bool:
-        """Whether a graph input may mark padding: [batch, sequence], and neither tokens nor positions."""
-        shape, ids = self.facts[value].shape, self.facts[self.tokens.value].shape
-        if shape is None or ids is None or len(shape) != 2 or value is self.tokens.value:
-            return False
-        return shape == (self._batch, self.size) and "position" not in (value.name or "")
-
-    def _padding(self, value: ir.Value) -> ir.Value | None:
-        sources = list(self.sources(value))
-        return sources[0] if len(sources) == 1 and self.is_padding(sources[0]) else None
-
-    def _all(self, length: int | None = None, rows: int | None = None) -> Array:
-        fixed = self.rows == self._batch
-        return np.ones((self.rows if fixed or rows is None else rows, length or self.size), np.int64)
 
     def _split(self, array: Array, size: int | None = None) -> MaskRule:
         """Returns the rule of known elements.
@@ -281,7 +246,7 @@ class MaskRules:
         """
         if rule.padding is None:
             return rule.fill or 0.0
-        array, real = self._elements(value, rule.padding, marks, rule.real), marks > 0
+        array, real = self.views.elements(value, rule.padding, marks, rule.real), marks > 0
         if rule.fill is None:
             hidden, fill = ~array if rule.visible else array, 0.0
         else:
@@ -290,76 +255,12 @@ class MaskRules:
         expected = ~real[:, None, None, :]
         if rule.pattern is not None:
             expected = expected | rule.pattern.blocked(self.size)
-        if hidden.ndim != 4 or hidden.shape[0] not in (1, self.rows):
+        if hidden.ndim != 4 or hidden.shape[0] not in (1, self.views.rows):
             return None
         matters = ~expected.all(axis=-1, keepdims=True)
         if "mask" in (rule.padding.name or "").lower():
             matters = matters & real[:, None, :, None]
         return None if np.any((hidden != expected) & matters) else fill
-
-    def _elements(self, value: ir.Value, source: ir.Value | None, marks: Array, real: int) -> Array:
-        """Returns the elements of `value` where `source` marks tokens by `marks` [rows, length].
-
-        Raises:
-            MaskError: they cannot be computed.
-        """
-        length = marks.shape[1]
-        marked = marks if real else 1 - np.minimum(marks, 1)
-        key = (source, length, marked.tobytes() if source is not None else b"")
-        if key not in self._views:
-            self._views[key] = self._view(*marks.shape)
-            if source is not None:
-                dtype = self.facts[source].dtype
-                array = marked.astype(dtype.numpy() if dtype is not None else bool)
-                self._views[key][source] = Fact(dtype, array.shape, array)
-        view = self._views[key]
-        for node in self._above(value, view):
-            if is_op(node, "Shape"):
-                view[node.outputs[0]] = self._sizes(node, *marks.shape)
-            else:
-                infer_node(node, view, self.model)
-        found = view[value].value
-        if found is None:
-            raise MaskError(f"depends on {value.name!r}, which cannot be evaluated")
-        return found
-
-    def _view(self, rows: int, length: int) -> Facts:
-        """Returns facts of the inputs alone, with `rows` rows of `length` tokens."""
-        view = Facts({}, _LIMIT)
-        for value in self.model.graph.inputs:
-            fact = self.facts[value]
-            if fact.shape is not None:
-                view[value] = Fact(fact.dtype, self._resized(fact.shape, rows, length))
-        return view
-
-    def _resized(self, shape: tuple[int, ...], rows: int, length: int) -> tuple[int, ...]:
-        """Returns `shape` with `rows` and `length` in place of the stand-ins, which are primes."""
-        sizes = []
-        for size in shape:
-            if size and rows != self._batch and size % self._batch == 0:
-                size = size // self._batch * rows
-            if size and length != self.size and size % self.size == 0:
-                size = size // self.size * length
-            sizes.append(size)
-        return tuple(sizes)
-
-    def _sizes(self, node: ir.Node, rows: int, length: int) -> Fact:
-        """Returns the output of a Shape by the facts of the model: what lies above may be no part of the mask."""
-        shape = self.facts[node.inputs[0]].shape
-        if shape is None:
-            return UNKNOWN
-        sizes = self._resized(shape, rows, length)[attribute(node, "start", 0) : attribute(node, "end", None)]
-        return Fact(ir.DataType.INT64, (len(sizes),), np.array(sizes, dtype=np.int64))
-
-    def _above(self, value: ir.Value, view: Facts) -> list[ir.Node]:
-        """Returns the nodes from sizes and inputs to `value` that have no facts in `view`, in graph order."""
-        waiting, nodes = [value], set[ir.Node]()
-        while waiting:
-            node = waiting.pop().producer()
-            if node is not None and node not in nodes and not (node.outputs and node.outputs[0] in view):
-                nodes.add(node)
-                waiting += [v for v in node.inputs if v is not None and not is_op(node, "Shape")]
-        return sorted(nodes, key=lambda node: self._order.get(node, -1))
 
 
 LONG_TEXT = 1031

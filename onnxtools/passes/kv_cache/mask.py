@@ -44,13 +44,12 @@ class MaskRewriter:
     def __init__(
         self, model: Model, facts: Facts, builder: Builder, tokens: Tokens, past: ir.Value, total: ir.Value
     ) -> None:
-        shape = facts[tokens.value].shape
-        assert shape is not None
-        self.facts, self.builder, self.size = facts, builder, shape[tokens.axis]
+        self.facts, self.builder = facts, builder
         self.past, self.total = past, total
         self.anchor = builder.before
         self.patterns: set[Pattern] = set()
-        self.rules = MaskRules(model, facts, tokens, self.size)
+        self.rules = MaskRules(model, facts, tokens)
+        self.size = self.rules.size
         self._whole = WholeLength(facts, self.rules, builder, past, total)
         self._replacements: dict[Any, ir.Value] = {}
 
@@ -179,7 +178,11 @@ class MaskRewriter:
     def _extend(self, value: ir.Value) -> ir.Value:
         if not self.counts_keys(value):
             # A flag of each row, or one number: where padding is in it, it is computed from the whole mask.
-            return self._whole.value(value) if any(map(self.rules.is_padding, self.rules.sources(value))) else value
+            return (
+                self._whole.value(value)
+                if any(map(self.rules.views.is_padding, self.rules.views.sources(value)))
+                else value
+            )
         known, dtype, node = self.facts[value].value, self.facts[value].dtype, value.producer()
         rule, flat = self.rules.rule(value), known is not None and np.all(known == known.reshape(-1)[0])
         shows_all = rule is not None and rule.pattern is None and rule.padding is None

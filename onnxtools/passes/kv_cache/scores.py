@@ -82,8 +82,10 @@ class ScoreReplay:
             rule = self.masks.rules.rule(side) if node.op_type in ("Add", "Sub") else None
             if rule is not None and rule.pattern is None and rule.padding is None:
                 return scores  # adds zeros
-            sources = self.masks.rules.sources(side)
-            self._unread |= {v.name or "" for v in sources if len(sources) > 1 or not self.masks.rules.is_padding(v)}
+            sources = self.masks.rules.views.sources(side)
+            self._unread |= {
+                v.name or "" for v in sources if len(sources) > 1 or not self.masks.rules.views.is_padding(v)
+            }
             first = node.op_type == "Add" or (node.op_type == "Sub" and data == 0)
             self._masked |= first and self.masks.rules.hides_later(side, node.op_type)
             inputs[index] = self._with_heads(self.masks.extend(side), side, block)

@@ -50,7 +50,7 @@ class WholeLength:
             return self.grow_input(value)
         if not self.rules.is_same_for_longer(value):
             raise MaskError("changes with the length of the text, so that earlier tokens depend on later ones")
-        for source in self.rules.sources(value):
+        for source in self.rules.views.sources(value):
             if not self._is_mask(source):
                 raise MaskError(f"depends on the input {source.name!r}")
         if self.rules.size in shape[:-2]:
@@ -67,7 +67,7 @@ class WholeLength:
     def _is_mask(self, value: ir.Value) -> bool:
         """Whether a graph input marks padding, or has an entry for each pair of tokens."""
         shape = self.facts[value].shape or ()
-        return self.rules.is_padding(value) or (len(shape) > 2 and shape[-1] == self.rules.size)
+        return self.rules.views.is_padding(value) or (len(shape) > 2 and shape[-1] == self.rules.size)
 
     def grow_input(self, value: ir.Value) -> ir.Value:
         """Make the last axis of a mask input the total length, and return the input."""
@@ -95,7 +95,7 @@ class WholeLength:
             self._refuse_static(value)
             return value
         if value.is_graph_input():
-            if not self.rules.is_padding(value):
+            if not self.rules.views.is_padding(value):
                 raise MaskError(f"rearranges the input {value.name!r}, which has an entry for each pair of tokens"
                                 if self._is_mask(value) else f"depends on the input {value.name!r}")  # fmt: skip
             return self.grow_input(value)
