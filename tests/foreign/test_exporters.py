@@ -77,7 +77,7 @@ def test_a_cache_is_added_to_optimums_decoders(name: str, tmp_path: Path) -> Non
         assert rel_l2(real(feeds, found), real(feeds, expected)) < TOLERANCE, steps
 
 
-@pytest.mark.parametrize("name", [name for name in WHOLE if name in ("llama", "bloom", "gpt_oss", "falcon_alibi")])
+@pytest.mark.parametrize("name", [name for name in WHOLE if name in ("llama", "gpt_oss")])
 def test_the_cached_graph_goes_on(name: str, tmp_path: Path) -> None:
     """What add-kv-cache writes is a graph as any other: half precision, INT8, and `validate` against the original."""
     path = graph(name, tmp_path)
@@ -89,7 +89,7 @@ def test_the_cached_graph_goes_on(name: str, tmp_path: Path) -> None:
     assert rel_l2(real(feeds, found), real(feeds, expected)) < 0.05
 
 
-@pytest.mark.parametrize("name", PAST)
+@pytest.mark.parametrize("name", [name for name in PAST if name.split(".")[0] in ("gpt2", "gptj", "llama", "bloom")])
 def test_optimums_decoders_with_a_cache(name: str, tmp_path: Path) -> None:
     path = graph(name, tmp_path)
     feeds, expected = truth(name)
