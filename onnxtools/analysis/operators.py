@@ -235,8 +235,8 @@ _UNARY: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 _SAME_SHAPE_ONLY = {
     "Tanh", "Erf", "Sigmoid", "Relu", "Gelu", "Softmax", "LogSoftmax", "Clip", "LayerNormalization", "RMSNormalization",
-    "SimplifiedLayerNormalization", "Trilu", "QuantizeLinear", "DequantizeLinear",
-    "Dropout", "CumSum", "Swish", "IsNaN", "Elu", "LeakyRelu", "Softplus", "HardSwish",
+    "SimplifiedLayerNormalization", "GroupNormalization", "InstanceNormalization", "Trilu", "QuantizeLinear",
+    "DequantizeLinear", "Dropout", "CumSum", "Swish", "IsNaN", "Elu", "LeakyRelu", "Softplus", "HardSwish",
     "BitwiseNot",
 }  # fmt: skip
 _BROADCAST_ONLY = {"Div", "Max", "Min", "Mod", "PRelu", "BitwiseAnd", "BitwiseOr", "Sum", "Mean"}

@@ -82,7 +82,11 @@ def _convert_old(model: Model) -> None:
         )
     from onnx import version_converter
 
-    proto = ir.to_proto(ir.Model(model.graph, ir_version=max(model.ir.ir_version or 0, 4)))
+    scan = next((node for node in model.graph.all_nodes() if node.op_type == "Scan"), None)
+    if scan is not None:
+        raise JobError(f"node {scan.name!r} (Scan): opset 9 took its batch away; export the model at opset 17")
+    proto = ir.to_proto(model.ir)
+    proto.ir_version = max(proto.ir_version, 4)
     onnx.load_external_data_for_model(proto, str(model.path.parent) if model.path is not None else "")
     try:
         converted = version_converter.convert_version(proto, _OLDEST)
@@ -91,8 +95,22 @@ def _convert_old(model: Model) -> None:
             f"opset {model.opset}: onnx's converter stops at {one_line(error)}; export the model again with opset 17 "
             "or later"
         ) from None
+    for name in ("producer_name", "producer_version", "domain", "model_version", "doc_string"):
+        setattr(converted, name, getattr(proto, name))
+    del converted.metadata_props[:]
+    converted.metadata_props.extend(proto.metadata_props)
     model.ir = ir.from_proto(converted)
+    for node in model.graph.all_nodes():
+        if node.op_type == "Resize" and "coordinate_transformation_mode" not in node.attributes:
+            _keep_corners(node)
     model.lift_constants()
+
+
+def _keep_corners(node: ir.Node) -> None:
+    """Before opset 11, places were divided by the scale and rounded down; the converter leaves that out."""
+    node.attributes["coordinate_transformation_mode"] = ir.AttrString("coordinate_transformation_mode", "asymmetric")
+    if attribute(node, "mode", "nearest") == "nearest":
+        node.attributes["nearest_mode"] = ir.AttrString("nearest_mode", "floor")
 
 
 def lowest_ir_version(opset: int) -> int:
@@ -175,15 +193,18 @@ def _softmax(node: ir.Node, builder: Builder, facts: Facts) -> int | None:
 
 def _group_normalization(node: ir.Node, builder: Builder, facts: Facts) -> int | None:
     """Opset 21 has a scale and a bias for each channel; before, each group had one."""
-    shape, groups = facts[node.inputs[0]].shape, attribute(node, "num_groups")
-    if shape is None or len(shape) < 2 or shape[1] in facts.dims.values() or node.graph is not builder.graph:
+    groups, data = attribute(node, "num_groups"), node.inputs[0]
+    if data is None or node.graph is not builder.graph:
         return None
+    count = builder.constant([groups], "groups")
+    channels = builder.op("Shape", [data], f"{node.name}/channels", start=1, end=2)
+    each = builder.op("Div", [channels, count], f"{node.name}/each")
+    sizes = builder.op("Concat", [count, each], f"{node.name}/sizes", axis=0)
     for index in (1, 2):
         column = builder.op("Unsqueeze", [node.inputs[index], builder.constant([1], "axes")], f"{node.name}/column")
-        sizes = builder.constant([groups, shape[1] // groups], "group_sizes")
         wide = builder.op("Expand", [column, sizes], f"{node.name}/Expand")
-        channels = builder.op("Reshape", [wide, builder.constant([-1], "flat")], f"{node.name}/channels")
-        node.replace_input_with(index, channels)
+        flat = builder.op("Reshape", [wide, builder.constant([-1], "flat")], f"{node.name}/by_channel")
+        node.replace_input_with(index, flat)
     return 1
 
 
@@ -217,7 +238,9 @@ def _grid_sample(node: ir.Node, builder: Builder, facts: Facts) -> int | None:
 
 
 def _dropout(node: ir.Node, builder: Builder, facts: Facts) -> int | None:
-    """Opset 12 made the ratio an input. It matters only in training."""
+    """Opset 12 made the ratio an input. It matters only in training; the mask of before has no equal."""
+    if any(output.uses() or output.is_graph_output() for output in node.outputs[1:]):
+        return None
     if "ratio" in node.attributes:
         ratio = np.array(node.attributes.pop("ratio").value, np.float32)
         node.resize_inputs(2)

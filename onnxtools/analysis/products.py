@@ -121,7 +121,7 @@ def unreached(model: Model) -> Iterator[Unreached]:
                 yield Unreached(*place, _OTHER_PRODUCTS[node.op_type])
         elif node.graph is not model.graph:
             if weight is not None:
-                yield Unreached(*place, "inside If, Loop or Scan (fold-constants inlines a known branch)")
+                yield Unreached(*place, "inside If, Loop or Scan (fold-constants takes a branch that is known)")
         elif weight is None and any(is_constant_expression(v) for v in node.inputs[:2]) and not _traced(node):
             yield Unreached(*place, "its weight is computed from constants (fold-constants --max-elements does it)")
     for function in model.ir.functions.values():

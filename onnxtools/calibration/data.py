@@ -99,10 +99,16 @@ def _arrays(path: Path, model: Model) -> list[Feeds]:
     lonely = next((v.name for v in model.graph.inputs if v.name not in feeds and not may_be_past(v.name)), None)
     if lonely is not None:
         raise JobError(f"{path}: has no {lonely!r}, an input of the graph; write one array for each input")
-    parts = {_batches(value, feeds[value.name or ""]) for value in named}
-    count = parts.pop() if len(parts) == 1 else 1
-    pieces = [{v.name or "": np.split(feeds[v.name or ""], count)[i] if count > 1 else feeds[v.name or ""]
-               for v in named} for i in range(count)]  # fmt: skip
+    parts = {value.name or "": _batches(value, feeds[value.name or ""]) for value in named}
+    several = {name: count for name, count in parts.items() if count > 1}
+    if len(set(several.values())) > 1:
+        told = ", ".join(f"{count} of {name!r}" for name, count in several.items())
+        raise JobError(f"{path}: holds several batches, but not the same number for each input: {told}")
+    count = max(several.values(), default=1)
+    pieces = [
+        {name: np.split(array, count)[i] if name in several else array for name, array in feeds.items()}
+        for i in range(count)
+    ]
     for value in named:
         _check_array(path, value, pieces[0][value.name or ""])
     return [_with_caches(model, piece) for piece in pieces]
@@ -111,8 +117,9 @@ def _arrays(path: Path, model: Model) -> list[Feeds]:
 def _batches(value: ir.Value, array: np.ndarray[Any, Any]) -> int:
     """Returns how many batches of the graph's fixed size `array` holds along axis 0; 1 if it is not so."""
     fixed = value.shape[0] if value.shape else None
-    whole = isinstance(fixed, int) and fixed > 0 and array.ndim > 0 and len(array) and len(array) % fixed == 0
-    return len(array) // fixed if whole and isinstance(fixed, int) else 1
+    if not isinstance(fixed, int) or fixed <= 0 or not array.ndim or not len(array) or len(array) % fixed:
+        return 1
+    return len(array) // fixed
 
 
 def _with_caches(model: Model, feeds: Feeds) -> Feeds:

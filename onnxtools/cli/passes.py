@@ -113,7 +113,7 @@ def instruments(passes: list[Pass], model: Model, options: RunOptions, output: P
         each = bool(options.check) or model.weight_bytes() < CHECK_LIMIT
         chosen += [
             NumericCheck(
-                read_feeds(options.inputs) if options.inputs else None,
+                read_feeds(options.inputs) if options.inputs else _calibration_feeds(passes, model),
                 options.tolerance,
                 full=bool(options.check),
                 decodes=any(pass_.adds_cache for pass_ in passes),
@@ -121,6 +121,21 @@ def instruments(passes: list[Pass], model: Model, options: RunOptions, output: P
             Checker(each=each),
         ]
     return [*chosen, PeakMemory(), NodeCount(), Timing()]
+
+
+def _calibration_feeds(passes: Sequence[Pass], model: Model) -> dict[str, Any] | None:
+    """The first inputs that a pass calibrates with, where they are arrays and the graph takes no tokens.
+
+    Images and sounds have ranges that random numbers have not.
+    """
+    from onnxtools.analysis.facts import token_input
+    from onnxtools.calibration.calibration_options import Calibrated
+    from onnxtools.calibration.data import read_samples
+
+    with_arrays = [p for p in passes if isinstance(p, Calibrated) and (p.calib or "").endswith(".npz")]
+    if not with_arrays or token_input(model) is not None:
+        return None
+    return dict(read_samples(model, with_arrays[0])[0])
 
 
 def write_model(model: Model, output: Path, passes: Sequence[Pass], copy_weights: bool | None) -> SaveReport:

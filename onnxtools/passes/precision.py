@@ -458,7 +458,15 @@ def _takes(node: ir.Node, dtype: ir.DataType, opset: int) -> bool:
     if node.domain not in ("", "ai.onnx"):
         return True
     schema = _schema(node.op_type, "", opset)
-    type_name = f"tensor({dtype.name.lower()})"
-    return schema is None or all(
-        type_name in c.allowed_type_strs for c in schema.type_constraints if "tensor(float)" in c.allowed_type_strs
+    if schema is None:
+        return True
+    wide, narrow = "tensor(float)", f"tensor({dtype.name.lower()})"
+    if any(formal.type_str == wide for formal in schema.outputs):
+        return False  # its result is float32 whatever goes in
+    # A sequence or an optional of the type counts too.
+    return all(
+        text.replace(wide, narrow) in constraint.allowed_type_strs
+        for constraint in schema.type_constraints
+        for text in constraint.allowed_type_strs
+        if wide in text
     )

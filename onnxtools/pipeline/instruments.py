@@ -408,8 +408,8 @@ class NumericCheck(Instrument):
             if worst > (FAIL if self.tolerance is None else self.tolerance):
                 raise JobError(
                     f"pass {pass_.name!r} changed the outputs by {worst:.2g} (relative L2){where}: hardly anything of "
-                    "the model is left; nothing was"
-                    " written (--tolerance allows more, --no-check skips this)"
+                    "the model is left; nothing was written (--inputs compares on real inputs, --tolerance allows "
+                    "more, --no-check skips this)"
                 )
             if worst > WARN:
                 step.result.notes.append(

@@ -41,7 +41,9 @@ W = normal(8, 4, 1, 1, seed=1)
 OLD: dict[str, tuple[int, list[onnx.NodeProto], Feeds]] = {
     "Upsample-7": (7, [N("Upsample", ["x"], ["y"], scales=[1.0, 1.0, 2.0, 2.0])], {}),
     "Upsample-9": (9, [N("Upsample", ["x", "s"], ["y"])], {"s": np.array([1, 1, 2, 2], np.float32)}),
-    "Resize-10": (10, [N("Resize", ["x", "s"], ["y"])], {"s": np.array([1, 1, 2, 2], np.float32)}),
+    "Resize-10": (10, [N("Resize", ["x", "s"], ["y"])], {"s": np.array([1, 1, 1.5, 1.7], np.float32)}),
+    "Upsample-9, linear": (9, [N("Upsample", ["x", "s"], ["y"], mode="linear")],
+                           {"s": np.array([1, 1, 2, 2], np.float32)}),
     "Slice-1": (8, [N("Slice", ["x"], ["y"], starts=[1], ends=[3], axes=[2])], {}),
     "Pad-2": (9, [N("Pad", ["x"], ["y"], pads=[0, 0, 1, 1, 0, 0, 1, 1], mode="reflect")], {}),
     "Clip-6": (10, [N("Clip", ["x"], ["y"], min=-0.5, max=0.5)], {}),
@@ -67,6 +69,31 @@ def test_opsets_before_11_are_raised(kind: str, version: int, tmp_path: Path) ->
     succeed("set-opset", path, tmp_path / "o.onnx", "--version", str(version))
     assert same(path, tmp_path / "o.onnx") < 1e-6
     onnx.checker.check_model(onnx.load(tmp_path / "o.onnx"), full_check=True)
+
+
+def test_what_a_model_says_of_itself_is_kept(tmp_path: Path) -> None:
+    model = onnx.load(image(tmp_path / "m.onnx", [N("Relu", ["x"], ["y"])], {}, 9, ir_version=4))
+    model.producer_name, model.model_version, model.doc_string = "exporter", 5, "a text"
+    helper.set_model_props(model, {"names": "cat,dog"})
+    onnx.save(model, tmp_path / "m.onnx")
+    succeed("set-opset", tmp_path / "m.onnx", tmp_path / "o.onnx")
+    found = onnx.load(tmp_path / "o.onnx")
+    assert (found.producer_name, found.model_version, found.doc_string) == ("exporter", 5, "a text")
+    assert {"names": "cat,dog"}.items() <= {p.key: p.value for p in found.metadata_props}.items()
+
+
+@pytest.mark.parametrize("channels", [8, 11, 13])
+def test_groups_are_normalized_by_channel(channels: int, tmp_path: Path) -> None:
+    """Opset 21: a scale for each channel. Two in a row: the shape behind the first one is known."""
+    groups = 1 if channels % 4 else 4
+    nodes = [N("Conv", ["x", "k"], ["c"]), N("GroupNormalization", ["c", "s", "b"], ["g"], num_groups=groups),
+             N("Conv", ["g", "k2"], ["d"]),
+             N("GroupNormalization", ["d", "s", "b"], ["y"], num_groups=groups)]  # fmt: skip
+    weights = {"k": normal(channels, 4, 1, 1), "k2": normal(channels, channels, 1, 1), "s": normal(groups, seed=5),
+               "b": normal(groups, seed=6)}  # fmt: skip
+    path = image(tmp_path / "m.onnx", nodes, weights, 18)
+    succeed("set-opset", path, tmp_path / "o.onnx", "--version", "21")
+    assert same(path, tmp_path / "o.onnx") < 1e-5
 
 
 def test_roi_align_keeps_its_corners(tmp_path: Path) -> None:
@@ -239,6 +266,29 @@ def test_several_images_for_a_graph_of_one(tmp_path: Path) -> None:
     path = image(tmp_path / "m.onnx", [N("Conv", ["x", "w"], ["y"], name="conv")], {"w": W}, shape=[1, 4, 6, 6])
     told = calibrated(path, tmp_path / "q.onnx", "--int8", data=normal(5, 4, 6, 6))
     assert "calibrated on 5 texts" in told
+
+
+def test_inputs_without_a_batch_are_used_again(tmp_path: Path) -> None:
+    nodes = [N("Conv", ["x", "w"], ["c"], name="conv"), N("Add", ["c", "anchor"], ["y"])]
+    path = image(tmp_path / "m.onnx", nodes, {"w": W}, shape=[1, 4, 6, 6])
+    model = onnx.load(path)
+    model.graph.input.append(info("anchor", [8, 1, 1]))
+    onnx.save(model, path)
+    np.savez(tmp_path / "x.npz", x=normal(5, 4, 6, 6), anchor=normal(8, 1, 1))
+    flags = ("--int8", "--calib", tmp_path / "x.npz", "--tolerance", "1")
+    assert "calibrated on 5 texts" in succeed("quantize", path, tmp_path / "q.onnx", *flags).out
+    np.savez(tmp_path / "x.npz", x=normal(5, 4, 6, 6), anchor=normal(16, 1, 1))
+    assert "not the same number" in refuse("quantize", path, tmp_path / "q.onnx", *flags, "--force")
+
+
+@pytest.mark.parametrize("to", ["fp16", "bf16"])
+def test_quantized_values_of_old_opsets_stay_fp32(to: str, tmp_path: Path) -> None:
+    """Before opset 19 a DequantizeLinear makes float32 alone."""
+    nodes = [N("QuantizeLinear", ["x", "s", "z"], ["q"]), N("DequantizeLinear", ["q", "s", "z"], ["d"]),
+             N("Conv", ["d", "w"], ["c"]), N("Relu", ["c"], ["y"])]  # fmt: skip
+    path = image(tmp_path / "m.onnx", nodes, {"w": W, "s": np.float32(0.05), "z": np.int8(0)})
+    succeed("precision", path, tmp_path / "h.onnx", "--to", to, "--keep-io")
+    onnx.checker.check_model(onnx.load(tmp_path / "h.onnx"), full_check=True)
 
 
 def test_the_range_of_a_convolution_follows_the_method(tmp_path: Path) -> None:

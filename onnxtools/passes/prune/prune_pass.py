@@ -66,7 +66,11 @@ class Prune(Selected, Calibrated):
 
     def apply(self, model: Model) -> PassResult:
         head, products = head_product(model), list(weight_products(model))
-        if not products:
+        missed = [
+            {"weight": place.weight, "node": place.node, "dtype": "", "shape": "", "left": place.reason}
+            for place in unreached(model)
+        ]
+        if not products and not missed:
             raise NoMatchError(
                 f"{model.path}: has no MatMul, Gemm or Conv with a stored weight, so there is nothing to prune; see it "
                 "with `onnxtools inspect`"
@@ -97,10 +101,7 @@ class Prune(Selected, Calibrated):
                     "left": reason,
                 }
             )
-        table += [
-            {"weight": place.weight, "node": place.node, "dtype": "", "shape": "", "left": place.reason}
-            for place in unreached(model)
-        ]
+        table += missed
         if not chosen:
             reasons = Counter(row["left"] for row in table)
             raise NoMatchError(
