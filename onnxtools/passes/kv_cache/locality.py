@@ -55,6 +55,9 @@ def _mixes(node: ir.Node, facts: Facts, size: int) -> bool:
         return size in shape[axis:]
     if op == "MatMul":
         return shape[-1] == size
+    if op in ("Gather", "Slice"):
+        picks = size not in (facts[node.outputs[0]].shape or (size,))
+        return _turns(node, facts, size) or (picks and _joins(node, facts, size))
     if op in ("TopK", "ArgMax", "ArgMin", "LpNormalization"):
         return bool(shape[attribute(node, "axis", -1 if op in ("TopK", "LpNormalization") else 0)] == size)
     if op in _OVER_IMAGES:
@@ -62,6 +65,29 @@ def _mixes(node: ir.Node, facts: Facts, size: int) -> bool:
     if op in ("Pad", "ReverseSequence") or op in _ALONG_TIME:
         return op != "Pad" or shape != facts[node.outputs[0]].shape
     return op == "Concat" and shape[attribute(node, "axis")] == size
+
+
+def _turns(node: ir.Node, facts: Facts, size: int) -> bool:
+    """Whether a Slice reads the tokens backwards."""
+    steps = facts[node.inputs[4]].value if node.op_type == "Slice" and len(node.inputs) > 4 else None
+    if steps is None or not (steps < 0).any():
+        return False
+    axes, shape = facts[node.inputs[3]].value, facts[node.inputs[0]].shape or ()
+    return axes is None or any(shape[int(a)] == size for a, step in zip(axes, steps, strict=True) if step < 0)
+
+
+def _joins(node: ir.Node, facts: Facts, size: int) -> bool:
+    """Whether tokens that a node picks meet all tokens again. The last token's logits do not."""
+    waiting, seen = list(node.outputs), set(node.outputs)
+    while waiting:
+        for user, index in waiting.pop().uses():
+            others = [v for i, v in enumerate(user.inputs) if i != index and v not in seen]
+            if any(facts[v].value is None and size in (facts[v].shape or ()) for v in others):
+                return True
+            new = [value for value in user.outputs if value not in seen]
+            seen.update(new)
+            waiting += new
+    return False
 
 
 _OVER_IMAGES = {
