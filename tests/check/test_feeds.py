@@ -315,18 +315,20 @@ def test_a_lossy_pass_is_warned_of_above_30_percent_and_refused_above_100(
 
 
 def test_no_check_writes_what_a_check_refuses(tmp_path: Path) -> None:
-    """Calibrated on numbers a thousandth of those that the check uses, INT8 cuts nearly all off: warned, refused by a
-    tolerance, written without a check.
+    """Calibrated on numbers a thousandth of those that are compared, INT8 cuts nearly all off: warned, refused by a
+    tolerance, written without a check. Without --inputs the check takes the calibration data, and sees nothing.
     """
     path = chain(tmp_path / "m.onnx", 2)
     np.savez(tmp_path / "x.npz", v0=normal(64, 64) / np.float32(1000))
-    flags = ("--int8", "--all-layers", "--lm-head", "--calib", tmp_path / "x.npz")
-    assert "warning: the outputs changed by" in succeed("quantize", path, tmp_path / "o.onnx", *flags).out.replace(
-        "\n", " "
-    )
+    np.savez(tmp_path / "real.npz", v0=normal(64, 64))
+    flags: tuple[str | Path, ...] = ("--int8", "--all-layers", "--lm-head", "--calib", tmp_path / "x.npz")
+    assert "warning: the outputs changed" not in succeed("quantize", path, tmp_path / "o.onnx", *flags).out
+    real = ("--inputs", tmp_path / "real.npz")
+    told = succeed("quantize", path, tmp_path / "o.onnx", *flags, *real, "--force").out
+    assert "warning: the outputs changed by" in told.replace("\n", " ")
     (tmp_path / "o.onnx").unlink()
     assert (
-        run("quantize", path, tmp_path / "o.onnx", *flags, "--tolerance", "0.5").code == 1
+        run("quantize", path, tmp_path / "o.onnx", *flags, *real, "--tolerance", "0.5").code == 1
         and not (tmp_path / "o.onnx").exists()
     )
     succeed("quantize", path, tmp_path / "o.onnx", *flags, "--no-check")
