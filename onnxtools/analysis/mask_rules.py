@@ -50,6 +50,10 @@ class MaskRule:
     fill: float | None = None
     visible: bool = True
 
+    def blocked(self, size: int) -> Array:
+        """Returns the keys that are hidden by their positions, booleans [size, size]."""
+        return self.pattern.blocked(size) if self.pattern is not None else np.zeros((size, size), bool)
+
 
 class MaskRules:
     """Finds the rules of masks.
@@ -84,20 +88,21 @@ class MaskRules:
 
     def _rule(self, value: ir.Value) -> MaskRule | None:
         known = self.facts[value].value
-        source = self.views.padding(value) if known is None else None
-        if known is None and source is None:
-            return None
-        for real in (1, 0) if known is None else (1,):
+        if known is not None:
             try:
-                array = known if known is not None else self.views.elements(value, source, self.views.all_real(), real)
+                return self._at_length(self._split(known), value)
+            except MaskError:
+                return None
+        source = self.views.padding(value)
+        for real in (1, 0) if source is not None else ():
+            try:
+                array = self.views.elements(value, source, self.views.all_real(), real)
                 rule = replace(self._split(array), padding=source, real=real)
                 fills = [self._agrees(rule, value, marks) for marks in _padded(self.views.rows, self.size)]
             except MaskError:
                 continue
             if not self._ignores_numbers(rule, value):
                 return None
-            if source is None:
-                return self._at_length(rule, value)
             if all(fill is not None for fill in fills):
                 fill = None if rule.fill is None else max(fill for fill in fills if fill is not None)
                 return self._at_length(replace(rule, fill=fill), value)
@@ -129,9 +134,8 @@ class MaskRules:
                 return None  # chunks, which did not show before
             if longer.visible != rule.visible or (longer.fill is None) != (rule.fill is None):
                 return None
-            before = np.zeros((self.size,) * 2, bool) if rule.pattern is None else rule.pattern.blocked(self.size)
-            after = np.zeros((self.size,) * 2, bool) if longer.pattern is None else longer.pattern.blocked(self.size)
-            return replace(rule, pattern=longer.pattern) if np.array_equal(before, after) else None
+            same = np.array_equal(rule.blocked(self.size), longer.blocked(self.size))
+            return replace(rule, pattern=longer.pattern) if same else None
         return rule  # the graph takes no longer text
 
     def _lengths(self, value: ir.Value) -> list[int]:
@@ -244,17 +248,14 @@ class MaskRules:
         Args:
             marks: int64 [rows, size]: 0 marks padding, other numbers real tokens.
         """
-        if rule.padding is None:
-            return rule.fill or 0.0
+        assert rule.padding is not None
         array, real = self.views.elements(value, rule.padding, marks, rule.real), marks > 0
         if rule.fill is None:
             hidden, fill = ~array if rule.visible else array, 0.0
         else:
             hidden = hidden_by_addition(array)[0]
             fill = float(array[hidden].max()) if hidden.any() else BLOCKING
-        expected = ~real[:, None, None, :]
-        if rule.pattern is not None:
-            expected = expected | rule.pattern.blocked(self.size)
+        expected = ~real[:, None, None, :] | rule.blocked(self.size)
         if hidden.ndim != 4 or hidden.shape[0] not in (1, self.views.rows):
             return None
         matters = ~expected.all(axis=-1, keepdims=True)

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from onnxtools.analysis.products import Product
 from onnxtools.ir.edit import Builder
 from onnxtools.ir.model import Model
-from onnxtools.ir.query import constant_tensor, is_op
+from onnxtools.ir.query import attributes_of, constant_tensor, is_op
 
 _PASSED_ON = {
     "Cast", "CastLike", "Identity", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "QuantizeLinear",
@@ -109,13 +109,12 @@ def _with_own_weight(build: Builder, product: Product) -> Product:
     weight, path = value, list[ir.Node]()
     build.before = product.node
     for node in reversed(product.path):  # from the weight to the product
-        attributes = {name: attribute.value for name, attribute in node.attributes.items()}
         output = build.op(
             node.op_type,
             [value, *node.inputs[1:]],
             f"{node.name}_of_{product.node.name}",
             domain=node.domain,
-            **attributes,
+            **attributes_of(node),
         )
         output.type, output.shape = node.outputs[0].type, node.outputs[0].shape
         producer = output.producer()

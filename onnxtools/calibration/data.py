@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxtools.analysis.cache import CacheSpec, may_be_past, positions
+from onnxtools.analysis.cache import may_be_past, positions
 from onnxtools.analysis.facts import is_ids_like, token_input
 from onnxtools.base.errors import JobError, UsageError
 from onnxtools.base.jsonl import read_jsonl
 from onnxtools.calibration.calibration_options import Calibrated
 from onnxtools.check.feeds import Feeds, random_feeds, read_feeds, vocabulary
+from onnxtools.check.validate import empty_cache
 from onnxtools.checkpoints.tokenizer import Tokenizer
 from onnxtools.ir.model import Model
 
@@ -124,10 +125,10 @@ def _batches(value: ir.Value, array: np.ndarray[Any, Any]) -> int:
 
 def _with_caches(model: Model, feeds: Feeds) -> Feeds:
     """Returns `feeds` in the graph's order, with empty caches in place of those that are left out."""
-    spec, tokens = CacheSpec.find(model), token_input(model)
+    tokens = token_input(model)
     ids = feeds.get(tokens.value.name or "") if tokens is not None else None
     rows = ids.shape[tokens.batch_axis] if ids is not None and tokens is not None else 1
-    complete = {**(spec.feeds(rows) if spec is not None else {}), **feeds}
+    complete = {**empty_cache(model, rows), **feeds}
     missing = next((value.name for value in model.graph.inputs if value.name not in complete), None)
     if missing is not None:
         raise JobError(f"{model.path}: the calibration data has no {missing!r}; write one array for each input")
@@ -224,5 +225,4 @@ def _text_feeds(model: Model, ids: Sequence[int]) -> Feeds:
             feeds[name] = np.asarray(ids, feeds[name].dtype).reshape(feeds[name].shape)
         elif value.dtype is not None and not value.dtype.is_floating_point() and not is_ids_like(value):
             feeds[name] = np.zeros_like(feeds[name])  # the write index of a static cache
-    spec = CacheSpec.find(model)
-    return {**feeds, **(spec.feeds(1) if spec is not None else {})}
+    return {**feeds, **empty_cache(model, batch=1)}

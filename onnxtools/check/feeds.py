@@ -24,6 +24,8 @@ Feeds = dict[str, Array]
 BATCH, SEQUENCE = 2, 16
 FAR = 4096
 """Positions from here on are checked too: errors of rounded rotary angles show there first."""
+OWN_INPUTS = "random inputs do not fit every graph: --inputs takes the model's own"
+"""What an error says where inputs by rule cannot be run."""
 MAX_BYTES = 1 << 30
 """Larger inputs are not generated, in bytes."""
 
@@ -188,13 +190,8 @@ def long_probe(model: Model, seed: int = 0) -> Probe | None:
     Raises:
         JobError: as in `probes`.
     """
-    tokens = token_input(model)
     counted = not any(is_ids_like(value) and "position" in (value.name or "").lower() for value in model.graph.inputs)
-    if tokens is None or not counted or any(isinstance(dim, int) for dim in tokens.value.shape or ()):
-        return None
-    limit = positions(model)
-    length = FAR + SEQUENCE if limit is None else min(FAR + SEQUENCE, limit)
-    return Probe(f"{length} tokens", random_feeds(model, 1, length, seed)) if length > SEQUENCE else None
+    return many_tokens(model, FAR + SEQUENCE, seed) if counted else None
 
 
 def many_tokens(model: Model, length: int, seed: int = 0) -> Probe | None:

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from onnxtools.analysis.cache import CacheSpec, cache_inputs, is_present
 from onnxtools.analysis.facts import dim_terms, token_input
 from onnxtools.base.errors import JobError
-from onnxtools.check.feeds import Array, Feeds, Probe, in_types_of, long_probe, probes, sizes_of, too_costly
+from onnxtools.check.feeds import OWN_INPUTS, Array, Feeds, Probe, in_types_of, long_probe, probes, sizes_of, too_costly
 from onnxtools.check.runner import Runner
 from onnxtools.ir.model import Model
 from onnxtools.ir.query import has_dynamic_scales
@@ -220,9 +220,7 @@ def validate(
             expected = run_a(_with_empty_cache(reference, probe.feeds))
         except JobError as error:
             if not probe.title and feeds is None:
-                raise JobError(
-                    f"{error}; random inputs do not fit every graph: --inputs takes the model's own"
-                ) from error
+                raise JobError(f"{error}; {OWN_INPUTS}") from error
             if not probe.title:
                 raise
             verdict.notes.append(f"not compared: {probe.title} (the reference does not run: {error})")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import fnmatch
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import onnx_ir as ir
 
@@ -55,6 +57,11 @@ class Selected(Pass):
             ):
                 warnings.append(f"warning: nothing matches --exclude {pattern}")
         return warnings
+
+
+def counts_left(table: Sequence[dict[str, Any]]) -> list[str]:
+    """Returns how many rows of a pass's result are left for each reason, a text each."""
+    return [f"{count} left: {reason}" for reason, count in Counter(row["left"] for row in table if row["left"]).items()]
 
 
 def _matches(names: list[str], patterns: tuple[str, ...]) -> bool:

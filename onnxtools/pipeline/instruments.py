@@ -16,6 +16,7 @@ from onnxtools.analysis.facts import token_input
 from onnxtools.base.errors import JobError, OnnxtoolsError, one_line
 from onnxtools.base.memory import peak_mib
 from onnxtools.check.feeds import (
+    OWN_INPUTS,
     Array,
     Feeds,
     Probe,
@@ -129,9 +130,6 @@ class Checker(Instrument):
         self._valid = reason is None
 
 
-_OWN_INPUTS = "random inputs do not fit every graph: --inputs takes the model's own"
-
-
 def _check(model: Model) -> str | None:
     try:
         onnx.checker.check_model(skeleton(model), full_check=True)
@@ -217,7 +215,7 @@ class NumericCheck(Instrument):
         except OnnxtoolsError as error:
             if self.feeds is not None:
                 raise  # inputs that the user named must work
-            self._skip = f"{error}; {_OWN_INPUTS}"
+            self._skip = f"{error}; {OWN_INPUTS}"
 
     def _start(self, model: Model) -> _Compared:
         if self.feeds is not None:

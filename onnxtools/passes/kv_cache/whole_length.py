@@ -8,7 +8,7 @@ from onnxtools.analysis.facts import Facts
 from onnxtools.analysis.mask_rules import MaskRules
 from onnxtools.analysis.masks import MaskError
 from onnxtools.ir.edit import Builder
-from onnxtools.ir.query import constant_tensor, graphs_inside
+from onnxtools.ir.query import attributes_of, constant_tensor, graphs_inside
 
 
 class WholeLength:
@@ -104,10 +104,9 @@ class WholeLength:
         if node.op_type == "Shape":
             self._copies[value] = self._sizes(node)
             return self._copies[value]
-        attributes = {name: attribute.value for name, attribute in node.attributes.items()}
         copies = self.builder.ops(
             node.op_type, [None if v is None else self._copy(v) for v in node.inputs],
-            f"/model/mask/{node.op_type}", outputs=len(node.outputs), domain=node.domain, **attributes,
+            f"/model/mask/{node.op_type}", outputs=len(node.outputs), domain=node.domain, **attributes_of(node),
         )  # fmt: skip
         self._copies.update(zip(node.outputs, copies, strict=True))
         return self._copies[value]

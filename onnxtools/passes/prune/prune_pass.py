@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,7 +17,7 @@ from onnxtools.calibration.run import Calibration
 from onnxtools.ir.model import Model
 from onnxtools.numerics.sparsity import prune_2_4
 from onnxtools.passes.prune.calibrated import CalibratedPruner
-from onnxtools.passes.selection import Selected, head_product
+from onnxtools.passes.selection import Selected, counts_left, head_product
 from onnxtools.pipeline.passbase import PassResult
 from onnxtools.storage.rows import StreamedTensor
 
@@ -103,10 +102,7 @@ class Prune(Selected, Calibrated):
             )
         table += missed
         if not chosen:
-            reasons = Counter(row["left"] for row in table)
-            raise NoMatchError(
-                f"{model.path}: nothing is pruned: " + "; ".join(f"{n} left: {text}" for text, n in reasons.items())
-            )
+            raise NoMatchError(f"{model.path}: nothing is pruned: {'; '.join(counts_left(table))}")
         self._prune(model, chosen)
         pruned = [row for row in table if not row["left"]]
         return PassResult(bool(pruned), len(pruned), self._notes(table, pruned), table)
@@ -141,9 +137,7 @@ class Prune(Selected, Calibrated):
 
     def _notes(self, table: list[dict[str, Any]], pruned: list[dict[str, Any]]) -> list[str]:
         notes = [f"{len(pruned)} of {len(table)} weights pruned to 2:4 along K by {self.method}"]
-        notes += [
-            f"{count} left: {reason}" for reason, count in Counter(row["left"] for row in table if row["left"]).items()
-        ]
+        notes += counts_left(table)
         notes = [*self.unmatched(table), *notes]
         if pruned:
             notes.append(

@@ -36,7 +36,7 @@ from onnxtools.passes.quantize.groups import Group, group
 from onnxtools.passes.quantize.int4 import Int4Scheme, block_size
 from onnxtools.passes.quantize.linear import LinearScheme
 from onnxtools.passes.quantize.scheme import Scheme
-from onnxtools.passes.selection import Selected, head_product
+from onnxtools.passes.selection import Selected, counts_left, head_product
 from onnxtools.passes.set_opset import SetOpset
 from onnxtools.pipeline.passbase import Pass, PassResult
 
@@ -416,9 +416,7 @@ class Quantize(Selected, Calibrated):
         notes += [f"{count}: {scheme}" for scheme, count in schemes.items()]
         if self.form is INT4 and self.block_size is None and any("block 128" not in scheme for scheme in schemes):
             notes.append("smaller blocks where K is no multiple of 128")
-        return notes + [
-            f"{count} left: {reason}" for reason, count in Counter(row["left"] for row in table if row["left"]).items()
-        ]
+        return notes + counts_left(table)
 
 
 def _row(node: str | None, weight: str | None, left: str) -> dict[str, Any]:
@@ -438,8 +436,7 @@ def _nothing(model: Model, table: list[dict[str, Any]]) -> str:
             f"{model.path}: has no MatMul, Gemm or Conv with a stored weight, so there is nothing to quantize; see it "
             "with `onnxtools inspect`"
         )
-    reasons = Counter(row["left"] for row in table)
-    return f"{model.path}: nothing is quantized: " + "; ".join(f"{n} left: {reason}" for reason, n in reasons.items())
+    return f"{model.path}: nothing is quantized: {'; '.join(counts_left(table))}"
 
 
 _PACKED = ("MatMulNBits", "QMoE")
